@@ -1,0 +1,3 @@
+from gateway_addon.cli import main
+
+main()

@@ -1,0 +1,46 @@
+"""The `gateway` command: one module per group of commands, imported only when its command runs."""
+
+import importlib
+
+import click
+
+from gateway_addon import __version__
+
+COMMANDS = {
+    # command: (module, one line for `gateway --help`), in the order in which a newcomer meets them
+    "demo": ("demo", "see the whole thing work on this machine, with no account"),
+    "init": ("init", "write what is missing of a first policy and an empty ledger"),
+    "check": ("check", "validate policies and prices, print what is in force"),
+    "token": ("token", "issue, rotate, revoke and list the apps' tokens"),
+    "serve": ("serve", "run the gateway: a reverse proxy in front of the Claude API"),
+    "web": ("serve", "the same under mitmweb, for looking at flows while debugging"),
+    "report": ("report", "what was spent, by whom, on what"),
+    "explain": ("explain", "what would happen to a request, rule by rule"),
+    "meter": ("meter", "read recorded responses, print usage and cost"),
+    "prices": ("prices", "the price table in force"),
+    "doctor": ("doctor", "prove the ledger's invariants, the key, the upstream, the clock"),
+}
+
+
+class Gateway(click.Group):
+    """A group that imports a command's module on first use: `gateway meter` need not pay for mitmproxy's start-up."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"gateway_addon.cli.{COMMANDS[name][0]}")
+        command: click.Command = getattr(module, name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.command(cls=Gateway, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gateway")
+def main() -> None:
+    """The control plane for people who run several apps on one Claude API key."""

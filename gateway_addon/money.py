@@ -1,0 +1,44 @@
+"""Amounts of money: written by people as dollars, kept as whole nano-dollars.
+
+Promises that no amount ever passes through a float. Knows nothing of models, caps or the ledger.
+"""
+
+import re
+
+NANO_PER_DOLLAR = 1_000_000_000
+AMOUNT_NANO_MAX = 2**62  # about 4.6 billion dollars: sums of two still fit the ledger's signed 64-bit integers
+
+_AMOUNT = re.compile(r"\$?([0-9][0-9_,]*)(?:\.([0-9]{1,9}))?\Z")
+
+
+def parse_nano(text: str | int) -> int:
+    """Read a dollar amount (`$0.50`, `12`, `$1,200.75`) as nano-dollars.
+
+    Raises ValueError with a sentence when the text is not an amount, is negative, finer than a nano-dollar or too large.
+    """
+    match = _AMOUNT.match(str(text).strip()) if not isinstance(text, bool) else None
+    if match is None:
+        raise ValueError(f"{text!r} is not an amount; write dollars like $5 or $0.25 (at most nine decimals)")
+    whole, fraction = match.groups()
+    nano = int(re.sub("[,_]", "", whole)) * NANO_PER_DOLLAR + int((fraction or "").ljust(9, "0"))
+    if nano > AMOUNT_NANO_MAX:
+        raise ValueError(f"{text!r} is more than the ledger can hold (${AMOUNT_NANO_MAX // NANO_PER_DOLLAR:,})")
+    return nano
+
+
+def dollars(nano: int, decimals_min: int = 2) -> str:
+    """Write nano-dollars exactly, with no fewer than `decimals_min` decimals and no trailing zeros beyond them: `$0.0125`."""
+    sign = "-" if nano < 0 else ""
+    whole, rest = divmod(abs(nano), NANO_PER_DOLLAR)
+    fraction = f"{rest:09d}".rstrip("0").ljust(decimals_min, "0")
+    return f"{sign}${whole:,}.{fraction}" if fraction else f"{sign}${whole:,}"
+
+
+def cents(nano: int) -> str:
+    """Write nano-dollars for a table: two decimals from a dollar on, four below it, rounded half up."""
+    decimals = 2 if abs(nano) >= NANO_PER_DOLLAR or nano == 0 else 4
+    unit = 10 ** (9 - decimals)
+    rounded = (abs(nano) + unit // 2) // unit * unit
+    sign = "-" if nano < 0 else ""
+    whole, rest = divmod(rounded, NANO_PER_DOLLAR)
+    return f"{sign}${whole:,}.{rest:09d}"[: -(9 - decimals)]

@@ -1,0 +1,91 @@
+"""Every way in which the gateway says no, as values from one table.
+
+Promises the API's own error shape, so that the official SDKs raise the right class, and on each refusal a status, a
+retry advice and a code that a program can read. The sentences come from the rooms that refuse; this one imports nothing
+of them. Why these statuses: Claude Code re-sends a 400 six times and waits out a 401 without `x-should-retry: false`.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    status: int
+    error_type: str
+    may_retry: bool
+    """True only where waiting helps: everything else carries `x-should-retry: false`."""
+
+
+TABLE: dict[str, Row] = {
+    # who
+    "token_missing": Row(401, "authentication_error", False),
+    "token_malformed": Row(401, "authentication_error", False),
+    "token_unknown": Row(401, "authentication_error", False),
+    "token_revoked": Row(401, "authentication_error", False),
+    "token_expired": Row(401, "authentication_error", False),
+    "token_conflict": Row(401, "authentication_error", False),
+    "token_address": Row(401, "authentication_error", False),
+    "token_noise": Row(429, "rate_limit_error", True),
+    # what
+    "app_unknown": Row(403, "permission_error", False),
+    "app_paused": Row(403, "permission_error", False),
+    "endpoint": Row(403, "permission_error", False),
+    "upgrade": Row(403, "permission_error", False),
+    "model": Row(403, "permission_error", False),
+    "model_unpriced": Row(403, "permission_error", False),
+    "feature": Row(403, "permission_error", False),
+    "unknown_field": Row(403, "permission_error", False),
+    "max_tokens": Row(403, "permission_error", False),
+    "requirement": Row(403, "permission_error", False),
+    "replay": Row(403, "permission_error", False),
+    "not_found": Row(404, "not_found_error", False),
+    # how
+    "body": Row(400, "invalid_request_error", False),
+    "request": Row(400, "invalid_request_error", False),
+    "too_large": Row(413, "request_too_large", False),
+    # money
+    "cap_spent": Row(429, "billing_error", False),
+    "quote_over_cap": Row(429, "billing_error", False),
+    "cap_held": Row(429, "rate_limit_error", True),
+    "rate": Row(429, "rate_limit_error", True),
+    "concurrency": Row(429, "rate_limit_error", True),
+    "headroom": Row(429, "rate_limit_error", True),
+    # the gateway itself
+    "ledger": Row(503, "api_error", True),
+    "policy": Row(503, "api_error", True),
+    "draining": Row(503, "api_error", True),
+    "internal": Row(503, "api_error", False),
+    "upstream_unreachable": Row(502, "api_error", True),
+    "upstream_timeout": Row(504, "timeout_error", True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that goes no further. `sentence` names the thing, the limit and the way out."""
+
+    code: str
+    sentence: str
+    retry_after_s: int | None = None
+
+    @property
+    def status(self) -> int:
+        return TABLE[self.code].status
+
+    @property
+    def error_type(self) -> str:
+        return TABLE[self.code].error_type
+
+    def headers(self, request_id: str) -> dict[str, str]:
+        headers = {"content-type": "application/json", "request-id": request_id, "x-gateway-refusal": self.code}
+        if not TABLE[self.code].may_retry:
+            headers["x-should-retry"] = "false"
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(self.retry_after_s)
+        return headers
+
+    def body(self, request_id: str) -> bytes:
+        """The API's error envelope (platform documentation, "Errors")."""
+        error = {"type": self.error_type, "message": self.sentence}
+        return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
