@@ -1,0 +1,234 @@
+"""The one judged reading of a request: what is judged is what is sent.
+
+Promises that whatever two parsers could read differently (a key given twice, a byte order mark, an odd spelling of a path)
+is refused, so that the model and the limits that were judged are those the provider sees. Pure: no clock, no files, no
+policy; it knows the shape of the API, not who may use it.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Never
+
+from gateway_addon.fields import HEADER_FEATURES, UNTYPED
+from gateway_addon.refusals import Refusal
+from gateway_addon.survey import Survey, Use, survey
+
+BODY_BYTES_MAX = 32_000_000
+"""The API's own limit for one message request (platform documentation, "Errors": request_too_large)."""
+
+MAX_TOKENS_MAX = 10_000_000
+"""More than any model can write (128,000, 300,000 in batches): beyond it the arithmetic is not worth doing."""
+
+ENDPOINTS: dict[tuple[str, str], str] = {
+    ("POST", "/v1/messages"): "messages",
+    ("POST", "/v1/messages/count_tokens"): "count_tokens",
+    ("GET", "/v1/models"): "models",
+    ("HEAD", "/api/hello"): "hello",
+    ("GET", "/api/hello"): "hello",
+    ("GET", "/gateway/healthz"): "healthz",
+    ("GET", "/gateway/me"): "me",
+}
+"""The whole door: every other method and path is refused."""
+
+_MODEL_PATH = re.compile(r"/v1/models/([A-Za-z0-9][A-Za-z0-9._-]{0,199})\Z")
+_QUERY = re.compile(r"[A-Za-z0-9_.\[\]-]+(?:=[A-Za-z0-9_.:+-]*)?(?:&[A-Za-z0-9_.\[\]-]+(?:=[A-Za-z0-9_.:+-]*)?)*\Z")
+_KNOWN_FIELDS = {name.casefold(): name for name in UNTYPED[""]}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as it arrived: the target undecoded, header names in lower case, the body's bytes."""
+
+    method: str
+    target: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+    def header(self, name: str) -> tuple[str, ...]:
+        """Every value sent for a header."""
+        return tuple(value for key, value in self.headers if key == name)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a request asks for. `model` is the id as asked; for `model` requests it is the id in the path."""
+
+    endpoint: str
+    model: str = ""
+    max_tokens: int = 0
+    stream: bool = False
+    body: Mapping[str, Any] = field(default_factory=dict)
+    size: int = 0
+    """Bytes of the body as sent."""
+    text_bytes: int = 0
+    """An upper bound of the prompt's bytes as any tokenizer may see them: see `_text_bytes`."""
+    betas: tuple[str, ...] = ()
+    found: Survey = field(default_factory=Survey)
+
+    @property
+    def cache_control(self) -> bool:
+        """The request asks for a cache write."""
+        return self.found.cache_control
+
+    @property
+    def hour_ttl(self) -> bool:
+        """The request asks for a cache write of an hour (or of a length that is not known)."""
+        return self.found.hour_ttl
+
+
+class _Unreadable(Exception):
+    """Says why a body has no single reading; becomes a Refusal at the edge of this module."""
+
+
+def endpoint(method: str, target: str) -> str | Refusal:
+    """Name the endpoint of a request line, exactly as spelled (`//v1/messages`, `%2f` and the like have no endpoint).
+
+    A query is tolerated (Claude Code sends `?beta=true`) as long as it is plain and restates no field of the body:
+    `?model=` has beaten the body's model in other gateways.
+    """
+    path, mark, query = target.partition("?")
+    name = ENDPOINTS.get((method, path))
+    if name is None and method == "GET" and _MODEL_PATH.match(path):
+        name = "model"
+    if name is None:
+        shown = target[:100].encode("ascii", "backslashreplace").decode()
+        return Refusal("endpoint", f"{method[:20]} {shown} is not served here; this gateway forwards POST /v1/messages and a few reads")
+    if mark and (not _QUERY.match(query) or any(part.partition("=")[0].casefold() in _KNOWN_FIELDS for part in query.split("&"))):
+        return Refusal("endpoint", f"the query {query[:100]!r} is not served here; {path} takes its fields from the body alone")
+    return name
+
+
+def read(endpoint: str, request: Request) -> Reading | Refusal:
+    """Read a request of a known endpoint, strictly: one Refusal (`body`, `too_large`) for whatever has no single reading."""
+    if endpoint not in ("messages", "count_tokens"):
+        return _read_without_body(endpoint, request)
+    if len(request.body) > BODY_BYTES_MAX:
+        return Refusal("too_large", f"the body has {len(request.body):,} bytes, the API takes {BODY_BYTES_MAX:,}; send less in one request")
+    try:
+        _plain_json_headers(request)
+        body = _parsed(request.body)
+        found = survey(body)
+        _readable_fields(endpoint, body, found)
+        text_bytes = _text_bytes(request.body, body, found)
+    except (_Unreadable, ValueError) as error:
+        return Refusal("body", f"{error}")
+    except RecursionError:
+        return Refusal("body", "the body is nested too deeply to be read safely; flatten it")
+    found.uses.extend(Use(feature, name, request.header(name)[0]) for name, feature in HEADER_FEATURES.items() if request.header(name))
+    return Reading(
+        endpoint=endpoint,
+        model=body["model"],
+        max_tokens=body["max_tokens"] if endpoint == "messages" else 0,
+        stream=body.get("stream", False),
+        body=body,
+        size=len(request.body),
+        text_bytes=text_bytes,
+        betas=betas(request),
+        found=found,
+    )
+
+
+def betas(request: Request) -> tuple[str, ...]:
+    """The values of `anthropic-beta`, however many headers they come in."""
+    return tuple(beta for value in request.header("anthropic-beta") for beta in (part.strip() for part in value.split(",")) if beta)
+
+
+def edited(endpoint: str, request: Request, changes: Mapping[str, Any]) -> tuple[Request, Reading | Refusal]:
+    """The request with some top-level fields replaced, and the reading of its new bytes: still what is judged is what is sent."""
+    body = json.dumps({**json.loads(request.body), **changes}, ensure_ascii=False, separators=(",", ":")).encode()
+    changed = replace(request, body=body)
+    return changed, read(endpoint, changed)
+
+
+def _read_without_body(endpoint: str, request: Request) -> Reading | Refusal:
+    if request.body:
+        return Refusal("body", f"{request.method} {request.target.partition('?')[0]} takes no body; send none")
+    match = _MODEL_PATH.match(request.target.partition("?")[0])
+    return Reading(endpoint=endpoint, model=match[1] if match else "", betas=betas(request))
+
+
+def _plain_json_headers(request: Request) -> None:
+    """An encoded or re-labelled body has as many readings as decoders: only plain UTF-8 JSON is taken."""
+    encodings = [value.strip().casefold() for value in request.header("content-encoding")]
+    if any(value not in ("", "identity") for value in encodings):
+        raise _Unreadable(f"the body is encoded ({', '.join(encodings)}) and cannot be judged as it is; send it without content-encoding")
+    types = request.header("content-type")
+    if len(types) > 1:
+        raise _Unreadable("content-type is given twice; send it once, as application/json")
+    media_type, _, parameters = (types[0] if types else "application/json").casefold().partition(";")
+    if media_type.strip() != "application/json" or parameters.replace(" ", "").replace('"', "") not in ("", "charset=utf-8"):
+        raise _Unreadable(f"content-type is {types[0][:80]!r}; send application/json in UTF-8")
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise _Unreadable("the body begins with a byte order mark; send plain UTF-8 without one")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Unreadable(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from None
+    try:
+        body = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except json.JSONDecodeError as error:
+        raise _Unreadable(f"the body is not JSON: {error.msg} at character {error.pos}; send one JSON object") from None
+    if not isinstance(body, dict):
+        raise _Unreadable("the body is not a JSON object; send one, with model, max_tokens and messages")
+    return body
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Unreadable(f"the key {twice[:80]!r} is given twice in one object; parsers disagree on which one counts, send it once")
+    return unique
+
+
+def _constant(name: str) -> Never:
+    raise _Unreadable(f"{name} is not JSON; send a number, a string or null")
+
+
+def _readable_fields(endpoint: str, body: dict[str, Any], found: Survey) -> None:
+    """The fields that everything else rests on have one type each, and no other key looks like one of them."""
+    for name in body:
+        plain = unicodedata.normalize("NFKC", name).strip().casefold()
+        if name not in UNTYPED[""] and plain in _KNOWN_FIELDS:
+            raise _Unreadable(f"the key {name!r} can be taken for {_KNOWN_FIELDS[plain]!r}; spell it exactly so")
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise _Unreadable("model must be one non-empty string, like claude-haiku-4-5")
+    if not isinstance(body.get("messages"), list):
+        raise _Unreadable("messages must be a list")
+    if not isinstance(body.get("tools", []), list):
+        raise _Unreadable("tools must be a list")
+    if not isinstance(body.get("stream", False), bool):
+        raise _Unreadable("stream must be true or false")
+    if endpoint == "messages":
+        _whole_number("max_tokens", body.get("max_tokens"))
+    for where, other in found.models:
+        if not isinstance(other, str) or not other:
+            raise _Unreadable(f"{where} must be one non-empty string")
+
+
+def _whole_number(name: str, value: object) -> None:
+    if type(value) is not int or not 0 <= value <= MAX_TOKENS_MAX:  # bool is an int to Python, not to the API
+        raise _Unreadable(f"{name} must be a whole number from 0 to {MAX_TOKENS_MAX:,}")
+
+
+def _text_bytes(raw: bytes, body: dict[str, Any], found: Survey) -> int:
+    """The larger of the bytes as sent and the bytes after NFKC, without the base64 of images and PDFs.
+
+    A byte-level tokenizer makes no more tokens than bytes; one that applies NFKC first (Anthropic's published one of 2023 did)
+    sees more of them for a few characters: U+FDFA has 3 bytes, or 6 as `\\ufdfa`, and becomes 33.
+    """
+    if raw.isascii() and b"\\u" not in raw:
+        return len(raw) - found.encoded_bytes
+    try:
+        normal = unicodedata.normalize("NFKC", json.dumps(body, ensure_ascii=False)).encode()
+    except UnicodeEncodeError:
+        raise _Unreadable("the body holds half of a surrogate pair; send whole characters") from None
+    return max(len(raw), len(normal)) - found.encoded_bytes

@@ -1,0 +1,165 @@
+"""What a request's body contains, counted in one walk: the facts that rules and bounds are made of.
+
+Promises that nothing which can spend is overlooked because of where it stands: every object is looked up in `fields`,
+wherever it is, except inside the free zones (schemas, tool arguments), which the provider reads as text. Judges nothing.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway_addon.fields import (
+    BODY_FEATURES,
+    BY_FIELD,
+    ENCODED_PARENTS,
+    FREE,
+    FREE_IN,
+    MAPS,
+    TYPES,
+    UNTYPED,
+    Effect,
+    Kind,
+)
+
+DEPTH_MAX = 64
+"""Deeper than any request of the SDK's types outside its free zones (about 12); a depth bomb is not a request."""
+
+Path = tuple["Path", str] | None
+"""Where in the body: linked, because a path is written out only for the few objects that somebody must be told of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One thing in a request that a policy must name: the feature, where it stands, and the value itself."""
+
+    feature: str
+    where: str
+    value: Any
+    effect: Effect = Effect.NONE
+
+
+@dataclass(slots=True)
+class Survey:
+    """Filled by `survey()`, read-only afterwards."""
+
+    messages: int = 0
+    blocks: int = 0
+    """Typed objects of any sort: never fewer than the content blocks."""
+    images: int = 0
+    typed_tools: int = 0
+    pdfs: int = 0
+    encoded_bytes: int = 0
+    """Base64 of images and PDFs: bytes of the body that are not text."""
+    cache_control: bool = False
+    hour_ttl: bool = False
+    uses: list[Use] = field(default_factory=list)
+    models: list[tuple[str, Any]] = field(default_factory=list)
+    """Other models that the request can reach, as (where, id)."""
+    unknown: list[str] = field(default_factory=list)
+    """Fields and types that the table does not know, by path."""
+
+
+def survey(body: dict[str, Any]) -> Survey:
+    """Count and collect. Raises ValueError with a sentence when the body is nested deeper than DEPTH_MAX."""
+    seen = Survey()
+    messages = body.get("messages")
+    seen.messages = len(messages) if isinstance(messages, list) else 0
+    _body_features(body, seen)
+    stack: list[tuple[Any, str, Path, int]] = [(body, "", None, 0)]
+    while stack:
+        node, name, path, depth = stack.pop()
+        if depth > DEPTH_MAX:
+            raise ValueError(f"the body is nested deeper than {DEPTH_MAX} levels at {_written(path)[:80]}")
+        if isinstance(node, list):
+            stack.extend((item, name, (path, f"[{i}]"), depth + 1) for i, item in enumerate(node) if isinstance(item, dict | list))
+        else:
+            stack.extend((value, key, (path, step), depth + 1) for value, key, step in _object(node, name, path, seen))
+    return seen
+
+
+def _object(node: dict[str, Any], name: str, path: Path, seen: Survey) -> Iterator[tuple[Any, str, str]]:
+    """Note one object and yield what to walk next: (value, the field it is read by, the step of the path)."""
+    kind = _kind(node, name)
+    if kind is None:
+        seen.unknown.append(f"{_written(path)} (type {node['type']!r})" if "type" in node else f"{_written(path)} (an object)")
+        fields: frozenset[str] = frozenset()
+    else:
+        fields = kind.fields
+        if not node.keys() <= fields:
+            odd = [key for key in node if key not in fields and (key != "type" or node[key] is not None)]
+            seen.unknown.extend(_written((path, f".{key}")) for key in odd)
+        _note(node, kind, path, seen)
+    for key, value in node.items():
+        if not isinstance(value, dict | list) or (key in fields and (key in FREE or FREE_IN.get(node.get("type", "")) == key)):
+            continue
+        if key in MAPS and isinstance(value, dict):
+            yield from ((entry, key, f".{key}.{label}") for label, entry in value.items() if isinstance(entry, dict | list))
+        else:
+            yield value, key, f".{key}"
+
+
+def _kind(node: dict[str, Any], name: str) -> Kind | None:
+    """The row of an object: by its type, or by the field that holds it. None: unknown."""
+    type_name = node.get("type")
+    if type_name is None or name in BY_FIELD:
+        fields = UNTYPED.get(name)
+        return None if fields is None else Kind(fields)
+    return _TYPED.get(type_name) if isinstance(type_name, str) else None
+
+
+_TYPED: Mapping[str, Kind] = {name: Kind(kind.fields | {"type"}, kind.feature, kind.effect) for name, kind in TYPES.items()}
+
+
+def _note(node: dict[str, Any], kind: Kind, path: Path, seen: Survey) -> None:
+    type_name = node.get("type")
+    if "ttl" in node or type_name == "ephemeral":
+        seen.cache_control = True
+        seen.hour_ttl = seen.hour_ttl or node.get("ttl") not in (None, "5m")
+        if node.get("ttl") not in (None, "5m", "1h"):
+            seen.unknown.append(f"{_written((path, '.ttl'))} ({node['ttl']!r})")
+    if type_name is None:
+        return
+    seen.blocks += 1
+    if kind.feature is not None and "tool_id" not in node:  # with a tool_id it is a `caller`: who called, not a tool
+        seen.uses.append(Use(kind.feature, _written(path), node, kind.effect))
+    if kind.effect is Effect.TYPED_TOOL or kind.effect is Effect.SERVER_TOOL:
+        seen.typed_tools += 1
+    if kind.feature == "advisor" and kind.effect is Effect.TYPED_TOOL:
+        seen.models.append((_written((path, ".model")), node.get("model")))
+    if type_name in ENCODED_PARENTS:
+        _encoded(node, seen)
+
+
+def _encoded(node: dict[str, Any], seen: Survey) -> None:
+    """An image or a document: its base64 bytes are not text. Only plain ASCII is taken for base64: the rest counts as bytes."""
+    source = node.get("source")
+    data = source.get("data") if isinstance(source, dict) and source.get("type") == "base64" else None
+    seen.images += node["type"] == "image"
+    seen.pdfs += node["type"] == "document" and data is not None
+    if isinstance(data, str) and data.isascii():
+        seen.encoded_bytes += len(data)
+
+
+def _body_features(body: dict[str, Any], seen: Survey) -> None:
+    """The top-level fields that a policy must name."""
+    for name, feature in BODY_FEATURES.items():
+        if body.get(name) not in (None, []):
+            seen.uses.append(Use(feature, name, body[name]))
+    fallbacks = body.get("fallbacks")
+    attempts = [entry for entry in fallbacks if isinstance(entry, dict)] if isinstance(fallbacks, list) else []
+    seen.models.extend((f"fallbacks[{i}].model", entry.get("model")) for i, entry in enumerate(attempts))
+    for where, holder in (("speed", body), *((f"fallbacks[{i}].speed", entry) for i, entry in enumerate(attempts))):
+        if holder.get("speed") not in (None, "standard"):
+            seen.uses.append(Use("fast", where, holder["speed"]))
+    if body.get("service_tier") not in (None, "auto", "standard_only"):  # these two never raise the price
+        seen.uses.append(Use("service_tier", "service_tier", body["service_tier"]))
+    if body.get("inference_geo") not in (None, "global"):
+        seen.uses.append(Use("inference_geo", "inference_geo", body["inference_geo"]))
+
+
+def _written(path: Path) -> str:
+    steps: list[str] = []
+    while path is not None:
+        path, step = path
+        steps.append(step)
+    return "".join(reversed(steps)).removeprefix(".") or "the body"
