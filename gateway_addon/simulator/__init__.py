@@ -1,0 +1,14 @@
+"""A simulated Claude API, for `gateway demo` and for every test that needs something to call.
+
+It speaks the real wire format and keeps its own book, from its own counters and its own price list. It imports nothing of
+the gateway: that both arrive at the same nano-dollar is the proof of either, and would be worth nothing otherwise.
+
+Read it in this order: behaviour.py (what it can be told to do), messages.py (the wire format), delivery.py (why the bill is
+not what was delivered), prices.py and book.py (the bill), server.py (the API), http.py (the plumbing).
+"""
+
+from .behaviour import Behaviour
+from .book import Book, Iteration, Row, Usage
+from .server import KEY, Simulator
+
+__all__ = ["KEY", "Behaviour", "Book", "Iteration", "Row", "Simulator", "Usage"]

@@ -1,0 +1,139 @@
+"""How the simulated API behaves: one value for a server, and a way for a request to ask for something else.
+
+A request overrides its server's behaviour in `metadata.user_id` (a JSON object with the key `simulate`) or in the text of
+its last user message (`simulate: {"output_tokens": 300, "delay_ms": 5}`; the rest of the text does not matter). Every
+field below is a key. An unknown key is an error, so that a misspelt test does not pass by accident.
+"""
+
+import json
+import types
+from dataclasses import dataclass, replace
+from typing import Any, get_type_hints
+
+MAGIC = "simulate:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behaviour:
+    # How much. None: what the request suggests.
+    hostile: bool = False
+    """The dearest answer that the declared bounds allow: a token a byte of request, 350 hidden ones, all of `max_tokens`, a token a byte of
+    output, a cache that is written and never read."""
+    output_tokens: int | None = None
+    """Never more than the request's `max_tokens`, whatever is asked for."""
+    input_tokens: int | None = None
+    cache_read_tokens: int | None = None
+    cache_write_5m_tokens: int | None = None
+    cache_write_1h_tokens: int | None = None
+    late_input_tokens: int = 0
+    """Input that `message_start` did not know of: server tools raise it during the answer."""
+    late_cache_write_tokens: int = 0
+    """The same for cache writes: they raise the total, while the 5m/1h split on the wire stays what `message_start` said."""
+    web_searches: int = 0
+    """Each one is 2,000 late input tokens more."""
+    iterations: tuple[dict[str, Any], ...] = ()
+    """Parts billed beside the message: {"type": "compaction", "model"?: ..., "input_tokens": 60385, "output_tokens": 522}."""
+
+    # What it looks like.
+    thinking: str | None = None
+    """off, hidden (no text, but billed), summarised (an eighth of the text), full. None: as the request's `thinking` says."""
+    thinking_tokens: int | None = None
+    """None: half of the output."""
+    tool_use: bool = False
+    """Call the request's first tool even where `tool_choice` does not force it."""
+    served_model: str | None = None
+    stop_reason: str | None = None
+    service_tier: str = "standard"
+    inference_geo: str | None = None
+    """The workspace's default, for requests that name none."""
+    encoding: str | None = None
+    """Of the answer: identity, gzip, deflate, br, zstd, even if the client did not offer it. None: gzip if it did."""
+    ratelimit_remaining_percent: int = 100
+
+    # When. Generation starts when the request has arrived and goes on by itself; delivery follows.
+    tokens_per_s: float | None = None
+    """None: everything is generated at once."""
+    delay_ms: float = 0
+    """A pause of the generation before each delta."""
+    tokens_per_event: int = 8
+    ahead_s: float = 0
+    """By how much generation runs ahead of delivery."""
+    after_disconnect_s: float = 0
+    """How long generation goes on when the client has gone."""
+    overrun: bool = False
+    """Breaks every declared rate and lag: whoever leaves early is billed the whole answer."""
+    delay_headers_s: float = 0
+    say_nothing_s: float = 0
+    """Silence after `message_start`, without pings; what was generated in it then comes at once."""
+    ping_s: float = 5
+
+    # What goes wrong.
+    status: int | None = None
+    """Refuse with this HTTP status, before any work."""
+    retry_after_s: int | None = None
+    error: str | None = None
+    """An error type (`overloaded_error`) in the middle of a stream; a JSON call gets it as its status."""
+    error_after_events: int | None = None
+    """None: in the middle of the output."""
+    cut_after_events: int | None = None
+    """Close the connection after so many SSE events, pings included."""
+    cut_after_bytes: int | None = None
+    """Close the connection after so many bytes of the answer's body."""
+    hang_up: bool = False
+    """Close the connection before any status, when the work is done."""
+
+
+_HINTS = get_type_hints(Behaviour)
+
+
+def overridden(server: Behaviour, body: dict[str, Any]) -> Behaviour:
+    """The behaviour for one request. Raises ValueError with a sentence for a wish that cannot be read."""
+    wishes: dict[str, Any] = {}
+    for text in (_metadata(body), _last_user_text(body)):
+        wishes |= _wishes(text)
+    for key, value in wishes.items():
+        if key not in _HINTS:
+            raise ValueError(f"simulate: {key}: no such behaviour; known are {', '.join(_HINTS)}")
+        if isinstance(value, list):
+            wishes[key] = value = tuple(value)
+        if not _fits(value, _HINTS[key]):
+            raise ValueError(f"simulate: {key}: {value!r} is not of the type {_HINTS[key]}")
+    return replace(server, **wishes)
+
+
+def _wishes(text: str) -> dict[str, Any]:
+    _, found, rest = text.partition(MAGIC)
+    if not found:
+        return {}
+    try:
+        wishes, _ = json.JSONDecoder().raw_decode(rest.lstrip())
+    except ValueError as error:
+        raise ValueError(f"{MAGIC} must be followed by a JSON object ({error})") from error
+    if not isinstance(wishes, dict):
+        raise ValueError(f"{MAGIC} must be followed by a JSON object, not by {wishes!r}")
+    return wishes
+
+
+def _metadata(body: dict[str, Any]) -> str:
+    """`metadata.user_id` is a JSON string for Claude Code too, so only its own key means us."""
+    metadata = body.get("metadata")
+    try:
+        said = json.loads(metadata["user_id"])["simulate"] if isinstance(metadata, dict) else None
+    except (KeyError, TypeError, ValueError):
+        return ""
+    return f"{MAGIC} {json.dumps(said)}" if said is not None else ""
+
+
+def _last_user_text(body: dict[str, Any]) -> str:
+    messages = body.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    content = last.get("content") if isinstance(last, dict) and last.get("role") == "user" else None
+    if isinstance(content, str):
+        return content
+    blocks = content if isinstance(content, list) else []
+    return "\n".join(str(block.get("text", "")) for block in blocks if isinstance(block, dict))
+
+
+def _fits(value: object, hint: Any) -> bool:
+    kinds = tuple(getattr(kind, "__origin__", kind) for kind in (hint.__args__ if isinstance(hint, types.UnionType) else (hint,)))
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)

@@ -1,0 +1,112 @@
+"""When an answer's tokens are generated and when its bytes go out: two clocks, because the bill follows the first one.
+
+Generation starts when the request has arrived and runs at its own pace, whoever listens. Delivery follows it, `ahead_s`
+behind. A client that hangs up stops delivery at once and generation only `after_disconnect_s` later.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable
+
+from .behaviour import Behaviour
+from .http import Exchange, Headers
+from .messages import PING, Answer, Step, event
+
+
+class Clock:
+    """Seconds since the request arrived."""
+
+    def __init__(self) -> None:
+        self._began = asyncio.get_running_loop().time()
+
+    def elapsed_s(self) -> float:
+        return asyncio.get_running_loop().time() - self._began
+
+
+def step_s(step: Step, behaviour: Behaviour) -> float:
+    """How long one step takes to generate."""
+    if not step.tokens:
+        return 0
+    return behaviour.delay_ms / 1000 + (step.tokens / behaviour.tokens_per_s if behaviour.tokens_per_s else 0)
+
+
+def generated_tokens(steps: Iterable[Step], behaviour: Behaviour, elapsed_s: float) -> int:
+    """How many tokens exist when generation has run for `elapsed_s`. A step that is under way counts in proportion."""
+    tokens, clock_s = 0, 0.0
+    for step in steps:
+        duration_s = step_s(step, behaviour)
+        if clock_s + duration_s > elapsed_s:
+            return tokens + int(step.tokens * (elapsed_s - clock_s) / duration_s)
+        clock_s += duration_s
+        tokens += step.tokens
+    return tokens
+
+
+def billed_tokens(answer: Answer, behaviour: Behaviour, elapsed_s: float) -> int:
+    """The output that is billed when somebody hung up `elapsed_s` after the request."""
+    if behaviour.overrun:
+        return answer.final.output_tokens
+    return generated_tokens(answer.steps(), behaviour, elapsed_s + behaviour.after_disconnect_s)
+
+
+async def deliver_json(exchange: Exchange, answer: Answer, behaviour: Behaviour, headers: Headers, encoding: str, clock: Clock) -> int:
+    """Send the answer whole, when it is whole. Returns the output tokens to bill; raises HungUp."""
+    whole_s = sum(step_s(step, behaviour) for step in answer.steps())
+    await exchange.pause(max(behaviour.delay_headers_s, whole_s + behaviour.ahead_s) - clock.elapsed_s())
+    if behaviour.hang_up:
+        exchange.hang_up()
+    body = json.dumps(answer.json()).encode()
+    await exchange.answer(200, [("content-type", "application/json"), *headers], body, encoding=encoding)
+    return answer.final.output_tokens
+
+
+async def deliver_stream(exchange: Exchange, answer: Answer, behaviour: Behaviour, headers: Headers, encoding: str, clock: Clock) -> int:
+    """Send the answer as events while it is generated, up to its end or to the behaviour's error, with which generation ends as well.
+
+    Returns the output tokens to bill; raises HungUp.
+    """
+    await exchange.pause(behaviour.delay_headers_s - clock.elapsed_s())
+    if behaviour.hang_up:
+        exchange.hang_up()
+    stream = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache")]
+    await exchange.start(200, [*stream, *headers], encoding=encoding)
+    count, tokens = 0, 0
+    async for tokens, sent in _paced(exchange, answer, behaviour, clock):
+        if behaviour.error is not None and _error_is_due(behaviour, count, tokens, answer):
+            message = behaviour.error.removesuffix("_error").capitalize()
+            await exchange.send(event("error", error={"type": behaviour.error, "message": message}))
+            await exchange.finish()
+            return tokens
+        if count == behaviour.cut_after_events:
+            exchange.hang_up()
+        await exchange.send(sent)
+        count += 1
+    if count == behaviour.cut_after_events:
+        exchange.hang_up()
+    await exchange.finish()
+    return answer.final.output_tokens
+
+
+def _error_is_due(behaviour: Behaviour, count: int, tokens: int, answer: Answer) -> bool:
+    if behaviour.error_after_events is not None:
+        return count >= behaviour.error_after_events
+    return tokens * 2 >= answer.final.output_tokens
+
+
+async def _paced(exchange: Exchange, answer: Answer, behaviour: Behaviour, clock: Clock) -> AsyncIterator[tuple[int, bytes]]:
+    """Each event when it is due, with the tokens generated for it and before it; pings while nothing is."""
+    yield 0, answer.opening()
+    silent_until_s = behaviour.delay_headers_s + behaviour.say_nothing_s
+    await exchange.pause(silent_until_s - clock.elapsed_s())
+    tokens, generated_s = 0, 0.0
+    for step in answer.steps():
+        generated_s += step_s(step, behaviour)
+        while (wait_s := generated_s + behaviour.ahead_s - clock.elapsed_s()) > 0:
+            await exchange.pause(min(wait_s, behaviour.ping_s))
+            if wait_s > behaviour.ping_s:
+                yield tokens, PING
+        tokens += step.tokens
+        if step.event is not None:
+            yield tokens, step.event
+    for last in answer.closing():
+        yield tokens, last

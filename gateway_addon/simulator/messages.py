@@ -1,0 +1,173 @@
+"""An answer of the Messages API, as a value: what is generated, and how it looks as JSON and as server-sent events.
+
+Pure: no clock, no socket. The order of a stream, which is what a meter must understand:
+
+    message_start                       the prompt's usage, with the 5m/1h split, the tier, the geo and the speed: only here
+    (content_block_start, content_block_delta*, content_block_stop)*
+    message_delta                       the stop reason; usage as a running total, which replaces and is never added
+    message_stop
+
+`ping` and `error` may stand anywhere.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .book import Iteration, Usage
+
+PROSE = "It is the meter that runs while the words are made, and not while they are read. "
+SIGNATURE = "c2ltdWxhdGVk" * 4
+
+
+def event(name: str, **data: Any) -> bytes:
+    """One server-sent event, framed as the API frames it."""
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
+
+
+PING = event("ping")
+
+
+class Step(NamedTuple):
+    """A stretch of generation: so many tokens, and then, where anything is to be seen of them, an event."""
+
+    tokens: int
+    event: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One content block. `spelled` is what its deltas add up to in the field `key`; empty where the tokens stay hidden."""
+
+    tokens: int
+    opening: dict[str, Any]
+    whole: dict[str, Any]
+    delta: str = "text_delta"
+    key: str = "text"
+    spelled: str = ""
+
+    def steps(self, index: int, tokens_per_event: int) -> Iterator[Step]:
+        yield Step(0, event("content_block_start", index=index, content_block=self.opening))
+        if index == 0:
+            yield Step(0, PING)
+        if not self.spelled:
+            yield Step(self.tokens, None)
+        pieces = max(1, -(-self.tokens // tokens_per_event)) if self.spelled else 0
+        for piece in range(pieces):
+            start, end = (len(self.spelled) * at // pieces for at in (piece, piece + 1))
+            born = self.tokens * (piece + 1) // pieces - self.tokens * piece // pieces
+            yield Step(born, event("content_block_delta", index=index, delta={"type": self.delta, self.key: self.spelled[start:end]}))
+        if "signature" in self.whole:
+            yield Step(0, event("content_block_delta", index=index, delta={"type": "signature_delta", "signature": SIGNATURE}))
+        yield Step(0, event("content_block_stop", index=index))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    message_id: str
+    model: str
+    blocks: tuple[Block, ...]
+    stop_reason: str
+    start: Usage
+    """What is known when the first event goes out."""
+    final: Usage
+    iterations: tuple[Iteration, ...] = ()
+    tokens_per_event: int = 8
+
+    def json(self) -> dict[str, Any]:
+        content = [block.whole for block in self.blocks]
+        return self._message(content, self.stop_reason, _opening_usage(self.start) | self._closing_usage())
+
+    def opening(self) -> bytes:
+        """message_start. Its `output_tokens` is a placeholder, neither a floor nor a count."""
+        return event("message_start", message=self._message([], None, _opening_usage(self.start) | {"output_tokens": 1}))
+
+    def steps(self) -> Iterator[Step]:
+        """All that lies between the opening and the closing. Can be walked again and again."""
+        for index, block in enumerate(self.blocks):
+            yield from block.steps(index, self.tokens_per_event)
+
+    def closing(self) -> Iterator[bytes]:
+        yield event("message_delta", delta={"stop_reason": self.stop_reason, "stop_sequence": None}, usage=self._closing_usage())
+        yield event("message_stop")
+
+    def _message(self, content: list[dict[str, Any]], stop_reason: str | None, usage: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "id": self.message_id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.model,
+            "content": content,
+            "stop_reason": stop_reason,
+            "stop_sequence": None,
+            "usage": usage,
+        }
+
+    def _closing_usage(self) -> dict[str, Any]:
+        usage = _prompt_usage(self.final) | {"output_tokens": self.final.output_tokens}
+        if self.final.thinking_tokens:
+            usage["output_tokens_details"] = {"thinking_tokens": self.final.thinking_tokens}
+        if self.final.web_searches:
+            usage["server_tool_use"] = {"web_search_requests": self.final.web_searches, "web_fetch_requests": 0}
+        if self.iterations:
+            parts = [Iteration("message", self.model, self.final), *self.iterations]
+            usage["iterations"] = [_iteration_usage(part) for part in parts]
+        return usage
+
+
+def _prompt_usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.input_tokens,
+        "cache_creation_input_tokens": usage.cache_write_5m_tokens + usage.cache_write_1h_tokens,
+        "cache_read_input_tokens": usage.cache_read_tokens,
+    }
+
+
+def _split(usage: Usage) -> dict[str, Any]:
+    return {"ephemeral_5m_input_tokens": usage.cache_write_5m_tokens, "ephemeral_1h_input_tokens": usage.cache_write_1h_tokens}
+
+
+def _opening_usage(usage: Usage) -> dict[str, Any]:
+    """With the fields that a stream shows once. A JSON answer has them too, and there as well the split may lag behind the total."""
+    once = {"cache_creation": _split(usage), "service_tier": usage.service_tier, "inference_geo": usage.inference_geo}
+    speed = {"speed": usage.speed} if usage.speed != "standard" else {}
+    return _prompt_usage(usage) | once | speed
+
+
+def _iteration_usage(part: Iteration) -> dict[str, Any]:
+    counts = _prompt_usage(part.usage) | {"cache_creation": _split(part.usage), "output_tokens": part.usage.output_tokens}
+    model = {} if part.kind == "compaction" else {"model": part.model}
+    return {"type": part.kind} | model | counts
+
+
+def prose(length: int) -> str:
+    """So many characters, each one byte both in UTF-8 and in JSON: a token a byte is then a token a character."""
+    return (PROSE * (length // len(PROSE) + 1))[:length]
+
+
+def text(tokens: int, bytes_per_token: int) -> Block:
+    spelled = prose(tokens * bytes_per_token)
+    return Block(tokens, {"type": "text", "text": ""}, {"type": "text", "text": spelled}, spelled=spelled)
+
+
+def thinking(tokens: int, characters: int) -> Block:
+    """Thinking that shows so many characters. None at all is `display: omitted`: only the signature comes."""
+    shown = {"type": "thinking", "thinking": "", "signature": ""}
+    spelled = prose(characters)
+    return Block(tokens, shown, shown | {"thinking": spelled, "signature": SIGNATURE}, "thinking_delta", "thinking", spelled)
+
+
+def tool_use(tool_id: str, name: str, tokens: int, bytes_per_token: int) -> Block:
+    """A call of the client's tool. Its input is JSON that arrives in pieces."""
+    opening: dict[str, Any] = {"type": "tool_use", "id": tool_id, "name": name, "input": {}}
+    given = {"note": prose(max(0, tokens * bytes_per_token - len(json.dumps({"note": ""}))))}
+    return Block(tokens, opening, opening | {"input": given}, "input_json_delta", "partial_json", json.dumps(given))
+
+
+def web_search(tool_id: str) -> tuple[Block, Block]:
+    """A search on the server's side, and what it found. Its cost is in the usage: late input, and one more request."""
+    use: dict[str, Any] = {"type": "server_tool_use", "id": tool_id, "name": "web_search", "input": {}}
+    found: dict[str, Any] = {"type": "web_search_tool_result", "tool_use_id": tool_id, "content": []}
+    query = {"query": "what does it cost"}
+    return Block(0, use, use | {"input": query}, "input_json_delta", "partial_json", json.dumps(query)), Block(0, found, found)

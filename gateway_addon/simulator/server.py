@@ -1,0 +1,220 @@
+"""The simulated Claude API: who may ask, what for, and what goes into the book.
+
+    async with Simulator(behaviour=Behaviour(hostile=True)) as api:
+        client = anthropic.AsyncAnthropic(base_url=api.url, api_key=api.key)
+        ...
+        api.book.billed_nano
+
+Promises the shapes of the real one: paths, error envelopes, headers, JSON and events. Its book and its prices are its own.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import itertools
+import json
+import ssl
+import uuid
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qs, unquote
+
+from .behaviour import Behaviour, overridden
+from .book import Book, Row, Usage
+from .catalogue import model_info, model_page
+from .delivery import Clock, billed_tokens, deliver_json, deliver_stream
+from .errors import ApiError
+from .http import Exchange, Headers, HungUp, Request, serve
+from .messages import Answer
+from .model import answer as generate
+from .prompt import Cache, tokens
+from .reading import check_message, read_prompt
+
+HONEST = Behaviour()
+KEY = "sk-ant-api03-simulated-key-for-tests-and-the-demo"
+ORGANIZATION_ID = "0e1d5b1c-0000-4000-8000-51301a7ed000"
+WORKSPACE_ID = "wrkspc_01SimulatedWorkspace"
+JSON = ("content-type", "application/json")
+LIMITS_PER_MINUTE = {"requests": 4_000, "input-tokens": 2_000_000, "output-tokens": 400_000, "tokens": 2_400_000}
+
+
+class Simulator:
+    """A server on its own loopback port. `behaviour` may be replaced at any time; it holds from the next request on."""
+
+    def __init__(
+        self,
+        *,
+        key: str = KEY,
+        behaviour: Behaviour = HONEST,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.key = key
+        self.behaviour = behaviour
+        self.book = Book()
+        self._host, self._port, self._tls = host, port, tls
+        self._cache = Cache()
+        self._run = uuid.uuid4().hex[:12]
+        self._numbers = itertools.count(1)
+        self._connections: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._connected, self._host, self._port, ssl=self._tls, backlog=1024)
+        self._port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop listening and drop every connection; what was in flight is billed as if its client had left."""
+        assert self._server is not None
+        self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        await self._server.wait_closed()
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self._tls else 'http'}://{self._host}:{self._port}"
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        self.book.connections += 1
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await serve(reader, writer, self._answer, self._received)
+        finally:
+            self._connections.discard(task)
+
+    def _received(self, count: int) -> None:
+        self.book.bytes_received += count
+
+    async def _answer(self, exchange: Exchange) -> None:
+        """One request: into the book, to its endpoint, and its end into the book again."""
+        request = exchange.request
+        if request.target.startswith("/_simulator/"):
+            await self._private(exchange)
+            return
+        request_id = f"req_{self._run}{next(self._numbers):012d}"
+        self.book.open(_row(request_id, request))
+        delivered = False
+        try:
+            try:
+                await self._endpoint(exchange, request_id)
+            except ApiError as refused:
+                await self._reply(exchange, request_id, refused.status, refused.body(request_id), refused.headers)
+            delivered = True
+        finally:
+            answered = exchange.sent_sha256.hexdigest()
+            self.book.note(request_id, status=exchange.status, in_flight=False, delivered=delivered, answer_sha256=answered)
+
+    async def _private(self, exchange: Exchange) -> None:
+        """The book, for whoever runs the simulation as a process. Not the API's, so not in the book."""
+        known = exchange.request.target == "/_simulator/book"
+        body = json.dumps(self.book.as_dict() if known else None).encode()
+        await exchange.answer(200 if known else 404, [JSON], body)
+
+    async def _endpoint(self, exchange: Exchange, request_id: str) -> None:
+        """The path table. Batches and files would be further rows of it."""
+        request = exchange.request
+        path, _, query = request.target.partition("?")
+        if path == "/api/hello" and request.method in ("GET", "HEAD"):
+            await self._reply(exchange, request_id, 200, b"{}")
+            return
+        if request.too_large:
+            raise ApiError("request_too_large", "Request exceeds the maximum size")
+        self._authenticate(request)
+        match request.method, path.split("/")[1:]:
+            case "POST", ["v1", "messages"]:
+                await self._messages(exchange, request_id)
+            case "POST", ["v1", "messages", "count_tokens"]:
+                body, _ = read_prompt(request)
+                counted = tokens(body, len(request.body), hostile=_behaviour(self.behaviour, body).hostile)
+                await self._reply(exchange, request_id, 200, json.dumps({"input_tokens": counted}).encode())
+            case "GET", ["v1", "models"]:
+                await self._reply(exchange, request_id, 200, json.dumps(model_page(parse_qs(query))).encode())
+            case "GET", ["v1", "models", model]:
+                await self._reply(exchange, request_id, 200, json.dumps(model_info(unquote(model))).encode())
+            case _:
+                raise ApiError("not_found_error", f"Not found: {request.method} {path}")
+
+    def _authenticate(self, request: Request) -> None:
+        """The key may come in either header. Where both come, both have to be right."""
+        given = [value.removeprefix("Bearer ") for name, value in request.headers if name in ("x-api-key", "authorization")]
+        if not given or not all(hmac.compare_digest(value.encode(), self.key.encode()) for value in given):
+            raise ApiError("authentication_error", "invalid x-api-key")
+
+    async def _messages(self, exchange: Exchange, request_id: str) -> None:
+        clock = Clock()
+        request = exchange.request
+        body, model = read_prompt(request)
+        stream = body.get("stream") is True
+        self.book.note(request_id, model_asked=body["model"], stream=stream)
+        behaviour = _behaviour(self.behaviour, body)
+        check_message(request, body, model, hostile=behaviour.hostile)
+        await _refuse_as_told(exchange, behaviour, stream)
+        answer = generate(f"msg_{request_id[4:]}", behaviour.served_model or model, body, len(request.body), behaviour, self._cache)
+        self.book.note(request_id, message_id=answer.message_id, model_served=answer.model, stop_reason=answer.stop_reason)
+        exchange.cut_after_bytes = behaviour.cut_after_bytes
+        headers, encoding = self._headers(request_id, behaviour), _encoding(request, behaviour)
+        deliver = deliver_stream if stream else deliver_json
+        output_tokens = 0
+        try:
+            output_tokens = await deliver(exchange, answer, behaviour, headers, encoding, clock)
+        except (HungUp, asyncio.CancelledError):
+            output_tokens = billed_tokens(answer, behaviour, clock.elapsed_s())
+            raise
+        finally:
+            self.book.bill(request_id, _used(answer, output_tokens), answer.iterations)
+
+    async def _reply(self, exchange: Exchange, request_id: str, status: int, body: bytes, headers: Headers | None = None) -> None:
+        """An answer without a model in it: nothing of it is billed."""
+        encoding = _encoding(exchange.request, self.behaviour)
+        await exchange.answer(status, [JSON, *self._headers(request_id, self.behaviour), *(headers or [])], body, encoding=encoding)
+
+    def _headers(self, request_id: str, behaviour: Behaviour) -> Headers:
+        """What the real API tells about the request and about the account that all share."""
+        reset = (datetime.now(UTC) + timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        headers = [("request-id", request_id), ("anthropic-organization-id", ORGANIZATION_ID), ("anthropic-workspace-id", WORKSPACE_ID)]
+        for kind, limit in LIMITS_PER_MINUTE.items():
+            remaining = limit * behaviour.ratelimit_remaining_percent // 100
+            said = {"limit": str(limit), "remaining": str(remaining), "reset": reset}
+            headers += [(f"anthropic-ratelimit-{kind}-{name}", value) for name, value in said.items()]
+        return headers
+
+
+def _row(request_id: str, request: Request) -> Row:
+    digest = hashlib.sha256(request.body).hexdigest()
+    return Row(request_id, request.method, request.target, request.headers, len(request.body), digest)
+
+
+def _behaviour(server: Behaviour, body: dict[str, Any]) -> Behaviour:
+    try:
+        return overridden(server, body)
+    except ValueError as error:
+        raise ApiError("invalid_request_error", str(error)) from error
+
+
+async def _refuse_as_told(exchange: Exchange, behaviour: Behaviour, stream: bool) -> None:
+    """The errors that come before any work. A stream's own `error` comes in its middle instead."""
+    if behaviour.status is not None:
+        await exchange.pause(behaviour.delay_headers_s)
+        raise ApiError.of_status(behaviour.status, behaviour.retry_after_s)
+    if behaviour.error is not None and not stream:
+        raise ApiError(behaviour.error, "The simulated API was asked to fail", retry_after_s=behaviour.retry_after_s)
+
+
+def _encoding(request: Request, behaviour: Behaviour) -> str:
+    """gzip for whoever offers it, as the real API does, on errors and events too."""
+    offered = [part.strip() for part in (request.header("accept-encoding") or "").split(",")]
+    return behaviour.encoding or ("gzip" if "gzip" in offered else "identity")
+
+
+def _used(answer: Answer, output_tokens: int) -> Usage:
+    return replace(answer.final, output_tokens=output_tokens, thinking_tokens=min(output_tokens, answer.final.thinking_tokens))
