@@ -1,0 +1,37 @@
+"""The ledger: who spent what, and who may spend more. The only rooms that speak SQL."""
+
+from gateway_addon.ledger.sqlite import Ledger
+from gateway_addon.ledger.values import (
+    Cap,
+    Denied,
+    LedgerUnavailable,
+    NewCall,
+    Outcome,
+    Pause,
+    RateLimits,
+    Reserved,
+    Resolution,
+    Settlement,
+    Standing,
+    Token,
+    app_scope,
+    team_scope,
+)
+
+__all__ = [
+    "Cap",
+    "Denied",
+    "Ledger",
+    "LedgerUnavailable",
+    "NewCall",
+    "Outcome",
+    "Pause",
+    "RateLimits",
+    "Reserved",
+    "Resolution",
+    "Settlement",
+    "Standing",
+    "Token",
+    "app_scope",
+    "team_scope",
+]

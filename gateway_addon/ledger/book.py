@@ -1,0 +1,324 @@
+"""The ledger's arithmetic: synchronous functions on a connection inside a transaction that the caller opened.
+
+Promises: a reservation is written by one statement whose WHERE is the judgement, so check and write cannot come apart; the
+explanation is read by the same text (`OBSTACLES`) only when it said no. Each function here is one small group of statements,
+all searches by key: their cost does not grow with the ledger. Knows nothing of files, threads, clocks or policies.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Sequence
+from datetime import tzinfo
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from gateway_addon.ledger.denial import Obstacle, explain
+from gateway_addon.ledger.values import (
+    Cap,
+    Denied,
+    LedgerUnavailable,
+    NewCall,
+    Outcome,
+    PricedPart,
+    RateLimits,
+    Reserved,
+    Resolution,
+    Settlement,
+    Standing,
+    app_scope,
+    team_scope,
+)
+from gateway_addon.windows import WINDOWS, Starts, next_start, starts
+
+# One row per cap asked about, with what stands against it. `:caps` is JSON: [[scope, window, window_start, amount_nano], ...].
+STANDINGS = """
+  SELECT cap.scope, cap.window, cap.window_start, cap.amount_nano + cap.raised_nano AS cap_nano, cap.raised_nano,
+    coalesce(spent_nano, 0) AS spent_nano, coalesce(reserved_nano, 0) AS reserved_nano,
+    coalesce(quantum_nano, 0) AS quantum_nano, coalesce(open, 0) AS open
+  FROM (SELECT json_extract(value, '$[0]') AS scope, json_extract(value, '$[1]') AS window,
+          json_extract(value, '$[2]') AS window_start, json_extract(value, '$[3]') AS amount_nano,
+          (SELECT coalesce(sum(amount_nano), 0) FROM raises WHERE scope = json_extract(value, '$[0]')
+           AND window = json_extract(value, '$[1]') AND until > :now) AS raised_nano
+        FROM json_each(:caps)) AS cap
+  LEFT JOIN balances USING (scope, window, window_start)
+"""
+
+# What stands in the way of a reservation, in the order in which it is named; no row: nothing does. Rates are a sliding minute: the last
+# calendar minute counts by the share of it that is still within sixty seconds, so a minute's turn lets no double burst through.
+_RATE = """
+  SELECT 'rate' AS what, '{limit}' AS name, recent, before, NULL AS until
+    FROM (SELECT coalesce(sum({count} * (minute = :minute)), 0) AS recent, coalesce(sum({count} * (minute < :minute)), 0) AS before
+          FROM minutes WHERE app = :app AND minute IN (:minute, :minute - 1))
+    WHERE 60 * recent + (60 - :second) * before + 60 * {size} > 60 * :{limit}
+"""
+OBSTACLES = f"""
+  SELECT iif(revoked_at <= :now, 'token_revoked', 'token_expired') AS what, NULL AS name, NULL AS recent, NULL AS before, NULL AS until
+    FROM tokens WHERE id = :token_id AND app = :app AND (revoked_at <= :now OR expires_at <= :now)
+  UNION ALL
+  SELECT 'token_unknown', NULL, NULL, NULL, NULL WHERE NOT EXISTS (SELECT 1 FROM tokens WHERE id = :token_id AND app = :app)
+  UNION ALL
+  SELECT 'paused', scope, NULL, NULL, until FROM pauses
+    WHERE scope IN ('total', :app_scope, :team_scope) AND (until IS NULL OR until > :now)
+  UNION ALL
+  SELECT 'cap', scope || ' ' || window, NULL, NULL, NULL FROM ({STANDINGS})
+    WHERE spent_nano + reserved_nano + quantum_nano + :grant_nano + :own_quantum_nano > cap_nano
+  UNION ALL
+  SELECT 'concurrency', 'concurrent', open, NULL, NULL FROM balances
+    WHERE scope = :app_scope AND window = 'ever' AND window_start = 0 AND open >= :concurrent
+  UNION ALL
+  {_RATE.format(limit="requests_per_minute", count="requests", size="1")}
+  UNION ALL
+  {_RATE.format(limit="input_tokens_per_minute", count="input_tokens", size=":input_tokens")}
+"""
+
+RESERVE = f"""
+INSERT INTO calls (state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, session_id, agent_id,
+  day_start, week_start, month_start, started_at, quote_nano, grant_nano, quantum_nano, input_tokens_quoted)
+SELECT 'open', :owner, :app, :team, :token_id, :endpoint, :model_asked, :stream, :max_tokens, :session_id, :agent_id,
+  :day_start, :week_start, :month_start, :now, :quote_nano, :grant_nano, :own_quantum_nano, :input_tokens
+WHERE NOT EXISTS ({OBSTACLES})
+"""
+
+EXTEND = f"""
+INSERT INTO entries (call_id, at, kind, reserved_nano)
+SELECT :call_id, :now, 'extend', :more_nano
+WHERE EXISTS (SELECT 1 FROM calls WHERE id = :call_id AND state = 'open')
+  AND NOT EXISTS (SELECT 1 FROM ({STANDINGS}) WHERE spent_nano + reserved_nano + :more_nano > cap_nano)
+"""
+
+RELEASE = """
+INSERT INTO entries (call_id, at, kind, reserved_nano)
+SELECT :call_id, :now, 'release', -:back_nano
+WHERE EXISTS (SELECT 1 FROM calls WHERE id = :call_id AND state = 'open')
+  AND :back_nano <= (SELECT sum(reserved_nano) FROM entries WHERE call_id = :call_id)
+"""
+
+RESOLVE = """
+INSERT INTO entries (call_id, at, kind, reserved_nano, spent_nano, quantum_nano, open)
+SELECT call_id, :now, :kind, -sum(reserved_nano), coalesce(:spent_nano, sum(reserved_nano)), -sum(quantum_nano), -1
+FROM entries WHERE call_id = :call_id
+GROUP BY call_id
+ON CONFLICT DO NOTHING
+RETURNING -reserved_nano, spent_nano
+"""
+
+FINISH = """
+UPDATE calls SET state = :state, ended_at = :now, status = :status, model_served = :model_served, stop_reason = :stop_reason,
+  request_id = :request_id, first_byte_at = :first_byte_at, complete = :complete, price_rows = :price_rows, flags = :flags
+WHERE id = :call_id
+"""
+
+ASIDE = """
+INSERT INTO calls (state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, session_id, agent_id,
+  day_start, week_start, month_start, started_at, ended_at, quote_nano, input_tokens_quoted, refusal,
+  status, model_served, stop_reason, request_id, first_byte_at, complete, price_rows, flags)
+VALUES (:state, :owner, :app, :team, :token_id, :endpoint, :model_asked, :stream, :max_tokens, :session_id, :agent_id,
+  :day_start, :week_start, :month_start, :now, :now, :quote_nano, :input_tokens, :refusal,
+  :status, :model_served, :stop_reason, :request_id, :first_byte_at, :complete, :price_rows, :flags)
+"""
+
+PART = "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+OVERRUN = """
+INSERT INTO overruns (model, call_id, at, over_nano) SELECT coalesce(model_asked, 'unknown'), id, :now, :over_nano
+FROM calls WHERE id = :call_id ON CONFLICT DO NOTHING
+"""
+
+OPEN_OF_OWNER = "SELECT id FROM calls WHERE owner = ? AND state = 'open' ORDER BY id"
+
+
+def reserve(
+    db: sqlite3.Connection,
+    owner: str,
+    call: NewCall,
+    grant_nano: int,
+    caps: Sequence[Cap],
+    *,
+    quantum_nano: int = 0,
+    rates: RateLimits | None = None,
+    now: float,
+) -> Reserved | Denied:
+    """Write an open call and its reservation of `grant_nano` where every cap, rate, token and pause allows it."""
+    if grant_nano < 0 or quantum_nano < 0:
+        raise ValueError(f"a reservation holds no negative amount, not {min(grant_nano, quantum_nano)}")
+    calendar = zone(db)
+    windows = starts(now, calendar)
+    limits = rates or RateLimits()
+    values = _call_values(call, owner, windows, now) | {
+        "caps": caps_json(caps, windows),
+        "app_scope": app_scope(call.app),
+        "team_scope": team_scope(call.team) if call.team else None,
+        "grant_nano": grant_nano,
+        "own_quantum_nano": quantum_nano,
+        "minute": int(now) // 60,
+        "second": int(now) % 60,
+        "requests_per_minute": limits.requests_per_minute,
+        "input_tokens_per_minute": limits.input_tokens_per_minute,
+        "concurrent": limits.concurrent,
+    }
+    cursor = db.execute(RESERVE, values)
+    standings = _standings(db, values, calendar)
+    if cursor.rowcount == 1 and cursor.lastrowid is not None:
+        return Reserved(cursor.lastrowid, standings)
+    obstacles = [Obstacle(*row) for row in db.execute(OBSTACLES, values).fetchall()]
+    return explain(obstacles, standings, limits, call.input_tokens, grant_nano, quantum_nano, now)
+
+
+def extend(db: sqlite3.Connection, call_id: int, more_nano: int, caps: Sequence[Cap], *, now: float) -> bool:
+    """Hold `more_nano` more for a running call; False where a cap does not allow it or the call is resolved.
+
+    `caps` are those of its admission. What other streams keep free for themselves does not count: top-ups come first.
+    """
+    row = db.execute("SELECT day_start, week_start, month_start FROM calls WHERE id = ?", (call_id,)).fetchall()
+    if not row or more_nano < 0:
+        return False
+    values = {"call_id": call_id, "more_nano": more_nano, "caps": caps_json(caps, Starts(*row[0])), "now": now}
+    return db.execute(EXTEND, values).rowcount == 1
+
+
+def release(db: sqlite3.Connection, call_id: int, back_nano: int, *, now: float) -> bool:
+    """Give back a part of what a running call holds, on evidence; False where it holds less or is resolved."""
+    return back_nano >= 0 and db.execute(RELEASE, {"call_id": call_id, "back_nano": back_nano, "now": now}).rowcount == 1
+
+
+def settle(db: sqlite3.Connection, call_id: int, settlement: Settlement, caps: Sequence[Cap] = (), *, now: float) -> Resolution:
+    """Turn what a call holds into what it cost, in full even where that is more (flagged `overrun`). At most once."""
+    held_and_spent = _resolve(db, call_id, "settle", settlement.cost_nano, now)
+    if held_and_spent is None:
+        return Resolution(first=False)
+    held_nano, spent_nano = held_and_spent
+    overrun = spent_nano > held_nano
+    flags = settlement.outcome.flags
+    if settlement.cost_nano is None and "estimated" not in flags:
+        flags += ("estimated",)
+    if overrun:
+        flags += ("overrun",)
+        db.execute(OVERRUN, {"call_id": call_id, "now": now, "over_nano": spent_nano - held_nano})
+    db.execute(FINISH, {"call_id": call_id, "state": "settled", "now": now} | _outcome_values(settlement.outcome, flags))
+    db.executemany(PART, _usage_rows(call_id, settlement.parts, spent_nano))
+    return Resolution(True, spent_nano, held_nano, overrun, _standings_of_call(db, call_id, caps, now))
+
+
+def void(db: sqlite3.Connection, call_id: int, outcome: Outcome, caps: Sequence[Cap] = (), *, now: float) -> Resolution:
+    """Give back everything that a call holds: the provider did no work. At most once."""
+    held_and_spent = _resolve(db, call_id, "void", 0, now)
+    if held_and_spent is None:
+        return Resolution(first=False)
+    db.execute(FINISH, {"call_id": call_id, "state": "voided", "now": now} | _outcome_values(outcome, outcome.flags))
+    return Resolution(True, 0, held_and_spent[0], False, _standings_of_call(db, call_id, caps, now))
+
+
+def refused(db: sqlite3.Connection, owner: str, call: NewCall, code: str, *, now: float) -> None:
+    """Keep a row for a request that went no further."""
+    _aside(db, owner, call, "refused", code, Outcome(), now)
+
+
+def free(db: sqlite3.Connection, owner: str, call: NewCall, outcome: Outcome, *, now: float) -> None:
+    """Keep a row for a request that costs nothing and was forwarded without a reservation (token counts, model lists)."""
+    _aside(db, owner, call, "free", None, outcome, now)
+
+
+def noise(db: sqlite3.Connection, reason: str, *, now: float) -> None:
+    """Count a request without a valid token."""
+    db.execute("INSERT INTO noise VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET calls = calls + 1", (int(now) // 60 * 60, reason))
+
+
+def standing(db: sqlite3.Connection, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
+    """Every scope in every window, with the caps among `caps` that limit it."""
+    calendar = zone(db)
+    windows = starts(now, calendar)
+    amounts = {(cap.scope, cap.window): cap.amount_nano for cap in caps}
+    frames = [[scope, window, windows.of(window), amounts.get((scope, window))] for scope in scopes for window in WINDOWS]
+    return _standings(db, {"caps": json.dumps(frames), "now": now}, calendar)
+
+
+def zone(db: sqlite3.Connection) -> tzinfo:
+    """The zone of the ledger's calendar: a row of its own, so that every process on the file keeps the same windows."""
+    rows = db.execute("SELECT value FROM settings WHERE name = 'zone'").fetchall()
+    if not rows:
+        raise LedgerUnavailable("the ledger has no time zone: it was not made by this program; `gateway init` makes one")
+    return ZoneInfo(rows[0][0])
+
+
+def caps_json(caps: Iterable[Cap], windows: Starts) -> str:
+    """The caps that the ledger keeps, in the form that the statements read."""
+    return json.dumps([[cap.scope, cap.window, getattr(windows, cap.window), cap.amount_nano] for cap in caps if cap.window != "request"])
+
+
+def _standings(db: sqlite3.Connection, values: dict[str, Any], calendar: tzinfo) -> tuple[Standing, ...]:
+    return tuple(
+        Standing(scope, window, start, next_start(window, start or values["now"], calendar), *amounts)
+        for scope, window, start, *amounts in db.execute(STANDINGS, values).fetchall()
+    )
+
+
+def _standings_of_call(db: sqlite3.Connection, call_id: int, caps: Sequence[Cap], now: float) -> tuple[Standing, ...]:
+    if not caps:
+        return ()
+    [row] = db.execute("SELECT day_start, week_start, month_start FROM calls WHERE id = ?", (call_id,)).fetchall()
+    return _standings(db, {"caps": caps_json(caps, Starts(*row)), "now": now}, zone(db))
+
+
+def _resolve(db: sqlite3.Connection, call_id: int, kind: str, spent_nano: int | None, now: float) -> tuple[int, int] | None:
+    """What the call held and what is booked as spent; None where it is unknown or was resolved before."""
+    rows = db.execute(RESOLVE, {"call_id": call_id, "kind": kind, "spent_nano": spent_nano, "now": now}).fetchall()
+    return rows[0] if rows else None
+
+
+def _aside(db: sqlite3.Connection, owner: str, call: NewCall, state: str, refusal: str | None, outcome: Outcome, now: float) -> None:
+    values = _call_values(call, owner, starts(now, zone(db)), now) | _outcome_values(outcome, outcome.flags)
+    db.execute(ASIDE, values | {"state": state, "refusal": refusal})
+
+
+def _call_values(call: NewCall, owner: str, windows: Starts, now: float) -> dict[str, Any]:
+    return {
+        "owner": owner,
+        "app": call.app,
+        "team": call.team,
+        "token_id": call.token_id,
+        "endpoint": call.endpoint,
+        "model_asked": call.model_asked,
+        "stream": call.stream,
+        "max_tokens": call.max_tokens,
+        "session_id": call.session_id,
+        "agent_id": call.agent_id,
+        "day_start": windows.day,
+        "week_start": windows.week,
+        "month_start": windows.month,
+        "quote_nano": call.quote_nano,
+        "input_tokens": call.input_tokens,
+        "now": now,
+    }
+
+
+def _outcome_values(outcome: Outcome, flags: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "status": outcome.status,
+        "model_served": outcome.model_served,
+        "stop_reason": outcome.stop_reason,
+        "request_id": outcome.request_id,
+        "first_byte_at": outcome.first_byte_at,
+        "complete": outcome.complete,
+        "price_rows": outcome.price_rows,
+        "flags": " ".join(flags),
+    }
+
+
+def _usage_rows(call_id: int, parts: Sequence[PricedPart], spent_nano: int) -> list[tuple[object, ...]]:
+    """The billed parts, and what of the settled amount no part explains (an estimate's surplus) as a row of its own."""
+    rows: list[tuple[object, ...]] = []
+    for number, part in enumerate(parts):
+        tokens = part.tokens
+        kinds = (
+            tokens.input_tokens,
+            tokens.output_tokens,
+            tokens.cache_read_tokens,
+            tokens.cache_write_5m_tokens,
+            tokens.cache_write_1h_tokens,
+            tokens.cache_write_unsplit_tokens,
+        )
+        rows.append((call_id, number, part.kind, part.model, *kinds, part.web_searches, part.nano, part.price_row))
+    unexplained_nano = spent_nano - sum(part.nano for part in parts)
+    if unexplained_nano:
+        rows.append((call_id, len(parts), "estimate", None, 0, 0, 0, 0, 0, 0, 0, unexplained_nano, None))
+    return rows

@@ -1,0 +1,120 @@
+"""Where a ledger lies: its address, its connections, and what to tell the operator when the file fails.
+
+Promises that only `create` makes a file, that every connection has the same settings, and that a database error comes out as one
+sentence that names the file and the way out. SQLite and its locks need a local filesystem.
+"""
+
+import os
+import sqlite3
+from pathlib import Path
+
+from gateway_addon.ledger.schema import migrate
+from gateway_addon.ledger.values import LedgerUnavailable
+
+SCHEME = "sqlite:///"
+BUSY_MS = 500  # for writers that take no turn (a person's sqlite3 shell, a backup); the gateway's own take turns and never meet
+
+_SENTENCES = {
+    sqlite3.SQLITE_BUSY: "the ledger {path} is locked by another program; close the program that writes to it",
+    sqlite3.SQLITE_LOCKED: "the ledger {path} is locked by another program; close the program that writes to it",
+    sqlite3.SQLITE_PROTOCOL: "the ledger {path} is locked by another program; close the program that writes to it",
+    sqlite3.SQLITE_READONLY: "the ledger {path} cannot be written: give the gateway's user write access to the file and its folder",
+    sqlite3.SQLITE_PERM: "the ledger {path} cannot be written: give the gateway's user write access to the file and its folder",
+    sqlite3.SQLITE_CANTOPEN: "the ledger {path} cannot be opened: check that its folder exists and the gateway's user may write there",
+    sqlite3.SQLITE_FULL: "the disk of the ledger {path} is full: free some space, the gateway goes on by itself",
+    sqlite3.SQLITE_IOERR: "the disk of the ledger {path} reports an error: the gateway goes on by itself when it is back",
+    sqlite3.SQLITE_NOMEM: "there is not enough memory to open the ledger {path}",
+    sqlite3.SQLITE_CORRUPT: "the ledger {path} is damaged: stop the gateway, keep the file, restore the last backup, then `gateway doctor`",
+    sqlite3.SQLITE_NOTADB: "{path} is not a ledger or is damaged: stop the gateway, keep the file, restore the last backup, then"
+    " `gateway doctor`",
+}  # fmt: skip
+
+type Identity = tuple[int, int]
+"""Device and inode: two files of one name differ by it."""
+
+
+def ledger_path(url: str) -> Path:
+    """The file of `sqlite:///PATH` (or a bare path). Raises ValueError with a sentence for any other address."""
+    if "://" in url and not url.startswith(SCHEME):
+        raise ValueError(f"the ledger {url.split('://')[0]}://... is not supported; write sqlite:///PATH")
+    path = url.removeprefix(SCHEME)
+    if not path:
+        raise ValueError("the ledger's address names no file; write sqlite:///PATH, for example sqlite:///gateway.db")
+    return Path(path)
+
+
+def create(path: Path, zone: str = "UTC") -> None:
+    """Make an empty ledger, or bring an existing one up to date. Raises LedgerUnavailable."""
+    if not path.parent.is_dir():
+        raise LedgerUnavailable(f"the folder {path.parent} does not exist: make it, then make the ledger again")
+    try:
+        db = _open(path, "rwc")
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            migrate(db)
+            db.execute("INSERT INTO settings VALUES ('zone', ?) ON CONFLICT DO NOTHING", (zone,))
+        finally:
+            db.close()
+    except sqlite3.Error as error:
+        raise unavailable(path, error) from error
+
+
+def identity(path: Path) -> Identity:
+    """Which file this is. Raises LedgerUnavailable where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise LedgerUnavailable(f"there is no ledger at {path}: `gateway init` makes one, or name yours with --ledger") from None
+    except OSError as error:
+        raise LedgerUnavailable(f"the ledger {path} cannot be read: {error.strerror}") from error
+    return status.st_dev, status.st_ino
+
+
+def still(path: Path, known: Identity) -> None:
+    """Raises LedgerUnavailable unless the file is the one opened at the start: two ledgers would know half of the spending each."""
+    if not path.exists():
+        raise LedgerUnavailable(f"the ledger {path} was removed while the gateway runs: put the same file back, or restart the gateway")
+    if identity(path) != known:
+        raise LedgerUnavailable(f"the ledger {path} was replaced while the gateway runs: restart the gateway to use the new file")
+
+
+def writer_connection(path: Path) -> sqlite3.Connection:
+    """A connection that writes durably: what is committed survives a power cut (`synchronous=FULL`). Raises sqlite3.Error."""
+    db = _open(path, "rw")
+    try:
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("PRAGMA synchronous = FULL")
+        migrate(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def reader_connection(path: Path, *, wait_ms: int = BUSY_MS) -> sqlite3.Connection:
+    """A connection that cannot write. Raises sqlite3.Error."""
+    db = _open(path, "rw", wait_ms)
+    db.execute("PRAGMA query_only = ON")
+    return db
+
+
+def unavailable(path: Path, error: sqlite3.Error | OSError) -> LedgerUnavailable:
+    """The sentence for an error of the file. The driver's own words follow, for the search engine."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    sentence = _SENTENCES.get(code, "the ledger {path} failed").format(path=path)
+    return LedgerUnavailable(f"{sentence} ({error})")
+
+
+def is_of_the_file(error: Exception) -> bool:
+    """True where the file or the disk failed, False where one operation did (a constraint, a wrong value)."""
+    return isinstance(error, OSError) or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _SENTENCES
+
+
+def is_busy(error: Exception) -> bool:
+    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+
+
+def _open(path: Path, mode: str, wait_ms: int = BUSY_MS) -> sqlite3.Connection:
+    """Transactions are begun by hand (`isolation_level=None`): the driver would begin them deferred, and lose the race for the lock."""
+    address = f"{Path(os.path.abspath(path)).as_uri()}?mode={mode}"
+    return sqlite3.connect(address, uri=True, timeout=wait_ms / 1000, isolation_level=None, check_same_thread=False)

@@ -1,0 +1,178 @@
+"""The ledger's tables, and the rules that the database itself keeps.
+
+Promises, whatever code writes: no entry without its balances (a trigger books both in one statement), no open call without its
+reservation (the call's row writes the entry), no call resolved twice (a unique index), no entry or audit row changed or removed.
+Each migration is a function whose name is its identity; it runs once, in one transaction.
+"""
+
+import sqlite3
+
+from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
+
+migrations = Migrations("gateway_ledger")
+
+# A call counts in each of these scopes and windows, capped or not: a cap added at noon knows the morning.
+_FRAMES = "\nUNION ALL\n".join(
+    f"SELECT id AS call_id, {scope} AS scope, '{window}' AS window, {start} AS window_start FROM calls{where}"
+    for scope, where in (("'total'", ""), ("'app:' || app", ""), ("'team:' || team", " WHERE team IS NOT NULL"))
+    for window, start in (("day", "day_start"), ("week", "week_start"), ("month", "month_start"), ("ever", "0"))
+)
+
+TABLES = f"""
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+
+CREATE TABLE owners (       -- a process that writes; `commits` counts its transactions, so that a doubtful one can be looked up
+  id TEXT PRIMARY KEY, pid INTEGER NOT NULL, host TEXT NOT NULL, started_at REAL NOT NULL, commits INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE tokens (
+  id INTEGER PRIMARY KEY, app TEXT NOT NULL, label TEXT NOT NULL, digest TEXT NOT NULL UNIQUE,  -- SHA-256, hexadecimal
+  created_at REAL NOT NULL, expires_at REAL, revoked_at REAL
+) STRICT;
+
+CREATE TABLE calls (        -- a row per request with a valid token, refused ones too
+  id INTEGER PRIMARY KEY,
+  state TEXT NOT NULL CHECK (state IN ('open', 'settled', 'voided', 'refused', 'free')),
+  owner TEXT NOT NULL,
+  app TEXT NOT NULL, team TEXT, token_id INTEGER NOT NULL,
+  endpoint TEXT NOT NULL, model_asked TEXT, model_served TEXT, stream INTEGER NOT NULL, max_tokens INTEGER,
+  session_id TEXT, agent_id TEXT,
+  day_start INTEGER NOT NULL, week_start INTEGER NOT NULL, month_start INTEGER NOT NULL,  -- of its admission, in the ledger's zone
+  started_at REAL NOT NULL, first_byte_at REAL, ended_at REAL,
+  quote_nano INTEGER NOT NULL DEFAULT 0, grant_nano INTEGER NOT NULL DEFAULT 0, quantum_nano INTEGER NOT NULL DEFAULT 0,
+  input_tokens_quoted INTEGER NOT NULL DEFAULT 0,
+  status INTEGER, refusal TEXT, stop_reason TEXT, request_id TEXT, complete INTEGER, price_rows TEXT,
+  flags TEXT NOT NULL DEFAULT ''                                                          -- separated by spaces
+) STRICT;
+CREATE INDEX calls_by_start ON calls (started_at);
+CREATE INDEX calls_open ON calls (owner) WHERE state = 'open';
+
+CREATE TABLE entries (      -- append-only; each column is a change, so the sum is the truth
+  id INTEGER PRIMARY KEY,
+  call_id INTEGER NOT NULL REFERENCES calls (id),
+  at REAL NOT NULL,
+  kind TEXT NOT NULL CHECK (kind IN ('reserve', 'extend', 'release', 'settle', 'void', 'adjust', 'carry')),
+  reserved_nano INTEGER NOT NULL DEFAULT 0, spent_nano INTEGER NOT NULL DEFAULT 0, quantum_nano INTEGER NOT NULL DEFAULT 0,
+  open INTEGER NOT NULL DEFAULT 0,
+  note TEXT
+) STRICT;
+CREATE INDEX entries_of_call ON entries (call_id);
+CREATE UNIQUE INDEX entries_resolve_once ON entries (call_id) WHERE kind IN ('settle', 'void');
+
+CREATE TABLE usage (        -- a row per billed part of a settled call; they sum to its settle entry
+  call_id INTEGER NOT NULL REFERENCES calls (id), part INTEGER NOT NULL, kind TEXT NOT NULL, model TEXT,
+  input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cache_read_tokens INTEGER NOT NULL,
+  cache_write_5m_tokens INTEGER NOT NULL, cache_write_1h_tokens INTEGER NOT NULL, cache_write_unsplit_tokens INTEGER NOT NULL,
+  web_search_requests INTEGER NOT NULL, nano INTEGER NOT NULL, price_row TEXT,
+  PRIMARY KEY (call_id, part)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE balances (     -- the sums of the entries, by scope and window: a check costs the same with ten rows or ten million
+  scope TEXT NOT NULL, window TEXT NOT NULL, window_start INTEGER NOT NULL,
+  spent_nano INTEGER NOT NULL, reserved_nano INTEGER NOT NULL, quantum_nano INTEGER NOT NULL, open INTEGER NOT NULL,
+  PRIMARY KEY (scope, window, window_start)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE minutes (      -- admissions by app and minute, for the rates
+  app TEXT NOT NULL, minute INTEGER NOT NULL, requests INTEGER NOT NULL, input_tokens INTEGER NOT NULL,
+  PRIMARY KEY (app, minute)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE raises (       -- dated additions on top of a cap
+  id INTEGER PRIMARY KEY, scope TEXT NOT NULL, window TEXT NOT NULL, amount_nano INTEGER NOT NULL,
+  since REAL NOT NULL, until REAL NOT NULL
+) STRICT;
+CREATE INDEX raises_in_force ON raises (scope, window, until);
+
+CREATE TABLE pauses (scope TEXT PRIMARY KEY, since REAL NOT NULL, until REAL, why TEXT NOT NULL) STRICT, WITHOUT ROWID;
+
+CREATE TABLE overruns (     -- models whose answer cost more than was held: reserved in full until the operator clears them
+  model TEXT PRIMARY KEY, call_id INTEGER NOT NULL, at REAL NOT NULL, over_nano INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE audit (        -- every change that a person made; before and after are JSON
+  id INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL, subject TEXT NOT NULL,
+  before TEXT, after TEXT, why TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE alerts (       -- one row, and so one alert, for each scope, window and threshold
+  scope TEXT NOT NULL, window TEXT NOT NULL, window_start INTEGER NOT NULL, threshold_percent INTEGER NOT NULL,
+  at REAL NOT NULL, spent_nano INTEGER NOT NULL, cap_nano INTEGER NOT NULL, delivered_at REAL,
+  PRIMARY KEY (scope, window, window_start, threshold_percent)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE ratelimits (name TEXT PRIMARY KEY, value TEXT NOT NULL, at REAL NOT NULL) STRICT, WITHOUT ROWID;
+
+CREATE TABLE noise (        -- requests without a valid token: counted, not stored one by one
+  minute INTEGER NOT NULL, reason TEXT NOT NULL, calls INTEGER NOT NULL, PRIMARY KEY (minute, reason)
+) STRICT, WITHOUT ROWID;
+
+CREATE VIEW call_frames AS
+{_FRAMES};
+
+CREATE TRIGGER calls_reserve AFTER INSERT ON calls WHEN NEW.state = 'open' BEGIN
+  INSERT INTO entries (call_id, at, kind, reserved_nano, quantum_nano, open)
+    VALUES (NEW.id, NEW.started_at, 'reserve', NEW.grant_nano, NEW.quantum_nano, 1);
+  INSERT INTO minutes (app, minute, requests, input_tokens)
+    VALUES (NEW.app, CAST(NEW.started_at AS INTEGER) / 60, 1, NEW.input_tokens_quoted)
+    ON CONFLICT DO UPDATE SET requests = requests + 1, input_tokens = input_tokens + excluded.input_tokens;
+END;
+
+CREATE TRIGGER entries_balance AFTER INSERT ON entries BEGIN
+  INSERT INTO balances (scope, window, window_start, spent_nano, reserved_nano, quantum_nano, open)
+    SELECT scope, window, window_start, NEW.spent_nano, NEW.reserved_nano, NEW.quantum_nano, NEW.open
+    FROM call_frames WHERE call_id = NEW.call_id
+    ON CONFLICT DO UPDATE SET spent_nano = spent_nano + excluded.spent_nano,
+      reserved_nano = reserved_nano + excluded.reserved_nano, quantum_nano = quantum_nano + excluded.quantum_nano,
+      open = open + excluded.open;
+END;
+
+CREATE TRIGGER entries_stay BEFORE UPDATE ON entries
+  BEGIN SELECT RAISE(ABORT, 'entries are never changed: write an adjust entry'); END;
+CREATE TRIGGER entries_remain BEFORE DELETE ON entries
+  BEGIN SELECT RAISE(ABORT, 'entries are never removed: write an adjust entry'); END;
+CREATE TRIGGER audit_stays BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'the audit is never changed'); END;
+CREATE TRIGGER audit_remains BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'the audit is never removed'); END;
+"""
+
+# For people who look at the file (Datasette, the sqlite3 shell): dollars as text, times as UTC.
+VIEWS = """
+CREATE VIEW spend AS
+  SELECT calls.id AS call, datetime(started_at, 'unixepoch') AS started, app, team, model_asked, model_served, state, status,
+    refusal, printf('$%.6f', total(entries.spent_nano) / 1e9) AS spent, printf('$%.6f', total(entries.reserved_nano) / 1e9) AS held,
+    flags, session_id, agent_id
+  FROM calls LEFT JOIN entries ON entries.call_id = calls.id GROUP BY calls.id;
+
+CREATE VIEW standings AS
+  SELECT scope, window, CASE window_start WHEN 0 THEN 'the beginning' ELSE datetime(window_start, 'unixepoch') END AS since,
+    printf('$%.6f', spent_nano / 1e9) AS spent, printf('$%.6f', reserved_nano / 1e9) AS held, open AS calls_open
+  FROM balances;
+"""
+
+
+@migrations()
+def m001_ledger(db: Database) -> None:
+    _run(db, TABLES)
+
+
+@migrations()
+def m002_views_for_people(db: Database) -> None:
+    _run(db, VIEWS)
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the tables up to date. Raises sqlite3.Error where the file cannot be written."""
+    db = Database(connection, execute_plugins=False)
+    if migrations.pending(db):
+        migrations.apply(db)
+
+
+def _run(db: Database, script: str) -> None:
+    """Statement by statement: `executescript` would commit the migration's transaction first."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            db.conn.execute(statement)
+            statement = ""

@@ -1,0 +1,274 @@
+"""The ledger as the gateway sees it: asynchronous, on one SQLite file shared by every process of the machine.
+
+Promises that the event loop never waits for a disk (the one exception, `token`, is a lookup by key of about ten microseconds on a
+connection that never waits for a lock), that a reservation is durable before it is answered, and that it is refused with
+`LedgerUnavailable` within `timeout_s` where it cannot be written. Settlements, voids and releases are never dropped.
+"""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Self, cast
+
+from gateway_addon.ledger import book, files, notes, owners
+from gateway_addon.ledger.locks import OwnerLock
+from gateway_addon.ledger.values import (
+    Cap,
+    Denied,
+    LedgerUnavailable,
+    NewCall,
+    Outcome,
+    Pause,
+    RateLimits,
+    Reserved,
+    Resolution,
+    Settlement,
+    Standing,
+    Token,
+)
+from gateway_addon.ledger.writer import Answer, Operation, Writer
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 2.0
+BACKLOG_MAX = 10_000  # rows that only record (refusals, free calls) are let go beyond it; nothing that moves money is
+UNSTORABLE = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "unstorable")))
+RESOLVE, EXTEND, RESERVE, RECORD = range(4)  # in a batch, money that comes back goes first and top-ups before admissions
+
+
+class Ledger:
+    """Made by `open`, in the process that uses it (after a fork) and on the loop that uses it."""
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        self.path = path
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._known = files.identity(path)
+        self._lock = OwnerLock(path)
+        self._caps: dict[int, tuple[Cap, ...]] = {}
+        self._reader: sqlite3.Connection | None = None
+        self._writer = Writer(path, self.owner, self._known, self._deliver)
+        self._letting_go = False
+
+    @classmethod
+    async def open(cls, url: str, *, create: bool = False, timeout_s: float = TIMEOUT_S, now: float | None = None) -> Self:
+        """Open `sqlite:///PATH`, enter this process as an owner and sweep the dead ones' reservations.
+
+        Only `create` (`gateway init`, `gateway demo`) makes a file. Raises LedgerUnavailable; ValueError for another address.
+        """
+        path = files.ledger_path(url)
+        if create:
+            await asyncio.to_thread(files.create, path)
+        try:
+            ledger = cls(path, timeout_s)
+        except OSError as error:
+            raise files.unavailable(path, error) from error
+        ledger._writer.start()
+        try:
+            await ledger._ask(RECORD, partial(owners.enrol, owner=ledger.owner, now=time.time() if now is None else now))
+            await ledger.sweep(now=time.time() if now is None else now)
+        except BaseException:
+            await ledger.close()
+            raise
+        return ledger
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Write what is waiting, then let go. What is still open then is settled by the next sweep."""
+        if not await asyncio.to_thread(self._writer.stop, timeout_s):
+            log.error("the ledger %s did not take the last settlements; the next start settles these calls at what they hold", self.path)
+        await asyncio.sleep(0)  # the last batch's answers
+        self._hang_up()
+        self._lock.close()
+
+    @property
+    def owner(self) -> str:
+        """This process's name in the ledger."""
+        return self._lock.owner
+
+    # money
+
+    async def reserve(
+        self,
+        call: NewCall,
+        grant_nano: int,
+        caps: Sequence[Cap],
+        *,
+        quantum_nano: int = 0,
+        rates: RateLimits | None = None,
+        now: float,
+    ) -> Reserved | Denied:
+        """Hold `grant_nano` for a call, durably, where all caps, rates and pauses allow it. Raises LedgerUnavailable.
+
+        A caller that is cancelled while it waits leaves no reservation behind.
+        """
+        held = tuple(cap for cap in caps if cap.window != "request")
+        write = partial(
+            book.reserve, owner=self.owner, call=call, grant_nano=grant_nano, caps=held, quantum_nano=quantum_nano, rates=rates, now=now
+        )
+        answer = cast(Reserved | Denied, await self._ask(RESERVE, write))
+        if isinstance(answer, Reserved):
+            self._caps[answer.call_id] = held
+        return answer
+
+    async def extend(self, top_ups: Sequence[tuple[int, int]], *, now: float) -> list[bool]:
+        """Hold more for running calls, [(call_id, more_nano)], in one write. Raises LedgerUnavailable."""
+        wanted = [(call_id, more_nano, self._caps.get(call_id, ())) for call_id, more_nano in top_ups]
+
+        def write(db: sqlite3.Connection) -> list[bool]:
+            return [book.extend(db, call_id, more_nano, caps, now=now) for call_id, more_nano, caps in wanted]
+
+        return cast(list[bool], await self._ask(EXTEND, write))
+
+    def release(self, call_id: int, back_nano: int, *, now: float) -> asyncio.Future[bool]:
+        """Give back a part of what a call holds. Count on the smaller amount from here on: the write may follow later."""
+        return cast("asyncio.Future[bool]", self._lasting(partial(book.release, call_id=call_id, back_nano=back_nano, now=now)))
+
+    def settle(self, call_id: int, settlement: Settlement, *, now: float) -> asyncio.Future[Resolution]:
+        """Book what a call cost. Written for certain, though perhaps later; a second resolution of a call changes nothing."""
+        caps = self._caps.pop(call_id, ())
+        write = partial(book.settle, call_id=call_id, settlement=settlement, caps=caps, now=now)
+        instead = partial(book.settle, call_id=call_id, settlement=UNSTORABLE, now=now)
+        return cast("asyncio.Future[Resolution]", self._lasting(write, instead))
+
+    def void(self, call_id: int, outcome: Outcome | None = None, *, now: float) -> asyncio.Future[Resolution]:
+        """Give back all that a call holds: the provider did no work. As certain as `settle`."""
+        caps = self._caps.pop(call_id, ())
+        write = partial(book.void, call_id=call_id, outcome=outcome or Outcome(), caps=caps, now=now)
+        return cast("asyncio.Future[Resolution]", self._lasting(write))
+
+    # records
+
+    def refused(self, call: NewCall, code: str, *, now: float) -> None:
+        """Keep a row for a request that went no further; nobody waits for it."""
+        self._record(partial(book.refused, owner=self.owner, call=call, code=code, now=now))
+
+    def free(self, call: NewCall, outcome: Outcome, *, now: float) -> None:
+        """Keep a row for a forwarded request that costs nothing; nobody waits for it."""
+        self._record(partial(book.free, owner=self.owner, call=call, outcome=outcome, now=now))
+
+    def noise(self, reason: str, *, now: float) -> None:
+        """Count a request without a valid token."""
+        self._record(partial(book.noise, reason=reason, now=now))
+
+    def ratelimits(self, headers: Mapping[str, str], *, now: float) -> None:
+        """Keep the upstream's latest `anthropic-ratelimit-*` headers."""
+        self._record(partial(notes.keep_ratelimits, headers=dict(headers), now=now))
+
+    async def alert_once(self, standing: Standing, threshold_percent: int, *, now: float) -> bool:
+        """True for the first caller, over all processes, that reports this threshold of this scope and window. Raises LedgerUnavailable."""
+        write = partial(notes.alert_once, standing=standing, threshold_percent=threshold_percent, now=now)
+        return cast(bool, await self._ask(RECORD, write))
+
+    async def sweep(self, *, now: float) -> int:
+        """Settle what dead processes left open; call it when a worker dies. Raises LedgerUnavailable."""
+        swept = cast(int, await self._ask(RESOLVE, partial(owners.sweep, ledger=self.path, now=now)))
+        if swept:
+            log.warning("%d calls of a process that died were settled at what they held (flagged estimated)", swept)
+        return swept
+
+    async def change[T](self, write: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a change of `ledger.admin` in a transaction of its own turn. Raises what it raises, or LedgerUnavailable."""
+        return cast(T, await self._ask(RECORD, write))
+
+    # reads, on the request's path
+
+    async def token(self, digest: str) -> Token | None:
+        """The token of this SHA-256 (hexadecimal), revoked and expired ones too. Raises LedgerUnavailable."""
+        return self._read(partial(notes.token, digest=digest))
+
+    async def standing(self, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
+        """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
+        return self._read(partial(book.standing, scopes=scopes, caps=caps, now=now))
+
+    async def paused(self, scopes: Iterable[str], *, now: float) -> Pause | None:
+        """The pause in force for one of these scopes. Raises LedgerUnavailable."""
+        return self._read(partial(notes.paused, scopes=scopes, now=now))
+
+    async def overruns(self) -> frozenset[str]:
+        """Models that passed a grant and are reserved in full until cleared. Raises LedgerUnavailable."""
+        return self._read(notes.overruns)
+
+    async def upstream_limits(self) -> dict[str, tuple[str, float]]:
+        """The upstream's latest rate-limit headers with the time at which each was seen. Raises LedgerUnavailable."""
+        return self._read(notes.ratelimits)
+
+    def _read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            files.still(self.path, self._known)
+            if self._reader is None:
+                self._reader = files.reader_connection(self.path, wait_ms=0)
+            return read(self._reader)
+        except sqlite3.Error as error:
+            self._hang_up()
+            raise files.unavailable(self.path, error) from error
+
+    def _hang_up(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    # the way to the writer's thread and back
+
+    async def _ask(self, rank: int, apply: Callable[[sqlite3.Connection], object]) -> object:
+        future: asyncio.Future[object] = self._loop.create_future()
+        self._writer.put(Operation(apply, rank, wanted=lambda: not future.done(), tell=partial(self._tell, future)))
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await future
+        except TimeoutError:
+            self._disown(future)
+            raise LedgerUnavailable(
+                f"the ledger {self.path} did not answer within {self._timeout_s:g} s: its disk is slow or another process holds it"
+            ) from None
+        except asyncio.CancelledError:
+            self._disown(future)
+            raise
+
+    def _disown(self, future: asyncio.Future[object]) -> None:
+        """The answer came, but its caller had gone in the same instant."""
+        if future.done() and not future.cancelled() and future.exception() is None:
+            self._give_back(future.result())
+
+    def _lasting(
+        self, apply: Callable[[sqlite3.Connection], object], instead: Callable[[sqlite3.Connection], object] | None = None
+    ) -> asyncio.Future[object]:
+        future: asyncio.Future[object] = self._loop.create_future()
+        self._writer.put(Operation(apply, RESOLVE, lasting=True, instead=instead, tell=partial(self._tell, future)))
+        return future
+
+    def _record(self, apply: Callable[[sqlite3.Connection], object]) -> None:
+        full = self._writer.waiting >= BACKLOG_MAX
+        if full and not self._letting_go:
+            log.error("the ledger %s is behind: refused and free calls are not recorded until it catches up", self.path)
+        self._letting_go = full
+        if not full:
+            self._writer.put(Operation(apply, RECORD))
+
+    def _deliver(self, answers: Sequence[Answer]) -> None:
+        """On the writer's thread: wake the loop once for the whole batch."""
+        try:
+            self._loop.call_soon_threadsafe(_tell_all, answers)
+        except RuntimeError:
+            log.debug("the loop ended before %d answers of the ledger", len(answers))
+
+    def _tell(self, future: asyncio.Future[object], answer: object) -> None:
+        if future.done():
+            self._give_back(answer)
+        elif isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+
+    def _give_back(self, answer: object) -> None:
+        """A reservation that nobody knows of: its request was never forwarded."""
+        if isinstance(answer, Reserved):
+            self.void(answer.call_id, Outcome(flags=("abandoned",)), now=time.time())
+
+
+def _tell_all(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        answer.operation.tell(answer.value)

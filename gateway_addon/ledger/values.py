@@ -1,0 +1,211 @@
+"""What the ledger takes and gives.
+
+Amounts are whole nano-dollars, times are unix seconds (UTC), a scope is `total`, `team:NAME` or `app:NAME`. Knows nothing of
+SQL; caps and priced parts come from other rooms and are described here by their shape only.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from gateway_addon.windows import Window
+
+TOTAL = "total"
+
+
+def app_scope(app: str) -> str:
+    return f"app:{app}"
+
+
+def team_scope(team: str) -> str:
+    return f"team:{team}"
+
+
+class LedgerUnavailable(Exception):
+    """The ledger cannot be written or read: nothing may be forwarded. The message is a sentence for the operator."""
+
+
+class Cap(Protocol):
+    """A limit of one policy. The window `request` is the gate's own business and ignored here."""
+
+    @property
+    def scope(self) -> str: ...
+    @property
+    def window(self) -> str: ...
+    @property
+    def amount_nano(self) -> int: ...
+
+
+class Tokens(Protocol):
+    """Billed tokens by kind; `input_tokens` excludes everything cached."""
+
+    @property
+    def input_tokens(self) -> int: ...
+    @property
+    def output_tokens(self) -> int: ...
+    @property
+    def cache_read_tokens(self) -> int: ...
+    @property
+    def cache_write_5m_tokens(self) -> int: ...
+    @property
+    def cache_write_1h_tokens(self) -> int: ...
+    @property
+    def cache_write_unsplit_tokens(self) -> int: ...
+
+
+class PricedPart(Protocol):
+    """One billed part of an answer: the message itself, a compaction, an advisor's turn, a fallback."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def tokens(self) -> Tokens: ...
+    @property
+    def web_searches(self) -> int: ...
+    @property
+    def nano(self) -> int: ...
+    @property
+    def price_row(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NewCall:
+    """A request as admitted or refused. `input_tokens` is the quote's bound, counted against the app's tokens per minute."""
+
+    app: str
+    team: str | None
+    token_id: int
+    endpoint: str = "messages"
+    model_asked: str | None = None
+    stream: bool = False
+    max_tokens: int | None = None
+    input_tokens: int = 0
+    quote_nano: int = 0
+    session_id: str | None = None
+    agent_id: str | None = None
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        return (TOTAL, app_scope(self.app), *((team_scope(self.team),) if self.team else ()))
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimits:
+    """Per app and minute, over every process on the ledger; None means no limit."""
+
+    requests_per_minute: int | None = None
+    input_tokens_per_minute: int | None = None
+    concurrent: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How one scope stands in one window. `cap_nano` holds the raises in force (`raised_nano` of it); None: no cap asked about.
+
+    `quantum_nano` is what running streams keep free for their next top-up: counted at admissions, not part of what is held.
+    """
+
+    scope: str
+    window: Window
+    starts_at: int
+    resets_at: int | None
+    cap_nano: int | None
+    raised_nano: int
+    spent_nano: int
+    reserved_nano: int
+    quantum_nano: int
+    open: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    call_id: int
+    standings: tuple[Standing, ...]
+    """One for each cap checked, this call's own reservation included."""
+
+
+Reason = Literal[
+    "token_unknown", "token_revoked", "token_expired", "paused",
+    "quote_over_cap", "cap_spent", "cap_held", "rate", "concurrency",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """Why a reservation was not written.
+
+    `cap_held` means that the call would fit if everything in flight came back; `cap_spent` that it would not; `quote_over_cap`
+    that it would not fit an untouched window either. `standing` names the cap; `limit`, `limit_max` and `used` name a rate or the
+    concurrency; `paused` names its scope in `limit` and its end in `until`.
+    """
+
+    reason: Reason
+    standing: Standing | None = None
+    limit: str | None = None
+    limit_max: int | None = None
+    used: int | None = None
+    until: float | None = None
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is known of an answer when its call ends."""
+
+    status: int | None = None
+    model_served: str | None = None
+    stop_reason: str | None = None
+    request_id: str | None = None
+    first_byte_at: float | None = None
+    complete: bool = False
+    price_rows: str | None = None
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What a call cost. `cost_nano` None: it cannot be known, the whole of what is held is spent and flagged `estimated`."""
+
+    cost_nano: int | None
+    parts: tuple[PricedPart, ...] = ()
+    outcome: Outcome = Outcome()
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """How a settle or a void ended. `first` is False when the call had been resolved before: then nothing was written."""
+
+    first: bool
+    spent_nano: int = 0
+    held_nano: int = 0
+    overrun: bool = False
+    standings: tuple[Standing, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """An app's internal token as stored: never the token itself, only the SHA-256 by which it is found."""
+
+    id: int
+    app: str
+    label: str
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+
+    def refusal(self, now: float) -> Literal["token_revoked", "token_expired"] | None:
+        """The code by which this token is refused at `now`, None while it is good."""
+        if self.revoked_at is not None and self.revoked_at <= now:
+            return "token_revoked"
+        if self.expires_at is not None and self.expires_at <= now:
+            return "token_expired"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    scope: str
+    since: float
+    until: float | None
+    why: str

@@ -1,0 +1,201 @@
+"""The one thread of a process that writes to the ledger.
+
+Promises: operations that wait together share one durable commit; the event loop never waits for a disk; an operation marked `lasting`
+(a settlement, a void, a release) is retried until it is written, every other one fails as soon as the file does; the answer given is
+the truth even when a commit ended in doubt (the owner's row counts commits, so the next connection can look it up).
+Knows nothing of what the operations mean.
+"""
+
+import logging
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from gateway_addon.ledger import files
+from gateway_addon.ledger.locks import Turnstile
+from gateway_addon.ledger.values import LedgerUnavailable
+
+log = logging.getLogger(__name__)
+
+BATCH_MAX = 256
+BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+@dataclass(slots=True)
+class Operation:
+    """`apply` runs inside a transaction and returns the answer. Lower ranks go first within a batch."""
+
+    apply: Callable[[sqlite3.Connection], object]
+    rank: int
+    lasting: bool = False
+    instead: Callable[[sqlite3.Connection], object] | None = None
+    """What a lasting operation that cannot be stored as it is becomes (a figure beyond 64 bits)."""
+    wanted: Callable[[], bool] = lambda: True
+    """False once nobody waits for the answer any more: the operation is then left out."""
+    tell: Callable[[object], None] = lambda answer: None
+    """Takes the answer or the exception, on the thread that `deliver` chose."""
+
+
+class Answer(NamedTuple):
+    operation: Operation
+    value: object
+
+
+class Writer:
+    """Start with `start`, hand over with `put`, end with `stop`. `deliver` is called on the writer's thread, once a batch."""
+
+    def __init__(self, path: Path, owner: str, known: files.Identity, deliver: Callable[[Sequence[Answer]], None]) -> None:
+        self._path = path
+        self._owner = owner
+        self._known = known
+        self._deliver = deliver
+        self._turnstile = Turnstile(path)
+        self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
+        self._db: sqlite3.Connection | None = None
+        self._commits = 0
+        self._doubt: tuple[int, list[Answer]] | None = None
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, operation: Operation) -> None:
+        self._queue.put(operation)
+
+    @property
+    def waiting(self) -> int:
+        """Operations not yet taken up."""
+        return self._queue.qsize()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Write what is waiting and end; False where that took longer (the thread goes on, the sweep will settle the rest)."""
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        kept: list[Operation] = []
+        stopping = False
+        while not stopping or kept:
+            arrived, stop = self._take(wait_s=self._backoff_s() if kept or stopping else None)
+            stopping = stopping or stop
+            kept = self._attempt(kept + arrived)
+        self._disconnect()
+        self._turnstile.close()
+
+    def _take(self, wait_s: float | None) -> tuple[list[Operation], bool]:
+        """What is waiting, at most a batch; waits for the first. The flag says that the end was asked for."""
+        taken: list[Operation] = []
+        try:
+            first = self._queue.get(timeout=wait_s)
+            while first is not None:
+                taken.append(first)
+                if len(taken) >= BATCH_MAX:
+                    return taken, False
+                first = self._queue.get_nowait()
+        except queue.Empty:
+            return taken, False
+        return taken, True
+
+    def _backoff_s(self) -> float:
+        return BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
+
+    def _attempt(self, operations: list[Operation]) -> list[Operation]:
+        """Write the operations that are still wanted and tell their answers; returns those to be tried again."""
+        operations = sorted((each for each in operations if each.lasting or each.wanted()), key=lambda each: each.rank)
+        if not operations and self._doubt is None:
+            return []
+        try:
+            with self._turnstile.turn():
+                db = self._connection()
+                operations = self._resolve_doubt(db, operations)
+                answers = self._transaction(db, operations)
+        except (sqlite3.Error, OSError, LedgerUnavailable) as error:
+            return self._failed(operations, error)
+        self._failures = 0
+        self._deliver(answers)
+        return []
+
+    def _connection(self) -> sqlite3.Connection:
+        files.still(self._path, self._known)
+        if self._db is None:
+            self._db = files.writer_connection(self._path)
+        return self._db
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    def _transaction(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Answer]:
+        """All of them in one commit; where one of them breaks, each in a commit of its own, so that it breaks alone."""
+        try:
+            return self._commit(db, operations)
+        except (sqlite3.Error, OSError, LedgerUnavailable) as error:
+            if files.is_of_the_file(error) or isinstance(error, LedgerUnavailable):
+                raise
+        except Exception:
+            log.debug("an operation broke its batch; each is tried alone", exc_info=True)
+        return [answer for operation in operations for answer in self._alone(db, operation)]
+
+    def _alone(self, db: sqlite3.Connection, operation: Operation) -> list[Answer]:
+        try:
+            return self._commit(db, [operation])
+        except Exception as error:
+            if isinstance(error, LedgerUnavailable) or files.is_of_the_file(error):
+                raise
+            failure = error
+            log.exception("an operation on the ledger failed%s", "" if operation.instead is None else "; its call is settled at what it holds")
+        if operation.instead is None:
+            return [Answer(operation, failure)]
+        operation.apply, operation.instead = operation.instead, None
+        return self._alone(db, operation)
+
+    def _commit(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Answer]:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            answers = [Answer(operation, operation.apply(db)) for operation in operations]
+            db.execute("UPDATE owners SET commits = ? WHERE id = ?", (self._commits + 1, self._owner))
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        self._commits += 1
+        try:
+            db.execute("COMMIT")
+        except BaseException:
+            self._doubt = (self._commits, answers)
+            raise
+        return answers
+
+    def _resolve_doubt(self, db: sqlite3.Connection, operations: list[Operation]) -> list[Operation]:
+        """After a commit that ended in an error: if it took place after all its answers hold, and none of it is done again."""
+        if self._doubt is None:
+            return operations
+        number, answers = self._doubt
+        rows = db.execute("SELECT commits FROM owners WHERE id = ?", (self._owner,)).fetchall()
+        self._doubt = None
+        if not rows or rows[0][0] < number:
+            return operations
+        self._deliver(answers)
+        written = {id(answer.operation) for answer in answers}
+        return [each for each in operations if id(each) not in written]
+
+    def _failed(self, operations: list[Operation], error: sqlite3.Error | OSError | LedgerUnavailable) -> list[Operation]:
+        """Keep what must last; tell the others at once, unless the file is merely busy: then they wait as long as somebody wants them."""
+        self._disconnect()
+        if files.is_busy(error):
+            return operations
+        told = error if isinstance(error, LedgerUnavailable) else files.unavailable(self._path, error)
+        if self._failures == 0:
+            log.error("%s", told)
+        self._failures += 1
+        self._deliver([Answer(each, told) for each in operations if not each.lasting])
+        time.sleep(0.01)  # a failing disk must not be asked as fast as a processor can ask
+        return [each for each in operations if each.lasting]
