@@ -1,0 +1,203 @@
+"""The rules by which JSON objects of the Messages API add up to one `Usage`. Pure; never raises on content.
+
+The rules, each learnt from recorded responses (reference: platform documentation, "Streaming messages" and "Usage"):
+- message_delta counts are running totals: the last number wins, null or absent keeps what was there, nothing is added up;
+- service tier, speed, region and the 5m/1h split come with the first usage object only, and are kept;
+- a count that is not a whole number >= 0 is not understood: the usage is then unreadable, never guessed;
+- the served model is the message's, unless a fallback block or a fallback_message iteration names another;
+- unknown keys, blocks and iteration kinds are no error.
+"""
+
+from gateway_addon.usage.values import Part, Tokens, Usage
+
+_COUNT_MAX = 10**12  # no call comes near; what is larger could overflow the ledger's integers
+_COUNTS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+_NESTED_COUNTS = {
+    "cache_creation": ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens"),
+    "server_tool_use": ("web_search_requests", "web_fetch_requests", "code_execution_requests"),
+}
+_NAMES = ("service_tier", "speed", "inference_geo")
+
+
+class Draft:
+    """One answer as far as it has been seen: takes the objects in the order in which they come."""
+
+    __slots__ = ("_asked", "_counts", "_iterations", "_names", "_notes", "_served", "_unreadable", "code_executed", "complete",
+                 "error_type", "fallback", "has_content", "message_id", "started", "stop_reason")  # fmt: skip
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._names: dict[str, str] = {}
+        self._iterations: tuple[Part, ...] = ()
+        self._asked: str | None = None
+        self._served: str | None = None
+        self._unreadable = False
+        self._notes: list[str] = []
+        self.started = False
+        self.complete = False
+        self.has_content = False
+        self.code_executed = False
+        self.fallback = False
+        self.stop_reason: str | None = None
+        self.error_type: str | None = None
+        self.message_id: str | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        return self._counts.get("output_tokens", 0)
+
+    def note(self, sentence: str) -> None:
+        if sentence not in self._notes:
+            self._notes.append(sentence)
+
+    def not_understood(self, sentence: str) -> None:
+        self._unreadable = True
+        self.note(sentence)
+
+    def message_start(self, message: object) -> None:
+        """A stream's opening. A second one (seen from a middleman) overwrites like every later object does."""
+        if not isinstance(message, dict):
+            return self.not_understood("message_start carries no message")
+        if self.started:
+            self.note("message_start came twice")
+        self.started = True
+        self._asked = _name(message.get("model")) or self._asked
+        self.message_id = _name(message.get("id")) or self.message_id
+        self._container(message)
+        self._usage(message.get("usage"))
+
+    def message_delta(self, event: dict[str, object]) -> None:
+        """A stream's running totals. Some carry no usage at all, which keeps what was there."""
+        delta = event.get("delta")
+        if isinstance(delta, dict):
+            self.stop_reason = _name(delta.get("stop_reason")) or self.stop_reason
+            self.complete = self.complete or self.stop_reason is not None
+            self._container(delta)
+        if event.get("usage") is not None:
+            self._usage(event["usage"])
+
+    def block(self, block: object) -> None:
+        """A content block: of interest are only whether there is content, a change of model, and code that ran."""
+        if not isinstance(block, dict):
+            return
+        kind = block.get("type")
+        if kind == "fallback":
+            to = block.get("to")
+            self.fallback = True
+            self._served = (_name(to.get("model")) if isinstance(to, dict) else None) or self._served
+        elif kind != "text" or block.get("text"):
+            self.has_content = True
+        if isinstance(kind, str) and kind.endswith("code_execution_tool_result"):
+            self.code_executed = True
+
+    def message(self, message: dict[str, object]) -> None:
+        """A whole JSON answer."""
+        self.message_start(message)
+        content = message.get("content")
+        if isinstance(content, list):
+            for block in content:
+                self.block(block)
+        else:
+            self.has_content = True  # not the shape that we know: do not take it for a refusal that is free
+        self.stop_reason = _name(message.get("stop_reason"))
+        self.complete = True
+
+    def error(self, envelope: dict[str, object]) -> None:
+        """The API's error envelope, as a whole body or as an event in mid-stream."""
+        error = envelope.get("error")
+        self.error_type = (_name(error.get("type")) if isinstance(error, dict) else None) or "error"
+
+    def usage(self) -> Usage:
+        """What has been seen so far, as a value."""
+        counts = self._counts
+        readable = not self._unreadable and "input_tokens" in counts and "output_tokens" in counts
+        return Usage(
+            model=self._served or self._asked,
+            tokens=_tokens(counts),
+            iterations=self._iterations,
+            web_search_requests=counts.get("web_search_requests", 0),
+            web_fetch_requests=counts.get("web_fetch_requests", 0),
+            code_execution_requests=counts.get("code_execution_requests", 0),
+            service_tier=self._names.get("service_tier"),
+            speed=self._names.get("speed"),
+            inference_geo=self._names.get("inference_geo"),
+            fallback_credit=self._names.get("fallback_credit"),
+            stop_reason=self.stop_reason,
+            error_type=self.error_type,
+            message_id=self.message_id,
+            readable=readable,
+            complete=self.complete,
+            started=self.started,
+            refused_before_output=self.stop_reason == "refusal" and not self.has_content,
+            fallback=self.fallback,
+            code_executed=self.code_executed or counts.get("code_execution_requests", 0) > 0,
+            notes=tuple(self._notes),
+        )
+
+    def _usage(self, usage: object) -> None:
+        if not isinstance(usage, dict):
+            return self.not_understood("the answer carries no usage object")
+        self._counts.update(self._numbers(usage, "usage"))
+        for name in _NAMES:
+            if value := _name(usage.get(name)):
+                self._names[name] = value
+        credit = usage.get("fallback_credit")
+        status = credit.get("status") if isinstance(credit, dict) else None
+        if isinstance(status, dict) and (value := _name(status.get("type"))):
+            self._names["fallback_credit"] = value
+        if usage.get("iterations") is not None:
+            self._take_iterations(usage["iterations"])
+
+    def _take_iterations(self, entries: object) -> None:
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            return self.not_understood("usage.iterations is not a list of objects")
+        parts = []
+        for index, entry in enumerate(entries):
+            counts = self._numbers(entry, f"usage.iterations[{index}]")
+            if "input_tokens" not in counts or "output_tokens" not in counts:
+                self.not_understood(f"usage.iterations[{index}] lacks its token counts")
+            kind = _name(entry.get("type")) or "unknown"
+            model = _name(entry.get("model")) or (None if kind == "advisor_message" else self._asked)
+            parts.append(Part(kind, model, _tokens(counts)))
+        self._iterations = tuple(parts)
+        fallbacks = [part for part in parts if part.kind == "fallback_message"]
+        if fallbacks:
+            self.fallback = True
+            self._served = fallbacks[-1].model or self._served
+
+    def _numbers(self, usage: dict[str, object], where: str) -> dict[str, int]:
+        """The counts that are present, flat by name. `where` names the object in the note about one not understood."""
+        found = {name: usage[name] for name in _COUNTS if usage.get(name) is not None}
+        for parent, names in _NESTED_COUNTS.items():
+            child = usage.get(parent)
+            if isinstance(child, dict):
+                found |= {name: child[name] for name in names if child.get(name) is not None}
+        counts = {}
+        for name, value in found.items():
+            if type(value) is int and 0 <= value <= _COUNT_MAX:
+                counts[name] = value
+            else:
+                self.not_understood(f"{where}: {name} is not a count of tokens")
+        return counts
+
+    def _container(self, message: dict[str, object]) -> None:
+        if message.get("container") is not None:
+            self.code_executed = True
+
+
+
+def _name(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _tokens(counts: dict[str, int]) -> Tokens:
+    """The split lags the total, and never exceeds it in any recording: the remainder is tokens too."""
+    five_minutes, hour = (counts.get(name, 0) for name in _NESTED_COUNTS["cache_creation"])
+    return Tokens(
+        input_tokens=counts.get("input_tokens", 0),
+        output_tokens=counts.get("output_tokens", 0),
+        cache_read_tokens=counts.get("cache_read_input_tokens", 0),
+        cache_write_5m_tokens=five_minutes,
+        cache_write_1h_tokens=hour,
+        cache_write_unsplit_tokens=max(0, counts.get("cache_creation_input_tokens", 0) - five_minutes - hour),
+    )
