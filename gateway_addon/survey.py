@@ -37,6 +37,11 @@ class Use:
     value: Any
     effect: Effect = Effect.NONE
 
+    @property
+    def is_tool(self) -> bool:
+        """A tool that may be used, not a setting or the echo of an earlier answer."""
+        return self.effect in (Effect.SERVER_TOOL, Effect.TYPED_TOOL)
+
 
 @dataclass(slots=True)
 class Survey:
@@ -102,11 +107,11 @@ def _kind(node: dict[str, Any], name: str) -> Kind | None:
     """The row of an object: by its type, or by the field that holds it. None: unknown."""
     type_name = node.get("type")
     if type_name is None or name in BY_FIELD:
-        fields = UNTYPED.get(name)
-        return None if fields is None else Kind(fields)
+        return _UNTYPED.get(name)
     return _TYPED.get(type_name) if isinstance(type_name, str) else None
 
 
+_UNTYPED: Mapping[str, Kind] = {name: Kind(fields) for name, fields in UNTYPED.items()}
 _TYPED: Mapping[str, Kind] = {name: Kind(kind.fields | {"type"}, kind.feature, kind.effect) for name, kind in TYPES.items()}
 
 

@@ -1,0 +1,13 @@
+"""Policy: who may ask for what. Files become frozen values (`load`), values judge a reading (`judge`, `trail`).
+
+    source   YAML nodes that remember their lines      keys    every key: kind, default, help
+    kinds    the kinds of value, and their schema      loading a folder of files -> GatewayPolicy
+    values   what the operator decided                 rules   what that means for one request
+"""
+
+from gateway_addon.policy.loading import load
+from gateway_addon.policy.rules import Verdict, edits, judge, may_use, trail
+from gateway_addon.policy.source import PolicyError
+from gateway_addon.policy.values import AppPolicy, Cap, GatewayPolicy, Source, caps
+
+__all__ = ["AppPolicy", "Cap", "GatewayPolicy", "PolicyError", "Source", "Verdict", "caps", "edits", "judge", "load", "may_use", "trail"]

@@ -1,0 +1,272 @@
+"""Every key that a policy file may have: its kind, its default, what it does.
+
+The one source of validation, of `gateway schema` and of the reference of keys. Adding a key is adding a row here and the
+field that carries it in `values`.
+"""
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from gateway_addon.policy.kinds import (
+    AMOUNT,
+    BOOLEAN,
+    COUNT,
+    PERCENT,
+    REQUIRED,
+    SECONDS,
+    Key,
+    Kind,
+    either,
+    listing,
+    mapping,
+    one_of,
+    parsed,
+    record,
+    text,
+    word,
+)
+from gateway_addon.policy.values import (
+    NO_CAPS,
+    Alerts,
+    Betas,
+    Feature,
+    MaxTokens,
+    Models,
+    RateLimits,
+    Source,
+    Team,
+    Thinking,
+    Timeouts,
+    Tls,
+)
+
+NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
+"""Apps and teams: lower case, so that two spellings never mean two budgets."""
+
+
+def _group(make: Any, keys: Mapping[str, Key], help: str, default: Any = REQUIRED) -> Key:
+    return Key(record(make, keys), help, default, keys)
+
+
+def _upstream(value: str) -> str:
+    """Https, or plain http to this machine. Raises ValueError."""
+    parts = urlsplit(value)
+    loopback = parts.hostname == "localhost" or re.fullmatch(r"127(\.\d{1,3}){3}|::1", parts.hostname or "") is not None
+    if parts.scheme != "https" and not (parts.scheme == "http" and loopback):
+        raise ValueError(f"{value!r} must be https (plain http only to a loopback address): the real key travels there")
+    if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username or parts.port == 0:
+        raise ValueError(f"{value!r} must be scheme, host and port alone, like https://api.anthropic.com")
+    return value.rstrip("/")
+
+
+def _zone(value: str) -> str:
+    try:
+        ZoneInfo(value)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"{value!r} is not a time zone; write one like UTC or Europe/Berlin") from None
+    return value
+
+
+_COMMAND = Kind(listing(text()).read, listing(text()).schema, "a list: the program and its arguments")
+SOURCE = one_of(
+    Source,
+    {
+        "env": text(r"[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable"),
+        "file": text(what="a path"),
+        "command": _COMMAND,
+        "keyring": text(r"[^/\s]+/[^/\s]+", "SERVICE/USER"),
+    },
+)
+_UPSTREAM = parsed(_upstream, {"type": "string", "format": "uri"}, "an https address")
+_ZONE = parsed(_zone, {"type": "string"}, "a time zone")
+_NETWORK = parsed(ipaddress.ip_network, {"type": "string"}, "a network (`10.0.0.0/8`)")
+_PATTERN = text(r"[A-Za-z0-9][A-Za-z0-9._:*?@-]*", "a model id or a pattern like claude-haiku-4-5*")
+_NAMES = text(NAME, "a name of lower-case letters, digits, - and _")
+
+
+def _caps(windows: Mapping[str, str], help: str, default: Any = REQUIRED) -> Key:
+    def make(**amounts: int | None) -> Mapping[str, int]:
+        return MappingProxyType({window: amount for window, amount in amounts.items() if amount is not None})
+
+    keys = {window: Key(AMOUNT, words, None) for window, words in windows.items()}
+    unlimited = Kind(lambda node, spot: NO_CAPS if word("unlimited").read(node, spot) else None, {"const": "unlimited"}, "`unlimited`")
+    return Key(either(unlimited, record(make, keys)), help, default, keys)
+
+
+_WINDOWS = {
+    "day": "at most this much in a calendar day",
+    "week": "at most this much in a week, from Monday",
+    "month": "at most this much in a calendar month",
+    "ever": "at most this much in all",
+}
+
+def _alerts(at: tuple[int, ...], webhook: Source | None) -> Alerts:
+    return Alerts(at_percent=at, webhook=webhook)
+
+
+def _rates(headroom: int | None, **limits: int | None) -> RateLimits:
+    return RateLimits(**limits, headroom_percent=headroom)
+
+
+ALERTS = _group(
+    _alerts,
+    {
+        "at": Key(listing(PERCENT), "tell when this share of a cap is spent", ()),
+        "webhook": Key(SOURCE, "where to send alerts: the address is read from there, since such addresses are secrets", None),
+    },
+    "who hears of a cap before it is reached",
+    Alerts(),
+)
+
+_USES = {"max_uses": Key(COUNT, "a request must state its own `max_uses`, and no more than this")}
+_PER_USE = {"tokens_per_use": Key(COUNT, "your word for what one use adds to the prompt; without it the context window is quoted", None)}
+
+
+def _feature(help: str, keys: Mapping[str, Key] | None = None) -> Key:
+    """A feature is off unless named; `true` names it, where it has no key that must be given."""
+    if keys is None:
+        return Key(BOOLEAN, help, False)
+    named = record(Feature, keys)
+    needs_keys = any(key.default is REQUIRED for key in keys.values())
+    return Key(named if needs_keys else either(BOOLEAN, named), help, False, keys)
+
+
+FEATURES: dict[str, Key] = {
+    "web_search": _feature("web search at the provider ($10 per 1,000 searches, and what it finds is read as input)", _USES | _PER_USE),
+    "web_fetch": _feature("fetching web pages at the provider", _USES | _PER_USE),
+    "code_execution": _feature("running code at the provider", _PER_USE),
+    "tool_search": _feature("searching deferred tools at the provider (the prompt is read again after each search)"),
+    "mcp": _feature(
+        "MCP servers called by the provider",
+        {"servers": Key(listing(text()), "patterns of the servers' addresses; without it any server", ())} | _PER_USE,
+    ),
+    "files": _feature("images and documents given by url or by file id (their size is not in the body)"),
+    "container": _feature("containers, uploads into them and skills"),
+    "compaction": _feature("compaction: the provider summarises the conversation and bills that beside the answer"),
+    "thread": _feature("threads: the provider keeps the conversation, so the body no longer shows the prompt"),
+    "advisor": _feature("an advisor model asked by the model (its model must be allowed too)", _USES),
+    "fallbacks": _feature(
+        "other models tried when one declines (each must be allowed too)",
+        {"default": Key(listing(_PATTERN), 'the models that `fallbacks: "default"` may reach; without it "default" is refused', ())},
+    ),
+    "batches": _feature("Message Batches"),
+    "fast": _feature("`speed: fast`, at the model's fast price"),
+    "service_tier": _feature("a `service_tier` other than auto and standard_only"),
+    "inference_geo": _feature("an `inference_geo` other than global (1.1 times the price)"),
+    "user_profile": _feature("billing to a user profile (`billing_policy`, `anthropic-user-profile-id`)"),
+    "workspace": _feature("choosing a workspace with `anthropic-workspace-id`"),
+    "hour_ttl": Key(BOOLEAN, "prompt caching for an hour: allowed unless `false`, because its whole price is in the quote", True),
+}
+"""What an app may use beyond plain messages. None unless named, but for what the body itself bounds (`hour_ttl`)."""
+
+
+def _features(**named: bool | Feature) -> Mapping[str, Feature]:
+    return MappingProxyType({name: Feature() if value is True else value for name, value in named.items() if value is not False})
+
+
+_LIMIT = {
+    "limit": Key(COUNT, "the largest `max_tokens` that a request may ask for"),
+    "over": Key(word("refuse", "clamp"), "what happens to a request that asks for more; `clamp` rewrites its body", "refuse"),
+}
+_MAX_TOKENS = either(Kind(lambda node, spot: MaxTokens(COUNT.read(node, spot)), COUNT.schema, COUNT.written), record(MaxTokens, _LIMIT))
+
+APP: dict[str, Key] = {
+    "models": _group(
+        Models,
+        {
+            "allow": Key(listing(_PATTERN), "models this app may use: ids, or patterns that match whole ids"),
+            "deny": Key(listing(_PATTERN), "models it may not use, whatever `allow` says", ()),
+            "aliases": Key(mapping(_PATTERN), "names of its own for models; rewrites the body", MappingProxyType({})),
+        },
+        "which models the app may use",
+    ),
+    "caps": _caps(
+        {"request": "at most this much for one call, before it is made"} | _WINDOWS,
+        "what the app may spend; an app without limits says `caps: unlimited`",
+    ),
+    "team": Key(_NAMES, "the team whose caps it shares (see `teams` in gateway.yaml)", None),
+    "endpoints": Key(
+        listing(word("messages", "count_tokens", "models")), "what it may call", ("messages", "count_tokens", "models")
+    ),
+    "features": Key(record(_features, FEATURES), "what it may use beyond plain messages", _features(hour_ttl=True), FEATURES),
+    "unknown_fields": Key(word("refuse", "pass"), "request fields and types not known here (new ones may spend)", "refuse"),
+    "betas": _group(
+        Betas,
+        {
+            "allow": Key(listing(text()), "patterns of `anthropic-beta` values", ("*",)),
+            "deny": Key(listing(text()), "patterns refused, whatever `allow` says", ()),
+        },
+        "which `anthropic-beta` values it may send; all unless given",
+        Betas(),
+    ),
+    "max_tokens": Key(_MAX_TOKENS, "a ceiling for the request's own `max_tokens`", None, _LIMIT),
+    "thinking": _group(
+        Thinking,
+        {
+            "budget_tokens": Key(COUNT, "the largest thinking budget", None),
+            "effort": Key(listing(word("low", "medium", "high", "xhigh", "max")), "the effort levels it may ask for; all unless given", ()),
+        },
+        "how much it may think (thinking is part of `max_tokens` and quoted with it)",
+        Thinking(),
+    ),
+    "require": Key(listing(word("metadata.user_id", "system")), "what each request must carry", ()),
+    "reserve": Key(word("auto", "full", "progressive"), "how much of a stream's worst case is held while it runs", "auto"),
+    "rates": _group(
+        _rates,
+        {
+            "requests_per_minute": Key(COUNT, "requests a minute", None),
+            "input_tokens_per_minute": Key(COUNT, "quoted input tokens a minute", None),
+            "output_tokens_per_minute": Key(COUNT, "output tokens a minute", None),
+            "concurrent": Key(COUNT, "calls in flight at once", None),
+            "headroom": Key(PERCENT, "stay out of this last share of the shared key's own rate limits", None),
+        },
+        "how fast it may call",
+        RateLimits(),
+    ),
+    "alerts": ALERTS,
+    "mode": Key(word("enforce", "observe"), "`observe` lets everything pass and records what would have been refused", "enforce"),
+    "served": Key(word("any", "exact"), "`exact` raises an alert when another model answers than the one asked", "any"),
+    "addresses": Key(listing(_NETWORK), "networks its tokens may be used from; anywhere unless given", ()),
+}
+
+_TIMEOUTS = {
+    "connect": Key(SECONDS, "to reach the upstream", 10.0),
+    "first_byte": Key(SECONDS, "until the answer begins", 600.0),
+    "silence": Key(SECONDS, "between two pieces of an answer", 300.0),
+    "drain": Key(SECONDS, "for running calls to end when the gateway is told to stop", 60.0),
+}
+
+
+def _timeouts(connect: float, first_byte: float, silence: float, drain: float) -> Timeouts:
+    return Timeouts(connect_s=connect, first_byte_s=first_byte, silence_s=silence, drain_s=drain)
+
+
+_DEFAULT_TIMEOUTS = {name: key.default for name, key in _TIMEOUTS.items()}
+_TEAM = {"caps": _caps(_WINDOWS, "what the team's apps may spend together")}
+_TEAM_KEY = _group(Team, _TEAM, "one team")
+
+GATEWAY: dict[str, Key] = {
+    "upstream": Key(_UPSTREAM, "where admitted calls go", "https://api.anthropic.com"),
+    "key": Key(SOURCE, "where the real API key is read from, again when it changes", Source("env", "ANTHROPIC_API_KEY")),
+    "timezone": Key(_ZONE, "in which days, weeks and months begin", "UTC"),
+    "workspace_geo": Key(
+        word("global", "us", "unknown"),
+        "the workspace's `default_inference_geo`; while unknown, requests that name none are quoted at the dearer one",
+        "unknown",
+    ),
+    "caps": _caps(_WINDOWS, "what all apps together may spend, beside each app's own caps", NO_CAPS),
+    "teams": Key(mapping(record(Team, _TEAM)), "apps that share caps, by the team's name", MappingProxyType({}), {"NAME": _TEAM_KEY}),
+    "timeouts": _group(_timeouts, _TIMEOUTS, "how long to wait for the upstream", _timeouts(**_DEFAULT_TIMEOUTS)),
+    "tls": _group(
+        Tls,
+        {"cert": Key(text(), "path of the certificate chain (PEM)"), "key": Key(text(), "path of its private key (PEM)")},
+        "certificate of the listener, for apps on other machines",
+        None,
+    ),
+    "alerts": ALERTS,
+}

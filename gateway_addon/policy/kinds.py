@@ -1,0 +1,186 @@
+"""The kinds of value that a policy key can have: how each is read, and how its JSON Schema reads.
+
+One source for both, so that an editor's completion and the gateway's validation cannot drift apart. A kind reads a YAML node
+into a value or raises PolicyError at its line.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from yaml.nodes import MappingNode, Node, ScalarNode
+
+from gateway_addon.money import parse_nano
+from gateway_addon.policy.source import Spot, entries, items, scalar, suggestion
+
+REQUIRED = object()
+"""The default of a key that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    read: Callable[[Node, Spot], Any]
+    schema: Mapping[str, Any]
+    written: str
+    """How a person writes it, for the reference of keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a policy file: the kind of its value, what it does, and what holds where it is absent."""
+
+    kind: Kind
+    help: str
+    default: Any = REQUIRED
+    keys: "Mapping[str, Key] | None" = None
+    """The keys inside, for the reference."""
+
+
+def text(pattern: str = r"\S(?:.*\S)?", what: str = "text") -> Kind:
+    """Text of one line that the whole `pattern` matches."""
+
+    def read(node: Node, spot: Spot) -> str:
+        value = scalar(node, spot)
+        if re.fullmatch(pattern, value) is None:
+            raise spot.error(node, f"{value!r} is not {what}")
+        return value
+
+    return Kind(read, {"type": "string", "pattern": f"^(?:{pattern})$"}, what)
+
+
+def word(*words: str) -> Kind:
+    """One of a few words."""
+
+    def read(node: Node, spot: Spot) -> str:
+        value = scalar(node, spot)
+        if value not in words:
+            raise spot.error(node, f"{value!r} is not a word known here{suggestion(value, words)}")
+        return value
+
+    return Kind(read, {"enum": list(words)}, " or ".join(f"`{name}`" for name in words))
+
+
+def parsed(parse: Callable[[str], Any], schema: Mapping[str, Any], written: str) -> Kind:
+    """A scalar that a function reads, which says what is wrong by raising ValueError with a sentence."""
+
+    def read(node: Node, spot: Spot) -> Any:
+        try:
+            return parse(scalar(node, spot))
+        except ValueError as error:
+            raise spot.error(node, str(error)) from None
+
+    return Kind(read, schema, written)
+
+
+def _count(value: str) -> int:
+    match = re.fullmatch(r"([0-9][0-9_,]*)([kM]?)", value)
+    if match is None or len(match[1]) > 12:
+        raise ValueError(f"{value!r} is not a whole number; write one like 8192, 200k or 2M")
+    return int(re.sub("[_,]", "", match[1])) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
+
+
+def _percent(value: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,3})%", value)
+    if match is None or not 1 <= int(match[1]) <= 100:
+        raise ValueError(f"{value!r} is not a share; write a whole percentage from 1% to 100%")
+    return int(match[1])
+
+
+def _seconds(value: str) -> float:
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(ms|s|m|h)", value)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{value!r} is not a duration; write one like 500ms, 10s, 5m or 1h")
+    return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _boolean(value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value == "true"
+
+
+COUNT = parsed(
+    _count,
+    {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-9][0-9_,]*[kM]?$"}]},
+    "a number (`200k`)",
+)
+PERCENT = parsed(_percent, {"type": "string", "pattern": "^[0-9]{1,3}%$"}, "a share (`80%`)")
+SECONDS = parsed(_seconds, {"type": "string", "pattern": r"^[0-9]{1,6}(\.[0-9]{1,3})?(ms|s|m|h)$"}, "a duration (`10s`)")
+BOOLEAN = parsed(_boolean, {"type": "boolean"}, "`true` or `false`")
+AMOUNT = parsed(
+    parse_nano,
+    {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^\$?[0-9][0-9_,]*(\.[0-9]{1,9})?$"}]},
+    "an amount (`$5`)",
+)
+
+
+def listing(kind: Kind) -> Kind:
+    """A list of values of one kind, as a tuple."""
+
+    def read(node: Node, spot: Spot) -> tuple[Any, ...]:
+        return tuple(kind.read(item, spot) for item in items(node, spot))
+
+    return Kind(read, {"type": "array", "items": kind.schema}, f"a list of {kind.written}")
+
+
+def mapping(kind: Kind, what: str = "names") -> Kind:
+    """Values of one kind under names of the operator's choosing."""
+
+    def read(node: Node, spot: Spot) -> Mapping[str, Any]:
+        return MappingProxyType({name: kind.read(value, spot.at(name)) for name, (_, value) in entries(node, spot).items()})
+
+    return Kind(read, {"type": "object", "additionalProperties": kind.schema}, f"{what}, each with {kind.written}")
+
+
+def record(make: Callable[..., Any], keys: Mapping[str, Key]) -> Kind:
+    """A fixed set of keys, handed to `make` by name."""
+
+    def read(node: Node, spot: Spot) -> Any:
+        if not isinstance(node, MappingNode):
+            raise spot.error(node, f"expected keys: {', '.join(keys)}")
+        found = entries(node, spot)
+        for name, (key_node, _) in found.items():
+            if name not in keys:
+                raise spot.at(name).error(key_node, f"unknown key{suggestion(name, keys)}")
+        values = {}
+        for name, key in keys.items():
+            if name not in found and key.default is REQUIRED:
+                raise spot.error(node, f"{name} is missing: {key.help}")
+            values[name] = key.kind.read(found[name][1], spot.at(name)) if name in found else key.default
+        return make(**values)
+
+    schema = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": [name for name, key in keys.items() if key.default is REQUIRED],
+        "properties": {name: {**key.kind.schema, "description": key.help} for name, key in keys.items()},
+    }
+    return Kind(read, schema, "keys: " + ", ".join(f"`{name}`" for name in keys))
+
+
+def either(plain: Kind, keyed: Kind) -> Kind:
+    """A short form (one value) and a long form (keys)."""
+
+    def read(node: Node, spot: Spot) -> Any:
+        return (keyed if isinstance(node, MappingNode) else plain).read(node, spot)
+
+    return Kind(read, {"anyOf": [plain.schema, keyed.schema]}, f"{plain.written}, or {keyed.written}")
+
+
+def one_of(make: Callable[[Any, Any], Any], kinds: Mapping[str, Kind]) -> Kind:
+    """Exactly one of several keys, like `{env: NAME}`."""
+
+    def read(node: Node, spot: Spot) -> Any:
+        found = {} if isinstance(node, ScalarNode) else entries(node, spot)
+        if len(found) != 1 or next(iter(found)) not in kinds:
+            raise spot.error(node, "expected exactly one of " + ", ".join(f"{{{name}: {kind.written}}}" for name, kind in kinds.items()))
+        ((name, (_, value)),) = found.items()
+        return make(name, kinds[name].read(value, spot.at(name)))
+
+    forms = [
+        {"type": "object", "additionalProperties": False, "required": [name], "properties": {name: kind.schema}}
+        for name, kind in kinds.items()
+    ]
+    return Kind(read, {"oneOf": forms}, " or ".join(f"`{{{name}: ...}}`" for name in kinds))

@@ -1,0 +1,133 @@
+"""A folder of policy files -> one GatewayPolicy, or a PolicyError that names file, line and key.
+
+Promises all or nothing: no app is ever in force with half a file, and a file that would be ignored (a wrong ending, an app
+name that cannot be one) is an error, because nobody enforces an ignored file.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from gateway_addon import pricing
+from gateway_addon.policy.keys import APP, GATEWAY, NAME
+from gateway_addon.policy.kinds import record
+from gateway_addon.policy.rules import matching
+from gateway_addon.policy.source import PolicyError, Spot, compose, entries, items, suggestion
+from gateway_addon.policy.values import AppPolicy, GatewayPolicy, Models
+from gateway_addon.pricing import PriceError, Prices
+
+_APP_FILE = re.compile(rf"{NAME}\.yaml")
+
+
+class _File(NamedTuple):
+    shown: str
+    content: bytes
+
+
+def load(directory: Path) -> GatewayPolicy:
+    """Read `gateway.yaml`, `apps/*.yaml` and, where it is there, `prices.yaml` of a folder. Raises PolicyError."""
+    files = _files(directory)
+    prices = _prices(directory)
+    gateway_file = files.pop("gateway.yaml")
+    digest = hashlib.sha256(prices.digest.encode())
+    for name, file in (("gateway.yaml", gateway_file), *files.items()):
+        digest.update(f"\0{name}\0{len(file.content)}\0".encode() + file.content)
+    general = parse_gateway(gateway_file.shown, _text(gateway_file))
+    shared = {"workspace_geo": general["workspace_geo"]}
+    apps = {Path(name).stem: parse_app(file.shown, _text(file), prices, general["teams"], **shared) for name, file in files.items()}
+    return GatewayPolicy(**general, apps=MappingProxyType(apps), prices=prices, digest=digest.hexdigest())
+
+
+def parse_gateway(file: str, text: str) -> dict[str, Any]:
+    """The values of a gateway.yaml, by name. Raises PolicyError."""
+    values: dict[str, Any] = record(dict, GATEWAY).read(compose(file, text), Spot(file))
+    for team in values["teams"]:
+        if re.fullmatch(NAME, team) is None:
+            raise PolicyError(f"{file}: teams.{team}: not a name; use lower-case letters, digits, - and _")
+    return values
+
+
+def parse_app(file: str, text: str, prices: Prices, teams: Mapping[str, Any], *, workspace_geo: str = "unknown") -> AppPolicy:
+    """The policy of the app that the file is named after. Raises PolicyError; every model named must have a price."""
+    node, spot = compose(file, text), Spot(file)
+    values = record(dict, APP).read(node, spot)
+    found = entries(node, spot)
+    if values["team"] is not None and values["team"] not in teams:
+        raise spot.at("team").error(found["team"][1], f"no team {values['team']!r} in gateway.yaml{suggestion(values['team'], teams)}")
+    _check_models(found["models"][1], spot.at("models"), values["models"], prices)
+    fallbacks = values["features"].get("fallbacks")
+    for model in fallbacks.default if fallbacks else ():
+        if prices.canonical(model) is None:
+            raise spot.at("features.fallbacks.default").error(found["features"][1], f"{model} has no price{_near(model, prices)}")
+    return AppPolicy(name=Path(file).stem, file=file, workspace_geo=workspace_geo, **values)  # type: ignore[arg-type]
+
+
+def _check_models(node: Any, spot: Spot, models: Models, prices: Prices) -> None:
+    """Every pattern matches a model that has a price; every alias leads to one that is allowed."""
+    lines = entries(node, spot)
+    for name in ("allow", "deny"):
+        patterns = items(lines[name][1], spot) if name in lines else []
+        for item in patterns:
+            if not matching(item.value, prices):
+                raise spot.at(name).error(item, f"{item.value} matches no model that has a price{_near(item.value, prices)}")
+    aliases = entries(lines["aliases"][1], spot) if "aliases" in lines else {}
+    for alias, (key, value) in aliases.items():
+        if prices.canonical(alias) is not None:
+            raise spot.at(f"aliases.{alias}").error(key, "is a model's own name; an alias must not hide one")
+        if prices.canonical(models.aliases[alias]) is None:
+            raise spot.at(f"aliases.{alias}").error(value, f"{value.value} has no price{_near(value.value, prices)}")
+
+
+def _near(model: str, prices: Prices) -> str:
+    return suggestion(model.replace("*", ""), prices.models())
+
+
+def _files(directory: Path) -> dict[str, _File]:
+    """Every policy file by its path in the folder, gateway.yaml first, the apps in the order of their names."""
+    gateway = directory / "gateway.yaml"
+    apps = directory / "apps"
+    paths = [gateway]
+    try:
+        found = sorted(apps.iterdir()) if apps.is_dir() else []
+    except OSError as error:
+        raise PolicyError(f"{_shown(directory, apps)}: not readable: {error.strerror}") from None
+    for path in found:
+        if path.name.startswith(".") or path.name.endswith("~") or path.suffix not in (".yaml", ".yml", ".json"):
+            continue
+        if _APP_FILE.fullmatch(path.name) is None:
+            raise PolicyError(f"{_shown(directory, path)}: an app's file is named APP.yaml, in lower-case letters, digits, - and _")
+        paths.append(path)
+    return {str(path.relative_to(directory)): _File(_shown(directory, path), _bytes(directory, path)) for path in paths}
+
+
+def _bytes(directory: Path, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise PolicyError(f"{_shown(directory, path)}: no such file; `gateway init` writes a first policy") from None
+    except OSError as error:
+        raise PolicyError(f"{_shown(directory, path)}: not readable: {error.strerror}") from None
+
+
+def _text(file: _File) -> str:
+    try:
+        return file.content.decode()
+    except UnicodeDecodeError as error:
+        line = file.content[: error.start].count(b"\n") + 1
+        raise PolicyError(f"{file.shown}:{line}: not UTF-8") from None
+
+
+def _shown(directory: Path, path: Path) -> str:
+    """The path as sentences name it: from the policy folder on, since refusals reach people who need not know the machine."""
+    return (Path(directory.resolve().name) / path.relative_to(directory)).as_posix()
+
+
+def _prices(directory: Path) -> Prices:
+    override = directory / "prices.yaml"
+    try:
+        return pricing.load(None, override if override.exists() else None)
+    except PriceError as error:
+        raise PolicyError(str(error)) from None

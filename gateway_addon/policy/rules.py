@@ -1,0 +1,225 @@
+"""Who may ask for what: the rules, in the order in which a request meets them.
+
+Promises one list of rules for the gateway's judgement and for what `explain` prints. Deny by default: a feature is used only
+where the app's policy names it. Knows nothing of money: what is allowed is then quoted (bounds) and capped (the ledger).
+"""
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from gateway_addon.policy.values import AppPolicy
+from gateway_addon.pricing import Prices
+from gateway_addon.reading import Reading
+from gateway_addon.refusals import Refusal
+from gateway_addon.survey import Use
+
+
+class Verdict(NamedTuple):
+    """One rule's answer to one request: a sentence, and the code of the refusal where it refuses."""
+
+    rule: str
+    sentence: str
+    code: str | None = None
+
+
+_ALWAYS = ("hello", "healthz", "me")
+
+
+def judge(app: AppPolicy, reading: Reading, prices: Prices) -> Refusal | None:
+    """The first rule that refuses, or None. An app in `mode: observe` is judged the same; letting it pass is the caller's choice."""
+    for verdict in trail(app, reading, prices):
+        if verdict.code is not None:
+            return Refusal(verdict.code, verdict.sentence)
+    return None
+
+
+def trail(app: AppPolicy, reading: Reading, prices: Prices) -> Iterator[Verdict]:
+    """Every rule's verdict, in order. Rules after one that refuses are judged too: `explain` shows them all."""
+    yield _endpoint(app, reading)
+    if reading.endpoint in ("messages", "count_tokens", "model"):
+        yield _model(app, reading.model, "model", prices)
+    if reading.endpoint not in ("messages", "count_tokens"):
+        return
+    for where, model in _reachable(app, reading):
+        yield _model(app, model, where, prices)
+    yield from _unknown(app, reading)
+    yield from _features(app, reading)
+    yield from _betas(app, reading)
+    if reading.endpoint == "messages":
+        yield from _max_tokens(app, reading)
+    yield from _thinking(app, reading)
+    yield from _requirements(app, reading)
+
+
+def edits(app: AppPolicy, reading: Reading) -> dict[str, Any]:
+    """The top-level fields that the policy rewrites (an alias of a model, a clamped `max_tokens`): opt-in, and to be recorded."""
+    changes: dict[str, Any] = {}
+    if reading.model in app.models.aliases:
+        changes["model"] = app.models.aliases[reading.model]
+    if reading.endpoint == "messages" and app.max_tokens and app.max_tokens.over == "clamp" and reading.max_tokens > app.max_tokens.limit:
+        changes["max_tokens"] = app.max_tokens.limit
+    return changes
+
+
+def matching(pattern: str, prices: Prices) -> frozenset[str]:
+    """The models that a pattern of a policy means: by their canonical ids, of those that have a price."""
+    exact = prices.canonical(pattern)
+    return frozenset(model for model in prices.models() if model == exact or fnmatchcase(model, pattern))
+
+
+def may_use(app: AppPolicy, model: str, prices: Prices) -> bool:
+    """Whether an app may use a model, by any of its names."""
+    return _model(app, model, "model", prices).code is None
+
+
+def _endpoint(app: AppPolicy, reading: Reading) -> Verdict:
+    name = "models" if reading.endpoint == "model" else reading.endpoint
+    if name in app.endpoints or name in _ALWAYS:
+        return Verdict("endpoint", f"{name} is open to app {app.name}")
+    return Verdict("endpoint", f"app {app.name} may not call {name}; allowed: {_listed(app.endpoints)} ({app.file} endpoints)", "endpoint")
+
+
+def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> Verdict:
+    """Judged by the canonical id, so that no spelling of a model is another model; a denied name is denied in each spelling."""
+    rule = "model" if where == "model" else f"model ({where})"
+    canonical = prices.canonical(asked)
+    allowed = f"allowed: {_listed(app.models.allow)} ({app.file} models.allow)"
+    if canonical is None:
+        return Verdict(rule, f"app {app.name} asks for {asked[:100]!r} ({where}), which is no known model; {allowed}", "model")
+    for pattern in app.models.deny:
+        if fnmatchcase(asked, pattern) or fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern):
+            return Verdict(rule, f"app {app.name} may not use {asked}, denied by {pattern} ({app.file} models.deny); {allowed}", "model")
+    if not any(fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern) for pattern in app.models.allow):
+        return Verdict(rule, f"app {app.name} may not use {asked}; {allowed}", "model")
+    return Verdict(rule, f"{asked} is {canonical}, which app {app.name} may use")
+
+
+def _reachable(app: AppPolicy, reading: Reading) -> Iterator[tuple[str, str]]:
+    """Other models that this one request can reach. (`fallbacks: "default"` reaches those that the policy says it does.)"""
+    yield from reading.found.models
+    fallbacks = app.features.get("fallbacks")
+    if fallbacks and reading.body.get("fallbacks") == "default":
+        yield from (("fallbacks default", model) for model in fallbacks.default)
+
+
+def _unknown(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+    unknown = reading.found.unknown
+    if not unknown:
+        yield Verdict("fields", "every field and type is known")
+    elif app.unknown_fields == "pass":
+        yield Verdict("fields", f"unknown, passed by unknown_fields: pass: {_listed(unknown[:5])}")
+    else:
+        sentence = f"app {app.name} sends {unknown[0]}, which this gateway does not know and cannot bound; leave it out, or allow it with"
+        yield Verdict("fields", f"{sentence} unknown_fields: pass in {app.file}", "unknown_field")
+
+
+def _features(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+    uses: dict[str, int] = {}
+    for use in reading.found.uses:
+        refused = _feature_refused(app, use)
+        if refused is None and use.is_tool and app.features[use.feature].max_uses is not None:
+            refused = _too_many(app, use, uses)
+        yield Verdict("feature", refused or f"{use.feature} ({use.where}) is named by the policy", "feature" if refused else None)
+    if reading.hour_ttl and "hour_ttl" not in app.features:
+        sentence = f"app {app.name} may not write caches of an hour; leave out ttl, or set hour_ttl: true ({app.file} features)"
+        yield Verdict("feature", sentence, "feature")
+
+
+def _feature_refused(app: AppPolicy, use: Use) -> str | None:
+    feature = app.features.get(use.feature)
+    if feature is None:
+        named = [name for name in app.features if name != "hour_ttl"]
+        return f"app {app.name} may not use {use.feature} ({use.where}); allowed features: {_listed(named)} ({app.file} features)"
+    if use.feature == "fallbacks" and not isinstance(use.value, list):
+        if use.value != "default":
+            return f'fallbacks must be a list of models or "default", not {use.value!r:.80}'
+        if not feature.default:
+            return f"""app {app.name} may not use fallbacks: "default", whose models are the provider's choice; list the models, or name \
+the ones it may reach as default: [...] ({app.file} features.fallbacks)"""
+    if use.feature == "mcp" and use.where == "mcp_servers" and feature.servers:
+        for server in use.value if isinstance(use.value, list) else [use.value]:
+            url = server.get("url") if isinstance(server, dict) else None
+            if not isinstance(url, str) or not any(fnmatchcase(url, pattern) for pattern in feature.servers):
+                allowed = f"allowed: {_listed(feature.servers)} ({app.file} features.mcp)"
+                return f"app {app.name} may not use the MCP server {str(url)[:200]!r}; {allowed}"
+    return None
+
+
+def _too_many(app: AppPolicy, use: Use, uses: dict[str, int]) -> str | None:
+    """The uses of one feature are counted over the whole request: two search tools do not make two budgets."""
+    limit, stated = app.features[use.feature].max_uses, use.value.get("max_uses")
+    if type(stated) is not int or stated < 0:
+        return f"app {app.name} must give {use.where} a max_uses of its own, at most {limit} in a request ({app.file} features)"
+    total = uses[use.feature] = uses.get(use.feature, 0) + stated
+    if limit is not None and total > limit:
+        return f"app {app.name} may use {use.feature} {limit} times in a request, not {total} ({use.where}.max_uses; {app.file} features)"
+    return None
+
+
+def _betas(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+    for beta in reading.betas:
+        denied = any(fnmatchcase(beta, pattern) for pattern in app.betas.deny)
+        if denied or not any(fnmatchcase(beta, pattern) for pattern in app.betas.allow):
+            allowed = f"allowed: {_listed(app.betas.allow)}" + (f" without {_listed(app.betas.deny)}" if app.betas.deny else "")
+            yield Verdict("betas", f"app {app.name} may not send anthropic-beta {beta[:100]}; {allowed} ({app.file} betas)", "feature")
+
+
+def _max_tokens(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+    if app.max_tokens is None:
+        yield Verdict("max_tokens", f"{reading.max_tokens:,}; app {app.name} has no ceiling")
+        return
+    limit = app.max_tokens.limit
+    for where, asked in (("max_tokens", reading.max_tokens), *_fallback_values(reading, "max_tokens")):
+        if asked is not None and (type(asked) is not int or asked > limit):
+            sentence = f"app {app.name} may ask for at most {limit:,} tokens of output, not {asked!r:.40} ({where}); lower it"
+            yield Verdict("max_tokens", f"{sentence} ({app.file} max_tokens)", "max_tokens")
+        else:
+            yield Verdict("max_tokens", f"{where} is within {limit:,}")
+
+
+def _thinking(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+    limit, levels = app.thinking.budget_tokens, app.thinking.effort
+    for where, thinking in (("thinking", reading.body.get("thinking")), *_fallback_values(reading, "thinking")):
+        budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+        if limit is not None and budget is not None and (type(budget) is not int or budget > limit):
+            sentence = f"app {app.name} may think with at most {limit:,} tokens, not {budget!r:.40} ({where}.budget_tokens); lower it"
+            yield Verdict("thinking", f"{sentence} ({app.file} thinking)", "feature")
+    for where, config in _output_configs(reading) if levels else ():
+        effort = config.get("effort")
+        if effort is not None and effort not in levels:
+            sentence = f"app {app.name} may not ask for effort {effort!r:.40} ({where}); allowed: {_listed(levels)}"
+            yield Verdict("thinking", f"{sentence} ({app.file} thinking.effort)", "feature")
+
+
+def _output_configs(reading: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Wherever a request can set its effort: at the top, in a system message in mid-conversation, for a fallback."""
+    places = [("output_config", reading.body.get("output_config")), *_fallback_values(reading, "output_config")]
+    for i, message in enumerate(reading.body["messages"]):
+        if isinstance(message, dict) and "output_config" in message:
+            places.append((f"messages[{i}].output_config", message["output_config"]))
+    return ((where, config) for where, config in places if isinstance(config, dict))
+
+
+def _fallback_values(reading: Reading, name: str) -> list[tuple[str, Any]]:
+    fallbacks = reading.body.get("fallbacks")
+    entries = fallbacks if isinstance(fallbacks, list) else []
+    return [(f"fallbacks[{i}].{name}", entry[name]) for i, entry in enumerate(entries) if isinstance(entry, dict) and name in entry]
+
+
+def _requirements(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+    metadata = reading.body.get("metadata")
+    carried = {
+        "metadata.user_id": metadata.get("user_id") if isinstance(metadata, dict) else None,
+        "system": reading.body.get("system"),
+    }
+    for name in app.require:
+        value = carried[name]
+        if not value or (name == "metadata.user_id" and not isinstance(value, str)):
+            yield Verdict("require", f"app {app.name} must send {name} with each request ({app.file} require)", "requirement")
+        else:
+            yield Verdict("require", f"{name} is given")
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names) or "none"

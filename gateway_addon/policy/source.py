@@ -1,0 +1,78 @@
+"""A policy file as YAML nodes that remember their lines, and the error that names file, line, key and reason.
+
+Promises that nothing in a file is guessed: scalars are taken as the text that was written (YAML's own reading of `on`, `1:30`
+or `0o7` never happens), a key given twice is an error. Knows nothing of what the keys mean.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+
+class PolicyError(Exception):
+    """A policy that cannot come into force. The message is `file:line: key: sentence`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where one is in a policy file: the file as shown to people, and the path of keys."""
+
+    file: str
+    path: str = ""
+
+    def at(self, step: str) -> "Spot":
+        return Spot(self.file, f"{self.path}.{step}" if self.path else step)
+
+    def error(self, node: Node | None, sentence: str) -> PolicyError:
+        line = "" if node is None else f":{node.start_mark.line + 1}"
+        return PolicyError(f"{self.file}{line}: {self.path}: {sentence}" if self.path else f"{self.file}{line}: {sentence}")
+
+
+def compose(file: str, text: str) -> Node:
+    """Parse one YAML document. Raises PolicyError with the line where it is not YAML, or is empty."""
+    try:
+        node: Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise PolicyError(f"{file}{line}: not readable as YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise PolicyError(f"{file}: not readable as YAML: {error}") from None
+    if node is None:
+        raise PolicyError(f"{file}:1: the file is empty")
+    return node
+
+
+def entries(node: Node, spot: Spot) -> dict[str, tuple[Node, Node]]:
+    """A mapping's keys as {name: (key node, value node)}. Raises PolicyError for anything else and for a key given twice."""
+    if not isinstance(node, MappingNode):
+        raise spot.error(node, "expected keys with values, like `name: value`")
+    found: dict[str, tuple[Node, Node]] = {}
+    for key, value in node.value:
+        name = scalar(key, spot)
+        if name in found:
+            raise spot.at(name).error(key, f"given twice (first on line {found[name][0].start_mark.line + 1}); keep one")
+        found[name] = (key, value)
+    return found
+
+
+def items(node: Node, spot: Spot) -> list[Node]:
+    if not isinstance(node, SequenceNode):
+        raise spot.error(node, "expected a list, like [a, b]; write [] for none")
+    return list(node.value)
+
+
+def scalar(node: Node, spot: Spot) -> str:
+    """The text of a scalar as it was written."""
+    if not isinstance(node, ScalarNode) or node.tag == "tag:yaml.org,2002:null":
+        raise spot.error(node, "expected one value, found " + ("nothing" if isinstance(node, ScalarNode) else "a list or keys"))
+    return str(node.value)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`, did you mean month?`, or the known names where none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]}?" if near else f"; known: {', '.join(known) or 'none'}"

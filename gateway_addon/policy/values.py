@@ -1,0 +1,157 @@
+"""Policy as frozen values: what the operator decided, ready to be judged by. No YAML, no files, no decisions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+from gateway_addon.pricing import Prices
+
+CapWindow = Literal["request", "day", "week", "month", "ever"]
+CAP_WINDOWS: tuple[CapWindow, ...] = ("request", "day", "week", "month", "ever")
+
+NO_CAPS: Mapping[CapWindow, int] = MappingProxyType({})
+
+
+class Cap(NamedTuple):
+    """A limit in force: at most `amount_nano` in each `window` for everything in `scope` (`total`, `team:NAME`, `app:NAME`)."""
+
+    scope: str
+    window: CapWindow
+    amount_nano: int
+
+
+class Source(NamedTuple):
+    """Where a secret is read from: `env` NAME, `file` PATH, `command` ARGV or `keyring` SERVICE/USER. Resolved at the edge."""
+
+    kind: Literal["env", "file", "command", "keyring"]
+    value: str | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    allow: tuple[str, ...]
+    deny: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = MappingProxyType({})
+    """A name of the app's own for one model; using it rewrites the body's `model`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A feature that the app may use, with the limits that the operator set. Each applies to some features only."""
+
+    max_uses: int | None = None
+    tokens_per_use: int | None = None
+    """The operator's own word for how much one use can bring into the prompt; None: up to the context window."""
+    default: tuple[str, ...] = ()
+    """The models that `fallbacks: "default"` may reach."""
+    servers: tuple[str, ...] = ()
+    """Patterns of the MCP servers' addresses; empty: any."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaxTokens:
+    limit: int
+    over: Literal["refuse", "clamp"] = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    budget_tokens: int | None = None
+    effort: tuple[str, ...] = ()
+    """The levels allowed; empty: any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Betas:
+    allow: tuple[str, ...] = ("*",)
+    deny: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimits:
+    requests_per_minute: int | None = None
+    input_tokens_per_minute: int | None = None
+    output_tokens_per_minute: int | None = None
+    concurrent: int | None = None
+    headroom_percent: int | None = None
+    """Keep this share of the shared key's own limits free for the other apps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alerts:
+    at_percent: tuple[int, ...] = ()
+    webhook: Source | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    connect_s: float
+    first_byte_s: float
+    silence_s: float
+    drain_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    cert: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    caps: Mapping[CapWindow, int]
+
+
+@dataclass(frozen=True, slots=True)
+class AppPolicy:
+    """What one app may ask for. `file` is the policy file as people know it, for sentences."""
+
+    name: str
+    file: str
+    models: Models
+    caps: Mapping[CapWindow, int]
+    team: str | None
+    endpoints: tuple[str, ...]
+    features: Mapping[str, Feature]
+    unknown_fields: Literal["refuse", "pass"]
+    betas: Betas
+    max_tokens: MaxTokens | None
+    thinking: Thinking
+    require: tuple[str, ...]
+    reserve: Literal["full", "progressive", "auto"]
+    rates: RateLimits
+    alerts: Alerts
+    mode: Literal["enforce", "observe"]
+    served: Literal["exact", "any"]
+    addresses: tuple[IPv4Network | IPv6Network, ...]
+    workspace_geo: Literal["global", "us", "unknown"]
+    """The gateway's own word, repeated here because the quote of a request depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayPolicy:
+    """Everything in force at one moment: a call is judged and priced by the snapshot taken at its admission."""
+
+    upstream: str
+    key: Source
+    timezone: str
+    caps: Mapping[CapWindow, int]
+    teams: Mapping[str, Team]
+    timeouts: Timeouts
+    tls: Tls | None
+    alerts: Alerts
+    workspace_geo: Literal["global", "us", "unknown"]
+    apps: Mapping[str, AppPolicy]
+    prices: Prices
+    digest: str
+    """SHA-256 over the files' names and bytes and the prices' digest."""
+
+
+def caps(policy: GatewayPolicy, app: AppPolicy) -> tuple[Cap, ...]:
+    """Every cap that a call of this app stands under: the total's, its team's, its own."""
+    scopes = [("total", policy.caps), (f"app:{app.name}", app.caps)]
+    if app.team is not None:
+        scopes.insert(1, (f"team:{app.team}", policy.teams[app.team].caps))
+    return tuple(Cap(scope, window, limits[window]) for scope, limits in scopes for window in CAP_WINDOWS if window in limits)
