@@ -43,15 +43,17 @@ def starts(at: float, zone: tzinfo = UTC) -> Starts:
 
 def next_start(window: Window, at: float, zone: tzinfo = UTC) -> int | None:
     """The unix second at which the window holding `at` gives way to the next one; None for `ever`."""
-    if window == "ever":
-        return None
-    today = datetime.fromtimestamp(at, zone).date()
-    return _midnight(_NEXT_DAY[window](_FIRST_DAY[window](today)), zone)
+    return None if window == "ever" else _next_start(window, datetime.fromtimestamp(at, zone).date(), zone)
 
 
 @lru_cache(maxsize=64)
 def _starts(today: date, zone: tzinfo) -> Starts:
     return Starts(*(_midnight(first(today), zone) for first in _FIRST_DAY.values()))
+
+
+@lru_cache(maxsize=256)
+def _next_start(window: Window, today: date, zone: tzinfo) -> int:
+    return _midnight(_NEXT_DAY[window](_FIRST_DAY[window](today)), zone)
 
 
 def _midnight(day: date, zone: tzinfo) -> int:

@@ -43,6 +43,12 @@ STANDINGS = """
   LEFT JOIN balances USING (scope, window, window_start)
 """
 
+# The same as one row: the driver lets go of the interpreter at each row, and a busy event loop is slow to give it back.
+STANDINGS_ROW = f"""
+SELECT json_group_array(json_array(scope, window, window_start, cap_nano, raised_nano, spent_nano, reserved_nano, quantum_nano, open))
+FROM ({STANDINGS})
+"""
+
 # What stands in the way of a reservation, in the order in which it is named; no row: nothing does. Rates are a sliding minute: the last
 # calendar minute counts by the share of it that is still within sixty seconds, so a minute's turn lets no double burst through.
 _RATE = """
@@ -181,7 +187,7 @@ def release(db: sqlite3.Connection, call_id: int, back_nano: int, *, now: float)
     return back_nano >= 0 and db.execute(RELEASE, {"call_id": call_id, "back_nano": back_nano, "now": now}).rowcount == 1
 
 
-def settle(db: sqlite3.Connection, call_id: int, settlement: Settlement, caps: Sequence[Cap] = (), *, now: float) -> Resolution:
+def settle(db: sqlite3.Connection, call_id: int, settlement: Settlement, *, now: float) -> Resolution:
     """Turn what a call holds into what it cost, in full even where that is more (flagged `overrun`). At most once."""
     held_and_spent = _resolve(db, call_id, "settle", settlement.cost_nano, now)
     if held_and_spent is None:
@@ -196,16 +202,16 @@ def settle(db: sqlite3.Connection, call_id: int, settlement: Settlement, caps: S
         db.execute(OVERRUN, {"call_id": call_id, "now": now, "over_nano": spent_nano - held_nano})
     db.execute(FINISH, {"call_id": call_id, "state": "settled", "now": now} | _outcome_values(settlement.outcome, flags))
     db.executemany(PART, _usage_rows(call_id, settlement.parts, spent_nano))
-    return Resolution(True, spent_nano, held_nano, overrun, _standings_of_call(db, call_id, caps, now))
+    return Resolution(True, spent_nano, held_nano, overrun)
 
 
-def void(db: sqlite3.Connection, call_id: int, outcome: Outcome, caps: Sequence[Cap] = (), *, now: float) -> Resolution:
+def void(db: sqlite3.Connection, call_id: int, outcome: Outcome, *, now: float) -> Resolution:
     """Give back everything that a call holds: the provider did no work. At most once."""
     held_and_spent = _resolve(db, call_id, "void", 0, now)
     if held_and_spent is None:
         return Resolution(first=False)
     db.execute(FINISH, {"call_id": call_id, "state": "voided", "now": now} | _outcome_values(outcome, outcome.flags))
-    return Resolution(True, 0, held_and_spent[0], False, _standings_of_call(db, call_id, caps, now))
+    return Resolution(True, 0, held_and_spent[0])
 
 
 def refused(db: sqlite3.Connection, owner: str, call: NewCall, code: str, *, now: float) -> None:
@@ -248,15 +254,8 @@ def caps_json(caps: Iterable[Cap], windows: Starts) -> str:
 def _standings(db: sqlite3.Connection, values: dict[str, Any], calendar: tzinfo) -> tuple[Standing, ...]:
     return tuple(
         Standing(scope, window, start, next_start(window, start or values["now"], calendar), *amounts)
-        for scope, window, start, *amounts in db.execute(STANDINGS, values).fetchall()
+        for scope, window, start, *amounts in json.loads(db.execute(STANDINGS_ROW, values).fetchone()[0])
     )
-
-
-def _standings_of_call(db: sqlite3.Connection, call_id: int, caps: Sequence[Cap], now: float) -> tuple[Standing, ...]:
-    if not caps:
-        return ()
-    [row] = db.execute("SELECT day_start, week_start, month_start FROM calls WHERE id = ?", (call_id,)).fetchall()
-    return _standings(db, {"caps": caps_json(caps, Starts(*row)), "now": now}, zone(db))
 
 
 def _resolve(db: sqlite3.Connection, call_id: int, kind: str, spent_nano: int | None, now: float) -> tuple[int, int] | None:

@@ -72,9 +72,13 @@ def identity(path: Path) -> Identity:
 
 def still(path: Path, known: Identity) -> None:
     """Raises LedgerUnavailable unless the file is the one opened at the start: two ledgers would know half of the spending each."""
-    if not path.exists():
-        raise LedgerUnavailable(f"the ledger {path} was removed while the gateway runs: put the same file back, or restart the gateway")
-    if identity(path) != known:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise LedgerUnavailable(f"the ledger {path} was removed while the gateway runs: put the same file back, or restart") from None
+    except OSError as error:
+        raise LedgerUnavailable(f"the ledger {path} cannot be read: {error.strerror}") from error
+    if (status.st_dev, status.st_ino) != known:
         raise LedgerUnavailable(f"the ledger {path} was replaced while the gateway runs: restart the gateway to use the new file")
 
 

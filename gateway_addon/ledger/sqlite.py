@@ -8,6 +8,7 @@ connection that never waits for a lock), that a reservation is durable before it
 import asyncio
 import logging
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -35,6 +36,9 @@ from gateway_addon.ledger.writer import Answer, Operation, Writer
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 2.0
+# The writer's thread lets go of the interpreter at each statement and must ask a busy event loop to get it back. At Python's default of
+# 5 ms a loop that is never idle would leave it some ten calls a second.
+SWITCH_INTERVAL_S = 0.0001
 BACKLOG_MAX = 10_000  # rows that only record (refusals, free calls) are let go beyond it; nothing that moves money is
 UNSTORABLE = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "unstorable")))
 RESOLVE, EXTEND, RESERVE, RECORD = range(4)  # in a batch, money that comes back goes first and top-ups before admissions
@@ -63,6 +67,7 @@ class Ledger:
         path = files.ledger_path(url)
         if create:
             await asyncio.to_thread(files.create, path)
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         try:
             ledger = cls(path, timeout_s)
         except OSError as error:
@@ -129,15 +134,15 @@ class Ledger:
 
     def settle(self, call_id: int, settlement: Settlement, *, now: float) -> asyncio.Future[Resolution]:
         """Book what a call cost. Written for certain, though perhaps later; a second resolution of a call changes nothing."""
-        caps = self._caps.pop(call_id, ())
-        write = partial(book.settle, call_id=call_id, settlement=settlement, caps=caps, now=now)
+        self._caps.pop(call_id, None)
+        write = partial(book.settle, call_id=call_id, settlement=settlement, now=now)
         instead = partial(book.settle, call_id=call_id, settlement=UNSTORABLE, now=now)
         return cast("asyncio.Future[Resolution]", self._lasting(write, instead))
 
     def void(self, call_id: int, outcome: Outcome | None = None, *, now: float) -> asyncio.Future[Resolution]:
         """Give back all that a call holds: the provider did no work. As certain as `settle`."""
-        caps = self._caps.pop(call_id, ())
-        write = partial(book.void, call_id=call_id, outcome=outcome or Outcome(), caps=caps, now=now)
+        self._caps.pop(call_id, None)
+        write = partial(book.void, call_id=call_id, outcome=outcome or Outcome(), now=now)
         return cast("asyncio.Future[Resolution]", self._lasting(write))
 
     # records

@@ -180,7 +180,6 @@ class Resolution:
     spent_nano: int = 0
     held_nano: int = 0
     overrun: bool = False
-    standings: tuple[Standing, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ class Writer:
             if isinstance(error, LedgerUnavailable) or files.is_of_the_file(error):
                 raise
             failure = error
-            log.exception("an operation on the ledger failed%s", "" if operation.instead is None else "; its call is settled at what it holds")
+            log.exception("an operation on the ledger failed")
         if operation.instead is None:
             return [Answer(operation, failure)]
         operation.apply, operation.instead = operation.instead, None
