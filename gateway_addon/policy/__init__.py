@@ -8,6 +8,20 @@
 from gateway_addon.policy.loading import load
 from gateway_addon.policy.rules import Verdict, edits, judge, may_use, trail
 from gateway_addon.policy.source import PolicyError
-from gateway_addon.policy.values import AppPolicy, Cap, GatewayPolicy, Source, caps
+from gateway_addon.policy.values import AppPolicy, Cap, Feature, GatewayPolicy, Source, caps
 
-__all__ = ["AppPolicy", "Cap", "GatewayPolicy", "PolicyError", "Source", "Verdict", "caps", "edits", "judge", "load", "may_use", "trail"]
+__all__ = [
+    "AppPolicy",
+    "Cap",
+    "Feature",
+    "GatewayPolicy",
+    "PolicyError",
+    "Source",
+    "Verdict",
+    "caps",
+    "edits",
+    "judge",
+    "load",
+    "may_use",
+    "trail",
+]
