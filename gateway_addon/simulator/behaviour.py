@@ -10,7 +10,11 @@ import types
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
+from .http import ENCODERS
+from .prices import MODELS
+
 MAGIC = "simulate:"
+THINKING = (None, "off", "hidden", "summarised", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +84,17 @@ class Behaviour:
     cut_after_bytes: int | None = None
     """Close the connection after so many bytes of the answer's body."""
     hang_up: bool = False
-    """Close the connection before any status, when the work is done."""
+    """Close the connection before any status: for a JSON call when the answer is ready, for a stream when it would begin."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a word that means nothing here."""
+        if self.thinking not in THINKING:
+            raise ValueError(f"thinking: {self.thinking!r} is none of {THINKING}")
+        if self.encoding is not None and self.encoding not in ENCODERS:
+            raise ValueError(f"encoding: {self.encoding!r} is none of {', '.join(ENCODERS)}")
+        for model in (self.served_model, *(part.get("model") for part in self.iterations)):
+            if model is not None and model not in MODELS:
+                raise ValueError(f"{model!r} serves nothing here; those that do are {', '.join(MODELS)}")
 
 
 _HINTS = get_type_hints(Behaviour)

@@ -72,7 +72,10 @@ class Row:
 
 @dataclass(slots=True)
 class Book:
-    """The rows, in the order of arrival, and the counters of the door. `bytes_received` counts every byte of every connection."""
+    """The rows by request id, in the order of arrival, and the counters of the door.
+
+    `bytes_received` counts every byte of every connection, those that ask for this book too.
+    """
 
     rows: dict[str, Row] = field(default_factory=dict)
     connections: int = 0
@@ -93,21 +96,25 @@ class Book:
         nano = 0 if free else billed_nano(row.model_served, usage) + sum(billed_nano(part.model, part.usage) for part in iterations)
         self.note(request_id, usage=usage, iterations=iterations, billed_nano=nano)
 
+    def all(self) -> list[Row]:
+        """A copy, so that another thread may read while calls arrive."""
+        return list(self.rows.values())
+
     @property
     def requests(self) -> int:
         return len(self.rows)
 
     @property
     def in_flight(self) -> int:
-        return sum(row.in_flight for row in self.rows.values())
+        return sum(row.in_flight for row in self.all())
 
     @property
     def billed_nano(self) -> int:
-        return sum(row.billed_nano for row in self.rows.values())
+        return sum(row.billed_nano for row in self.all())
 
     def messages(self) -> list[Row]:
         """The rows that reached a model: those that can cost money."""
-        return [row for row in self.rows.values() if row.message_id is not None]
+        return [row for row in self.all() if row.message_id is not None]
 
     def as_dict(self) -> dict[str, Any]:
         """The whole book for `GET /_simulator/book`."""
@@ -117,5 +124,5 @@ class Book:
             "requests": self.requests,
             "in_flight": self.in_flight,
             "billed_nano": self.billed_nano,
-            "rows": [asdict(row) for row in self.rows.values()],
+            "rows": [asdict(row) for row in self.all()],
         }

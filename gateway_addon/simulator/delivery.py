@@ -90,7 +90,7 @@ async def deliver_stream(exchange: Exchange, answer: Answer, behaviour: Behaviou
 def _error_is_due(behaviour: Behaviour, count: int, tokens: int, answer: Answer) -> bool:
     if behaviour.error_after_events is not None:
         return count >= behaviour.error_after_events
-    return tokens * 2 >= answer.final.output_tokens
+    return count > 0 and tokens * 2 >= answer.final.output_tokens
 
 
 async def _paced(exchange: Exchange, answer: Answer, behaviour: Behaviour, clock: Clock) -> AsyncIterator[tuple[int, bytes]]:

@@ -33,8 +33,8 @@ class Request:
     headers: tuple[tuple[str, str], ...]
     """Names in lower case, in the order of the wire."""
     body: bytes
+    """Of one that is too large, the beginning."""
     too_large: bool = False
-    """The body was not read to its end."""
 
     def header(self, name: str) -> str | None:
         return next((value for key, value in self.headers if key == name), None)
@@ -126,6 +126,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answ
                 await answer(Exchange(request, connection, writer, gone))
             finally:
                 watch.cancel()
+                await asyncio.wait([watch])  # a StreamReader lets only one reader wait at a time
             if connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:
                 break
             connection.start_next_cycle()
@@ -142,9 +143,12 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answ
 async def _read(
     connection: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, received: Callable[[int], None]
 ) -> Request | None:
-    """The next request, None when the client has no more. Stops reading a body that is too large."""
+    """The next request, None when the client has no more.
+
+    A body that is too large is read to its end, so that the refusal of it arrives, but it is not kept.
+    """
     head: h11.Request | None = None
-    body = bytearray()
+    body, too_large = bytearray(), False
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
@@ -154,17 +158,16 @@ async def _read(
         elif isinstance(event, h11.Request):
             head = event
         elif isinstance(event, h11.Data):
-            body += event.data
+            too_large = too_large or len(body) + len(event.data) > BODY_BYTES_MAX
+            body += b"" if too_large else event.data
         elif isinstance(event, h11.EndOfMessage) or event is h11.PAUSED:
             break
         else:
             return None
-        if len(body) > BODY_BYTES_MAX:
-            break
     if head is None:
         return None
     headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in head.headers)
-    return Request(head.method.decode(), head.target.decode("latin-1"), headers, bytes(body), too_large=len(body) > BODY_BYTES_MAX)
+    return Request(head.method.decode(), head.target.decode("latin-1"), headers, bytes(body), too_large)
 
 
 async def _watch(connection: h11.Connection, reader: asyncio.StreamReader, gone: asyncio.Event, received: Callable[[int], None]) -> None:

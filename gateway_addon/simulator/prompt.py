@@ -41,8 +41,7 @@ class Cache:
         counts = {"cache_read_tokens": 0, "cache_write_5m_tokens": 0, "cache_write_1h_tokens": 0}
         segments = list(_segments(model, body))
         if behaviour.hostile and segments:
-            hour = any(ttl == "1h" for ttl, _, _ in segments)
-            counts["cache_write_1h_tokens" if hour else "cache_write_5m_tokens"] = prompt_tokens
+            counts["cache_write_1h_tokens" if hour_ttl(body) else "cache_write_5m_tokens"] = prompt_tokens
         else:
             for ttl, digest, share in segments:
                 kind = "cache_read_tokens" if digest in self._digests else f"cache_write_{ttl}_tokens"
@@ -55,7 +54,7 @@ class Cache:
 
 def hour_ttl(body: dict[str, Any]) -> bool:
     """Whether anything is to be cached for an hour: then late writes are, too."""
-    return any(ttl == "1h" for ttl, _, _ in _segments("", body))
+    return any(_ttl(mark) == "1h" for mark in (body.get("cache_control"), *(block.get("cache_control") for block in _blocks(body))))
 
 
 def _segments(model: str, body: dict[str, Any]) -> Iterator[tuple[str, bytes, float]]:
@@ -66,15 +65,21 @@ def _segments(model: str, body: dict[str, Any]) -> Iterator[tuple[str, bytes, fl
     blocks = list(_blocks(body))
     if blocks and (mark := body.get("cache_control")):
         blocks[-1] = {**blocks[-1], "cache_control": mark}
+    if not any(block.get("cache_control") for block in blocks):
+        return
     written = [json.dumps({key: value for key, value in block.items() if key != "cache_control"}) for block in blocks]
     whole = sum(map(len, written))
     digest, length = hashlib.sha256(model.encode()), 0
     for block, text in zip(blocks, written, strict=True):
         digest.update(text.encode())
         length += len(text)
-        if isinstance(mark := block.get("cache_control"), dict):
-            yield ("1h" if mark.get("ttl") == "1h" else "5m"), digest.digest(), length / whole
+        if mark := block.get("cache_control"):
+            yield _ttl(mark), digest.digest(), length / whole
             length = 0
+
+
+def _ttl(mark: object) -> str:
+    return "1h" if isinstance(mark, dict) and mark.get("ttl") == "1h" else "5m"
 
 
 def _blocks(body: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -81,6 +81,12 @@ class Simulator:
     def url(self) -> str:
         return f"{'https' if self._tls else 'http'}://{self._host}:{self._port}"
 
+    async def settled(self) -> Book:
+        """The book once nothing is in flight: it takes a moment to notice a client that hung up. Bound it with asyncio.timeout."""
+        while self.book.in_flight:
+            await asyncio.sleep(0.002)
+        return self.book
+
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -146,8 +152,9 @@ class Simulator:
 
     def _authenticate(self, request: Request) -> None:
         """The key may come in either header. Where both come, both have to be right."""
-        given = [value.removeprefix("Bearer ") for name, value in request.headers if name in ("x-api-key", "authorization")]
-        if not given or not all(hmac.compare_digest(value.encode(), self.key.encode()) for value in given):
+        right = {"x-api-key": self.key, "authorization": f"Bearer {self.key}"}
+        given = [(name, value) for name, value in request.headers if name in right]
+        if not given or not all(hmac.compare_digest(value.encode(), right[name].encode()) for name, value in given):
             raise ApiError("authentication_error", "invalid x-api-key")
 
     async def _messages(self, exchange: Exchange, request_id: str) -> None:

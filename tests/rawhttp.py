@@ -1,0 +1,65 @@
+"""What the tests of the simulated API say to it without an SDK: bytes to a socket, and bytes back."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator
+
+from gateway_addon.simulator import KEY, Row, Simulator
+
+MODEL = "claude-sonnet-5-5"
+
+
+def ask(text: str = "hello", **fields) -> dict:
+    """A request's body; `simulate` becomes the magic text."""
+    if (wishes := fields.pop("simulate", None)) is not None:
+        text = f"{text} simulate: {json.dumps(wishes)}"
+    return {"model": MODEL, "max_tokens": 1000, "messages": [{"role": "user", "content": text}]} | fields
+
+
+def head(body: bytes, *headers: str, path: str = "/v1/messages") -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "host: simulated", f"x-api-key: {KEY}", "anthropic-version: 2023-06-01", *headers]
+    return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode()
+
+
+@contextlib.asynccontextmanager
+async def raw(api: Simulator) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A bare connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(api.url.rpartition(":")[2]))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def post(api: Simulator, body: dict | bytes, *headers: str, path: str = "/v1/messages") -> tuple[int, dict[str, str], bytes]:
+    """One request on a connection of its own, answered as it came over the wire (chunks joined)."""
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async with raw(api) as (reader, writer):
+        writer.write(head(sent, "connection: close", *headers, path=path) + sent)
+        return split_answer(await reader.read(-1))
+
+
+def split_answer(answer: bytes) -> tuple[int, dict[str, str], bytes]:
+    top, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = top.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    if headers.get("transfer-encoding") == "chunked":
+        body = b"".join(chunks(body))
+    return int(status.split()[1]), headers, body
+
+
+def chunks(body: bytes) -> Iterator[bytes]:
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        yield body[: int(size, 16)]
+        body = body[int(size, 16) + 2 :]
+
+
+def events(body: bytes) -> list[dict]:
+    return [json.loads(frame.partition(b"data: ")[2]) for frame in body.split(b"\n\n") if frame]
+
+
+async def last_row(api: Simulator) -> Row:
+    """The book's row for the latest request, once it is final."""
+    return (await api.settled()).all()[-1]
