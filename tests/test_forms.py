@@ -49,8 +49,7 @@ def systemd(text: str) -> dict[str, str]:
     """A drop-in: a section, then settings of which a repeated one adds up; values are quoted as in a shell."""
     section, *settings = text.splitlines()
     assert section == "[Service]"
-    values = [shlex.split(setting.removeprefix("Environment=")) for setting in settings]
-    return dict(value.split("=", 1) for value in sum(values, []))
+    return dict(value.split("=", 1) for setting in settings for value in shlex.split(setting.removeprefix("Environment=")))
 
 
 def cron(text: str) -> dict[str, str]:

@@ -1,0 +1,115 @@
+"""`gateway inventory PATH...`: who uses the Claude API, before anything is moved."""
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+from tabulate import tabulate
+
+from gateway_addon.inventory import Consumer, Inventory, Skip, document, inspect, read, shared_keys
+from gateway_addon.inventory.tree import REASONS
+
+_PROGRESS_S = 0.2
+_EXAMPLES_MAX = 3
+_ISSUE = "gateway token issue APP "
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(exists=True, path_type=Path))
+@click.option("--no-ignore", is_flag=True, help="Read what .gitignore names, and installed packages, too.")
+@click.option("--history", is_flag=True, help="Read the shell histories under PATH too.")
+@click.option("--save", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON, for `gateway cutover`.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inventory(paths: tuple[Path, ...], no_ignore: bool, history: bool, save: Path | None, as_json: bool) -> None:
+    """Find who uses the Claude API: sources, .env files, crontabs, systemd units, CI, compose files, notebooks.
+
+    Keys are shown as fingerprints only; the same key has the same fingerprint everywhere. Nothing is stored unless
+    --save says where. A good first call: gateway inventory ~ /etc /var/spool/cron --save inventory.json
+    """
+    if save and not save.absolute().parent.is_dir():
+        raise click.UsageError(f"--save {save}: the folder {save.absolute().parent} does not exist; create it first.")
+    found = _search(paths, ignore=not no_ignore, history=history)
+    record = json.dumps(document(found, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")), indent=1)
+    if save:
+        _write_privately(save, record + "\n")
+    click.echo(record if as_json else _table(found))
+
+
+def _search(paths: Sequence[Path], *, ignore: bool, history: bool) -> Inventory:
+    consumers: list[Consumer] = []
+    skipped: list[tuple[str, str]] = []
+    files, shown_at = 0, time.monotonic()
+    terminal = sys.stderr.isatty()
+    try:
+        for item in read(paths, ignore=ignore, history=history):
+            if isinstance(item, Skip):
+                skipped.append(item)
+                continue
+            files += 1
+            consumers += inspect(item.path, item.data)
+            if terminal and time.monotonic() - shown_at > _PROGRESS_S:
+                shown_at = time.monotonic()
+                click.echo(f"\r\033[K{files:,} files, {len(consumers)} consumers", nl=False, err=True)
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped after {files:,} files; nothing was saved.", err=True)
+        raise click.exceptions.Exit(130) from None
+    if terminal:
+        click.echo("\r\033[K", nl=False, err=True)
+    return Inventory(tuple(str(path.resolve()) for path in paths), tuple(consumers), tuple(skipped), files)
+
+
+def _write_privately(path: Path, text: str) -> None:
+    """Whole or not at all, for this user's eyes: it says where every key lies."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise click.UsageError(f"--save {path}: {error.strerror}; choose a folder that you can write to.") from error
+
+
+def _table(found: Inventory) -> str:
+    parts = []
+    if found.consumers:
+        rows = [(_place(c), c.kind, ", ".join(c.keys) or _names(c), c.state, c.switch.replace(_ISSUE, "")) for c in found.consumers]
+        parts.append(tabulate(rows, headers=("place", "kind", "key", "state", f"how to switch it: {_ISSUE}..."), disable_numparse=True))
+    states = Counter(consumer.state for consumer in found.consumers)
+    tally = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
+    parts.append(f"{len(found.consumers)} consumers in {found.files:,} files: {tally}.")
+    for key, holders in shared_keys(found.consumers).items():
+        if len(holders) > 1:
+            parts.append(f"{key} is shared by {len(holders)}: {', '.join(map(_place, holders))}")
+    reasons: dict[str, list[str]] = {}
+    for reason, path in found.skipped:
+        reasons.setdefault(reason, []).append(path)
+    if reasons:
+        lines = (f"  {len(paths):,} {REASONS[reason]}: {_examples(paths)}" for reason, paths in reasons.items())
+        parts.append("\n".join(("Not read:", *lines)))
+    return "\n\n".join(parts)
+
+
+def _names(consumer: Consumer) -> str:
+    return ", ".join(f"${name}" for name in consumer.variables if name != "ANTHROPIC_BASE_URL") or "from its environment"
+
+
+def _place(consumer: Consumer) -> str:
+    return f"{_shown(consumer.path)}:{consumer.line}"
+
+
+def _examples(paths: Sequence[str]) -> str:
+    return ", ".join(map(_shown, paths[:_EXAMPLES_MAX])) + (", ..." if len(paths) > _EXAMPLES_MAX else "")
+
+
+def _shown(path: str) -> str:
+    """As short as it can be typed here; a file's name is not trusted to move the terminal's cursor."""
+    below = os.path.relpath(path)
+    shorter = path if below.startswith("..") else below
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in shorter)

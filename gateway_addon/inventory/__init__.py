@@ -1,0 +1,11 @@
+"""The inventory: who uses the Claude API, found in files, before anything is moved.
+
+Three rooms: `rules` says what a consumer looks like (a table), `consumers` reads one file's bytes by it (pure), `tree`
+walks folders and reads the files (the only one that touches the disk). None of them keeps or prints a key: a key
+becomes its fingerprint where it is found.
+"""
+
+from gateway_addon.inventory.consumers import Consumer, Finding, Inventory, document, fingerprint, inspect, shared_keys
+from gateway_addon.inventory.tree import File, Skip, read
+
+__all__ = ["Consumer", "File", "Finding", "Inventory", "Skip", "document", "fingerprint", "inspect", "read", "shared_keys"]

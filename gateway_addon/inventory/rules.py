@@ -1,0 +1,138 @@
+"""What a consumer of the Claude API looks like in a file: a table of kinds of file, and the patterns that count in each.
+
+Promises data and nothing else: a new language or a new place is a new row. Knows nothing of the disk. The names and
+hosts are those of the official SDKs and of Claude Code (`apiKeyHelper`, `ANTHROPIC_*`, `claude -p`); a comment that says
+why stands where a row is not obvious.
+"""
+
+import re
+from typing import NamedTuple
+
+WORDS = (b"nthropic", b"NTHROPIC_", b"sk-ant-", b"c2stYW50", b"laude", b"LAUDE_", b"gwt_", b"apiKeyHelper")
+"""A file without any of these holds no consumer, whatever its kind. Substring searches, not one regex: measured twice as
+fast, and this is all that happens to nearly every file. (`nthropic` serves both spellings; `c2stYW50` is base64 of `sk-ant`.)"""
+
+
+class Kind(NamedTuple):
+    name: str
+    path: str
+    """Searched in the absolute path, `/` between folders; the first row that matches is the kind."""
+    text: str
+    """How to read it: "code" and "settings" by all rules, "other" by unmistakable ones, "prose" for keys alone."""
+    switch: str
+    """How to move it, for the person who reads the row."""
+    comment: str = r"#[^\n]*"
+    """What a comment looks like from the beginning of its line: it uses nothing (a key in it is still a key)."""
+    section: str | None = None
+    """Where one file holds several consumers: the line on which the next one begins."""
+    secret: bool = False
+    """Listed in .gitignore *because* it holds keys, so it is read even where .gitignore names it."""
+
+
+def _issue(form: str, then: str) -> str:
+    return f"gateway token issue APP --for {form}; {then}"
+
+
+_C = r"//[^\n]*|/\*.*?\*/"
+_PYTHON_TEXT = r"#[^\n]*|[rR]?\"\"\".*?\"\"\"|[rR]?'''.*?'''"  # a docstring shows examples, it does not run them
+
+KINDS = (
+    Kind("gateway", r"/policies/gateway\.ya?ml$", "settings", "stays: this is the gateway's own policy"),
+    Kind("recording", r"/(?:cassettes|__snapshots__)/", "prose", "take the key out of the recording"),
+    Kind("example", r"[.-](?:example|sample|template|dist|tmpl)(?:\.\w+)?$", "prose", "take the key out: an example is read by everyone"),
+    Kind("claude-code", r"/\.claude/settings[^/]*\.json$|/managed-settings\.json$|/\.claude\.json$", "settings",
+         _issue("claude-code", "its env block in place of the key or apiKeyHelper"), secret=True),
+    Kind("notebook", r"\.ipynb$", "code", _issue("python", "its client in the cell; clear outputs that show the key"), r'"#[^\n]*'),
+    Kind("crontab", r"/crontab$|\.cron(?:tab)?$|/cron\.d/[^/]+$|/spool/cron/", "settings",
+         _issue("cron", "its lines above the job, the key out of the job"), section=r"^[ \t]*[\d*@]"),
+    Kind("systemd", r"\.(?:service|timer)$|\.service\.d/[^/]+\.conf$|/environment\.d/", "settings",
+         _issue("systemd", "its drop-in in place of the key, then daemon-reload and restart"), r"[#;][^\n]*"),
+    Kind("compose", r"/(?:docker-)?compose[^/]*\.ya?ml$", "settings",
+         _issue("dotenv", "its lines in the service's env_file, the key out of environment"), section=r"^  [\w.-]+:[ \t]*(?:#.*)?$"),
+    Kind("github-actions", r"/\.github/(?:workflows|actions)/.+\.ya?ml$", "settings",
+         _issue("github-actions", "its env block, the token as a repository secret")),
+    Kind("ci", r"/(?:\.gitlab-ci|\.travis|\.drone|\.woodpecker|azure-pipelines|bitbucket-pipelines)\.ya?ml$"
+         r"|/\.(?:circleci|buildkite)/|/Jenkinsfile$", "settings",
+         _issue("dotenv", "its lines as the CI's masked variables"), r"(?:#|//)[^\n]*"),
+    Kind("history", r"/\.?(?:bash|zsh|fish|sh|python|node_repl)_history$|/\.histfile$", "settings",
+         "delete the lines that hold a key; what they started is listed where it lives"),
+    Kind("dotenv", r"/\.env[^/]*$|\.env$|^/etc/environment$", "settings", _issue("dotenv", "its lines in place of the key"), secret=True),
+    Kind("dockerfile", r"/(?:Dockerfile|Containerfile)[^/]*$|\.[Dd]ockerfile$", "settings",
+         _issue("dotenv", "given when the container starts: an image keeps every key it was built with")),
+    Kind("document", r"\.(?:md|mdx|rst|txt|adoc|org|tex|html?|log|csv|tsv|jsonl|ndjson|har|po|svg)$"
+         r"|/(?:README|CHANGELOG|LICENSE|NOTICE)[^/]*$", "prose", "take the key out of the text"),
+    Kind("python", r"\.pyw?$", "code", _issue("python", "its client in place of this one"), _PYTHON_TEXT),
+    Kind("javascript", r"\.[cm]?[jt]sx?$|\.(?:vue|svelte|astro)$", "code", _issue("typescript", "its client in place of this one"), _C),
+    Kind("go", r"\.go$", "code", _issue("dotenv", "its lines in the environment, no WithBaseURL or WithAPIKey in the code"), _C),
+    Kind("ruby", r"\.(?:rb|rake|ru)$|/Rakefile$", "code", _issue("dotenv", "its lines in the environment, no key or URL in the code")),
+    Kind("java", r"\.(?:java|kts?|scala|groovy)$", "code", _issue("dotenv", "its lines in the environment, and fromEnv() in the code"), _C),
+    Kind("csharp", r"\.cs$", "code", _issue("dotenv", "its lines in the environment, no key or URL in the code"), _C),
+    Kind("php", r"\.php$", "code", _issue("dotenv", "its lines in the environment, no key or URL in the code"), r"#[^\n]*|" + _C),
+    Kind("shell", r"\.(?:ba|z|k|da|fi)?sh$|/\.(?:bashrc|bash_profile|bash_login|profile|zshrc|zshenv|zprofile|zlogin)$"
+         r"|/config\.fish$|/[Mm]akefile$|\.mk$|/[Jj]ustfile$", "settings", _issue("curl", "its URL and token in place of these")),
+    Kind("configuration", r"\.(?:ya?ml|json5?|jsonc|toml|ini|cfg|conf|config|tf|tfvars|hcl|properties|xml|plist|nix|ps1|bat|cmd|pkrvars)$",
+         "settings", _issue("dotenv", "its two values in place of the key"), r"(?:[#;]|//|REM\b)[^\n]*|<!--.*?-->"),
+    Kind("other", r"", "other", _issue("dotenv", "its two values in place of the key")),
+)
+
+INTERPRETERS = (
+    # a script without an extension says on its first line what it is
+    (re.compile(r"^#!.*\bpython"), "python"),
+    (re.compile(r"^#!.*\b(?:node|deno|bun|tsx)\b"), "javascript"),
+    (re.compile(r"^#!.*\bruby\b"), "ruby"),
+    (re.compile(r"^#!.*sh\b"), "shell"),
+)
+
+KEY = re.compile(r"(?<![A-Za-z0-9])(sk-ant-(?:[a-z]+[0-9]{2}-)?)([A-Za-z0-9_-]{16,})")
+ENCODED_KEY = re.compile(r"(?<![A-Za-z0-9+/])c2stYW50L[A-Za-z0-9+/]+={0,2}")
+"""base64 of a whole key: how a Kubernetes Secret holds one."""
+NOT_A_KEY = re.compile(r"your|example|placeholder|replace|redacted|change-?me|x{4}|\*{3}", re.IGNORECASE)
+TOKEN = re.compile(r"(?<![A-Za-z0-9_])(gwt_)[0-9A-Za-z]{16,64}")
+
+NAME = re.compile(
+    r"(?P<name>\b\w*(?:ANTHROPIC|CLAUDE)_(?:(?:API|ADMIN|AUTH|OAUTH)_)?(?:KEY|TOKEN)(?:_\w+)?\b|\bCLAUDE_CODE_OAUTH_TOKEN\b"
+    r"|\b(?:anthropic|claude)(?:_api_key|ApiKey)\b|\bANTHROPIC_BASE_URL\b)"
+    r"(?P<assigned>[\"']?\]?[ \t]*(?P<sign>[:=])(?!=)[ \t]*(?P<value>[^\s#,;]*))?"
+)
+PLACEHOLDER = re.compile(r"[\"']*(?:<.*|\.\.\.|…|x{3,}|change.?me|your[^a-z].*|sk-ant-(?:\.\.\.|…|x{3,}|your).*)?[\"'},]*", re.IGNORECASE)
+ASSIGNMENT_BEFORE = re.compile(r"[ \t]*(?:export[ \t]+|set[ \t]+|setx[ \t]+|ENV[ \t]+)?[\"']?\Z")
+
+DIRECT_URL = re.compile(r"(?<![\w.-])(?:https?://)?(api\.anthropic\.com)(?![\w-]|\.\w)")
+DIRECT_CALL = re.compile(r"https?://(api\.anthropic\.com)/v1/")
+"""The only form that counts in a file of unknown kind: a bare host may be anything there."""
+_URL = r"(https?://[\w.\[\]:-]+)"
+BASE_URL = re.compile(
+    # the variable; the SDKs' constructors with at most one level of parentheses inside; Go's and Java's setters. Another
+    # library's `base_url=` must not make a consumer look switched, so the bare word never counts.
+    rf"ANTHROPIC_BASE_URL[\"']?\]?[ \t]*[:=,]?[ \t]*[\"']?{_URL}"
+    rf"|Anthropic\w*(?:::Client\.new)?\((?:[^()]|\([^()]*\)){{0,400}}?base_?(?:url|URL|Url)[\"']?\s*[:=]\s*\\?[\"']{_URL}"
+    rf"|(?:WithBaseURL|\.baseUrl)\(\s*\"{_URL}"
+)
+
+_PYTHON = (
+    r"(?:import[ \t]+(?:[\w.]+(?:[ \t]+as[ \t]+\w+)?[ \t]*,[ \t]*)*|from[ \t]+)"
+    r"(anthropic|claude_agent_sdk|claude_code_sdk|langchain_anthropic|llm_anthropic|llama_index\.llms\.anthropic"
+    r"|pydantic_ai\.(?:models|providers)\.anthropic)\b"
+)
+SDK = {
+    "python": re.compile(r"^[ \t]*" + _PYTHON, re.MULTILINE),
+    "notebook": re.compile(r"(?:\"|\\n)[ \t]*" + _PYTHON),  # cells are JSON strings, one a line or all in one
+    "javascript": re.compile(
+        r"(?:\bfrom|\bimport|\brequire)[\s(]*[\"'](?:npm:)?(@anthropic-ai/[\w-]+|@ai-sdk/anthropic|@langchain/anthropic)(?=[\"'/@])"
+    ),
+    "go": re.compile(
+        r"^[ \t]*(?:import[ \t]+)?(?:[\w.]+[ \t]+)?\"(github\.com/(?:anthropics/anthropic-sdk-go|liushuangls/go-anthropic))", re.MULTILINE
+    ),
+    "ruby": re.compile(r"^[ \t]*require[ \t(]*[\"'](anthropic)[\"']", re.MULTILINE),
+    "java": re.compile(r"^[ \t]*import[ \t]+(?:static[ \t]+)?(com\.anthropic)\.", re.MULTILINE),
+    "csharp": re.compile(r"^[ \t]*(?:global[ \t]+)?using[ \t]+(Anthropic)[.; \t]", re.MULTILINE),
+    "php": re.compile(r"^[ \t]*use[ \t]+\\?(Anthropic)\\", re.MULTILINE),
+}
+
+RUNS = re.compile(
+    r"(?:^|[\s;&|(`\"'/])(claude)[ \t]+(?:[^|;&\n]*[ \t])?(?:-p|--print)(?![\w-])"
+    r"|(anthropics/claude-code-action)\b|\"(apiKeyHelper)\"\s*:",
+    re.MULTILINE,
+)
+"""Claude Code, run by a script or a job, or told where its key comes from."""
+RUNS_FROM_CODE = re.compile(r"[\"'](claude)[\"'],\s*[\"'](?:-p|--print)[\"']")
