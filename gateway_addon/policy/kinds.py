@@ -157,7 +157,7 @@ def record(make: Callable[..., Any], keys: Mapping[str, Key]) -> Kind:
         "required": [name for name, key in keys.items() if key.default is REQUIRED],
         "properties": {name: {**key.kind.schema, "description": key.help} for name, key in keys.items()},
     }
-    return Kind(read, schema, "keys: " + ", ".join(f"`{name}`" for name in keys))
+    return Kind(read, schema, "keys")
 
 
 def either(plain: Kind, keyed: Kind) -> Kind:
