@@ -1,0 +1,222 @@
+"""What a person changes: tokens, raises of caps, pauses, corrections. Each change and its audit row are one transaction.
+
+Every function takes a connection inside a write transaction: `with changing(path) as db` from a command, `ledger.change(partial(...))`
+inside a running gateway. All are in force for the next call in every process, because calls are judged by these rows.
+"""
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+from gateway_addon.ledger import files
+from gateway_addon.ledger.locks import Turnstile
+from gateway_addon.ledger.values import Pause, Token
+from gateway_addon.windows import starts
+
+TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at FROM tokens"
+
+# From the entries alone; a test and `gateway doctor` hold it against what the trigger kept.
+BALANCES_FROM_ENTRIES = """
+  SELECT scope, window, window_start, sum(spent_nano) AS spent_nano, sum(reserved_nano) AS reserved_nano,
+    sum(quantum_nano) AS quantum_nano, sum(entries.open) AS open
+  FROM entries JOIN call_frames USING (call_id) GROUP BY scope, window, window_start
+"""
+
+
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[sqlite3.Connection]:
+    """A write transaction of a command, in its turn among the gateway's processes. Raises LedgerUnavailable."""
+    files.identity(path)
+    try:
+        turnstile = Turnstile(path)
+    except OSError as error:
+        raise files.unavailable(path, error) from error
+    try:
+        with turnstile.turn(), contextlib.closing(files.writer_connection(path)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+            db.execute("COMMIT")
+    except sqlite3.Error as error:
+        if not files.is_of_the_file(error):
+            raise
+        raise files.unavailable(path, error) from error
+    finally:
+        turnstile.close()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable."""
+    files.identity(path)
+    try:
+        with contextlib.closing(files.reader_connection(path)) as db:
+            db.row_factory = sqlite3.Row
+            db.execute("BEGIN")
+            yield db
+    except sqlite3.Error as error:
+        if not files.is_of_the_file(error):
+            raise
+        raise files.unavailable(path, error) from error
+
+
+def issue_token(
+    db: sqlite3.Connection, app: str, digest: str, *, label: str = "", expires_at: float | None = None, who: str, why: str = "", now: float
+) -> Token:
+    """Enter a token by its SHA-256 (hexadecimal). Raises ValueError if it is there already."""
+    try:
+        row = (app, label, digest, now, expires_at)
+        token_id = db.execute("INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES (?, ?, ?, ?, ?)", row).lastrowid
+    except sqlite3.IntegrityError as error:
+        raise ValueError(f"the ledger has this token of {app} already: mint another one") from error
+    assert token_id is not None
+    token = Token(token_id, app, label, now, expires_at, None)
+    _audit(db, who, "token issue", f"app:{app}", None, _token_facts(token), why, now)
+    return token
+
+
+def revoke_tokens(
+    db: sqlite3.Connection, app: str, *, token_id: int | None = None, at: float | None = None, who: str, why: str = "", now: float
+) -> list[Token]:
+    """Revoke an app's good tokens, or the one of this id, from now or from `at` on; returns them. Running calls still settle."""
+    good = [token for token in tokens(db, app) if token.refusal(now) is None and token_id in (None, token.id)]
+    for token in good:
+        db.execute("UPDATE tokens SET revoked_at = ? WHERE id = ?", (now if at is None else at, token.id))
+    revoked = [token for token in tokens(db, app) if token.id in {each.id for each in good}]
+    for before, after in zip(good, revoked, strict=True):
+        _audit(db, who, "token revoke", f"app:{app}", _token_facts(before), _token_facts(after), why, now)
+    return revoked
+
+
+def rotate_token(
+    db: sqlite3.Connection, app: str, digest: str, *, label: str = "", keep_old_s: float = 0, who: str, why: str = "", now: float
+) -> Token:
+    """Issue a new token and revoke the app's others, at once or after `keep_old_s` seconds of grace."""
+    revoke_tokens(db, app, at=now + keep_old_s, who=who, why=why, now=now)
+    return issue_token(db, app, digest, label=label, who=who, why=why, now=now)
+
+
+def tokens(db: sqlite3.Connection, app: str | None = None) -> list[Token]:
+    """The tokens of one app or of all, in the order in which they were issued."""
+    rows = db.execute(f"{TOKENS} WHERE app = coalesce(?, app) ORDER BY id", (app,)).fetchall()
+    return [Token(*row) for row in rows]
+
+
+def raise_cap(
+    db: sqlite3.Connection, scope: str, window: str, amount_nano: int, *, until: float, who: str, why: str = "", now: float
+) -> None:
+    """Add `amount_nano` on top of a scope's cap for this window, until a date. Raises have an end so that none is forgotten."""
+    if amount_nano <= 0 or until <= now:
+        raise ValueError("a cap is raised by more than $0 and until a time to come; to lower a cap, change the policy file")
+    before = _raised(db, scope, window, now)
+    db.execute(
+        "INSERT INTO raises (scope, window, amount_nano, since, until) VALUES (?, ?, ?, ?, ?)", (scope, window, amount_nano, now, until)
+    )
+    after = {"raised_nano": before + amount_nano, "until": until}
+    _audit(db, who, "cap raise", f"{scope} {window}", {"raised_nano": before}, after, why, now)
+
+
+def pause(db: sqlite3.Connection, scope: str, *, until: float | None = None, who: str, why: str = "", now: float) -> None:
+    """Refuse every further call of `total`, a team or an app, until a time or until `resume`."""
+    before = _pause(db, scope)
+    db.execute("INSERT OR REPLACE INTO pauses VALUES (?, ?, ?, ?)", (scope, now, until, why))
+    _audit(db, who, "pause", scope, before, {"until": until}, why, now)
+
+
+def resume(db: sqlite3.Connection, scope: str, *, who: str, why: str = "", now: float) -> bool:
+    """End a pause; False where there was none."""
+    before = _pause(db, scope)
+    if before is None:
+        return False
+    db.execute("DELETE FROM pauses WHERE scope = ?", (scope,))
+    _audit(db, who, "resume", scope, before, None, why, now)
+    return True
+
+
+def pauses(db: sqlite3.Connection, *, now: float) -> list[Pause]:
+    """The pauses in force."""
+    rows = db.execute("SELECT scope, since, until, why FROM pauses WHERE until IS NULL OR until > ? ORDER BY scope", (now,)).fetchall()
+    return [Pause(*row) for row in rows]
+
+
+def adjust(db: sqlite3.Connection, call_id: int, delta_nano: int, *, who: str, why: str, now: float) -> int:
+    """Correct what a resolved call cost, by an entry of its own; returns what it has cost since. No call costs less than nothing."""
+    rows = db.execute("SELECT state FROM calls WHERE id = ?", (call_id,)).fetchall()
+    if not rows or rows[0][0] not in ("settled", "voided"):
+        raise ValueError(f"call {call_id} is {rows[0][0] if rows else 'not in the ledger'}: only a settled or voided call is adjusted")
+    [(spent_nano,)] = db.execute("SELECT sum(spent_nano) FROM entries WHERE call_id = ?", (call_id,)).fetchall()
+    if spent_nano + delta_nano < 0:
+        raise ValueError(f"call {call_id} cost {spent_nano} nano-dollars: {-delta_nano} cannot be taken off")
+    db.execute("INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES (?, ?, 'adjust', ?, ?)", (call_id, now, delta_nano, why))
+    after = spent_nano + delta_nano
+    _audit(db, who, "adjust", f"call:{call_id}", {"spent_nano": spent_nano}, {"spent_nano": after}, why, now)
+    return int(after)
+
+
+def clear_overrun(db: sqlite3.Connection, model: str, *, who: str, why: str = "", now: float) -> bool:
+    """Let a model reserve progressively again; False where it was not held back."""
+    rows = db.execute("SELECT call_id, over_nano FROM overruns WHERE model = ?", (model,)).fetchall()
+    if not rows:
+        return False
+    db.execute("DELETE FROM overruns WHERE model = ?", (model,))
+    _audit(db, who, "overrun clear", f"model:{model}", {"call_id": rows[0][0], "over_nano": rows[0][1]}, None, why, now)
+    return True
+
+
+def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *, who: str, now: float) -> bool:
+    """Make the ledger's calendar and the apps' teams those of the policy; True if anything changed.
+
+    Past calls move with their app and their day: windows are computed anew and the balances from the entries, in this one
+    transaction. It reads the whole ledger, so it runs when a policy comes into force, never on a call.
+    """
+    settings = dict(db.execute("SELECT name, value FROM settings").fetchall())
+    zone_before = settings["zone"]
+    moved = {app: team for app, team in teams.items() if settings.get(f"team:{app}") != (team or "")}
+    if zone_before == zone and not moved:
+        return False
+    for app, team in moved.items():
+        db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (f"team:{app}", team or ""))
+        db.execute("UPDATE calls SET team = ? WHERE app = ? AND team IS NOT ?", (team, app, team))
+    if zone_before != zone:
+        db.execute("UPDATE settings SET value = ? WHERE name = 'zone'", (zone,))
+        _move_windows(db, ZoneInfo(zone))
+    rebuild_balances(db)
+    before = {"zone": zone_before, "teams": {app: settings.get(f"team:{app}") for app in moved}}
+    _audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)
+    return True
+
+
+def rebuild_balances(db: sqlite3.Connection) -> None:
+    """Compute the balances anew from the entries."""
+    db.execute("DELETE FROM balances")
+    db.execute(
+        f"INSERT INTO balances (scope, window, window_start, spent_nano, reserved_nano, quantum_nano, open) {BALANCES_FROM_ENTRIES}"
+    )
+
+
+def _move_windows(db: sqlite3.Connection, zone: ZoneInfo) -> None:
+    calls: Iterable[tuple[int, float]] = db.execute("SELECT id, started_at FROM calls").fetchall()
+    moved = [(*starts(started_at, zone)[:3], call_id) for call_id, started_at in calls]
+    db.executemany("UPDATE calls SET day_start = ?, week_start = ?, month_start = ? WHERE id = ?", moved)
+
+
+def _raised(db: sqlite3.Connection, scope: str, window: str, now: float) -> int:
+    in_force = "SELECT coalesce(sum(amount_nano), 0) FROM raises WHERE scope = ? AND window = ? AND until > ?"
+    return int(db.execute(in_force, (scope, window, now)).fetchall()[0][0])
+
+
+def _pause(db: sqlite3.Connection, scope: str) -> dict[str, object] | None:
+    rows = db.execute("SELECT since, until, why FROM pauses WHERE scope = ?", (scope,)).fetchall()
+    return dict(zip(("since", "until", "why"), rows[0], strict=True)) if rows else None
+
+
+def _token_facts(token: Token) -> dict[str, object]:
+    return {"id": token.id, "label": token.label, "expires_at": token.expires_at, "revoked_at": token.revoked_at}
+
+
+def _audit(db: sqlite3.Connection, who: str, action: str, subject: str, before: object, after: object, why: str, now: float) -> None:
+    as_json = [None if value is None else json.dumps(value) for value in (before, after)]
+    row = (now, who, action, subject, *as_json, why)
+    db.execute("INSERT INTO audit (at, who, action, subject, before, after, why) VALUES (?, ?, ?, ?, ?, ?, ?)", row)

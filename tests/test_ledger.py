@@ -1,0 +1,479 @@
+"""The ledger's promises on one process: what is held, what is refused and why, what resolves, what is never done twice."""
+
+import asyncio
+import sqlite3
+import threading
+from contextlib import closing
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ledgers import CALL, DAY_CAP, NOON, Cap, Part, Tokens, balance, new_ledger, rows
+
+from gateway_addon.ledger import Denied, Ledger, LedgerUnavailable, Outcome, RateLimits, Reserved, Settlement, admin, book, files
+from gateway_addon.windows import WINDOWS
+
+
+@pytest.fixture
+def path(tmp_path):
+    return new_ledger(tmp_path)
+
+
+@pytest.fixture
+def db(path):
+    with closing(files.writer_connection(path)) as connection:
+        yield connection
+
+
+@pytest.fixture
+async def ledger(path):
+    opened = await Ledger.open(f"sqlite:///{path}", now=NOON)
+    yield opened
+    await opened.close()
+
+
+def hold(db, nano, caps=DAY_CAP, call=CALL, now=NOON, **options):
+    return book.reserve(db, "me", call, nano, caps, now=now, **options)
+
+
+# --- reserve, and why not
+
+
+def test_a_reservation_counts_in_every_scope_and_window_capped_or_not(db, path):
+    hold(db, 300)
+    held = rows(path, "SELECT scope, window, reserved_nano FROM balances")
+    assert sorted(held) == sorted((scope, window, 300) for scope in ("total", "team:batch", "app:reports") for window in WINDOWS)
+
+
+def test_a_cap_can_be_used_to_the_last_nano_and_not_beyond(db):
+    assert isinstance(hold(db, 999), Reserved)
+    assert isinstance(hold(db, 1), Reserved)
+    assert hold(db, 1).reason == "cap_held"
+
+
+@pytest.mark.parametrize("scope", ["total", "team:batch", "app:reports"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_each_cap_holds_on_its_own(db, scope, window):
+    hold(db, 60, [Cap(scope, window, 100)])
+    wide = [Cap(other, window, 10_000) for other in ("total", "team:batch", "app:reports") if other != scope]
+    denied = hold(db, 60, [*wide, Cap(scope, window, 100)])
+    assert (denied.reason, denied.standing.scope, denied.standing.window) == ("cap_held", scope, window)
+    assert (denied.standing.spent_nano, denied.standing.reserved_nano, denied.standing.cap_nano) == (0, 60, 100)
+
+
+def test_what_is_spent_is_refused_until_the_reset_and_what_is_held_only_for_a_moment(db):
+    first = hold(db, 900)
+    assert hold(db, 200).reason == "cap_held"
+    book.settle(db, first.call_id, Settlement(900), now=NOON)
+    denied = hold(db, 200)
+    assert (denied.reason, denied.retry_after_s) == ("cap_spent", 12 * 3600)
+
+
+def test_the_spent_cap_that_lasts_longest_is_named(db):
+    caps = [Cap("app:reports", "day", 100), Cap("app:reports", "month", 100)]
+    book.settle(db, hold(db, 100, caps).call_id, Settlement(100), now=NOON)
+    assert hold(db, 1, caps).standing.window == "month"
+
+
+def test_a_call_larger_than_a_whole_window_is_told_so(db):
+    assert hold(db, 1001).reason == "quote_over_cap"
+
+
+def test_a_request_cap_is_not_the_ledgers_business(db):
+    assert isinstance(hold(db, 500, [Cap("app:reports", "request", 1)]), Reserved)
+
+
+def test_a_running_stream_keeps_its_next_quantum_free_from_new_calls_but_not_from_top_ups(db):
+    stream = hold(db, 400, quantum_nano=300)
+    assert hold(db, 301).reason == "cap_held"
+    other = hold(db, 300)
+    assert book.extend(db, other.call_id, 300, DAY_CAP, now=NOON)
+    assert not book.extend(db, stream.call_id, 1, DAY_CAP, now=NOON)
+    book.settle(db, other.call_id, Settlement(0), now=NOON)
+    assert book.extend(db, stream.call_id, 600, DAY_CAP, now=NOON)
+
+
+def test_a_stream_that_would_not_fit_an_idle_window_is_not_told_to_wait(db):
+    assert hold(db, 800, quantum_nano=300).reason == "cap_spent"
+
+
+def test_a_raise_lifts_a_cap_until_its_end(db):
+    admin.raise_cap(db, "app:reports", "day", 500, until=NOON + 60, who="ops", now=NOON)
+    reserved = hold(db, 1500)
+    assert (reserved.standings[0].cap_nano, reserved.standings[0].raised_nano) == (1500, 500)
+    book.void(db, reserved.call_id, Outcome(), now=NOON)
+    assert hold(db, 1500, now=NOON + 60).reason == "quote_over_cap"
+
+
+@pytest.mark.parametrize("scope", ["total", "team:batch", "app:reports"])
+def test_a_pause_refuses_until_its_end_or_resume(db, scope):
+    admin.pause(db, scope, until=NOON + 60, who="ops", now=NOON)
+    assert hold(db, 1) == Denied("paused", limit=scope, until=NOON + 60)
+    assert isinstance(hold(db, 1, now=NOON + 60), Reserved)
+    admin.pause(db, scope, who="ops", now=NOON)
+    assert hold(db, 1, now=NOON + 61).reason == "paused"
+    assert admin.resume(db, scope, who="ops", now=NOON)
+    assert isinstance(hold(db, 1), Reserved)
+
+
+def test_the_token_is_judged_again_with_the_money(db):
+    expiring = admin.issue_token(db, "reports", "d2", expires_at=NOON + 10, who="ops", now=NOON)
+    call = replace(CALL, token_id=expiring.id)
+    assert isinstance(hold(db, 1, call=call), Reserved)
+    assert hold(db, 1, call=call, now=NOON + 10).reason == "token_expired"
+    admin.revoke_tokens(db, "reports", token_id=1, who="ops", now=NOON)
+    assert hold(db, 1).reason == "token_revoked"
+    assert hold(db, 1, call=replace(CALL, token_id=99)).reason == "token_unknown"
+    assert hold(db, 1, call=replace(call, app="other")).reason == "token_unknown"
+
+
+def test_a_revoked_token_does_not_keep_a_running_call_from_settling(db):
+    running = hold(db, 100)
+    admin.revoke_tokens(db, "reports", who="ops", now=NOON)
+    assert book.settle(db, running.call_id, Settlement(70), now=NOON).first
+
+
+def test_concurrency_counts_open_calls_only(db):
+    limits = RateLimits(concurrent=2)
+    first = hold(db, 1, rates=limits)
+    hold(db, 1, rates=limits)
+    assert hold(db, 1, rates=limits) == Denied("concurrency", limit="concurrent", limit_max=2, used=2, retry_after_s=1)
+    book.settle(db, first.call_id, Settlement(1), now=NOON)
+    assert isinstance(hold(db, 1, rates=limits), Reserved)
+
+
+@pytest.mark.parametrize(
+    ("limits", "call"),
+    [
+        (RateLimits(requests_per_minute=4), CALL),
+        (RateLimits(input_tokens_per_minute=4000), replace(CALL, input_tokens=1000)),
+    ],
+)
+def test_a_rate_holds_over_any_minute_and_names_the_moment_to_come_back(db, limits, call):
+    admitted = []
+    now = NOON + 45
+    while now < NOON + 600:
+        answer = hold(db, 0, call=call, rates=limits, now=now)
+        if isinstance(answer, Denied):
+            assert (answer.reason, answer.limit_max) == ("rate", getattr(limits, answer.limit))
+            waited = hold(db, 0, call=call, rates=limits, now=now + answer.retry_after_s - 1) if answer.retry_after_s > 1 else None
+            assert waited is None or isinstance(waited, Denied), "it could have come earlier"
+            now += answer.retry_after_s
+        else:
+            admitted.append(now)
+    assert len(admitted) >= 25
+    # The sliding count assumes an even spread within the last calendar minute; no sixty seconds see a double burst.
+    assert max(sum(start <= each < start + 60 for each in admitted) for start in admitted) <= 6
+
+
+def test_a_call_larger_than_a_rate_never_fits_and_is_not_told_to_wait(db):
+    denied = hold(db, 0, call=replace(CALL, input_tokens=5000), rates=RateLimits(input_tokens_per_minute=4000))
+    assert (denied.reason, denied.retry_after_s) == ("rate", None)
+
+
+# --- extend, release, settle, void
+
+
+def test_a_call_resolves_once(db, path):
+    call_id = hold(db, 500).call_id
+    assert book.settle(db, call_id, Settlement(200, (Part(200),)), now=NOON).first
+    assert not book.settle(db, call_id, Settlement(200), now=NOON).first
+    assert not book.void(db, call_id, Outcome(), now=NOON).first
+    assert not book.extend(db, call_id, 1, DAY_CAP, now=NOON)
+    assert not book.release(db, call_id, 1, now=NOON)
+    assert balance(path) == (200, 0, 0)
+
+
+def test_an_unknown_call_resolves_never(db):
+    assert not book.settle(db, 77, Settlement(1), now=NOON).first
+    assert not book.extend(db, 77, 1, DAY_CAP, now=NOON)
+
+
+def test_a_void_gives_everything_back(db, path):
+    call_id = hold(db, 500, quantum_nano=100).call_id
+    book.extend(db, call_id, 100, DAY_CAP, now=NOON)
+    assert book.void(db, call_id, Outcome(status=529), now=NOON).held_nano == 600
+    assert rows(path, "SELECT DISTINCT spent_nano, reserved_nano, quantum_nano, open FROM balances") == [(0, 0, 0, 0)]
+
+
+def test_a_cost_that_cannot_be_known_is_what_was_held(db, path):
+    call_id = hold(db, 500).call_id
+    book.release(db, call_id, 100, now=NOON)
+    book.extend(db, call_id, 50, DAY_CAP, now=NOON)
+    assert book.settle(db, call_id, Settlement(None), now=NOON).spent_nano == 450
+    assert rows(path, "SELECT flags FROM calls") == [("estimated",)]
+    assert rows(path, "SELECT kind, nano FROM usage") == [("estimate", 450)]
+
+
+def test_no_more_is_released_than_is_held(db):
+    call_id = hold(db, 500).call_id
+    assert not book.release(db, call_id, 501, now=NOON)
+    assert book.release(db, call_id, 500, now=NOON)
+    assert not book.release(db, call_id, 1, now=NOON)
+
+
+def test_a_bill_above_the_grant_is_booked_in_full_flagged_and_holds_the_model_back(db, path):
+    call_id = hold(db, 100).call_id
+    resolution = book.settle(db, call_id, Settlement(1500, (Part(1500),)), now=NOON)
+    assert (resolution.overrun, resolution.spent_nano) == (True, 1500)
+    assert balance(path) == (1500, 0, 0)
+    assert rows(path, "SELECT flags FROM calls") == [("overrun",)]
+    assert rows(path, "SELECT model, over_nano FROM overruns") == [("claude-haiku-4-5", 1400)]
+    assert hold(db, 1).reason == "cap_spent"
+    assert admin.clear_overrun(db, "claude-haiku-4-5", who="ops", now=NOON)
+    assert rows(path, "SELECT * FROM overruns") == []
+
+
+def test_a_call_belongs_to_the_window_of_its_admission(db, path):
+    before_midnight = NOON + 12 * 3600 - 1
+    call_id = hold(db, 500, now=before_midnight).call_id
+    assert hold(db, 1000, now=before_midnight + 2).call_id
+    assert book.extend(db, call_id, 500, DAY_CAP, now=before_midnight + 2), "yesterday's room is yesterday's"
+    book.settle(db, call_id, Settlement(900), now=before_midnight + 3600)
+    days = rows(path, "SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND window = 'day' ORDER BY window_start")
+    assert days == [(900, 0), (0, 1000)]
+
+
+def test_a_clock_set_back_finds_the_money_of_its_own_day(db):
+    hold(db, 1000, now=NOON + 86_400)
+    hold(db, 1000, now=NOON)
+    assert hold(db, 1, now=NOON).reason == "cap_held"
+
+
+def test_amounts_up_to_the_ledgers_limit_stay_exact(db, path):
+    cap = [Cap("total", "ever", 2**62)]
+    call_id = hold(db, 2**62, cap).call_id
+    assert hold(db, 1, cap).reason == "cap_held"
+    book.settle(db, call_id, Settlement(2**62 - 1), now=NOON)
+    assert hold(db, 2, cap).reason == "cap_spent"
+    assert isinstance(hold(db, 1, cap), Reserved)
+
+
+@pytest.mark.parametrize(
+    "tampering",
+    ["UPDATE entries SET spent_nano = 0", "DELETE FROM entries", "UPDATE audit SET who = 'x'", "DELETE FROM audit"],
+)
+def test_what_is_booked_cannot_be_changed(db, tampering):
+    hold(db, 1)
+    with pytest.raises(sqlite3.IntegrityError):
+        db.execute(tampering)
+
+
+operation = st.one_of(
+    st.tuples(st.just("reserve"), st.integers(0, 400), st.integers(0, 100)),
+    st.tuples(st.sampled_from(["extend", "release", "settle", "adjust"]), st.integers(0, 9), st.integers(0, 300)),
+    st.tuples(st.sampled_from(["void", "estimate"]), st.integers(0, 9), st.just(0)),
+    st.tuples(st.just("tick"), st.integers(1, 30), st.just(0)),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(operation, max_size=30))
+def test_any_sequence_keeps_the_caps_and_the_sums(tmp_path_factory, steps):
+    """spent + reserved <= cap after each reservation and top-up (while nothing cost more than it held); balances = sums of entries."""
+    path = new_ledger(tmp_path_factory.mktemp("any"))
+    caps = [Cap("total", "month", 1500), Cap("app:reports", "day", 1000), Cap("team:batch", "ever", 2000)]
+    known, now = [], NOON
+    with closing(files.writer_connection(path)) as db:
+        for kind, number, nano in steps:
+            call_id = known[number % len(known)] if known else 0
+            if kind == "tick":
+                now += number * 3600
+            elif kind == "reserve":
+                answer = hold(db, number, caps, now=now, quantum_nano=nano)
+                if isinstance(answer, Reserved):
+                    known.append(answer.call_id)
+                    assert all(each.spent_nano + each.reserved_nano + each.quantum_nano <= each.cap_nano for each in answer.standings)
+            elif kind == "extend":
+                if book.extend(db, call_id, nano, caps, now=now):
+                    assert all(
+                        spent + reserved <= cap.amount_nano
+                        for cap in caps
+                        for spent, reserved in db.execute(
+                            "SELECT spent_nano, reserved_nano FROM balances JOIN calls ON calls.id = ? WHERE scope = ? AND window = ? AND"
+                            " window_start = CASE window WHEN 'day' THEN day_start WHEN 'month' THEN month_start ELSE 0 END",
+                            (call_id, cap.scope, cap.window),
+                        )
+                    )
+            elif kind == "release":
+                book.release(db, call_id, nano, now=now)
+            elif kind == "void":
+                book.void(db, call_id, Outcome(), now=now)
+            elif kind == "estimate":
+                book.settle(db, call_id, Settlement(None), now=now)
+            elif kind == "settle":
+                [(held,)] = db.execute("SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = ?", (call_id,)).fetchall()
+                book.settle(db, call_id, Settlement(min(nano, held)), now=now)
+            elif rows(path, "SELECT 1 FROM calls WHERE id = ? AND state IN ('settled', 'voided')", call_id):
+                admin.adjust(db, call_id, nano, who="test", why="property", now=now)
+        kept = db.execute("SELECT * FROM balances ORDER BY 1, 2, 3").fetchall()
+        assert kept == db.execute(f"{admin.BALANCES_FROM_ENTRIES} ORDER BY 1, 2, 3").fetchall()
+        held = db.execute("SELECT min(total) FROM (SELECT sum(reserved_nano) AS total FROM entries GROUP BY call_id)").fetchall()
+        assert not known or held[0][0] >= 0
+
+
+# --- no statement of a call's path reads more than it names
+
+
+def plans(db):
+    values = {"now": 0, "caps": '[["total","day",0,1]]'}
+    hot = {name: getattr(book, name) for name in ("RESERVE", "OBSTACLES", "STANDINGS_ROW", "EXTEND", "RELEASE", "RESOLVE", "FINISH")}
+    hot |= {"token": "SELECT id FROM tokens WHERE digest = :d", "open": book.OPEN_OF_OWNER.replace("?", ":owner")}
+    hot["trigger"] = "SELECT scope, window, window_start FROM call_frames WHERE call_id = :call_id"
+    for name, sql in hot.items():
+        names = {word.strip("(),;-+") for word in sql.replace(":", " :").split() if word.startswith(":")}
+        bound = dict.fromkeys((each[1:] for each in names), 1) | values
+        yield name, [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", bound)]
+
+
+def test_every_statement_of_a_calls_path_searches_by_key(db):
+    for name, steps in plans(db):
+        scans = [step for step in steps if step.startswith("SCAN") and "json_each" not in step and "CONSTANT ROW" not in step]
+        assert [scan for scan in scans if any(table in scan for table in TABLES)] == [], name
+        assert any(step.startswith("SEARCH") for step in steps), name
+
+
+TABLES = ("calls", "entries", "balances", "tokens", "raises", "pauses", "minutes", "usage", "overruns", "owners")
+
+
+# --- the asynchronous face
+
+
+async def test_many_callers_never_pass_a_cap_and_use_it_up(ledger, path):
+    answers = await asyncio.gather(*(ledger.reserve(CALL, 30, DAY_CAP, now=NOON) for _ in range(50)))
+    admitted = [answer for answer in answers if isinstance(answer, Reserved)]
+    assert len(admitted) == 33
+    assert balance(path) == (0, 990, 33)
+    await asyncio.gather(*(ledger.settle(each.call_id, Settlement(10, (Part(10),)), now=NOON) for each in admitted))
+    assert balance(path) == (330, 0, 0)
+
+
+async def test_threads_with_ledgers_of_their_own_share_one_cap(path):
+    admitted = []
+
+    def work():
+        async def main():
+            ledger = await Ledger.open(f"sqlite:///{path}", now=NOON)
+            answers = await asyncio.gather(*(ledger.reserve(CALL, 30, DAY_CAP, now=NOON) for _ in range(20)))
+            admitted.extend(answer for answer in answers if isinstance(answer, Reserved))
+            await ledger.close()
+
+        asyncio.run(main())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        await asyncio.to_thread(thread.join)
+    assert len(admitted) == 33
+
+
+async def test_the_answers_of_the_facade_are_those_of_the_book(ledger, path):
+    held = await ledger.reserve(CALL, 500, DAY_CAP, now=NOON)
+    assert await ledger.extend([(held.call_id, 500), (held.call_id, 1)], now=NOON) == [True, False]
+    assert await ledger.release(held.call_id, 700, now=NOON)
+    settlement = Settlement(250, (Part(250),), Outcome(status=200, model_served="claude-haiku-4-5-20251001", complete=True))
+    assert (await ledger.settle(held.call_id, settlement, now=NOON)).held_nano == 300
+    assert not (await ledger.void(held.call_id, now=NOON)).first
+    [standing] = [each for each in await ledger.standing(["app:reports"], DAY_CAP, now=NOON) if each.window == "day"]
+    assert (standing.spent_nano, standing.reserved_nano, standing.cap_nano, standing.resets_at) == (250, 0, 1000, NOON + 12 * 3600)
+    assert rows(path, "SELECT state, status, model_served, complete FROM calls") == [("settled", 200, "claude-haiku-4-5-20251001", 1)]
+
+
+async def test_what_only_records_never_waits_and_is_kept(ledger, path):
+    ledger.refused(CALL, "cap_spent", now=NOON)
+    ledger.free(replace(CALL, endpoint="count_tokens"), Outcome(status=200), now=NOON)
+    for _ in range(3):
+        ledger.noise("token_unknown", now=NOON + 59)
+    ledger.ratelimits({"anthropic-ratelimit-requests-remaining": "7"}, now=NOON)
+    await ledger.change(lambda db: None)
+    assert rows(path, "SELECT state, refusal FROM calls") == [("refused", "cap_spent"), ("free", None)]
+    assert rows(path, "SELECT * FROM noise") == [(NOON, "token_unknown", 3)]
+    assert await ledger.upstream_limits() == {"anthropic-ratelimit-requests-remaining": ("7", NOON)}
+    assert balance(path) == (0, 0, 0)
+
+
+async def test_a_token_is_found_by_its_digest_and_a_revocation_holds_at_once(ledger, path):
+    assert (await ledger.token("d1")).app == "reports"
+    assert await ledger.token("nobody") is None
+    with admin.changing(path) as db:
+        admin.revoke_tokens(db, "reports", who="ops", now=NOON)
+    assert (await ledger.token("d1")).refusal(NOON) == "token_revoked"
+
+
+async def test_a_caller_that_leaves_while_it_waits_leaves_nothing_held(ledger, path):
+    for patience in (0, 0, 0.0005, 0.001, 0.002, 0.004):
+        waiting = asyncio.create_task(ledger.reserve(CALL, 100, DAY_CAP, now=NOON))
+        await asyncio.sleep(patience)
+        waiting.cancel()
+        answer = (await asyncio.gather(waiting, return_exceptions=True))[0]
+        if isinstance(answer, Reserved):
+            ledger.void(answer.call_id, now=NOON)
+    for _ in range(100):
+        if balance(path)[2] == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert balance(path) == (0, 0, 0)
+
+
+async def test_an_alert_is_given_once_for_all_processes(ledger, path):
+    sibling = await Ledger.open(f"sqlite:///{path}", now=NOON)
+    [standing] = (await ledger.reserve(CALL, 500, DAY_CAP, now=NOON)).standings
+    assert await ledger.alert_once(standing, 50, now=NOON)
+    assert not await sibling.alert_once(standing, 50, now=NOON)
+    assert await sibling.alert_once(standing, 80, now=NOON)
+    await sibling.close()
+
+
+async def test_one_bad_operation_fails_alone(ledger, caplog):
+    good, bad, other = await asyncio.gather(
+        ledger.reserve(CALL, 10, DAY_CAP, now=NOON),
+        ledger.reserve(CALL, -10, DAY_CAP, now=NOON),
+        ledger.reserve(CALL, 10, DAY_CAP, now=NOON),
+        return_exceptions=True,
+    )
+    assert isinstance(good, Reserved)
+    assert isinstance(other, Reserved)
+    assert isinstance(bad, ValueError)
+
+
+async def test_a_settlement_that_cannot_be_stored_ends_its_call_at_what_it_holds(ledger, path):
+    call_id = (await ledger.reserve(CALL, 400, DAY_CAP, now=NOON)).call_id
+    monstrous = Part(100, tokens=Tokens(output_tokens=2**70))
+    await ledger.settle(call_id, Settlement(100, (monstrous,)), now=NOON)
+    assert balance(path) == (400, 0, 0)
+    assert rows(path, "SELECT flags FROM calls") == [("estimated unstorable",)]
+
+
+async def test_close_writes_what_is_waiting(path):
+    ledger = await Ledger.open(f"sqlite:///{path}", now=NOON)
+    held = [await ledger.reserve(CALL, 10, DAY_CAP, now=NOON) for _ in range(5)]
+    for each in held:
+        ledger.settle(each.call_id, Settlement(7), now=NOON)
+    await ledger.close()
+    assert balance(path) == (35, 0, 0)
+    assert list(path.with_name("gateway.db-locks").glob("owner-*")) == []
+
+
+@pytest.mark.parametrize(("url", "sentence"), [("postgresql://x/y", "not supported"), ("sqlite:///", "names no file")])
+async def test_an_address_that_is_no_ledger_is_said(url, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        await Ledger.open(url)
+
+
+async def test_only_create_makes_a_ledger(tmp_path):
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    with pytest.raises(LedgerUnavailable, match="there is no ledger at"):
+        await Ledger.open(url)
+    assert list(tmp_path.iterdir()) == []
+    await (await Ledger.open(url, create=True)).close()
+    await (await Ledger.open(url, create=True)).close()
+
+
+def test_a_part_needs_nothing_but_its_shape(db, path):
+    part = SimpleNamespace(kind="compaction", model=None, tokens=Tokens(), web_searches=2, nano=60, price_row=None)
+    book.settle(db, hold(db, 100).call_id, Settlement(90, (part,)), now=NOON)
+    parts = rows(path, "SELECT kind, input_tokens, web_search_requests, nano FROM usage")
+    assert parts == [("compaction", 10, 2, 60), ("estimate", 0, 0, 30)]
