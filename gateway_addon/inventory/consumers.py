@@ -91,7 +91,7 @@ def kind_of(path: str, text: str = "") -> Kind:
 
 def fingerprint(secret: str) -> str:
     """What may be shown of a key or token: its public prefix and the first 12 hex digits of its SHA-256."""
-    match = rules.KEY.match(secret) or rules.TOKEN.match(secret)
+    match = rules.KEY.regex.match(secret) or rules.TOKEN.regex.match(secret)
     return f"{match[1] if match else ''}…{hashlib.sha256(secret.encode()).hexdigest()[:12]}"
 
 
@@ -142,7 +142,7 @@ def _secrets(text: str) -> Iterator[tuple[int, str, str]]:
     for match in rules.ENCODED_KEY.finditer(text):
         encoded = match[0].rstrip("=")
         decoded = base64.b64decode(encoded + "=" * (-len(encoded) % 4)).decode("ascii", "replace").strip()
-        if (key := rules.KEY.fullmatch(decoded)) and _looks_real(key[2]):
+        if (key := rules.KEY.regex.fullmatch(decoded)) and _looks_real(key[2]):
             yield match.start(), "key", fingerprint(decoded)
     for match in rules.TOKEN.finditer(text):
         yield match.start(), "token", fingerprint(match[0])
@@ -157,15 +157,15 @@ def _mentions(kind: Kind, text: str) -> Iterator[tuple[int, str, str]]:
     yield from ((match.start(), "direct url", match[1]) for match in direct.finditer(text))
     for match in rules.BASE_URL.finditer(text):
         url = next(group for group in match.groups() if group)
-        if not rules.DIRECT_URL.search(url):
+        if not rules.DIRECT_URL.regex.search(url):
             yield match.start(match.lastindex or 0), "base url", url
     for match in rules.NAME.finditer(text):
         rule = _variable_rule(kind, text, match)
         if rule and not (match["name"] == "ANTHROPIC_BASE_URL" and rule == "sets"):
             yield match.start(), rule, match["name"]
-    if kind.text != "other":
-        runs = rules.RUNS if kind.text == "settings" else rules.RUNS_FROM_CODE
-        yield from ((match.start(match.lastindex or 0), "runs", match[match.lastindex or 0]) for match in runs.finditer(text))
+    runs = {"code": (rules.RUNS_FROM_CODE,), "settings": (rules.RUNS, rules.RUNS_IN_CI, rules.RUNS_WITH_HELPER), "other": ()}
+    for pattern in runs[kind.text]:
+        yield from ((match.start(), "runs", match[1]) for match in pattern.finditer(text))
     if kind.name in rules.SDK:
         yield from ((match.start(1), "sdk", match[1]) for match in rules.SDK[kind.name].finditer(text))
 

@@ -6,9 +6,10 @@ why stands where a row is not obvious.
 """
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
-WORDS = (b"nthropic", b"NTHROPIC_", b"sk-ant-", b"c2stYW50", b"laude", b"LAUDE_", b"gwt_", b"apiKeyHelper")
+WORDS = (b"nthropic", b"NTHROPIC_", b"sk-ant-", b"c2stYW50", b"claude", b"LAUDE_", b"gwt_", b"apiKeyHelper")
 """A file without any of these holds no consumer, whatever its kind. Substring searches, not one regex: measured twice as
 fast, and this is all that happens to nearly every file. (`nthropic` serves both spellings; `c2stYW50` is base64 of `sk-ant`.)"""
 
@@ -83,30 +84,48 @@ INTERPRETERS = (
     (re.compile(r"^#!.*sh\b"), "shell"),
 )
 
-KEY = re.compile(r"(?<![A-Za-z0-9])(sk-ant-(?:[a-z]+[0-9]{2}-)?)([A-Za-z0-9_-]{16,})")
-ENCODED_KEY = re.compile(r"(?<![A-Za-z0-9+/])c2stYW50L[A-Za-z0-9+/]+={0,2}")
+
+class Pattern(NamedTuple):
+    """A regex, and words of which a text must hold one to match: looking for a word costs a hundredth of the regex."""
+
+    words: tuple[str, ...]
+    regex: re.Pattern[str]
+
+    def finditer(self, text: str) -> Iterator[re.Match[str]]:
+        return self.regex.finditer(text) if any(word in text for word in self.words) else iter(())
+
+
+KEY = Pattern(("sk-ant-",), re.compile(r"(?<![A-Za-z0-9])(sk-ant-(?:[a-z]+[0-9]{2}-)?)([A-Za-z0-9_-]{16,})"))
+ENCODED_KEY = Pattern(("c2stYW50L",), re.compile(r"(?<![A-Za-z0-9+/])c2stYW50L[A-Za-z0-9+/]+={0,2}"))
 """base64 of a whole key: how a Kubernetes Secret holds one."""
 NOT_A_KEY = re.compile(r"your|example|placeholder|replace|redacted|change-?me|x{4}|\*{3}", re.IGNORECASE)
-TOKEN = re.compile(r"(?<![A-Za-z0-9_])(gwt_)[0-9A-Za-z]{16,64}")
+TOKEN = Pattern(("gwt_",), re.compile(r"(?<![A-Za-z0-9_])(gwt_)[0-9A-Za-z]{16,64}"))
 
-NAME = re.compile(
-    r"(?P<name>\b\w*(?:ANTHROPIC|CLAUDE)_(?:(?:API|ADMIN|AUTH|OAUTH)_)?(?:KEY|TOKEN)(?:_\w+)?\b|\bCLAUDE_CODE_OAUTH_TOKEN\b"
-    r"|\b(?:anthropic|claude)(?:_api_key|ApiKey)\b|\bANTHROPIC_BASE_URL\b)"
-    r"(?P<assigned>[\"']?\]?[ \t]*(?P<sign>[:=])(?!=)[ \t]*(?P<value>[^\s#,;]*))?"
+NAME = Pattern(
+    ("ANTHROPIC_", "CLAUDE_", "anthropic_api_key", "anthropicApiKey", "claude_api_key", "claudeApiKey"),
+    re.compile(
+        r"(?P<name>\b\w*(?:ANTHROPIC|CLAUDE)_(?:(?:API|ADMIN|AUTH|OAUTH)_)?(?:KEY|TOKEN)(?:_\w+)?\b|\bCLAUDE_CODE_OAUTH_TOKEN\b"
+        r"|\b(?:anthropic|claude)(?:_api_key|ApiKey)\b|\bANTHROPIC_BASE_URL\b)"
+        r"(?P<assigned>[\"']?\]?[ \t]*(?P<sign>[:=])(?!=)[ \t]*(?P<value>[^\s#,;]*))?"
+    ),
 )
-PLACEHOLDER = re.compile(r"[\"']*(?:<.*|\.\.\.|…|x{3,}|change.?me|your[^a-z].*|sk-ant-(?:\.\.\.|…|x{3,}|your).*)?[\"'},]*", re.IGNORECASE)
+PLACEHOLDER = re.compile(r"[\"']*(?:<.*|\.\.\.|…|x{3,}|change.?me|your[^a-z].*|sk-ant-(?:\.\.\.|x{3,}|your).*)?[\"'},]*", re.IGNORECASE)
 ASSIGNMENT_BEFORE = re.compile(r"[ \t]*(?:export[ \t]+|set[ \t]+|setx[ \t]+|ENV[ \t]+)?[\"']?\Z")
 
-DIRECT_URL = re.compile(r"(?<![\w.-])(?:https?://)?(api\.anthropic\.com)(?![\w-]|\.\w)")
-DIRECT_CALL = re.compile(r"https?://(api\.anthropic\.com)/v1/")
+_HOST = "api.anthropic.com"
+DIRECT_URL = Pattern((_HOST,), re.compile(r"(?<![\w.-])(?:https?://)?(api\.anthropic\.com)(?![\w-]|\.\w)"))
+DIRECT_CALL = Pattern((_HOST,), re.compile(r"https?://(api\.anthropic\.com)/v1/"))
 """The only form that counts in a file of unknown kind: a bare host may be anything there."""
 _URL = r"(https?://[\w.\[\]:-]+)"
-BASE_URL = re.compile(
-    # the variable; the SDKs' constructors with at most one level of parentheses inside; Go's and Java's setters. Another
-    # library's `base_url=` must not make a consumer look switched, so the bare word never counts.
-    rf"ANTHROPIC_BASE_URL[\"']?\]?[ \t]*[:=,]?[ \t]*[\"']?{_URL}"
-    rf"|Anthropic\w*(?:::Client\.new)?\((?:[^()]|\([^()]*\)){{0,400}}?base_?(?:url|URL|Url)[\"']?\s*[:=]\s*\\?[\"']{_URL}"
-    rf"|(?:WithBaseURL|\.baseUrl)\(\s*\"{_URL}"
+BASE_URL = Pattern(
+    ("ANTHROPIC_BASE_URL", "Anthropic", "WithBaseURL", ".baseUrl"),
+    re.compile(
+        # the variable; the SDKs' constructors with at most one level of parentheses inside; Go's and Java's setters. Another
+        # library's `base_url=` must not make a consumer look switched, so the bare word never counts.
+        rf"ANTHROPIC_BASE_URL[\"']?\]?[ \t]*[:=,]?[ \t]*[\"']?{_URL}"
+        rf"|Anthropic\w*(?:::Client\.new)?\((?:[^()]|\([^()]*\)){{0,400}}?base_?(?:url|URL|Url)[\"']?\s*[:=]\s*\\?[\"']{_URL}"
+        rf"|(?:WithBaseURL|\.baseUrl)\(\s*\"{_URL}"
+    ),
 )
 
 _PYTHON = (
@@ -114,25 +133,31 @@ _PYTHON = (
     r"(anthropic|claude_agent_sdk|claude_code_sdk|langchain_anthropic|llm_anthropic|llama_index\.llms\.anthropic"
     r"|pydantic_ai\.(?:models|providers)\.anthropic)\b"
 )
+_PYTHON_WORDS = ("anthropic", "claude_")
 SDK = {
-    "python": re.compile(r"^[ \t]*" + _PYTHON, re.MULTILINE),
-    "notebook": re.compile(r"(?:\"|\\n)[ \t]*" + _PYTHON),  # cells are JSON strings, one a line or all in one
-    "javascript": re.compile(
-        r"(?:\bfrom|\bimport|\brequire)[\s(]*[\"'](?:npm:)?(@anthropic-ai/[\w-]+|@ai-sdk/anthropic|@langchain/anthropic)(?=[\"'/@])"
+    # kind of file: what brings in a client of the API
+    "python": Pattern(_PYTHON_WORDS, re.compile(r"^[ \t]*" + _PYTHON, re.MULTILINE)),
+    "notebook": Pattern(_PYTHON_WORDS, re.compile(r"(?:\"|\\n)[ \t]*" + _PYTHON)),  # cells are JSON strings, one a line or all in one
+    "javascript": Pattern(
+        ("anthropic",),
+        re.compile(r"(?:\bfrom|\bimport|\brequire)[\s(]*[\"'](?:npm:)?(@anthropic-ai/[\w-]+|@ai-sdk/anthropic|@langchain/anthropic)(?=[\"'/@])"),
     ),
-    "go": re.compile(
-        r"^[ \t]*(?:import[ \t]+)?(?:[\w.]+[ \t]+)?\"(github\.com/(?:anthropics/anthropic-sdk-go|liushuangls/go-anthropic))", re.MULTILINE
+    "go": Pattern(
+        ("anthropic-sdk-go", "go-anthropic"),
+        re.compile(
+            r"^[ \t]*(?:import[ \t]+)?(?:[\w.]+[ \t]+)?\"(github\.com/(?:anthropics/anthropic-sdk-go|liushuangls/go-anthropic))",
+            re.MULTILINE,
+        ),
     ),
-    "ruby": re.compile(r"^[ \t]*require[ \t(]*[\"'](anthropic)[\"']", re.MULTILINE),
-    "java": re.compile(r"^[ \t]*import[ \t]+(?:static[ \t]+)?(com\.anthropic)\.", re.MULTILINE),
-    "csharp": re.compile(r"^[ \t]*(?:global[ \t]+)?using[ \t]+(Anthropic)[.; \t]", re.MULTILINE),
-    "php": re.compile(r"^[ \t]*use[ \t]+\\?(Anthropic)\\", re.MULTILINE),
+    "ruby": Pattern(("anthropic",), re.compile(r"^[ \t]*require[ \t(]*[\"'](anthropic)[\"']", re.MULTILINE)),
+    "java": Pattern(("com.anthropic",), re.compile(r"^[ \t]*import[ \t]+(?:static[ \t]+)?(com\.anthropic)\.", re.MULTILINE)),
+    "csharp": Pattern(("Anthropic",), re.compile(r"^[ \t]*(?:global[ \t]+)?using[ \t]+(Anthropic)[.; \t]", re.MULTILINE)),
+    "php": Pattern(("Anthropic",), re.compile(r"^[ \t]*use[ \t]+\\?(Anthropic)\\", re.MULTILINE)),
 }
 
-RUNS = re.compile(
-    r"(?:^|[\s;&|(`\"'/])(claude)[ \t]+(?:[^|;&\n]*[ \t])?(?:-p|--print)(?![\w-])"
-    r"|(anthropics/claude-code-action)\b|\"(apiKeyHelper)\"\s*:",
-    re.MULTILINE,
-)
-"""Claude Code, run by a script or a job, or told where its key comes from."""
-RUNS_FROM_CODE = re.compile(r"[\"'](claude)[\"'],\s*[\"'](?:-p|--print)[\"']")
+# Claude Code, run by a script or a job, or told where its key comes from; from code as a list of arguments. The look behind
+# stands after the word so that the search can jump from one `claude` to the next.
+RUNS = Pattern(("claude ", "claude\t"), re.compile(r"(claude)(?<![\w.@-]claude)[ \t]+(?:[-\"'$][^|;&\n]*[ \t])?(?:-p|--print)(?![\w-])"))
+RUNS_IN_CI = Pattern(("anthropics/claude-code-action",), re.compile(r"(anthropics/claude-code-action)\b"))
+RUNS_WITH_HELPER = Pattern(("apiKeyHelper",), re.compile(r"\"(apiKeyHelper)\"\s*:"))
+RUNS_FROM_CODE = Pattern(("claude",), re.compile(r"[\"'](claude)[\"'],\s*[\"'](?:-p|--print)[\"']"))
