@@ -85,6 +85,7 @@ def survey(body: dict[str, Any]) -> Survey:
 def _object(node: dict[str, Any], name: str, path: Path, seen: Survey) -> Iterator[tuple[Any, str, str]]:
     """Note one object and yield what to walk next: (value, the field it is read by, the step of the path)."""
     kind = _kind(node, name)
+    _note_cache(node, path, seen)
     if kind is None:
         seen.unknown.append(f"{_written(path)} (type {node['type']!r})" if "type" in node else f"{_written(path)} (an object)")
         fields: frozenset[str] = frozenset()
@@ -93,7 +94,7 @@ def _object(node: dict[str, Any], name: str, path: Path, seen: Survey) -> Iterat
         if not node.keys() <= fields:
             odd = [key for key in node if key not in fields and (key != "type" or node[key] is not None)]
             seen.unknown.extend(_written((path, f".{key}")) for key in odd)
-        _note(node, kind, path, seen)
+        _note(node, kind, name, path, seen)
     for key, value in node.items():
         if not isinstance(value, dict | list) or (key in fields and (key in FREE or FREE_IN.get(node.get("type", "")) == key)):
             continue
@@ -115,17 +116,21 @@ _UNTYPED: Mapping[str, Kind] = {name: Kind(fields) for name, fields in UNTYPED.i
 _TYPED: Mapping[str, Kind] = {name: Kind(kind.fields | {"type"}, kind.feature, kind.effect) for name, kind in TYPES.items()}
 
 
-def _note(node: dict[str, Any], kind: Kind, path: Path, seen: Survey) -> None:
-    type_name = node.get("type")
-    if "ttl" in node or type_name == "ephemeral":
+def _note_cache(node: dict[str, Any], path: Path, seen: Survey) -> None:
+    """A cache write, known or not: a lifetime that is not known is taken for the dearest."""
+    if "ttl" in node or node.get("type") == "ephemeral":
         seen.cache_control = True
         seen.hour_ttl = seen.hour_ttl or node.get("ttl") not in (None, "5m")
         if node.get("ttl") not in (None, "5m", "1h"):
             seen.unknown.append(f"{_written((path, '.ttl'))} ({node['ttl']!r})")
-    if type_name is None:
+
+
+def _note(node: dict[str, Any], kind: Kind, name: str, path: Path, seen: Survey) -> None:
+    type_name = node.get("type")
+    if type_name is None or name == "caller":  # a `caller` says by a tool's type who called, and is no tool
         return
     seen.blocks += 1
-    if kind.feature is not None and "tool_id" not in node:  # with a tool_id it is a `caller`: who called, not a tool
+    if kind.feature is not None:
         seen.uses.append(Use(kind.feature, _written(path), node, kind.effect))
     if kind.effect is Effect.TYPED_TOOL or kind.effect is Effect.SERVER_TOOL:
         seen.typed_tools += 1
