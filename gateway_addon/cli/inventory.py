@@ -97,7 +97,7 @@ def _table(found: Inventory) -> str:
 
 
 def _names(consumer: Consumer) -> str:
-    return ", ".join(f"${name}" for name in consumer.variables if name != "ANTHROPIC_BASE_URL") or "from its environment"
+    return ", ".join(f"${name}" for name in consumer.variables if name != "ANTHROPIC_BASE_URL") or "none in this file"
 
 
 def _place(consumer: Consumer) -> str:
