@@ -1,3 +1,3 @@
 from gateway_addon.cli import main
 
-main()
+main(prog_name="gateway")

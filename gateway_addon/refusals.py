@@ -6,6 +6,7 @@ of them. Why these statuses: Claude Code re-sends a 400 six times and waits out 
 """
 
 import json
+import secrets
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,3 +90,8 @@ class Refusal:
         """The API's error envelope (platform documentation, "Errors")."""
         error = {"type": self.error_type, "message": self.sentence}
         return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
+
+
+def new_request_id() -> str:
+    """An id for an answer that the gateway makes itself: told apart at sight from the API's own `req_...`."""
+    return f"req_gateway_{secrets.token_hex(10)}"

@@ -18,6 +18,7 @@ COMMANDS = {
     "explain": ("explain", "what would happen to a request, rule by rule"),
     "meter": ("meter", "read recorded responses, print usage and cost"),
     "prices": ("prices", "the price table in force"),
+    "inventory": ("inventory", "find who uses the Claude API, before anything is moved"),
     "doctor": ("doctor", "prove the ledger's invariants, the key, the upstream, the clock"),
 }
 

@@ -1,0 +1,307 @@
+"""The mitmproxy addon: the life of a request, hook by hook, in the order in which a flow meets them. No decisions.
+
+Promises that nothing passes undecided. mitmproxy lets a flow go on when a hook raises, so every hook is guarded: a failure
+is a refusal on the way in, a conservative settlement on the way out. What may happen to a request is decided in gate.py; the
+real key is put on the wire by inject.py; this module carries values between mitmproxy and those two.
+"""
+
+import asyncio
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from mitmproxy import connection, ctx, exceptions, http
+from mitmproxy.proxy import server_hooks
+from mitmproxy.proxy.layer import NextLayer
+
+from gateway_addon import inject
+from gateway_addon.gate import Answer, Arrived, Gate
+from gateway_addon.lives import Life
+from gateway_addon.reading import Request
+from gateway_addon.refusals import Refusal, new_request_id
+from gateway_addon.running import Ticket
+from gateway_addon.settlement import EndedBy
+
+logger = logging.getLogger(__name__)
+
+UNREAD_BODY_MAX = 64 * 1024  # what is read of a body whose answer is already decided; beyond it the connection is closed
+CREDENTIALS = ("x-api-key", "authorization", "proxy-authorization")
+ACCOUNT_HEADERS = ("anthropic-ratelimit-", "anthropic-priority-", "anthropic-organization-id", "anthropic-workspace-id")
+"""Response headers about the account that all apps share: no app's business."""
+REQUIRED_OPTIONS: dict[str, Any] = {
+    "proxy_debug": False,  # prints the bytes of the wire, the key among them
+    "ssl_insecure": False,  # would hand the key to anybody who answers
+    "stream_large_bodies": None,  # would send a body before it is judged
+    "keep_host_header": False,
+    "validate_inbound_headers": True,  # mitmproxy's guard against request smuggling
+    "connection_strategy": "lazy",  # eager opens an upstream connection for refused calls too
+    "http2": False,  # a graceful GOAWAY would kill the streams in flight
+    "websocket": False,
+    "rawtcp": False,
+}
+FAILED = "The gateway failed while judging this request, so it was not sent. Its log says why; sending the same again will not help."
+
+type Side = Literal["connection", "request", "response"]
+
+
+def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a hook that cannot raise: mitmproxy would only log the exception and let the flow go on.
+
+    The hook keeps its guard as `hook.guard`, so that a test can put a failing body behind the same guard.
+    """
+
+    def guard(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def failed(self: "GatewayAddon", data: Any) -> None:
+            logger.exception("The gateway failed in its %s hook.", hook.__name__)
+            self.fail(side, data)
+
+        @functools.wraps(hook)
+        def call(self: "GatewayAddon", data: Any) -> Any:
+            try:
+                result = hook(self, data)
+            except Exception:
+                return failed(self, data)
+            return finish(self, result, data) if asyncio.iscoroutine(result) else None
+
+        async def finish(self: "GatewayAddon", result: Any, data: Any) -> None:
+            try:
+                await result
+            except Exception:
+                failed(self, data)
+
+        call.guard = guard  # type: ignore[attr-defined]
+        return call
+
+    return guard
+
+
+class GatewayAddon:
+    def __init__(self, gate: Gate, key: Callable[[], str], *, drain_s: float = 30.0, clock: Callable[[], float] = time.time):
+        """`key` returns the real API key, fresh after a rotation; `drain_s` is how long calls in flight may take to finish at the
+        end; `clock` returns unix seconds."""
+        self.gate = gate
+        self.key = key
+        self.drain_s = drain_s
+        self.clock = clock
+        self.draining = False
+        self.on_running: Callable[[], None] = lambda: None
+        self.lives: dict[str, Life] = {}
+        self.connections: dict[str, Life | None] = {}
+        """By client connection that injects: the life of its current flow. HTTP/1 has one at a time."""
+
+    # -- the proxy's own life
+
+    def configure(self, updated: set[str]) -> None:
+        """Refuse options that would open a way around the gateway, at start-up and while running (mitmweb can set them)."""
+        for name, required in REQUIRED_OPTIONS.items():
+            if name in updated and getattr(ctx.options, name) != required:
+                raise exceptions.OptionsError(f"The gateway needs {name}={json.dumps(required)}; {name} cannot be changed while it runs.")
+
+    def running(self) -> None:
+        self.gate.start()
+        self.on_running()
+
+    async def done(self) -> None:
+        """Stop listening, let calls in flight finish, then settle what is left."""
+        self.draining = True
+        await ctx.master.addons.get("proxyserver").servers.update([])
+        deadline = self.clock() + self.drain_s
+        while self.lives and self.clock() < deadline:
+            await asyncio.sleep(0.05)
+        for flow_id in list(self.lives):
+            self.finish(flow_id, "gateway", sent=True)
+        await self.gate.stop()
+
+    # -- a connection
+
+    @guarded("connection")
+    def next_layer(self, data: NextLayer) -> None:
+        ctx.master.addons.get("nextlayer").next_layer(data)
+        inject.install(data.layer)
+        self.connections.setdefault(data.context.client.id, None)
+
+    @guarded("connection")
+    def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
+        """Open a connection only for an admitted call, and remember it, so that the call can be cut."""
+        life = self.connections.get(data.client.id)
+        if life is None or (life.running is None and life.free is None):
+            data.server.error = "no admitted call asks for this connection"
+        else:
+            life.server = data.server
+
+    @guarded("connection")
+    def client_disconnected(self, client: connection.Client) -> None:
+        """Whoever waits at the door for a client that has left stops waiting."""
+        life = self.connections.pop(client.id, None)
+        if life is not None and life.admission is not None:
+            life.admission.cancel()
+
+    # -- a request
+
+    @guarded("request")
+    async def requestheaders(self, flow: http.HTTPFlow) -> None:
+        """Take the credential off the flow before anything can show it, and find out who calls."""
+        headers = _lowered(flow.request.headers)
+        for name in CREDENTIALS:
+            flow.request.headers.pop(name, None)
+        flow.request.stream = False
+        flow.request.headers["accept-encoding"] = "identity"  # compression would delay the first tokens of a stream
+        life = self.lives[flow.id] = self.connections[flow.client_conn.id] = Life(flow, self.gate, self.clock)
+        arrived = await self._arrive(flow, headers)
+        if isinstance(arrived, Arrived):
+            life.arrived = arrived
+            flow.request.headers["x-api-key"] = f"app:{arrived.app.name}"  # a label for people; the wire copy gets the key
+            return
+        self.answer(flow, arrived)
+        length = flow.request.headers.get("content-length", "0")
+        unbounded = "transfer-encoding" in flow.request.headers or not length.isdigit() or int(length) > UNREAD_BODY_MAX
+        inject.wire(flow).hang_up = unbounded
+
+    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
+        if self.draining:
+            return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
+        if flow.is_replay:
+            return Refusal("replay", "A replayed flow carries no token. Send the call again from its app.")
+        if flow.request.authority or flow.request.scheme not in ("http", "https"):
+            return Refusal("request", "The request names another host in its first line. Use the gateway as the base URL, not as a proxy.")
+        if any(name == "upgrade" for name, _ in headers):
+            return Refusal("upgrade", "The gateway does not switch protocols. Send the call without an Upgrade header.")
+        if self.gate.policy.tls and not flow.client_conn.tls:
+            return Refusal("request", "This gateway takes calls over https alone, so that tokens do not cross the network in clear.")
+        peer = flow.client_conn.peername[0] if flow.client_conn.peername else ""
+        return await self.gate.arrive(flow.request.method, flow.request.path, headers, peer, self.clock())
+
+    @guarded("request")
+    async def request(self, flow: http.HTTPFlow) -> None:
+        """The body is here: have the call admitted, or answer it."""
+        if flow.response or flow.error:
+            return
+        life = self.lives[flow.id]
+        assert life.arrived is not None
+        request = Request(flow.request.method, flow.request.path, _lowered(flow.request.headers), flow.request.raw_content or b"")
+        life.admission = asyncio.ensure_future(self.gate.admit(life.arrived, request, self.clock()))
+        try:
+            decision = await life.admission
+        except asyncio.CancelledError:
+            if not life.admission.cancelled():
+                raise
+            return self.answer(flow, Refusal("draining", "The client left before the call was admitted."))
+        if isinstance(decision, Answer | Refusal):
+            return self.answer(flow, decision)
+        if isinstance(decision, Ticket):
+            life.running = self.gate.run(decision)
+        else:
+            life.free = decision
+        if decision.body is not None:
+            flow.request.content = decision.body
+        inject.wire(flow).grant = self._grant(flow, life.arrived)
+        life.watch()
+
+    def _grant(self, flow: http.HTTPFlow, arrived: Arrived) -> inject.Grant:
+        upstream, request = urlsplit(arrived.policy.upstream), flow.request
+        tls = upstream.scheme == "https"
+        address, credential = (upstream.hostname or "", upstream.port or (443 if tls else 80)), ("x-api-key", self.key())
+        return inject.Grant(address, tls, request.method, request.path, request.headers.fields, request.raw_content, credential)
+
+    # -- its answer
+
+    @guarded("response")
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        """The upstream's status is here: start to read along. A stream passes chunk by chunk, unchanged."""
+        life, response = self.lives.get(flow.id), flow.response
+        if life is None or response is None or life.arrived is None:
+            return
+        headers, life.status = response.headers, response.status_code
+        content_type, encoding = headers.get("content-type", ""), headers.get("content-encoding")
+        self.gate.upstream_headers(life.arrived, response.status_code, _lowered(headers), self.clock())
+        if life.running is not None:
+            life.running.answered(response.status_code, content_type, encoding, headers.get("request-id"), self.clock())
+            if response.status_code == 200 and "json" not in content_type:
+                response.stream = functools.partial(self._chunk, life)
+            life.watch()
+        for name in [name for name in headers if name.lower().startswith(ACCOUNT_HEADERS)]:
+            del headers[name]
+        for name, value in self.gate.cap_headers(life.running):
+            headers[name] = value
+
+    def _chunk(self, life: Life, chunk: bytes) -> bytes:
+        """The stream's tap. It must not raise: mitmproxy would drop the chunk."""
+        try:
+            return life.chunk(chunk)
+        except Exception:
+            logger.exception("The gateway failed in its stream tap.")
+            self.fail("response", life.flow)
+            return chunk
+
+    @guarded("response")
+    def response(self, flow: http.HTTPFlow) -> None:
+        """The answer is whole. (Also reached by the gateway's own answers: they have nothing to settle.)"""
+        life, response = self.lives.get(flow.id), flow.response
+        if life is None or response is None:
+            return
+        body = response.raw_content
+        if life.running is not None and body is not None and response.stream is False:
+            life.running.feed(body, self.clock())
+        if life.free is not None and body is not None and response.status_code == 200:
+            visible = self.gate.visible(life.free, body)
+            if visible is not body:
+                response.headers.pop("content-encoding", None)
+                response.content = visible
+        self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
+
+    @guarded("response")
+    def error(self, flow: http.HTTPFlow) -> None:
+        """The exchange broke, on either side, or was never possible."""
+        record = inject.wire(flow)
+        self.finish(flow.id, record.broken_by or "upstream", sent=record.sent)
+
+    # -- endings
+
+    def answer(self, flow: http.HTTPFlow, said: Answer | Refusal) -> None:
+        """Answer a flow here. A refused call opens no connection, not even to look the upstream up."""
+        request_id = new_request_id()
+        if isinstance(said, Refusal):
+            status, headers, body = said.status, said.headers(request_id), said.body(request_id)
+        else:
+            status, headers = said.status, {"content-type": "application/json", "request-id": request_id}
+            body = json.dumps(said.body).encode() if said.body is not None else b""
+        flow.response = http.Response.make(status, body, headers)
+        self.lives.pop(flow.id, None)
+
+    def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:
+        """Resolve the flow's reservation, once: whoever comes second finds nothing to do."""
+        life = self.lives.pop(flow_id, None)
+        if life is None:
+            return
+        life.ended = True
+        life.rest()
+        if life.running is not None:
+            self.gate.close(life.running, sent=sent, ended_by=ended_by, now=self.clock())
+        elif life.free is not None:
+            self.gate.close_free(life.free, life.status, self.clock())
+
+    def fail(self, side: Side, data: Any) -> None:
+        """A hook failed: nothing unjudged passes, and nothing that may have been billed is forgotten."""
+        if isinstance(data, http.HTTPFlow):
+            record = inject.wire(data)
+            life = self.lives.get(data.id)
+            if side == "request":
+                record.grant = None
+                self.finish(data.id, "gateway", sent=record.sent)
+                self.answer(data, Refusal("internal", FAILED))
+            else:
+                if life is not None and life.running is not None and life.running.progress is not None:
+                    life.close_upstream()  # nothing tops the grant up any more
+                self.finish(data.id, "gateway", sent=record.sent)
+        elif isinstance(data, NextLayer):
+            self.connections.pop(data.context.client.id, None)
+        elif isinstance(data, server_hooks.ServerConnectionHookData):
+            data.server.error = "the gateway failed before the connection was opened"
+
+
+def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:
+    return tuple((name.lower(), value) for name, value in headers.items(multi=True))

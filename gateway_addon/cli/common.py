@@ -1,0 +1,84 @@
+"""What the commands share: the common options with their environment variables, and how an error is said."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+FINE, PROBLEM, WRONG_USAGE = 0, 1, 2
+
+
+def project_folder() -> Path:
+    """The checkout that this package runs from; for an installed package, a folder of the user's own."""
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout if (checkout / "pyproject.toml").exists() else Path.home() / ".gateway"
+
+
+def policies_option[F: Callable[..., Any]](command: F) -> F:
+    return click.option(
+        "--policies",
+        type=click.Path(path_type=Path, file_okay=False),
+        envvar="GATEWAY_POLICIES",
+        default=lambda: project_folder() / "policies",
+        show_default="policies, in the project folder",
+        help="Folder of policy files (GATEWAY_POLICIES).",
+    )(command)
+
+
+def ledger_option[F: Callable[..., Any]](command: F) -> F:
+    return click.option(
+        "--ledger",
+        metavar="URL",
+        envvar="GATEWAY_LEDGER",
+        default=lambda: f"sqlite:///{project_folder() / 'gateway.db'}",
+        show_default="gateway.db, in the project folder",
+        help="The ledger, sqlite:///PATH (GATEWAY_LEDGER).",
+    )(command)
+
+
+def listen_option[F: Callable[..., Any]](command: F) -> F:
+    return click.option(
+        "--listen",
+        type=Address(),
+        envvar="GATEWAY_LISTEN",
+        default="127.0.0.1:8080",
+        show_default=True,
+        help="Where apps reach the gateway (GATEWAY_LISTEN).",
+    )(command)
+
+
+class Address(click.ParamType[tuple[str, int]]):
+    """HOST:PORT, PORT or [IPV6]:PORT, as (host, port)."""
+
+    name = "HOST:PORT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        host, colon, port = str(value).rpartition(":")
+        if not port.isdigit() or int(port) > 65535 or (colon and not host):
+            self.fail(f"{value!r} is not an address; write HOST:PORT like 127.0.0.1:8080", param, ctx)
+        return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def says_errors[**P, R](*known: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Turn exceptions whose message is a sentence for people into that sentence and exit code 2."""
+
+    def decorate(command: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return command(*args, **kwargs)
+            except known as error:
+                stop(str(error))
+
+        return run
+
+    return decorate
+
+
+def stop(sentence: str, code: int = WRONG_USAGE) -> NoReturn:
+    """End the command with a sentence on stderr."""
+    click.echo(sentence, err=True)
+    sys.exit(code)

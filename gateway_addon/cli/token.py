@@ -1,0 +1,131 @@
+"""`gateway token issue|rotate|revoke|list`: the unit of attribution is an app's token."""
+
+import getpass
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from sqlite3 import Connection
+
+import click
+from tabulate import tabulate
+
+from gateway_addon import forms, identity
+from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop
+from gateway_addon.cli.times import day, duration_s
+from gateway_addon.ledger import LedgerUnavailable, Token, admin
+from gateway_addon.ledger.files import ledger_path
+from gateway_addon.policy import PolicyError, load
+from gateway_addon.pricing import PriceError
+
+SAY = says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError)
+
+
+@click.group(epilog="Example: gateway token issue reviews")
+def token() -> None:
+    """Issue, rotate, revoke and list the apps' tokens. Only their SHA-256 is stored: a token is shown once."""
+
+
+@token.command(epilog="Example: TOKEN=$(gateway token issue reviews --name laptop)")
+@click.argument("app")
+@click.option("--name", default="", help="What to call it in lists, for apps with several tokens.")
+@click.option("--expires", metavar="DURATION", help="When it ends by itself: 12h, 30d.")
+@click.option("--for", "kind", type=click.Choice(forms.KINDS), help="Also print the lines to paste, in this form.")
+@policies_option
+@ledger_option
+@listen_option
+@SAY
+def issue(app: str, name: str, expires: str | None, kind: str | None, policies: Path, ledger: str, listen: tuple[str, int]) -> None:
+    """Print a new token for APP, alone on stdout, once."""
+    _known(app, policies)
+    now = time.time()
+    expires_at = now + duration_s(expires) if expires else None
+
+    def write(db: Connection, digest: str) -> None:
+        admin.issue_token(db, app, digest, label=name, expires_at=expires_at, who=getpass.getuser(), now=now)
+
+    _show_new(app, write, kind, ledger, listen)
+
+
+@token.command(epilog="Example: gateway token rotate reviews --overlap 1h")
+@click.argument("app")
+@click.option("--overlap", default="0s", metavar="DURATION", help="How long the old tokens go on working: 1h, 2d.", show_default=True)
+@click.option("--name", default="", help="What to call the new one in lists.")
+@click.option("--for", "kind", type=click.Choice(forms.KINDS), help="Also print the lines to paste, in this form.")
+@policies_option
+@ledger_option
+@listen_option
+@SAY
+def rotate(app: str, overlap: str, name: str, kind: str | None, policies: Path, ledger: str, listen: tuple[str, int]) -> None:
+    """Print a new token for APP and revoke its others, now or after an overlap."""
+    _known(app, policies)
+    keep_old_s, now = duration_s(overlap), time.time()
+
+    def write(db: Connection, digest: str) -> None:
+        admin.rotate_token(db, app, digest, label=name, keep_old_s=keep_old_s, who=getpass.getuser(), now=now)
+
+    _show_new(app, write, kind, ledger, listen)
+
+
+@token.command(epilog="Example: gateway token revoke reviews --id 3")
+@click.argument("app")
+@click.option("--id", "token_id", type=int, help="Only this one (see gateway token list).")
+@ledger_option
+@SAY
+def revoke(app: str, token_id: int | None, ledger: str) -> None:
+    """Revoke APP's tokens, all of them or one. It holds from the next request on; calls in flight finish."""
+    with admin.changing(ledger_path(ledger)) as db:
+        revoked = admin.revoke_tokens(db, app, token_id=token_id, who=getpass.getuser(), now=time.time())
+    if not revoked:
+        stop(f"App {app} has no such token in force; gateway token list {app} shows what it has.", PROBLEM)
+    click.echo(f"Revoked {len(revoked)} of app {app}: {', '.join(_title(each) for each in revoked)}.", err=True)
+
+
+@token.command("list", epilog="Example: gateway token list --json")
+@click.argument("app", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@ledger_option
+@SAY
+def list_tokens(app: str | None, as_json: bool, ledger: str) -> None:
+    """List tokens: when each was issued, and whether it is in force. The tokens themselves are not kept."""
+    now = time.time()
+    with admin.reading(ledger_path(ledger)) as db:
+        rows = [_row(each, now) for each in admin.tokens(db, app)]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        shown = [{name: day(value) if isinstance(value, float) else value for name, value in row.items()} for row in rows]
+        click.echo(tabulate(shown, headers="keys") if shown else "No tokens yet: gateway token issue APP")
+
+
+def _known(app: str, policies: Path) -> None:
+    apps = load(policies).apps
+    if app not in apps:
+        stop(f"No policy for app {app}: write {policies}/apps/{app}.yaml first. Apps with one: {', '.join(sorted(apps)) or 'none'}.")
+
+
+def _show_new(app: str, write: Callable[[Connection, str], None], kind: str | None, ledger: str, listen: tuple[str, int]) -> None:
+    secret = identity.mint()
+    with admin.changing(ledger_path(ledger)) as db:
+        write(db, identity.digest(secret))
+    click.echo(f"Token for app {app}, shown this once (only its SHA-256 is kept):", err=True)
+    click.echo(secret)
+    if kind is not None:
+        base_url = f"http://{listen[0]}:{listen[1]}"
+        click.echo(f"\n{forms.where(kind, app=app)}\n{forms.lines(kind, base_url=base_url, app=app, token_placeholder='TOKEN')}", err=True)
+
+
+def _title(each: Token) -> str:
+    return f"{each.id} ({each.label})" if each.label else str(each.id)
+
+
+def _row(each: Token, now: float) -> dict[str, object]:
+    state = each.refusal(now)
+    return {
+        "id": each.id,
+        "app": each.app,
+        "name": each.label,
+        "state": "in force" if state is None else state.removeprefix("token_"),
+        "issued": each.created_at,
+        "expires": each.expires_at,
+    }

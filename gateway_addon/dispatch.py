@@ -1,0 +1,57 @@
+"""Hook dispatch without the walk: which addons have a hook is looked up once, not at every event.
+
+mitmproxy asks each of its addons at each event, through a context manager; under load that walk is about half of all CPU
+time. Promises the same calls in the same order with the same treatment of exceptions. Knows nothing of the gateway.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from mitmproxy import exceptions, flow, hooks
+from mitmproxy.addonmanager import AddonManager
+
+logger = logging.getLogger(__name__)
+
+
+class Dispatch(AddonManager):
+    """mitmproxy's addon manager, for a chain that changes only through its own methods."""
+
+    def __init__(self, master: Any):
+        super().__init__(master)  # type: ignore[no-untyped-call]
+        self._found: dict[str, list[Callable[..., Any]]] = {}
+
+    def register(self, addon: Any) -> Any:
+        self._found.clear()
+        return super().register(addon)  # type: ignore[no-untyped-call]
+
+    def remove(self, addon: Any) -> None:
+        self._found.clear()
+        super().remove(addon)  # type: ignore[no-untyped-call]
+
+    def _hooks(self, event: hooks.Hook) -> list[Callable[..., Any]]:
+        found = self._found.get(event.name)
+        if found is None:
+            found = [function for addon in self.chain for _, function in self._iter_hooks(addon, event)]
+            self._found[event.name] = found
+        return found
+
+    async def handle_lifecycle(self, event: hooks.Hook) -> None:
+        await self.trigger_event(event)
+        message = event.args()[0]
+        if isinstance(message, flow.Flow) and self._hooks(update := hooks.UpdateHook([message])):
+            await self.trigger_event(update)
+
+    async def trigger_event(self, event: hooks.Hook) -> None:
+        for function in self._hooks(event):
+            try:
+                result = function(*event.args())
+                if result is not None and inspect.isawaitable(result):
+                    await result
+            except exceptions.AddonHalt:
+                return
+            except exceptions.OptionsError:
+                raise
+            except Exception:
+                logger.exception("Addon error in %s", event.name)

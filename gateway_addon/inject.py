@@ -1,0 +1,243 @@
+"""Put the real key on the wire copy of a request, at the last moment, and answer in the API's shape where mitmproxy would not.
+
+Promises that the key is in no flow, so in nothing that shows or stores flows; that it leaves only for the pinned host, over
+TLS where the upstream has it, once per admitted request; and that what leaves is what was admitted, byte for byte: a flow
+edited afterwards is not sent. Knows nothing of policy, money or the ledger: it is handed a `Grant` and reports what happened.
+
+mitmproxy writes a request in `HttpStream`, which reads `flow.request`. The subclass below swaps the request in the one
+command that carries it to the wire. `install` puts it in place by the public `next_layer` hook.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from mitmproxy import connection, flow, http
+from mitmproxy.proxy import commands, events, layer
+from mitmproxy.proxy.layers.http import (
+    ErrorCode,
+    Http1Server,
+    HttpErrorHook,
+    HttpEvent,
+    HttpLayer,
+    HttpRequestHeadersHook,
+    HttpStream,
+    RequestHeaders,
+    RequestProtocolError,
+    ResponseData,
+    ResponseEndOfMessage,
+    ResponseHeaders,
+    ResponseProtocolError,
+    SendHttp,
+)
+
+from gateway_addon.refusals import Refusal, new_request_id
+
+logger = logging.getLogger(__name__)
+
+NOT_WELL_FORMED = "The request is not well-formed HTTP/1.1, so it was not judged. Use an HTTP client library to build it."
+HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; mitmproxy itself has no limit
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Grant:
+    """Permission to send one request, as admitted, to one address, with one credential."""
+
+    address: tuple[str, int]
+    tls: bool
+    method: str
+    path: str
+    fields: tuple[tuple[bytes, bytes], ...]
+    """The headers as judged."""
+    body: bytes | None
+    credential: tuple[str, str] = dataclasses.field(repr=False)
+    """Header name and secret. Kept out of every repr, so out of every traceback and log."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Wire:
+    """What is known of one flow on the wire: the grant going in, the facts coming out."""
+
+    grant: Grant | None = None
+    sent: bool = False
+    """The request was handed to the upstream's socket: from here on the provider may have done work."""
+    broken_by: Literal["client", "upstream"] | None = None
+    refusal: Refusal | None = None
+    """How to say it to the client if the exchange breaks before an answer began."""
+    hang_up: bool = False
+    """Answer with `flow.response` at once, without reading the body, and close."""
+    last_words: bytes | None = None
+    """The gateway's own last event of a stream that it cuts: sent when the upstream side is gone, and the body ends cleanly."""
+
+
+_WIRES: "WeakKeyDictionary[http.HTTPFlow, Wire]" = WeakKeyDictionary()
+
+
+def wire(flow: http.HTTPFlow) -> Wire:
+    """The wire record of a flow, made on first use; it lives exactly as long as its flow."""
+    return _WIRES.setdefault(flow, Wire())
+
+
+def install(top: layer.Layer | None) -> None:
+    """Turn every plain HTTP layer under `top` into one whose streams inject (called from the `next_layer` hook)."""
+    while top is not None:
+        if type(top) is HttpLayer:
+            top.__class__ = InjectLayer
+        top = getattr(top, "child_layer", None)
+
+
+class InjectLayer(HttpLayer):
+    def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
+        if isinstance(event, events.Start) and self.context.client.alpn in (None, b"http/1.1", b"http/1.0"):
+            self.connections.setdefault(self.context.client, ApiHttp1Server(self.context.fork()))
+        yield from super()._handle_event(event)
+
+    def make_stream(self, stream_id: int) -> layer.CommandGenerator[None]:
+        stream = self.streams[stream_id] = InjectStream(self.context.fork(), stream_id)
+        yield from self.event_to_child(stream, events.Start())
+
+
+class InjectStream(HttpStream):
+    def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
+        if isinstance(event, RequestProtocolError | ResponseProtocolError):
+            record = wire(self.flow)
+            record.broken_by = record.broken_by or ("client" if isinstance(event, RequestProtocolError) else "upstream")
+        generator = super()._handle_event(event)
+        reply: Any = None
+        while True:
+            try:
+                command = generator.send(reply)
+            except StopIteration:
+                return
+            if isinstance(command, SendHttp):
+                if isinstance(command.event, RequestHeaders) and command.connection is not self.context.client:
+                    request = self._granted(command.event.request, command.connection)
+                    if request is None:
+                        generator.close()
+                        yield from self._refuse_to_send()
+                        return
+                    command.event = dataclasses.replace(command.event, request=request)
+                elif isinstance(command.event, ResponseProtocolError) and command.connection is self.context.client:
+                    words = wire(self.flow).last_words
+                    if words is not None:
+                        yield SendHttp(ResponseData(self.stream_id, words), self.context.client)
+                    command.event = self._ending(command.event)
+            reply = yield command
+            if isinstance(command, HttpRequestHeadersHook) and wire(self.flow).hang_up and self.flow.response:
+                generator.close()
+                yield from self._answer_and_close(self.flow.response)
+                return
+
+    def _granted(self, request: http.Request, server: connection.Connection) -> http.Request | None:
+        """The wire copy of an admitted request, or None: no grant, another server, no TLS, or not what was admitted."""
+        record = wire(self.flow)
+        grant, record.grant = record.grant, None
+        if grant is None or not isinstance(server, connection.Server) or server.address != grant.address:
+            return None
+        if grant.tls and not (server.tls and server.tls_established):
+            return None
+        as_admitted = (grant.method, grant.path, grant.fields) == (request.method, request.path, request.headers.fields)
+        if not as_admitted or request.raw_content != grant.body:
+            return None
+        record.sent = True
+        copy = request.copy()
+        name, secret = grant.credential
+        copy.headers[name] = secret
+        return copy
+
+    def _refuse_to_send(self) -> layer.CommandGenerator[None]:
+        logger.error("A request reached the wire without a grant, or changed after it was admitted; it was not sent.")
+        refusal = Refusal(
+            "internal", "The request was changed after it was admitted, so it was not sent. Send it again through the gateway, unedited."
+        )
+        self.flow.error = flow.Error(refusal.sentence)
+        yield HttpErrorHook(self.flow)
+        yield SendHttp(
+            ApiProtocolError(self.stream_id, refusal.sentence, ErrorCode.GENERIC_SERVER_ERROR, refusal), self.context.client
+        )
+        self._give_up()
+
+    def _ending(self, event: ResponseProtocolError) -> HttpEvent:
+        record = wire(self.flow)
+        if record.last_words is not None:
+            return ResponseEndOfMessage(self.stream_id)
+        if record.refusal is not None:
+            return ApiProtocolError(self.stream_id, event.message, ErrorCode.GENERIC_SERVER_ERROR, record.refusal)
+        return event
+
+    def _answer_and_close(self, response: http.Response) -> layer.CommandGenerator[None]:
+        client = self.context.client
+        yield SendHttp(ResponseHeaders(self.stream_id, response, end_stream=False), client)
+        yield SendHttp(ResponseData(self.stream_id, response.raw_content or b""), client)
+        yield SendHttp(ResponseProtocolError(self.stream_id, "answered without reading the body", ErrorCode.KILL), client)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self.flow.live = False
+        self.client_state = self.server_state = self.state_errored
+
+
+class ApiProtocolError(ResponseProtocolError):
+    """A broken exchange with the refusal that tells the client about it."""
+
+    def __init__(self, stream_id: int, message: str, code: ErrorCode, refusal: Refusal):
+        super().__init__(stream_id, message, code)
+        self.refusal = refusal
+
+
+class ApiHttp1Server(Http1Server):
+    """mitmproxy's HTTP/1 server with its own errors (400, 413, 502, in HTML) said in the API's shape, and a bounded head."""
+
+    def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
+        if isinstance(event, ResponseProtocolError) and not self.response and self.conn.state & connection.ConnectionState.CAN_WRITE:
+            refusal = event.refusal if isinstance(event, ApiProtocolError) else _said_by_mitmproxy(event)
+            if refusal is not None:
+                yield commands.SendData(self.conn, _raw_answer(refusal))
+                yield commands.CloseConnection(self.conn)
+                return
+        yield from super().send(event)
+
+    def read_headers(self, event: events.ConnectionEvent) -> layer.CommandGenerator[None]:
+        if len(self.buf) > HEAD_BYTES_MAX and b"\r\n\r\n" not in bytes(self.buf)[:HEAD_BYTES_MAX]:
+            sentence = f"The request's headers are longer than {HEAD_BYTES_MAX // 1024} KB. Send fewer or shorter headers."
+            yield from self._reject(Refusal("request", sentence))
+            return
+        for command in super().read_headers(event):
+            if isinstance(command, commands.SendData) and self.request is None:
+                command.data = _raw_answer(Refusal("request", NOT_WELL_FORMED))
+            elif isinstance(command, commands.SendData):
+                sentence = "The request's length headers are ambiguous or invalid. Send one Content-Length, or chunked alone."
+                command.data = _raw_answer(Refusal("request", sentence))
+            yield command
+
+    def _reject(self, refusal: Refusal) -> Iterator[commands.Command]:
+        yield commands.SendData(self.conn, _raw_answer(refusal))
+        yield commands.CloseConnection(self.conn)
+        self.state = self.done
+
+
+def _said_by_mitmproxy(event: ResponseProtocolError) -> Refusal | None:
+    """The refusal for an error of mitmproxy's own, or None where it would close without a word."""
+    match event.code:
+        case ErrorCode.REQUEST_TOO_LARGE:
+            return Refusal("too_large", "The request's body is larger than the gateway takes (33 MB). Send less, or use several calls.")
+        case ErrorCode.REQUEST_VALIDATION_FAILED | ErrorCode.GENERIC_CLIENT_ERROR | ErrorCode.DESTINATION_UNKNOWN:
+            return Refusal("request", NOT_WELL_FORMED)
+        case ErrorCode.CONNECT_FAILED:
+            sentence = f"The gateway could not reach the Claude API: {event.message}. Nothing was sent; try again."
+            return Refusal("upstream_unreachable", sentence)
+        case ErrorCode.GENERIC_SERVER_ERROR | ErrorCode.RESPONSE_VALIDATION_FAILED | ErrorCode.RESPONSE_TOO_LARGE:
+            return Refusal("upstream_unreachable", f"The Claude API's answer broke off before it began ({event.message}). Try again.")
+        case _:
+            return None
+
+
+def _raw_answer(refusal: Refusal) -> bytes:
+    """A whole HTTP/1.1 answer for a connection that is about to be closed."""
+    request_id = new_request_id()
+    body = refusal.body(request_id)
+    headers = {**refusal.headers(request_id), "content-length": str(len(body)), "connection": "close"}
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/1.1 {refusal.status} {refusal.error_type}\r\n{head}\r\n".encode() + body

@@ -1,0 +1,154 @@
+"""What the proxy remembers of a flow from its headers to its end, and how a call is ended before its time.
+
+Promises that an admitted call has a deadline at every moment (to connect, to begin, to go on, and the end of its grant), and
+that a call which is cut closes its upstream socket at once. Knows mitmproxy's connections; decides nothing about money.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mitmproxy import connection, ctx, http
+
+from gateway_addon import inject
+from gateway_addon.gate import Answer, Arrived, Gate, Pass
+from gateway_addon.refusals import Refusal
+from gateway_addon.running import Running, Ticket
+
+CUT_GRACE_S = 0.1  # how long a cut stream may take to complete its current event
+LOOK_AGAIN_S = 3600.0
+
+type Deadline = tuple[float, Callable[[], None]]
+
+
+@dataclass(slots=True, eq=False)
+class Life:
+    """One flow, from its headers on."""
+
+    flow: http.HTTPFlow
+    gate: Gate
+    clock: Callable[[], float] = time.time
+    arrived: Arrived | None = None
+    admission: "asyncio.Task[Ticket | Pass | Answer | Refusal] | None" = None
+    running: Running | None = None
+    free: Pass | None = None
+    server: connection.Server | None = None
+    status: int | None = None
+    cut_by: float = math.inf
+    """When a stream that is being cut closes, its current event complete or not."""
+    watchdog: asyncio.TimerHandle | None = None
+    ended: bool = False
+
+    @property
+    def wire(self) -> inject.Wire:
+        return inject.wire(self.flow)
+
+    # -- the bytes of a stream
+
+    def chunk(self, chunk: bytes) -> bytes:
+        """Read along with a stream; what it returns goes to the client: the chunk itself, unless the call is being cut."""
+        running, now = self.running, self.clock()
+        if running is None or not chunk:
+            return chunk
+        running.feed(chunk, now)
+        self.gate.progressed(running, now)
+        if running.cut is None and not running.covers(now):
+            running.cut = "budget"
+        return chunk if running.cut is None else self._last_of(chunk, running)
+
+    def _last_of(self, chunk: bytes, running: Running) -> bytes:
+        """What may still pass of a stream that is being cut: up to the end of an event, then the reason, then nothing."""
+        if running.encoded:
+            self.close_upstream()
+            return b""
+        whole = running.meter is not None and running.meter.at_event_boundary
+        end = len(chunk) if whole else _last_boundary(chunk)
+        if end == 0 and self.clock() < self.cut_by:
+            self.cut_by = min(self.cut_by, self.clock() + CUT_GRACE_S)
+            self.watch()
+            return chunk
+        if end:
+            self.wire.last_words = self.gate.last_words(running)
+        self.close_upstream()
+        return chunk[:end]
+
+    # -- deadlines
+
+    def watch(self) -> None:
+        """Look at the deadlines now, and again when the nearest one is due."""
+        self.rest()
+        if self.ended:
+            return
+        now = self.clock()
+        due, expire = min(self._deadlines(), key=lambda deadline: deadline[0])
+        if now >= due:
+            expire()
+        else:
+            self.watchdog = asyncio.get_running_loop().call_later(min(due - now, LOOK_AGAIN_S), self.watch)
+
+    def rest(self) -> None:
+        """Stop watching."""
+        if self.watchdog is not None:
+            self.watchdog.cancel()
+            self.watchdog = None
+
+    def _deadlines(self) -> list[Deadline]:
+        assert self.arrived is not None
+        timeouts, running = self.arrived.policy.timeouts, self.running
+        began = running.ticket.admitted_at if running is not None else self.flow.request.timestamp_start
+        if not self.wire.sent:
+            return [self._timeout(began, "could not be reached", timeouts.connect_s)]
+        if running is None or running.status is None:
+            return [self._timeout(began, "began no answer", timeouts.first_byte_s), self._grant_end()]
+        return [self._timeout(running.last_byte_at, "sent nothing", timeouts.silence_s), self._grant_end()]
+
+    def _timeout(self, since: float, what: str, limit_s: float) -> Deadline:
+        def expire() -> None:
+            sentence = f"The Claude API {what} within {limit_s:g} s, so the gateway gave up on this call. Try again."
+            self.wire.refusal = Refusal("upstream_timeout", sentence)
+            self.close_upstream()
+
+        return since + limit_s, expire
+
+    def _grant_end(self) -> Deadline:
+        running = self.running
+        if running is None:
+            return math.inf, lambda: None
+
+        def expire() -> None:
+            self.cut(running.cut or "budget")
+
+        return min(running.covered_until(), self.cut_by), expire
+
+    # -- an end before its time
+
+    def cut(self, why: str) -> None:
+        """End a running call now, with the reason as the stream's last event where one can be put."""
+        running = self.running
+        if running is None or self.ended:
+            return
+        running.cut = why
+        if running.meter is None:
+            self.wire.refusal = self.gate.cut_refusal(running)
+        elif running.meter.at_event_boundary and not running.encoded:
+            self.wire.last_words = self.gate.last_words(running)
+        self.close_upstream()
+
+    def close_upstream(self) -> None:
+        """Close the socket to the upstream; mitmproxy then ends the exchange towards the client."""
+        handler: Any = ctx.master.addons.get("proxyserver").connections.get(self.flow.client_conn.id)
+        transport = handler.transports.get(self.server or self.flow.server_conn) if handler is not None else None
+        if transport is not None and transport.handler is not None:
+            transport.handler.cancel("closed by the gateway")
+
+
+def _last_boundary(chunk: bytes) -> int:
+    """The index behind the last blank line of a piece of an event stream; 0 if no event ends in it."""
+    for blank in (b"\n\n", b"\r\n\r\n"):
+        found = chunk.rfind(blank)
+        if found >= 0:
+            return found + len(blank)
+    return 0

@@ -1,0 +1,147 @@
+"""One admitted call while it runs: what is held for it, what its answer has shown, and what it must be settled at.
+
+Promises that what is held never falls below what the provider can bill: the input's bound until the answer reports its exact
+tokens, and output as granted, whole or in steps (grants.py). Knows nothing of mitmproxy, SQL or the clock.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+from gateway_addon.bounds import Quote
+from gateway_addon.grants import Pace, Progress, Seen
+from gateway_addon.ledger import Standing
+from gateway_addon.policy import AppPolicy
+from gateway_addon.pricing import Prices, cost, rates
+from gateway_addon.reading import Reading
+from gateway_addon.usage import Meter, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Permission to forward one call: what is reserved for it, and the snapshot that it was judged and is priced by."""
+
+    call_id: int
+    app: AppPolicy
+    prices: Prices
+    reading: Reading
+    quote: Quote
+    granted_tokens: int
+    """Output tokens covered by the reservation: `max_tokens` unless the call runs on a progressive one."""
+    pace: Pace | None
+    """None: reserved whole."""
+    admitted_at: float
+    standings: tuple[Standing, ...] = ()
+    """How each of the call's caps stands, its own reservation included."""
+    flags: tuple[str, ...] = ()
+    """What the policy did to the call beside admitting it: `edited:FIELD`, `observed:CODE`."""
+    body: bytes | None = None
+    """The body to send where the policy rewrote it (an alias, a clamp); None: as it came."""
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A ticket and everything that has happened to it since."""
+
+    ticket: Ticket
+    progress: Progress | None = None
+    granted_tokens: int = 0
+    fixed_nano: int = 0
+    """What is held beside output: the bound of the input and of declared features, or the exact input once it is known."""
+    output_rate: Fraction = Fraction(0)
+    meter: Meter | None = None
+    encoded: bool = False
+    """The answer's bytes are compressed: nothing can be put between them."""
+    status: int | None = None
+    request_id: str | None = None
+    first_byte_at: float | None = None
+    last_byte_at: float = 0.0
+    cut: str | None = None
+    """Why the gateway itself ends this call, once it does."""
+    usage: Usage | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        ticket = self.ticket
+        self.granted_tokens = ticket.granted_tokens
+        self.fixed_nano = ticket.quote.for_output(0)
+        self.output_rate = ticket.quote.output_rate
+        self.last_byte_at = ticket.admitted_at
+        if ticket.pace is not None:
+            thinking = ticket.reading.body.get("thinking")
+            may_think = not (isinstance(thinking, dict) and thinking.get("type") == "disabled")
+            self.progress = Progress(ticket.pace, ticket.reading.max_tokens, may_think, content_at=ticket.admitted_at)
+
+    @property
+    def held_nano(self) -> int:
+        """What the ledger holds for this call: exact or bounded input, and the output granted so far."""
+        return self.fixed_nano + self.output_nano(self.granted_tokens)
+
+    def output_nano(self, tokens: int) -> int:
+        return math.ceil(self.output_rate * tokens)
+
+    def answered(self, status: int, content_type: str, content_encoding: str | None, request_id: str | None, now: float) -> None:
+        """The upstream's status and headers arrived."""
+        self.status, self.request_id, self.first_byte_at, self.last_byte_at = status, request_id, now, now
+        self.encoded = content_encoding not in (None, "", "identity")
+        self.meter = Meter(content_type, content_encoding)
+
+    def feed(self, chunk: bytes, now: float) -> None:
+        """Some of the answer's body arrived, as sent. Never raises on what it contains."""
+        self.last_byte_at = now
+        if self.meter is None:
+            return
+        self.meter.feed(chunk)
+        if self.progress is not None:
+            meter = self.meter
+            seen = Seen(meter.seen_bytes, meter.blocks, meter.content_events, meter.visible_open, meter.reported_output_tokens)
+            self.progress.observe(seen, now)
+
+    def finished(self) -> Usage | None:
+        """Close the meter: what the answer reported, whole or not. None if no answer began."""
+        if self.meter is not None and self.usage is None:
+            self.usage = self.meter.close()
+        return self.usage
+
+    def release_nano(self) -> int:
+        """What can go back now that `message_start` has reported the input: once, and only for a request whose input cannot grow.
+
+        With the prompt's length known its price tier is known too, so output already granted may turn out cheaper as well.
+        """
+        quote = self.ticket.quote
+        if not quote.releasable or self.meter is None or not self.meter.started or self.fixed_nano != quote.for_output(0):
+            return 0
+        usage = self.meter.usage_so_far()
+        row = self.ticket.prices.row(usage.model or "", self.ticket.admitted_at)
+        exact = self._input_cost_nano(usage)
+        if row is None or exact is None:
+            return 0
+        per_token = rates(row, prompt_tokens=usage.tokens.prompt_tokens, speed=usage.speed, inference_geo=usage.inference_geo, batch=False)
+        held_nano = self.held_nano
+        if exact + math.ceil(per_token.output * self.granted_tokens) >= held_nano:
+            return 0
+        self.fixed_nano, self.output_rate = exact, per_token.output
+        return held_nano - self.held_nano
+
+    def wanted_tokens(self, now: float) -> int:
+        """Output tokens that the grant should grow by now (0: it suffices)."""
+        return self.progress.tokens_wanted(self.granted_tokens, now) if self.progress is not None else 0
+
+    def runs_short(self, now: float) -> bool:
+        return self.progress is not None and self.progress.runs_short(self.granted_tokens, now)
+
+    def extension_nano(self, tokens: int) -> int:
+        """What `tokens` more of output cost to hold."""
+        return self.output_nano(self.granted_tokens + tokens) - self.output_nano(self.granted_tokens)
+
+    def covers(self, now: float) -> bool:
+        """False once the provider may have generated more than is held: the call must be cut now."""
+        return self.progress is None or self.progress.tokens_at(now) <= self.granted_tokens
+
+    def covered_until(self) -> float:
+        return math.inf if self.progress is None else self.progress.covered_until(self.granted_tokens)
+
+    def _input_cost_nano(self, usage: Usage) -> int | None:
+        """The exact price of the input that an answer reported, its output left out."""
+        bare = replace(usage, tokens=replace(usage.tokens, output_tokens=0), iterations=())
+        hour_ttl = self.ticket.reading.hour_ttl
+        return cost(self.ticket.prices, bare, at=self.ticket.admitted_at, hour_ttl_requested=hour_ttl).nano

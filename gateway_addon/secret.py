@@ -1,0 +1,91 @@
+"""The real API key, read from where the policy says, and read again when it changes.
+
+Promises that the key is returned to its one caller and kept nowhere else: in no repr, no log line, no error. A file is looked
+at on every call (one `stat`); a command is asked again when the upstream refuses the key. An edge: it reads the environment,
+files and the clock.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from gateway_addon.policy import Source
+
+COMMAND_TIMEOUT_S = 10
+ASK_AGAIN_S = 60  # at most one command a minute, however often the upstream says 401
+
+
+class SecretUnavailable(Exception):
+    """The secret cannot be read. The message is a sentence for the operator, and holds nothing of the secret."""
+
+
+class Secret:
+    """A secret behind a source. Call it to get the secret; raises SecretUnavailable."""
+
+    def __init__(self, source: Source, environment: Mapping[str, str] = os.environ, clock: Callable[[], float] = time.monotonic):
+        self._source, self._environment, self._clock = source, environment, clock
+        self._value: str | None = None
+        self._read_at = 0.0
+        self._version: tuple[int, int, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"Secret({self._source.kind} {self._source.value})"
+
+    def __call__(self) -> str:
+        if self._source.kind == "file":
+            version = self._file_version()
+            if version != self._version:
+                self._value, self._version = None, version
+        if self._value is None:
+            self._value, self._read_at = _plain(self._read(), self), self._clock()
+        return self._value
+
+    def refused(self) -> None:
+        """The upstream did not take it: read it anew next time (a rotated key), at most once a minute."""
+        if self._clock() - self._read_at > ASK_AGAIN_S:
+            self._value = None
+
+    def _file_version(self) -> tuple[int, int, int]:
+        try:
+            stat = os.stat(str(self._source.value))
+        except OSError as error:
+            raise SecretUnavailable(f"The key file {self._source.value} cannot be read ({error.strerror}).") from None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def _read(self) -> str:
+        kind, value = self._source
+        if kind == "env":
+            if not (found := self._environment.get(str(value))):
+                raise SecretUnavailable(f"The environment variable {value} is not set.")
+            return found
+        if kind == "file":
+            try:
+                return Path(str(value)).read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                raise SecretUnavailable(f"The key file {value} cannot be read ({type(error).__name__}).") from None
+        if kind == "keyring":
+            service, _, user = str(value).partition("/")
+            return self._output(["keyring", "get", service, user])
+        return self._output(list(value))
+
+    def _output(self, command: list[str]) -> str:
+        """What a password manager prints. It gets no other secret of the gateway's environment."""
+        environment = {name: text for name, text in self._environment.items() if not name.startswith(("ANTHROPIC_", "GATEWAY_"))}
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
+            raise SecretUnavailable(f"The key command {command[0]} failed ({type(error).__name__}).") from None
+        if done.returncode:
+            raise SecretUnavailable(f"The key command {command[0]} ended with status {done.returncode}.")
+        return done.stdout
+
+
+def _plain(text: str, secret: Secret) -> str:
+    text = text.strip()
+    if not text or not text.isascii() or any(character.isspace() for character in text):
+        raise SecretUnavailable(f"What {secret!r} gives is not a key: it is empty or has spaces or line breaks in it.")
+    return text

@@ -1,0 +1,82 @@
+"""The sentences of refused money: what the ledger denied, said to the person who reads it at night.
+
+Each names the app, the limit with its amounts, and the way out. Knows the ledger's values and the quote; decides nothing.
+"""
+
+from datetime import UTC, datetime
+
+from gateway_addon.bounds import Quote
+from gateway_addon.ledger import Denied, Standing
+from gateway_addon.money import cents, dollars
+from gateway_addon.policy import AppPolicy
+from gateway_addon.refusals import Refusal
+from gateway_addon.running import Running
+
+
+def denied(denial: Denied, app: AppPolicy, bound: Quote, granted_nano: int) -> Refusal:
+    """The refusal for what the ledger would not reserve. `granted_nano` is what was asked of it."""
+    if denial.standing is not None:
+        return _denied_by_cap(denial, denial.standing, app, bound, granted_nano)
+    match denial.reason:
+        case "token_unknown" | "token_revoked" | "token_expired":
+            return Refusal(denial.reason, f"The token of app {app.name} has just been revoked or expired. Ask the operator for a new one.")
+        case "paused":
+            until = "until it is resumed" if denial.until is None else f"until {_time(denial.until)}"
+            return Refusal("app_paused", f"{_scope(denial.limit or '')} is paused {until}. The operator can end it: gateway resume.")
+        case _:
+            limit = (denial.limit or "").replace("_", " ")
+            sentence = f"App {app.name} is at its limit of {denial.limit_max:,} {limit} ({app.file}: rates). Slow down, or raise it there."
+            return Refusal(denial.reason, sentence, denial.retry_after_s)
+
+
+def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, bound: Quote, granted_nano: int) -> Refusal:
+    if denial.reason == "quote_over_cap":
+        return Refusal("quote_over_cap", _too_large(app, bound, standing.cap_nano or 0, _cap_name(standing)))
+    stands = f"{_stands(standing)}; this call needs {cents(granted_nano)} to start"
+    if denial.reason == "cap_held":
+        return Refusal("cap_held", f"{stands}, and calls in flight hold what is left. Try again shortly.", denial.retry_after_s or 1)
+    reset = "" if standing.resets_at is None else f" It resets at {_time(standing.resets_at)}."
+    kind, _, name = standing.scope.partition(":")
+    way_out = f"gateway cap raise {name or kind} {standing.window} AMOUNT --until DATE"
+    return Refusal("cap_spent", f"{stands}.{reset} To go on before: {way_out}.", denial.retry_after_s)
+
+
+def over_request_cap(app: AppPolicy, bound: Quote, cap_nano: int) -> Refusal:
+    """One call that alone could cost more than the app's cap for a request."""
+    return Refusal("quote_over_cap", _too_large(app, bound, cap_nano, f"app {app.name}'s cap for one request"))
+
+
+def cut_sentence(running: Running) -> str:
+    """Why the gateway ended a running answer."""
+    app = running.ticket.app.name
+    if running.cut == "paused":
+        return f"The operator paused app {app}, so the gateway ended this answer here. What was generated so far is charged."
+    return (
+        f"The budget of app {app} does not allow this answer to go on, so the gateway ended it here; what was generated so far is charged. "
+        f"Ask for fewer tokens, or raise the cap: gateway cap raise {app} day AMOUNT --until DATE."
+    )
+
+
+def _too_large(app: AppPolicy, bound: Quote, cap_nano: int, cap_name: str) -> str:
+    fits = bound.output_within(cap_nano)
+    way_out = f"The largest max_tokens that fits is {fits:,}." if fits else "Its input alone is too dear: send less."
+    return f"This call can cost up to {cents(bound.total_nano)}, more than {cap_name} ({dollars(cap_nano)}, {app.file}: caps). {way_out}"
+
+
+def _stands(standing: Standing) -> str:
+    held = f", {cents(standing.reserved_nano)} held" if standing.reserved_nano else ""
+    return f"{_cap_name(standing).capitalize()} is used up: {cents(standing.spent_nano)} spent{held} of {dollars(standing.cap_nano or 0)}"
+
+
+def _cap_name(standing: Standing) -> str:
+    windows = {"day": "cap for today", "week": "cap for this week", "month": "cap for this month", "ever": "cap"}
+    return f"{_scope(standing.scope)}'s {windows[standing.window]}"
+
+
+def _scope(scope: str) -> str:
+    kind, _, name = scope.partition(":")
+    return f"{kind} {name}" if name else "the gateway"
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")

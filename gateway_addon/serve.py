@@ -1,0 +1,162 @@
+"""The launcher: mitmdump's work with the addon built in, hardened, drained at the end; or mitmweb's, for looking at flows.
+
+Promises that the gateway is in the proxy before the first connection and stays there: it is built in, not a script that a
+watcher reloads or a failed edit unloads. This is an edge: it reads files, the clock and the environment.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mitmproxy import options
+from mitmproxy.addonmanager import AddonManager
+from mitmproxy.addons import core, errorcheck, next_layer, proxyserver, tlsconfig
+from mitmproxy.master import Master
+from mitmproxy.tools.web.master import WebMaster
+
+from gateway_addon.addon import REQUIRED_OPTIONS, GatewayAddon
+from gateway_addon.dispatch import Dispatch
+from gateway_addon.gate import Gate
+from gateway_addon.ledger import Ledger
+from gateway_addon.logs import say_plainly
+from gateway_addon.policy import GatewayPolicy, load
+from gateway_addon.reload import Watcher, align
+from gateway_addon.secret import Secret
+
+logger = logging.getLogger(__name__)
+
+BODY_LIMIT = "33m"  # of a request: a little above the API's own 32 MB, so that its limit is refused with its own sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a command line says about where to listen and where things are."""
+
+    host: str
+    port: int
+    policies: Path
+    ledger: str
+    drain_s: float = 30.0
+    options: tuple[str, ...] = ()
+    """`K=V` for mitmproxy."""
+    web_port: int | None = None
+    """With a port for its page: run under mitmweb."""
+    web_password: str = ""
+    tell: Callable[[str], None] = field(default=print)
+    """Says one line to the person who started it."""
+
+
+class LeanMaster(Master):
+    """mitmproxy with the few addons that a reverse proxy needs: the others cost half of a call's time and do nothing here."""
+
+    def __init__(self, opts: options.Options):
+        super().__init__(opts)
+        self.addons: AddonManager = Dispatch(self)
+        self.addons.add(  # type: ignore[no-untyped-call]
+            core.Core(),
+            proxyserver.Proxyserver(),
+            next_layer.NextLayer(),
+            tlsconfig.TlsConfig(),
+            errorcheck.ErrorCheck(repeat_errors_on_stderr=True),
+        )
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code."""
+    return asyncio.run(_run(settings))
+
+
+async def _run(settings: Settings) -> int:
+    policy = load(settings.policies)
+    key = Secret(policy.key)
+    key()  # a missing key is said now, not to the first caller
+    ledger = await Ledger.open(settings.ledger)
+    await align(ledger, policy)
+    gate = Gate(ledger, policy, time.time)
+    addon = GatewayAddon(gate, key, drain_s=settings.drain_s)
+    master = build(settings, policy, addon)
+    say_plainly(key)
+    _on_signal(master.shutdown)
+    watcher = Watcher(settings.policies, gate)
+    watching = asyncio.ensure_future(watcher.watch())
+    def listening() -> None:
+        port = master.addons.get("proxyserver").listen_addrs()[0][1]
+        for line in greeting(settings, policy, port):
+            settings.tell(line)
+
+    addon.on_running = listening
+    try:
+        await master.run()
+    finally:
+        watching.cancel()
+    return 0
+
+
+def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Master:
+    """A master with the addon ahead of all others (no other may see a flow before its credential is gone), hardened."""
+    opts = options.Options()
+    master: Master = WebMaster(opts) if settings.web_port is not None else LeanMaster(opts)
+    master.addons.chain.insert(0, master.addons.register(addon))
+    longest_s = max(policy.timeouts.first_byte_s, policy.timeouts.silence_s) + 60
+    required = {name: value for name, value in REQUIRED_OPTIONS.items() if name in opts}
+    own = {
+        "confdir": str(_state_folder(settings.ledger)),
+        "mode": [f"reverse:{policy.upstream}"],
+        "listen_host": settings.host,
+        "listen_port": settings.port,
+        "body_size_limit": BODY_LIMIT,
+        "tcp_timeout": int(longest_s),
+    }
+    if settings.web_port is not None:
+        own |= {"web_host": "127.0.0.1", "web_port": settings.web_port, "web_password": settings.web_password, "web_open_browser": False}
+        own |= {"store_streamed_bodies": True, "web_columns": ["method", "path", "status", "comment", "size", "time"]}
+    opts.update(**required, **own)
+    opts.set(*settings.options)
+    return master
+
+
+def _state_folder(ledger: str) -> Path:
+    """Where mitmproxy keeps its certificate authority: beside the ledger, so that a home folder is not needed."""
+    return Path(ledger.removeprefix("sqlite:///")).resolve().parent / ".gateway"
+
+
+def _on_signal(stop: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+
+    def stopping() -> None:
+        logger.info("Stopping: no new calls; calls in flight may finish. Once more to end them now.")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping)
+
+
+def greeting(settings: Settings, policy: GatewayPolicy, port: int) -> list[str]:
+    """What a person wants to know first: where it listens, what is in force."""
+    scheme = "https" if policy.tls else "http"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return [
+        f"gateway  {scheme}://{host}:{port}  ->  {policy.upstream}",
+        f"policy   {settings.policies} ({policy.digest[:12]})",
+        f"ledger   {settings.ledger}",
+        f"apps     {', '.join(sorted(policy.apps)) or 'none yet: gateway init'}",
+    ]
+
+
+def port_problem(host: str, port: int) -> str | None:
+    """Why the gateway cannot listen there, or None."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return f"Cannot listen on {host}:{port} ({error.strerror}). Is another gateway running? Choose another port with --listen."
+    return None

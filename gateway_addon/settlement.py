@@ -1,0 +1,83 @@
+"""How each way in which a call can end is settled: one table, in `RULES`, and the function that reads it.
+
+Promises that a call is voided only on evidence that the provider did no work, is charged exactly where the answer says what
+it used, and otherwise keeps an upper bound, flagged `estimated` with the reason. Knows nothing of mitmproxy or SQL.
+
+    the call ended                                              | it is
+    ------------------------------------------------------------|----------------------------------------------------------
+    before its request reached the upstream (connect, DNS, TLS) | voided
+    with status >= 400 and the API's error envelope             | voided
+    with status >= 400 and anything else                        | settled at the grant, estimated:error_unreadable
+    lost between request and status (cut, timeout)              | settled at the grant, estimated:no_status
+    with an answer that reports its whole usage                 | settled at its exact cost
+    the same, by a model without a price                        | settled at the grant, estimated:model_unpriced
+    refused before any output                                   | settled at zero: usage is reported, and not charged
+    after message_start: cut by upstream, client or gateway     | settled at exact input + output grant, estimated:cut
+    after message_start: by an error event                      | settled at exact input + output grant, estimated:stream_error
+    with a 200 whose usage cannot be read (pings only, junk)    | settled at the grant, estimated:usage_unreadable
+    inside the gateway (a bug)                                  | as above by what is known, estimated:gateway_error
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gateway_addon.ledger import Outcome, Settlement
+from gateway_addon.pricing import Cost, cost
+from gateway_addon.running import Running
+from gateway_addon.usage import Usage
+
+EndedBy = Literal["whole", "client", "upstream", "gateway"]
+
+
+@dataclass(frozen=True, slots=True)
+class Void:
+    """The provider did no work: everything held goes back."""
+
+    outcome: Outcome
+
+
+def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | Void:
+    """Judge an ended call by the table above.
+
+    `sent`: the request was handed to the upstream's socket, in part or whole. `ended_by`: `whole` where the answer's body
+    arrived to its end, else who broke it off.
+    """
+    ticket, usage = running.ticket, running.finished()
+    served = usage.model if usage else None
+    flags = ticket.flags if running.cut is None else (*ticket.flags, f"cut:{running.cut}")
+
+    def outcome(*more: str, complete: bool = False, price_rows: str | None = None) -> Outcome:
+        stop_reason = usage.stop_reason if usage else None
+        return Outcome(
+            running.status, served, stop_reason, running.request_id, running.first_byte_at, complete, price_rows, flags + more
+        )  # fmt: skip
+
+    def estimated(reason: str) -> Settlement:
+        """Exact input plus the output grant where the answer began and its input cannot have grown since; else the whole grant."""
+        if usage is not None and usage.started and usage.readable and ticket.quote.releasable:
+            bound = priced(usage.assuming_output(running.granted_tokens))
+            if bound.nano is not None and bound.nano <= running.held_nano:
+                return Settlement(bound.nano, bound.parts, outcome(f"estimated:{reason}", *bound.flags, price_rows=bound.price_rows))
+        return Settlement(None, (), outcome(f"estimated:{reason}"))
+
+    def priced(used: Usage) -> Cost:
+        return cost(ticket.prices, used, at=ticket.admitted_at, hour_ttl_requested=ticket.reading.hour_ttl)
+
+    if not sent:
+        return Void(outcome("not_sent"))
+    if running.status is None:
+        return estimated("no_status")
+    if running.status >= 400:
+        if usage is not None and usage.error_type is not None and not usage.started:
+            return Void(outcome(f"upstream:{usage.error_type}", complete=ended_by == "whole"))
+        return estimated("error_unreadable")
+    if usage is None or not usage.readable:
+        return estimated("usage_unreadable")
+    if not usage.complete:
+        if ended_by == "gateway" and running.cut is None:
+            return estimated("gateway_error")
+        return estimated("stream_error" if usage.error_type else "cut")
+    bill = priced(usage)
+    if bill.nano is None:
+        return estimated("model_unpriced")
+    return Settlement(bill.nano, bill.parts, outcome(*bill.flags, complete=True, price_rows=bill.price_rows))

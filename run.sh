@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Prepares the project's own environment (.venv, from the lock with its hashes) and runs `gateway COMMAND`.
+#   ./run.sh demo             any gateway command; with none, `serve`
+#   ./run.sh test [ARGS]      the tests
+#   ./run.sh lint             ruff and mypy
+set -euo pipefail
+
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
+venv="$root/.venv"
+
+# Executes each candidate: a name on the PATH may be a shim that finds no version behind it.
+find_python() {
+  local candidate
+  for candidate in python3.14 python3.13 python3.12 python3 \
+    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3 \
+    "${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/uv/python}"/cpython-3.1[2-9]*/bin/python3; do
+    if "$candidate" -c 'import sys; raise SystemExit(sys.version_info < (3, 12))' >/dev/null 2>&1; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "The gateway needs Python 3.12 or newer and found none; install it (apt install python3.13, brew install python, or uv python install 3.13) and run this again." >&2
+  exit 2
+}
+
+# Installs each lock once, and again only when it changes. A file lock makes a second run wait for the first one's work.
+prepare() {
+  local python="$venv/bin/python"
+  "$python" -c '' >/dev/null 2>&1 || python="$(find_python)"
+  "$python" - "$root" "$@" <<'PYTHON'
+import fcntl, hashlib, pathlib, subprocess, sys, venv
+
+root, locks = pathlib.Path(sys.argv[1]), sys.argv[2:]
+home = root / ".venv"
+python = home / "bin" / "python"
+
+
+def wanted(lock):
+    return f"{hashlib.sha256((root / lock).read_bytes()).hexdigest()} {root}"
+
+
+def missing():
+    stamps = {lock: home / f"installed-{lock.replace('/', '-')}" for lock in locks}
+    return {lock: stamp for lock, stamp in stamps.items() if not stamp.exists() or stamp.read_text() != wanted(lock)}
+
+
+def run(*arguments):
+    done = subprocess.run([python, *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else sys.exit(f"{done.stderr}\nThe environment could not be prepared: the lines above say why.")
+
+
+if missing():
+    with open(root / ".venv.lock", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        for lock, stamp in missing().items():
+            print(f"Installing {lock} (once) ...", file=sys.stderr)
+            if not python.exists() or subprocess.run([python, "-c", "import pip"], capture_output=True).returncode:
+                venv.create(home, with_pip=True, clear=True)
+            run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes", "-r", str(root / lock))
+            site = run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+            pathlib.Path(site, "gateway_addon.pth").write_text(f"{root}\n")
+            stamp.write_text(wanted(lock))
+PYTHON
+}
+
+case "${1:-serve}" in
+  test)
+    prepare requirements.lock tests/requirements.lock
+    cd "$root"
+    exec "$venv/bin/python" -m pytest "${@:2}"
+    ;;
+  lint)
+    prepare requirements.lock tests/requirements.lock
+    cd "$root"
+    "$venv/bin/python" -m ruff check .
+    exec "$venv/bin/python" -m mypy
+    ;;
+  *)
+    prepare requirements.lock
+    if [ $# -eq 0 ]; then set -- serve; fi
+    exec "$venv/bin/python" -m gateway_addon "$@"
+    ;;
+esac

@@ -1,0 +1,125 @@
+"""A gateway for tests: the real addon in a real mitmproxy, in this event loop, in front of the simulated API."""
+
+import asyncio
+import textwrap
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anthropic
+from mitmproxy.master import Master
+
+from gateway_addon import identity
+from gateway_addon.addon import GatewayAddon
+from gateway_addon.gate import Gate
+from gateway_addon.ledger import Ledger, admin
+from gateway_addon.policy import Source, load
+from gateway_addon.secret import Secret
+from gateway_addon.serve import Settings, build
+from gateway_addon.simulator import KEY, Simulator
+
+APP = """
+models: {allow: [claude-haiku-4-5, claude-sonnet-5, claude-opus-5-5]}
+caps: {day: $100}
+"""
+
+
+def write_policies(folder: Path, upstream: str, apps: Mapping[str, str], gateway: str = "") -> Path:
+    """Policy files as people write them: a text for gateway.yaml beside `upstream`, and one per app."""
+    (folder / "apps").mkdir(parents=True, exist_ok=True)
+    (folder / "gateway.yaml").write_text(f"upstream: {upstream}\nkey: {{env: SIMULATED_KEY}}\n{textwrap.dedent(gateway)}")
+    for name, text in apps.items():
+        (folder / "apps" / f"{name}.yaml").write_text(textwrap.dedent(text))
+    return folder
+
+
+@dataclass(slots=True)
+class Running:
+    """A gateway that runs, and what a test needs to look at it from all sides."""
+
+    url: str
+    api: Simulator
+    gate: Gate
+    addon: GatewayAddon
+    master: Master
+    folder: Path
+    tokens: dict[str, str]
+    clients: AsyncExitStack
+
+    def client(self, app: str = "app", **options: Any) -> anthropic.AsyncAnthropic:
+        client = anthropic.AsyncAnthropic(base_url=self.url, api_key=self.tokens[app], **{"max_retries": 0, **options})
+        self.clients.push_async_callback(client.close)
+        return client
+
+    def sync_client(self, app: str = "app", **options: Any) -> anthropic.Anthropic:
+        client = anthropic.Anthropic(base_url=self.url, api_key=self.tokens[app], **{"max_retries": 0, **options})
+        self.clients.callback(client.close)
+        return client
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    async def quiet(self) -> None:
+        """Wait until every call has ended and every settlement is written."""
+        for _ in range(500):
+            if not self.addon.lives and await self.open_calls() == 0:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"calls are still open: {list(self.addon.lives)}")
+
+    async def open_calls(self) -> int:
+        total = await self.gate.ledger.standing(["total"], (), now=time.time())
+        return next(standing.open for standing in total if standing.window == "ever")
+
+    async def spent_nano(self, scope: str = "total", window: str = "ever") -> int:
+        standings = await self.gate.ledger.standing([scope], (), now=time.time())
+        return next(standing.spent_nano for standing in standings if standing.window == window)
+
+    async def held_nano(self) -> int:
+        standings = await self.gate.ledger.standing(["total"], (), now=time.time())
+        return next(standing.reserved_nano for standing in standings if standing.window == "ever")
+
+
+@asynccontextmanager
+async def gateway(
+    folder: Path,
+    api: Simulator,
+    apps: Mapping[str, str] | None = None,
+    policy: str = "",
+    *,
+    upstream: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> AsyncIterator[Running]:
+    """Run a gateway with these apps (policy texts by name) until the block ends."""
+    apps = {"app": APP} if apps is None else apps
+    policies = write_policies(folder / "policies", upstream or api.url, apps, policy)
+    url = f"sqlite:///{folder / 'gateway.db'}"
+    ledger = await Ledger.open(url, create=True)
+    tokens = {}
+    for app in apps:
+        tokens[app] = identity.mint()
+        digest = identity.digest(tokens[app])
+        await ledger.change(partial(admin.issue_token, app=app, digest=digest, label="test", who="test", now=time.time()))
+    loaded = load(policies)
+    gate = Gate(ledger, loaded, time.time)
+    addon = GatewayAddon(gate, Secret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), drain_s=2.0)
+    master = build(Settings("127.0.0.1", 0, policies, url, **(settings or {})), loaded, addon)
+    running = asyncio.Event()
+    addon.on_running = running.set
+    task = asyncio.ensure_future(master.run())
+    await asyncio.wait([task, asyncio.ensure_future(running.wait())], return_when=asyncio.FIRST_COMPLETED)
+    port = master.addons.get("proxyserver").listen_addrs()[0][1]
+    proxy = master.addons.get("proxyserver")
+    try:
+        async with AsyncExitStack() as clients:
+            yield Running(f"http://127.0.0.1:{port}", api, gate, addon, master, folder, tokens, clients)
+    finally:
+        master.shutdown()
+        await task
+        while proxy.connections:
+            await asyncio.sleep(0.01)

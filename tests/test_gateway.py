@@ -1,0 +1,80 @@
+"""Real calls by the official SDK, through a real mitmproxy, to the simulated API."""
+
+import asyncio
+import hashlib
+
+import pytest
+from gateway import gateway
+
+from gateway_addon.simulator import KEY, Behaviour, Simulator
+
+HELLO = [{"role": "user", "content": "Say hello."}]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+@pytest.mark.parametrize("model", ["claude-haiku-4-5", "claude-sonnet-5", "claude-opus-5-5"])
+async def test_what_the_ledger_says_a_call_cost_is_what_the_api_billed(tmp_path, model, stream):
+    async with Simulator() as api, gateway(tmp_path, api) as gw:
+        client = gw.client()
+        if stream:
+            async with client.messages.stream(model=model, max_tokens=300, messages=HELLO) as answer:
+                message = await answer.get_final_message()
+        else:
+            message = await client.messages.create(model=model, max_tokens=300, messages=HELLO)
+        assert message.usage.output_tokens > 0
+        await gw.quiet()
+        assert (await gw.spent_nano(), await gw.held_nano()) == ((await api.settled()).billed_nano, 0)
+
+
+async def test_the_sync_client_works_as_well(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api) as gw:
+        client = gw.sync_client()
+        message = await asyncio.to_thread(client.messages.create, model="claude-haiku-4-5", max_tokens=50, messages=HELLO)
+        assert message.content[0].text
+
+
+async def test_the_upstream_gets_the_real_key_alone_and_the_body_to_the_byte(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api) as gw:
+        response = await gw.client().messages.with_raw_response.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO)
+        sent = response.http_response.request.read()
+        [row] = (await api.settled()).messages()
+        assert (row.header("x-api-key"), row.header("authorization")) == (KEY, None)
+        assert row.body_sha256 == hashlib.sha256(sent).hexdigest()
+        assert row.header("accept-encoding") == "identity"
+
+
+async def test_the_client_gets_the_upstreams_bytes_unchanged(tmp_path):
+    async with Simulator(behaviour=Behaviour(ping_s=0.01, delay_ms=5)) as api, gateway(tmp_path, api) as gw:
+        ask = gw.client().messages.with_streaming_response.create
+        async with ask(model="claude-sonnet-5", max_tokens=200, messages=HELLO, stream=True) as answer:
+            received = b"".join([chunk async for chunk in answer.iter_bytes()])
+        [row] = (await api.settled()).messages()
+        assert hashlib.sha256(received).hexdigest() == row.answer_sha256
+
+
+async def test_the_first_event_arrives_while_the_upstream_is_still_sending(tmp_path):
+    async with Simulator(behaviour=Behaviour(delay_ms=30, output_tokens=200)) as api, gateway(tmp_path, api) as gw:
+        async with gw.client().messages.stream(model="claude-sonnet-5", max_tokens=400, messages=HELLO) as answer:
+            async for event in answer:
+                assert event.type == "message_start"
+                assert api.book.in_flight == 1
+                break
+
+
+async def test_headers_about_the_shared_account_stay_inside(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api) as gw:
+        raw = await gw.client().messages.with_raw_response.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO)
+        assert not [name for name in raw.headers if name.startswith("anthropic-")]
+        assert raw.headers["request-id"].startswith("req_")
+        assert "cap=$100.00" in raw.headers["x-gateway-cap-day"]
+
+
+async def test_an_app_sees_only_the_models_it_may_use(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": "models: {allow: [claude-haiku-*]}\ncaps: unlimited\n"}) as gw:
+        models = [model.id async for model in gw.client().models.list()]
+        assert models == ["claude-haiku-5-5", "claude-haiku-4-5-20251001"]
+
+
+async def test_counting_tokens_is_free_and_never_blocked_by_a_cap(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $0}\n"}) as gw:
+        assert (await gw.client().messages.count_tokens(model="claude-haiku-4-5", messages=HELLO)).input_tokens > 0
