@@ -61,9 +61,9 @@ class Framer:
 
     def close(self) -> bytes:
         """Return what is left: the last event where its blank line is missing, or the front part of a cut one."""
-        rest = b"" if self._skipping else bytes(self._held)
+        rest = b"" if self._skipping else bytes(self._held).strip(b"\n")
         self._held.clear()
-        return rest + b"\n\n" if rest.strip() else b""
+        return rest + b"\n\n" if rest else b""
 
     def _bound(self) -> None:
         if len(self._held) > self._event_bytes_max:

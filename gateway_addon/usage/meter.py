@@ -128,7 +128,8 @@ class Meter:
                 self._deltas(whole, at, run.end())
                 at = run.end()
             else:
-                after = whole.find(b"\n\n", at) + 2
+                blank = whole.find(b"\n\n", at)
+                after = blank + 2 if blank >= 0 else end  # end: a third line feed of the event before
                 for name, data in events(whole[at:after]):
                     self._event(name, data, cut)
                 at = after

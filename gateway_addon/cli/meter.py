@@ -1,0 +1,116 @@
+"""`gateway meter`: recorded responses in, usage and cost out. Reads the same rooms as the gateway itself."""
+
+import base64
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, BinaryIO
+
+import click
+
+from gateway_addon.pricing import Cost, PriceError, Prices, cost, load
+from gateway_addon.usage import Meter, Usage
+
+
+@click.command()
+@click.argument("recording", type=click.File("rb"), default="-", metavar="[FILE]")
+@click.option("--jsonl", is_flag=True, help="read rows of JSON, one recorded response each, and print one row for each")
+@click.option("--content-type", default="application/json", show_default=True, help="of a single body; a stream is recognised anyway")
+@click.option("--content-encoding", help="of a single body; compression is mostly recognised anyway")
+@click.option("--at", metavar="DATE", help="prices of that day (YYYY-MM-DD) instead of today's")
+@click.option("--prices", "override", type=click.Path(exists=True, dir_okay=False), help="an operator's own prices.yaml")
+def meter(recording: BinaryIO, jsonl: bool, content_type: str, content_encoding: str | None, at: str | None, override: str | None) -> None:
+    """Read a recorded response (FILE or stdin) and print its usage and cost as JSON."""
+    from pathlib import Path
+
+    try:
+        prices = load(None, Path(override) if override else None)
+        default_at = _unix(at) if at else time.time()
+        if jsonl:
+            for row in _rows(recording):
+                click.echo(json.dumps(_answer(row, prices, default_at)))
+        else:
+            usage = _read(recording.read(), content_type, content_encoding)
+            click.echo(json.dumps(_printed(usage, _cost(usage, None, prices, default_at)), indent=2))
+    except (PriceError, ValueError) as error:
+        click.echo(f"gateway meter: {error}", err=True)
+        sys.exit(2)
+
+
+def _rows(lines: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The rows of the input. Raises ValueError with the number of the line that is not one."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not isinstance(row.get("body"), str):
+                raise ValueError(f'line {number} is not a row like {{"content_type": ..., "body": ...}}')
+            yield row
+
+
+def _answer(row: dict[str, Any], prices: Prices, default_at: float) -> dict[str, Any]:
+    body = base64.b64decode(row["body"]) if row.get("body_encoding") == "base64" else row["body"].encode()
+    usage = _read(body, str(row.get("content_type") or ""), row.get("content_encoding"))
+    at = _unix(row["at"]) if row.get("at") else default_at
+    return _printed(usage, _cost(usage, row.get("request"), prices, at))
+
+
+def _read(body: bytes, content_type: str, content_encoding: str | None) -> Usage:
+    reader = Meter(content_type, content_encoding)
+    reader.feed(body)
+    return reader.close()
+
+
+def _cost(usage: Usage, request: object, prices: Prices, at: float) -> Cost:
+    """The exact cost of a whole answer; of one that broke off, the most it can have cost where the request says that."""
+    body = request if isinstance(request, dict) else {}
+    if usage.started and not usage.complete and type(body.get("max_tokens")) is int:
+        usage = usage.assuming_output(body["max_tokens"])
+    hour_ttl = _asks_for_an_hour(body)
+    known = cost(prices, usage, at=at, hour_ttl_requested=hour_ttl)
+    return Cost(None, known.parts, known.flags, known.notes) if "incomplete" in known.flags else known
+
+
+def _asks_for_an_hour(value: object) -> bool:
+    """True if any `cache_control` in the request asks for a ttl of 1h."""
+    if isinstance(value, dict):
+        control = value.get("cache_control")
+        return (isinstance(control, dict) and control.get("ttl") == "1h") or any(map(_asks_for_an_hour, value.values()))
+    return isinstance(value, list) and any(map(_asks_for_an_hour, value))
+
+
+def _printed(usage: Usage, known: Cost) -> dict[str, Any]:
+    """The output that stays put: keys are added, never renamed."""
+    return {
+        "model": usage.model,
+        "usage": {
+            **asdict(usage.tokens),
+            "web_search_requests": usage.web_search_requests,
+            "web_fetch_requests": usage.web_fetch_requests,
+            "code_execution_requests": usage.code_execution_requests,
+        },
+        "iterations": [{"type": part.kind, "model": part.model, **asdict(part.tokens)} for part in usage.iterations],
+        "stop_reason": usage.stop_reason,
+        "service_tier": usage.service_tier,
+        "speed": usage.speed,
+        "inference_geo": usage.inference_geo,
+        "price_rows": list(dict.fromkeys(part.price_row for part in known.parts if part.price_row)),
+        "error_type": usage.error_type,
+        "complete": usage.complete,
+        "cost_nano": known.nano,
+        "parts": [{"type": part.kind, "model": part.model, "nano": part.nano} for part in known.parts],
+        "flags": list(known.flags),
+        "notes": [*known.notes, *usage.notes],
+    }
+
+
+def _unix(day: str) -> float:
+    try:
+        return datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=UTC).timestamp()
+    except (TypeError, ValueError):
+        raise ValueError(f"{day!r} is not a day; write YYYY-MM-DD") from None

@@ -1,0 +1,105 @@
+"""`gateway prices`: the price table in force on a day, as people write prices (dollars per million tokens)."""
+
+import json
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+from gateway_addon.pricing import PriceError, Prices, Rates, Row, load
+
+_COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since", "also")
+
+
+@click.command()
+@click.option("--at", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="prices of that day (YYYY-MM-DD) instead of today's")
+@click.option("--policies", type=click.Path(file_okay=False), help="folder that may hold your own prices.yaml  [default: policies]")
+@click.option("--all", "retired", is_flag=True, help="retired models too")
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def prices(at: datetime | None, policies: str | None, retired: bool, as_json: bool) -> None:
+    """Print the prices in force: dollars per million tokens, with the operator's own rows and multiplier."""
+    override = Path(policies or os.environ.get("GATEWAY_POLICIES", "policies")) / "prices.yaml"
+    try:
+        table = load(None, override if override.exists() else None)
+    except PriceError as error:
+        click.echo(f"gateway prices: {error}", err=True)
+        sys.exit(2)
+    day = at.replace(tzinfo=UTC).timestamp() if at else time.time()
+    rows = [row for model in table.models() if (row := table.row(model, day)) and (retired or not row.retired)]
+    click.echo(json.dumps(_document(table, rows, day), indent=2) if as_json else _text(table, rows, day))
+
+
+def _text(table: Prices, rows: list[Row], day: float) -> str:
+    lines = []
+    for row in rows:
+        lines.append((row.model, *_dollars(row.rates.times(row.multiplier)).values(), row.since or "", _also(row)))
+        if row.long_prompt:
+            over = f"  prompt > {row.long_prompt.above_tokens:,}"
+            lines.append((over, *_dollars(row.long_prompt.rates.times(row.multiplier)).values(), row.since or "", "the whole request"))
+    grid = tabulate(lines, _COLUMNS, disable_numparse=True, colalign=("left", *["right"] * 5, "left", "left"))
+    some = rows[0]
+    return (
+        f"{grid}\n\n$ per million tokens on {_day(day)} (table checked {table.checked}). Modifiers: batch x{float(some.batch):g}, "
+        f"inference_geo us x{float(some.geo_us):g}; web search ${_exact(some.web_search_nano * some.multiplier / 1_000_000)} per 1,000."
+        + (f" All include your multiplier of {_exact(some.multiplier)}." if some.multiplier != 1 else "")
+    )
+
+
+def _also(row: Row) -> str:
+    notes = [f"fast x{_exact(row.fast)}"] if row.fast else []
+    return ", ".join(notes + (["retired"] if row.retired else []))
+
+
+def _document(table: Prices, rows: list[Row], day: float) -> dict[str, Any]:
+    return {
+        "at": _day(day),
+        "checked": table.checked,
+        "digest": table.digest,
+        "unit": "dollars per million tokens",
+        "models": [_row(row) for row in rows],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    long = row.long_prompt
+    return {
+        "model": row.model,
+        "since": row.since,
+        **_dollars(row.rates.times(row.multiplier)),
+        "long_prompt": {"above_tokens": long.above_tokens, **_dollars(long.rates.times(row.multiplier))} if long else None,
+        "fast": _exact(row.fast) if row.fast else None,
+        "batch": _exact(row.batch),
+        "geo_us": _exact(row.geo_us) if row.geo else None,
+        "web_search_per_1000": _exact(row.web_search_nano * row.multiplier / 1_000_000),
+        "multiplier": _exact(row.multiplier),
+        "context_tokens": row.context_tokens,
+        "output_tokens_max": row.output_tokens_max,
+        "output_tokens_per_second_max": row.output_tokens_per_second_max,
+        "lag_s": row.lag_s,
+        "assumed": row.assumed,
+        "retired": row.retired,
+        "source": row.source,
+    }
+
+
+def _dollars(rates: Rates) -> dict[str, str]:
+    """Dollars per million tokens, as text: an amount of money is never a float."""
+    kinds = ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")
+    return {kind: _exact(getattr(rates, kind) / 1000) for kind in kinds}
+
+
+def _exact(number: Fraction) -> str:
+    """A decimal fraction written out: prices and multipliers have a few decimals, never a recurring one."""
+    text = f"{number:.12f}".rstrip("0")
+    whole, _, fraction = text.partition(".")
+    return f"{whole}.{fraction.ljust(2, '0')}" if fraction else whole
+
+
+def _day(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).date().isoformat()

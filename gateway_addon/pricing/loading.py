@@ -1,0 +1,238 @@
+"""prices.yaml, and the operator's `policies/prices.yaml` over it -> the table in force.
+
+Promises that a table with a typo never comes into force: unknown or doubled keys, prices per token or per thousand instead
+of per million, prices of nothing, dates out of order are each an error with file, line and key. Numbers are read as the
+text that was written, straight into exact fractions.
+"""
+
+import hashlib
+import re
+from datetime import UTC, date, datetime
+from fractions import Fraction
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from yaml.nodes import Node
+
+from gateway_addon.pricing.values import LongPrompt, PriceError, Prices, Rates, Row
+from gateway_addon.yamlfile import FileError, Spot, compose, entries, items, scalar
+
+SHIPPED = Path(__file__).parent.parent / "prices.yaml"
+
+# The cheapest input ever sold is $0.10 per million, its cache reads $0.01; the dearest output $125. A price per token
+# (0.000005) or per thousand (0.003) falls below these bounds, one in nano-dollars or cents of something above them.
+_DOLLARS_MIN = {
+    "input": Fraction("0.02"),
+    "output": Fraction("0.05"),
+    "write_5m": Fraction("0.01"),
+    "write_1h": Fraction("0.01"),
+    "read": Fraction("0.001"),
+}
+_DOLLARS_MAX = 1000
+_NANO_PER_TOKEN = 1000  # $1 per million tokens
+
+_KINDS = tuple(_DOLLARS_MIN)
+_SHIPPED_KEYS = ("checked", "sources", "factors", "web_search", "assumed", "models")
+_OVERRIDE_KEYS = ("multiplier", "assumed", "models")
+_ASSUMED_KEYS = ("output_tokens_per_second_max", "lag_s")
+_MODEL_KEYS = (
+    "source", "aliases", "context_tokens", "output_tokens_max", "fast", "geo", "high_resolution", "retired",
+    *_ASSUMED_KEYS, "pace_source", "prices",
+)  # fmt: skip
+
+
+class _Entry(NamedTuple):
+    """A value as written, with the file and path that an error about it names."""
+
+    node: Node
+    spot: Spot
+
+
+type _Model = dict[str, _Entry]
+
+
+class _Common(NamedTuple):
+    """What holds for every model."""
+
+    batch: Fraction
+    geo_us: Fraction
+    web_search_nano: Fraction
+    multiplier: Fraction
+    assumed: dict[str, _Entry]
+
+
+def load(path: Path | None = None, override_path: Path | None = None) -> Prices:
+    """Read the price table: the shipped one unless `path` is given, and the operator's file over it if there is one.
+
+    An override names models by the keys that it changes (`prices:` replaces all rows of the model); a model that the shipped
+    table does not have needs all keys. `multiplier` (above 0) scales all that is billed, web searches too. Raises PriceError.
+    """
+    files = [(path or SHIPPED, _SHIPPED_KEYS)] + ([(override_path, _OVERRIDE_KEYS)] if override_path else [])
+    digest = hashlib.sha256()
+    documents = []
+    try:
+        for file, known in files:
+            content = _content(file)
+            digest.update(content)
+            spot = Spot("/".join(file.parts[-2:]))
+            document = entries(compose(spot.file, content.decode()), spot, known)
+            documents.append({key: _Entry(node, spot.at(key)) for key, node in document.items()})
+        return _table(documents[0], documents[1] if override_path else {}, digest.hexdigest())
+    except FileError as error:
+        raise PriceError(str(error)) from None
+
+
+def _content(file: Path) -> bytes:
+    try:
+        content = file.read_bytes()
+        content.decode()
+    except OSError as error:
+        raise PriceError(f"{file.name}: not readable: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise PriceError(f"{file.name}: not UTF-8") from None
+    return content
+
+
+def _table(shipped: dict[str, _Entry], override: dict[str, _Entry], digest: str) -> Prices:
+    factors = _mapping(shipped["factors"], ("batch", "geo_us"))
+    assumed = _mapping(shipped["assumed"], _ASSUMED_KEYS)
+    if "assumed" in override:
+        assumed |= _mapping(override["assumed"], _ASSUMED_KEYS)
+    common = _Common(
+        batch=_number(factors["batch"]),
+        geo_us=_number(factors["geo_us"]),
+        web_search_nano=_number(shipped["web_search"]) * 1_000_000,  # dollars per thousand
+        multiplier=_number(override["multiplier"]) if "multiplier" in override else Fraction(1),
+        assumed=assumed,
+    )
+    models = _models(shipped)
+    for model, keys in _models(override).items():
+        models[model] = models.get(model, {}) | keys
+    rows = {model: _rows(model, keys, common) for model, keys in models.items()}
+    starts = {model: tuple(_unix(row.since) for row in ordered) for model, ordered in rows.items()}
+    return Prices(MappingProxyType(rows), MappingProxyType(starts), MappingProxyType(_aliases(models)), scalar(*shipped["checked"]), digest)
+
+
+def _models(document: dict[str, _Entry]) -> dict[str, _Model]:
+    if "models" not in document:
+        return {}
+    return {model: _mapping(entry, _MODEL_KEYS) for model, entry in _mapping(document["models"], None).items()}
+
+
+def _aliases(models: dict[str, _Model]) -> dict[str, str]:
+    aliases: dict[str, str] = {}
+    for model, keys in models.items():
+        for node in items(*keys["aliases"]) if "aliases" in keys else ():
+            alias = scalar(node, keys["aliases"].spot)
+            if alias in models or alias in aliases:
+                raise keys["aliases"].spot.error(node, f"{alias} already names {aliases.get(alias, alias)}")
+            aliases[alias] = model
+    return aliases
+
+
+def _rows(model: str, keys: _Model, common: _Common) -> tuple[Row, ...]:
+    """All rows of one model, in the order of their dates."""
+    somewhere = next(iter(keys.values())) if keys else None
+    for needed in ("source", "context_tokens", "output_tokens_max", "prices"):
+        if needed not in keys:
+            spot = Spot(somewhere.spot.file if somewhere else "prices.yaml", f"models.{model}")
+            raise spot.error(somewhere.node if somewhere else None, f"{needed} is missing, and the shipped table has no such model")
+    pace = common.assumed | {key: keys[key] for key in _ASSUMED_KEYS if key in keys}
+    rows: list[Row] = []
+    for index, node in enumerate(items(*keys["prices"])):
+        entry = _Entry(node, keys["prices"].spot.at(str(index)))
+        row = _mapping(entry, ("from", *_KINDS, "long_prompt"))
+        rows.append(
+            Row(
+                model=model,
+                since=_day(row["from"]) if "from" in row else None,
+                rates=_rates(entry, row),
+                long_prompt=_long_prompt(row["long_prompt"]) if "long_prompt" in row else None,
+                fast=_number(keys["fast"]) if "fast" in keys else None,
+                batch=common.batch,
+                geo_us=common.geo_us,
+                geo=_flag(keys, "geo"),
+                web_search_nano=common.web_search_nano,
+                multiplier=common.multiplier,
+                context_tokens=_count(keys["context_tokens"]),
+                output_tokens_max=_count(keys["output_tokens_max"]),
+                high_resolution=_flag(keys, "high_resolution"),
+                output_tokens_per_second_max=_count(pace["output_tokens_per_second_max"]),
+                lag_s=float(_number(pace["lag_s"])),
+                assumed="pace_source" not in keys,
+                retired=_flag(keys, "retired"),
+                source=scalar(*keys["source"]),
+            )
+        )
+        if index and (rows[-1].since is None or _unix(rows[-1].since) <= _unix(rows[-2].since)):
+            raise entry.spot.error(node, "`from:` must be later than that of the row above it")
+    if not rows:
+        raise keys["prices"].spot.error(keys["prices"].node, "a model without a row has no price; write at least one")
+    return tuple(rows)
+
+
+def _long_prompt(entry: _Entry) -> LongPrompt:
+    keys = _mapping(entry, ("above", *_KINDS))
+    if "above" not in keys:
+        raise entry.spot.error(entry.node, "`above` is missing: the prompt length in tokens over which these rates hold")
+    return LongPrompt(_count(keys["above"]), _rates(entry, keys))
+
+
+def _rates(entry: _Entry, keys: dict[str, _Entry]) -> Rates:
+    """Five prices in dollars per million tokens, checked, as nano-dollars per token."""
+    per_million: dict[str, Fraction] = {}
+    for kind in _KINDS:
+        if kind not in keys:
+            raise entry.spot.error(entry.node, f"`{kind}` is missing: dollars per million tokens")
+        price = _number(keys[kind])
+        if not _DOLLARS_MIN[kind] <= price <= _DOLLARS_MAX:
+            sentence = f"${scalar(*keys[kind])} per million tokens cannot be right; is it per token, or per thousand?"
+            raise keys[kind].spot.error(keys[kind].node, sentence)
+        per_million[kind] = price
+    for lower, higher in (("read", "input"), ("input", "output"), ("write_5m", "write_1h")):
+        if per_million[lower] > per_million[higher]:
+            raise keys[lower].spot.error(keys[lower].node, f"`{lower}` is dearer than `{higher}`; are the two swapped?")
+    nano = {kind: price * _NANO_PER_TOKEN for kind, price in per_million.items()}
+    return Rates(nano["input"], nano["output"], nano["read"], nano["write_5m"], nano["write_1h"])
+
+
+def _mapping(entry: _Entry, known: tuple[str, ...] | None) -> dict[str, _Entry]:
+    return {key: _Entry(node, entry.spot.at(key)) for key, node in entries(*entry, known).items()}
+
+
+def _number(entry: _Entry) -> Fraction:
+    text = scalar(*entry)
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or Fraction(text) == 0:
+        raise entry.spot.error(entry.node, f"{text!r} is not a number above 0; write it plainly, like 2.5")
+    return Fraction(text)
+
+
+def _count(entry: _Entry) -> int:
+    text = scalar(*entry).replace("_", "")
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        raise entry.spot.error(entry.node, f"{text!r} is not a whole number above 0; write one like 200_000")
+    return int(text)
+
+
+def _flag(keys: _Model, name: str) -> bool:
+    if name not in keys:
+        return False
+    text = scalar(*keys[name])
+    if text not in ("true", "false"):
+        raise keys[name].spot.error(keys[name].node, f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def _day(entry: _Entry) -> str:
+    text = scalar(*entry)
+    try:
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+            return date.fromisoformat(text).isoformat()
+    except ValueError:
+        pass
+    raise entry.spot.error(entry.node, f"{text!r} is not a day; write YYYY-MM-DD")
+
+
+def _unix(day: str | None) -> float:
+    return float("-inf") if day is None else datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp()

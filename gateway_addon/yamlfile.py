@@ -1,0 +1,83 @@
+"""YAML that people write, read as nodes that remember their lines, so that an error can name file, line, key and reason.
+
+Promises that nothing is guessed: scalars are taken as the text that was written (YAML's own reading of `on`, `1:30` or `0o7`
+never happens, no price ever becomes a float), and a key given twice is an error. Knows nothing of what the keys mean.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same nodes, ten times as fast where libyaml is there
+
+
+class FileError(Exception):
+    """A file that cannot be used. The message is `file:line: key: sentence`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where one is in a file: the file as shown to people, and the path of keys."""
+
+    file: str
+    path: str = ""
+
+    def at(self, step: str) -> "Spot":
+        return Spot(self.file, f"{self.path}.{step}" if self.path else step)
+
+    def error(self, node: Node | None, sentence: str) -> FileError:
+        line = "" if node is None else f":{node.start_mark.line + 1}"
+        return FileError(f"{self.file}{line}: {self.path}: {sentence}" if self.path else f"{self.file}{line}: {sentence}")
+
+
+def compose(file: str, text: str) -> Node:
+    """Parse one YAML document. Raises FileError with the line where it is not YAML, or is empty."""
+    try:
+        node: Node | None = yaml.compose(text, Loader=_LOADER)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise FileError(f"{file}{line}: not readable as YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise FileError(f"{file}: not readable as YAML: {error}") from None
+    if node is None:
+        raise FileError(f"{file}:1: the file is empty")
+    return node
+
+
+def entries(node: Node, spot: Spot, known: Iterable[str] | None = None) -> dict[str, Node]:
+    """A mapping's values by key. Raises FileError for anything else, a key given twice, or one that is not `known`."""
+    if not isinstance(node, MappingNode):
+        raise spot.error(node, "expected keys with values, like `name: value`")
+    found: dict[str, Node] = {}
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name = scalar(key, spot)
+        if name in found:
+            raise spot.at(name).error(key, f"given twice (first on line {lines[name]}); keep one")
+        if known is not None and name not in known:
+            raise spot.at(name).error(key, f"unknown key{suggestion(name, known)}")
+        found[name], lines[name] = value, key.start_mark.line + 1
+    return found
+
+
+def items(node: Node, spot: Spot) -> list[Node]:
+    if not isinstance(node, SequenceNode):
+        raise spot.error(node, "expected a list, like [a, b]; write [] for none")
+    return list(node.value)
+
+
+def scalar(node: Node, spot: Spot) -> str:
+    """The text of a scalar as it was written."""
+    if not isinstance(node, ScalarNode) or node.tag == "tag:yaml.org,2002:null":
+        raise spot.error(node, "expected one value, found " + ("nothing" if isinstance(node, ScalarNode) else "a list or keys"))
+    return str(node.value)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`, did you mean month?`, or the known names where none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
