@@ -123,10 +123,14 @@ async def test_a_full_disk_is_survived(ledger, path):
     held = await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
     pages = await ledger.change(lambda db: db.execute("PRAGMA page_count").fetchone()[0])
     await ledger.change(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchall())
-    with pytest.raises(LedgerUnavailable, match="is full"):
+
+    async def fill():
         for _ in range(500):
             call = await ledger.reserve(CALL, 0, DAY_CAP, now=NOON)
             await ledger.settle(call.call_id, Settlement(0), now=NOON)
+
+    with pytest.raises(LedgerUnavailable, match="is full"):
+        await fill()
     settled = await asyncio.wait_for(ledger.settle(held.call_id, Settlement(60), now=NOON), 3)  # the new connection has no such limit
     assert settled.first
     assert balance(path)[:2] == (60, 0)

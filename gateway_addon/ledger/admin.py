@@ -118,11 +118,13 @@ def raise_cap(
     _audit(db, who, "cap raise", f"{scope} {window}", {"raised_nano": before}, after, why, now)
 
 
-def pause(db: sqlite3.Connection, scope: str, *, until: float | None = None, who: str, why: str = "", now: float) -> None:
-    """Refuse every further call of `total`, a team or an app, until a time or until `resume`."""
+def pause(
+    db: sqlite3.Connection, scope: str, *, until: float | None = None, cut: bool = False, who: str, why: str = "", now: float
+) -> None:
+    """Refuse every further call of `total`, a team or an app, until a time or until `resume`; `cut`: end those in flight too."""
     before = _pause(db, scope)
-    db.execute("INSERT OR REPLACE INTO pauses VALUES (?, ?, ?, ?)", (scope, now, until, why))
-    _audit(db, who, "pause", scope, before, {"until": until}, why, now)
+    db.execute("INSERT OR REPLACE INTO pauses VALUES (?, ?, ?, ?, ?)", (scope, now, until, why, cut))
+    _audit(db, who, "pause", scope, before, {"until": until, "cut": cut}, why, now)
 
 
 def resume(db: sqlite3.Connection, scope: str, *, who: str, why: str = "", now: float) -> bool:
@@ -137,8 +139,8 @@ def resume(db: sqlite3.Connection, scope: str, *, who: str, why: str = "", now: 
 
 def pauses(db: sqlite3.Connection, *, now: float) -> list[Pause]:
     """The pauses in force."""
-    rows = db.execute("SELECT scope, since, until, why FROM pauses WHERE until IS NULL OR until > ? ORDER BY scope", (now,)).fetchall()
-    return [Pause(*row) for row in rows]
+    in_force = "SELECT scope, since, until, why, cut FROM pauses WHERE until IS NULL OR until > ? ORDER BY scope"
+    return [Pause(*row[:-1], cut=bool(row[-1])) for row in db.execute(in_force, (now,)).fetchall()]
 
 
 def adjust(db: sqlite3.Connection, call_id: int, delta_nano: int, *, who: str, why: str, now: float) -> int:
@@ -208,8 +210,8 @@ def _raised(db: sqlite3.Connection, scope: str, window: str, now: float) -> int:
 
 
 def _pause(db: sqlite3.Connection, scope: str) -> dict[str, object] | None:
-    rows = db.execute("SELECT since, until, why FROM pauses WHERE scope = ?", (scope,)).fetchall()
-    return dict(zip(("since", "until", "why"), rows[0], strict=True)) if rows else None
+    rows = db.execute("SELECT since, until, why, cut FROM pauses WHERE scope = ?", (scope,)).fetchall()
+    return dict(zip(("since", "until", "why", "cut"), rows[0], strict=True)) if rows else None
 
 
 def _token_facts(token: Token) -> dict[str, object]:

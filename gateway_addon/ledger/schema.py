@@ -85,7 +85,9 @@ CREATE TABLE raises (       -- dated additions on top of a cap
 ) STRICT;
 CREATE INDEX raises_in_force ON raises (scope, window, until);
 
-CREATE TABLE pauses (scope TEXT PRIMARY KEY, since REAL NOT NULL, until REAL, why TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE pauses (       -- `cut`: calls in flight are ended too
+  scope TEXT PRIMARY KEY, since REAL NOT NULL, until REAL, why TEXT NOT NULL, cut INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
 
 CREATE TABLE overruns (     -- models whose answer cost more than was held: reserved in full until the operator clears them
   model TEXT PRIMARY KEY, call_id INTEGER NOT NULL, at REAL NOT NULL, over_nano INTEGER NOT NULL

@@ -208,3 +208,5 @@ class Pause:
     since: float
     until: float | None
     why: str
+    cut: bool = False
+    """Calls in flight are ended too."""

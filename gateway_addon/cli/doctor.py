@@ -1,0 +1,68 @@
+"""`gateway doctor`: proves what the gateway rests on. Each check gives lines to show and findings; any finding is exit code 1."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors
+from gateway_addon.ledger import LedgerUnavailable, admin, files, proof
+from gateway_addon.money import dollars
+
+DISK_FREE_BYTES_MIN = 100 * 2**20
+
+
+class Check(NamedTuple):
+    """What one check saw. `findings` are sentences that name what is wrong; none: all is well."""
+
+    name: str
+    seen: list[str]
+    findings: list[str]
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@policies_option
+@ledger_option
+@says_errors(LedgerUnavailable, ValueError)
+def doctor(as_json: bool, policies: Path, ledger: str) -> None:
+    """Prove the ledger's invariants: balances from the entries, parts from the bills, open reservations and who holds them."""
+    path = files.ledger_path(ledger)
+    checks = [check_ledger(path, now=time.time()), check_disk(path)]
+    if as_json:
+        click.echo(json.dumps([check._asdict() for check in checks]))
+    else:
+        click.echo("\n".join(_lines(checks)))
+    sys.exit(PROBLEM if any(check.findings for check in checks) else 0)
+
+
+def check_ledger(path: Path, *, now: float) -> Check:
+    """Recompute the ledger from its entries. Raises LedgerUnavailable where it cannot be read."""
+    with admin.reading(path) as db:
+        findings = proof.findings(db)
+        running = [] if findings else proof.open_calls(db, path, now=now)
+        calls, entries = db.execute("SELECT (SELECT count(*) FROM calls), (SELECT count(*) FROM entries)").fetchone()
+    seen = [f"{path}: {calls:,} calls, {entries:,} entries"]
+    for call in running:
+        holder = call.owner if call.alive else f"{call.owner}, which is gone: the next start settles it"
+        seen.append(f"call {call.call_id} ({call.app}, {call.model}) holds {dollars(call.held_nano)} for {call.age_s:.0f} s, by {holder}")
+    return Check("ledger", seen, findings)
+
+
+def check_disk(path: Path) -> Check:
+    free_bytes = shutil.disk_usage(path.absolute().parent).free
+    low = [f"only {free_bytes // 2**20} MB are free on the ledger's disk: a full disk refuses every call"]
+    return Check("disk", [f"{free_bytes // 2**20:,} MB free"], low if free_bytes < DISK_FREE_BYTES_MIN else [])
+
+
+def _lines(checks: list[Check]) -> list[str]:
+    lines = []
+    for check in checks:
+        lines.append(f"{'ok ' if not check.findings else 'BAD'} {check.name}: {check.seen[0]}")
+        lines += [f"    {line}" for line in check.seen[1:]]
+        lines += [f"    {finding}" for finding in check.findings]
+    return lines

@@ -1,0 +1,178 @@
+"""`gateway report`: what was spent, by whom, on what."""
+
+import csv
+import io
+import json
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import cast
+
+import click
+from tabulate import tabulate
+
+from gateway_addon import windows
+from gateway_addon.cli.common import ledger_option, policies_option, says_errors
+from gateway_addon.cli.times import day, duration_s, moment
+from gateway_addon.ledger import LedgerUnavailable, admin, book, files, reports
+from gateway_addon.ledger.reports import By, Line, Notable, Report
+from gateway_addon.money import cents, dollars
+
+_HEADINGS = ("calls", "spent", "held", "mean", "cache hits", "out/max", "refused", "change")
+
+
+@click.command()
+@click.option("--by", type=click.Choice(reports.GROUPINGS), default="app", show_default=True, help="What a line stands for.")
+@click.option("--since", metavar="WHEN", help="A date (2026-12-01, UTC) or a while ago (7d, 12h); default: this calendar month.")
+@click.option("--notable", is_flag=True, help="Name the configuration that costs most, and why.")
+@click.option("--alerts", is_flag=True, help="List the thresholds that were passed.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (amounts in nano-dollars).")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV (amounts in nano-dollars).")
+@policies_option
+@ledger_option
+@says_errors(LedgerUnavailable, ValueError)
+def report(by: str, since: str | None, notable: bool, alerts: bool, as_json: bool, as_csv: bool, policies: object, ledger: str) -> None:
+    """What was spent, by whom, on what: sums of the entries that the caps are judged by.
+
+    A call counts at the time of its admission. The change is against the period of the same length just before.
+    """
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other.")
+    now = time.time()
+    with admin.reading(files.ledger_path(ledger)) as db:
+        start = _since(since, now) if since else windows.starts(now, book.zone(db)).month
+        if alerts:
+            _show_alerts(reports.alerts(db, since=start, until=now), as_json, as_csv)
+        elif notable:
+            found = reports.notable(db, since=start, until=now)
+            click.echo(json.dumps(found and asdict(found)) if as_json else _sentences(found, start))
+        else:
+            _show(reports.report(db, cast(By, by), since=start, until=now), as_json, as_csv)
+
+
+def _since(text: str, now: float) -> float:
+    try:
+        return now - duration_s(text)
+    except ValueError:
+        return moment(text, now)
+
+
+def _show(found: Report, as_json: bool, as_csv: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(_document(found)))
+    elif as_csv:
+        click.echo(_csv([_figures(line, found.before) for line in found.lines]), nl=False)
+    else:
+        click.echo(f"{_utc(found.since)} to {_utc(found.until)}\n\n{_table(found)}")
+        if found.refusals:
+            click.echo("\nRefused: " + ", ".join(f"{calls:,} {code}" for code, calls in found.refusals))
+
+
+def _table(found: Report) -> str:
+    if not found.lines:
+        return "No calls yet."
+    total, before = found.total, {"total": sum(found.before.values())}
+    rows = [*(_cells(line, found.before) for line in found.lines), _cells(total, before)]
+    rows.insert(-1, [""] * len(rows[0]))
+    return tabulate(rows, headers=(found.by, *_HEADINGS), disable_numparse=True, colalign=("left", *["right"] * len(_HEADINGS)))
+
+
+def _cells(line: Line, before: dict[str, int]) -> list[str]:
+    return [
+        line.key,
+        f"{line.calls:,}",
+        cents(line.spent_nano) + ("*" if line.estimated else ""),
+        cents(line.held_nano) if line.held_nano else "",
+        "" if line.mean_nano is None else cents(line.mean_nano),
+        _percent(line.cache_hit_share),
+        _percent(line.output_share),
+        f"{line.refused:,}" if line.refused else "",
+        _change(line.spent_nano, before.get(line.key, 0)),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def _change(spent_nano: int, before_nano: int) -> str:
+    if before_nano == 0:
+        return "new" if spent_nano else ""
+    return f"{(spent_nano - before_nano) / before_nano:+.0%}"
+
+
+def _figures(line: Line, before: dict[str, int]) -> dict[str, object]:
+    shares = {"mean_nano": line.mean_nano, "cache_hit_share": line.cache_hit_share, "output_share": line.output_share}
+    return asdict(line) | shares | {"spent_before_nano": before.get(line.key, 0)}
+
+
+def _document(found: Report) -> dict[str, object]:
+    return {
+        "by": found.by,
+        "since": found.since,
+        "until": found.until,
+        "lines": [_figures(line, found.before) for line in found.lines],
+        "total": _figures(found.total, {"total": sum(found.before.values())}),
+        "refusals": dict(found.refusals),
+    }
+
+
+def _csv(rows: list[dict[str, object]]) -> str:
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+def _sentences(found: Notable | None, since: float) -> str:
+    """What to look at first, as a person would say it."""
+    if found is None:
+        return f"Nothing was spent since {_utc(since)}."
+    line, rest = found.line, found.rest
+    spent_nano = line.spent_nano + rest.spent_nano
+    asked = f" with max_tokens {found.asked_tokens:,}" if found.asked_tokens else ""
+    text = f"{found.app} on {found.model}{asked} costs most: {dollars(line.spent_nano)} of {dollars(spent_nano)} " + (
+        f"({line.spent_nano / spent_nano:.0%}) in {line.calls:,} call{'s' * (line.calls != 1)} since {_utc(since)}."
+    )
+    return " ".join([text, *_reasons(line, rest)])
+
+
+def _reasons(line: Line, rest: Line) -> list[str]:
+    reasons = []
+    if line.mean_nano and rest.mean_nano and line.mean_nano > rest.mean_nano:
+        times = line.mean_nano / rest.mean_nano
+        reasons.append(f"A call costs {dollars(line.mean_nano)}, {times:.1f} times the mean of all others ({dollars(rest.mean_nano)}).")
+    if line.settled and line.cache_hit_share is not None and line.cache_hit_share < 0.1:
+        prompt_tokens = line.input_tokens + line.cache_read_tokens + line.cache_write_tokens
+        if prompt_tokens >= 2048 * line.settled:  # below it hardly any model caches
+            reasons.append(
+                f"Its prompts are {prompt_tokens // line.settled:,} tokens on average and {line.cache_hit_share:.0%} come from the cache:"
+                " if they begin alike, caching that part cuts its price to a tenth."
+            )
+    if line.output_tokens and line.output_tokens > line.input_tokens + line.cache_read_tokens + line.cache_write_tokens:
+        reasons.append(f"It writes more than it reads: {line.output_tokens // max(1, line.settled):,} output tokens a call.")
+    if line.estimated:
+        reasons.append(f"{line.estimated:,} of its calls are estimates, booked at what was reserved.")
+    return reasons
+
+
+def _show_alerts(found: list[dict[str, object]], as_json: bool, as_csv: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(found))
+    elif as_csv:
+        click.echo(_csv(found), nl=False)
+    elif not found:
+        click.echo("No threshold was passed.")
+    else:
+        rows = [
+            (day(cast(float, each["at"])), each["scope"], each["window"], f"{each['threshold_percent']} %",
+             cents(cast(int, each["spent_nano"])), cents(cast(int, each["cap_nano"])))
+            for each in found
+        ]  # fmt: skip
+        click.echo(tabulate(rows, headers=("when", "scope", "window", "passed", "spent", "cap"), disable_numparse=True))
+
+
+def _utc(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,173 @@
+"""What was spent, by whom: sums of the same entries that the caps are judged by. Read-only; a call belongs to the time of its admission.
+
+Knows nothing of tables on a terminal. The connection yields rows by name (`admin.reading`).
+"""
+
+import sqlite3
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, get_args
+
+from gateway_addon.ledger.book import zone
+
+By = Literal["app", "model", "served", "day", "token", "agent"]
+GROUPINGS: tuple[By, ...] = get_args(By)
+
+_KEY: dict[By, str] = {
+    "app": "calls.app",
+    "model": "coalesce(model_asked, '(none)')",
+    "served": "coalesce(model_served, '(no answer)')",
+    "day": "day_start",
+    "token": "calls.app || ' #' || token_id || coalesce(nullif(' ' || tokens.label, ' '), '')",
+    "agent": "coalesce(agent_id, session_id, '(none)')",
+}
+
+_LINES = """
+WITH chosen AS (
+  SELECT calls.*, {key} AS key FROM calls LEFT JOIN tokens ON tokens.id = token_id
+  WHERE started_at >= :since AND started_at < :until),
+money AS (
+  SELECT call_id, sum(spent_nano) AS spent_nano, sum(reserved_nano) AS held_nano FROM entries
+  WHERE call_id IN (SELECT id FROM chosen) GROUP BY call_id),
+tokens_of AS (
+  SELECT call_id, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens, sum(cache_read_tokens) AS cache_read_tokens,
+    sum(cache_write_5m_tokens + cache_write_1h_tokens + cache_write_unsplit_tokens) AS cache_write_tokens,
+    sum(web_search_requests) AS web_searches
+  FROM usage WHERE call_id IN (SELECT id FROM chosen) GROUP BY call_id)
+SELECT key, count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls,
+  count(*) FILTER (WHERE state = 'settled') AS settled, count(*) FILTER (WHERE state = 'refused') AS refused,
+  count(*) FILTER (WHERE ' ' || flags || ' ' LIKE '% estimated %') AS estimated,
+  coalesce(sum(spent_nano), 0) AS spent_nano, coalesce(sum(held_nano), 0) AS held_nano,
+  coalesce(sum(input_tokens), 0) AS input_tokens, coalesce(sum(output_tokens), 0) AS output_tokens,
+  coalesce(sum(cache_read_tokens), 0) AS cache_read_tokens, coalesce(sum(cache_write_tokens), 0) AS cache_write_tokens,
+  coalesce(sum(web_searches), 0) AS web_searches,
+  coalesce(sum(max_tokens) FILTER (WHERE output_tokens IS NOT NULL AND max_tokens IS NOT NULL), 0) AS max_tokens,
+  coalesce(sum(output_tokens) FILTER (WHERE max_tokens IS NOT NULL), 0) AS limited_output_tokens
+FROM chosen LEFT JOIN money ON money.call_id = chosen.id LEFT JOIN tokens_of ON tokens_of.call_id = chosen.id
+GROUP BY key ORDER BY {order}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of a report. Shares are None where there is nothing to divide by."""
+
+    key: str
+    calls: int
+    settled: int
+    refused: int
+    estimated: int
+    spent_nano: int
+    held_nano: int
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_tokens: int
+    web_searches: int
+    max_tokens: int
+    limited_output_tokens: int
+
+    @property
+    def mean_nano(self) -> int | None:
+        """The mean cost of a settled call, to the nearest nano-dollar."""
+        return (self.spent_nano + self.settled // 2) // self.settled if self.settled else None
+
+    @property
+    def cache_hit_share(self) -> float | None:
+        """Of all prompt tokens, those read from the cache."""
+        prompt_tokens = self.input_tokens + self.cache_read_tokens + self.cache_write_tokens
+        return self.cache_read_tokens / prompt_tokens if prompt_tokens else None
+
+    @property
+    def output_share(self) -> float | None:
+        """Output tokens against the `max_tokens` asked for: a low share says that reservations hold more than they need."""
+        return self.limited_output_tokens / self.max_tokens if self.max_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    by: By
+    since: float
+    until: float
+    lines: tuple[Line, ...]
+    before: dict[str, int]
+    """Spent in the period of the same length just before, by key."""
+    refusals: tuple[tuple[str, int], ...]
+    """Calls with a token that were refused, and calls without a valid one, by code."""
+
+    @property
+    def spent_nano(self) -> int:
+        return sum(line.spent_nano for line in self.lines)
+
+    @property
+    def total(self) -> Line:
+        """All lines as one."""
+        figures = [name for name in Line.__slots__ if name != "key"]
+        return Line("total", **{name: sum(getattr(line, name) for line in self.lines) for name in figures})
+
+
+def report(db: sqlite3.Connection, by: By, *, since: float, until: float) -> Report:
+    """The calls admitted from `since` to before `until`."""
+    before = _lines(db, by, since - (until - since), since)
+    return Report(
+        by,
+        since,
+        until,
+        _lines(db, by, since, until),
+        {line.key: line.spent_nano for line in before},
+        tuple((row["code"], row["calls"]) for row in db.execute(_REFUSALS, {"since": since, "until": until}).fetchall()),
+    )
+
+
+_REFUSALS = """
+SELECT code, sum(calls) AS calls FROM (
+  SELECT refusal AS code, count(*) AS calls FROM calls
+    WHERE state = 'refused' AND started_at >= :since AND started_at < :until GROUP BY refusal
+  UNION ALL
+  SELECT reason, sum(calls) FROM noise WHERE minute >= :since AND minute < :until GROUP BY reason
+) GROUP BY code ORDER BY calls DESC, code
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Notable:
+    """One way of calling, an app on a model with one `max_tokens`, beside everything else of the period."""
+
+    app: str
+    model: str
+    asked_tokens: int | None
+    line: Line
+    rest: Line
+
+
+def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | None:
+    """The configuration that cost most; None where nothing was spent."""
+    key = "json_array(calls.app, coalesce(model_asked, '(none)'), max_tokens)"
+    lines = [_line(row) for row in db.execute(_LINES.format(key=key, order="spent_nano DESC"), {"since": since, "until": until}).fetchall()]
+    if not lines or lines[0].spent_nano == 0:
+        return None
+    [(app, model, asked_tokens)] = db.execute(
+        "SELECT json_extract(:key, '$[0]'), json_extract(:key, '$[1]'), json_extract(:key, '$[2]')", {"key": lines[0].key}
+    ).fetchall()
+    rest = Report("app", since, until, tuple(lines[1:]), {}, ()).total
+    return Notable(app, model, asked_tokens, lines[0], rest)
+
+
+def alerts(db: sqlite3.Connection, *, since: float, until: float) -> list[dict[str, object]]:
+    """Thresholds that were passed, in order."""
+    rows = db.execute("SELECT * FROM alerts WHERE at >= ? AND at < ? ORDER BY at", (since, until)).fetchall()
+    return [dict(row) for row in rows]
+
+
+def _lines(db: sqlite3.Connection, by: By, since: float, until: float) -> tuple[Line, ...]:
+    order = "key" if by == "day" else "spent_nano DESC, calls DESC, key"
+    rows = db.execute(_LINES.format(key=_KEY[by], order=order), {"since": since, "until": until}).fetchall()
+    if by != "day":
+        return tuple(_line(row) for row in rows)
+    calendar = zone(db)
+    return tuple(_line(row, datetime.fromtimestamp(row["key"], calendar).strftime("%Y-%m-%d")) for row in rows)
+
+
+def _line(row: sqlite3.Row, key: str | None = None) -> Line:
+    figures = {name: row[name] for name in Line.__slots__ if name != "key"}
+    return Line(str(row["key"]) if key is None else key, **figures)

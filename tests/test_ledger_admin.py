@@ -1,0 +1,127 @@
+"""What a person changes is audited, in one transaction with the change, and in force for the next call."""
+
+import json
+from contextlib import closing
+
+import pytest
+from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows
+
+from gateway_addon.ledger import Denied, Ledger, Outcome, Settlement, admin, book, files, proof
+
+
+@pytest.fixture
+def path(tmp_path):
+    return new_ledger(tmp_path)
+
+
+@pytest.fixture
+def db(path):
+    with closing(files.writer_connection(path)) as connection:
+        yield connection
+
+
+def spend(db, nano, at=NOON):
+    held = book.reserve(db, "me", CALL, nano, [Cap("total", "ever", 10**9)], now=at)
+    book.settle(db, held.call_id, Settlement(nano), now=at)
+    return held.call_id
+
+
+def audit(db):
+    found = db.execute("SELECT who, action, subject, before, after, why FROM audit ORDER BY id").fetchall()
+    return [(*row[:3], *(value and json.loads(value) for value in row[3:5]), row[5]) for row in found]
+
+
+def test_every_change_says_who_what_before_after_and_why(db):
+    admin.raise_cap(db, "app:reports", "day", 500, until=NOON + 60, who="ann", why="quarter's end", now=NOON)
+    admin.pause(db, "app:reports", until=NOON + 9, who="ann", why="bad night", now=NOON)
+    admin.resume(db, "app:reports", who="bob", now=NOON)
+    call_id = spend(db, 50)
+    admin.adjust(db, call_id, 25, who="ann", why="the bill", now=NOON)
+    assert audit(db)[1:] == [
+        ("ann", "cap raise", "app:reports day", {"raised_nano": 0}, {"raised_nano": 500, "until": NOON + 60}, "quarter's end"),
+        ("ann", "pause", "app:reports", None, {"until": NOON + 9}, "bad night"),
+        ("bob", "resume", "app:reports", {"since": NOON, "until": NOON + 9, "why": "bad night"}, None, ""),
+        ("ann", "adjust", f"call:{call_id}", {"spent_nano": 50}, {"spent_nano": 75}, "the bill"),
+    ]
+
+
+def test_a_change_that_fails_halfway_leaves_no_trace(path):
+    def fail():
+        with admin.changing(path) as db:
+            admin.pause(db, "total", who="ann", now=NOON)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert rows(path, "SELECT * FROM pauses") == []
+    assert rows(path, "SELECT count(*) FROM audit") == [(1,)]
+
+
+def test_a_token_is_kept_as_its_digest_only_and_issued_once(db):
+    with pytest.raises(ValueError, match="has this token"):
+        admin.issue_token(db, "other", "d1", who="ann", now=NOON)
+    admin.issue_token(db, "reports", "d2", label="cron", who="ann", now=NOON)
+    assert [(token.app, token.label) for token in admin.tokens(db)] == [("reports", ""), ("reports", "cron")]
+    assert "d2" not in json.dumps(audit(db)), "the audit is read by more people than the token table"
+
+
+def test_rotation_ends_the_old_token_after_its_grace(db):
+    new = admin.rotate_token(db, "reports", "d2", keep_old_s=60, who="ann", now=NOON)
+    old = admin.tokens(db, "reports")[0]
+    assert (old.refusal(NOON + 59), old.refusal(NOON + 60), new.refusal(NOON + 60)) == (None, "token_revoked", None)
+
+
+@pytest.mark.parametrize(("amount_nano", "until"), [(0, NOON + 1), (-5, NOON + 1), (5, NOON)])
+def test_a_raise_is_positive_and_ends_in_the_future(db, amount_nano, until):
+    with pytest.raises(ValueError, match="change the policy file"):
+        admin.raise_cap(db, "total", "day", amount_nano, until=until, who="ann", now=NOON)
+
+
+def test_adjustments_go_up_and_down_but_never_below_nothing(db, path):
+    call_id = spend(db, 50)
+    assert admin.adjust(db, call_id, -30, who="ann", why="x", now=NOON) == 20
+    with pytest.raises(ValueError, match="cannot be taken off"):
+        admin.adjust(db, call_id, -21, who="ann", why="x", now=NOON)
+    assert admin.adjust(db, call_id, 100, who="ann", why="x", now=NOON + 40 * 86_400) == 120
+    assert rows(path, "SELECT DISTINCT spent_nano FROM balances") == [(120,)], "a correction belongs to the window of its call"
+
+
+@pytest.mark.parametrize("state", ["open", "refused", "missing"])
+def test_only_a_resolved_call_is_adjusted(db, state):
+    book.reserve(db, "me", CALL, 5, DAY_CAP, now=NOON) if state == "open" else book.refused(db, "me", CALL, "model", now=NOON)
+    with pytest.raises(ValueError, match="only a settled or voided call is adjusted"):
+        admin.adjust(db, 9 if state == "missing" else 1, 1, who="ann", why="x", now=NOON)
+
+
+def test_a_change_of_zone_moves_past_calls_and_running_ones(db, path):
+    late = NOON + 11.5 * 3600  # 23:30 UTC is tomorrow in Berlin
+    spend(db, 100)
+    held = book.reserve(db, "me", CALL, 70, DAY_CAP, now=late)
+    assert admin.align(db, "Europe/Berlin", {"reports": "batch"}, who="gateway", now=late)
+    days = rows(path, "SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND window = 'day' ORDER BY window_start")
+    assert days == [(100, 0), (0, 70)]
+    book.void(db, held.call_id, Outcome(), now=late)
+    assert proof.findings(db) == []
+    assert not admin.align(db, "Europe/Berlin", {"reports": "batch"}, who="gateway", now=late), "nothing left to change"
+
+
+def test_a_change_of_team_takes_the_apps_past_along(db, path):
+    spend(db, 100)
+    assert admin.align(db, "UTC", {"reports": "editors"}, who="gateway", now=NOON)
+    assert balance(path, "team:editors") == (100, 0, 0)
+    assert balance(path, "team:batch") == (0, 0, 0)
+    assert admin.align(db, "UTC", {"reports": None}, who="gateway", now=NOON)
+    assert balance(path, "team:editors") == (0, 0, 0)
+    assert proof.findings(db) == []
+
+
+async def test_a_command_holds_for_the_next_call_of_a_running_gateway(path):
+    ledger = await Ledger.open(f"sqlite:///{path}", now=NOON)
+    with admin.changing(path) as db:
+        admin.pause(db, "total", who="ann", why="bad night", now=NOON)
+    assert await ledger.reserve(CALL, 1, DAY_CAP, now=NOON) == Denied("paused", limit="total")
+    assert (await ledger.paused(CALL.scopes, now=NOON)).why == "bad night"
+    with admin.changing(path) as db:
+        admin.resume(db, "total", who="ann", now=NOON)
+    assert await ledger.paused(CALL.scopes, now=NOON) is None
+    await ledger.close()

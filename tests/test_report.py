@@ -1,0 +1,148 @@
+import csv
+import json
+import sqlite3
+import time
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from ledgers import CALL, Cap, Part, Tokens, new_ledger, rows
+
+from gateway_addon.cli.report import report
+from gateway_addon.ledger import Outcome, Settlement, admin, book, files, notes, reports
+
+NOW = time.time()
+CAPS = [Cap("total", "ever", 10**12)]
+DOLLAR = 10**9
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = new_ledger(tmp_path)
+    with closing(files.writer_connection(path)) as db:
+        admin.issue_token(db, "drafts", "d2", label="laptop", who="test", now=NOW)
+        cached = Tokens(input_tokens=100, output_tokens=50, cache_read_tokens=300)
+        spend(db, CALL, DOLLAR, cached)
+        spend(db, CALL, 3 * DOLLAR, Tokens(input_tokens=100, output_tokens=50))
+        dear = replace(CALL, app="drafts", team=None, token_id=2, model_asked="claude-opus-4-6", max_tokens=32000, agent_id="agent-7")
+        spend(db, dear, 16 * DOLLAR, Tokens(input_tokens=5000, output_tokens=800))
+        spend(db, CALL, 2 * DOLLAR, cached, at=NOW - 3 * 86_400)
+        for code in ("cap_spent", "cap_spent", "model"):
+            book.refused(db, "me", CALL, code, now=NOW - 60)
+        book.noise(db, "token_unknown", now=NOW - 60)
+        book.free(db, "me", replace(CALL, endpoint="count_tokens"), Outcome(status=200), now=NOW - 60)
+        held = book.reserve(db, "me", CALL, DOLLAR // 2, CAPS, now=NOW - 60)
+        notes.alert_once(db, replace(held.standings[0], spent_nano=20 * DOLLAR), 80, now=NOW - 30)
+    return path
+
+
+def spend(db, call, nano, tokens, at=NOW - 3600):
+    held = book.reserve(db, "me", call, nano, CAPS, now=at)
+    outcome = Outcome(status=200, model_served=f"{call.model_asked}-20260101", complete=True)
+    book.settle(db, held.call_id, Settlement(nano, (Part(nano, tokens=tokens, model=call.model_asked),), outcome), now=at)
+
+
+def run(path, *options):
+    result = CliRunner().invoke(report, ["--ledger", f"sqlite:///{path}", *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def as_json(path, *options):
+    return json.loads(run(path, "--since", "2d", "--json", *options))
+
+
+@pytest.mark.parametrize(
+    ("by", "lines"),
+    [
+        ("app", {"drafts": (1, 16), "reports": (3, 4)}),
+        ("model", {"claude-opus-4-6": (1, 16), "claude-haiku-4-5": (3, 4)}),
+        ("served", {"claude-opus-4-6-20260101": (1, 16), "claude-haiku-4-5-20260101": (2, 4), "(no answer)": (1, 0)}),
+        ("token", {"drafts #2 laptop": (1, 16), "reports #1": (3, 4)}),
+        ("agent", {"agent-7": (1, 16), "(none)": (3, 4)}),
+    ],
+)
+def test_spending_is_told_apart_by(path, by, lines):
+    found = as_json(path, "--by", by)["lines"]
+    assert {line["key"]: (line["calls"], line["spent_nano"] // DOLLAR) for line in found} == lines
+
+
+@pytest.mark.parametrize("by", reports.GROUPINGS)
+def test_a_report_sums_to_what_the_caps_are_judged_by(path, by):
+    found = json.loads(run(path, "--since", "30d", "--json", "--by", by))
+    [(spent_nano, held_nano)] = rows(path, "SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND window = 'ever'")
+    assert found["total"]["spent_nano"] == sum(line["spent_nano"] for line in found["lines"]) == spent_nano
+    assert found["total"]["held_nano"] == held_nano == DOLLAR // 2
+
+
+def test_an_adjustment_shows_in_the_report_of_its_call(path):
+    with admin.changing(path) as db:
+        admin.adjust(db, 1, -DOLLAR // 2, who="ops", why="the provider's report", now=NOW)
+    [line] = [each for each in as_json(path)["lines"] if each["key"] == "reports"]
+    assert line["spent_nano"] == 7 * DOLLAR // 2
+
+
+def test_shares_means_and_changes(path):
+    [line] = [each for each in as_json(path)["lines"] if each["key"] == "reports"]
+    assert line["mean_nano"] == 2 * DOLLAR
+    assert line["cache_hit_share"] == pytest.approx(300 / 500)
+    assert line["output_share"] == pytest.approx(100 / 200)
+    assert line["spent_before_nano"] == 2 * DOLLAR
+
+
+def test_refused_calls_are_counted_by_reason(path):
+    assert as_json(path)["refusals"] == {"cap_spent": 2, "model": 1, "token_unknown": 1}
+
+
+def test_the_table_lines_up_and_ends_in_the_total(path):
+    lines = run(path, "--since", "2d").splitlines()
+    table = [line for line in lines[2:] if line.strip()]
+    [drafts] = [line for line in table if line.startswith("drafts")]
+    assert drafts.split() == ["drafts", "1", "$16.00", "$16.00", "0%", "2%", "new"]
+    [total] = [line for line in table if line.startswith("total")]
+    assert total.split()[:4] == ["total", "4", "$20.00", "$0.5000"]
+    assert "+900%" in total
+    assert lines[-1] == "Refused: 2 cap_spent, 1 model, 1 token_unknown"
+
+
+def test_csv_is_read_by_machines(path):
+    found = list(csv.DictReader(run(path, "--since", "2d", "--csv").splitlines()))
+    assert [(line["key"], int(line["spent_nano"])) for line in found] == [("drafts", 16 * DOLLAR), ("reports", 4 * DOLLAR)]
+
+
+def test_notable_names_the_configuration_that_costs_most_and_why(path):
+    text = run(path, "--since", "2d", "--notable")
+    assert text.startswith("drafts on claude-opus-4-6 with max_tokens 32,000 costs most: $16.00 of $20.00 (80%) in 1 call since")
+    assert "A call costs $16.00, 8.0 times the mean of all others ($2.00)." in text
+    assert "Its prompts are 5,000 tokens on average and 0% come from the cache" in text
+
+
+def test_alerts_are_listed(path):
+    assert "total" in run(path, "--since", "2d", "--alerts")
+    [alert] = as_json(path, "--alerts")
+    assert (alert["threshold_percent"], alert["spent_nano"]) == (80, 20 * DOLLAR)
+
+
+@pytest.mark.parametrize("option", [(), ("--notable",), ("--alerts",), ("--csv",), ("--json",)])
+def test_an_empty_ledger_reports_nothing_and_does_not_fail(tmp_path, option):
+    path = new_ledger(tmp_path)
+    run(path, "--since", "2d", *option)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--ledger", "sqlite:////nowhere/gateway.db"], "there is no ledger at /nowhere/gateway.db"),
+        (["--since", "yesterday"], "neither a date like"),
+    ],
+)
+def test_what_cannot_be_reported_is_said_in_a_sentence(path, options, sentence):
+    result = CliRunner().invoke(report, ["--ledger", f"sqlite:///{path}", *options])
+    assert (result.exit_code, sentence in result.output) == (2, True), result.output
+
+
+def test_the_views_for_people_show_dollars(path):
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT spent FROM spend WHERE app = 'drafts'").fetchall() == [("$16.000000",)]
+        assert ("$16.000000",) in db.execute("SELECT spent FROM standings WHERE scope = 'app:drafts'").fetchall()
