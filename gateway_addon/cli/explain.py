@@ -1,6 +1,5 @@
 """`gateway explain`: what would happen to a request, rule by rule, before anything is sent."""
 
-import asyncio
 import json
 import sys
 import time
@@ -14,7 +13,7 @@ from tabulate import tabulate
 from gateway_addon import reading
 from gateway_addon.bounds import Quote, quote
 from gateway_addon.cli.common import FINE, PROBLEM, WRONG_USAGE, ledger_option, policies_option, says_errors, stop
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Standing
+from gateway_addon.ledger import LedgerUnavailable, Standing, admin, book, files
 from gateway_addon.money import dollars
 from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, PolicyError, Verdict, caps, edits, load, trail
 from gateway_addon.reading import Reading, Request
@@ -111,15 +110,9 @@ def _too_large(standings: list[dict[str, Any]], bound: Quote) -> Refusal | None:
 def _standings(ledger: str, limits: Sequence[Cap], now: float) -> list[tuple[Cap, Standing | None]]:
     """Each cap beside what the ledger says of it; nothing of it where there is no ledger to read."""
 
-    async def ask() -> tuple[Standing, ...]:
-        book = await Ledger.open(ledger)
-        try:
-            return await book.standing(sorted({cap.scope for cap in limits}), limits, now=now)
-        finally:
-            await book.close()
-
     try:
-        standings = asyncio.run(ask())
+        with admin.reading(files.ledger_path(ledger)) as db:
+            standings = book.standing(db, sorted({cap.scope for cap in limits}), limits, now=now)
     except LedgerUnavailable:
         standings = ()
     found: dict[tuple[str, str], Standing] = {(standing.scope, standing.window): standing for standing in standings}

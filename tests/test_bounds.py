@@ -1,0 +1,272 @@
+"""The worst case of a request, worked by hand, and proved never to be below what the answer costs."""
+
+import json
+import math
+from datetime import UTC, datetime
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway_addon import pricing
+from gateway_addon.bounds import Quote, input_bound, quote
+from gateway_addon.policy import AppPolicy
+from gateway_addon.policy.loading import parse_app
+from gateway_addon.reading import Reading, Request, read
+from gateway_addon.refusals import Refusal
+from gateway_addon.usage import Part, Tokens, Usage
+
+PRICES = pricing.load(None, None)
+NOW = datetime(2026, 11, 23, tzinfo=UTC).timestamp()
+EVERYTHING = """
+models: {allow: ['claude-*']}
+caps: unlimited
+unknown_fields: pass
+features:
+  web_search: {max_uses: 5, tokens_per_use: 10k}
+  web_fetch: {max_uses: 5}
+  code_execution: true
+  tool_search: true
+  mcp: {tokens_per_use: 1k}
+  files: true
+  container: true
+  compaction: true
+  thread: true
+  advisor: {max_uses: 3}
+  fallbacks: {default: [claude-haiku-4-5]}
+  fast: true
+  inference_geo: true
+"""
+
+
+def app(geo: str = "global", text: str = EVERYTHING) -> AppPolicy:
+    return parse_app("policies/apps/tester.yaml", text, PRICES, {}, workspace_geo=geo)
+
+
+def reading(**body: Any) -> Reading:
+    plain = {"model": "claude-haiku-4-5", "max_tokens": 1000, "messages": [{"role": "user", "content": "hello"}]}
+    raw = json.dumps(plain | body, separators=(",", ":"), ensure_ascii=False).encode()
+    found = read("messages", Request("POST", "/v1/messages", (), raw))
+    assert isinstance(found, Reading), found
+    return found
+
+
+def quoted(found: Reading, geo: str = "global", text: str = EVERYTHING) -> Quote:
+    bound = quote(found, app(geo, text), PRICES, NOW)
+    assert isinstance(bound, Quote), bound
+    return bound
+
+
+def content(*blocks: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(blocks)}]}
+
+
+BASE64 = {"type": "base64", "media_type": "x", "data": "A" * 4_000}
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "tokens"),
+    [
+        # bytes without base64 + 1,000 + 64 a message + 16 a typed object + images + typed tools
+        ("claude-haiku-4-5", {}, lambda size: size + 1_000 + 64),
+        ("claude-haiku-4-5", {"messages": [{"role": "user", "content": "a"}] * 3}, lambda size: size + 1_000 + 3 * 64),
+        ("claude-haiku-4-5", content({"type": "text", "text": "a"}), lambda size: size + 1_000 + 64 + 16),
+        ("claude-haiku-4-5", content({"type": "image", "source": BASE64}), lambda size: size - 4_000 + 1_000 + 64 + 2 * 16 + 1_568),
+        ("claude-opus-5-5", content({"type": "image", "source": BASE64}), lambda size: size - 4_000 + 1_000 + 64 + 2 * 16 + 4_784),
+        ("claude-haiku-4-5", {"tools": [{"type": "bash_20250124", "name": "bash"}]}, lambda size: size + 1_000 + 64 + 16 + 8_000),
+        ("claude-haiku-4-5", {"tools": [{"name": "own", "input_schema": {"type": "object"}}]}, lambda size: size + 1_000 + 64),
+        # a pdf, a url, a file, a container, a thread: the context window
+        ("claude-haiku-4-5", content({"type": "document", "source": BASE64}), lambda size: 200_000),
+        ("claude-opus-5-5", content({"type": "document", "source": {"type": "url", "url": "https://x"}}), lambda size: 1_000_000),
+        ("claude-haiku-4-5", content({"type": "image", "source": {"type": "file", "file_id": "f"}}), lambda size: 200_000),
+        ("claude-haiku-4-5", {"container": "c"}, lambda size: 200_000),
+        ("claude-haiku-4-5", {"thread": {"type": "continue", "previous_message_id": "m"}}, lambda size: 200_000),
+        ("claude-haiku-4-5", content({"type": "web_search_tool_result", "tool_use_id": "t", "content": []}), lambda size: 200_000),
+        ("claude-haiku-4-5", content({"type": "text", "text": "a" * 300_000}, {"type": "container_upload", "file_id": "f"}),
+         lambda size: size + 1_000 + 64 + 2 * 16),
+    ],
+)  # fmt: skip
+def test_the_input_bound_is_the_sum_of_its_parts(model: str, body: dict[str, Any], tokens: Any):
+    found = reading(model=model, **body)
+    row = PRICES.row(model, NOW)
+    assert row is not None
+    assert input_bound(found, row) == tokens(found.size)
+    assert quoted(found).input_tokens == tokens(found.size)
+
+
+HOUR = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+FIVE = {"cache_control": {"type": "ephemeral"}}
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "geo", "input_rate", "output_rate"),
+    [
+        # nano-dollars a token: dollars a million tokens x 1,000
+        ("claude-haiku-4-5", {}, "global", 1_000, 5_000),
+        ("claude-haiku-4-5", FIVE, "global", 1_250, 5_000),
+        ("claude-haiku-4-5", HOUR, "global", 2_000, 5_000),
+        ("claude-opus-5-5", {}, "global", 4_000, 20_000),
+        ("claude-opus-5-5", {}, "us", 4_400, 22_000),  # 1.1 times
+        ("claude-opus-5-5", {}, "unknown", 4_400, 22_000),  # the workspace's default may be us
+        ("claude-opus-5-5", {"inference_geo": "global"}, "unknown", 4_000, 20_000),
+        ("claude-opus-5-5", {"inference_geo": "us"}, "global", 4_400, 22_000),
+        ("claude-haiku-4-5", {}, "unknown", 1_000, 5_000),  # takes no inference_geo
+        ("claude-opus-5-5", {"speed": "fast"}, "global", 8_000, 40_000),  # twice
+        ("claude-opus-5-5", {"speed": "fast", "inference_geo": "us", **HOUR}, "global", 17_600, 44_000),  # 8 x 2 x 1.1
+        ("claude-haiku-5-5", {}, "global", 100, 500),
+        ("claude-haiku-5-5", {"system": "a" * 99_000}, "global", 500, 2_500),  # with the margins above 100,000: the long tier
+    ],
+)
+def test_the_rate_is_the_dearest_that_the_request_can_reach(
+    model: str, body: dict[str, Any], geo: str, input_rate: int, output_rate: int
+):
+    bound = quoted(reading(model=model, **body), geo)
+    assert bound.input_nano == bound.input_tokens * input_rate
+    assert (bound.output_rate, bound.output_nano) == (output_rate, 1_000 * output_rate)
+    assert bound.total_nano == bound.input_nano + bound.output_nano
+    assert (bound.extra_nano, bound.releasable) == (0, True)
+
+
+def test_a_stream_is_held_by_the_token_and_a_cap_knows_what_would_fit():
+    bound = quoted(reading(max_tokens=100))
+    assert bound.for_output(0) == bound.input_nano
+    assert bound.for_output(40) == bound.input_nano + 40 * 5_000
+    assert bound.output_within(bound.for_output(40)) == 40
+    assert bound.output_within(bound.for_output(41) - 1) == 40
+    assert bound.output_within(0) == 0
+
+
+def test_tools_at_the_provider_read_the_prompt_again_with_what_they_found():
+    found = reading(tools=[SEARCH | {"max_uses": 3}])
+    row = PRICES.row("claude-haiku-4-5", NOW)
+    assert row is not None
+    one = input_bound(found, row) + 1_000 + 3 * 10_000  # the prompt, all output, three results of 10k
+    bound = quoted(found)
+    assert bound.input_tokens == 4 * one  # read at first, and after each search
+    assert bound.input_nano == 4 * one * 1_250  # the provider caches between two turns
+    assert bound.extra_nano == 3 * 10_000_000  # $10 per 1,000 searches
+    assert not bound.releasable
+
+
+@pytest.mark.parametrize(
+    ("body", "input_tokens"),
+    [
+        ({"tools": [{"type": "web_fetch_20250910", "name": "web_fetch", "max_uses": 2}]}, 3 * 200_000),
+        ({"tools": [{"type": "code_execution_20250825", "name": "code_execution"}]}, 11 * 200_000),
+        ({"tools": [SEARCH | {"max_uses": 5}, {"type": "code_execution_20250825", "name": "code_execution"}]}, 11 * 200_000),
+    ],
+)
+def test_a_tool_without_a_declared_size_fills_the_context_window_each_time(body: dict[str, Any], input_tokens: int):
+    assert quoted(reading(**body)).input_tokens == input_tokens
+
+
+def test_a_tool_search_reads_the_body_again_and_brings_nothing_from_outside():
+    found = reading(tools=[{"type": "tool_search_tool_bm25", "name": "tool_search_tool_bm25"}])
+    row = PRICES.row("claude-haiku-4-5", NOW)
+    assert row is not None
+    assert quoted(found).input_tokens == 11 * (input_bound(found, row) + 1_000)
+
+
+def test_an_advisor_is_quoted_as_calls_of_its_own():
+    advisor = {"type": "advisor_20260301", "name": "advisor", "model": "claude-opus-5-5", "max_uses": 2, "max_tokens": 500}
+    # 2 x (1,000,000 x 5 $/M as a cache write + 500 x 20 $/M)
+    assert quoted(reading(tools=[advisor])).extra_nano == 2 * (1_000_000 * 5_000 + 500 * 20_000)
+    unlimited = quoted(reading(tools=[advisor | {"max_tokens": None}]))
+    assert unlimited.extra_nano == 2 * (1_000_000 * 5_000 + 128_000 * 20_000)
+
+
+def test_each_fallback_is_an_attempt_of_its_own():
+    chain = [{"model": "claude-sonnet-5", "max_tokens": 10}, {"model": "claude-opus-5-5", "speed": "fast"}]
+    found = reading(model="claude-fable-5-2", fallbacks=chain)
+    bound = quoted(found)
+    tokens = bound.input_tokens
+    assert bound.extra_nano == tokens * 2_500 + 10 * 10_000 + tokens * 10_000 + 1_000 * 40_000
+    assert bound.price_rows == ("claude-fable-5-2@2026-11-09", "claude-sonnet-5@2026-06-30", bound.price_rows[2])
+    assert bound.price_rows[2].startswith("claude-opus-5-5")
+    default = quoted(reading(model="claude-fable-5-2", fallbacks="default"))
+    assert [part.name for part in default.parts[2:]] == ["fallback to claude-haiku-4-5: input", "fallback to claude-haiku-4-5: output"]
+
+
+def test_a_compaction_is_billed_beside_the_answer():
+    bound = quoted(reading(context_management={"edits": [{"type": "compact_20260112"}]}))
+    assert bound.extra_nano == 200_000 * 1_250 + 64_000 * 5_000
+
+
+@pytest.mark.parametrize("body", [{"model": "claude-nope"}, {"fallbacks": [{"model": "claude-nope"}]}, {"speed": "fast"}])
+def test_what_has_no_price_is_refused(body: dict[str, Any]):
+    refusal = quote(reading(**body), app(), PRICES, NOW)
+    assert isinstance(refusal, Refusal)
+    assert refusal.code == "model_unpriced"
+
+
+def test_an_observed_app_is_quoted_even_for_what_its_policy_does_not_name():
+    nothing = "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\nmode: observe\n"
+    bound = quoted(reading(tools=[SEARCH], fallbacks="default", container="c"), text=nothing)
+    assert (bound.input_tokens, bound.extra_nano) == (11 * 200_000, 10 * 10_000_000)
+
+
+def test_an_unknown_field_that_is_passed_keeps_the_whole_reservation():
+    assert not quoted(reading(surprise=1)).releasable
+
+
+def test_the_parts_add_up_to_the_quote():
+    bound = quoted(reading(tools=[SEARCH | {"max_uses": 3}], fallbacks=[{"model": "claude-sonnet-5"}], system="x"))
+    assert sum(part.nano for part in bound.parts) == bound.total_nano
+    assert all(part.rate.startswith(("input $", "output $", "5m cache write $", "$0.01 each")) for part in bound.parts)
+
+
+# quote >= cost
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+SETTINGS = st.fixed_dictionaries(
+    {"model": st.sampled_from(["claude-haiku-4-5", "claude-haiku-5-5", "claude-opus-5-5", "claude-sonnet-4-5", "claude-fable-5-2"])},
+    optional={
+        "system": WORDS,
+        "cache_control": st.sampled_from([FIVE["cache_control"], HOUR["cache_control"]]),
+        "inference_geo": st.sampled_from(["us", "global"]),
+        "max_tokens": st.integers(0, 200_000),
+    },
+)
+
+
+@given(SETTINGS, WORDS, st.tuples(*[st.integers(0, 6)] * 4), st.integers(0, 100), st.sampled_from(["us", "global", None]), st.booleans())
+@settings(max_examples=300, derandomize=True, deadline=None)
+def test_no_answer_to_a_plain_request_costs_more_than_its_quote(
+    body: dict[str, Any], text: str, shares: tuple[int, ...], output_percent: int, geo: str | None, fills: bool
+):
+    """Whatever the provider does with a prompt of at most the bound's tokens: reads, writes for 5m or 1h, in any mixture."""
+    found = reading(**body, **content({"type": "text", "text": text}))
+    bound = quoted(found, "unknown")
+    row = PRICES.row(found.model, NOW)
+    assert row is not None
+    prompt = input_bound(found, row) if fills else found.size
+    unit = Fraction(prompt, max(1, sum(shares)))
+    plain, cached, five, hour = (math.floor(unit * share) for share in shares)
+    if not found.hour_ttl:
+        five, hour = five + hour, 0
+    if not found.cache_control:
+        plain, five = plain + five, 0
+    tokens = Tokens(plain, found.max_tokens * output_percent // 100, cached, five, hour)
+    served_in = found.body.get("inference_geo") or (geo if row.geo else None)
+    usage = Usage(model=found.model, tokens=tokens, inference_geo=served_in, readable=True, complete=True, started=True)
+    cost = pricing.cost(PRICES, usage, at=NOW, hour_ttl_requested=found.hour_ttl)
+    assert cost.nano is not None
+    assert cost.nano <= bound.total_nano
+
+
+@given(st.integers(0, 3), st.integers(0, 60_000), st.integers(0, 30_000), st.integers(0, 1000))
+@settings(max_examples=200, derandomize=True, deadline=None)
+def test_no_answer_with_web_searches_costs_more_than_its_quote(searches: int, prompt: int, result: int, output: int):
+    """One turn for each search and one more, each reading all before it; a result is as large as the operator said, or less."""
+    found = reading(system="a" * prompt, tools=[SEARCH | {"max_uses": 3}])
+    bound = quoted(found)
+    brought = min(result, 10_000)
+    turns = [Tokens(found.size + i * brought, output // (searches + 1), cache_write_5m_tokens=16 * i) for i in range(searches + 1)]
+    parts = tuple(Part("message", found.model, tokens) for tokens in turns)
+    usage = Usage(model=found.model, iterations=parts, web_search_requests=searches, readable=True, complete=True, started=True)
+    cost = pricing.cost(PRICES, usage, at=NOW, hour_ttl_requested=False)
+    assert cost.nano is not None
+    assert cost.nano <= bound.total_nano

@@ -1,0 +1,111 @@
+"""`gateway explain` says what admission would do, rule by rule, and what the call could cost."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from gateway_addon.cli.explain import explain
+from gateway_addon.ledger import Ledger, NewCall, Reserved, admin
+
+PLAIN: dict[str, Any] = {"model": "claude-haiku-4-5", "max_tokens": 1000, "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "apps").mkdir()
+    (tmp_path / "gateway.yaml").write_text("workspace_geo: global\ncaps: {month: $600}\n")
+    (tmp_path / "apps" / "reports.yaml").write_text(
+        "models: {allow: [claude-haiku-4-5], aliases: {small: claude-haiku-4-5}}\ncaps: {request: $0.01, day: $5}\n"
+    )
+    (tmp_path / "apps" / "watched.yaml").write_text("models: {allow: [claude-sonnet-5]}\ncaps: unlimited\nmode: observe\n")
+    return tmp_path
+
+
+def explained(folder: Path, body: Any, *options: str, app: str = "reports") -> Result:
+    (folder / "request.json").write_bytes(body if isinstance(body, bytes) else json.dumps(body).encode())
+    ledger = f"sqlite:///{folder / 'gateway.db'}"
+    arguments = [str(folder / "request.json"), "--app", app, "--policies", str(folder), "--ledger", ledger, *options]
+    return CliRunner().invoke(explain, arguments, catch_exceptions=False)
+
+
+def test_an_admitted_request_shows_rules_quote_and_caps(folder: Path):
+    result = explained(folder, PLAIN)
+    assert result.exit_code == 0, result.output
+    size = len(json.dumps(PLAIN))
+    nano = (size + 1_000 + 64) * 1_000 + 1_000 * 5_000
+    for fact in (f"{size + 1_064:,}", "input $1.00/MTok", "output $5.00/MTok", f"$0.00{nano}".rstrip("0"), "app:reports day"):
+        assert fact in result.output
+    assert result.output.rstrip().endswith("allowed by the policy")
+
+
+def test_a_refused_request_shows_every_rule_and_ends_with_1(folder: Path):
+    result = explained(folder, PLAIN | {"model": "claude-opus-5-5", "speed": "fast"}, "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.output)
+    assert [rule["rule"] for rule in found["rules"] if rule["code"]] == ["model", "feature"]
+    assert found["refused"]["code"] == "model"
+    assert "models.allow" in found["refused"]["sentence"]
+
+
+def test_a_call_that_no_cap_fits_is_told_what_would_fit(folder: Path):
+    result = explained(folder, PLAIN | {"max_tokens": 100_000})
+    assert result.exit_code == 1
+    room_nano = 10_000_000 - (len(json.dumps(PLAIN | {"max_tokens": 100_000})) + 1_064) * 1_000
+    assert f"max_tokens {room_nano // 5_000:,} would fit" in result.output
+    assert "quote_over_cap" in result.output
+
+
+def test_a_stream_need_not_fit_a_cap_whole(folder: Path):
+    assert explained(folder, PLAIN | {"max_tokens": 100_000, "stream": True}).exit_code == 0
+
+
+def test_what_is_left_of_a_cap_comes_from_the_ledger(folder: Path):
+    async def hold() -> None:
+        ledger = await Ledger.open(f"sqlite:///{folder / 'gateway.db'}", create=True)
+        with admin.changing(folder / "gateway.db") as db:
+            token = admin.issue_token(db, "reports", "00" * 32, who="test", now=time.time())
+        held = await ledger.reserve(NewCall("reports", None, token.id), 4_999_000_000, (), now=time.time())
+        assert isinstance(held, Reserved)
+        found.update(json.loads(explained(folder, PLAIN, "--json").output))
+        await ledger.close()
+
+    found: dict[str, Any] = {}
+    asyncio.run(hold())
+    day = next(cap for cap in found["caps"] if cap["cap"] == "app:reports day")
+    assert (day["amount"], day["spent"], day["held"], day["fits"]) == ("$5.00", "$0.00", "$4.999", False)
+
+
+def test_an_alias_shows_as_rewritten(folder: Path):
+    found = json.loads(explained(folder, PLAIN | {"model": "small"}, "--json").output)
+    assert (found["rewritten"], found["refused"]) == ({"model": "claude-haiku-4-5"}, None)
+
+
+def test_an_observed_app_is_told_what_would_have_been_refused(folder: Path):
+    result = explained(folder, PLAIN, app="watched")
+    assert result.exit_code == 1
+    assert "refused (let pass and recorded: mode observe): model" in result.output
+
+
+@pytest.mark.parametrize("body", [b"not json", b'{"model":"a","model":"b"}', b""])
+def test_an_unreadable_request_is_refused_as_at_the_door(folder: Path, body: bytes):
+    result = explained(folder, body)
+    assert result.exit_code == 1
+    assert "refused: body:" in result.output
+
+
+def test_an_app_that_is_not_there_ends_with_2(folder: Path):
+    result = explained(folder, PLAIN, app="report")
+    assert result.exit_code == 2
+    assert "there: reports, watched" in result.stderr
+
+
+def test_a_beta_is_judged_like_a_sent_one(folder: Path):
+    with (folder / "apps" / "reports.yaml").open("a") as file:
+        file.write("betas: {deny: [fast-*]}\n")
+    assert explained(folder, PLAIN, "--beta", "effort-2025-11-24").exit_code == 0
+    assert explained(folder, PLAIN, "--beta", "fast-mode-2026-02-01").exit_code == 1
