@@ -28,6 +28,8 @@ class Kind:
     fields: frozenset[str]
     feature: str | None = None
     effect: Effect = Effect.NONE
+    free: frozenset[str] = frozenset()
+    """Those of its fields that are free zones."""
 
 
 def _rows(effect: Effect, feature: str | None, rows: dict[str, str]) -> dict[str, Kind]:

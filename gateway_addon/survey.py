@@ -4,8 +4,8 @@ Promises that nothing which can spend is overlooked because of where it stands: 
 wherever it is, except inside the free zones (schemas, tool arguments), which the provider reads as text. Judges nothing.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateway_addon.fields import (
@@ -24,7 +24,7 @@ from gateway_addon.fields import (
 DEPTH_MAX = 64
 """Deeper than any request of the SDK's types outside its free zones (about 12); a depth bomb is not a request."""
 
-Path = tuple["Path", str] | None
+Path = tuple["Path", str | int] | None
 """Where in the body: linked, because a path is written out only for the few objects that somebody must be told of."""
 
 
@@ -76,32 +76,34 @@ def survey(body: dict[str, Any]) -> Survey:
         if depth > DEPTH_MAX:
             raise ValueError(f"the body is nested deeper than {DEPTH_MAX} levels at {_written(path)[:80]}")
         if isinstance(node, list):
-            stack.extend((item, name, (path, f"[{i}]"), depth + 1) for i, item in enumerate(node) if isinstance(item, dict | list))
-        else:
-            stack.extend((value, key, (path, step), depth + 1) for value, key, step in _object(node, name, path, seen))
+            stack.extend([(item, name, (path, i), depth + 1) for i, item in enumerate(node) if isinstance(item, _NESTED)])
+            continue
+        free = _look_up(node, name, path, seen)
+        for key, value in node.items():
+            if isinstance(value, _NESTED) and key not in free:
+                if key in MAPS and isinstance(value, dict):
+                    inner = [(entry, key, ((path, key), label), depth + 2) for label, entry in value.items()]
+                    stack.extend(entry for entry in inner if isinstance(entry[0], _NESTED))
+                else:
+                    stack.append((value, key, (path, key), depth + 1))
     return seen
 
 
-def _object(node: dict[str, Any], name: str, path: Path, seen: Survey) -> Iterator[tuple[Any, str, str]]:
-    """Note one object and yield what to walk next: (value, the field it is read by, the step of the path)."""
+_NESTED = (dict, list)
+
+
+def _look_up(node: dict[str, Any], name: str, path: Path, seen: Survey) -> frozenset[str]:
+    """Note one object; returns its fields that are free zones. An unknown object has none."""
     kind = _kind(node, name)
     _note_cache(node, path, seen)
     if kind is None:
         seen.unknown.append(f"{_written(path)} (type {node['type']!r})" if "type" in node else f"{_written(path)} (an object)")
-        fields: frozenset[str] = frozenset()
-    else:
-        fields = kind.fields
-        if not node.keys() <= fields:
-            odd = [key for key in node if key not in fields and (key != "type" or node[key] is not None)]
-            seen.unknown.extend(_written((path, f".{key}")) for key in odd)
-        _note(node, kind, name, path, seen)
-    for key, value in node.items():
-        if not isinstance(value, dict | list) or (key in fields and (key in FREE or FREE_IN.get(node.get("type", "")) == key)):
-            continue
-        if key in MAPS and isinstance(value, dict):
-            yield from ((entry, key, f".{key}.{label}") for label, entry in value.items() if isinstance(entry, dict | list))
-        else:
-            yield value, key, f".{key}"
+        return frozenset()
+    if not node.keys() <= kind.fields:
+        odd = [key for key in node if key not in kind.fields and (key != "type" or node[key] is not None)]
+        seen.unknown.extend(_written((path, key)) for key in odd)
+    _note(node, kind, name, path, seen)
+    return kind.free
 
 
 def _kind(node: dict[str, Any], name: str) -> Kind | None:
@@ -112,8 +114,11 @@ def _kind(node: dict[str, Any], name: str) -> Kind | None:
     return _TYPED.get(type_name) if isinstance(type_name, str) else None
 
 
-_UNTYPED: Mapping[str, Kind] = {name: Kind(fields) for name, fields in UNTYPED.items()}
-_TYPED: Mapping[str, Kind] = {name: Kind(kind.fields | {"type"}, kind.feature, kind.effect) for name, kind in TYPES.items()}
+_UNTYPED: Mapping[str, Kind] = {name: Kind(fields, free=fields & FREE) for name, fields in UNTYPED.items()}
+_TYPED: Mapping[str, Kind] = {
+    name: replace(kind, fields=kind.fields | {"type"}, free=kind.fields & (FREE | {FREE_IN.get(name, "")})) for name, kind in TYPES.items()
+}
+"""The tables of `fields` with what the walk asks of each row, worked out once."""
 
 
 def _note_cache(node: dict[str, Any], path: Path, seen: Survey) -> None:
@@ -122,7 +127,7 @@ def _note_cache(node: dict[str, Any], path: Path, seen: Survey) -> None:
         seen.cache_control = True
         seen.hour_ttl = seen.hour_ttl or node.get("ttl") not in (None, "5m")
         if node.get("ttl") not in (None, "5m", "1h"):
-            seen.unknown.append(f"{_written((path, '.ttl'))} ({node['ttl']!r})")
+            seen.unknown.append(f"{_written((path, 'ttl'))} ({node['ttl']!r})")
 
 
 def _note(node: dict[str, Any], kind: Kind, name: str, path: Path, seen: Survey) -> None:
@@ -135,7 +140,7 @@ def _note(node: dict[str, Any], kind: Kind, name: str, path: Path, seen: Survey)
     if kind.effect is Effect.TYPED_TOOL or kind.effect is Effect.SERVER_TOOL:
         seen.typed_tools += 1
     if kind.feature == "advisor" and kind.effect is Effect.TYPED_TOOL:
-        seen.models.append((_written((path, ".model")), node.get("model")))
+        seen.models.append((_written((path, "model")), node.get("model")))
     if type_name in ENCODED_PARENTS:
         _encoded(node, seen)
 
@@ -171,5 +176,5 @@ def _written(path: Path) -> str:
     steps: list[str] = []
     while path is not None:
         path, step = path
-        steps.append(step)
+        steps.append(f"[{step}]" if isinstance(step, int) else f".{step}")
     return "".join(reversed(steps)).removeprefix(".") or "the body"
