@@ -4,6 +4,7 @@ Promises that nothing which can spend is overlooked because of where it stands: 
 wherever it is, except inside the free zones (schemas, tool arguments), which the provider reads as text. Judges nothing.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -98,6 +99,9 @@ def _look_up(node: dict[str, Any], name: str, path: Path, seen: Survey) -> froze
     _note_cache(node, path, seen)
     if kind is None:
         seen.unknown.append(f"{_written(path)} (type {node['type']!r})" if "type" in node else f"{_written(path)} (an object)")
+        family = _FAMILIES.get(_DATE.sub("", str(node.get("type"))))
+        if family is not None:
+            _note(node, family, name, path, seen)
         return frozenset()
     if not node.keys() <= kind.fields:
         odd = [key for key in node if key not in kind.fields and (key != "type" or node[key] is not None)]
@@ -119,6 +123,10 @@ _TYPED: Mapping[str, Kind] = {
     name: replace(kind, fields=kind.fields | {"type"}, free=kind.fields & (FREE | {FREE_IN.get(name, "")})) for name, kind in TYPES.items()
 }
 """The tables of `fields` with what the walk asks of each row, worked out once."""
+
+_DATE = re.compile(r"_[0-9]{8}\Z")
+_FAMILIES: Mapping[str, Kind] = {_DATE.sub("", name): kind for name, kind in TYPES.items() if kind.effect is not Effect.NONE}
+"""A tool's next version is as yet unknown, but not what it does: where a policy passes what is unknown, it still needs the feature."""
 
 
 def _note_cache(node: dict[str, Any], path: Path, seen: Survey) -> None:

@@ -291,6 +291,8 @@ MCP = {"mcp_servers": [{"type": "url", "name": "x", "url": "https://mcp.example.
         ("require: [system]", {"system": ""}, "requirement: app reports must send system"),
         ("", {"surprise": 1}, "unknown_field: app reports sends surprise, which this gateway does not know"),
         ("unknown_fields: pass", {"surprise": 1}, None),
+        ("unknown_fields: pass", {"tools": [{"type": "web_search_20990101"}]}, "feature: app reports may not use web_search (tools[0])"),
+        ("unknown_fields: pass", {"tools": [{"type": "advisor_20990101", "model": "claude-opus-5-5"}]}, "model: app reports may"),
         ("unknown_fields: pass", {"surprise": {"tools": [SEARCH]}}, "feature: app reports may not use web_search (surprise.tools[0])"),
     ],
 )  # fmt: skip
