@@ -4,8 +4,8 @@ import getpass
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from sqlite3 import Connection
 
 import click
 from tabulate import tabulate
@@ -40,10 +40,7 @@ def issue(app: str, name: str, expires: str | None, kind: str | None, policies: 
     _known(app, policies)
     now = time.time()
     expires_at = now + duration_s(expires) if expires else None
-
-    def write(db: Connection, digest: str) -> None:
-        admin.issue_token(db, app, digest, label=name, expires_at=expires_at, who=getpass.getuser(), now=now)
-
+    write = partial(admin.issue_token, app=app, label=name, expires_at=expires_at, who=getpass.getuser(), now=now)
     _show_new(app, write, kind, ledger, listen)
 
 
@@ -60,10 +57,7 @@ def rotate(app: str, overlap: str, name: str, kind: str | None, policies: Path, 
     """Print a new token for APP and revoke its others, now or after an overlap."""
     _known(app, policies)
     keep_old_s, now = duration_s(overlap), time.time()
-
-    def write(db: Connection, digest: str) -> None:
-        admin.rotate_token(db, app, digest, label=name, keep_old_s=keep_old_s, who=getpass.getuser(), now=now)
-
+    write = partial(admin.rotate_token, app=app, label=name, keep_old_s=keep_old_s, who=getpass.getuser(), now=now)
     _show_new(app, write, kind, ledger, listen)
 
 
@@ -104,10 +98,10 @@ def _known(app: str, policies: Path) -> None:
         stop(f"No policy for app {app}: write {policies}/apps/{app}.yaml first. Apps with one: {', '.join(sorted(apps)) or 'none'}.")
 
 
-def _show_new(app: str, write: Callable[[Connection, str], None], kind: str | None, ledger: str, listen: tuple[str, int]) -> None:
+def _show_new(app: str, write: Callable[..., Token], kind: str | None, ledger: str, listen: tuple[str, int]) -> None:
     secret = identity.mint()
     with admin.changing(ledger_path(ledger)) as db:
-        write(db, identity.digest(secret))
+        write(db, digest=identity.digest(secret))
     click.echo(f"Token for app {app}, shown this once (only its SHA-256 is kept):", err=True)
     click.echo(secret)
     if kind is not None:
