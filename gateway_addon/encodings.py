@@ -120,9 +120,14 @@ def _brotli() -> Callable[[bytes], Iterator[bytes]]:
     decompressor = brotli.Decompressor()
 
     def unpack(chunk: bytes) -> Iterator[bytes]:
-        yield decompressor.process(chunk, output_buffer_limit=PIECE_BYTES_MAX)
-        while not decompressor.can_accept_more_data():
-            yield decompressor.process(b"", output_buffer_limit=PIECE_BYTES_MAX)
+        data = chunk
+        while not decompressor.is_finished():
+            piece = decompressor.process(data, output_buffer_limit=PIECE_BYTES_MAX)
+            yield piece
+            data = b""
+            # `can_accept_more_data` turns true while output is still held back: only an empty piece means that all is out.
+            if not piece and decompressor.can_accept_more_data():
+                return
 
     return unpack
 
