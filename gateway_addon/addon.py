@@ -19,7 +19,8 @@ from mitmproxy.proxy import server_hooks
 from mitmproxy.proxy.layer import NextLayer
 
 from gateway_addon import inject
-from gateway_addon.gate import Answer, Arrived, Gate
+from gateway_addon.answers import Answer, cap_headers, visible_models
+from gateway_addon.gate import Arrived, Gate
 from gateway_addon.lives import Life
 from gateway_addon.reading import Request
 from gateway_addon.refusals import Refusal, new_request_id
@@ -80,12 +81,10 @@ def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class GatewayAddon:
-    def __init__(self, gate: Gate, key: Callable[[], str], *, drain_s: float = 30.0, clock: Callable[[], float] = time.time):
-        """`key` returns the real API key, fresh after a rotation; `drain_s` is how long calls in flight may take to finish at the
-        end; `clock` returns unix seconds."""
+    def __init__(self, gate: Gate, key: Callable[[], str], clock: Callable[[], float] = time.time):
+        """`key` returns the real API key, fresh after a rotation; `clock` returns unix seconds."""
         self.gate = gate
         self.key = key
-        self.drain_s = drain_s
         self.clock = clock
         self.draining = False
         self.on_running: Callable[[], None] = lambda: None
@@ -109,7 +108,7 @@ class GatewayAddon:
         """Stop listening, let calls in flight finish, then settle what is left."""
         self.draining = True
         await ctx.master.addons.get("proxyserver").servers.update([])
-        deadline = self.clock() + self.drain_s
+        deadline = self.clock() + self.gate.policy.timeouts.drain_s
         while self.lives and self.clock() < deadline:
             await asyncio.sleep(0.05)
         for flow_id in list(self.lives):
@@ -193,7 +192,7 @@ class GatewayAddon:
         if isinstance(decision, Answer | Refusal):
             return self.answer(flow, decision)
         if isinstance(decision, Ticket):
-            life.running = self.gate.run(decision)
+            life.running = self.gate.run(decision, life.cut)
         else:
             life.free = decision
         if decision.body is not None:
@@ -225,8 +224,9 @@ class GatewayAddon:
             life.watch()
         for name in [name for name in headers if name.lower().startswith(ACCOUNT_HEADERS)]:
             del headers[name]
-        for name, value in self.gate.cap_headers(life.running):
-            headers[name] = value
+        if life.running is not None:
+            ticket = life.running.ticket
+            headers.update(cap_headers(ticket.app.name, ticket.standings))
 
     def _chunk(self, life: Life, chunk: bytes) -> bytes:
         """The stream's tap. It must not raise: mitmproxy would drop the chunk."""
@@ -246,11 +246,10 @@ class GatewayAddon:
         body = response.raw_content
         if life.running is not None and body is not None and response.stream is False:
             life.running.feed(body, self.clock())
-        if life.free is not None and body is not None and response.status_code == 200:
-            visible = self.gate.visible(life.free, body)
-            if visible is not body:
-                response.headers.pop("content-encoding", None)
-                response.content = visible
+        free = life.free.arrived if life.free is not None else None
+        if free is not None and free.endpoint == "models" and response.status_code == 200:
+            response.headers.pop("content-encoding", None)
+            response.content = visible_models(free.app, free.policy.prices, response.content or b"")
         self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
 
     @guarded("response")

@@ -11,39 +11,30 @@ takes values, awaits the ledger, and returns values.
 """
 
 import asyncio
-import json
+import ipaddress
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway_addon import identity, reading
+from gateway_addon.answers import Answer, me
 from gateway_addon.bounds import Quote, quote
+from gateway_addon.door import Door, Offer
 from gateway_addon.grants import TICK_S, Pace
-from gateway_addon.ledger import Denied, Ledger, LedgerUnavailable, NewCall, Outcome, RateLimits, Reserved, Standing, Token
-from gateway_addon.money import dollars
-from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, caps, edits, judge, may_use
+from gateway_addon.ledger import Denied, Ledger, LedgerUnavailable, NewCall, Outcome, RateLimits, Token, app_scope, scopes
+from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, caps, edits, judge
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
-from gateway_addon.sentences import cut_sentence, denied, over_request_cap
+from gateway_addon.sentences import cut_sentence, denied, over_request_cap, paused
 from gateway_addon.settlement import EndedBy, Void, settle
 
 logger = logging.getLogger(__name__)
 
-HELD_WAIT_S = 2.0  # how long a call waits at the door for budget that calls in flight hold
-HELD_POLL_S = 0.05  # another process's settlement makes no sound here
 COMFORT = 50  # `reserve: auto` reserves a stream whole while its quote is at most this part of each of its caps
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the gateway answers by itself."""
-
-    body: Mapping[str, Any] | None
-    status: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +57,6 @@ class Pass:
     """The body to send where the policy rewrote it, as in `Ticket`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a call is to be reserved: whole (`pace` None), or in steps."""
-
-    granted_tokens: int
-    pace: Pace | None
-    quantum_nano: int = 0
-
-
 class Gate:
     """One process's door. `policy` is replaced whole by a reload; calls in flight keep the one they came under."""
 
@@ -85,9 +67,8 @@ class Gate:
         self.policy = policy
         self.policy_problem: str | None = None
         """Why the files on disk are not in force, after a reload that failed."""
-        self._running: set[Running] = set()
-        self._settled = asyncio.Event()
-        self._doors: dict[str, asyncio.Lock] = {}
+        self._running: dict[Running, Callable[[str], None]] = {}
+        self._door = Door(ledger)
         self._top_ups: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
 
@@ -103,18 +84,23 @@ class Gate:
         if endpoint == "healthz":
             return Answer(self._health())
         try:
-            token = await self._token(headers, now)
+            token, pauses = await self._token(headers, now), await self.ledger.pauses(now=now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
         if isinstance(token, Refusal):
             self.ledger.noise(token.code, now=now)
             return token
         app = self.policy.apps.get(token.app)
+        if app is not None and (pause := next((each for each in pauses if each.scope in scopes(app.name, app.team)), None)):
+            return self._refused(app, token, str(endpoint), paused(pause), now)
         if app is None:
             sentence = f"App {token.app} has a token but no policy: write policies/apps/{token.app}.yaml (gateway init shows one)."
             return Refusal("app_unknown", sentence)
         if isinstance(endpoint, Refusal):
             return self._refused(app, token, "unknown", endpoint, now)
+        if app.addresses and not any(ipaddress.ip_address(peer) in network for network in app.addresses):
+            sentence = f"App {app.name} may not call from {peer} ({app.file}: addresses). Call from another, or add this one there."
+            return self._refused(app, token, str(endpoint), Refusal("token_address", sentence), now)
         if endpoint == "me":
             return await self._me(app, now)
         return Arrived(app, token, endpoint, self.policy)
@@ -168,79 +154,32 @@ class Gate:
             return bound
         call = replace(call, input_tokens=bound.input_tokens, quote_nano=bound.total_nano)
         overrun = read.model in await self.ledger.overruns()
-        whole, steps = Plan(read.max_tokens, None), _steps(bound, app, arrived.policy, read, overrun=overrun, now=now)
-        plan = whole if steps is None or (app.reserve == "auto" and _comfortable(bound, app, limits)) else steps
-        result, plan = await self._hold(arrived, call, bound, plan, limits, now), plan
-        if isinstance(result, Denied) and plan is whole and steps is not None:
-            result, plan = await self._hold(arrived, call, bound, steps, limits, now), steps
+        offers = _offers(bound, app, arrived.policy, read, limits, overrun=overrun, now=now)
+        request_cap = app.caps.get("request", math.inf)
         flags: tuple[str, ...] = ()
-        if isinstance(result, Denied | Refusal) and app.mode == "observe":
-            flags = (f"observed:{result.code if isinstance(result, Refusal) else result.reason}",)
-            shared = tuple(cap for cap in limits if not cap.scope.startswith("app:"))
-            result = await self._wait_in_line(arrived, call, bound, plan, shared, now)
-        if isinstance(result, Denied):
-            return denied(result, app, bound, bound.for_output(plan.granted_tokens))
-        if isinstance(result, Refusal):
-            return result
-        prices = arrived.policy.prices
-        return Ticket(result.call_id, app, prices, read, bound, plan.granted_tokens, plan.pace, now, result.standings, flags)
-
-    async def _hold(
-        self, arrived: Arrived, call: NewCall, bound: Quote, plan: Plan, limits: tuple[Cap, ...], now: float
-    ) -> Reserved | Denied | Refusal:
-        request_cap = arrived.app.caps.get("request")
-        if request_cap is not None and bound.for_output(plan.granted_tokens) > request_cap:
-            return over_request_cap(arrived.app, bound, request_cap)
-        return await self._wait_in_line(arrived, call, bound, plan, limits, now)
-
-    async def _wait_in_line(
-        self, arrived: Arrived, call: NewCall, bound: Quote, plan: Plan, limits: tuple[Cap, ...], now: float
-    ) -> Reserved | Denied:
-        """Reserve; where the budget is only held by calls in flight, wait in line for their settlements, and try once more at the end.
-
-        A line per cap: first come, first served among this process's callers. Newcomers do not overtake whoever waits.
-        """
-
-        async def attempt(waited_s: float) -> Reserved | Denied:
-            rates = arrived.app.rates
-            return await self.ledger.reserve(
-                call,
-                bound.for_output(plan.granted_tokens),
-                limits,
-                quantum_nano=plan.quantum_nano,
-                rates=RateLimits(rates.requests_per_minute, rates.input_tokens_per_minute, rates.concurrent),
-                now=now + waited_s,
-            )
-
-        lines = [self._doors[scope] for scope in call.scopes if scope in self._doors]
-        if not any(line.locked() for line in lines):
-            result = await attempt(0.0)
-            if isinstance(result, Reserved) or result.reason != "cap_held" or result.standing is None:
-                return result
-            line = self._doors.setdefault(result.standing.scope, asyncio.Lock())
+        if offers[-1].hold_nano > request_cap:
+            if app.mode == "enforce":
+                return over_request_cap(app, bound, int(request_cap))
+            flags = ("observed:quote_over_cap",)
         else:
-            line = next(line for line in lines if line.locked())
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(HELD_WAIT_S), line:
-                while True:
-                    result = await attempt(loop.time() - began)
-                    if isinstance(result, Reserved) or result.reason != "cap_held":
-                        return result
-                    await self._next_settlement()
-        return await attempt(loop.time() - began)
-
-    async def _next_settlement(self) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._settled.wait(), HELD_POLL_S)
+            offers = [offer for offer in offers if offer.hold_nano <= request_cap]
+        rates = RateLimits(app.rates.requests_per_minute, app.rates.input_tokens_per_minute, app.rates.concurrent)
+        result, offer = await self._door.reserve(call, offers, limits, rates, now)
+        if isinstance(result, Denied) and app.mode == "observe":  # the caps that it shares with others hold all the same
+            flags = (*flags, f"observed:{result.reason}")
+            shared = [cap for cap in limits if cap.scope != app_scope(app.name)]
+            result, offer = await self._door.reserve(call, offers, shared, RateLimits(), now)
+        if isinstance(result, Denied):
+            return denied(result, app, bound, offer.hold_nano)
+        prices = arrived.policy.prices
+        return Ticket(result.call_id, app, prices, read, bound, offer.granted_tokens, offer.pace, now, result.standings, flags)
 
     # -- running
 
-    def run(self, ticket: Ticket) -> Running:
-        """Start to account for an admitted call."""
+    def run(self, ticket: Ticket, cut: Callable[[str], None]) -> Running:
+        """Start to account for an admitted call. `cut` ends it before its time, given the reason (`paused`)."""
         running = Running(ticket)
-        self._running.add(running)
+        self._running[running] = cut
         return running
 
     def progressed(self, running: Running, now: float) -> None:
@@ -268,6 +207,7 @@ class Gate:
             self._hurry.clear()
             try:
                 await self.top_up(self._clock())
+                await self._cut_paused(self._clock())
             except LedgerUnavailable as error:
                 logger.warning("Running streams could not be topped up: %s", error)
             except Exception:
@@ -285,21 +225,22 @@ class Gate:
             if ok:
                 running.granted_tokens += tokens
 
-    def cut_refusal(self, running: Running) -> Refusal:
-        """Why the gateway ends a running call, for a client that has no answer yet."""
-        return Refusal("cap_spent", cut_sentence(running))
+    async def _cut_paused(self, now: float) -> None:
+        """End the running calls of whoever was paused `--now`. Raises LedgerUnavailable."""
+        paused_now = {pause.scope for pause in await self.ledger.pauses(now=now) if pause.cut}
+        for running, cut in list(self._running.items()) if paused_now else ():
+            if paused_now & set(running.ticket.scopes):
+                cut("paused")
 
-    def last_words(self, running: Running) -> bytes:
-        """The same as the last event of a stream (an `error` event may come at any point of one)."""
-        refusal = self.cut_refusal(running)
-        error = {"type": "error", "error": {"type": refusal.error_type, "message": refusal.sentence}}
-        return f"event: error\ndata: {json.dumps(error)}\n\n".encode()
+    def cut_refusal(self, running: Running) -> Refusal:
+        """Why the gateway ends a running call."""
+        return Refusal("app_paused" if running.cut == "paused" else "cap_spent", cut_sentence(running))
 
     # -- close
 
     def close(self, running: Running, *, sent: bool, ended_by: EndedBy, now: float) -> None:
         """Resolve an ended call's reservation. Written for certain, though perhaps after the client has its answer."""
-        self._running.discard(running)
+        self._running.pop(running, None)
         call_id = running.ticket.call_id
         result = settle(running, sent=sent, ended_by=ended_by)
         if isinstance(result, Void):
@@ -318,8 +259,7 @@ class Gate:
     def _wake(self, written: "asyncio.Future[Any]") -> None:
         if not written.cancelled() and written.exception() is not None:
             logger.error("The ledger could not write a settlement: %s", written.exception())
-        self._settled.set()
-        self._settled = asyncio.Event()
+        self._door.settled()
 
     # -- answers of the gateway's own
 
@@ -337,20 +277,7 @@ class Gate:
             standings = await self.ledger.standing([f"app:{app.name}"], limits, now=now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
-        windows = [_shown(standing) for standing in standings]
-        request_cap = app.caps.get("request")
-        return Answer({"app": app.name, "models": list(app.models.allow), "request_cap_nano": request_cap, "windows": windows})
-
-    def visible(self, free: Pass, body: bytes) -> bytes:
-        """An answer of `GET /v1/models` with only the models that the app may use, in the API's paging shape."""
-        if free.arrived.endpoint != "models":
-            return body
-        page = json.loads(body)
-        app, prices = free.arrived.app, free.arrived.policy.prices
-        page["data"] = [model for model in page["data"] if may_use(app, model["id"], prices)]
-        if page["data"]:
-            page["first_id"], page["last_id"] = page["data"][0]["id"], page["data"][-1]["id"]
-        return json.dumps(page).encode()
+        return me(app, standings)
 
     def upstream_headers(self, arrived: Arrived, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
         """Keep what the upstream says of the shared key's limits; say so where it does not take the key."""
@@ -361,30 +288,26 @@ class Gate:
             source = arrived.policy.key
             logger.error("The Claude API answered %d: does it take the key read from %s %s?", status, source.kind, source.value)
 
-    def cap_headers(self, running: Running | None) -> list[tuple[str, str]]:
-        """Where the app's own caps stood when its call was admitted, its reservation included."""
-        if running is None:
-            return []
-        own = [s for s in running.ticket.standings if s.scope.startswith("app:") and s.cap_nano is not None]
-        return [(f"x-gateway-cap-{s.window}", _header(s)) for s in own]
 
+def _offers(
+    bound: Quote, app: AppPolicy, policy: GatewayPolicy, read: Reading, limits: Iterable[Cap], *, overrun: bool, now: float
+) -> list[Offer]:
+    """The ways to reserve a call, the largest first: whole, in steps, or whole while that is little and in steps when it is not.
 
-def _steps(bound: Quote, app: AppPolicy, policy: GatewayPolicy, read: Reading, *, overrun: bool, now: float) -> Plan | None:
-    """How to reserve a stream in steps; None where the call cannot be cut, or must not be trusted to keep its model's pace."""
+    Only a stream can be cut, so only a stream can run on less than its whole quote; and only on a model that keeps its pace.
+    """
+    whole = Offer(read.max_tokens, bound.total_nano)
     row = policy.prices.row(read.model, now)
     if not read.stream or app.reserve == "full" or overrun or row is None:
-        return None
+        return [whole]
     pace = Pace(row.output_tokens_per_second_max, row.lag_s)
     if pace.first_tokens >= read.max_tokens:
-        return None
-    quantum_nano = bound.for_output(pace.first_tokens + pace.quantum_tokens) - bound.for_output(pace.first_tokens)
-    return Plan(pace.first_tokens, pace, quantum_nano)
-
-
-def _comfortable(bound: Quote, app: AppPolicy, limits: Iterable[Cap]) -> bool:
-    """Whether a call's whole quote is small beside each of its caps."""
+        return [whole]
+    first_nano = bound.for_output(pace.first_tokens)
+    steps = Offer(pace.first_tokens, first_nano, pace, bound.for_output(pace.first_tokens + pace.quantum_tokens) - first_nano)
     smallest_nano = min((cap.amount_nano for cap in limits if cap.window != "request"), default=math.inf)
-    return bound.total_nano * COMFORT <= smallest_nano and bound.total_nano <= app.caps.get("request", math.inf)
+    comfortable = app.reserve == "auto" and bound.total_nano * COMFORT <= smallest_nano
+    return [whole, steps] if comfortable else [steps]
 
 
 def _room_nano(running: Running) -> float:
@@ -412,21 +335,3 @@ def _call(arrived: Arrived, read: Reading, request: Request) -> NewCall:
 def _ledger_refusal(error: LedgerUnavailable) -> Refusal:
     logger.error("A call was refused because the ledger cannot be used: %s", error)
     return Refusal("ledger", "The gateway cannot reach its ledger, and does not forward what it cannot book. Try again shortly.", 1)
-
-
-def _shown(standing: Standing) -> dict[str, Any]:
-    """A standing for programs: amounts in nano-dollars and as dollars."""
-    free = None if standing.cap_nano is None else max(0, standing.cap_nano - standing.spent_nano - standing.reserved_nano)
-    amounts = {"cap": standing.cap_nano, "spent": standing.spent_nano, "held": standing.reserved_nano, "free": free}
-    return {
-        "window": standing.window,
-        "resets_at": standing.resets_at,
-        **{f"{name}_nano": nano for name, nano in amounts.items()},
-        **{name: None if nano is None else dollars(nano) for name, nano in amounts.items()},
-    }
-
-
-def _header(standing: Standing) -> str:
-    cap = dollars(standing.cap_nano or 0)
-    reset = "" if standing.resets_at is None else f"; resets={standing.resets_at}"
-    return f"spent={dollars(standing.spent_nano)}; held={dollars(standing.reserved_nano)}; cap={cap}{reset}"

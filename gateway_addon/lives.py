@@ -14,7 +14,8 @@ from typing import Any
 from mitmproxy import connection, ctx, http
 
 from gateway_addon import inject
-from gateway_addon.gate import Answer, Arrived, Gate, Pass
+from gateway_addon.answers import Answer, error_event
+from gateway_addon.gate import Arrived, Gate, Pass
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
 
@@ -71,7 +72,7 @@ class Life:
             self.watch()
             return chunk
         if end:
-            self.wire.last_words = self.gate.last_words(running)
+            self.wire.last_words = self._last_words(running)
         self.close_upstream()
         return chunk[:end]
 
@@ -134,8 +135,12 @@ class Life:
         if running.meter is None:
             self.wire.refusal = self.gate.cut_refusal(running)
         elif running.meter.at_event_boundary and not running.encoded:
-            self.wire.last_words = self.gate.last_words(running)
+            self.wire.last_words = self._last_words(running)
         self.close_upstream()
+
+    def _last_words(self, running: Running) -> bytes:
+        refusal = self.gate.cut_refusal(running)
+        return error_event(refusal.error_type, refusal.sentence)
 
     def close_upstream(self) -> None:
         """Close the socket to the upstream; mitmproxy then ends the exchange towards the client."""

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from gateway_addon.bounds import Quote
 from gateway_addon.grants import Pace, Progress, Seen
-from gateway_addon.ledger import Standing
+from gateway_addon.ledger import Standing, scopes
 from gateway_addon.policy import AppPolicy
 from gateway_addon.pricing import Prices, cost, rates
 from gateway_addon.reading import Reading
@@ -37,6 +37,10 @@ class Ticket:
     """What the policy did to the call beside admitting it: `edited:FIELD`, `observed:CODE`."""
     body: bytes | None = None
     """The body to send where the policy rewrote it (an alias, a clamp); None: as it came."""
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        return scopes(self.app.name, self.app.team)
 
 
 @dataclass(slots=True, eq=False)

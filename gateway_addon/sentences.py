@@ -6,7 +6,7 @@ Each names the app, the limit with its amounts, and the way out. Knows the ledge
 from datetime import UTC, datetime
 
 from gateway_addon.bounds import Quote
-from gateway_addon.ledger import Denied, Standing
+from gateway_addon.ledger import Denied, Pause, Standing
 from gateway_addon.money import cents, dollars
 from gateway_addon.policy import AppPolicy
 from gateway_addon.refusals import Refusal
@@ -21,8 +21,7 @@ def denied(denial: Denied, app: AppPolicy, bound: Quote, granted_nano: int) -> R
         case "token_unknown" | "token_revoked" | "token_expired":
             return Refusal(denial.reason, f"The token of app {app.name} has just been revoked or expired. Ask the operator for a new one.")
         case "paused":
-            until = "until it is resumed" if denial.until is None else f"until {_time(denial.until)}"
-            return Refusal("app_paused", f"{_scope(denial.limit or '')} is paused {until}. The operator can end it: gateway resume.")
+            return paused(Pause(denial.limit or "", 0, denial.until, ""))
         case _:
             limit = (denial.limit or "").replace("_", " ")
             sentence = f"App {app.name} is at its limit of {denial.limit_max:,} {limit} ({app.file}: rates). Slow down, or raise it there."
@@ -39,6 +38,13 @@ def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, bound: Qu
     kind, _, name = standing.scope.partition(":")
     way_out = f"gateway cap raise {name or kind} {standing.window} AMOUNT --until DATE"
     return Refusal("cap_spent", f"{stands}.{reset} To go on before: {way_out}.", denial.retry_after_s)
+
+
+def paused(pause: Pause) -> Refusal:
+    """The operator stopped an app, a team or everything."""
+    until = "until it is resumed" if pause.until is None else f"until {_time(pause.until)}"
+    why = f" ({pause.why})" if pause.why else ""
+    return Refusal("app_paused", f"{_scope(pause.scope)} is paused {until}{why}. The operator can end it: gateway resume.")
 
 
 def over_request_cap(app: AppPolicy, bound: Quote, cap_nano: int) -> Refusal:

@@ -41,7 +41,6 @@ class Settings:
     port: int
     policies: Path
     ledger: str
-    drain_s: float = 30.0
     options: tuple[str, ...] = ()
     """`K=V` for mitmproxy."""
     web_port: int | None = None
@@ -78,7 +77,7 @@ async def _run(settings: Settings) -> int:
     ledger = await Ledger.open(settings.ledger)
     await align(ledger, policy)
     gate = Gate(ledger, policy, time.time)
-    addon = GatewayAddon(gate, key, drain_s=settings.drain_s)
+    addon = GatewayAddon(gate, key)
     master = build(settings, policy, addon)
     say_plainly(key)
     _on_signal(master.shutdown)

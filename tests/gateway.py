@@ -31,7 +31,8 @@ caps: {day: $100}
 def write_policies(folder: Path, upstream: str, apps: Mapping[str, str], gateway: str = "") -> Path:
     """Policy files as people write them: a text for gateway.yaml beside `upstream`, and one per app."""
     (folder / "apps").mkdir(parents=True, exist_ok=True)
-    (folder / "gateway.yaml").write_text(f"upstream: {upstream}\nkey: {{env: SIMULATED_KEY}}\n{textwrap.dedent(gateway)}")
+    lines = (f"upstream: {upstream}", "key: {env: SIMULATED_KEY}", "workspace_geo: global", textwrap.dedent(gateway))
+    (folder / "gateway.yaml").write_text("\n".join(lines))
     for name, text in apps.items():
         (folder / "apps" / f"{name}.yaml").write_text(textwrap.dedent(text))
     return folder
@@ -107,7 +108,7 @@ async def gateway(
         await ledger.change(partial(admin.issue_token, app=app, digest=digest, label="test", who="test", now=time.time()))
     loaded = load(policies)
     gate = Gate(ledger, loaded, time.time)
-    addon = GatewayAddon(gate, Secret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), drain_s=2.0)
+    addon = GatewayAddon(gate, Secret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}))
     master = build(Settings("127.0.0.1", 0, policies, url, **(settings or {})), loaded, addon)
     running = asyncio.Event()
     addon.on_running = running.set

@@ -39,8 +39,8 @@ def test_every_change_says_who_what_before_after_and_why(db):
     admin.adjust(db, call_id, 25, who="ann", why="the bill", now=NOON)
     assert audit(db)[1:] == [
         ("ann", "cap raise", "app:reports day", {"raised_nano": 0}, {"raised_nano": 500, "until": NOON + 60}, "quarter's end"),
-        ("ann", "pause", "app:reports", None, {"until": NOON + 9}, "bad night"),
-        ("bob", "resume", "app:reports", {"since": NOON, "until": NOON + 9, "why": "bad night"}, None, ""),
+        ("ann", "pause", "app:reports", None, {"until": NOON + 9, "cut": False}, "bad night"),
+        ("bob", "resume", "app:reports", {"since": NOON, "until": NOON + 9, "why": "bad night", "cut": 0}, None, ""),
         ("ann", "adjust", f"call:{call_id}", {"spent_nano": 50}, {"spent_nano": 75}, "the bill"),
     ]
 
@@ -120,8 +120,8 @@ async def test_a_command_holds_for_the_next_call_of_a_running_gateway(path):
     with admin.changing(path) as db:
         admin.pause(db, "total", who="ann", why="bad night", now=NOON)
     assert await ledger.reserve(CALL, 1, DAY_CAP, now=NOON) == Denied("paused", limit="total")
-    assert (await ledger.paused(CALL.scopes, now=NOON)).why == "bad night"
+    assert [pause.why for pause in await ledger.pauses(now=NOON)] == ["bad night"]
     with admin.changing(path) as db:
         admin.resume(db, "total", who="ann", now=NOON)
-    assert await ledger.paused(CALL.scopes, now=NOON) is None
+    assert await ledger.pauses(now=NOON) == ()
     await ledger.close()

@@ -25,7 +25,6 @@ IN_CLEAR = (
 def _common[F: Callable[..., Any]](command: F) -> F:
     for option in (
         click.option("--set", "options", multiple=True, metavar="K=V", help="An option for mitmproxy."),
-        click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds that calls in flight may take at the end."),
         click.option("--insecure-listen", is_flag=True, help="Listen on a network address without TLS."),
         ledger_option,
         policies_option,
@@ -37,21 +36,21 @@ def _common[F: Callable[..., Any]](command: F) -> F:
 
 @click.command(epilog="Example: gateway serve --listen 127.0.0.1:8080")
 @_common
-def serve(listen: tuple[str, int], policies: Path, ledger: str, insecure_listen: bool, drain: float, options: tuple[str, ...]) -> None:
+def serve(listen: tuple[str, int], policies: Path, ledger: str, insecure_listen: bool, options: tuple[str, ...]) -> None:
     """Run the gateway: a reverse proxy that admits, caps, meters and records every call to the Claude API."""
-    _serve(Settings(*listen, policies, ledger, drain, options), insecure_listen)
+    _serve(Settings(*listen, policies, ledger, options), insecure_listen)
 
 
 @click.command(epilog="Example: gateway web --web-port 8081")
 @_common
 @click.option("--web-port", type=int, default=8081, show_default=True, help="Port of mitmweb's page, on this machine only.")
 def web(
-    listen: tuple[str, int], policies: Path, ledger: str, insecure_listen: bool, drain: float, options: tuple[str, ...], web_port: int
+    listen: tuple[str, int], policies: Path, ledger: str, insecure_listen: bool, options: tuple[str, ...], web_port: int
 ) -> None:
     """Run the gateway under mitmweb, to look at flows while debugging. It keeps every flow in memory: not for production."""
     password = secrets.token_urlsafe(24)
     click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")
-    _serve(Settings(*listen, policies, ledger, drain, options, web_port, password), insecure_listen)
+    _serve(Settings(*listen, policies, ledger, options, web_port, password), insecure_listen)
 
 
 @says_errors(PolicyError, PriceError, LedgerUnavailable, ValueError)

@@ -15,6 +15,7 @@ from gateway_addon.ledger.values import (
     Standing,
     Token,
     app_scope,
+    scopes,
     team_scope,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "Standing",
     "Token",
     "app_scope",
+    "scopes",
     "team_scope",
 ]

@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger import files
 from gateway_addon.ledger.locks import Turnstile
-from gateway_addon.ledger.values import Pause, Token
+from gateway_addon.ledger.values import Token
 from gateway_addon.windows import starts
 
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at FROM tokens"
@@ -135,12 +135,6 @@ def resume(db: sqlite3.Connection, scope: str, *, who: str, why: str = "", now: 
     db.execute("DELETE FROM pauses WHERE scope = ?", (scope,))
     _audit(db, who, "resume", scope, before, None, why, now)
     return True
-
-
-def pauses(db: sqlite3.Connection, *, now: float) -> list[Pause]:
-    """The pauses in force."""
-    in_force = "SELECT scope, since, until, why, cut FROM pauses WHERE until IS NULL OR until > ? ORDER BY scope"
-    return [Pause(*row[:-1], cut=bool(row[-1])) for row in db.execute(in_force, (now,)).fetchall()]
 
 
 def adjust(db: sqlite3.Connection, call_id: int, delta_nano: int, *, who: str, why: str, now: float) -> int:

@@ -1,12 +1,12 @@
 """Small facts beside the money: tokens, pauses, alerts, overruns, the upstream's limits. Statements on a given connection."""
 
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from gateway_addon.ledger.values import Pause, Standing, Token
 
 TOKEN = "SELECT id, app, label, created_at, expires_at, revoked_at FROM tokens WHERE digest = ?"
-PAUSED = "SELECT scope, since, until, why FROM pauses WHERE scope = ? AND (until IS NULL OR until > ?)"
+PAUSES = "SELECT scope, since, until, why, cut FROM pauses WHERE until IS NULL OR until > ? ORDER BY scope"
 
 
 def token(db: sqlite3.Connection, digest: str) -> Token | None:
@@ -14,12 +14,9 @@ def token(db: sqlite3.Connection, digest: str) -> Token | None:
     return Token(*rows[0]) if rows else None
 
 
-def paused(db: sqlite3.Connection, scopes: Iterable[str], now: float) -> Pause | None:
-    for scope in scopes:
-        rows = db.execute(PAUSED, (scope, now)).fetchall()
-        if rows:
-            return Pause(*rows[0])
-    return None
+def pauses(db: sqlite3.Connection, now: float) -> tuple[Pause, ...]:
+    rows = db.execute(PAUSES, (now,)).fetchall()
+    return tuple(Pause(scope, since, until, why, bool(cut)) for scope, since, until, why, cut in rows)
 
 
 def overruns(db: sqlite3.Connection) -> frozenset[str]:

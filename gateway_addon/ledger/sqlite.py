@@ -189,9 +189,9 @@ class Ledger:
         """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
         return self._read(partial(book.standing, scopes=scopes, caps=caps, now=now))
 
-    async def paused(self, scopes: Iterable[str], *, now: float) -> Pause | None:
-        """The pause in force for one of these scopes. Raises LedgerUnavailable."""
-        return self._read(partial(notes.paused, scopes=scopes, now=now))
+    async def pauses(self, *, now: float) -> tuple[Pause, ...]:
+        """The pauses in force. Raises LedgerUnavailable."""
+        return self._read(partial(notes.pauses, now=now))
 
     async def overruns(self) -> frozenset[str]:
         """Models that passed a grant and are reserved in full until cleared. Raises LedgerUnavailable."""

@@ -20,6 +20,11 @@ def team_scope(team: str) -> str:
     return f"team:{team}"
 
 
+def scopes(app: str, team: str | None) -> tuple[str, ...]:
+    """Every scope in which an app's calls count."""
+    return (TOTAL, app_scope(app), *((team_scope(team),) if team else ()))
+
+
 class LedgerUnavailable(Exception):
     """The ledger cannot be written or read: nothing may be forwarded. The message is a sentence for the operator."""
 
@@ -87,7 +92,7 @@ class NewCall:
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        return (TOTAL, app_scope(self.app), *((team_scope(self.team),) if self.team else ()))
+        return scopes(self.app, self.team)
 
 
 @dataclass(frozen=True, slots=True)

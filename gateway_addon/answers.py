@@ -1,0 +1,64 @@
+"""What the gateway says by itself to those who are let in: where an app stands, which models it sees. Pure shapes, no decisions."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gateway_addon.ledger import Standing, app_scope
+from gateway_addon.money import dollars
+from gateway_addon.policy import AppPolicy, may_use
+from gateway_addon.pricing import Prices
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer made here. `body` None: an empty one."""
+
+    body: Mapping[str, Any] | None
+    status: int = 200
+
+
+def me(app: AppPolicy, standings: Iterable[Standing]) -> Answer:
+    """`GET /gateway/me`: an app's own caps, for apps that plan their work."""
+    request_cap = app.caps.get("request")
+    windows = [_amounts(standing) for standing in standings]
+    return Answer({"app": app.name, "models": list(app.models.allow), "request_cap_nano": request_cap, "windows": windows})
+
+
+def visible_models(app: AppPolicy, prices: Prices, body: bytes) -> bytes:
+    """An answer of `GET /v1/models` with only the models that the app may use, in the API's paging shape."""
+    page = json.loads(body)
+    page["data"] = [model for model in page["data"] if may_use(app, model["id"], prices)]
+    if page["data"]:  # else the upstream's cursors stay: the next page may hold something
+        page["first_id"], page["last_id"] = page["data"][0]["id"], page["data"][-1]["id"]
+    return json.dumps(page).encode()
+
+
+def cap_headers(app: str, standings: Sequence[Standing]) -> list[tuple[str, str]]:
+    """`x-gateway-cap-WINDOW`: how the app's own caps stood when its call was admitted, the call's reservation included."""
+    own = [standing for standing in standings if standing.scope == app_scope(app) and standing.cap_nano is not None]
+    return [(f"x-gateway-cap-{standing.window}", _header(standing)) for standing in own]
+
+
+def error_event(error_type: str, sentence: str) -> bytes:
+    """The last event of a stream that the gateway ends: an `error` may come at any point of one (platform documentation, "Streaming")."""
+    error = {"type": "error", "error": {"type": error_type, "message": sentence}}
+    return f"event: error\ndata: {json.dumps(error)}\n\n".encode()
+
+
+def _amounts(standing: Standing) -> dict[str, Any]:
+    """For programs: each amount in nano-dollars and as dollars."""
+    free_nano = None if standing.cap_nano is None else max(0, standing.cap_nano - standing.spent_nano - standing.reserved_nano)
+    amounts = {"cap": standing.cap_nano, "spent": standing.spent_nano, "held": standing.reserved_nano, "free": free_nano}
+    return {
+        "window": standing.window,
+        "resets_at": standing.resets_at,
+        **{f"{name}_nano": nano for name, nano in amounts.items()},
+        **{name: None if nano is None else dollars(nano) for name, nano in amounts.items()},
+    }
+
+
+def _header(standing: Standing) -> str:
+    reset = "" if standing.resets_at is None else f"; resets={standing.resets_at}"
+    return f"spent={dollars(standing.spent_nano)}; held={dollars(standing.reserved_nano)}; cap={dollars(standing.cap_nano or 0)}{reset}"
