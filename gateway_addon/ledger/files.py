@@ -12,6 +12,7 @@ from gateway_addon.ledger.schema import migrate
 from gateway_addon.ledger.values import LedgerUnavailable
 
 SCHEME = "sqlite:///"
+CACHE_KIB = 16 * 1024  # the upper pages of every index of a ledger of millions of calls
 BUSY_MS = 500  # for writers that take no turn (a person's sqlite3 shell, a backup); the gateway's own take turns and never meet
 
 _SENTENCES = {
@@ -91,6 +92,7 @@ def writer_connection(path: Path) -> sqlite3.Connection:
         _must_be_a_ledger(path, db)
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
         migrate(db)
     except BaseException:
         db.close()

@@ -22,18 +22,19 @@ _KEY: dict[By, str] = {
     "agent": "coalesce(agent_id, session_id, '(none)')",
 }
 
+# CROSS JOIN keeps SQLite from turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
 _LINES = """
 WITH chosen AS (
   SELECT calls.*, {key} AS key FROM calls LEFT JOIN tokens ON tokens.id = token_id
   WHERE started_at >= :since AND started_at < :until),
 money AS (
-  SELECT call_id, sum(spent_nano) AS spent_nano, sum(reserved_nano) AS held_nano FROM entries
-  WHERE call_id IN (SELECT id FROM chosen) GROUP BY call_id),
+  SELECT call_id, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
+  FROM chosen CROSS JOIN entries ON entries.call_id = chosen.id GROUP BY chosen.id),
 tokens_of AS (
   SELECT call_id, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens, sum(cache_read_tokens) AS cache_read_tokens,
     sum(cache_write_5m_tokens + cache_write_1h_tokens + cache_write_unsplit_tokens) AS cache_write_tokens,
     sum(web_search_requests) AS web_searches
-  FROM usage WHERE call_id IN (SELECT id FROM chosen) GROUP BY call_id)
+  FROM chosen CROSS JOIN usage ON usage.call_id = chosen.id GROUP BY chosen.id)
 SELECT key, count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls,
   count(*) FILTER (WHERE state = 'settled') AS settled, count(*) FILTER (WHERE state = 'refused') AS refused,
   count(*) FILTER (WHERE ' ' || flags || ' ' LIKE '% estimated %') AS estimated,
