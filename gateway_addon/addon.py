@@ -149,7 +149,9 @@ class GatewayAddon:
             flow.request.headers.pop(name, None)
         flow.request.stream = False
         flow.request.headers["accept-encoding"] = "identity"  # compression would delay the first tokens of a stream
-        life = self.lives[flow.id] = self.connections[flow.client_conn.id] = Life(flow, self.gate, self.clock)
+        life = self.lives[flow.id] = Life(flow, self.gate, self.clock)
+        if flow.client_conn.id in self.connections:
+            self.connections[flow.client_conn.id] = life
         arrived = await self._arrive(flow, headers)
         if isinstance(arrived, Arrived):
             life.arrived = arrived
@@ -165,6 +167,8 @@ class GatewayAddon:
             return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
         if flow.is_replay:
             return Refusal("replay", "A replayed flow carries no token. Send the call again from its app.")
+        if flow.client_conn.id not in self.connections:
+            return Refusal("internal", FAILED)  # nothing injects here: its `next_layer` hook has failed
         if flow.request.authority or flow.request.scheme not in ("http", "https"):
             return Refusal("request", "The request names another host in its first line. Use the gateway as the base URL, not as a proxy.")
         if any(name == "upgrade" for name, _ in headers):
@@ -290,8 +294,10 @@ class GatewayAddon:
             life = self.lives.get(data.id)
             if side == "request":
                 record.grant = None
-                self.finish(data.id, "gateway", sent=record.sent)
-                self.answer(data, Refusal("internal", FAILED))
+                try:
+                    self.finish(data.id, "gateway", sent=record.sent)
+                finally:
+                    self.answer(data, Refusal("internal", FAILED))
             else:
                 if life is not None and life.running is not None and life.running.progress is not None:
                     life.close_upstream()  # nothing tops the grant up any more

@@ -11,13 +11,16 @@ PACKAGE = Path(__file__).parents[1] / "gateway_addon"
 
 OWN = {
     # room: the rooms that it may import. A room that is not here is an edge (commands, launchers), checked by EDGES below.
-    "addon": {"gate", "inject", "lives", "reading", "refusals", "running", "settlement"},
-    "lives": {"gate", "inject", "refusals", "running"},
+    "addon": {"answers", "gate", "inject", "lives", "reading", "refusals", "running", "settlement"},
+    "lives": {"answers", "gate", "inject", "refusals", "running"},
     "inject": {"refusals"},
     "dispatch": set(),
     "gate": {
-        "bounds", "grants", "identity", "ledger", "money", "policy", "reading", "refusals", "running", "sentences", "settlement",
+        "answers", "bounds", "door", "grants", "identity", "ledger", "money", "policy", "pricing", "reading", "refusals", "running",
+        "sentences", "settlement",
     },
+    "answers": {"ledger", "money", "policy", "pricing"},
+    "door": {"grants", "ledger"},
     "settlement": {"ledger", "pricing", "running", "usage"},
     "running": {"bounds", "grants", "ledger", "policy", "pricing", "reading", "usage"},
     "sentences": {"bounds", "ledger", "money", "policy", "refusals", "running"},
