@@ -30,8 +30,9 @@ from gateway_addon.settlement import EndedBy
 logger = logging.getLogger(__name__)
 
 UNREAD_BODY_MAX = 64 * 1024  # what is read of a body whose answer is already decided; beyond it the connection is closed
-CREDENTIALS = ("x-api-key", "authorization", "proxy-authorization")
-ACCOUNT_HEADERS = ("anthropic-ratelimit-", "anthropic-priority-", "anthropic-organization-id", "anthropic-workspace-id")
+REPLACED = frozenset({b"x-api-key", b"authorization", b"proxy-authorization", b"accept-encoding"})
+IDENTITY = (b"accept-encoding", b"identity")  # compression would delay the first tokens of a stream
+ACCOUNT_HEADERS = (b"anthropic-ratelimit-", b"anthropic-priority-", b"anthropic-organization-id", b"anthropic-workspace-id")
 """Response headers about the account that all apps share: no app's business."""
 REQUIRED_OPTIONS: dict[str, Any] = {
     "proxy_debug": False,  # prints the bytes of the wire, the key among them
@@ -145,10 +146,9 @@ class GatewayAddon:
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Take the credential off the flow before anything can show it, and find out who calls."""
         headers = _lowered(flow.request.headers)
-        for name in CREDENTIALS:
-            flow.request.headers.pop(name, None)
+        kept = [field for field in flow.request.headers.fields if field[0].lower() not in REPLACED]
+        flow.request.headers.fields = (*kept, IDENTITY)
         flow.request.stream = False
-        flow.request.headers["accept-encoding"] = "identity"  # compression would delay the first tokens of a stream
         life = self.lives[flow.id] = Life(flow, self.gate, self.clock)
         if flow.client_conn.id in self.connections:
             self.connections[flow.client_conn.id] = life
@@ -218,19 +218,21 @@ class GatewayAddon:
         life, response = self.lives.get(flow.id), flow.response
         if life is None or response is None or life.arrived is None:
             return
-        headers, life.status = response.headers, response.status_code
-        content_type, encoding = headers.get("content-type", ""), headers.get("content-encoding")
-        self.gate.upstream_headers(life.arrived, response.status_code, _lowered(headers), self.clock())
+        life.status, lowered = response.status_code, _lowered(response.headers)
+        self.gate.upstream_headers(life.arrived, response.status_code, lowered, self.clock())
+        fields = [field for field in response.headers.fields if not field[0].lower().startswith(ACCOUNT_HEADERS)]
         if life.running is not None:
-            life.running.answered(response.status_code, content_type, encoding, headers.get("request-id"), self.clock())
+            known = dict(lowered)
+            content_type = known.get("content-type", "")
+            life.running.answered(
+                response.status_code, content_type, known.get("content-encoding"), known.get("request-id"), self.clock()
+            )  # fmt: skip
             if response.status_code == 200 and "json" not in content_type:
                 response.stream = functools.partial(self._chunk, life)
             life.watch()
-        for name in [name for name in headers if name.lower().startswith(ACCOUNT_HEADERS)]:
-            del headers[name]
-        if life.running is not None:
             ticket = life.running.ticket
-            headers.update(cap_headers(ticket.app.name, ticket.standings))
+            fields += [(name.encode(), value.encode()) for name, value in cap_headers(ticket.app.name, ticket.standings)]
+        response.headers.fields = tuple(fields)
 
     def _chunk(self, life: Life, chunk: bytes) -> bytes:
         """The stream's tap. It must not raise: mitmproxy would drop the chunk."""

@@ -38,15 +38,18 @@ class Dispatch(AddonManager):
         return found
 
     async def handle_lifecycle(self, event: hooks.Hook) -> None:
-        await self.trigger_event(event)
-        message = event.args()[0]
-        if isinstance(message, flow.Flow) and self._hooks(update := hooks.UpdateHook([message])):
-            await self.trigger_event(update)
+        arguments = event.args()
+        await self._call(event, arguments)
+        if isinstance(arguments[0], flow.Flow) and self._hooks(update := hooks.UpdateHook([arguments[0]])):
+            await self._call(update, update.args())
 
     async def trigger_event(self, event: hooks.Hook) -> None:
+        await self._call(event, event.args())
+
+    async def _call(self, event: hooks.Hook, arguments: list[Any]) -> None:
         for function in self._hooks(event):
             try:
-                result = function(*event.args())
+                result = function(*arguments)
                 if result is not None and inspect.isawaitable(result):
                     await result
             except exceptions.AddonHalt:

@@ -8,6 +8,7 @@ mitmproxy writes a request in `HttpStream`, which reads `flow.request`. The subc
 command that carries it to the wire. `install` puts it in place by the public `next_layer` hook.
 """
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from gateway_addon.refusals import Refusal, new_request_id
 logger = logging.getLogger(__name__)
 
 NOT_WELL_FORMED = "The request is not well-formed HTTP/1.1, so it was not judged. Use an HTTP client library to build it."
+HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade"})
 HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; mitmproxy itself has no limit
 
 
@@ -142,10 +144,7 @@ class InjectStream(HttpStream):
         if not as_admitted or request.raw_content != grant.body:
             return None
         record.sent = True
-        copy = request.copy()
-        name, secret = grant.credential
-        copy.headers[name] = secret
-        return copy
+        return _wire_copy(request, *grant.credential)
 
     def _refuse_to_send(self) -> layer.CommandGenerator[None]:
         logger.error("A request reached the wire without a grant, or changed after it was admitted; it was not sent.")
@@ -216,6 +215,19 @@ class ApiHttp1Server(Http1Server):
         yield commands.SendData(self.conn, _raw_answer(refusal))
         yield commands.CloseConnection(self.conn)
         self.state = self.done
+
+
+def _wire_copy(request: http.Request, name: str, secret: str) -> http.Request:
+    """The request with the real credential and without what concerns one hop alone (RFC 9110, section 7.6.1).
+
+    A shallow copy by hand: `request.copy()` takes every field apart and checks its type, a tenth of all that a call costs here.
+    """
+    sent = copy.copy(request)
+    sent.data = copy.copy(request.data)
+    replaced = name.encode()
+    fields = [field for field in request.headers.fields if (lower := field[0].lower()) != replaced and lower not in HOP_HEADERS]
+    sent.data.headers = http.Headers([*fields, (replaced, secret.encode())])
+    return sent
 
 
 def _said_by_mitmproxy(event: ResponseProtocolError) -> Refusal | None:

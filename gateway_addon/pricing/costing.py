@@ -76,7 +76,7 @@ def rates(row: Row, *, prompt_tokens: int, speed: str | None, inference_geo: str
         factor *= row.batch
     if inference_geo not in (None, "global", "not_available"):
         factor *= row.geo_us
-    return tier.times(factor)
+    return tier if factor == 1 else tier.times(factor)
 
 
 def cost(prices: Prices, usage: Usage, *, at: float, hour_ttl_requested: bool) -> Cost:
