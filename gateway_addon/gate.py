@@ -34,6 +34,7 @@ from gateway_addon.settlement import EndedBy, Void, settle
 
 logger = logging.getLogger(__name__)
 
+LIMITS_EVERY_S = 1.0  # how often the shared key's limits are written down, however many answers carry them
 COMFORT = 50  # `reserve: auto` reserves a stream whole while its quote is at most this part of each of its caps
 
 
@@ -69,6 +70,7 @@ class Gate:
         """Why the files on disk are not in force, after a reload that failed."""
         self._running: dict[Running, Callable[[str], None]] = {}
         self._door = Door(ledger)
+        self._limits_at = -math.inf
         self._top_ups: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
 
@@ -282,7 +284,8 @@ class Gate:
     def upstream_headers(self, arrived: Arrived, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
         """Keep what the upstream says of the shared key's limits; say so where it does not take the key."""
         limits = {name: value for name, value in headers if name.startswith("anthropic-ratelimit-")}
-        if limits:
+        if limits and (status == 429 or now - self._limits_at >= LIMITS_EVERY_S):
+            self._limits_at = now
             self.ledger.ratelimits(limits, now=now)
         if status in (401, 403) and not arrived.policy.upstream.startswith("http://"):
             source = arrived.policy.key

@@ -6,6 +6,7 @@ connection that never waits for a lock), that a reservation is durable before it
 """
 
 import asyncio
+import concurrent.futures
 import logging
 import sqlite3
 import sys
@@ -55,7 +56,7 @@ class Ledger:
         self._lock = OwnerLock(path)
         self._caps: dict[int, tuple[Cap, ...]] = {}
         self._reader: sqlite3.Connection | None = None
-        self._writer = Writer(path, self.owner, self._known, self._deliver)
+        self._writer = Writer(path, self.owner, self._known, self._deliver, self._on_the_loop)
         self._letting_go = False
 
     @classmethod
@@ -242,7 +243,7 @@ class Ledger:
         self, apply: Callable[[sqlite3.Connection], object], instead: Callable[[sqlite3.Connection], object] | None = None
     ) -> asyncio.Future[object]:
         future: asyncio.Future[object] = self._loop.create_future()
-        self._writer.put(Operation(apply, RESOLVE, lasting=True, instead=instead, tell=partial(self._tell, future)))
+        self._writer.put(Operation(apply, RESOLVE, lasting=True, patient=True, instead=instead, tell=partial(self._tell, future)))
         return future
 
     def _record(self, apply: Callable[[sqlite3.Connection], object]) -> None:
@@ -251,7 +252,7 @@ class Ledger:
             log.error("the ledger %s is behind: refused and free calls are not recorded until it catches up", self.path)
         self._letting_go = full
         if not full:
-            self._writer.put(Operation(apply, RECORD))
+            self._writer.put(Operation(apply, RECORD, patient=True))
 
     def _deliver(self, answers: Sequence[Answer]) -> None:
         """On the writer's thread: wake the loop once for the whole batch."""
@@ -259,6 +260,22 @@ class Ledger:
             self._loop.call_soon_threadsafe(_tell_all, answers)
         except RuntimeError:
             log.debug("the loop ended before %d answers of the ledger", len(answers))
+
+    def _on_the_loop(self, work: Callable[[], list[Answer]]) -> list[Answer]:
+        """On the writer's thread: have the loop run the statements, between the lock and the commit that this thread waits for."""
+        outcome: concurrent.futures.Future[list[Answer]] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        try:
+            self._loop.call_soon_threadsafe(run)
+        except RuntimeError:  # the loop has ended: what is left is this thread's alone
+            return work()
+        return outcome.result()
 
     def _tell(self, future: asyncio.Future[object], answer: object) -> None:
         if future.done():

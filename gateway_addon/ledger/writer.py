@@ -23,6 +23,9 @@ from gateway_addon.ledger.values import LedgerUnavailable
 log = logging.getLogger(__name__)
 
 BATCH_MAX = 256
+LINGER_S = 0.01  # how long what nobody waits for (a settlement, a row) waits for a reservation to share its commit
+CROWD = 3  # operations found waiting at once: a sign of load, under which a commit is worth sharing with those to come
+GATHER_S = 0.004  # how long a crowd waits for company; one commit costs as much processor time as several operations
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -37,6 +40,8 @@ class Operation:
     """What a lasting operation that cannot be stored as it is becomes (a figure beyond 64 bits)."""
     wanted: Callable[[], bool] = lambda: True
     """False once nobody waits for the answer any more: the operation is then left out."""
+    patient: bool = False
+    """Nobody waits for the answer: it may linger for a moment, to share the commit of an operation that somebody waits for."""
     tell: Callable[[object], None] = lambda answer: None
     """Takes the answer or the exception, on the thread that `deliver` chose."""
 
@@ -46,14 +51,22 @@ class Answer(NamedTuple):
     value: object
 
 
+type Compute = Callable[[Callable[[], list[Answer]]], list[Answer]]
+"""Runs a batch's statements and returns their answers. They run where the answers are wanted, on the event loop: SQLite lets go of the
+interpreter at every step, and a thread that has to win it back from a busy loop each time costs both of them more than all the
+statements do (measured: 0.84 ms a call against 0.41). What can wait for a disk or a lock stays on this thread."""
+
+
 class Writer:
     """Start with `start`, hand over with `put`, end with `stop`. `deliver` is called on the writer's thread, once a batch."""
 
-    def __init__(self, path: Path, owner: str, known: files.Identity, deliver: Callable[[Sequence[Answer]], None]) -> None:
+    def __init__(self, path: Path, owner: str, known: files.Identity, deliver: Callable[[Sequence[Answer]], None], compute: "Compute" = lambda work: work()
+    ) -> None:
         self._path = path
         self._owner = owner
         self._known = known
         self._deliver = deliver
+        self._compute = compute
         self._turnstile = Turnstile(path)
         self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
         self._db: sqlite3.Connection | None = None
@@ -90,18 +103,32 @@ class Writer:
         self._turnstile.close()
 
     def _take(self, wait_s: float | None) -> tuple[list[Operation], bool]:
-        """What is waiting, at most a batch; waits for the first. The flag says that the end was asked for."""
+        """What is waiting, at most a batch; waits for the first, then a moment for those that will share its commit.
+
+        The flag says that the end was asked for.
+        """
         taken: list[Operation] = []
+        stop = self._drain(taken, wait_s)
+        linger_until = time.monotonic() + LINGER_S
+        while taken and not stop and all(each.patient for each in taken) and (left_s := linger_until - time.monotonic()) > 0:
+            stop = self._drain(taken, left_s)
+        if len(taken) >= CROWD and not stop:
+            time.sleep(GATHER_S)
+            stop = self._drain(taken, 0)
+        return taken, stop
+
+    def _drain(self, taken: list[Operation], wait_s: float | None) -> bool:
+        """Add what is waiting, up to a batch, after waiting for a first one. True if the end was asked for."""
         try:
-            first = self._queue.get(timeout=wait_s)
-            while first is not None:
-                taken.append(first)
+            found = self._queue.get(timeout=wait_s) if wait_s != 0 else self._queue.get_nowait()
+            while found is not None:
+                taken.append(found)
                 if len(taken) >= BATCH_MAX:
-                    return taken, False
-                first = self._queue.get_nowait()
+                    return False
+                found = self._queue.get_nowait()
         except queue.Empty:
-            return taken, False
-        return taken, True
+            return False
+        return True
 
     def _backoff_s(self) -> float:
         return BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
@@ -160,7 +187,7 @@ class Writer:
     def _commit(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Answer]:
         db.execute("BEGIN IMMEDIATE")
         try:
-            answers = [Answer(operation, operation.apply(db)) for operation in operations]
+            answers = self._compute(lambda: [Answer(operation, operation.apply(db)) for operation in operations])
             db.execute("UPDATE owners SET commits = ? WHERE id = ?", (self._commits + 1, self._owner))
         except BaseException:
             if db.in_transaction:
