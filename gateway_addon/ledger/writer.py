@@ -60,7 +60,13 @@ statements do (measured: 0.84 ms a call against 0.41). What can wait for a disk 
 class Writer:
     """Start with `start`, hand over with `put`, end with `stop`. `deliver` is called on the writer's thread, once a batch."""
 
-    def __init__(self, path: Path, owner: str, known: files.Identity, deliver: Callable[[Sequence[Answer]], None], compute: "Compute" = lambda work: work()
+    def __init__(
+        self,
+        path: Path,
+        owner: str,
+        known: files.Identity,
+        deliver: Callable[[Sequence[Answer]], None],
+        compute: Compute = lambda work: work(),
     ) -> None:
         self._path = path
         self._owner = owner
