@@ -27,6 +27,7 @@ from gateway_addon.logs import say_plainly
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.reload import Watcher, align
 from gateway_addon.secret import Secret
+from gateway_addon.workers import ListeningLoop, when_the_parent_ends
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class Settings:
     web_port: int | None = None
     """With a port for its page: run under mitmweb."""
     web_password: str = ""
+    parent_fd: int | None = None
+    """Set in a worker: the pipe that tells when the supervisor has ended."""
     tell: Callable[[str], None] = field(default=print)
     """Says one line to the person who started it."""
 
@@ -65,9 +68,10 @@ class LeanMaster(Master):
         )
 
 
-def run(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code."""
-    return asyncio.run(_run(settings))
+def run(settings: Settings, listener: socket.socket) -> int:
+    """Serve on a bound socket until SIGTERM or SIGINT. Returns the exit code."""
+    with asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:
+        return runner.run(_run(settings))
 
 
 async def _run(settings: Settings) -> int:
@@ -81,11 +85,13 @@ async def _run(settings: Settings) -> int:
     master = build(settings, policy, addon)
     say_plainly(key)
     _on_signal(master.shutdown)
+    if settings.parent_fd is not None:
+        when_the_parent_ends(settings.parent_fd, master.shutdown)
     watcher = Watcher(settings.policies, gate)
     watching = asyncio.ensure_future(watcher.watch())
+
     def listening() -> None:
-        port = master.addons.get("proxyserver").listen_addrs()[0][1]
-        for line in greeting(settings, policy, port):
+        for line in greeting(settings, policy):
             settings.tell(line)
 
     addon.on_running = listening
@@ -137,25 +143,13 @@ def _on_signal(stop: Callable[[], None]) -> None:
         loop.add_signal_handler(number, stopping)
 
 
-def greeting(settings: Settings, policy: GatewayPolicy, port: int) -> list[str]:
+def greeting(settings: Settings, policy: GatewayPolicy) -> list[str]:
     """What a person wants to know first: where it listens, what is in force."""
     scheme = "https" if policy.tls else "http"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return [
-        f"gateway  {scheme}://{host}:{port}  ->  {policy.upstream}",
+        f"gateway  {scheme}://{host}:{settings.port}  ->  {policy.upstream}",
         f"policy   {settings.policies} ({policy.digest[:12]})",
         f"ledger   {settings.ledger}",
         f"apps     {', '.join(sorted(policy.apps)) or 'none yet: gateway init'}",
     ]
-
-
-def port_problem(host: str, port: int) -> str | None:
-    """Why the gateway cannot listen there, or None."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return f"Cannot listen on {host}:{port} ({error.strerror}). Is another gateway running? Choose another port with --listen."
-    return None

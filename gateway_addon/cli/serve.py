@@ -2,9 +2,10 @@
 
 import ipaddress
 import secrets
+import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -13,7 +14,8 @@ from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import SecretUnavailable
-from gateway_addon.serve import Settings, port_problem, run
+from gateway_addon.serve import Settings, run
+from gateway_addon.workers import bind, supervise
 
 NO_KEY = "{0} Put the real Claude API key there, or see everything work without an account: gateway demo"
 IN_CLEAR = (
@@ -34,34 +36,60 @@ def _common[F: Callable[..., Any]](command: F) -> F:
     return command
 
 
-@click.command(epilog="Example: gateway serve --listen 127.0.0.1:8080")
+@click.command(epilog="Example: gateway serve --listen 127.0.0.1:8080 --workers 2")
 @_common
-def serve(listen: tuple[str, int], policies: Path, ledger: str, insecure_listen: bool, options: tuple[str, ...]) -> None:
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes on the one port.")
+@click.option("--socket-fd", type=int, hidden=True)
+@click.option("--parent-fd", type=int, hidden=True)
+def serve(
+    listen: tuple[str, int],
+    policies: Path,
+    ledger: str,
+    insecure_listen: bool,
+    options: tuple[str, ...],
+    workers: int,
+    socket_fd: int | None,
+    parent_fd: int | None,
+) -> None:
     """Run the gateway: a reverse proxy that admits, caps, meters and records every call to the Claude API."""
-    _serve(Settings(*listen, policies, ledger, options), insecure_listen)
+    with _listener(listen, policies, insecure_listen, socket_fd) as listener:
+        host, port = listener.getsockname()[:2]
+        if workers == 1 or socket_fd is not None:
+            _serve(Settings(host, port, policies, ledger, options, parent_fd=parent_fd), listener)
+        arguments = ["--listen", f"{host}:{port}", "--policies", str(policies), "--ledger", ledger]
+        arguments += [word for option in options for word in ("--set", option)]
+        raise SystemExit(supervise([*arguments, *(["--insecure-listen"] if insecure_listen else [])], listener, workers))
 
 
 @click.command(epilog="Example: gateway web --web-port 8081")
 @_common
 @click.option("--web-port", type=int, default=8081, show_default=True, help="Port of mitmweb's page, on this machine only.")
-def web(
-    listen: tuple[str, int], policies: Path, ledger: str, insecure_listen: bool, options: tuple[str, ...], web_port: int
-) -> None:
+def web(listen: tuple[str, int], policies: Path, ledger: str, insecure_listen: bool, options: tuple[str, ...], web_port: int) -> None:
     """Run the gateway under mitmweb, to look at flows while debugging. It keeps every flow in memory: not for production."""
-    password = secrets.token_urlsafe(24)
-    click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")
-    _serve(Settings(*listen, policies, ledger, options, web_port, password), insecure_listen)
+    with _listener(listen, policies, insecure_listen, None) as listener:
+        password = secrets.token_urlsafe(24)
+        click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")
+        host, port = listener.getsockname()[:2]
+        _serve(Settings(host, port, policies, ledger, options, web_port, password), listener)
 
 
-@says_errors(PolicyError, PriceError, LedgerUnavailable, ValueError)
-def _serve(settings: Settings, insecure_listen: bool) -> None:
-    policy = load(settings.policies)
-    if not _loopback(settings.host) and not policy.tls and not insecure_listen:
-        stop(IN_CLEAR.format(settings.host))
-    if settings.port and (problem := port_problem(settings.host, settings.port)):
-        stop(problem)
+SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, ValueError, OSError)
+
+
+@SAY
+def _listener(listen: tuple[str, int], policies: Path, insecure: bool, socket_fd: int | None) -> socket.socket:
+    """The socket to serve on: the supervisor's, or one of our own where tokens are safe on the way to it."""
+    if socket_fd is not None:
+        return socket.socket(fileno=socket_fd)
+    if not _loopback(listen[0]) and not load(policies).tls and not insecure:
+        stop(IN_CLEAR.format(listen[0]))
+    return bind(*listen)
+
+
+@SAY
+def _serve(settings: Settings, listener: socket.socket) -> NoReturn:
     try:
-        raise SystemExit(run(settings))
+        raise SystemExit(run(settings, listener))
     except SecretUnavailable as error:
         stop(NO_KEY.format(error))
 

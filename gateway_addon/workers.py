@@ -1,0 +1,95 @@
+"""Several gateway processes on one port: the listening socket is shared, dead workers are replaced, all are drained together.
+
+Promises that a caller sees one gateway: the socket is bound once, here, and outlives every worker; a worker that dies is
+replaced, and its successor settles what it left open (the ledger's sweep at every start). Workers end when this process does,
+however it ends: they watch a pipe that only it holds. An edge: it starts processes and reads signals.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 1024
+RESTART_S = 1.0  # at least this long between two starts of one worker: a gateway that cannot start must not spin
+
+
+class ListeningLoop(asyncio.SelectorEventLoop):
+    """An event loop whose first server listens on a socket that is bound already, whatever address it is asked for."""
+
+    def __init__(self, listener: socket.socket):
+        super().__init__()
+        self._listener: socket.socket | None = listener
+
+    async def create_server(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> asyncio.Server:
+        if self._listener is None:
+            return await super().create_server(protocol_factory, host, port, **options)
+        listener, self._listener = self._listener, None
+        return await super().create_server(protocol_factory, sock=listener, backlog=BACKLOG, **options)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError with a sentence where the address is taken or not to be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        problem = f"Cannot listen on {host}:{port} ({error.strerror}). Is another gateway running? Choose another port with --listen."
+        raise OSError(problem) from None
+    return listener
+
+
+def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> int:
+    """Run `count` workers (`gateway serve ARGUMENTS`) on one socket until SIGTERM or SIGINT. Returns the worst exit code."""
+    alive_read, alive_write = os.pipe()
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: stopping.append(received))
+
+    def start(quiet: bool) -> subprocess.Popen[bytes]:
+        inherited = (listener.fileno(), alive_read)
+        options = ["--socket-fd", str(listener.fileno()), "--parent-fd", str(alive_read)]
+        command = [sys.executable, "-m", "gateway_addon", "serve", *arguments, *options]
+        return subprocess.Popen(
+            command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL if quiet else None, start_new_session=True
+        )  # fmt: skip
+
+    workers = [start(quiet=index > 0) for index in range(count)]
+    started = [time.monotonic()] * count
+    while not stopping:
+        time.sleep(0.1)
+        for index, worker in enumerate(workers):
+            if worker.poll() is None or time.monotonic() - started[index] < RESTART_S:
+                continue
+            if worker.returncode in (0, 2) and time.monotonic() - started[index] < 2 * RESTART_S:
+                stopping.append(worker.returncode)  # it did not want to start at all, and has said why
+                break
+            logger.error("Worker %d ended with %d and is replaced; its open calls are settled.", worker.pid, worker.returncode)
+            workers[index], started[index] = start(quiet=True), time.monotonic()
+    for worker in workers:
+        worker.terminate()
+    os.close(alive_write)
+    return max(abs(worker.wait()) for worker in workers)
+
+
+def when_the_parent_ends(parent_fd: int, stop: Callable[[], None]) -> None:
+    """Call `stop` once the supervising process is gone: its end of the pipe closes with it, even by kill -9."""
+    loop = asyncio.get_running_loop()
+
+    def ended() -> None:
+        loop.remove_reader(parent_fd)
+        stop()
+
+    loop.add_reader(parent_fd, ended)

@@ -1,0 +1,114 @@
+"""`gateway serve --workers 2` as a user runs it: one port, one ledger, processes that come and go."""
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import anthropic
+import pytest
+from gateway import APP, write_policies
+
+from gateway_addon import identity
+from gateway_addon.ledger import admin, files
+from gateway_addon.simulator import KEY, Behaviour, Simulator
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@contextmanager
+def serving(folder: Path, upstream: str):
+    """A supervisor with two workers; yields (process, url, token)."""
+    policies = write_policies(folder / "policies", upstream, {"app": APP})
+    path = folder / "gateway.db"
+    files.create(path)
+    token = identity.mint()
+    with admin.changing(path) as db:
+        admin.issue_token(db, "app", identity.digest(token), who="test", now=time.time())
+    where = ["--listen", "127.0.0.1:0", "--policies", str(policies), "--ledger", f"sqlite:///{path}", "--workers", "2"]
+    command = [sys.executable, "-u", "-m", "gateway_addon", "serve", *where]
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"SIMULATED_KEY": KEY})
+    try:
+        url = process.stdout.readline().split()[1]
+        yield process, url, token
+    finally:
+        process.stdout.close()
+        process.terminate()
+        process.wait(15)
+
+
+def workers(process) -> list[int]:
+    found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+async def until(condition, seconds: float = 15.0):
+    for _ in range(int(seconds * 20)):
+        if condition():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s")
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes through /proc")
+async def test_a_dead_worker_is_replaced_and_its_call_is_settled(tmp_path):
+    async with Simulator(behaviour=Behaviour(delay_ms=50, output_tokens=2000)) as api:
+        with serving(tmp_path, api.url) as (process, url, token):
+            await until(lambda: len(workers(process)) == 2)
+            before = workers(process)
+            client = anthropic.AsyncAnthropic(base_url=url, api_key=token, max_retries=0)
+            call = asyncio.ensure_future(client.messages.create(model="claude-haiku-4-5", max_tokens=4000, messages=HELLO))
+            await until(lambda: api.book.in_flight == 1)
+            for pid in before:
+                os.kill(pid, signal.SIGKILL)
+            with pytest.raises(anthropic.APIConnectionError):
+                await call
+            await until(lambda: len([pid for pid in workers(process) if pid not in before and alive(pid)]) == 2)
+            api.behaviour = Behaviour()
+
+            async def answers() -> bool:
+                try:
+                    await client.messages.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO)
+                    return True
+                except anthropic.APIError:
+                    return False
+
+            assert any([await answers() or await asyncio.sleep(0.3) for _ in range(20)])
+            await client.close()
+            book = await api.settled()
+    db = sqlite3.connect(tmp_path / "gateway.db")
+    spent_nano, held_nano = db.execute("SELECT sum(spent_nano), sum(reserved_nano) FROM entries").fetchone()
+    db.close()
+    assert held_nano == 0
+    assert spent_nano >= book.billed_nano
+
+
+async def test_workers_end_with_their_supervisor_however_it_ends(tmp_path):
+    async with Simulator() as api:
+        with serving(tmp_path, api.url) as (process, _, _):
+            await until(lambda: len(workers(process)) == 2)
+            pids = workers(process)
+            process.kill()
+            await until(lambda: not any(alive(pid) for pid in pids))
+
+
+async def test_a_taken_port_is_said_in_a_sentence(tmp_path):
+    async with Simulator() as api:
+        policies = write_policies(tmp_path / "policies", api.url, {"app": APP})
+        files.create(tmp_path / "gateway.db")
+        listen = api.url.removeprefix("http://")
+        where = ["--listen", listen, "--policies", str(policies), "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"]
+        command = [sys.executable, "-m", "gateway_addon", "serve", *where]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, env=os.environ | {"SIMULATED_KEY": KEY})
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"Cannot listen on {listen} (Address already in use). Is another gateway running? Choose")
