@@ -49,7 +49,7 @@ def paused(pause: Pause) -> Refusal:
 
 def over_request_cap(app: AppPolicy, bound: Quote, cap_nano: int) -> Refusal:
     """One call that alone could cost more than the app's cap for a request."""
-    return Refusal("quote_over_cap", _too_large(app, bound, cap_nano, f"app {app.name}'s cap for one request"))
+    return Refusal("quote_over_cap", _too_large(app, bound, cap_nano, f"cap for one request of app {app.name}"))
 
 
 def cut_sentence(running: Running) -> str:
@@ -66,17 +66,18 @@ def cut_sentence(running: Running) -> str:
 def _too_large(app: AppPolicy, bound: Quote, cap_nano: int, cap_name: str) -> str:
     fits = bound.output_within(cap_nano)
     way_out = f"The largest max_tokens that fits is {fits:,}." if fits else "Its input alone is too dear: send less."
-    return f"This call can cost up to {cents(bound.total_nano)}, more than {cap_name} ({dollars(cap_nano)}, {app.file}: caps). {way_out}"
+    limit = f"{dollars(cap_nano)}, {app.file}: caps"
+    return f"This call can cost up to {cents(bound.total_nano)}, more than the {cap_name} ({limit}). {way_out}"
 
 
 def _stands(standing: Standing) -> str:
     held = f", {cents(standing.reserved_nano)} held" if standing.reserved_nano else ""
-    return f"{_cap_name(standing).capitalize()} is used up: {cents(standing.spent_nano)} spent{held} of {dollars(standing.cap_nano or 0)}"
+    return f"The {_cap_name(standing)} is used up: {cents(standing.spent_nano)} spent{held} of {dollars(standing.cap_nano or 0)}"
 
 
 def _cap_name(standing: Standing) -> str:
     windows = {"day": "cap for today", "week": "cap for this week", "month": "cap for this month", "ever": "cap"}
-    return f"{_scope(standing.scope)}'s {windows[standing.window]}"
+    return f"{windows[standing.window]} of {_scope(standing.scope)}"
 
 
 def _scope(scope: str) -> str:

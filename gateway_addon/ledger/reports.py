@@ -22,30 +22,32 @@ _KEY: dict[By, str] = {
     "agent": "coalesce(agent_id, session_id, '(none)')",
 }
 
-# CROSS JOIN keeps SQLite from turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
-_LINES = """
-WITH chosen AS (
-  SELECT calls.*, {key} AS key FROM calls LEFT JOIN tokens ON tokens.id = token_id
-  WHERE started_at >= :since AND started_at < :until),
+# Each table is summed by key on its own: a row per call would have to be kept for the whole period. CROSS JOIN keeps SQLite from
+# turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
+_CHOSEN = "WHERE started_at >= :since AND started_at < :until GROUP BY 1"
+_CALLS = "calls LEFT JOIN tokens ON tokens.id = token_id"
+_LINES = f"""
+WITH seen AS (
+  SELECT {{key}} AS key, count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls,
+    count(*) FILTER (WHERE state = 'settled') AS settled, count(*) FILTER (WHERE state = 'refused') AS refused,
+    count(*) FILTER (WHERE ' ' || flags LIKE '% estimated%') AS estimated
+  FROM {_CALLS} {_CHOSEN}),
 money AS (
-  SELECT call_id, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
-  FROM chosen CROSS JOIN entries ON entries.call_id = chosen.id GROUP BY chosen.id),
-tokens_of AS (
-  SELECT call_id, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens, sum(cache_read_tokens) AS cache_read_tokens,
+  SELECT {{key}} AS key, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
+  FROM {_CALLS} CROSS JOIN entries ON entries.call_id = calls.id {_CHOSEN}),
+metered AS (
+  SELECT {{key}} AS key, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens,
+    sum(cache_read_tokens) AS cache_read_tokens,
     sum(cache_write_5m_tokens + cache_write_1h_tokens + cache_write_unsplit_tokens) AS cache_write_tokens,
-    sum(web_search_requests) AS web_searches
-  FROM chosen CROSS JOIN usage ON usage.call_id = chosen.id GROUP BY chosen.id)
-SELECT key, count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls,
-  count(*) FILTER (WHERE state = 'settled') AS settled, count(*) FILTER (WHERE state = 'refused') AS refused,
-  count(*) FILTER (WHERE ' ' || flags || ' ' LIKE '% estimated %') AS estimated,
-  coalesce(sum(spent_nano), 0) AS spent_nano, coalesce(sum(held_nano), 0) AS held_nano,
-  coalesce(sum(input_tokens), 0) AS input_tokens, coalesce(sum(output_tokens), 0) AS output_tokens,
-  coalesce(sum(cache_read_tokens), 0) AS cache_read_tokens, coalesce(sum(cache_write_tokens), 0) AS cache_write_tokens,
-  coalesce(sum(web_searches), 0) AS web_searches,
-  coalesce(sum(max_tokens) FILTER (WHERE output_tokens IS NOT NULL AND max_tokens IS NOT NULL), 0) AS max_tokens,
-  coalesce(sum(output_tokens) FILTER (WHERE max_tokens IS NOT NULL), 0) AS limited_output_tokens
-FROM chosen LEFT JOIN money ON money.call_id = chosen.id LEFT JOIN tokens_of ON tokens_of.call_id = chosen.id
-GROUP BY key ORDER BY {order}
+    sum(web_search_requests) AS web_searches, sum(max_tokens) FILTER (WHERE part = 0) AS max_tokens,
+    sum(output_tokens) FILTER (WHERE max_tokens IS NOT NULL) AS limited_output_tokens
+  FROM {_CALLS} CROSS JOIN usage ON usage.call_id = calls.id {_CHOSEN})
+SELECT key, calls, settled, refused, estimated, coalesce(spent_nano, 0) AS spent_nano, coalesce(held_nano, 0) AS held_nano,
+  coalesce(input_tokens, 0) AS input_tokens, coalesce(output_tokens, 0) AS output_tokens,
+  coalesce(cache_read_tokens, 0) AS cache_read_tokens, coalesce(cache_write_tokens, 0) AS cache_write_tokens,
+  coalesce(web_searches, 0) AS web_searches, coalesce(max_tokens, 0) AS max_tokens,
+  coalesce(limited_output_tokens, 0) AS limited_output_tokens
+FROM seen LEFT JOIN money USING (key) LEFT JOIN metered USING (key) ORDER BY {{order}}
 """
 
 

@@ -1,0 +1,107 @@
+"""`gateway init`: a first policy and an empty ledger, so that the next command works."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from gateway_addon.cli.common import ledger_option, policies_option, says_errors
+from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.ledger.files import create, ledger_path
+from gateway_addon.money import dollars, parse_nano
+from gateway_addon.policy import PolicyError, load
+from gateway_addon.pricing import PriceError
+
+GATEWAY = """\
+# What holds for every app behind this gateway. `gateway check` validates these files and prints what is in force;
+# a running gateway takes a saved change within a second, and keeps the old policy if the new one is broken.
+
+# Where admitted calls go.
+upstream: https://api.anthropic.com
+
+# Where the real API key is read from: {{env: NAME}}, {{file: PATH}} or {{command: [PROGRAM, ARGUMENT]}}. It exists nowhere else.
+key: {key}
+
+# What all apps together may spend, beside each app's own caps.
+caps: {{month: {total}}}
+
+# Your workspace's default inference geo. Until you say, calls that name none are held at the dearer price (1.1 times).
+workspace_geo: unknown
+"""
+
+APP = """\
+# What the app {app} may ask for. Whatever is not allowed here is refused.
+models:
+  allow: [claude-haiku-4-5, claude-sonnet-5]
+
+# The largest answer it may ask for. A bug that asks for more is refused before it costs anything.
+max_tokens: 8192
+
+# `request` stops the one call that is too large, `day` the loop that runs all night, `month` the slow leak.
+caps: {{request: $0.50, day: {day}, month: {month}}}
+"""
+
+
+@click.command(epilog="Example: gateway init --yes")
+@click.option("--yes", is_flag=True, help="Take the defaults instead of asking.")
+@click.option("--app", default=None, metavar="NAME", help="Name of the first app.  [default: asked, or app]")
+@policies_option
+@ledger_option
+@says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError, OSError)
+def init(yes: bool, app: str | None, policies: Path, ledger: str) -> None:
+    """Write what is missing of a first policy and an empty ledger. Nothing that exists is changed."""
+    (policies / "apps").mkdir(parents=True, exist_ok=True)
+    has_gateway, has_apps = (policies / "gateway.yaml").exists(), any((policies / "apps").glob("*.yaml"))
+    name, month_nano, key = app or "app", parse_nano("$20"), "env ANTHROPIC_API_KEY"
+    if not yes:
+        if app is None and not has_apps:
+            name = click.prompt("What is your first app called?", default=name)
+        if not has_apps or app is not None:
+            month_nano = click.prompt("What may it spend in a month?", default=dollars(month_nano, 0), value_proc=_amount)
+        if not has_gateway:
+            key = click.prompt("Where is the real API key (env NAME, or file PATH)?", default=key, value_proc=_source)
+    kind, _, where = key.partition(" ")
+    texts = {policies / "gateway.yaml": GATEWAY.format(key=f"{{{kind}: {where}}}", total=dollars(2 * month_nano, 0))}
+    if not has_apps or app is not None:
+        texts[policies / "apps" / f"{name}.yaml"] = APP.format(app=name, day=dollars(month_nano // 10, 0), month=dollars(month_nano, 0))
+    for path, text in texts.items():
+        _write(path, text)
+    path = ledger_path(ledger)
+    if path.exists():
+        click.echo(f"kept   {path}")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        create(path, load(policies).timezone)
+        click.echo(f"wrote  {path}")
+    first = name if app is not None or not has_apps else sorted(load(policies).apps)[0]
+    click.echo(f"\nNext: gateway token issue {first}   then: gateway serve")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is not there yet; `x` makes that certain."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        click.echo(f"kept   {path}")
+    else:
+        click.echo(f"wrote  {path}")
+
+
+def _amount(text: str) -> int:
+    return _asked_again(lambda: parse_nano(text))
+
+
+def _source(text: str) -> str:
+    kind, _, where = text.strip().partition(" ")
+    if kind not in ("env", "file") or not where:
+        raise click.UsageError(f"{text!r} is neither `env NAME` nor `file PATH`")
+    return f"{kind} {where}"
+
+
+def _asked_again[T](read: Callable[[], T]) -> T:
+    """click asks again after a UsageError."""
+    try:
+        return read()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None

@@ -1,0 +1,67 @@
+"""What happened, call by call and moment by moment, from the entries alone. Read-only.
+
+For whoever holds the ledger against another book: each forwarded call with its bill, and how high each scope ever stood.
+The connection yields rows by name (`admin.reading`).
+"""
+
+import sqlite3
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """A call that went to the provider. `held_max_nano` is the most that was ever held for it."""
+
+    call_id: int
+    request_id: str | None
+    app: str
+    endpoint: str
+    state: str
+    flags: tuple[str, ...]
+    quote_nano: int
+    held_max_nano: int
+    spent_nano: int
+
+    @property
+    def estimated(self) -> bool:
+        """True where the cost could not be known, so that an upper bound was booked."""
+        return any(flag.partition(":")[0] == "estimated" for flag in self.flags)
+
+
+@dataclass(frozen=True, slots=True)
+class HighWater:
+    """The most that was ever spent and held together in one scope and window."""
+
+    scope: str
+    window: str
+    window_start: int
+    nano: int
+
+
+_FORWARDED = """
+WITH running AS (
+  SELECT call_id, spent_nano, sum(reserved_nano) OVER (PARTITION BY call_id ORDER BY id) AS held_nano FROM entries)
+SELECT calls.id AS call_id, request_id, app, endpoint, state, flags, quote_nano, coalesce(max(held_nano), 0) AS held_max_nano,
+  coalesce(sum(spent_nano), 0) AS spent_nano
+FROM calls LEFT JOIN running ON running.call_id = calls.id
+WHERE state <> 'refused' GROUP BY calls.id ORDER BY calls.id
+"""
+
+_HIGH_WATER = """
+WITH level AS (
+  SELECT scope, window, window_start, sum(spent_nano + reserved_nano) OVER (
+    PARTITION BY scope, window, window_start ORDER BY entries.id) AS nano
+  FROM entries JOIN call_frames USING (call_id))
+SELECT scope, window, window_start, max(nano) AS nano FROM level GROUP BY scope, window, window_start ORDER BY scope, window, window_start
+"""
+
+
+def forwarded(db: sqlite3.Connection) -> list[Forwarded]:
+    """Every call that was let through, in the order of admission: the free ones, and the ones still open, too."""
+    rows = [dict(row) for row in db.execute(_FORWARDED).fetchall()]
+    return [Forwarded(**row | {"flags": tuple(row["flags"].split())}) for row in rows]
+
+
+def high_water(db: sqlite3.Connection) -> list[HighWater]:
+    """The highest level of each scope and window, found by replaying every entry in the order in which it was written."""
+    return [HighWater(**dict(row)) for row in db.execute(_HIGH_WATER).fetchall()]

@@ -1,0 +1,66 @@
+"""Upstreams that the simulated API is too well-behaved to be: canned bytes, silence, and what arrived."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Upstream:
+    url: str = ""
+    received: bytearray = field(default_factory=bytearray)
+    connections: int = 0
+    closed_at: list[float] = field(default_factory=list)
+    """When the other side closed each connection (time.monotonic)."""
+
+
+@asynccontextmanager
+async def upstream(answer: bytes = b"", *, then: str = "close") -> AsyncIterator[Upstream]:
+    """Accept calls; answer each request's first bytes with `answer`, and then `close`, or stay `silent` until the caller leaves."""
+    made, tasks = Upstream(), set()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        made.connections += 1
+        tasks.add(asyncio.current_task())
+        answered = False
+        with suppress(ConnectionError, asyncio.CancelledError):
+            while data := await reader.read(65_536):
+                made.received += data
+                if b"\r\n\r\n" in made.received and not answered:
+                    answered = True
+                    writer.write(answer)
+                    if then == "close":
+                        break
+        made.closed_at.append(time.monotonic())
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield made
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def answer(status: int, content_type: str, body: bytes, *, announce: int | None = None) -> bytes:
+    """A whole HTTP answer; `announce` states another length than the body has."""
+    length = len(body) if announce is None else announce
+    head = f"HTTP/1.1 {status} x\r\ncontent-type: {content_type}\r\ncontent-length: {length}\r\nrequest-id: req_raw\r\n\r\n"
+    return head.encode() + body
+
+
+def message(model: str = "claude-haiku-4-5", **usage: int) -> bytes:
+    """A whole JSON answer by `model`."""
+    said = {"id": "msg_1", "type": "message", "role": "assistant", "model": model, "content": [{"type": "text", "text": "hi"}]}
+    counts = {"input_tokens": 9, "output_tokens": 2} | usage
+    return json.dumps(said | {"stop_reason": "end_turn", "stop_sequence": None, "usage": counts}).encode()
+
+
+def event(kind: str, **fields: object) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
