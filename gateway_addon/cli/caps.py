@@ -20,12 +20,12 @@ SAY = says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError)
 why_option = click.option("--why", default="", help="Kept in the audit trail.")
 
 
-@click.group(epilog="Example: gateway cap raise reviews day $5 --until 2026-12-01")
+@click.group(epilog="Example: gateway cap raise reviews day 5 --until 2026-12-01")
 def cap() -> None:
     """Change what may be spent, for a while. Caps themselves live in the policy files."""
 
 
-@cap.command("raise", epilog="Example: gateway cap raise reviews day $5 --until 12h --why 'launch day'")
+@cap.command("raise", epilog="Example: gateway cap raise reviews day 5 --until 12h --why 'launch day'")
 @click.argument("name", metavar="APP")
 @click.argument("window", type=click.Choice(WINDOWS))
 @click.argument("amount")
@@ -85,14 +85,14 @@ def resume(name: str | None, everything: bool, why: str, policies: Path, ledger:
     click.echo(f"{scope} may call again.")
 
 
-@click.command(epilog="Example: gateway adjust 4711 -- -$0.25 --why 'invoice shows less'")
+@click.command(epilog="Example: gateway adjust 4711 -- -0.25 --why 'invoice shows less'")
 @click.argument("call_id", type=int)
 @click.argument("amount")
 @click.option("--why", required=True, help="Kept in the audit trail.")
 @ledger_option
 @SAY
 def adjust(call_id: int, amount: str, why: str, ledger: str) -> None:
-    """Correct what call CALL_ID cost by AMOUNT (-$0.25 takes off), as an entry of its own. `gateway report --by call` shows ids."""
+    """Correct what call CALL_ID cost by AMOUNT (-0.25 takes off), as an entry of its own. The view `spend` of the ledger shows ids."""
     delta_nano = -parse_nano(amount[1:]) if amount.startswith("-") else parse_nano(amount)
     with admin.changing(ledger_path(ledger)) as db:
         cost_nano = admin.adjust(db, call_id, delta_nano, who=getpass.getuser(), why=why, now=time.time())

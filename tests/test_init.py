@@ -1,0 +1,49 @@
+"""`gateway init`: what is missing is written, what exists is never touched."""
+
+from click.testing import CliRunner
+
+from gateway_addon.cli import main
+from gateway_addon.policy import load
+
+
+def init(folder, *arguments, answers=None):
+    where = ["--policies", str(folder / "policies"), "--ledger", f"sqlite:///{folder / 'gateway.db'}"]
+    return CliRunner().invoke(main, ["init", *where, *arguments], input=answers)
+
+
+def test_the_defaults_load_and_deny_what_they_do_not_name(tmp_path):
+    assert init(tmp_path, "--yes").exit_code == 0
+    policy = load(tmp_path / "policies")
+    assert list(policy.apps) == ["app"]
+    assert policy.apps["app"].models.allow == ("claude-haiku-4-5", "claude-sonnet-5")
+    assert (tmp_path / "gateway.db").exists()
+
+
+def test_three_questions_make_a_policy(tmp_path):
+    done = init(tmp_path, answers="reviews\n$60\nfile /run/secrets/claude\n")
+    assert done.exit_code == 0, done.output
+    policy = load(tmp_path / "policies")
+    assert policy.apps["reviews"].caps["month"] == 60_000_000_000
+    assert tuple(policy.key) == ("file", "/run/secrets/claude")
+
+
+def test_a_wrong_answer_is_asked_again(tmp_path):
+    done = init(tmp_path, answers="reviews\nmuch\n60\nthere\nenv CLAUDE_KEY\n")
+    assert done.exit_code == 0, done.output
+    assert "'much' is not an amount" in done.output
+    assert tuple(load(tmp_path / "policies").key) == ("env", "CLAUDE_KEY")
+
+
+def test_what_exists_is_kept_to_the_byte(tmp_path):
+    init(tmp_path, "--yes")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".db-shm"}
+    done = init(tmp_path, "--yes")
+    assert done.exit_code == 0
+    assert done.output.count("kept   ") == 2
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_an_app_can_be_added_later(tmp_path):
+    init(tmp_path, "--yes")
+    assert init(tmp_path, "--yes", "--app", "pipeline").exit_code == 0
+    assert sorted(load(tmp_path / "policies").apps) == ["app", "pipeline"]
