@@ -17,20 +17,24 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from gateway_addon import identity, reading
+from gateway_addon.alerts import Alerter
 from gateway_addon.answers import Answer, me
 from gateway_addon.bounds import Quote, quote
 from gateway_addon.door import Door, Offer
 from gateway_addon.grants import TICK_S, Pace
-from gateway_addon.ledger import Denied, Ledger, LedgerUnavailable, NewCall, Outcome, RateLimits, Token, app_scope, scopes
+from gateway_addon.ledger import Denied, Ledger, LedgerUnavailable, NewCall, Outcome, RateLimits, Resolution, Token, app_scope, scopes
+from gateway_addon.money import cents
 from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, caps, edits, judge
+from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
-from gateway_addon.sentences import cut_sentence, denied, over_request_cap, paused
-from gateway_addon.settlement import EndedBy, Void, settle
+from gateway_addon.sentences import cut_sentence, denied, headroom, over_request_cap, paused
+from gateway_addon.settlement import EndedBy, Void, drifted, settle
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +65,10 @@ class Pass:
 class Gate:
     """One process's door. `policy` is replaced whole by a reload; calls in flight keep the one they came under."""
 
-    def __init__(self, ledger: Ledger, policy: GatewayPolicy, clock: Callable[[], float]):
+    def __init__(self, ledger: Ledger, policy: GatewayPolicy, clock: Callable[[], float], alerter: Alerter | None = None):
         """`clock` returns unix seconds; it paces top-ups only, every decision takes its `now` from the caller."""
+        self._alerter = alerter
+        self._spenders: set[str] = set()
         self.ledger = ledger
         self._clock = clock
         self.policy = policy
@@ -155,6 +161,10 @@ class Gate:
         if isinstance(bound, Refusal):
             return bound
         call = replace(call, input_tokens=bound.input_tokens, quote_nano=bound.total_nano)
+        if app.rates.headroom_percent is not None:
+            short = shortage(await self.ledger.upstream_limits(), app.rates.headroom_percent, now)
+            if short is not None and app.mode == "enforce":
+                return headroom(app, short)
         overrun = read.model in await self.ledger.overruns()
         offers = _offers(bound, app, arrived.policy, read, limits, overrun=overrun, now=now)
         request_cap = app.caps.get("request", math.inf)
@@ -200,6 +210,8 @@ class Gate:
         """Write what is waiting and let the ledger go."""
         if self._top_ups is not None:
             self._top_ups.cancel()
+        if self._alerter is not None:
+            await self._alerter.stop()
         await self.ledger.close()
 
     async def _keep_topping_up(self) -> None:
@@ -210,6 +222,7 @@ class Gate:
             try:
                 await self.top_up(self._clock())
                 await self._cut_paused(self._clock())
+                await self._alert(self._clock())
             except LedgerUnavailable as error:
                 logger.warning("Running streams could not be topped up: %s", error)
             except Exception:
@@ -234,6 +247,14 @@ class Gate:
             if paused_now & set(running.ticket.scopes):
                 cut("paused")
 
+    async def _alert(self, now: float) -> None:
+        """Hold the caps of whoever has spent something against the thresholds. Raises LedgerUnavailable."""
+        spenders, self._spenders = self._spenders, set()
+        for app in (self.policy.apps[name] for name in spenders if name in self.policy.apps):
+            standings = await self.ledger.standing(scopes(app.name, app.team), caps(self.policy, app), now=now)
+            if self._alerter is not None:
+                self._alerter.look(standings, self.policy, app)
+
     def cut_refusal(self, running: Running) -> Refusal:
         """Why the gateway ends a running call."""
         return Refusal("app_paused" if running.cut == "paused" else "cap_spent", cut_sentence(running))
@@ -247,8 +268,30 @@ class Gate:
         result = settle(running, sent=sent, ended_by=ended_by)
         if isinstance(result, Void):
             self._later(self.ledger.void(call_id, result.outcome, now=now))
+            return
+        written = self.ledger.settle(call_id, result, now=now)
+        self._later(written)
+        app, served = running.ticket.app, result.outcome.model_served
+        self._spenders.add(app.name)
+        if app.served == "exact" and served is not None and drifted(running, served):
+            self._notice(f"App {app.name} asked for {running.ticket.reading.model} and {served} answered (call {call_id}).", app)
+        written.add_done_callback(partial(self._look_for_overrun, running))
+
+    def _look_for_overrun(self, running: Running, written: "asyncio.Future[Resolution]") -> None:
+        if written.cancelled() or written.exception() is not None or not written.result().overrun:
+            return
+        over, model = written.result(), running.ticket.reading.model
+        self._notice(
+            f"A call of app {running.ticket.app.name} cost {cents(over.spent_nano)}, more than the {cents(over.held_nano)} held for it: "
+            f"{model} passed its declared pace. It is reserved whole until gateway overrun clear {model}.",
+            running.ticket.app,
+        )
+
+    def _notice(self, text: str, app: AppPolicy) -> None:
+        if self._alerter is not None:
+            self._alerter.notice(text, app.alerts if app.alerts.webhook is not None else self.policy.alerts)
         else:
-            self._later(self.ledger.settle(call_id, result, now=now))
+            logger.warning("%s", text)
 
     def close_free(self, free: Pass, status: int | None, now: float) -> None:
         """Keep a row of a call that cost nothing."""

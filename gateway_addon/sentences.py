@@ -9,6 +9,7 @@ from gateway_addon.bounds import Quote
 from gateway_addon.ledger import Denied, Pause, Standing
 from gateway_addon.money import cents, dollars
 from gateway_addon.policy import AppPolicy
+from gateway_addon.rates import Shortage
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running
 
@@ -45,6 +46,13 @@ def paused(pause: Pause) -> Refusal:
     until = "until it is resumed" if pause.until is None else f"until {_time(pause.until)}"
     why = f" ({pause.why})" if pause.why else ""
     return Refusal("app_paused", f"{_scope(pause.scope)} is paused {until}{why}. The operator can end it: gateway resume.")
+
+
+def headroom(app: AppPolicy, short: Shortage) -> Refusal:
+    """The shared key's own limit is nearly used up, and this app must leave the rest to the others."""
+    left = f"{short.remaining:,} of {short.limit:,} {short.kind.replace('-', ' ')}"
+    sentence = f"The shared key has {left} left for now, and app {app.name} keeps {app.rates.headroom_percent} % of it free for others"
+    return Refusal("headroom", f"{sentence} ({app.file}: rates.headroom). Try again in {short.wait_s} s.", short.wait_s)
 
 
 def over_request_cap(app: AppPolicy, bound: Quote, cap_nano: int) -> Refusal:

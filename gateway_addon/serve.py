@@ -20,6 +20,7 @@ from mitmproxy.master import Master
 from mitmproxy.tools.web.master import WebMaster
 
 from gateway_addon.addon import REQUIRED_OPTIONS, GatewayAddon
+from gateway_addon.alerts import Alerter
 from gateway_addon.dispatch import Dispatch
 from gateway_addon.gate import Gate
 from gateway_addon.ledger import Ledger
@@ -80,7 +81,8 @@ async def _run(settings: Settings) -> int:
     key()  # a missing key is said now, not to the first caller
     ledger = await Ledger.open(settings.ledger)
     await align(ledger, policy)
-    gate = Gate(ledger, policy, time.time)
+    alerter = Alerter(ledger, lambda source: Secret(source)(), time.time)
+    gate = Gate(ledger, policy, time.time, alerter)
     addon = GatewayAddon(gate, key)
     master = build(settings, policy, addon)
     say_plainly(key)

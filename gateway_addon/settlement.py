@@ -36,6 +36,12 @@ class Void:
     outcome: Outcome
 
 
+def drifted(running: Running, served: str) -> bool:
+    """Another model answered than the one asked for (a dated id of the same model is the same model)."""
+    canonical = running.ticket.prices.canonical
+    return (canonical(served) or served) != canonical(running.ticket.reading.model)
+
+
 def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | Void:
     """Judge an ended call by the table above.
 
@@ -45,6 +51,8 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
     ticket, usage = running.ticket, running.finished()
     served = usage.model if usage else None
     flags = ticket.flags if running.cut is None else (*ticket.flags, f"cut:{running.cut}")
+    if served is not None and drifted(running, served):
+        flags = (*flags, "drift")
 
     def outcome(*more: str, complete: bool = False, price_rows: str | None = None) -> Outcome:
         stop_reason = usage.stop_reason if usage else None

@@ -16,14 +16,15 @@ OWN = {
     "inject": {"refusals"},
     "dispatch": set(),
     "gate": {
-        "answers", "bounds", "door", "grants", "identity", "ledger", "money", "policy", "pricing", "reading", "refusals", "running",
-        "sentences", "settlement",
+        "alerts", "answers", "bounds", "door", "grants", "identity", "ledger", "money", "policy", "pricing", "rates", "reading", "refusals",
+        "running", "sentences", "settlement",
     },
+    "alerts": {"ledger", "money", "policy"},
     "answers": {"ledger", "money", "policy", "pricing"},
     "door": {"grants", "ledger"},
     "settlement": {"ledger", "pricing", "running", "usage"},
     "running": {"bounds", "grants", "ledger", "policy", "pricing", "reading", "usage"},
-    "sentences": {"bounds", "ledger", "money", "policy", "refusals", "running"},
+    "sentences": {"bounds", "ledger", "money", "policy", "rates", "refusals", "running"},
     "bounds": {"fields", "money", "policy", "pricing", "reading", "refusals", "survey"},
     "policy": {"money", "pricing", "reading", "refusals", "survey", "yamlfile"},
     "pricing": {"money", "usage", "yamlfile"},
@@ -33,9 +34,9 @@ OWN = {
     "ledger": {"money", "windows"},
     "identity": {"refusals"},
     "simulator": set(),
-    **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "refusals", "sse", "windows", "yamlfile")},
+    **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "rates", "refusals", "sse", "windows", "yamlfile")},
 }  # fmt: skip
-EDGES = {"__init__", "__main__", "cli", "demo", "inventory", "listener", "logs", "reload", "secret", "serve", "shim"}
+EDGES = {"__init__", "__main__", "cli", "demo", "inventory", "listener", "logs", "reload", "secret", "serve", "shim", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
 
 ROOMS_OF = {

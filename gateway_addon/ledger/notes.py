@@ -32,6 +32,11 @@ def ratelimits(db: sqlite3.Connection) -> dict[str, tuple[str, float]]:
     return {name: (value, at) for name, value, at in db.execute("SELECT name, value, at FROM ratelimits").fetchall()}
 
 
+def alert_delivered(db: sqlite3.Connection, standing: Standing, threshold_percent: int, now: float) -> None:
+    key = (now, standing.scope, standing.window, standing.starts_at, threshold_percent)
+    db.execute("UPDATE alerts SET delivered_at = ? WHERE scope = ? AND window = ? AND window_start = ? AND threshold_percent = ?", key)
+
+
 def alert_once(db: sqlite3.Connection, standing: Standing, threshold_percent: int, now: float) -> bool:
     row = (standing.scope, standing.window, standing.starts_at, threshold_percent, now, standing.spent_nano, standing.cap_nano)
     return db.execute("INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, NULL) ON CONFLICT DO NOTHING", row).rowcount == 1

@@ -169,6 +169,10 @@ class Ledger:
         write = partial(notes.alert_once, standing=standing, threshold_percent=threshold_percent, now=now)
         return cast(bool, await self._ask(RECORD, write))
 
+    def alert_delivered(self, standing: Standing, threshold_percent: int, *, now: float) -> None:
+        """Note that somebody has heard of an alert; nobody waits for it."""
+        self._record(partial(notes.alert_delivered, standing=standing, threshold_percent=threshold_percent, now=now))
+
     async def sweep(self, *, now: float) -> int:
         """Settle what dead processes left open; call it when a worker dies. Raises LedgerUnavailable."""
         swept = cast(int, await self._ask(RESOLVE, partial(owners.sweep, ledger=self.path, now=now)))

@@ -8,9 +8,10 @@
 from gateway_addon.policy.loading import load
 from gateway_addon.policy.rules import Verdict, edits, judge, may_use, trail
 from gateway_addon.policy.source import PolicyError
-from gateway_addon.policy.values import AppPolicy, Cap, Feature, GatewayPolicy, Source, caps
+from gateway_addon.policy.values import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, caps
 
 __all__ = [
+    "Alerts",
     "AppPolicy",
     "Cap",
     "Feature",

@@ -154,7 +154,6 @@ FEATURES: dict[str, Key] = {
         "other models tried when one declines (each must be allowed too)",
         {"default": Key(listing(_PATTERN), 'the models that `fallbacks: "default"` may reach; without it "default" is refused', ())},
     ),
-    "batches": _feature("Message Batches"),
     "fast": _feature("`speed: fast`, at the model's fast price"),
     "service_tier": _feature("a `service_tier` other than auto and standard_only"),
     "inference_geo": _feature("an `inference_geo` other than global (1.1 times the price)"),
@@ -221,7 +220,6 @@ APP: dict[str, Key] = {
         {
             "requests_per_minute": Key(COUNT, "requests a minute", None),
             "input_tokens_per_minute": Key(COUNT, "quoted input tokens a minute", None),
-            "output_tokens_per_minute": Key(COUNT, "output tokens a minute", None),
             "concurrent": Key(COUNT, "calls in flight at once", None),
             "headroom": Key(PERCENT, "stay out of this last share of the shared key's own rate limits", None),
         },

@@ -73,7 +73,6 @@ class Betas:
 class RateLimits:
     requests_per_minute: int | None = None
     input_tokens_per_minute: int | None = None
-    output_tokens_per_minute: int | None = None
     concurrent: int | None = None
     headroom_percent: int | None = None
     """Keep this share of the shared key's own limits free for the other apps."""

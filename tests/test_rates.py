@@ -1,0 +1,71 @@
+"""The shared key's limits: what a background app leaves to the others."""
+
+import time
+
+import anthropic
+import pytest
+from gateway import gateway
+
+from gateway_addon.rates import shortage
+from gateway_addon.simulator import Behaviour, Simulator
+
+NOW = 1_790_000_000.0
+SOON, GONE = "2026-09-21T14:14:20Z", "2026-09-21T14:13:00Z"  # 60 s after NOW, 20 s before it
+
+
+def reported(kind="requests", limit="100", remaining="10", reset=SOON):
+    return {f"anthropic-ratelimit-{kind}-{field}": (value, NOW) for field, value in (("limit", limit), ("remaining", remaining), ("reset", reset))}
+
+
+@pytest.mark.parametrize(
+    ("latest", "keep_percent", "short"),
+    [
+        ({}, 20, None),
+        (reported(remaining="20"), 20, None),
+        (reported(remaining="19"), 20, ("requests", 19, 100, 60)),
+        (reported(remaining="0"), 0, None),
+        (reported(reset=GONE), 20, None),
+        (reported(limit="0"), 20, None),
+        (reported(limit="many"), 20, None),
+        (reported(reset="soon"), 20, None),
+        (reported() | reported("input-tokens", "1000", "1", "2026-09-21T14:15:20Z"), 20, ("input-tokens", 1, 1000, 120)),
+    ],
+)
+def test_a_shortage_is_the_limit_with_the_longest_wait_of_which_too_little_is_left(latest, keep_percent, short):
+    assert shortage(latest, keep_percent, NOW) == short
+
+
+APPS = {
+    "nightly": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\nrates: {headroom: 20%}\n",
+    "interactive": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\n",
+    "slow": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\nrates: {requests_per_minute: 2}\n",
+}
+
+
+async def ask(gw, app):
+    return await gw.client(app).messages.create(model="claude-haiku-4-5", max_tokens=20, messages=[{"role": "user", "content": "hi"}])
+
+
+async def test_a_background_app_steps_back_before_the_interactive_one_starves(tmp_path):
+    async with Simulator(behaviour=Behaviour(ratelimit_remaining_percent=10)) as api, gateway(tmp_path, api, APPS) as gw:
+        await ask(gw, "interactive")
+        await gw.quiet()
+        with pytest.raises(anthropic.RateLimitError) as refused:
+            await ask(gw, "nightly")
+        assert refused.value.response.headers["x-gateway-refusal"] == "headroom"
+        assert 0 < int(refused.value.response.headers["retry-after"]) <= 61
+        assert "keeps 20 % of it free for others" in refused.value.message
+        await ask(gw, "interactive")
+
+
+async def test_requests_a_minute_hold_and_say_when_to_come_back(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api, APPS) as gw:
+        while time.time() % 60 > 55:  # a sliding minute is counted by calendar minutes: do not straddle one
+            time.sleep(0.5)
+        await ask(gw, "slow")
+        await ask(gw, "slow")
+        with pytest.raises(anthropic.RateLimitError) as refused:
+            await ask(gw, "slow")
+        assert refused.value.response.headers["x-gateway-refusal"] == "rate"
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        assert len((await api.settled()).messages()) == 2
