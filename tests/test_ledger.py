@@ -96,7 +96,7 @@ def test_a_running_stream_keeps_its_next_quantum_free_from_new_calls_but_not_fro
 
 
 def test_a_stream_that_would_not_fit_an_idle_window_is_not_told_to_wait(db):
-    assert hold(db, 800, quantum_nano=300).reason == "cap_spent"
+    assert hold(db, 800, quantum_nano=300).reason == "quote_over_cap"
 
 
 def test_a_raise_lifts_a_cap_until_its_end(db):

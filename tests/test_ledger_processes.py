@@ -138,7 +138,7 @@ def test_a_lock_dies_with_its_holder_and_not_before(tmp_path):
 
 async def test_a_childs_program_does_not_keep_its_parents_lock(path):
     ledger = await Ledger.open(f"sqlite:///{path}", now=NOON)
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)  # noqa: ASYNC220
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
     owner = ledger.owner
     await ledger.close()
     lock_file = path.with_name("gateway.db-locks") / f"owner-{owner}"

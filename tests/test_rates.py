@@ -1,5 +1,6 @@
 """The shared key's limits: what a background app leaves to the others."""
 
+import asyncio
 import time
 
 import anthropic
@@ -61,7 +62,7 @@ async def test_a_background_app_steps_back_before_the_interactive_one_starves(tm
 async def test_requests_a_minute_hold_and_say_when_to_come_back(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api, APPS) as gw:
         while time.time() % 60 > 55:  # a sliding minute is counted by calendar minutes: do not straddle one
-            time.sleep(0.5)
+            await asyncio.sleep(0.5)
         await ask(gw, "slow")
         await ask(gw, "slow")
         with pytest.raises(anthropic.RateLimitError) as refused:

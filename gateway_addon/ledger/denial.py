@@ -48,7 +48,7 @@ def explain(
 
 
 def _by_cap(caps: Sequence[Standing], grant_nano: int, quantum_nano: int, now: float) -> Denied:
-    never = [cap for cap in caps if grant_nano > _amount(cap)]
+    never = [cap for cap in caps if grant_nano + quantum_nano > _amount(cap)]
     if never:
         return Denied("quote_over_cap", min(never, key=_amount))
     # Waiting helps only if the call fits once everything in flight came back; judged with its own quantum, or a stream that

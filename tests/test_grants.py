@@ -1,0 +1,88 @@
+"""The bound of a running stream, held against providers that keep their declared pace in every awkward way."""
+
+import math
+import random
+
+import pytest
+
+from gateway_addon.grants import BLOCK_TOKENS, TICK_S, Pace, Progress, Seen
+
+PACE = Pace(tokens_per_second_max=400, lag_s=5.0)
+
+
+def provider(seed, *, may_think):
+    """A stream as (time, what it has shown, what it has generated): no faster than the pace, no later than half the lag."""
+    chance = random.Random(seed)
+    now, generated, shown_bytes, blocks, events, seen = 1000.0, 0, 0, 0, 0, []
+    delay_s = chance.uniform(0, PACE.lag_s / 2)
+    for _ in range(chance.randint(1, 6)):
+        if may_think and chance.random() < 0.6:  # thinking: generated, and not shown, or only in a summary
+            took = chance.uniform(0, 20)
+            now += took
+            generated += int(took * chance.uniform(0, PACE.tokens_per_second_max))
+            blocks += chance.randint(0, 1)
+            seen.append((now + delay_s, Seen(shown_bytes, blocks, events, False, 0), generated))
+        blocks += 1
+        for _ in range(chance.randint(1, 12)):
+            took = chance.uniform(0, 2)
+            now += took
+            tokens = int(took * chance.uniform(0, PACE.tokens_per_second_max))
+            generated += tokens
+            shown_bytes += tokens * chance.randint(1, 5)  # a token is at least a byte
+            events += 1
+            seen.append((now + delay_s, Seen(shown_bytes, blocks, events, True, 0), generated))
+        seen.append((now + delay_s, Seen(shown_bytes, blocks, events, False, 0), generated))
+    return seen
+
+
+@pytest.mark.parametrize("may_think", [False, True], ids=["plain", "thinking"])
+@pytest.mark.parametrize("seed", range(40))
+def test_what_a_provider_that_keeps_its_pace_has_generated_is_never_above_the_bound(seed, may_think):
+    progress = Progress(PACE, 10**9, may_think, content_at=1000.0)
+    for at, seen, generated in provider(seed, may_think=may_think):
+        assert progress.tokens_at(at) >= generated, "a moment before the chunk arrives"
+        progress.observe(seen, at)
+        assert progress.tokens_at(at) >= generated, "a moment after"
+
+
+def test_without_hidden_thinking_in_the_bound_it_would_be_passed():
+    """The guard of `may_think`: take it away, and the property above fails for some stream."""
+    passed = 0
+    for seed in range(40):
+        progress = Progress(PACE, 10**9, False, content_at=1000.0)
+        for at, seen, generated in provider(seed, may_think=True):
+            progress.observe(seen, at)
+            passed += progress.tokens_at(at) < generated
+    assert passed
+
+
+@pytest.mark.parametrize("granted", [0, 100, 2_000, 4_400, 100_000])
+@pytest.mark.parametrize("shown", [Seen(), Seen(1_000, 2, 5, True, 0), Seen(0, 0, 0, False, 9_000)])
+def test_the_moment_at_which_a_grant_ends_is_the_moment_at_which_the_bound_passes_it(granted, shown):
+    progress = Progress(PACE, 128_000, False, content_at=1000.0)
+    progress.observe(shown, 1000.0)
+    ends = progress.covered_until(granted)
+    assert progress.tokens_at(ends - 0.01) <= max(granted, progress.tokens_at(1000.0))
+    assert progress.tokens_at(ends + 0.01) > granted
+
+
+def test_a_grant_of_max_tokens_never_ends():
+    progress = Progress(PACE, 500, True, content_at=1000.0)
+    assert progress.covered_until(500) == math.inf
+    assert progress.tokens_at(10**9) == 500
+
+
+def test_what_the_api_reports_counts_where_it_is_more_than_what_was_shown():
+    progress = Progress(PACE, 10**6, False, content_at=1000.0)
+    progress.observe(Seen(10, 1, 1, True, 7_000), 1000.0)
+    assert progress.tokens_at(1000.0) == 7_000 + PACE.tokens_in(PACE.lag_s)
+    progress.observe(Seen(9_000, 1, 2, True, 7_000), 1000.0)
+    assert progress.tokens_at(1000.0) == 9_000 + BLOCK_TOKENS + PACE.tokens_in(PACE.lag_s)
+
+
+def test_the_first_grant_lasts_until_the_first_top_up_and_a_lag_beyond():
+    progress = Progress(PACE, 10**6, False, content_at=1000.0)
+    assert progress.tokens_wanted(PACE.first_tokens, 1000.0 - 0.01) == 0
+    wanted = progress.tokens_wanted(PACE.first_tokens, 1000.0 + TICK_S)
+    assert wanted > 0
+    assert progress.covered_until(PACE.first_tokens + wanted) >= 1000.0 + 2 * TICK_S + PACE.lag_s

@@ -1,0 +1,186 @@
+"""Progressive reservations through a real mitmproxy: comfortable for Claude Code, cut where the budget ends, never passed."""
+
+import asyncio
+import json
+import sqlite3
+import time
+
+import anthropic
+import pytest
+from gateway import gateway
+
+from gateway_addon.ledger import admin
+from gateway_addon.simulator import Behaviour, Simulator
+
+DOLLAR = 1_000_000_000
+AGENT = """
+models: {allow: [claude-opus-5-5, claude-haiku-4-5]}
+caps: {day: $5}
+"""
+
+
+def big(simulate=None, *, kilobytes=60, max_tokens=128_000, model="claude-opus-5-5", **more):
+    """A request as Claude Code makes them: much context, 128,000 tokens asked for."""
+    tools = [{"name": "edit", "description": "Edits files. " * (kilobytes * 75), "input_schema": {"type": "object"}}]
+    ask = f"simulate: {json.dumps(simulate)}" if simulate else "hello"
+    return {"model": model, "max_tokens": max_tokens, "tools": tools, "messages": [{"role": "user", "content": ask}], **more}
+
+
+def rows(folder, query):
+    db = sqlite3.connect(folder / "gateway.db")
+    try:
+        return db.execute(query).fetchall()
+    finally:
+        db.close()
+
+
+async def events(gw, body, app="app"):
+    """The raw text of a stream, as far as it came."""
+    received = b""
+    async with gw.client(app).messages.with_streaming_response.create(**body, stream=True) as answer:
+        async for chunk in answer.iter_bytes():
+            received += chunk
+    return received.decode()
+
+
+async def test_a_hello_of_claude_codes_size_holds_cents_after_its_first_event(tmp_path):
+    async with Simulator(behaviour=Behaviour(delay_ms=40, output_tokens=300)) as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
+        async with gw.client().messages.stream(**big()) as stream:
+            async for event in stream:
+                if event.type == "content_block_delta":
+                    break
+            await asyncio.sleep(0.1)
+            held = await gw.held_nano()
+            assert 0 < held < DOLLAR // 4, "the worst case of such a call is $2.86"
+            await stream.get_final_message()
+        await gw.quiet()
+        assert await gw.spent_nano() == (await api.settled()).billed_nano
+
+
+async def test_eight_agents_work_side_by_side_under_five_dollars_a_day(tmp_path):
+    async with Simulator(behaviour=Behaviour(delay_ms=20, output_tokens=400, tokens_per_event=16)) as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
+
+        async def agent():
+            for _ in range(2):
+                async with gw.client().messages.stream(**big()) as stream:
+                    await stream.get_final_message()
+
+        await asyncio.gather(*(agent() for _ in range(8)))
+        await gw.quiet()
+        book = await api.settled()
+        assert len(book.messages()) == 16
+        assert await gw.spent_nano() == book.billed_nano <= 5 * DOLLAR
+
+
+SMALL = """
+models: {allow: [claude-opus-5-5]}
+caps: {day: $0.16}
+reserve: progressive
+"""
+
+
+@pytest.mark.parametrize("hostile", [False, True], ids=["honest", "hostile"])
+async def test_a_stream_that_outgrows_its_budget_is_cut_after_a_whole_event_and_charged_no_less_than_its_bill(tmp_path, hostile):
+    behaviour = Behaviour(hostile=hostile, output_tokens=60_000, tokens_per_s=380, tokens_per_event=40, ahead_s=0.5, after_disconnect_s=1.0)
+    async with Simulator(behaviour=behaviour) as api, gateway(tmp_path, api, {"app": SMALL}) as gw:
+        text = await asyncio.wait_for(events(gw, big(kilobytes=0)), 60)
+        await gw.quiet()
+        book = await api.settled()
+        spent = await gw.spent_nano()
+        last = text.rstrip("\n").split("\n\n")[-1]
+        assert last.startswith("event: error\ndata: ")
+        error = json.loads(last.split("data: ", 1)[1])["error"]
+        assert error["type"] == "billing_error"
+        assert "does not allow this answer to go on" in error["message"]
+        for event in text.rstrip("\n").split("\n\n"):
+            json.loads(event.split("data: ", 1)[1])
+        assert 0 < book.billed_nano <= spent <= 0.16 * DOLLAR
+        [(flags,)] = rows(tmp_path, "SELECT flags FROM calls")
+        assert {"cut:budget", "estimated:cut"} <= set(flags.split())
+
+
+async def test_a_silent_stream_is_closed_where_its_grant_ends(tmp_path):
+    """Nothing arrives, so everything may have been generated: the clock alone ends it."""
+    async with Simulator(behaviour=Behaviour(say_nothing_s=60, output_tokens=50_000)) as api, gateway(tmp_path, api, {"app": SMALL}) as gw:
+        began = time.monotonic()
+        text = await asyncio.wait_for(events(gw, big(kilobytes=0)), 40)
+        assert time.monotonic() - began < 30
+        assert "event: error" in text
+        await gw.quiet()
+        assert (await api.settled()).billed_nano >= 0
+        assert await gw.spent_nano() <= 0.16 * DOLLAR
+
+
+async def test_top_ups_are_a_few_writes_a_second_however_many_streams_run(tmp_path):
+    async with Simulator(behaviour=Behaviour(tokens_per_s=300, output_tokens=1800, tokens_per_event=30)) as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
+        gw.gate.ledger.extend, writes = _counted(gw.gate.ledger.extend)
+        began = time.monotonic()
+        await asyncio.gather(*(events(gw, big(kilobytes=0)) for _ in range(6)))
+        took_s = time.monotonic() - began
+        await gw.quiet()
+        assert 1 <= len(writes) <= 4 * took_s + 2
+        [(extends,)] = rows(tmp_path, "SELECT count(*) FROM entries WHERE kind = 'extend'")
+        assert extends >= 6, "each stream was topped up"
+        assert await gw.spent_nano() == (await api.settled()).billed_nano
+
+
+def _counted(function):
+    calls = []
+
+    async def counting(top_ups, **options):
+        calls.append(top_ups)
+        return await function(top_ups, **options)
+
+    return counting, calls
+
+
+async def test_a_pause_now_ends_streams_in_flight_with_a_reason(tmp_path):
+    async with Simulator(behaviour=Behaviour(delay_ms=50, output_tokens=5_000)) as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
+        stream = asyncio.ensure_future(events(gw, big(kilobytes=0)))
+        while not api.book.in_flight:
+            await asyncio.sleep(0.01)
+        with admin.changing(tmp_path / "gateway.db") as db:
+            admin.pause(db, "app:app", cut=True, who="test", why="runaway loop", now=time.time())
+        text = await asyncio.wait_for(stream, 10)
+        assert '"permission_error"' in text.split("event: error")[1]
+        with pytest.raises(anthropic.PermissionDeniedError, match="paused until it is resumed \\(runaway loop\\)"):
+            await gw.client().messages.create(**big(kilobytes=0, max_tokens=100))
+        await gw.quiet()
+        assert await gw.spent_nano() >= (await api.settled()).billed_nano > 0
+
+
+async def test_a_bill_above_its_grant_is_posted_in_full_flagged_and_the_model_reserved_whole(tmp_path, caplog):
+    """The provider breaks the declared pace: it is not hidden, and not trusted again."""
+    async with Simulator(behaviour=Behaviour(overrun=True, output_tokens=20_000, delay_ms=1, tokens_per_event=200)) as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
+        await events(gw, big(kilobytes=0) | {"messages": [{"role": "user", "content": 'simulate: {"thinking": "off"}'}]})
+        await gw.quiet()
+        book = await api.settled()
+        flags = rows(tmp_path, "SELECT flags FROM calls")[0][0].split()
+        if "overrun" in flags:
+            assert await gw.spent_nano() == book.billed_nano
+            assert await gw.gate.ledger.overruns() == {"claude-opus-5-5"}
+            with pytest.raises(anthropic.RateLimitError, match="largest max_tokens"):
+                await events(gw, big(kilobytes=0, max_tokens=300_000))
+        else:
+            assert "cut:budget" in flags, "what outruns its grant is cut before it can end"
+
+
+async def test_the_request_cap_limits_what_a_stream_may_grow_to(tmp_path):
+    policy = AGENT.replace("{day: $5}", "{request: $0.12, day: $5}")
+    async with Simulator(behaviour=Behaviour(output_tokens=60_000, tokens_per_s=390, tokens_per_event=40)) as api, gateway(tmp_path, api, {"app": policy}) as gw:
+        text = await asyncio.wait_for(events(gw, big(kilobytes=0)), 60)
+        await gw.quiet()
+        assert "event: error" in text
+        assert (await api.settled()).billed_nano <= await gw.spent_nano() <= 0.12 * DOLLAR
+
+
+@pytest.mark.parametrize(("reserve", "refused"), [("full", True), ("auto", False), ("progressive", False)])
+async def test_the_policy_chooses_how_a_stream_is_reserved(tmp_path, reserve, refused):
+    policy = f"models: {{allow: [claude-opus-5-5]}}\ncaps: {{day: $2}}\nreserve: {reserve}\n"
+    async with Simulator() as api, gateway(tmp_path, api, {"app": policy}) as gw:
+        if refused:
+            with pytest.raises(anthropic.RateLimitError) as said:
+                await events(gw, big(kilobytes=0))
+            assert said.value.response.headers["x-gateway-refusal"] == "quote_over_cap"
+        else:
+            assert "message_stop" in await events(gw, big(kilobytes=0))
