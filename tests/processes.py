@@ -1,0 +1,64 @@
+"""Gateways as a user starts them: `gateway serve` processes on one ledger, in front of a simulated API in this process."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway import write_policies
+
+from gateway_addon import identity
+from gateway_addon.ledger import admin, files
+from gateway_addon.simulator import KEY
+
+
+@dataclass(slots=True)
+class Ledgered:
+    """A folder with policies, a ledger and a token per app."""
+
+    folder: Path
+    tokens: dict[str, str]
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "gateway.db"
+
+    async def serve(self) -> tuple[asyncio.subprocess.Process, str]:
+        """Start one gateway on a free port; returns it with its address."""
+        where = ["--listen", "127.0.0.1:0", "--policies", str(self.folder / "policies"), "--ledger", f"sqlite:///{self.ledger}"]
+        command = [sys.executable, "-u", "-m", "gateway_addon", "serve", *where]
+        log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        environment = os.environ | {"SIMULATED_KEY": KEY}
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment)
+        os.close(log)
+        line = await asyncio.wait_for(process.stdout.readline(), 20)
+        assert line.startswith(b"gateway"), (self.folder / "log").read_text()
+        return process, line.split()[1].decode()
+
+    @asynccontextmanager
+    async def serving(self, count: int) -> AsyncIterator[list[str]]:
+        """`count` gateways, stopped as an operator stops them; yields their addresses."""
+        started = await asyncio.gather(*(self.serve() for _ in range(count)))
+        try:
+            yield [url for _, url in started]
+        finally:
+            for process, _ in started:
+                process.send_signal(signal.SIGTERM)
+            for process, _ in started:
+                await asyncio.wait_for(process.wait(), 30)
+                process._transport.close()
+
+
+def ledgered(folder: Path, upstream: str, apps: Mapping[str, str], policy: str = "timeouts: {drain: 5s}\n") -> Ledgered:
+    write_policies(folder / "policies", upstream, apps, policy)
+    files.create(folder / "gateway.db")
+    tokens = {app: identity.mint() for app in apps}
+    with admin.changing(folder / "gateway.db") as db:
+        for app, token in tokens.items():
+            admin.issue_token(db, app, identity.digest(token), who="test", now=time.time())
+    return Ledgered(folder, tokens)
