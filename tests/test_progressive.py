@@ -79,7 +79,7 @@ reserve: progressive
 """
 
 
-@pytest.mark.parametrize("hostile", [False, True], ids=["honest", "hostile"])
+@pytest.mark.parametrize("hostile", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["honest", "hostile"])
 async def test_a_stream_that_outgrows_its_budget_is_cut_after_a_whole_event_and_charged_no_less_than_its_bill(tmp_path, hostile):
     behaviour = Behaviour(hostile=hostile, output_tokens=60_000, tokens_per_s=380, tokens_per_event=40, ahead_s=0.5, after_disconnect_s=1.0)
     async with Simulator(behaviour=behaviour) as api, gateway(tmp_path, api, {"app": SMALL}) as gw:

@@ -451,7 +451,7 @@ def test_any_split_of_the_bytes_gives_the_same_usage(scraps: list[bytes], data: 
 )
 def test_arbitrary_bytes_never_raise(body: bytes, content_type: str, encoding: str | None) -> None:
     usage = read(body, content_type, encoding)
-    assert usage.complete <= (usage.started or usage.error_type is not None)
+    assert usage.complete <= (usage.started or usage.error_type is not None or usage.stop_reason is not None)
     for result in [*(meter := BatchMeter(encoding)).feed(body), *meter.close()]:
         assert isinstance(result.usage, Usage)
 

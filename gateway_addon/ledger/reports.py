@@ -6,7 +6,7 @@ Knows nothing of tables on a terminal. The connection yields rows by name (`admi
 import sqlite3
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from gateway_addon.ledger.book import zone
 
@@ -111,16 +111,20 @@ class Report:
 
 def report(db: sqlite3.Connection, by: By, *, since: float, until: float) -> Report:
     """The calls admitted from `since` to before `until`."""
-    before = _lines(db, by, since - (until - since), since)
+    before = db.execute(_SPENT.format(key=_KEY[by]), {"since": since - (until - since), "until": since}).fetchall()
     return Report(
         by,
         since,
         until,
         _lines(db, by, since, until),
-        {line.key: line.spent_nano for line in before},
+        {_key(db, by, row["key"]): row["spent_nano"] for row in before},
         tuple((row["code"], row["calls"]) for row in db.execute(_REFUSALS, {"since": since, "until": until}).fetchall()),
     )
 
+
+_SPENT = f"""
+SELECT {{key}} AS key, sum(spent_nano) AS spent_nano FROM {_CALLS} CROSS JOIN entries ON entries.call_id = calls.id {_CHOSEN}
+"""
 
 _REFUSALS = """
 SELECT code, sum(calls) AS calls FROM (
@@ -146,7 +150,7 @@ class Notable:
 def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | None:
     """The configuration that cost most; None where nothing was spent."""
     key = "json_array(calls.app, coalesce(model_asked, '(none)'), max_tokens)"
-    lines = [_line(row) for row in db.execute(_LINES.format(key=key, order="spent_nano DESC"), {"since": since, "until": until}).fetchall()]
+    lines = [_line(row, row["key"]) for row in db.execute(_LINES.format(key=key, order="spent_nano DESC"), {"since": since, "until": until}).fetchall()]
     if not lines or lines[0].spent_nano == 0:
         return None
     [(app, model, asked_tokens)] = db.execute(
@@ -165,12 +169,12 @@ def alerts(db: sqlite3.Connection, *, since: float, until: float) -> list[dict[s
 def _lines(db: sqlite3.Connection, by: By, since: float, until: float) -> tuple[Line, ...]:
     order = "key" if by == "day" else "spent_nano DESC, calls DESC, key"
     rows = db.execute(_LINES.format(key=_KEY[by], order=order), {"since": since, "until": until}).fetchall()
-    if by != "day":
-        return tuple(_line(row) for row in rows)
-    calendar = zone(db)
-    return tuple(_line(row, datetime.fromtimestamp(row["key"], calendar).strftime("%Y-%m-%d")) for row in rows)
+    return tuple(_line(row, _key(db, by, row["key"])) for row in rows)
 
 
-def _line(row: sqlite3.Row, key: str | None = None) -> Line:
-    figures = {name: row[name] for name in Line.__slots__ if name != "key"}
-    return Line(str(row["key"]) if key is None else key, **figures)
+def _key(db: sqlite3.Connection, by: By, key: object) -> str:
+    return datetime.fromtimestamp(cast(int, key), zone(db)).strftime("%Y-%m-%d") if by == "day" else str(key)
+
+
+def _line(row: sqlite3.Row, key: str) -> Line:
+    return Line(key, **{name: row[name] for name in Line.__slots__ if name != "key"})
