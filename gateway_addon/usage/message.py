@@ -71,7 +71,7 @@ class Draft:
         delta = event.get("delta")
         if isinstance(delta, dict):
             self.stop_reason = _name(delta.get("stop_reason")) or self.stop_reason
-            self.complete = self.complete or self.stop_reason is not None
+            self.complete = self.complete or (self.started and self.stop_reason is not None)
             self._container(delta)
         if event.get("usage") is not None:
             self._usage(event["usage"])
