@@ -150,7 +150,8 @@ class Notable:
 def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | None:
     """The configuration that cost most; None where nothing was spent."""
     key = "json_array(calls.app, coalesce(model_asked, '(none)'), max_tokens)"
-    lines = [_line(row, row["key"]) for row in db.execute(_LINES.format(key=key, order="spent_nano DESC"), {"since": since, "until": until}).fetchall()]
+    query = _LINES.format(key=key, order="spent_nano DESC")
+    lines = [_line(row, row["key"]) for row in db.execute(query, {"since": since, "until": until}).fetchall()]
     if not lines or lines[0].spent_nano == 0:
         return None
     [(app, model, asked_tokens)] = db.execute(
