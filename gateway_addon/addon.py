@@ -176,7 +176,7 @@ class GatewayAddon:
         if self.gate.policy.tls and not flow.client_conn.tls:
             return Refusal("request", "This gateway takes calls over https alone, so that tokens do not cross the network in clear.")
         peer = flow.client_conn.peername[0] if flow.client_conn.peername else ""
-        return await self.gate.arrive(flow.request.method, flow.request.path, headers, peer, self.clock())
+        return await self.gate.arrive(_method(flow.request), flow.request.path, headers, peer, self.clock())
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
@@ -185,7 +185,7 @@ class GatewayAddon:
             return
         life = self.lives[flow.id]
         assert life.arrived is not None
-        request = Request(flow.request.method, flow.request.path, _lowered(flow.request.headers), flow.request.raw_content or b"")
+        request = Request(_method(flow.request), flow.request.path, _lowered(flow.request.headers), flow.request.raw_content or b"")
         life.admission = asyncio.ensure_future(self.gate.admit(life.arrived, request, self.clock()))
         try:
             decision = await life.admission
@@ -308,6 +308,11 @@ class GatewayAddon:
             self.connections.pop(data.context.client.id, None)
         elif isinstance(data, server_hooks.ServerConnectionHookData):
             data.server.error = "the gateway failed before the connection was opened"
+
+
+def _method(request: http.Request) -> str:
+    """The method as it will be sent. (`request.method` is in upper case, whatever the client wrote: judged would not be sent.)"""
+    return request.data.method.decode("ascii", "backslashreplace")
 
 
 def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:

@@ -190,7 +190,9 @@ class ApiHttp1Server(Http1Server):
     """mitmproxy's HTTP/1 server with its own errors (400, 413, 502, in HTML) said in the API's shape, and a bounded head."""
 
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
-        if isinstance(event, ResponseProtocolError) and not self.response and self.conn.state & connection.ConnectionState.CAN_WRITE:
+        if not self.conn.state & connection.ConnectionState.CAN_WRITE:
+            return  # one answer was given and the connection closed behind it: a second one would be taken for the next request's
+        if isinstance(event, ResponseProtocolError) and not self.response:
             refusal = event.refusal if isinstance(event, ApiProtocolError) else _said_by_mitmproxy(event)
             if refusal is not None:
                 yield commands.SendData(self.conn, _raw_answer(refusal))

@@ -1,0 +1,97 @@
+"""The real key and the tokens, hunted for in everything that shows, stores or passes flows on."""
+
+import asyncio
+import base64
+import logging
+import os
+import subprocess
+import sys
+import urllib.parse
+from pathlib import Path
+
+import httpx2
+import pytest
+from gateway import gateway
+from processes import ledgered
+
+from gateway_addon.simulator import KEY, Behaviour, Simulator
+
+HELLO = {"model": "claude-haiku-4-5", "max_tokens": 200, "messages": [{"role": "user", "content": "hi"}]}
+
+
+def found_in(where: bytes, secret: str) -> bool:
+    """Raw, in base64 at any offset, or percent-encoded."""
+    forms = {secret.encode(), urllib.parse.quote(secret, safe="").encode()}
+    for offset in range(3):
+        forms.add(base64.b64encode(b"\0" * offset + secret.encode())[4:-4])
+    return any(form in where for form in forms)
+
+
+def command_lines() -> list[bytes]:
+    """The arguments of every process, where the system shows them."""
+    return [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+
+
+async def one_of_each(gw):
+    """A JSON call, a stream, a refused call and a call with the token in the wrong place."""
+    client = gw.client()
+    await client.messages.create(**HELLO)
+    async with client.messages.stream(**HELLO) as stream:
+        await stream.get_final_message()
+    async with httpx2.AsyncClient(base_url=gw.url) as http:
+        await http.post("/v1/files", headers={"x-api-key": gw.tokens["app"]})
+        await http.post("/v1/messages", headers={"authorization": f"Bearer {gw.tokens['app']}", "x-api-key": KEY}, json=HELLO)
+
+
+@pytest.mark.parametrize("web", [False, True], ids=["mitmdump", "mitmweb"])
+async def test_neither_key_nor_token_is_in_any_flow_log_or_file(tmp_path, caplog, web):
+    settings = {"web_port": 0, "web_password": "x" * 32} if web else {}
+    async with Simulator(behaviour=Behaviour(delay_ms=10)) as api, gateway(tmp_path, api, settings=settings) as gw:
+        shown = [b""]
+        if web:
+            gw.master.options.update(save_stream_file=str(tmp_path / "flows"), hardump=str(tmp_path / "flows.har"))
+            gw.master.view.sig_view_add.connect(_watch := (lambda flow: shown.append(repr(flow.get_state()).encode())))
+            gw.master.view.sig_view_update.connect(_watch)
+        with caplog.at_level(logging.DEBUG):
+            logging.getLogger("hpack").setLevel(logging.INFO)
+            await one_of_each(gw)
+            reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+            writer.write(b"POST /v1/messages HTTP/1.1\r\nnot a header\r\n\r\n")
+            await reader.read()
+            writer.close()
+            await gw.quiet()
+        if web:
+            shown += [repr(flow.get_state()).encode() for flow in gw.master.view]
+            assert len(shown) > 4, "the flows were looked at"
+        assert (await api.settled()).messages()[0].header("x-api-key") == KEY, "the key was used"
+        secrets = (KEY, gw.tokens["app"])
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    for secret in secrets:
+        assert not any(found_in(where, secret) for where in [*shown, *files, caplog.text.encode()])
+
+
+async def test_neither_key_nor_token_is_in_the_process_table_or_in_what_serve_prints(tmp_path):
+    async with Simulator() as api:
+        gateways = ledgered(tmp_path, api.url, {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n"})
+        process, url = await gateways.serve()
+        async with httpx2.AsyncClient(base_url=url) as http:
+            headers = {"x-api-key": gateways.tokens["app"], "anthropic-version": "2023-06-01"}
+            assert (await http.post("/v1/messages", headers=headers, json=HELLO)).status_code == 200
+            await http.post("/v1/messages", headers={"x-api-key": gateways.tokens["app"][:-3]}, json=HELLO)
+        lines = command_lines()
+        process.terminate()
+        printed = await process.stdout.read()
+        await process.wait()
+        process._transport.close()
+    for secret in (KEY, gateways.tokens["app"]):
+        assert not any(found_in(where, secret) for where in [*lines, printed, (tmp_path / "log").read_bytes()])
+    assert os.environ.get("SIMULATED_KEY") is None
+
+
+def test_a_key_that_is_missing_is_said_without_a_key_and_points_to_the_demo(tmp_path):
+    gateways = ledgered(tmp_path, "http://127.0.0.1:9", {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n"})
+    where = ["--policies", str(tmp_path / "policies"), "--ledger", f"sqlite:///{gateways.ledger}", "--listen", "127.0.0.1:0"]
+    done = subprocess.run([sys.executable, "-m", "gateway_addon", "serve", *where], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr.startswith("The environment variable SIMULATED_KEY is not set.")
+    assert "gateway demo" in done.stderr

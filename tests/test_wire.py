@@ -1,0 +1,112 @@
+"""Hostile bytes on a raw socket: each has one answer, in the API's shape, and not a byte of it reaches the API."""
+
+import asyncio
+import json
+
+import pytest
+from bypass import HOSTILE, PLAIN, POLICY, Hostile
+from gateway import gateway
+from rawhttp import split_answer
+
+from gateway_addon.simulator import Simulator
+
+BODY = json.dumps(PLAIN).encode()
+
+
+async def send(gw, data: bytes, *, finish: bool = False) -> bytes:
+    """Everything that comes back until the gateway closes, or is silent for a moment after a whole answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+    answer = b""
+    try:
+        writer.write(data)
+        if finish:
+            writer.write_eof()
+        await writer.drain()
+        while chunk := await asyncio.wait_for(reader.read(65536), 10 if not answer else 0.03):
+            answer += chunk
+    except (TimeoutError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+    return answer
+
+
+def request(row, token: str) -> bytes:
+    headers = [("host", "gateway"), ("x-api-key", token), ("anthropic-version", "2023-06-01"), *row.headers]
+    if not any(name == "content-length" for name, _ in headers):
+        headers.append(("content-length", str(len(row.body))))
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return f"{row.method} {row.target} HTTP/1.1\r\n{head}\r\n".encode() + row.body
+
+
+async def test_no_hostile_request_of_the_table_reaches_the_api(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": POLICY}) as gw:
+        assert b" 200 " in (await send(gw, request(Hostile("none", ""), gw.tokens["app"]))).split(b"\r\n")[0]
+        await api.settled()
+        before = api.book.bytes_received
+        for index, row in enumerate(HOSTILE):
+            if (row.method, row.target) != (row.method.strip(), row.target.strip(" \t")):
+                continue  # white space ends a word of the request line: judged and sent is the bare one
+            status, headers, body = split_answer(await send(gw, request(row, gw.tokens["app"])))
+            assert status >= 400, (index, row.trick, status)
+            if row.method != "HEAD":
+                assert json.loads(body)["type"] == "error", (index, row.trick)
+            assert headers.get("x-gateway-refusal") or status == 400, (index, row.trick)
+        assert api.book.bytes_received == before
+
+
+def raw(*lines: str, body: bytes = b"") -> bytes:
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+LENGTH = f"content-length: {len(BODY)}"
+SMUGGLED = b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+FRAMED = {
+    "both lengths": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", LENGTH, "transfer-encoding: chunked", body=BODY), 400),
+    "two lengths": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", LENGTH, "content-length: 3", body=BODY), 400),
+    "a negative length": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "content-length: -1"), 400),
+    "a length in words": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "content-length: ten"), 400),
+    "chunked twice": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "transfer-encoding: chunked, chunked"), 400),
+    "an unknown encoding": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "transfer-encoding: xchunked"), 400),
+    "a space before the colon": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", f"content-length : {len(BODY)}", body=BODY), 400),
+    "a folded header": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "x-a: b\r\n c", LENGTH, body=BODY.replace(b"haiku-4-5", b"haiku-9-9")), 403),
+    "no version": (raw("POST /v1/messages", "host: x"), 400),
+    "a head without an end": (b"POST /v1/messages HTTP/1.1\r\nx: " + b"a" * 200_000, 400),
+    "another host in the first line": (raw("POST http://evil.example/v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", LENGTH, body=BODY), 400),
+    "connect": (raw("CONNECT evil.example:443 HTTP/1.1", "host: evil.example:443"), 400),
+    "upgrade": (raw("GET /v1/models HTTP/1.1", "host: x", "x-api-key: {token}", "connection: upgrade", "upgrade: websocket"), 403),
+    "http/2 in clear": (b"PRI * HTTP/2.0\r\n\r\n", 400),
+    "no token and a large body": (raw("POST /v1/messages HTTP/1.1", "host: x", "content-length: 30000000", body=b"{"), 401),
+    "no token and a body without a length": (raw("POST /v1/messages HTTP/1.1", "host: x", "transfer-encoding: chunked", body=b"5\r\n{}{}{\r\n"), 401),
+    "33 megabytes": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "content-length: 40000000", body=b"{"), 413),
+}
+
+
+@pytest.mark.parametrize("trick", FRAMED)
+async def test_a_request_that_two_parsers_could_frame_differently_is_refused(tmp_path, trick):
+    data, wanted = FRAMED[trick]
+    async with Simulator() as api, gateway(tmp_path, api, {"app": POLICY}) as gw:
+        answer = await send(gw, data.replace(b"{token}", gw.tokens["app"].encode()))
+        assert answer.startswith(b"HTTP/1.1 "), answer[:200]
+        status, headers, body = split_answer(answer)
+        assert status == wanted, body
+        assert headers["content-type"] == "application/json"
+        assert json.loads(body)["type"] == "error"
+        assert api.book.bytes_received == 0
+        assert not await gw.open_calls()
+
+
+async def test_a_pipelined_request_is_judged_by_itself(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": POLICY}) as gw:
+        good = raw("POST /v1/messages HTTP/1.1", "host: x", f"x-api-key: {gw.tokens['app']}", "anthropic-version: 2023-06-01", "content-type: application/json", LENGTH, body=BODY)
+        answer = await send(gw, good + SMUGGLED)
+        assert b"HTTP/1.1 200" in answer
+        assert b"HTTP/1.1 401" in answer, "without a token of its own"
+        assert [row.target for row in (await api.settled()).all()] == ["/v1/messages"]
+
+
+async def test_a_chunked_body_is_read_judged_and_passed_on(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": POLICY}) as gw:
+        head = ("POST /v1/messages HTTP/1.1", "host: x", f"x-api-key: {gw.tokens['app']}", "anthropic-version: 2023-06-01", "content-type: application/json", "transfer-encoding: chunked")
+        answer = await send(gw, raw(*head, body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)))
+        assert answer.startswith(b"HTTP/1.1 200")
