@@ -14,13 +14,15 @@ from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mitmproxy import connection, ctx, exceptions, http
+from mitmproxy import connection, ctx, exceptions, http, tls
 from mitmproxy.proxy import server_hooks
 from mitmproxy.proxy.layer import NextLayer
+from OpenSSL import SSL
 
 from gateway_addon import inject
 from gateway_addon.answers import Answer, cap_headers, visible_models
 from gateway_addon.gate import Arrived, Gate
+from gateway_addon.listener import Certificate
 from gateway_addon.lives import Life
 from gateway_addon.reading import Request
 from gateway_addon.refusals import Refusal, new_request_id
@@ -87,6 +89,7 @@ class GatewayAddon:
         self.gate = gate
         self.key = key
         self.clock = clock
+        self.certificate = Certificate()
         self.draining = False
         self.on_running: Callable[[], None] = lambda: None
         self.lives: dict[str, Life] = {}
@@ -123,6 +126,13 @@ class GatewayAddon:
         ctx.master.addons.get("nextlayer").next_layer(data)
         inject.install(data.layer)
         self.connections.setdefault(data.context.client.id, None)
+
+    @guarded("connection")
+    def tls_start_client(self, data: tls.TlsData) -> None:
+        """Answer with the operator's certificate, where the policy names one."""
+        if self.gate.policy.tls is not None:
+            data.ssl_conn = SSL.Connection(self.certificate.context(self.gate.policy.tls))
+            data.ssl_conn.set_accept_state()
 
     @guarded("connection")
     def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
@@ -206,9 +216,9 @@ class GatewayAddon:
 
     def _grant(self, flow: http.HTTPFlow, arrived: Arrived) -> inject.Grant:
         upstream, request = urlsplit(arrived.policy.upstream), flow.request
-        tls = upstream.scheme == "https"
-        address, credential = (upstream.hostname or "", upstream.port or (443 if tls else 80)), ("x-api-key", self.key())
-        return inject.Grant(address, tls, request.method, request.path, request.headers.fields, request.raw_content, credential)
+        secure = upstream.scheme == "https"
+        address, credential = (upstream.hostname or "", upstream.port or (443 if secure else 80)), ("x-api-key", self.key())
+        return inject.Grant(address, secure, request.method, request.path, request.headers.fields, request.raw_content, credential)
 
     # -- its answer
 

@@ -24,6 +24,7 @@ from gateway_addon.alerts import Alerter
 from gateway_addon.dispatch import Dispatch
 from gateway_addon.gate import Gate
 from gateway_addon.ledger import Ledger
+from gateway_addon.listener import Certificate
 from gateway_addon.logs import say_plainly
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.reload import Watcher, align
@@ -78,6 +79,8 @@ def run(settings: Settings, listener: socket.socket) -> int:
 async def _run(settings: Settings) -> int:
     policy = load(settings.policies)
     key = Secret(policy.key)
+    if policy.tls is not None:
+        Certificate().context(policy.tls)
     key()  # a missing key is said now, not to the first caller
     ledger = await Ledger.open(settings.ledger)
     await align(ledger, policy)

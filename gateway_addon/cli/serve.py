@@ -11,6 +11,7 @@ import click
 
 from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.listener import TlsUnavailable
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import SecretUnavailable
@@ -73,7 +74,7 @@ def web(listen: tuple[str, int], policies: Path, ledger: str, insecure_listen: b
         _serve(Settings(host, port, policies, ledger, options, web_port, password), listener)
 
 
-SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, ValueError, OSError)
+SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, ValueError, OSError)
 
 
 @SAY

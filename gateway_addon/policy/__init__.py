@@ -8,7 +8,7 @@
 from gateway_addon.policy.loading import load
 from gateway_addon.policy.rules import Verdict, edits, judge, may_use, trail
 from gateway_addon.policy.source import PolicyError
-from gateway_addon.policy.values import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, caps
+from gateway_addon.policy.values import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, caps
 
 __all__ = [
     "Alerts",
@@ -18,6 +18,7 @@ __all__ = [
     "GatewayPolicy",
     "PolicyError",
     "Source",
+    "Tls",
     "Verdict",
     "caps",
     "edits",

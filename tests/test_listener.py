@@ -1,0 +1,52 @@
+"""The listener's own certificate."""
+
+import os
+import ssl
+import subprocess
+from pathlib import Path
+
+import httpx2
+import pytest
+from gateway import gateway
+
+from gateway_addon.listener import Certificate, TlsUnavailable
+from gateway_addon.policy import Tls
+from gateway_addon.simulator import Simulator
+
+HELLO = {"model": "claude-haiku-4-5", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
+VERSION = {"anthropic-version": "2023-06-01"}
+
+
+@pytest.fixture
+def tls(tmp_path) -> Tls:
+    pair = Tls(str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    subprocess.run([*command, "-keyout", pair.key, "-out", pair.cert, *subject], check=True, capture_output=True)
+    return pair
+
+
+async def test_a_client_that_trusts_the_certificate_calls_over_https_and_nobody_calls_in_clear(tmp_path, tls):
+    policy = f"tls: {{cert: {tls.cert}, key: {tls.key}}}\n"
+    async with Simulator() as api, gateway(tmp_path, api, policy=policy) as gw:
+        headers = {"x-api-key": gw.tokens["app"], **VERSION}
+        trusting = ssl.create_default_context(cafile=tls.cert)
+        async with httpx2.AsyncClient(verify=trusting) as client:
+            assert (await client.post(f"https://127.0.0.1:{gw.port}/v1/messages", headers=headers, json=HELLO)).status_code == 200
+            refused = await client.post(f"http://127.0.0.1:{gw.port}/v1/messages", headers=headers, json=HELLO)
+        assert refused.status_code == 400
+        assert "over https alone" in refused.json()["error"]["message"]
+        await gw.quiet()
+
+
+def test_a_renewed_certificate_is_taken_and_a_broken_one_is_a_sentence(tls):
+    certificate = Certificate()
+    first = certificate.context(tls)
+    assert certificate.context(tls) is first
+    os.utime(tls.cert, (1, 1))
+    assert certificate.context(tls) is not first
+    Path(tls.cert).write_text("nothing")
+    with pytest.raises(TlsUnavailable, match="are not a certificate chain and its private key"):
+        certificate.context(tls)
+    with pytest.raises(TlsUnavailable, match="cannot be read"):
+        certificate.context(Tls("/nowhere", tls.key))
