@@ -78,6 +78,8 @@ def load(path: Path | None = None, override_path: Path | None = None) -> Prices:
             spot = Spot("/".join(file.parts[-2:]))
             document = entries(compose(spot.file, content.decode()), spot, known)
             documents.append({key: _Entry(node, spot.at(key)) for key, node in document.items()})
+            if known is _SHIPPED_KEYS and (missing := [key for key in known if key not in document]):
+                raise spot.error(None, f"{missing[0]} is missing: the table itself needs it, an override does not")
         return _table(documents[0], documents[1] if override_path else {}, digest.hexdigest())
     except FileError as error:
         raise PriceError(str(error)) from None
@@ -107,17 +109,20 @@ def _table(shipped: dict[str, _Entry], override: dict[str, _Entry], digest: str)
         assumed=assumed,
     )
     models = _models(shipped)
-    for model, keys in _models(override).items():
-        models[model] = models.get(model, {}) | keys
-    rows = {model: _rows(model, keys, common) for model, keys in models.items()}
+    for model, (place, keys) in _models(override).items():
+        models[model] = (place, models[model][1] | keys if model in models else keys)
+    rows = {model: _rows(model, place, keys, common) for model, (place, keys) in models.items()}
     starts = {model: tuple(_unix(row.since) for row in ordered) for model, ordered in rows.items()}
-    return Prices(MappingProxyType(rows), MappingProxyType(starts), MappingProxyType(_aliases(models)), scalar(*shipped["checked"]), digest)
+    aliases = _aliases({model: keys for model, (_, keys) in models.items()})
+    checked = scalar(*shipped["checked"])
+    return Prices(MappingProxyType(rows), MappingProxyType(starts), MappingProxyType(aliases), checked, digest)
 
 
-def _models(document: dict[str, _Entry]) -> dict[str, _Model]:
+def _models(document: dict[str, _Entry]) -> dict[str, tuple[_Entry, _Model]]:
+    """The models of one file: where each is, and its keys."""
     if "models" not in document:
         return {}
-    return {model: _mapping(entry, _MODEL_KEYS) for model, entry in _mapping(document["models"], None).items()}
+    return {model: (entry, _mapping(entry, _MODEL_KEYS)) for model, entry in _mapping(document["models"], None).items()}
 
 
 def _aliases(models: dict[str, _Model]) -> dict[str, str]:
@@ -131,13 +136,11 @@ def _aliases(models: dict[str, _Model]) -> dict[str, str]:
     return aliases
 
 
-def _rows(model: str, keys: _Model, common: _Common) -> tuple[Row, ...]:
+def _rows(model: str, place: _Entry, keys: _Model, common: _Common) -> tuple[Row, ...]:
     """All rows of one model, in the order of their dates."""
-    somewhere = next(iter(keys.values())) if keys else None
     for needed in ("source", "context_tokens", "output_tokens_max", "prices"):
         if needed not in keys:
-            spot = Spot(somewhere.spot.file if somewhere else "prices.yaml", f"models.{model}")
-            raise spot.error(somewhere.node if somewhere else None, f"{needed} is missing, and the shipped table has no such model")
+            raise place.spot.error(place.node, f"{needed} is missing, and the shipped table has no such model")
     pace = common.assumed | {key: keys[key] for key in _ASSUMED_KEYS if key in keys}
     rows: list[Row] = []
     for index, node in enumerate(items(*keys["prices"])):
