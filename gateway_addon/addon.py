@@ -84,11 +84,14 @@ def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class GatewayAddon:
-    def __init__(self, gate: Gate, key: Callable[[], str], clock: Callable[[], float] = time.time):
-        """`key` returns the real API key, fresh after a rotation; `clock` returns unix seconds."""
+    def __init__(
+        self, gate: Gate, key: Callable[[], str], clock: Callable[[], float] = time.time, key_refused: Callable[[], None] = lambda: None
+    ):
+        """`key` returns the real API key, fresh after a rotation, `key_refused` hears of a 401; `clock` returns unix seconds."""
         self.gate = gate
         self.key = key
         self.clock = clock
+        self.key_refused = key_refused
         self.certificate = Certificate()
         self.draining = False
         self.on_running: Callable[[], None] = lambda: None
@@ -230,6 +233,8 @@ class GatewayAddon:
             return
         life.status, lowered = response.status_code, _lowered(response.headers)
         self.gate.upstream_headers(life.arrived, response.status_code, lowered, self.clock())
+        if response.status_code == 401:
+            self.key_refused()
         fields = [field for field in response.headers.fields if not field[0].lower().startswith(ACCOUNT_HEADERS)]
         if life.running is not None:
             known = dict(lowered)
