@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
@@ -24,14 +25,12 @@ from gateway_addon.usage import Meter, Usage
 @click.option("--prices", "override", type=click.Path(exists=True, dir_okay=False), help="an operator's own prices.yaml")
 def meter(recording: BinaryIO, jsonl: bool, content_type: str, content_encoding: str | None, at: str | None, override: str | None) -> None:
     """Read a recorded response (FILE or stdin) and print its usage and cost as JSON."""
-    from pathlib import Path
-
     try:
         prices = load(None, Path(override) if override else None)
         default_at = _unix(at) if at else time.time()
         if jsonl:
-            for row in _rows(recording):
-                click.echo(json.dumps(_answer(row, prices, default_at)))
+            for number, row in _rows(recording):
+                click.echo(json.dumps(_answer(number, row, prices, default_at)))
         else:
             usage = _read(recording.read(), content_type, content_encoding)
             click.echo(json.dumps(_printed(usage, _cost(usage, None, prices, default_at)), indent=2))
@@ -40,7 +39,7 @@ def meter(recording: BinaryIO, jsonl: bool, content_type: str, content_encoding:
         sys.exit(2)
 
 
-def _rows(lines: BinaryIO) -> Iterator[dict[str, Any]]:
+def _rows(lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of the input. Raises ValueError with the number of the line that is not one."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -50,11 +49,14 @@ def _rows(lines: BinaryIO) -> Iterator[dict[str, Any]]:
                 row = None
             if not isinstance(row, dict) or not isinstance(row.get("body"), str):
                 raise ValueError(f'line {number} is not a row like {{"content_type": ..., "body": ...}}')
-            yield row
+            yield number, row
 
 
-def _answer(row: dict[str, Any], prices: Prices, default_at: float) -> dict[str, Any]:
-    body = base64.b64decode(row["body"]) if row.get("body_encoding") == "base64" else row["body"].encode()
+def _answer(number: int, row: dict[str, Any], prices: Prices, default_at: float) -> dict[str, Any]:
+    try:
+        body = base64.b64decode(row["body"], validate=True) if row.get("body_encoding") == "base64" else row["body"].encode()
+    except ValueError:
+        raise ValueError(f"line {number}: its body is not base64") from None
     usage = _read(body, str(row.get("content_type") or ""), row.get("content_encoding"))
     at = _unix(row["at"]) if row.get("at") else default_at
     return _printed(usage, _cost(usage, row.get("request"), prices, at))
