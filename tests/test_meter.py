@@ -158,6 +158,7 @@ def median_s(work: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
+@pytest.mark.soak  # a ratio of times: not for a busy machine
 def test_metering_is_faster_than_parsing_each_event() -> None:
     events = stream(20_000)
     body = b"".join(events)
