@@ -86,7 +86,7 @@ async def _run(settings: Settings) -> int:
     await align(ledger, policy)
     alerter = Alerter(ledger, lambda source: Secret(source)(), time.time)
     gate = Gate(ledger, policy, time.time, alerter)
-    addon = GatewayAddon(gate, key)
+    addon = GatewayAddon(gate, key, key_refused=key.refused)
     master = build(settings, policy, addon)
     say_plainly(key)
     _on_signal(master.shutdown)

@@ -135,7 +135,6 @@ class GatewayPolicy:
 
     upstream: str
     key: Source
-    admin_key: Source | None
     timezone: str
     caps: Mapping[CapWindow, int]
     teams: Mapping[str, Team]
