@@ -1,5 +1,6 @@
 """`gateway init`: what is missing is written, what exists is never touched."""
 
+import pytest
 from click.testing import CliRunner
 
 from gateway_addon.cli import main
@@ -32,6 +33,28 @@ def test_a_wrong_answer_is_asked_again(tmp_path):
     assert done.exit_code == 0, done.output
     assert "'much' is not an amount" in done.output
     assert tuple(load(tmp_path / "policies").key) == ("env", "CLAUDE_KEY")
+
+
+@pytest.mark.parametrize(
+    ("answer", "source"),
+    [
+        ("env CLAUDE_KEY", ("env", "CLAUDE_KEY")),
+        ("file /run/a folder/{key}: #1", ("file", "/run/a folder/{key}: #1")),
+        ("command pass show 'claude api'", ("command", ("pass", "show", "claude api"))),
+    ],
+)
+def test_the_key_may_come_from_anywhere_a_policy_can_read_it(tmp_path, answer, source):
+    done = init(tmp_path, answers=f"reviews\n60\n{answer}\n")
+    assert done.exit_code == 0, done.output
+    assert tuple(load(tmp_path / "policies").key) == source
+
+
+def test_a_name_that_no_policy_file_can_have_writes_nothing(tmp_path):
+    done = init(tmp_path, "--yes", "--app", "Bad Name")
+    assert (done.exit_code, "'Bad Name' cannot be an app's name" in done.output) == (2, True)
+    assert not list(tmp_path.iterdir())
+    assert init(tmp_path, answers="My App\nmy-app\n60\n\n").exit_code == 0
+    assert list(load(tmp_path / "policies").apps) == ["my-app"]
 
 
 def test_what_exists_is_kept_to_the_byte(tmp_path):

@@ -1,6 +1,8 @@
 """`gateway init`: a first policy and an empty ledger, so that the next command works."""
 
-from collections.abc import Callable
+import json
+import re
+import shlex
 from pathlib import Path
 
 import click
@@ -10,6 +12,7 @@ from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.ledger.files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.policy import PolicyError, load
+from gateway_addon.policy.keys import NAME
 from gateway_addon.pricing import PriceError
 
 GATEWAY = """\
@@ -20,7 +23,7 @@ GATEWAY = """\
 upstream: https://api.anthropic.com
 
 # Where the real API key is read from: {{env: NAME}}, {{file: PATH}} or {{command: [PROGRAM, ARGUMENT]}}. It exists nowhere else.
-key: {key}
+key: {{{key}}}
 
 # What all apps together may spend, beside each app's own caps.
 caps: {{month: {total}}}
@@ -50,20 +53,20 @@ caps: {{request: $0.50, day: {day}, month: {month}}}
 @says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError, OSError)
 def init(yes: bool, app: str | None, policies: Path, ledger: str) -> None:
     """Write what is missing of a first policy and an empty ledger. Nothing that exists is changed."""
-    (policies / "apps").mkdir(parents=True, exist_ok=True)
     has_gateway, has_apps = (policies / "gateway.yaml").exists(), any((policies / "apps").glob("*.yaml"))
-    name, month_nano, key = app or "app", parse_nano("$20"), "env ANTHROPIC_API_KEY"
+    name, month_nano, key = _name(app or "app"), parse_nano("$20"), _source("env ANTHROPIC_API_KEY")
     if not yes:
         if app is None and not has_apps:
-            name = click.prompt("What is your first app called?", default=name)
+            name = click.prompt("What is your first app called?", default=name, value_proc=_name)
         if not has_apps or app is not None:
             month_nano = click.prompt("What may it spend in a month?", default=dollars(month_nano, 0), value_proc=_amount)
         if not has_gateway:
-            key = click.prompt("Where is the real API key (env NAME, or file PATH)?", default=key, value_proc=_source)
-    kind, _, where = key.partition(" ")
-    texts = {policies / "gateway.yaml": GATEWAY.format(key=f"{{{kind}: {where}}}", total=dollars(2 * month_nano, 0))}
+            where = "Where is the real API key (env NAME, file PATH, or command PROGRAM ARGUMENT...)?"
+            key = click.prompt(where, default="env ANTHROPIC_API_KEY", value_proc=_source)
+    texts = {policies / "gateway.yaml": GATEWAY.format(key=key, total=dollars(2 * month_nano, 0))}
     if not has_apps or app is not None:
         texts[policies / "apps" / f"{name}.yaml"] = APP.format(app=name, day=dollars(month_nano // 10, 0), month=dollars(month_nano, 0))
+    (policies / "apps").mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         _write(path, text)
     path = ledger_path(ledger)
@@ -88,20 +91,30 @@ def _write(path: Path, text: str) -> None:
         click.echo(f"wrote  {path}")
 
 
+# An answer's value. Raises UsageError with a sentence, after which click asks again.
+
+
+def _name(text: str) -> str:
+    if re.fullmatch(NAME, text) is None:
+        raise click.UsageError(f"{text!r} cannot be an app's name; use lower-case letters, digits, - and _")
+    return text
+
+
 def _amount(text: str) -> int:
-    return _asked_again(lambda: parse_nano(text))
+    try:
+        return parse_nano(text)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _source(text: str) -> str:
+    """`file /run/key` as the key of a policy file: `file: "/run/key"` (a JSON string is a YAML string, whatever is in it)."""
     kind, _, where = text.strip().partition(" ")
-    if kind not in ("env", "file") or not where:
-        raise click.UsageError(f"{text!r} is neither `env NAME` nor `file PATH`")
-    return f"{kind} {where}"
-
-
-def _asked_again[T](read: Callable[[], T]) -> T:
-    """click asks again after a UsageError."""
-    try:
-        return read()
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+    where = where.strip()
+    if kind == "env" and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", where):
+        return f"env: {where}"
+    if kind == "file" and where:
+        return f"file: {json.dumps(where)}"
+    if kind == "command" and where:
+        return f"command: {json.dumps(shlex.split(where))}"
+    raise click.UsageError(f"{text!r} is none of `env NAME`, `file PATH`, `command PROGRAM ARGUMENT...`")
