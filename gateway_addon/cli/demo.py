@@ -139,6 +139,7 @@ class _Story:
                 done += 1
 
             yield advance
+            bar.update(1)
 
     def ending(self, holds: bool, took_s: float, kept: Path | None) -> None:
         self._say("")

@@ -66,7 +66,7 @@ def estimated(both: Sequence[Pair]) -> Finding:
     if below:
         return Finding(False, f"{len(below)} estimated calls were billed more than booked: {'; '.join(below)}")
     surplus_nano = sum(pair.surplus_nano for pair in unknown)
-    return Finding(True, f"{len(unknown)} was broken off, and is booked {dollars(surplus_nano)} above its bill: never below.")
+    return Finding(True, f"{len(unknown)} broken off in the middle: booked {dollars(surplus_nano)} above what was billed, never below.")
 
 
 def nothing_else(calls: Sequence[Forwarded], book: Sequence[Row]) -> Finding:

@@ -13,8 +13,8 @@ from typing import Any
 
 from gateway_addon.demo.client import App, Reply
 from gateway_addon.demo.stage import Stage, issue
-from gateway_addon.ledger import admin
-from gateway_addon.money import cents, dollars
+from gateway_addon.ledger import admin, history
+from gateway_addon.money import cents
 
 HAIKU, SONNET, OPUS, FABLE = "claude-haiku-4-5", "claude-sonnet-5-5", "claude-opus-5-5", "claude-fable-5-2"
 MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
@@ -104,7 +104,7 @@ async def ten_at_once(stage: Stage, say: Say) -> None:
     codes = Counter(reply.refusal or "let through" for reply in came)
     if not codes["let through"] or codes["let through"] > 3 or codes.keys() - {"let through", "cap_spent", "cap_held"}:
         raise Surprise(f"of ten calls against a cap that fits three: {dict(codes)}")
-    say("experiments sends ten calls in one moment. Each can cost $0.043, and its cap of the day is $0.15: three fit.")
+    say("experiments sends ten calls in one moment. Its cap of the day has room for what three of them can cost at most.")
     through = codes.pop("let through")
     refused = ", ".join(f"{calls} {code}" for code, calls in codes.items())
     say(f"{through} were let through. {10 - through} waited at the door for what those might give back, and were refused: {refused}.")
@@ -138,18 +138,19 @@ async def large_request(stage: Stage, say: Say) -> None:
     wishes = {"output_tokens": 700, "tokens_per_s": 900}
     ask = body(OPUS, "Say hello.", 128_000, system=system, tools=tools, stream=True, thinking={"type": "adaptive"}, simulate=wishes)
     labels = {"user-agent": "claude-cli/2.1.330 (external, sdk-cli)", "x-app": "cli", "x-claude-code-session-id": "7c1e0000-demo"}
-    held_nano, output_tokens = 0, 0
+    output_tokens = 0
     async with pipeline.open(f"{MESSAGES}?beta=true", ask, labels) as answer:
         async for name, data in answer.events():
-            if name == "content_block_start" and not held_nano:
-                held_nano = (await today(pipeline))["held_nano"]
             if name == "message_delta":
                 output_tokens = data["usage"]["output_tokens"]
     size = len(json.dumps(ask))
     say(f"pipeline's editor asks {OPUS} as Claude Code does: {size:,} bytes, 24 tools, max_tokens 128,000, thinking.")
+    day = await today(pipeline)
+    with admin.reading(stage.ledger) as db:
+        call = history.forwarded(db)[-1]
     say(
-        f"Its worst case of {cents(128_000 * 20_000)} for output alone is far beyond the cap of {dollars(10**9)}; held in steps, it ran on "
-        f"{cents(held_nano)} and used {output_tokens} tokens."
+        f"It could cost {cents(call.quote_nano)}, which does not fit the cap of {day['cap']} a day. Held in steps, it never held more than "
+        f"{cents(call.held_max_nano)}, and used {output_tokens} tokens."
     )
 
 
