@@ -23,7 +23,7 @@ from gateway_addon.inventory import File, Skip, fingerprint, inspect, read, rule
 KEY = "sk-ant-api03-Qm7xR2vKp9LdTz4WbN8cYf1GhJ6sAe3UoViXq5_kMtBw0PyDnElZrCSu-OaHg8F2jQAA"
 OTHER_KEY = "sk-ant-api03-w0PyDnElZrCSuOaHg8F2jQm7xR2vKp9LdTz4WbN8cYf1GhJ6sAe3UoViXq5kMtB-NeAA"
 ADMIN_KEY = "sk-ant-admin01-8cYf1GhJ6sAe3UoViXq5kMtBw0PyDnElZrCSuOaHg8F2jQm7xR2vKp9LdTz4WbN-AA"
-TOKEN = identity.mint()
+TOKEN = "gwt_PKBcymhKYd4uFXDrD4Fq7KQZ5IYti8tZRTOvMyr920P04co1F"
 
 VILLAGE = {
     # path: (content, line, kind, state, keys)
