@@ -65,9 +65,15 @@ class Pass:
 class Gate:
     """One process's door. `policy` is replaced whole by a reload; calls in flight keep the one they came under."""
 
-    def __init__(self, ledger: Ledger, policy: GatewayPolicy, clock: Callable[[], float], alerter: Alerter | None = None):
-        """`clock` returns unix seconds; it paces top-ups only, every decision takes its `now` from the caller."""
+    def __init__(
+        self, ledger: Ledger, policy: GatewayPolicy, clock: Callable[[], float], alerter: Alerter | None = None, entrance: str = ""
+    ):
+        """`clock` returns unix seconds; it paces top-ups only, every decision takes its `now` from the caller.
+
+        `entrance` stands before the endpoint in each call's row: which door it came by, where there are several.
+        """
         self._alerter = alerter
+        self._entrance = entrance
         self._spenders: set[str] = set()
         self.ledger = ledger
         self._clock = clock
@@ -133,7 +139,7 @@ class Gate:
         read = reading.read(arrived.endpoint, request)
         if isinstance(read, Refusal):
             return self._refused(app, arrived.token, arrived.endpoint, read, now)
-        call = _call(arrived, read, request)
+        call = _call(arrived, read, request, self._entrance)
         flags: tuple[str, ...] = ()
         body: bytes | None = None
         if changes := edits(app, read):
@@ -309,7 +315,7 @@ class Gate:
     # -- answers of the gateway's own
 
     def _refused(self, app: AppPolicy, token: Token, endpoint: str, refusal: Refusal, now: float) -> Refusal:
-        self.ledger.refused(NewCall(app.name, app.team, token.id, endpoint), refusal.code, now=now)
+        self.ledger.refused(NewCall(app.name, app.team, token.id, self._entrance + endpoint), refusal.code, now=now)
         return refusal
 
     def _health(self) -> dict[str, Any]:
@@ -362,14 +368,14 @@ def _room_nano(running: Running) -> float:
     return math.inf if cap_nano is None else cap_nano - running.held_nano
 
 
-def _call(arrived: Arrived, read: Reading, request: Request) -> NewCall:
+def _call(arrived: Arrived, read: Reading, request: Request, entrance: str) -> NewCall:
     """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents."""
     session, agent = (next(iter(request.header(f"x-claude-code-{name}-id")), None) for name in ("session", "agent"))
     return NewCall(
         arrived.app.name,
         arrived.app.team,
         arrived.token.id,
-        arrived.endpoint,
+        entrance + arrived.endpoint,
         read.model or None,
         read.stream,
         read.max_tokens or None,

@@ -9,7 +9,8 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +78,25 @@ def run(settings: Settings, listener: socket.socket) -> int:
 
 
 async def _run(settings: Settings) -> int:
+    async with prepared(settings) as (policy, addon, master):
+        on_signal(master.shutdown)
+        if settings.parent_fd is not None:
+            when_the_parent_ends(settings.parent_fd, master.shutdown)
+
+        def listening() -> None:
+            for line in greeting(settings, policy):
+                settings.tell(line)
+
+        addon.on_running = listening
+        await master.run()
+    return 0
+
+
+@asynccontextmanager
+async def prepared(
+    settings: Settings, make: Callable[..., GatewayAddon] = GatewayAddon, entrance: str = ""
+) -> AsyncIterator[tuple[GatewayPolicy, GatewayAddon, Master]]:
+    """All that a gateway needs, ready to run: the policy in force and watched, the key read, the ledger open, a master built."""
     policy = load(settings.policies)
     key = Secret(policy.key)
     if policy.tls is not None:
@@ -85,26 +105,16 @@ async def _run(settings: Settings) -> int:
     ledger = await Ledger.open(settings.ledger)
     await align(ledger, policy)
     alerter = Alerter(ledger, lambda source: Secret(source)(), time.time)
-    gate = Gate(ledger, policy, time.time, alerter)
-    addon = GatewayAddon(gate, key, key_refused=key.refused)
+    gate = Gate(ledger, policy, time.time, alerter, entrance)
+    addon = make(gate, key, key_refused=key.refused)
     master = build(settings, policy, addon)
     say_plainly(key)
-    _on_signal(master.shutdown)
-    if settings.parent_fd is not None:
-        when_the_parent_ends(settings.parent_fd, master.shutdown)
     watcher = Watcher(settings.policies, gate)
     watching = asyncio.ensure_future(watcher.watch())
-
-    def listening() -> None:
-        for line in greeting(settings, policy):
-            settings.tell(line)
-
-    addon.on_running = listening
     try:
-        await master.run()
+        yield policy, addon, master
     finally:
         watching.cancel()
-    return 0
 
 
 def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Master:
@@ -135,7 +145,7 @@ def _state_folder(ledger: str) -> Path:
     return Path(ledger.removeprefix("sqlite:///")).resolve().parent / ".gateway"
 
 
-def _on_signal(stop: Callable[[], None]) -> None:
+def on_signal(stop: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
 
     def stopping() -> None:

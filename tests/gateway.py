@@ -3,7 +3,7 @@
 import asyncio
 import textwrap
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -95,8 +95,11 @@ async def gateway(
     *,
     upstream: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    make: Callable[..., GatewayAddon] = GatewayAddon,
+    entrance: str = "",
+    prepare: Callable[[Master], None] = lambda master: None,
 ) -> AsyncIterator[Running]:
-    """Run a gateway with these apps (policy texts by name) until the block ends."""
+    """Run a gateway with these apps (policy texts by name) until the block ends. `prepare` may change its options first."""
     apps = {"app": APP} if apps is None else apps
     policies = write_policies(folder / "policies", upstream or api.url, apps, policy)
     url = f"sqlite:///{folder / 'gateway.db'}"
@@ -107,9 +110,10 @@ async def gateway(
         digest = identity.digest(tokens[app])
         await ledger.change(partial(admin.issue_token, app=app, digest=digest, label="test", who="test", now=time.time()))
     loaded = load(policies)
-    gate = Gate(ledger, loaded, time.time)
-    addon = GatewayAddon(gate, Secret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}))
+    gate = Gate(ledger, loaded, time.time, entrance=entrance)
+    addon = make(gate, Secret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}))
     master = build(Settings("127.0.0.1", 0, policies, url, **(settings or {})), loaded, addon)
+    prepare(master)
     running = asyncio.Event()
     addon.on_running = running.set
     task = asyncio.ensure_future(master.run())

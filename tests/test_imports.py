@@ -37,12 +37,12 @@ OWN = {
     "simulator": set(),
     **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "rates", "refusals", "sse", "windows", "yamlfile")},
 }  # fmt: skip
-EDGES = {"__init__", "__main__", "cli", "demo", "inventory", "logs", "reload", "secret", "serve", "shim", "workers"}
+EDGES = {"__init__", "__main__", "cli", "demo", "inventory", "local", "logs", "reload", "secret", "serve", "shim", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "dispatch", "inject", "listener", "lives", "serve", "shim", "views"},
+    "mitmproxy": {"addon", "dispatch", "inject", "listener", "lives", "local", "serve", "shim", "views"},
     "sqlite3": {"ledger"},
     "sqlite_utils": {"ledger"},
     "yaml": {"policy", "pricing", "yamlfile"},

@@ -25,6 +25,7 @@ COMMANDS = {
     "meter": ("meter", "read recorded responses, print usage and cost"),
     "prices": ("prices", "the price table in force"),
     "inventory": ("inventory", "find who uses the Claude API, before anything is moved"),
+    "local": ("local", "an intercepting proxy for apps with the API's address in their code"),
     "doctor": ("doctor", "prove the ledger's invariants, the key, the upstream, the clock"),
 }
 

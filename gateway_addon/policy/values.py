@@ -135,6 +135,7 @@ class GatewayPolicy:
 
     upstream: str
     key: Source
+    admin_key: Source | None
     timezone: str
     caps: Mapping[CapWindow, int]
     teams: Mapping[str, Team]

@@ -1,0 +1,284 @@
+"""The intercepting proxy: for apps that call the Claude API by its own address and cannot be told otherwise.
+
+Promises that only tunnels to the policy's upstream are opened, with a certificate by mitmproxy's own authority, and that a
+call in them is judged, capped, metered and recorded like any other, under the app whose token the proxy credentials carry:
+three apps on one shared key cannot be told apart by the key. Every other tunnel passes sealed, and plain http to other hosts
+passes as it is; neither can carry the real key, because nothing injects there. An edge: it starts a process with an
+environment of its own.
+"""
+
+import asyncio
+import base64
+import binascii
+import os
+import re
+import signal
+import ssl
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import certifi  # brought by mitmproxy, whose own authorities these are
+from mitmproxy import connection, ctx, http, tls
+from mitmproxy.proxy import mode_specs, server_hooks
+from mitmproxy.proxy.layer import NextLayer
+from mitmproxy.proxy.layers import TCPLayer
+from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode
+from mitmproxy_rs.local import LocalRedirector
+
+from gateway_addon.addon import GatewayAddon, guarded
+from gateway_addon.answers import Answer
+from gateway_addon.gate import Arrived
+from gateway_addon.refusals import Refusal
+from gateway_addon.serve import Settings, on_signal, prepared
+
+ENTRANCE = "local/"
+"""Stands before the endpoint of every call that came this way; `gateway cutover` lists their apps as stragglers."""
+
+CA_FOLDER = Path.home() / ".mitmproxy"
+CA_FILE = "mitmproxy-ca-cert.pem"
+TOLD_A_BUNDLE = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+"""Variables that *replace* a program's certificate authorities: OpenSSL and Python, requests, curl."""
+NO_CREDENTIALS = (
+    "No app's name came with this call. Put its gateway token into the proxy's address, HTTPS_PROXY=http://APP:TOKEN@{0}, "
+    "or start the program with: gateway local --app APP -- COMMAND"
+)
+
+
+class LocalAddon(GatewayAddon):
+    """The gateway's addon in a forward proxy. `captured` is the token that stands for programs captured from the system,
+    which send no proxy credentials."""
+
+    def __init__(self, *arguments: Any, captured: str | None = None, **named: Any):
+        super().__init__(*arguments, **named)
+        self.captured = captured
+        self.callers: dict[str, tuple[str, str]] = {}
+        """By client connection: the app's name as given, and its token."""
+        self.bystanders: set[str] = set()
+        """Client connections that are no business of the gateway's: sealed tunnels, plain http to other hosts."""
+
+    # -- a connection
+
+    @guarded("connection")
+    def next_layer(self, data: NextLayer) -> None:
+        """Inject only behind an opened tunnel: the outer layer of the proxy itself never gets the key."""
+        ctx.master.addons.get("nextlayer").next_layer(data)
+        if isinstance(data.layer, TCPLayer):
+            self.bystanders.add(data.context.client.id)
+        elif isinstance(data.layer, HttpLayer) and data.layer.mode is HTTPMode.transparent:
+            super().next_layer(data)
+
+    @guarded("connection")
+    def tls_start_client(self, data: tls.TlsData) -> None:
+        """mitmproxy's own authority signs here: the policy's certificate is for the gateway's name, not for the upstream's."""
+
+    @guarded("request")
+    def http_connect(self, flow: http.HTTPFlow) -> None:
+        """A tunnel is asked for: take the credentials off, and keep them if it leads to the API."""
+        self.bystanders.discard(flow.client_conn.id)
+        caller = _proxy_credentials(flow.request.headers)
+        if not self._is_upstream(flow.request.host, flow.request.port):
+            return
+        if caller is None:
+            self.gate.ledger.noise("token_proxy", now=self.clock())
+            self.answer(flow, Refusal("token_proxy", NO_CREDENTIALS.format(_address())))
+            assert flow.response is not None
+            flow.response.headers["proxy-authenticate"] = 'Basic realm="gateway"'
+        else:
+            self.callers[flow.client_conn.id] = caller
+
+    @guarded("connection")
+    def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
+        if data.client.id not in self.bystanders:
+            super().server_connect(data)
+
+    @guarded("connection")
+    def client_disconnected(self, client: connection.Client) -> None:
+        self.callers.pop(client.id, None)
+        self.bystanders.discard(client.id)
+        super().client_disconnected(client)
+
+    # -- a request
+
+    @guarded("request")
+    async def requestheaders(self, flow: http.HTTPFlow) -> None:
+        if flow.client_conn.id in self.connections:
+            upstream = urlsplit(self.gate.policy.upstream)
+            if flow.request.host != upstream.hostname and upstream.hostname:  # captured: the program had resolved the name itself
+                flow.request.host = upstream.hostname
+            await super().requestheaders(flow)
+            return
+        _proxy_credentials(flow.request.headers)
+        if self._is_upstream(flow.request.host, None):
+            sentence = "The Claude API is called over https alone. Use an https address, so that the gateway can judge the call."
+            self.answer(flow, Refusal("request", sentence))
+        else:
+            self.bystanders.add(flow.client_conn.id)
+            flow.request.stream = True
+
+    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
+        """The token of the tunnel takes the place of whatever key the app sends."""
+        name, token = self._caller(flow.client_conn)
+        own = [(key, value) for key, value in headers if key not in ("x-api-key", "authorization", "proxy-authorization")]
+        arrived = await super()._arrive(flow, (*own, ("x-api-key", token)) if token else tuple(own))
+        if isinstance(arrived, Arrived) and name and name != arrived.app.name:
+            sentence = f"The proxy credentials name app {name}, but their token is {arrived.app.name}'s. Put the right two together."
+            return Refusal("token_conflict", sentence)
+        return arrived
+
+    def _caller(self, client: connection.Client) -> tuple[str, str]:
+        if isinstance(client.proxy_mode, mode_specs.LocalMode):
+            return "", self.captured or ""
+        return self.callers.get(client.id, ("", ""))
+
+    @guarded("request")
+    async def request(self, flow: http.HTTPFlow) -> None:
+        if flow.id in self.lives:
+            await super().request(flow)
+
+    @guarded("response")
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        if flow.client_conn.id in self.bystanders and flow.response is not None:
+            flow.response.stream = True
+        super().responseheaders(flow)
+
+    def _is_upstream(self, host: str, port: int | None) -> bool:
+        upstream = urlsplit(self.gate.policy.upstream)
+        return host.lower() == upstream.hostname and port in (None, upstream.port or 443)
+
+
+def _proxy_credentials(headers: http.Headers) -> tuple[str, str] | None:
+    """Take `Proxy-Authorization: Basic` off: (app, token), where the name may be left out. None where there is none."""
+    scheme, _, encoded = headers.pop("proxy-authorization", "").partition(" ")
+    try:
+        user, _, password = base64.b64decode(encoded.strip()).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        return None
+    if scheme.lower() != "basic" or not user:
+        return None
+    return (user, password) if password else ("", user)
+
+
+def _address() -> str:
+    host, port, *_ = ctx.master.addons.get("proxyserver").listen_addrs()[0]
+    return f"{host}:{port}"
+
+
+# -- running it
+
+
+def intercepting(master: Any, upstream: str, capture: str | None, ca_folder: Path) -> None:
+    """Make a gateway's master a forward proxy that opens only what is meant for `upstream`."""
+    parts = urlsplit(upstream)
+    master.options.update(
+        mode=["regular", *([f"local:{capture}"] if capture else [])],
+        allow_hosts=[rf"^{re.escape(parts.hostname or '')}:{parts.port or 443}$"],
+        confdir=str(ca_folder),
+        http3=False,
+    )
+
+
+async def run(
+    settings: Settings,
+    command: Sequence[str],
+    *,
+    app: str = "",
+    token: str | None = None,
+    capture: str | None = None,
+    ca_folder: Path = CA_FOLDER,
+    environment: Mapping[str, str] = os.environ,
+) -> int:
+    """Serve as an intercepting proxy until stopped, or until `command` ends; returns its exit code, or 0.
+
+    `token` is the one that the command's calls, or the captured programs', are made under.
+    """
+    async with prepared(settings, partial(LocalAddon, captured=token), ENTRANCE) as (policy, addon, master):
+        intercepting(master, policy.upstream, capture, ca_folder)
+        listening = asyncio.Event()
+        addon.on_running = listening.set
+        serving = asyncio.ensure_future(master.run())
+        waiting = asyncio.ensure_future(listening.wait())
+        await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if not listening.is_set():
+            await serving
+            return 1
+        host, port, *_ = master.addons.get("proxyserver").listen_addrs()[0]
+        try:
+            if not command:
+                on_signal(master.shutdown)
+                for line in greeting(f"{host}:{port}", policy.upstream, ca_folder, capture):
+                    settings.tell(line)
+                await serving
+                return 0
+            proxy = f"http://{app}:{token}@{host}:{port}"
+            hidden = {str(source.value) for source in (policy.key, policy.admin_key) if source is not None and source.kind == "env"}
+            inherited = {name: value for name, value in environment.items() if name not in hidden and addon.key() not in value}
+            return await _command(command, child_environment(inherited, proxy, token or "", ca_folder))
+        finally:
+            master.shutdown()
+            await serving
+
+
+async def _command(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a program to its end. Ctrl-C reaches it by the terminal, and it decides; SIGTERM is passed on."""
+    process = await asyncio.create_subprocess_exec(*command, env=environment)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    loop.add_signal_handler(signal.SIGTERM, process.terminate)
+    try:
+        code = await process.wait()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+    return code if code >= 0 else 128 - code  # killed by a signal: as a shell says it
+
+
+def child_environment(inherited: Mapping[str, str], proxy: str, token: str, ca_folder: Path) -> dict[str, str]:
+    """The environment for a program that shall call through `proxy`: the inherited one with its way and its trust.
+
+    ANTHROPIC_API_KEY becomes the app's token: the SDKs refuse to start without one, and what they send is replaced anyway.
+    """
+    own = {name: value for name, value in inherited.items() if name.lower() not in ("all_proxy", "no_proxy")}
+    proxies = {name: proxy for each in ("HTTPS_PROXY", "HTTP_PROXY") for name in (each, each.lower())}
+    trusted = next((inherited[name] for name in TOLD_A_BUNDLE if inherited.get(name)), None)
+    bundle = str(_bundle(ca_folder, trusted))
+    trust = dict.fromkeys(TOLD_A_BUNDLE, bundle) | {"NODE_EXTRA_CA_CERTS": str(ca_folder / CA_FILE), "NODE_USE_ENV_PROXY": "1"}
+    return {**own, **proxies, **trust, "ANTHROPIC_API_KEY": token}
+
+
+def _bundle(ca_folder: Path, trusted: str | None) -> Path:
+    """mitmproxy's authority beside those trusted before, in one file: the other tunnels are sealed, and show their true certificates."""
+    before = trusted or ssl.get_default_verify_paths().cafile or certifi.where()
+    bundle = ca_folder / "gateway-bundle.pem"
+    unfinished = bundle.with_name(f"{bundle.name}.{os.getpid()}")
+    unfinished.write_bytes(Path(before).read_bytes() + b"\n" + (ca_folder / CA_FILE).read_bytes())
+    unfinished.replace(bundle)
+    return bundle
+
+
+def greeting(address: str, upstream: str, ca_folder: Path, capture: str | None) -> list[str]:
+    """How to come through here, and how to trust it."""
+    ca = ca_folder / CA_FILE
+    return [
+        f"local    http://{address}  ->  {upstream}; every other host passes sealed",
+        *([f"capture  {capture}"] if capture else []),
+        f"proxy    HTTPS_PROXY=http://APP:TOKEN@{address} (TOKEN from: gateway token issue APP)",
+        f"trust    {ca}",
+        f"  Node       NODE_EXTRA_CA_CERTS={ca}",
+        f"  curl       CURL_CA_BUNDLE={ca}",
+        f"  Python     SSL_CERT_FILE={ca} (requests: REQUESTS_CA_BUNDLE); it replaces the other authorities",
+        f"  Debian     cp {ca} /usr/local/share/ca-certificates/gateway.crt && update-ca-certificates",
+        f"  macOS      security add-trusted-cert -d -k /Library/Keychains/System.keychain {ca}",
+        "  Or let the gateway set all of this for one program: gateway local --app APP -- COMMAND",
+    ]
+
+
+def capture_problem() -> str | None:
+    """Why mitmproxy cannot capture programs on this machine, or None."""
+    reason = LocalRedirector.unavailable_reason()
+    if reason is None:
+        return None
+    return f"This system cannot capture programs ({reason}). Start the program with: gateway local --app APP -- COMMAND"

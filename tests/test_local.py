@@ -1,0 +1,338 @@
+"""The intercepting proxy: real SDK clients with the API's own address, through a real tunnel, to a simulated API behind TLS."""
+
+import asyncio
+import base64
+import json
+import logging
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx2
+import pytest
+from click.testing import CliRunner
+from gateway import APP, Running, gateway
+from ledgers import rows
+from processes import ledgered
+from sealed import Sealed, sealed
+
+from gateway_addon import local
+from gateway_addon.cli import local as command
+from gateway_addon.ledger import admin
+from gateway_addon.local import CA_FILE, ENTRANCE, LocalAddon, intercepting
+from gateway_addon.simulator import KEY, Simulator
+
+HELLO = {"model": "claude-haiku-4-5", "max_tokens": 40, "messages": [{"role": "user", "content": "Say hello."}]}
+FORGOTTEN = "sk-ant-api03-the-app-s-own-copy-of-the-shared-key"
+TIGHT = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $0.0001}\n"
+
+
+class Local:
+    """An intercepting proxy in this process, and clients that come through it."""
+
+    def __init__(self, gw: Running, far: Sealed):
+        self.gw, self.far = gw, far
+        self.ca = ssl.create_default_context(cafile=gw.folder / "ca" / CA_FILE)
+
+    def proxy(self, credentials: str) -> str:
+        return f"http://{credentials}@127.0.0.1:{self.gw.port}" if credentials else self.gw.url
+
+    def client(self, credentials: str) -> anthropic.AsyncAnthropic:
+        through = anthropic.DefaultAsyncHttpxClient(proxy=self.proxy(credentials), verify=self.ca)
+        made = anthropic.AsyncAnthropic(base_url=self.far.url, api_key=FORGOTTEN, http_client=through, max_retries=0)
+        self.gw.clients.push_async_callback(made.close)
+        return made
+
+    async def rows(self) -> list[tuple[Any, ...]]:
+        await self.gw.quiet()
+        await asyncio.sleep(0.1)  # refused and free calls are written after their answers
+        return rows(self.gw.folder / "gateway.db", "SELECT app, endpoint, state, refusal FROM calls ORDER BY id")
+
+
+@asynccontextmanager
+async def proxied(folder: Path, apps: dict[str, str] | None = None, captured: str | None = None) -> AsyncIterator[Local]:
+    async with sealed(folder) as far:
+        prepare = partial(intercepting, upstream=far.url, capture=None, ca_folder=folder / "ca")
+        settings = {"options": (f"ssl_verify_upstream_trusted_ca={far.ca}",)}
+        make = partial(LocalAddon, captured=captured)
+        async with gateway(
+            folder, far.api, apps, upstream=far.url, settings=settings, make=make, entrance=ENTRANCE, prepare=prepare
+        ) as gw:  # fmt: skip
+            yield Local(gw, far)
+
+
+@pytest.mark.parametrize("form", ["app:{}", "{}", "{}:"], ids=["app and token", "token as the user", "token and no password"])
+async def test_an_app_with_the_api_s_own_address_is_metered_under_its_proxy_credentials(tmp_path, form):
+    async with proxied(tmp_path) as proxy:
+        answer = await proxy.client(form.format(proxy.gw.tokens["app"])).messages.create(**HELLO)
+        assert answer.content[0].text
+        [arrived] = (await proxy.far.api.settled()).messages()
+        assert (arrived.header("x-api-key"), arrived.header("authorization"), arrived.header("proxy-authorization")) == (KEY, None, None)
+        assert await proxy.rows() == [("app", "local/messages", "settled", None)]
+        assert await proxy.gw.spent_nano("app:app") == arrived.billed_nano > 0
+
+
+async def test_a_stream_passes_event_by_event(tmp_path):
+    async with proxied(tmp_path) as proxy:
+        async with proxy.client(f"app:{proxy.gw.tokens['app']}").messages.stream(**HELLO) as stream:
+            assert (await stream.get_final_message()).usage.output_tokens > 0
+        assert await proxy.rows() == [("app", "local/messages", "settled", None)]
+
+
+async def test_apps_on_one_shared_key_are_told_apart_and_capped_each_by_its_own(tmp_path):
+    async with proxied(tmp_path, {"app": APP, "tight": TIGHT}) as proxy:
+        await proxy.client(f"app:{proxy.gw.tokens['app']}").messages.create(**HELLO)
+        with pytest.raises(anthropic.RateLimitError, match="cap"):
+            await proxy.client(f"tight:{proxy.gw.tokens['tight']}").messages.create(**HELLO)
+        assert len(proxy.far.api.book.messages()) == 1
+        assert await proxy.rows() == [("app", "local/messages", "settled", None), ("tight", "local/messages", "refused", "quote_over_cap")]
+
+
+@pytest.mark.parametrize(
+    ("credentials", "code", "said"),
+    [
+        ("app:gwt_cut", "token_malformed", "cut or mistyped"),
+        (f"app:{FORGOTTEN}", "token_malformed", "This is a Claude API key"),
+        ("other:{}", "token_conflict", "name app other, but their token is app's"),
+    ],
+)
+async def test_credentials_that_are_not_right_are_refused_in_the_api_s_shape(tmp_path, credentials, code, said):
+    async with proxied(tmp_path) as proxy:
+        with pytest.raises(anthropic.AuthenticationError, match=said) as refused:
+            await proxy.client(credentials.format(proxy.gw.tokens["app"])).messages.create(**HELLO)
+        assert refused.value.response.headers["x-gateway-refusal"] == code
+        assert proxy.far.api.book.requests == 0
+
+
+async def test_a_tunnel_without_credentials_is_asked_for_them(tmp_path):
+    async with proxied(tmp_path) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.gw.port)
+        place = proxy.far.url.removeprefix("https://")
+        writer.write(f"CONNECT {place} HTTP/1.1\r\nhost: {place}\r\n\r\n".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b" 407 " in head.splitlines()[0]
+        assert b'proxy-authenticate: Basic realm="gateway"' in head
+        assert proxy.far.api.book.connections == 0
+        writer.close()
+
+
+async def test_a_token_revoked_while_its_tunnel_stands_is_refused_at_the_next_call(tmp_path):
+    async with proxied(tmp_path) as proxy:
+        client = proxy.client(f"app:{proxy.gw.tokens['app']}")
+        await client.messages.create(**HELLO)
+        await proxy.gw.gate.ledger.change(partial(_revoke, app="app"))
+        with pytest.raises(anthropic.AuthenticationError, match="revoked"):
+            await client.messages.create(**HELLO)
+
+
+def _revoke(db: Any, app: str) -> None:
+    admin.revoke_tokens(db, app, who="test", now=1.0)
+
+
+async def test_every_other_host_passes_sealed_with_its_own_certificate(tmp_path):
+    """127.0.0.1 is another host than localhost: the client trusts the far end's own authority alone, and sees it."""
+    async with proxied(tmp_path) as proxy:
+        trusting = ssl.create_default_context(cafile=proxy.far.ca)
+        async with httpx2.AsyncClient(proxy=proxy.gw.url, verify=trusting) as client:
+            answer = await client.post(
+                proxy.far.api.url + "/v1/messages", headers={"x-api-key": KEY, "anthropic-version": "2023-06-01"}, json=HELLO
+            )  # fmt: skip
+        assert answer.status_code == 200
+        [arrived] = (await proxy.far.api.settled()).messages()
+        assert arrived.header("x-api-key") == KEY  # the client's own
+        assert await proxy.rows() == []
+
+
+async def test_plain_http_to_another_host_passes_as_it_is_and_without_the_proxy_s_credentials(tmp_path):
+    async with proxied(tmp_path) as proxy, Simulator() as other:
+        credentials = proxy.proxy(f"app:{proxy.gw.tokens['app']}")
+        async with httpx2.AsyncClient(proxy=credentials) as client:
+            answer = await client.get(other.url + "/api/hello", headers={"authorization": "Bearer for-the-other-host"})
+        assert (answer.status_code, answer.json()) == (200, {})
+        [arrived] = other.book.all()
+        assert (arrived.header("authorization"), arrived.header("proxy-authorization")) == ("Bearer for-the-other-host", None)
+        assert await proxy.rows() == []
+
+
+async def test_the_api_in_plain_http_is_refused(tmp_path):
+    async with proxied(tmp_path) as proxy:
+        async with httpx2.AsyncClient(proxy=proxy.proxy(f"app:{proxy.gw.tokens['app']}")) as client:
+            answer = await client.post(proxy.far.url.replace("https", "http") + "/v1/messages", json=HELLO)
+        assert (answer.status_code, answer.headers["x-gateway-refusal"]) == (400, "request")
+        assert proxy.far.api.book.connections == 0
+
+
+async def test_a_plain_call_in_a_tunnel_to_the_api_never_leaves(tmp_path):
+    async with proxied(tmp_path) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.gw.port)
+        place, basic = proxy.far.url.removeprefix("https://"), base64.b64encode(f"app:{proxy.gw.tokens['app']}".encode()).decode()
+        writer.write(f"CONNECT {place} HTTP/1.1\r\nhost: {place}\r\nproxy-authorization: Basic {basic}\r\n\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        body = json.dumps(HELLO)
+        writer.write(f"POST /v1/messages HTTP/1.1\r\nhost: {place}\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+        answer = await reader.read()
+        writer.close()
+        assert b" 200 " not in answer
+        assert proxy.far.api.book.bytes_received == 0
+        await proxy.gw.quiet()
+
+
+async def test_no_secret_is_in_a_flow_a_log_or_the_ledger(tmp_path, caplog):
+    shown: list[bytes] = []
+
+    class Sink:
+        def __getattr__(self, name: str) -> Any:
+            if name in ("http_connect", "requestheaders", "request", "responseheaders", "response", "error", "http_connected"):
+                return lambda flow: shown.append(repr(flow.get_state()).encode())
+            raise AttributeError(name)
+
+    async with proxied(tmp_path) as proxy:
+        proxy.gw.master.addons.add(Sink())
+        with caplog.at_level(logging.DEBUG):
+            logging.getLogger("hpack").setLevel(logging.INFO)
+            await proxy.client(f"app:{proxy.gw.tokens['app']}").messages.create(**HELLO)
+            await proxy.gw.quiet()
+        token = proxy.gw.tokens["app"]
+    assert len(shown) > 4
+    stored = [path.read_bytes() for path in tmp_path.glob("gateway.db*") if path.is_file()]
+    for secret in (KEY, FORGOTTEN, token, base64.b64encode(f"app:{token}".encode()).decode()):
+        assert not [text for text in (*shown, caplog.text.encode(), *stored) if secret.encode() in text]
+
+
+async def test_a_captured_program_calls_under_the_token_of_the_run(tmp_path, monkeypatch):
+    """The operating system's part is played: the connection says that it was captured."""
+    async with proxied(tmp_path) as proxy:
+        addon = proxy.gw.addon
+        assert isinstance(addon, LocalAddon)
+        addon.captured = proxy.gw.tokens["app"]
+        monkeypatch.setattr(local.mode_specs, "LocalMode", local.mode_specs.RegularMode)
+        await proxy.client("whoever:whatever").messages.create(**HELLO)
+        assert await proxy.rows() == [("app", "local/messages", "settled", None)]
+
+
+# The command
+
+
+PROGRAM = """
+import anthropic, os, sys
+client = anthropic.Anthropic(base_url=sys.argv[1], max_retries=0)  # the address in the code, the key from the environment
+print(client.messages.create(model="claude-haiku-4-5", max_tokens=9, messages=[{"role": "user", "content": "hi"}]).model)
+print(sorted(name for name, value in os.environ.items() if sys.argv[2] in value))
+sys.exit(7)
+"""
+
+
+@asynccontextmanager
+async def started(folder: Path, far: Sealed, *words: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    home = folder / "home"
+    home.mkdir()
+    where = ["--policies", str(folder / "policies"), "--ledger", f"sqlite:///{folder / 'gateway.db'}"]
+    options = ["--set", f"ssl_verify_upstream_trusted_ca={far.ca}", *where]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "SIMULATED_KEY": KEY, "ANOTHER_COPY": f"the key is {KEY}"}
+    pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
+    arguments = [sys.executable, "-u", "-m", "gateway_addon", "local", *options, *words]
+    process = await asyncio.create_subprocess_exec(*arguments, env=environment, **pipes)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_a_command_runs_through_it_without_the_real_key_and_its_exit_code_passes(tmp_path):
+    async with sealed(tmp_path) as far:
+        place = ledgered(tmp_path, far.url, {"app": APP})
+        async with started(tmp_path, far, "--app", "app", "--", sys.executable, "-c", PROGRAM, far.url, KEY) as process:
+            out, errors = await asyncio.wait_for(process.communicate(), 60)
+        assert (process.returncode, out.decode().splitlines()) == (7, ["claude-haiku-4-5-20251001", "[]"]), errors.decode()
+        assert rows(place.ledger, "SELECT app, endpoint, state FROM calls") == [("app", "local/messages", "settled")]
+        [(revoked,)] = rows(place.ledger, "SELECT revoked_at IS NOT NULL FROM tokens WHERE label = 'local run'")
+        assert revoked == 1
+
+
+async def exit_code(folder: Path, *words: str) -> int | None:
+    """Of a program that is run through the proxy; `{}` in its words is the far end's address."""
+    async with sealed(folder) as far:
+        ledgered(folder, far.url, {"app": APP})
+        async with started(folder, far, "--app", "app", "--", *(word.replace("{}", far.url) for word in words)) as process:
+            await asyncio.wait_for(process.communicate(), 60)
+        assert far.api.book.requests == 0  # /api/hello is answered by the gateway itself
+    return process.returncode
+
+
+async def test_curl_trusts_it(tmp_path):
+    assert await exit_code(tmp_path, "curl", "--silent", "--fail", "--head", "{}/api/hello") == 0
+
+
+def node_reads_proxies() -> bool:
+    """From 22.21 and 24 on Node's fetch takes HTTPS_PROXY where NODE_USE_ENV_PROXY says so."""
+    if shutil.which("node") is None:
+        return False
+    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor, _ = version.strip().removeprefix("v").split(".")
+    return int(major) >= 24 or (major == "22" and int(minor) >= 21)
+
+
+@pytest.mark.skipif(not node_reads_proxies(), reason="this Node takes no proxy from its environment")
+async def test_node_trusts_it(tmp_path):
+    fetch = "fetch('{}/api/hello', {method: 'HEAD'}).then(answer => process.exit(answer.status == 200 ? 0 : 1))"
+    assert await exit_code(tmp_path, "node", "-e", fetch) == 0
+
+
+async def test_a_proxy_without_a_command_says_how_to_come_and_ends_on_ctrl_c(tmp_path):
+    async with sealed(tmp_path) as far:
+        ledgered(tmp_path, far.url, {"app": APP})
+        async with started(tmp_path, far, "--listen", "127.0.0.1:0") as process:
+            lines = [(await asyncio.wait_for(process.stdout.readline(), 30)).decode() for _ in range(4)]
+            process.send_signal(signal.SIGINT)
+            _, errors = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 0
+        assert "Traceback" not in errors.decode()
+        assert lines[0].startswith("local    http://127.0.0.1:")
+        assert str(tmp_path / "home/.mitmproxy" / CA_FILE) in "".join(lines)
+
+
+def child_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the command by /proc")
+async def test_ctrl_c_reaches_the_command_which_decides(tmp_path):
+    code = "import signal, sys, time\nsignal.signal(signal.SIGINT, lambda *_: sys.exit(5))\nprint('up', flush=True)\ntime.sleep(30)"
+    async with sealed(tmp_path) as far:
+        ledgered(tmp_path, far.url, {"app": APP})
+        async with started(tmp_path, far, "--app", "app", "--", sys.executable, "-c", code) as process:
+            assert await asyncio.wait_for(process.stdout.readline(), 30) == b"up\n"
+            for each in (process.pid, child_of(process.pid)):  # a terminal sends it to the whole group
+                os.kill(each, signal.SIGINT)
+            await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "upstream", "said"),
+    [
+        (["--listen", "0.0.0.0:0"], "https://localhost:1", "on this machine alone"),
+        ([], "http://127.0.0.1:1", "only calls over https are intercepted"),
+        (["--", "true"], "https://localhost:1", "Say whose calls these are by --app, one of: app."),
+        (["--app", "nobody", "--", "true"], "https://localhost:1", "one of: app."),
+        (["--capture", "curl", "--app", "app"], "https://localhost:1", "cannot capture programs (not on a Tuesday)"),
+    ],
+)
+def test_what_cannot_be_run_is_a_sentence(tmp_path, monkeypatch, words, upstream, said):
+    ledgered(tmp_path, upstream, {"app": APP})
+    monkeypatch.setenv("SIMULATED_KEY", KEY)
+    monkeypatch.setattr(local, "LocalRedirector", type("None_", (), {"unavailable_reason": staticmethod(lambda: "not on a Tuesday")}))
+    where = ["--policies", str(tmp_path / "policies"), "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"]
+    result = CliRunner().invoke(command.local, [*where, *words])
+    assert (result.exit_code, said in result.output) == (2, True), result.output
