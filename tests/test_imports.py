@@ -29,6 +29,7 @@ OWN = {
     "bounds": {"fields", "money", "policy", "pricing", "reading", "refusals", "survey"},
     "policy": {"money", "pricing", "reading", "refusals", "survey", "yamlfile"},
     "pricing": {"money", "usage", "yamlfile"},
+    "reconcile": {"ledger", "money", "pricing", "usage"},
     "reading": {"fields", "refusals", "survey"},
     "survey": {"fields"},
     "usage": {"encodings", "sse"},
@@ -37,7 +38,7 @@ OWN = {
     "simulator": set(),
     **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "rates", "refusals", "sse", "windows", "yamlfile")},
 }  # fmt: skip
-EDGES = {"__init__", "__main__", "cli", "demo", "inventory", "local", "logs", "reload", "secret", "serve", "shim", "workers"}
+EDGES = {"__init__", "__main__", "cli", "demo", "inventory", "local", "logs", "provider", "reload", "secret", "serve", "shim", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
 
 ROOMS_OF = {

@@ -51,6 +51,8 @@ class Row:
     """As received, names in lower case: which credential arrived stands here."""
     body_bytes: int
     body_sha256: str
+    at: float
+    """When it arrived (unix seconds)."""
     status: int | None = None
     answer_sha256: str | None = None
     """Of the answer's body as it was sent, encoded or not; None until it ended."""

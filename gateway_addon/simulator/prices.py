@@ -4,7 +4,9 @@ Promises exact integers. It must never import the gateway's pricing: the two agr
 agreement is what `gateway demo` proves. Prices as published for the first-party API on 2026-11-23.
 """
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -84,17 +86,19 @@ def billed_nano(model: str, usage: "Usage") -> int:
 
     `model` is the served one: an id of MODELS.
     """
+    return math.ceil(sum(nano_by_kind(model, usage).values()))
+
+
+def nano_by_kind(model: str, usage: "Usage") -> dict[str, Fraction]:
+    """What each kind of token costs, and the searches, exactly."""
     sold = MODELS[model]
     price = sold.long_price if sold.long_price and usage.prompt_tokens > LONG_PROMPT_TOKENS else sold.price
-    tokens_nano = (
-        usage.input_tokens * price.input
-        + usage.output_tokens * price.output
-        + usage.cache_write_5m_tokens * price.cache_write_5m
-        + usage.cache_write_1h_tokens * price.cache_write_1h
-        + usage.cache_read_tokens * price.cache_read
-    )
-    if usage.speed == "fast":
-        tokens_nano *= 2
-    if usage.inference_geo == "us":
-        tokens_nano = -(-tokens_nano * 11 // 10)
-    return tokens_nano + usage.web_searches * WEB_SEARCH_NANO
+    factor = Fraction(2 if usage.speed == "fast" else 1) * (Fraction(11, 10) if usage.inference_geo == "us" else 1)
+    return {
+        "input_tokens": usage.input_tokens * price.input * factor,
+        "output_tokens": usage.output_tokens * price.output * factor,
+        "cache_write_5m_tokens": usage.cache_write_5m_tokens * price.cache_write_5m * factor,
+        "cache_write_1h_tokens": usage.cache_write_1h_tokens * price.cache_write_1h * factor,
+        "cache_read_tokens": usage.cache_read_tokens * price.cache_read * factor,
+        "web_searches": Fraction(usage.web_searches * WEB_SEARCH_NANO),
+    }

@@ -15,6 +15,7 @@ import hmac
 import itertools
 import json
 import ssl
+import time
 import uuid
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote
 
+from . import admin
 from .behaviour import Behaviour, overridden
 from .book import Book, Row, Usage
 from .catalogue import model_info, model_page
@@ -35,6 +37,7 @@ from .reading import check_message, read_prompt
 
 HONEST = Behaviour()
 KEY = "sk-ant-api03-simulated-key-for-tests-and-the-demo"
+ADMIN_KEY = "sk-ant-admin01-simulated-admin-key-for-tests"
 ORGANIZATION_ID = "0e1d5b1c-0000-4000-8000-51301a7ed000"
 WORKSPACE_ID = "wrkspc_01SimulatedWorkspace"
 JSON = ("content-type", "application/json")
@@ -42,7 +45,7 @@ LIMITS_PER_MINUTE = {"requests": 4_000, "input-tokens": 2_000_000, "output-token
 
 
 class Simulator:
-    """A server on its own loopback port. `behaviour` may be replaced at any time; it holds from the next request on."""
+    """A server on its own loopback port. `behaviour` and `key` may be replaced at any time; they hold from the next request on."""
 
     def __init__(
         self,
@@ -135,7 +138,11 @@ class Simulator:
             return
         if request.too_large:
             raise ApiError("request_too_large", "Request exceeds the maximum size")
-        self._authenticate(request)
+        if path.startswith("/v1/organizations/"):
+            _authenticate(request, ADMIN_KEY)
+            await self._reply(exchange, request_id, 200, json.dumps(self._report(request.method, path, parse_qs(query))).encode())
+            return
+        _authenticate(request, self.key)
         match request.method, path.split("/")[1:]:
             case "POST", ["v1", "messages"]:
                 await self._messages(exchange, request_id)
@@ -150,12 +157,15 @@ class Simulator:
             case _:
                 raise ApiError("not_found_error", f"Not found: {request.method} {path}")
 
-    def _authenticate(self, request: Request) -> None:
-        """The key may come in either header. Where both come, both have to be right."""
-        right = {"x-api-key": self.key, "authorization": f"Bearer {self.key}"}
-        given = [(name, value) for name, value in request.headers if name in right]
-        if not given or not all(hmac.compare_digest(value.encode(), right[name].encode()) for name, value in given):
-            raise ApiError("authentication_error", "invalid x-api-key")
+    def _report(self, method: str, path: str, query: dict[str, list[str]]) -> dict[str, Any]:
+        """What the organisation's administrators may read."""
+        match method, path.split("/")[3:]:
+            case "GET", ["usage_report", "messages"]:
+                return admin.usage_report(self.book.all(), query, WORKSPACE_ID, time.time())
+            case "GET", ["cost_report"]:
+                return admin.cost_report(self.book.all(), query, WORKSPACE_ID, time.time())
+            case _:
+                raise ApiError("not_found_error", f"Not found: {method} {path}")
 
     async def _messages(self, exchange: Exchange, request_id: str) -> None:
         clock = Clock()
@@ -198,7 +208,15 @@ class Simulator:
 
 def _row(request_id: str, request: Request) -> Row:
     digest = hashlib.sha256(request.body).hexdigest()
-    return Row(request_id, request.method, request.target, request.headers, len(request.body), digest)
+    return Row(request_id, request.method, request.target, request.headers, len(request.body), digest, time.time())
+
+
+def _authenticate(request: Request, key: str) -> None:
+    """The key may come in either header. Where both come, both have to be right."""
+    right = {"x-api-key": key, "authorization": f"Bearer {key}"}
+    given = [(name, value) for name, value in request.headers if name in right]
+    if not given or not all(hmac.compare_digest(value.encode(), right[name].encode()) for name, value in given):
+        raise ApiError("authentication_error", "invalid x-api-key")
 
 
 def _behaviour(server: Behaviour, body: dict[str, Any]) -> Behaviour:

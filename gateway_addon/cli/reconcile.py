@@ -1,0 +1,197 @@
+"""`gateway reconcile`: the ledger beside the provider's own reports."""
+
+import getpass
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+from tabulate import tabulate
+
+from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, stop
+from gateway_addon.cli.times import duration_s, moment
+from gateway_addon.ledger import LedgerUnavailable, admin, evidence
+from gateway_addon.ledger.evidence import DAY_S, Estimate, Metered
+from gateway_addon.ledger.files import ledger_path
+from gateway_addon.money import cents
+from gateway_addon.policy import GatewayPolicy, PolicyError, load
+from gateway_addon.pricing import PriceError
+from gateway_addon.provider import AdminApi, ReportUnavailable
+from gateway_addon.reconcile import Charged, Correction, Line, Reported, agreement_percent, compare, corrections, worth_nano, written
+from gateway_addon.secret import Secret, SecretUnavailable
+
+NO_ADMIN_KEY = (
+    "No admin key is named. Write `admin_key: {env: ANTHROPIC_ADMIN_KEY}` (or file, command, keyring) in policies/gateway.yaml. It is "
+    "made in the Console by an administrator, reads reports, calls no model, and only this command reads it."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Both sides of a period."""
+
+    reported: list[Reported]
+    charged: list[Charged]
+    metered: list[Metered]
+    estimates: list[Estimate]
+
+
+@click.command(epilog="Example: gateway reconcile --since 2026-11-01 --adjust")
+@click.option("--since", required=True, metavar="DATE", help="The first day (2026-11-01, UTC), or how long ago (7d).")
+@click.option("--until", metavar="DATE", help="The day to stop before; default: with today.")
+@click.option("--workspace", "workspaces", multiple=True, metavar="ID", help="Only this workspace of the organisation (wrkspc_...).")
+@click.option("--adjust", is_flag=True, help="Take off estimated calls what the provider's report proves was never spent.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@policies_option
+@ledger_option
+@says_errors(LedgerUnavailable, PolicyError, PriceError, ReportUnavailable, SecretUnavailable, ValueError)
+def reconcile(
+    since: str, until: str | None, workspaces: tuple[str, ...], adjust: bool, as_json: bool, policies: Path, ledger: str
+) -> None:
+    """Hold the ledger against the provider's Usage & Cost reports, by day, model and kind of token.
+
+    What the provider saw and the gateway did not was paid for by calls that bypass it (exit code 1). The reports are some
+    minutes late, so today's lines may still grow; the provider is asked at most once a minute.
+    """
+    now, policy, path = time.time(), load(policies), ledger_path(ledger)
+    start = _day_start(since, now, ago=True)
+    end = _day_start(until, now, ago=False) if until else None
+    found = _both_sides(path, policy, start, end, workspaces, now)
+    lines = compare(found.reported, found.metered, policy.prices)
+    proved, silent = corrections(found.reported, found.metered, found.estimates, policy.prices, now=now)
+    if adjust:
+        _write(path, proved, now)
+    click.echo(_document(lines, found, proved) if as_json else _text(lines, found, proved, silent, policy, adjusted=adjust))
+    sys.exit(PROBLEM if any(line.unseen for line in lines) else FINE)
+
+
+def _day_start(text: str, now: float, *, ago: bool) -> int:
+    try:
+        at = now - duration_s(text) if ago else moment(text, now)
+    except ValueError:
+        at = moment(text, now)
+    return int(at) // DAY_S * DAY_S
+
+
+def _both_sides(path: Path, policy: GatewayPolicy, start: int, end: int | None, workspaces: tuple[str, ...], now: float) -> Found:
+    if policy.admin_key is None:
+        stop(NO_ADMIN_KEY)
+    key = Secret(policy.admin_key)()
+    _take_turn(path)
+    api = AdminApi(policy.upstream, key, _progress)
+    reported, charged = api.usage(start, end, workspaces), api.cost(start, end, workspaces)
+    _erase()
+    with admin.reading(path) as db:
+        period = {"since": float(start), "until": float(end or now + 1)}
+        return Found(reported, charged, evidence.metered(db, **period), evidence.estimates(db, **period))
+
+
+def _take_turn(path: Path, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Wait until a minute has passed since any process asked the provider."""
+    said = False
+    while True:
+        with admin.changing(path) as db:
+            wait_s = evidence.claim_poll(db, now=time.time())
+        if wait_s <= 0:
+            return _erase()
+        if sys.stderr.isatty():
+            click.echo(f"\r\033[KThe provider takes one poll a minute: {wait_s:.0f} s to go", nl=False, err=True)
+        elif not said:
+            click.echo(f"The provider takes one poll a minute: waiting {wait_s:.0f} s.", err=True)
+        said = True
+        sleep(min(1.0, wait_s))
+
+
+def _progress(pages: int) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{pages} pages of the provider's reports read", nl=False, err=True)
+
+
+def _erase() -> None:
+    if sys.stderr.isatty():
+        click.echo("\r\033[K", nl=False, err=True)
+
+
+def _write(path: Path, proved: Sequence[Correction], now: float) -> None:
+    with admin.changing(path) as db:
+        for correction in proved:
+            for call_id, delta_nano in correction.deltas:
+                admin.adjust(db, call_id, delta_nano, who=getpass.getuser(), why=correction.why, now=now)
+
+
+def _document(lines: Sequence[Line], found: Found, proved: Sequence[Correction]) -> str:
+    rows = [asdict(line) | {"day": written(line.day), "unseen": line.unseen} for line in lines]
+    pairs = [(line.provider, line.gateway) for line in lines]
+    provider_nano, gateway_nano = _money(found)
+    return json.dumps(
+        {
+            "lines": rows,
+            "agreement_percent": agreement_percent(pairs),
+            "provider_nano": provider_nano,
+            "gateway_nano": gateway_nano,
+            "corrections": [asdict(each) | {"day": written(each.day)} for each in proved],
+        },
+        indent=2,
+    )
+
+
+def _money(found: Found) -> tuple[int, int]:
+    """What the provider charges, and what the gateway booked by the metered tokens and the grants of those it could not meter."""
+    exact_nano = sum(part.nano for part in found.metered if not part.estimated)
+    return sum(each.nano for each in found.charged), exact_nano + sum(each.spent_nano for each in found.estimates)
+
+
+def _text(
+    lines: Sequence[Line], found: Found, proved: Sequence[Correction], silent: Sequence[str], policy: GatewayPolicy, *, adjusted: bool
+) -> str:
+    if not lines:
+        return "Neither the provider nor the gateway saw a call in this period."
+    rows = [
+        (written(line.day), line.model, line.kind.replace("_", " "), f"{line.provider:,}", f"{line.gateway:,}", _percent([line]))
+        for line in lines
+    ]
+    headings, align = ("day (UTC)", "model", "kind", "provider", "gateway", "agreement"), ("left",) * 3 + ("right",) * 3
+    provider_nano, gateway_nano = _money(found)
+    parts = [
+        tabulate(rows, headers=headings, disable_numparse=True, colalign=align),
+        f"Agreement: {_percent(lines)}. The provider charges {cents(provider_nano)}, the gateway booked {cents(gateway_nano)}.",
+        _unseen(lines, found, policy),
+        *_estimated(found.estimates, proved, silent, adjusted=adjusted),
+    ]
+    return "\n\n".join(parts)
+
+
+def _unseen(lines: Sequence[Line], found: Found, policy: GatewayPolicy) -> str:
+    bypassing = [line for line in lines if line.unseen]
+    if not bypassing:
+        return "Nothing bypassed the gateway: it knows all that the provider saw."
+    worth = cents(worth_nano(bypassing, policy.prices))
+    said = [f"The provider saw what the gateway did not, worth about {worth}: calls that bypass it."]
+    said += [f"  {written(line.day)}  {line.model}  {line.unseen:,} {line.kind.replace('_', ' ')}" for line in bypassing]
+    blind_nano = sum(each.spent_nano for each in found.estimates if not each.metered_nano)
+    if blind_nano:
+        said.append(f"  (Calls whose tokens are unknown, booked at {cents(blind_nano)}, may be a part of it.)")
+    keys = sorted({each.key_id for each in found.reported})
+    said.append(f"  Keys in use: {', '.join(keys)} (the Console says whose they are).")
+    said.append("Find who holds a key: gateway inventory PATH... --history. Once the real key is rotated, calls with the old one fail.")
+    return "\n".join(said)
+
+
+def _estimated(estimates: Sequence[Estimate], proved: Sequence[Correction], silent: Sequence[str], *, adjusted: bool) -> list[str]:
+    if not estimates:
+        return []
+    calls = "1 call is" if len(estimates) == 1 else f"{len(estimates)} calls are"
+    said = [f"{calls} booked at an upper bound, {cents(sum(each.spent_nano for each in estimates))} together."]
+    for each in proved:
+        off_nano = -sum(delta for _, delta in each.deltas)
+        done = "taken off" if adjusted else "too much (--adjust takes it off)"
+        said.append(f"  {written(each.day)}: {cents(off_nano)} {done}; the report leaves at most {cents(each.at_most_nano)} for them")
+    return ["\n".join([*said, *(f"  {sentence}" for sentence in silent)])]
+
+
+def _percent(lines: Sequence[Line]) -> str:
+    share = agreement_percent((line.provider, line.gateway) for line in lines)
+    return "" if share is None else f"{int(share * 100) / 100:.2f} %"

@@ -1,0 +1,90 @@
+"""What the ledger can put beside the provider's own reports: metered tokens by day and model, and the calls it had to estimate.
+
+Days are UTC days (whole days since 1970), whatever the ledger's zone: the provider's buckets are. Read-only but for the note of
+when the provider was last asked. The connection yields rows by name (`admin.reading`).
+"""
+
+import sqlite3
+from dataclasses import dataclass
+
+DAY_S = 86400
+POLL_EVERY_S = 60
+"""How often the provider wants its reports to be asked for, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metered:
+    """Billed tokens of one model, of the calls admitted on `day` that ended on `ended_day`."""
+
+    day: int
+    ended_day: int
+    model: str
+    estimated: bool
+    input_tokens: int
+    cache_read_tokens: int
+    cache_write_5m_tokens: int
+    """Writes of unreported lifetime are among them."""
+    cache_write_1h_tokens: int
+    output_tokens: int
+    web_searches: int
+    nano: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A call whose cost could not be known: an upper bound is booked. `metered_nano` is what of it has its tokens metered
+    (exact input, granted output); 0: nothing is known but the grant."""
+
+    call_id: int
+    day: int
+    ended_day: int
+    model: str
+    spent_nano: int
+    metered_nano: int
+    output_tokens: int
+
+
+_DAYS = f"CAST(started_at AS INTEGER) / {DAY_S} AS day, CAST(coalesce(ended_at, started_at) AS INTEGER) / {DAY_S} AS ended_day"
+_CHOSEN = "started_at >= :since AND started_at < :until"
+_ESTIMATED = "' ' || flags LIKE '% estimated%'"
+_MODEL = "coalesce(model_served, model_asked, '(none)')"
+
+# An answer that was refused before any output shows tokens and bills none: `nano > 0` leaves it out, as the provider does.
+# A part of kind `estimate` is the rest of an upper bound: money without tokens.
+_METERED = f"""
+SELECT {_DAYS}, coalesce(usage.model, {_MODEL}) AS model, {_ESTIMATED} AS estimated,
+  sum(input_tokens) AS input_tokens, sum(cache_read_tokens) AS cache_read_tokens,
+  sum(cache_write_5m_tokens + cache_write_unsplit_tokens) AS cache_write_5m_tokens,
+  sum(cache_write_1h_tokens) AS cache_write_1h_tokens, sum(output_tokens) AS output_tokens,
+  sum(web_search_requests) AS web_searches, sum(nano) AS nano
+FROM calls CROSS JOIN usage ON usage.call_id = calls.id WHERE {_CHOSEN} AND nano > 0 AND usage.kind <> 'estimate' GROUP BY 1, 2, 3, 4
+"""
+
+_ESTIMATES = f"""
+SELECT id AS call_id, {_DAYS}, {_MODEL} AS model,
+  (SELECT sum(spent_nano) FROM entries WHERE call_id = calls.id) AS spent_nano,
+  (SELECT coalesce(sum(nano), 0) FROM usage WHERE call_id = calls.id AND kind <> 'estimate') AS metered_nano,
+  (SELECT coalesce(sum(output_tokens), 0) FROM usage WHERE call_id = calls.id) AS output_tokens
+FROM calls WHERE {_CHOSEN} AND state = 'settled' AND {_ESTIMATED} ORDER BY id
+"""
+
+
+def metered(db: sqlite3.Connection, *, since: float, until: float) -> list[Metered]:
+    """The calls admitted from `since` to before `until`, by day and model, the exact ones and the estimated ones apart."""
+    rows = db.execute(_METERED, {"since": since, "until": until}).fetchall()
+    return [Metered(**{**dict(row), "estimated": bool(row["estimated"])}) for row in rows]
+
+
+def estimates(db: sqlite3.Connection, *, since: float, until: float) -> list[Estimate]:
+    """Every estimated call of the period at what it counts now, corrections included."""
+    return [Estimate(**dict(row)) for row in db.execute(_ESTIMATES, {"since": since, "until": until}).fetchall()]
+
+
+def claim_poll(db: sqlite3.Connection, *, now: float) -> float:
+    """0 if the provider may be asked now, and then that is noted (in a write transaction); else the seconds to wait."""
+    rows = db.execute("SELECT value FROM settings WHERE name = 'reports_polled_at'").fetchall()
+    wait_s = float(rows[0][0]) + POLL_EVERY_S - now if rows else 0.0
+    if 0 < wait_s <= POLL_EVERY_S:
+        return wait_s
+    db.execute("INSERT OR REPLACE INTO settings VALUES ('reports_polled_at', ?)", (str(now),))
+    return 0.0

@@ -1,0 +1,121 @@
+"""The provider's Usage & Cost Admin API: what it saw of the whole organisation, by day.
+
+An edge: it asks over the network, with the admin key, the policy's upstream alone (a redirect is an error, not followed).
+Promises values or one sentence, never the key.
+"""
+
+import http.client
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+from gateway_addon.reconcile import Charged, Counts, Reported
+
+TIMEOUT_S = 60
+DAYS_A_PAGE = 31
+USAGE = "/v1/organizations/usage_report/messages"
+COST = "/v1/organizations/cost_report"
+PAGES_MAX = 1000
+NANO_PER_CENT = 10_000_000
+
+
+class ReportUnavailable(Exception):
+    """The provider's report cannot be had. The message is a sentence for the operator."""
+
+
+class AdminApi:
+    """`tell` hears the number of pages read so far."""
+
+    def __init__(self, upstream: str, key: str, tell: Callable[[int], None] = lambda pages: None):
+        self._upstream, self._key, self._tell = urlsplit(upstream), key, tell
+        self._pages = 0
+
+    def usage(self, since: float, until: float | None, workspaces: tuple[str, ...] = ()) -> list[Reported]:
+        """Tokens by day, model, key, speed and region. Raises ReportUnavailable."""
+        groups = ("model", "api_key_id", "speed", "inference_geo")
+        query = _query(since, until, groups) + [("workspace_ids[]", name) for name in workspaces]
+        return [_reported(day, result) for day, result in self._results(USAGE, query)]
+
+    def cost(self, since: float, until: float | None, workspaces: tuple[str, ...] = ()) -> list[Charged]:
+        """Money by day. (It cannot be narrowed by key, and by workspace only after the fact.) Raises ReportUnavailable."""
+        found = self._results(COST, _query(since, until, ("workspace_id", "description")))
+        return [_charged(day, result) for day, result in found if not workspaces or result.get("workspace_id") in workspaces]
+
+    def _results(self, path: str, query: list[tuple[str, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        kind = http.client.HTTPSConnection if self._upstream.scheme == "https" else http.client.HTTPConnection
+        with closing(kind(self._upstream.hostname or "", self._upstream.port, timeout=TIMEOUT_S)) as connection:
+            page: list[tuple[str, str]] = []
+            for _ in range(PAGES_MAX):
+                answer = self._get(connection, f"{path}?{urlencode([*query, *page])}")
+                self._pages += 1
+                self._tell(self._pages)
+                for bucket in answer["data"]:
+                    day = int(datetime.fromisoformat(bucket["starting_at"]).timestamp()) // 86400
+                    yield from ((day, result) for result in bucket["results"])
+                if not answer["has_more"]:
+                    return
+                page = [("page", str(answer["next_page"]))]
+        raise ReportUnavailable(f"The provider's report {path} does not end. Choose a shorter period.")
+
+    def _get(self, connection: http.client.HTTPConnection, target: str) -> dict[str, Any]:
+        headers = {"x-api-key": self._key, "anthropic-version": "2023-06-01"}
+        try:
+            connection.request("GET", target, headers=headers)
+            response = connection.getresponse()
+            body = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise ReportUnavailable(f"The provider's reports cannot be reached ({type(error).__name__}). Try again later.") from None
+        if response.status != 200:
+            raise ReportUnavailable(_refused(response.status))
+        try:
+            answer = json.loads(body)
+            if isinstance(answer["data"], list) and isinstance(answer["has_more"], bool):
+                return dict(answer)
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ReportUnavailable(f"The provider's report {target.partition('?')[0]} is not in the shape that is known here.")
+
+
+def _refused(status: int) -> str:
+    if status in (401, 403):
+        return f"The provider did not take the admin key ({status}): it must be an admin key (sk-ant-admin...) of the same organisation."
+    if status == 429:
+        return "The provider asks to be polled less often (429). Try again in some minutes."
+    return f"The provider's reports answered {status}. Try again later."
+
+
+def _query(since: float, until: float | None, groups: tuple[str, ...]) -> list[tuple[str, str]]:
+    """From `since` to `until`, or to now."""
+    period = [("starting_at", _written(since)), ("bucket_width", "1d"), ("limit", str(DAYS_A_PAGE))]
+    if until is not None:
+        period.append(("ending_at", _written(until)))
+    return period + [("group_by[]", name) for name in groups]
+
+
+def _reported(day: int, result: dict[str, Any]) -> Reported:
+    writes, tools = result.get("cache_creation") or {}, result.get("server_tool_use") or {}
+    counts = Counts(
+        input_tokens=result.get("uncached_input_tokens") or 0,
+        cache_read_tokens=result.get("cache_read_input_tokens") or 0,
+        cache_write_5m_tokens=writes.get("ephemeral_5m_input_tokens") or 0,
+        cache_write_1h_tokens=writes.get("ephemeral_1h_input_tokens") or 0,
+        output_tokens=result.get("output_tokens") or 0,
+        web_searches=tools.get("web_search_requests") or 0,
+    )
+    model, key_id = result.get("model") or "(none)", result.get("api_key_id") or "(no key)"
+    return Reported(day, model, key_id, result.get("speed"), result.get("inference_geo"), counts)
+
+
+def _charged(day: int, result: dict[str, Any]) -> Charged:
+    try:
+        return Charged(day, int(Decimal(result["amount"]) * NANO_PER_CENT))
+    except (KeyError, InvalidOperation, TypeError):
+        raise ReportUnavailable("The provider's cost report holds an amount that is not a number of cents.") from None
+
+
+def _written(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
