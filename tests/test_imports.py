@@ -29,6 +29,7 @@ OWN = {
     "bounds": {"fields", "money", "policy", "pricing", "reading", "refusals", "survey"},
     "policy": {"money", "pricing", "reading", "refusals", "survey", "yamlfile"},
     "pricing": {"money", "usage", "yamlfile"},
+    "moving": {"inventory", "ledger"},
     "reconcile": {"ledger", "money", "pricing", "usage"},
     "reading": {"fields", "refusals", "survey"},
     "survey": {"fields"},

@@ -175,6 +175,7 @@ def test_all_twelve_are_found_among_100_000_files_within_20_s(tmp_path: Path) ->
         # switched already
         (".env", "ANTHROPIC_BASE_URL=http://127.0.0.1:8080\nANTHROPIC_API_KEY=$TOKEN\n", "dotenv", "switched"),
         (".env", f"ANTHROPIC_API_KEY={TOKEN}\n", "dotenv", "switched"),
+        ("secret.yaml", f"data:\n  key: {base64.b64encode(TOKEN.encode()).decode()}\n", "configuration", "switched"),
         (".env", f"ANTHROPIC_BASE_URL=http://127.0.0.1:8080\nANTHROPIC_API_KEY={KEY}\n", "dotenv", "half switched"),
         (".env", "ANTHROPIC_BASE_URL=https://api.anthropic.com\n", "dotenv", "direct"),
         ("crontab", "ANTHROPIC_BASE_URL=http://gw:8080\n0 3 * * * ANTHROPIC_API_KEY=$(cat token) run\n", "crontab", "switched"),

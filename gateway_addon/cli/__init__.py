@@ -26,6 +26,7 @@ COMMANDS = {
     "prices": ("prices", "the price table in force"),
     "inventory": ("inventory", "find who uses the Claude API, before anything is moved"),
     "local": ("local", "an intercepting proxy for apps with the API's address in their code"),
+    "cutover": ("cutover", "who has arrived, who is missing: may the real key be rotated?"),
     "reconcile": ("reconcile", "hold the ledger against the provider's own reports: what bypasses the gateway"),
     "doctor": ("doctor", "prove the ledger's invariants, the key, the upstream, the clock"),
 }

@@ -1,6 +1,7 @@
 """What the commands share: the common options with their environment variables, and how an error is said."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -82,3 +83,29 @@ def stop(sentence: str, code: int = WRONG_USAGE) -> NoReturn:
     """End the command with a sentence on stderr."""
     click.echo(sentence, err=True)
     sys.exit(code)
+
+
+def record_path(ledger: str) -> Path:
+    """Where the last inventory is kept: beside the ledger's file, or in the project folder where the ledger is elsewhere."""
+    on_this_machine = ledger.startswith("sqlite:///") or "://" not in ledger
+    folder = Path(ledger.removeprefix("sqlite:///")).absolute().parent if on_this_machine else project_folder()
+    return folder / "inventory.json"
+
+
+def write_privately(path: Path, text: str) -> None:
+    """Whole or not at all, for this user's eyes: an inventory says where every key lies."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise click.UsageError(f"{path} cannot be written: {error.strerror}; choose a folder that you can write to.") from error
+
+
+def shown_path(path: str) -> str:
+    """As short as it can be typed here; a file's name is not trusted to move the terminal's cursor."""
+    below = os.path.relpath(path)
+    shorter = path if below.startswith("..") else below
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in shorter)

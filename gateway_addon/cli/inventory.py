@@ -1,7 +1,6 @@
 """`gateway inventory PATH...`: who uses the Claude API, before anything is moved."""
 
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -12,9 +11,11 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
+from gateway_addon.cli.common import ledger_option, record_path, shown_path, write_privately
 from gateway_addon.inventory import Consumer, Inventory, Skip, document, inspect, read, shared_keys
 from gateway_addon.inventory.tree import REASONS
 
+BESIDE = "(beside the ledger)"
 _PROGRESS_S = 0.2
 _EXAMPLES_MAX = 3
 _ISSUE = "gateway token issue APP "
@@ -24,20 +25,29 @@ _ISSUE = "gateway token issue APP "
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(exists=True, path_type=Path))
 @click.option("--no-ignore", is_flag=True, help="Read what .gitignore names, and installed packages, too.")
 @click.option("--history", is_flag=True, help="Read the shell histories under PATH too.")
-@click.option("--save", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON, for `gateway cutover`.")
+@click.option(
+    "--save",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value=BESIDE,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep the JSON for `gateway cutover` [default: inventory.json, beside the ledger].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inventory(paths: tuple[Path, ...], no_ignore: bool, history: bool, save: Path | None, as_json: bool) -> None:
+@ledger_option
+def inventory(paths: tuple[Path, ...], no_ignore: bool, history: bool, save: Path | None, as_json: bool, ledger: str) -> None:
     """Find who uses the Claude API: sources, .env files, crontabs, systemd units, CI, compose files, notebooks.
 
     Keys are shown as fingerprints only; the same key has the same fingerprint everywhere. Nothing is stored unless
-    --save says where. A good first call: gateway inventory ~ /etc /var/spool/cron --save inventory.json
+    --save says so. A good first call: gateway inventory ~ /etc /var/spool/cron --save
     """
+    save = record_path(ledger) if save == Path(BESIDE) else save
     if save and not save.absolute().parent.is_dir():
         raise click.UsageError(f"--save {save}: the folder {save.absolute().parent} does not exist; create it first.")
     found = _search(paths, ignore=not no_ignore, history=history)
     record = json.dumps(document(found, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")), indent=1)
     if save:
-        _write_privately(save, record + "\n")
+        write_privately(save, record + "\n")
     click.echo(record if as_json else _table(found))
 
 
@@ -62,18 +72,6 @@ def _search(paths: Sequence[Path], *, ignore: bool, history: bool) -> Inventory:
     if terminal:
         click.echo("\r\033[K", nl=False, err=True)
     return Inventory(tuple(str(path.resolve()) for path in paths), tuple(consumers), tuple(skipped), files)
-
-
-def _write_privately(path: Path, text: str) -> None:
-    """Whole or not at all, for this user's eyes: it says where every key lies."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise click.UsageError(f"--save {path}: {error.strerror}; choose a folder that you can write to.") from error
 
 
 def _table(found: Inventory) -> str:
@@ -101,15 +99,8 @@ def _names(consumer: Consumer) -> str:
 
 
 def _place(consumer: Consumer) -> str:
-    return f"{_shown(consumer.path)}:{consumer.line}"
+    return f"{shown_path(consumer.path)}:{consumer.line}"
 
 
 def _examples(paths: Sequence[str]) -> str:
-    return ", ".join(map(_shown, paths[:_EXAMPLES_MAX])) + (", ..." if len(paths) > _EXAMPLES_MAX else "")
-
-
-def _shown(path: str) -> str:
-    """As short as it can be typed here; a file's name is not trusted to move the terminal's cursor."""
-    below = os.path.relpath(path)
-    shorter = path if below.startswith("..") else below
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in shorter)
+    return ", ".join(map(shown_path, paths[:_EXAMPLES_MAX])) + (", ..." if len(paths) > _EXAMPLES_MAX else "")

@@ -140,12 +140,19 @@ def _secrets(text: str) -> Iterator[tuple[int, str, str]]:
         if _looks_real(match[2]):
             yield match.start(), "key", fingerprint(match[0])
     for match in rules.ENCODED_KEY.finditer(text):
-        encoded = match[0].rstrip("=")
-        decoded = base64.b64decode(encoded + "=" * (-len(encoded) % 4)).decode("ascii", "replace").strip()
+        decoded = _decoded(match[0])
         if (key := rules.KEY.regex.fullmatch(decoded)) and _looks_real(key[2]):
             yield match.start(), "key", fingerprint(decoded)
     for match in rules.TOKEN.finditer(text):
         yield match.start(), "token", fingerprint(match[0])
+    for match in rules.ENCODED_TOKEN.finditer(text):
+        if rules.TOKEN.regex.fullmatch(decoded := _decoded(match[0])):
+            yield match.start(), "token", fingerprint(decoded)
+
+
+def _decoded(encoded: str) -> str:
+    bare = encoded.rstrip("=")
+    return base64.b64decode(bare + "=" * (-len(bare) % 4)).decode("ascii", "replace").strip()
 
 
 def _looks_real(secret: str) -> bool:

@@ -57,6 +57,8 @@ class Simulator:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.key = key
+        self.also: set[str] = set()
+        """Further keys in force: while a key is rotated there are two."""
         self.behaviour = behaviour
         self.book = Book()
         self._host, self._port, self._tls = host, port, tls
@@ -139,10 +141,10 @@ class Simulator:
         if request.too_large:
             raise ApiError("request_too_large", "Request exceeds the maximum size")
         if path.startswith("/v1/organizations/"):
-            _authenticate(request, ADMIN_KEY)
+            _authenticate(request, {ADMIN_KEY})
             await self._reply(exchange, request_id, 200, json.dumps(self._report(request.method, path, parse_qs(query))).encode())
             return
-        _authenticate(request, self.key)
+        _authenticate(request, {self.key, *self.also})
         match request.method, path.split("/")[1:]:
             case "POST", ["v1", "messages"]:
                 await self._messages(exchange, request_id)
@@ -211,11 +213,11 @@ def _row(request_id: str, request: Request) -> Row:
     return Row(request_id, request.method, request.target, request.headers, len(request.body), digest, time.time())
 
 
-def _authenticate(request: Request, key: str) -> None:
+def _authenticate(request: Request, keys: set[str]) -> None:
     """The key may come in either header. Where both come, both have to be right."""
-    right = {"x-api-key": key, "authorization": f"Bearer {key}"}
+    right = {"x-api-key": keys, "authorization": {f"Bearer {key}" for key in keys}}
     given = [(name, value) for name, value in request.headers if name in right]
-    if not given or not all(hmac.compare_digest(value.encode(), right[name].encode()) for name, value in given):
+    if not given or not all(any(hmac.compare_digest(value.encode(), key.encode()) for key in right[name]) for name, value in given):
         raise ApiError("authentication_error", "invalid x-api-key")
 
 

@@ -1,0 +1,178 @@
+"""`gateway cutover`: who has arrived, who is missing, and whether the real key may be rotated now."""
+
+import getpass
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+from gateway_addon.cli.common import (
+    FINE,
+    PROBLEM,
+    ledger_option,
+    policies_option,
+    record_path,
+    says_errors,
+    shown_path,
+    stop,
+    write_privately,
+)
+from gateway_addon.cli.times import day, duration_s
+from gateway_addon.inventory import inspect
+from gateway_addon.ledger import LedgerUnavailable, admin, arrivals
+from gateway_addon.ledger.arrivals import Arrival, Straggler
+from gateway_addon.ledger.files import ledger_path
+from gateway_addon.moving import Now, Open, tally, unaccounted, unseen
+from gateway_addon.policy import PolicyError, Source, load
+from gateway_addon.pricing import PriceError
+
+NO_RECORD = "There is no inventory at {0}. Make one of every place where apps live: gateway inventory PATH... --save {0}"
+TAKES_EFFECT = {
+    "file": "it is read again at once, without a restart",
+    "env": "then restart the gateway: a process keeps its environment",
+    "command": "it is asked again when the provider refuses the old one, or at a restart",
+    "keyring": "it is asked again when the provider refuses the old one, or at a restart",
+}
+WATCH_EVERY_S = 1.0
+
+
+@click.command(epilog="Example: gateway cutover; then, while the key is rotated: gateway cutover --watch 10m")
+@click.option(
+    "--inventory",
+    "record",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The inventory [default: inventory.json, beside the ledger].",
+)
+@click.option("--accept", multiple=True, metavar="PATH", help="Count this file, or all in this folder, as accounted for; remembered.")
+@click.option("--watch", metavar="DURATION", help="Afterwards: say for this long (10m) whether the provider takes the new key.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@policies_option
+@ledger_option
+@says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError, OSError)
+def cutover(record: Path | None, accept: tuple[str, ...], watch: str | None, as_json: bool, policies: Path, ledger: str) -> None:
+    """Say whether every app has arrived, so that the real key may be rotated: exit code 0 for safe, 1 for not yet.
+
+    An app has arrived when its token has called. A consumer of the inventory is accounted for when its file, read again now, is
+    switched or gone, or when you say so by --accept.
+    """
+    path, now = ledger_path(ledger), time.time()
+    if watch is not None:
+        sys.exit(_watch(path, duration_s(watch)))
+    known, key = _record(record or record_path(ledger), accept), load(policies).key
+    with admin.reading(path) as db:
+        tokens, coming = arrivals.arrivals(db, now=now), arrivals.stragglers(db)
+    files = [_as_it_is(each) for each in dict.fromkeys(consumer["path"] for consumer in known["consumers"])]
+    reasons = unseen(tokens) + unaccounted(files, tokens, [each["path"] for each in known.get("accepted", ())])
+    if not any(token.calls > token.refused for token in tokens):
+        reasons.insert(0, Open("the gateway", "has passed no call yet", "gateway token issue APP, and repoint the first app"))
+    if as_json:
+        document = {"safe": not reasons, "reasons": [asdict(each) for each in reasons], "stragglers": [asdict(each) for each in coming]}
+        click.echo(json.dumps({**document, "tokens": [asdict(token) for token in tokens]}, indent=2))
+    else:
+        click.echo("\n\n".join([_table(tokens), _consumers(known["made_at"], files, coming), _verdict(reasons, key)]))
+    sys.exit(PROBLEM if reasons else FINE)
+
+
+def _record(path: Path, accept: Sequence[str]) -> dict[str, Any]:
+    """The saved inventory; what is accepted now is written into it."""
+    try:
+        known = json.loads(path.read_text())
+        if "gateway_inventory" not in known:
+            raise ValueError
+    except FileNotFoundError:
+        stop(NO_RECORD.format(path))
+    except (ValueError, TypeError):
+        stop(f"{path} is no inventory. Make one: gateway inventory PATH... --save {path}")
+    if accept:
+        added = [{"path": str(Path(each).resolve()), "who": getpass.getuser(), "at": day(time.time())} for each in accept]
+        known["accepted"] = [*known.get("accepted", ()), *added]
+        write_privately(path, json.dumps(known, indent=1) + "\n")
+    return dict(known)
+
+
+def _as_it_is(path: str) -> Now:
+    try:
+        return Now(path, inspect(path, Path(path).read_bytes()))
+    except FileNotFoundError:
+        return Now(path)
+    except OSError as error:
+        return Now(path, problem=f"cannot be read now ({error.strerror})")
+
+
+def _table(tokens: Sequence[Arrival]) -> str:
+    rows = [
+        (token.app, f"{token.token_id} {token.label}".strip(), f"{token.calls:,}", _when(token.first_at), _when(token.last_at))
+        for token in tokens
+        if token.state == "in force"
+    ]
+    if not rows:
+        return "No token is in force: gateway token issue APP"
+    return tabulate(rows, headers=("app", "token", "calls", "first seen (UTC)", "last seen (UTC)"), disable_numparse=True)
+
+
+def _consumers(made_at: str, files: Sequence[Now], coming: Sequence[Straggler]) -> str:
+    counts = ", ".join(f"{count} {state}" for state, count in tally(files).items()) or "none"
+    lines = [f"Consumers of the inventory of {made_at[:16].replace('T', ' ')}, as they are now: {counts}."]
+    for each in coming:
+        lines.append(f"App {each.app} comes through gateway local (last {day(each.last_at)}): change its code, and it needs no proxy.")
+    return "\n".join(lines)
+
+
+def _when(at: float | None) -> str:
+    return "never" if at is None else day(at)
+
+
+def _verdict(reasons: Sequence[Open], key: Source) -> str:
+    if reasons:
+        lines = [f"  {_subject(each)} {each.problem}\n      {each.way_out}" for each in reasons]
+        return "\n".join(["Not yet. Rotating the real key now would break, or leave unknown:", *lines])
+    return "\n".join(
+        [
+            "Safe to rotate the real key: every token in force has called, every consumer of the inventory is accounted for.",
+            f"  1. Make a new key in the Console and put it where the gateway reads it ({key.kind} {_where(key)});",
+            f"     {TAKES_EFFECT[key.kind]}.",
+            "  2. gateway cutover --watch 10m says whether the provider takes it.",
+            "  3. Disable the old key: that flushes out whoever was missed. gateway reconcile --since DATE shows who still bypassed.",
+        ]
+    )
+
+
+def _where(key: Source) -> str:
+    return key.value[0] if isinstance(key.value, tuple) else str(key.value)
+
+
+def _subject(reason: Open) -> str:
+    return shown_path(reason.subject) if reason.subject.startswith("/") else reason.subject
+
+
+def _watch(path: Path, for_s: float) -> int:
+    """Say when the provider refuses the key, and at the end how it went."""
+    started = time.time()
+    told = 0
+    while True:
+        with admin.reading(path) as db:
+            seen = arrivals.passed(db, since=started)
+        if seen.unauthorised > told and seen.last_unauthorised_at is not None:
+            told = seen.unauthorised
+            at = day(seen.last_unauthorised_at)
+            click.echo(f"{at} the provider answered 401 ({told} times since the watch began): is the new key in place?")
+        if time.time() - started >= for_s:
+            break
+        if sys.stderr.isatty():
+            click.echo(f"\r\033[K{seen.calls:,} calls, {seen.unauthorised} refused", nl=False, err=True)
+        time.sleep(min(WATCH_EVERY_S, for_s))
+    if sys.stderr.isatty():
+        click.echo("\r\033[K", nl=False, err=True)
+    if not seen.calls:
+        click.echo("No call passed while watching, so the new key is not proved. Make one, or watch longer.")
+        return PROBLEM
+    calls = "1 call" if seen.calls == 1 else f"{seen.calls:,} calls"
+    click.echo(f"{calls} passed, the provider refused the key {seen.unauthorised} times.")
+    return PROBLEM if seen.unauthorised else FINE

@@ -1,0 +1,77 @@
+"""Who has come through the gateway: each token's first and last call, who still comes by `gateway local`, and refusals of the real key.
+
+Read-only. The connection yields rows by name (`admin.reading`).
+"""
+
+import sqlite3
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One token and the calls that were made with it. Times are None while it has never been seen."""
+
+    token_id: int
+    app: str
+    label: str
+    digest: str
+    state: Literal["in force", "revoked", "expired"]
+    calls: int
+    refused: int
+    """Of `calls`, those that this gateway refused."""
+    first_at: float | None
+    last_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Straggler:
+    """An app whose latest call came through the intercepting proxy: its code still has the provider's address."""
+
+    app: str
+    last_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Forwarded calls of a period, and those that the provider answered 401: it did not take the real key."""
+
+    calls: int
+    unauthorised: int
+    last_unauthorised_at: float | None
+
+
+_ARRIVALS = """
+SELECT tokens.id AS token_id, tokens.app AS app, label, digest,
+  CASE WHEN revoked_at <= :now THEN 'revoked' WHEN expires_at <= :now THEN 'expired' ELSE 'in force' END AS state,
+  count(calls.id) AS calls, count(calls.id) FILTER (WHERE calls.state = 'refused') AS refused,
+  min(started_at) AS first_at, max(started_at) AS last_at
+FROM tokens LEFT JOIN calls ON calls.token_id = tokens.id
+GROUP BY tokens.id, tokens.app, label, digest, revoked_at, expires_at ORDER BY tokens.app, tokens.id
+"""
+
+_STRAGGLERS = """
+SELECT app, max(started_at) FILTER (WHERE endpoint LIKE 'local/%') AS last_at FROM calls GROUP BY app
+HAVING max(started_at) FILTER (WHERE endpoint LIKE 'local/%') = max(started_at) ORDER BY app
+"""
+
+_PASSED = """
+SELECT count(*) AS calls, count(*) FILTER (WHERE status = 401) AS unauthorised,
+  max(ended_at) FILTER (WHERE status = 401) AS last_unauthorised_at
+FROM calls WHERE state <> 'refused' AND state <> 'open' AND ended_at >= :since
+"""
+
+
+def arrivals(db: sqlite3.Connection, *, now: float) -> list[Arrival]:
+    """Every token ever issued, by app."""
+    return [Arrival(**dict(row)) for row in db.execute(_ARRIVALS, {"now": now}).fetchall()]
+
+
+def stragglers(db: sqlite3.Connection) -> list[Straggler]:
+    return [Straggler(**dict(row)) for row in db.execute(_STRAGGLERS).fetchall()]
+
+
+def passed(db: sqlite3.Connection, *, since: float) -> Passed:
+    """What was forwarded and has ended since then."""
+    [row] = db.execute(_PASSED, {"since": since}).fetchall()
+    return Passed(**dict(row))

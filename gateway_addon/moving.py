@@ -1,0 +1,85 @@
+"""When is it safe to rotate the real key? When nobody is left who would notice: every token has called, every consumer is switched.
+
+Pure: what the ledger saw and what the files say now, in; the reasons that speak against it, out. Rotating flushes out whoever was
+missed, so it comes last: what is doubtful counts as a reason until a person says otherwise (`gateway cutover --accept PATH`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gateway_addon.inventory import Consumer
+from gateway_addon.ledger.arrivals import Arrival
+
+NO_CALLERS = frozenset({"document", "example", "recording"})
+"""Kinds of file that may show a key and call nobody."""
+DOUBTS = {
+    "direct": "calls the provider with a key of its own",
+    "half switched": "names the gateway and still holds the provider's key or address",
+    "environment": "takes its key from where it runs",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """A file of the inventory as it is today: its consumers, none if it is gone, or the sentence why it cannot be read."""
+
+    path: str
+    consumers: tuple[Consumer, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """One reason not to rotate yet: what it is about, what is wrong, the way out."""
+
+    subject: str
+    problem: str
+    way_out: str
+
+
+def unseen(arrivals: Iterable[Arrival]) -> list[Open]:
+    """Tokens in force that nobody has called with, or that were only ever refused."""
+    found = []
+    for token in arrivals:
+        name = f"app {token.app}, token {token.token_id}" + (f" ({token.label})" if token.label else "")
+        if token.state == "in force" and not token.calls:
+            way_out = f"switch the app, or if nobody has this token: gateway token revoke {token.app} --id {token.token_id}"
+            found.append(Open(name, "has never called", way_out))
+        elif token.state == "in force" and token.calls == token.refused:
+            found.append(Open(name, "has called, and was refused each time", "gateway report --by token shows why"))
+    return found
+
+
+def unaccounted(files: Iterable[Now], arrivals: Sequence[Arrival], accepted: Iterable[str]) -> list[Open]:
+    """Consumers that are not switched, or hold a token that is not in force, and that nobody has accounted for."""
+    good = {token.digest[:12] for token in arrivals if token.state == "in force"}
+    exempt = tuple(accepted)
+    found = []
+    for file in files:
+        if any(file.path == path or file.path.startswith(f"{path.rstrip('/')}/") for path in exempt):
+            continue
+        if file.problem is not None:
+            found.append(Open(file.path, file.problem, f"look at it, then: gateway cutover --accept {file.path}"))
+        found += [each for consumer in file.consumers if (each := _doubt(consumer, good)) is not None]
+    return found
+
+
+def tally(files: Iterable[Now]) -> Mapping[str, int]:
+    """How many consumers are in which state now; a file that is gone, or calls nobody any more, counts as `no longer one`."""
+    counts: dict[str, int] = {}
+    for file in files:
+        for state in [consumer.state for consumer in file.consumers] or ["unreadable" if file.problem else "no longer one"]:
+            counts[state] = counts.get(state, 0) + 1
+    return counts
+
+
+def _doubt(consumer: Consumer, good_tokens: set[str]) -> Open | None:
+    place = f"{consumer.path}:{consumer.line}"
+    if consumer.kind in NO_CALLERS or consumer.switch.startswith("stays"):
+        return None
+    if consumer.state in DOUBTS:
+        return Open(place, f"({consumer.kind}) {DOUBTS[consumer.state]}", consumer.switch)
+    tokens = [key for key in consumer.keys if key.startswith("gwt_")]
+    if consumer.state == "switched" and any(token.rpartition("…")[2] not in good_tokens for token in tokens):
+        return Open(place, f"({consumer.kind}) holds a token that is not in force here", "gateway token issue APP")
+    return None

@@ -1,0 +1,168 @@
+"""Who has arrived, who is missing: reasons against rotating the key, each with its way out."""
+
+import json
+import stat
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from ledgers import Part
+from test_inventory import KEY, write
+
+from gateway_addon import identity
+from gateway_addon.cli import cutover as command
+from gateway_addon.cli import main
+from gateway_addon.inventory import inspect
+from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, arrivals, files
+from gateway_addon.ledger.arrivals import Arrival
+from gateway_addon.moving import Now, tally, unaccounted, unseen
+
+NOW = time.time()
+TOKEN = identity.mint()
+DIGEST = identity.digest(TOKEN)
+
+
+def arrival(calls: int = 1, refused: int = 0, state: str = "in force") -> Arrival:
+    return Arrival(7, "reports", "cron", DIGEST, state, calls, refused, None, None)
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        (arrival(), None),
+        (arrival(0), "has never called"),
+        (arrival(3, 3), "refused each time"),
+        (arrival(3, 2), None),
+        (arrival(0, state="revoked"), None),
+        (arrival(0, state="expired"), None),
+    ],
+)
+def test_a_token_in_force_that_never_passed_is_a_reason(token, said):
+    assert [each.problem.endswith(said or "") for each in unseen([token])] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (".env", f"ANTHROPIC_API_KEY={KEY}\n", "with a key of its own"),
+        (".env", f"ANTHROPIC_BASE_URL=http://gw:8080\nANTHROPIC_API_KEY={KEY}\n", "still holds"),
+        ("a.py", "import anthropic\n", "from where it runs"),
+        (".env", f"ANTHROPIC_BASE_URL=http://gw:8080\nANTHROPIC_API_KEY={TOKEN}\n", None),
+        (".env", f"ANTHROPIC_BASE_URL=http://gw:8080\nANTHROPIC_API_KEY={identity.mint()}\n", "a token that is not in force here"),
+        (".env", "ANTHROPIC_BASE_URL=http://gw:8080\nANTHROPIC_API_KEY=$TOKEN\n", None),
+        ("README.md", f"our key: {KEY}\n", None),  # shows it, calls nobody: rotating is what makes it harmless
+        ("policies/gateway.yaml", "upstream: https://api.anthropic.com\nkey: {env: ANTHROPIC_API_KEY}\n", None),
+        ("admin.env", "ANTHROPIC_ADMIN_KEY=sk-ant-admin01-8cYf1GhJ6sAe3UoViXq5kMtBw0PyDnElZrCSu-OaHg8F2j\n", None),
+        ("a.py", "print('hello')\n", None),
+    ],
+)
+def test_what_a_consumer_s_file_says_today(name, content, said):
+    found = unaccounted([Now(f"/srv/{name}", inspect(f"/srv/{name}", content.encode()))], [arrival()], [])
+    assert [said in each.problem for each in found] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("accepted", "left"), [("/srv/a.py", 0), ("/srv", 0), ("/srv/", 0), ("/srv/a", 1), ("/srv/a.pyc", 1), ("/other", 1)]
+)
+def test_what_a_person_accepts_is_accounted_for(accepted, left):
+    files = [Now("/srv/a.py", inspect("/srv/a.py", b"import anthropic\n"))]
+    assert len(unaccounted(files, [], [accepted])) == left
+
+
+def test_a_file_that_is_gone_is_accounted_for_and_one_that_cannot_be_read_is_not():
+    gone, locked = Now("/srv/gone"), Now("/srv/locked", problem="cannot be read now (Permission denied)")
+    [reason] = unaccounted([gone, locked], [], [])
+    assert (reason.subject, reason.way_out.endswith("gateway cutover --accept /srv/locked")) == ("/srv/locked", True)
+    assert tally([gone, locked]) == {"no longer one": 1, "unreadable": 1}
+
+
+# The command, on a ledger
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A ledger with a token of `reports`, a policy for it, and an empty village."""
+    write(tmp_path, {"policies/apps/reports.yaml": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n", "village/none": ""})
+    write(tmp_path, {"policies/gateway.yaml": "key: {file: /run/key}\n"})
+    files.create(tmp_path / "gateway.db")
+    with admin.changing(tmp_path / "gateway.db") as db:
+        admin.issue_token(db, "reports", DIGEST, label="cron", who="test", now=NOW)
+    monkeypatch.setenv("GATEWAY_POLICIES", str(tmp_path / "policies"))
+    monkeypatch.setenv("GATEWAY_LEDGER", f"sqlite:///{tmp_path / 'gateway.db'}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def gateway(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
+
+
+async def called(folder: Path, status: int = 200, endpoint: str = "messages", at: float = NOW) -> None:
+    ledger = await Ledger.open(f"sqlite:///{folder / 'gateway.db'}")
+    held = await ledger.reserve(NewCall("reports", None, 1, endpoint, "claude-haiku-4-5"), 100, (), now=at)
+    outcome = Outcome(status=status)
+    await (ledger.settle(held.call_id, Settlement(9, (Part(9),), outcome), now=at) if status == 200 else ledger.void(held.call_id, outcome, now=at))
+    await ledger.close()
+
+
+def test_without_an_inventory_it_says_how_to_make_one(here):
+    shown = gateway("cutover")
+    assert (shown.exit_code, "gateway inventory PATH... --save" in shown.output) == (2, True)
+    (here / "inventory.json").write_text('{"other": 1}')
+    assert "is no inventory" in gateway("cutover").output
+
+
+async def test_not_yet_then_accepted_then_safe(here):
+    write(here, {"village/.env": f"ANTHROPIC_API_KEY={KEY}\n", "village/job.py": "import anthropic\n"})
+    gateway("inventory", "village", "--save")
+    assert stat.S_IMODE((here / "inventory.json").stat().st_mode) == 0o600
+    first = gateway("cutover")
+    assert first.exit_code == 1
+    assert "the gateway has passed no call yet" in first.output
+    assert "app reports, token 1 (cron) has never called" in first.output
+    await called(here)
+    (here / "village/.env").write_text(f"ANTHROPIC_BASE_URL=http://127.0.0.1:8080\nANTHROPIC_API_KEY={TOKEN}\n")
+    assert "village/job.py:1 (python) takes its key from where it runs" in gateway("cutover").output
+    assert gateway("cutover", "--accept", "village/job.py").exit_code == 0
+    safe = gateway("cutover")  # it is remembered
+    assert (safe.exit_code, "Safe to rotate the real key" in safe.output) == (0, True)
+    assert "(file /run/key);\n     it is read again at once" in safe.output
+    [accepted] = json.loads((here / "inventory.json").read_text())["accepted"]
+    assert accepted["path"] == str(here / "village/job.py")
+
+
+async def test_an_app_that_comes_through_local_is_a_straggler_until_it_comes_by_itself(here):
+    gateway("inventory", "village", "--save")
+    await called(here, endpoint="local/messages")
+    assert "App reports comes through gateway local" in gateway("cutover").output
+    await called(here, at=NOW + 1)
+    assert "gateway local" not in gateway("cutover").output
+
+
+async def test_it_says_the_same_to_programs(here):
+    gateway("inventory", "village", "--save")
+    said = json.loads(gateway("cutover", "--json").stdout)
+    assert (said["safe"], [each["subject"] for each in said["reasons"]]) == (False, ["the gateway", "app reports, token 1 (cron)"])
+    assert [token["app"] for token in said["tokens"]] == ["reports"]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "code"),
+    [(200, "1 call passed, the provider refused the key 0 times", 0), (401, "the provider answered 401", 1), (None, "is not proved", 1)],
+)
+async def test_the_watch_hears_of_a_key_that_the_provider_does_not_take(here, monkeypatch, status, said, code):
+    await called(here, 401, at=NOW - 3600)  # long before
+    if status is not None:
+        await called(here, status, at=NOW + 3600)  # in the watch's time
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: None)
+    shown = gateway("cutover", "--watch", "0s")
+    assert (shown.exit_code, said in shown.output) == (code, True), shown.output
+
+
+async def test_a_token_s_first_and_last_call_are_known(here):
+    for at in (NOW - 50, NOW - 20, NOW - 30):
+        await called(here, at=at)
+    with admin.reading(here / "gateway.db") as db:
+        [seen] = arrivals.arrivals(db, now=NOW)
+        assert (seen.calls, seen.refused, seen.first_at, seen.last_at, seen.state) == (3, 0, NOW - 50, NOW - 20, "in force")
