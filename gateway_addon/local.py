@@ -214,8 +214,8 @@ async def run(
                 await serving
                 return 0
             proxy = f"http://{app}:{token}@{host}:{port}"
-            hidden = {str(source.value) for source in (policy.key, policy.admin_key) if source is not None and source.kind == "env"}
-            inherited = {name: value for name, value in environment.items() if name not in hidden and addon.key() not in value}
+            hidden, key = policy.secret_variables, addon.key()
+            inherited = {name: value for name, value in environment.items() if name not in hidden and key not in value}
             return await _command(command, child_environment(inherited, proxy, token or "", ca_folder))
         finally:
             master.shutdown()

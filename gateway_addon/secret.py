@@ -7,14 +7,20 @@ files and the clock.
 
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from gateway_addon.policy import Source
 
 COMMAND_TIMEOUT_S = 10
 ASK_AGAIN_S = 60  # at most one command a minute, however often the upstream says 401
+NO_KEYRING = (
+    "The keyring cannot be asked: its package is not installed. Install it beside the gateway (.venv/bin/pip install keyring), or name "
+    "your password manager's own program: {command: [...]}."
+)
 
 
 class SecretUnavailable(Exception):
@@ -24,8 +30,15 @@ class SecretUnavailable(Exception):
 class Secret:
     """A secret behind a source. Call it to get the secret; raises SecretUnavailable."""
 
-    def __init__(self, source: Source, environment: Mapping[str, str] = os.environ, clock: Callable[[], float] = time.monotonic):
-        self._source, self._environment, self._clock = source, environment, clock
+    def __init__(
+        self,
+        source: Source,
+        environment: Mapping[str, str] = os.environ,
+        clock: Callable[[], float] = time.monotonic,
+        withheld: Collection[str] = (),
+    ):
+        """`withheld` names variables that a password manager's program must not see: the gateway's other secrets."""
+        self._source, self._environment, self._clock, self._withheld = source, environment, clock, frozenset(withheld)
         self._value: str | None = None
         self._read_at = 0.0
         self._version: tuple[int, int, int] | None = None
@@ -66,22 +79,33 @@ class Secret:
             except (OSError, UnicodeDecodeError) as error:
                 raise SecretUnavailable(f"The key file {value} cannot be read ({type(error).__name__}).") from None
         if kind == "keyring":
-            service, _, user = str(value).partition("/")
-            return self._output(["keyring", "get", service, user])
+            if find_spec("keyring") is None:
+                raise SecretUnavailable(NO_KEYRING)
+            # a process of its own: a locked keyring may wait for a person, and that has an end; -P: no keyring.py of the current folder
+            return self._output([sys.executable, "-P", "-m", "keyring", "get", *str(value).partition("/")[::2]])
         return self._output(list(value))
 
     def _output(self, command: list[str]) -> str:
         """What a password manager prints. It gets no other secret of the gateway's environment."""
-        environment = {name: text for name, text in self._environment.items() if not name.startswith(("ANTHROPIC_", "GATEWAY_"))}
+        environment = {name: text for name, text in self._environment.items() if not self._is_withheld(name)}
         try:
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
-            raise SecretUnavailable(f"The key command {command[0]} failed ({type(error).__name__}).") from None
+            raise SecretUnavailable(f"{self._asked(command)} failed ({type(error).__name__}).") from None
         if done.returncode:
-            raise SecretUnavailable(f"The key command {command[0]} ended with status {done.returncode}.")
+            asked = self._asked(command)
+            raise SecretUnavailable(f"{asked} ended with status {done.returncode}: is it unlocked, and does it hold the key?")
         return done.stdout
+
+    def _is_withheld(self, name: str) -> bool:
+        return name in self._withheld or name.startswith(("ANTHROPIC_", "GATEWAY_"))
+
+    def _asked(self, command: list[str]) -> str:
+        if self._source.kind == "keyring":
+            return f"Asking the keyring for {self._source.value} (keyring set SERVICE USER puts a key there)"
+        return f"The key command {command[0]}"
 
 
 def _plain(text: str, secret: Secret) -> str:

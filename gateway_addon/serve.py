@@ -98,13 +98,13 @@ async def prepared(
 ) -> AsyncIterator[tuple[GatewayPolicy, GatewayAddon, Master]]:
     """All that a gateway needs, ready to run: the policy in force and watched, the key read, the ledger open, a master built."""
     policy = load(settings.policies)
-    key = Secret(policy.key)
+    key = Secret(policy.key, withheld=policy.secret_variables)
     if policy.tls is not None:
         Certificate().context(policy.tls)
     key()  # a missing key is said now, not to the first caller
     ledger = await Ledger.open(settings.ledger)
     await align(ledger, policy)
-    alerter = Alerter(ledger, lambda source: Secret(source)(), time.time)
+    alerter = Alerter(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
     gate = Gate(ledger, policy, time.time, alerter, entrance)
     addon = make(gate, key, key_refused=key.refused)
     master = build(settings, policy, addon)

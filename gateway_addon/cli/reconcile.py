@@ -79,7 +79,7 @@ def _day_start(text: str, now: float, *, ago: bool) -> int:
 def _both_sides(path: Path, policy: GatewayPolicy, start: int, end: int | None, workspaces: tuple[str, ...], now: float) -> Found:
     if policy.admin_key is None:
         stop(NO_ADMIN_KEY)
-    key = Secret(policy.admin_key)()
+    key = Secret(policy.admin_key, withheld=policy.secret_variables)()
     _take_turn(path)
     api = AdminApi(policy.upstream, key, _progress)
     reported, charged = api.usage(start, end, workspaces), api.cost(start, end, workspaces)

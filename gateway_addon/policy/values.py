@@ -148,6 +148,13 @@ class GatewayPolicy:
     digest: str
     """SHA-256 over the files' names and bytes and the prices' digest."""
 
+    @property
+    def secret_variables(self) -> frozenset[str]:
+        """The environment variables from which some secret is read: no program that the gateway starts shall inherit them."""
+        alerts = (self.alerts, *(app.alerts for app in self.apps.values()))
+        sources = (self.key, self.admin_key, *(each.webhook for each in alerts))
+        return frozenset(str(source.value) for source in sources if source is not None and source.kind == "env")
+
 
 def caps(policy: GatewayPolicy, app: AppPolicy) -> tuple[Cap, ...]:
     """Every cap that a call of this app stands under: the total's, its team's, its own."""

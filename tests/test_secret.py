@@ -1,0 +1,124 @@
+"""Where a secret is read from, when it is read again, and what is said where it cannot be: never the secret."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from gateway import write_policies
+
+from gateway_addon import secret as room
+from gateway_addon.policy import Source, load
+from gateway_addon.secret import Secret, SecretUnavailable
+
+KEY = "sk-ant-api03-first"
+NEXT = "sk-ant-api03-second"
+
+
+def printing(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+def held_in(folder: Path, kind: str) -> tuple[Source, dict[str, str]]:
+    (folder / "key").write_text(f"{KEY}\n")
+    source = {
+        "env": Source("env", "REAL_KEY"),
+        "file": Source("file", str(folder / "key")),
+        "command": Source("command", printing(f"print('{KEY}')")),
+    }[kind]
+    return source, {"REAL_KEY": KEY, "PATH": os.environ["PATH"]}
+
+
+@pytest.mark.parametrize("kind", ["env", "file", "command"])
+def test_a_key_is_read_from_where_the_policy_says_and_is_in_no_repr(tmp_path, kind):
+    source, environment = held_in(tmp_path, kind)
+    secret = Secret(source, environment)
+    assert secret() == KEY
+    assert repr(secret).startswith(f"Secret({kind} ")
+    assert kind == "command" or KEY not in repr(secret)  # this test's command is the key's text itself
+
+
+def test_a_file_is_read_again_as_soon_as_it_changes(tmp_path):
+    secret = Secret(held_in(tmp_path, "file")[0])
+    assert secret() == KEY
+    (tmp_path / "new").write_text(NEXT)
+    os.replace(tmp_path / "new", tmp_path / "key")
+    assert secret() == NEXT
+
+
+def test_a_command_is_asked_again_after_a_refusal_once_a_minute(tmp_path):
+    count, clock = tmp_path / "count", [0.0]
+    code = f"import pathlib; p = pathlib.Path({str(count)!r}); p.write_text(p.read_text() + 'x' if p.exists() else 'x'); print(p.read_text())"
+    secret = Secret(Source("command", printing(code)), clock=lambda: clock[0])
+    assert (secret(), secret()) == ("x", "x")
+    secret.refused()
+    assert secret() == "x", "just asked"
+    clock[0] += 61
+    secret.refused()
+    assert (secret(), secret()) == ("xx", "xx")
+
+
+def test_a_command_sees_no_secret_of_the_gateway(tmp_path):
+    alerts = "alerts: {webhook: {env: HOOK}}"
+    app = {"reports": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\nalerts: {webhook: {env: OTHER_HOOK}}\n"}
+    policy = load(write_policies(tmp_path, "https://localhost", app, f"admin_key: {{env: ADMIN}}\n{alerts}\n"))
+    assert policy.secret_variables == {"SIMULATED_KEY", "ADMIN", "HOOK", "OTHER_HOOK"}
+    own = dict.fromkeys((*policy.secret_variables, "ANTHROPIC_API_KEY", "GATEWAY_LEDGER"), "secret")
+    shown = printing("import os; print(','.join(sorted(name for name in os.environ if not name.startswith('LC_'))))")
+    given = {"PATH": os.environ["PATH"], "OP_SERVICE_ACCOUNT_TOKEN": "the manager's own", **own}
+    assert Secret(Source("command", shown), given, withheld=policy.secret_variables)() == "OP_SERVICE_ACCOUNT_TOKEN,PATH"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (Source("env", "NOT_THERE"), "The environment variable NOT_THERE is not set"),
+        (Source("file", "/nonexistent/key"), "The key file /nonexistent/key cannot be read"),
+        (Source("command", ("/nonexistent/manager",)), r"failed .FileNotFoundError"),
+        (Source("command", printing(f"import sys; print('{KEY}'); sys.exit(3)")), "ended with status 3"),
+        (Source("command", printing("print('two words')")), "is not a key"),
+        (Source("command", printing("print()")), "is not a key"),
+    ],
+)
+def test_a_key_that_cannot_be_read_is_a_sentence_without_it(source, said):
+    with pytest.raises(SecretUnavailable, match=said) as problem:
+        Secret(source, {"PATH": os.environ["PATH"]})()
+    assert KEY not in str(problem.value) or source.kind == "command"
+
+
+def test_a_command_that_hangs_has_an_end(monkeypatch):
+    monkeypatch.setattr(room, "COMMAND_TIMEOUT_S", 0.3)
+    with pytest.raises(SecretUnavailable, match="TimeoutExpired"):
+        Secret(Source("command", printing("import time; time.sleep(30)")))()
+
+
+# The keyring
+
+
+def keyring(folder: Path, held: str | None) -> dict[str, str]:
+    """An environment in which the keyring package finds a backend of this test's own."""
+    (folder / "backend.py").write_text(
+        "from keyring.backend import KeyringBackend\n\n"
+        "class Held(KeyringBackend):\n    priority = 1\n"
+        f"    def get_password(self, service, user):\n        return {held!r} if (service, user) == ('claude', 'gateway') else None\n"
+        "    def set_password(self, service, user, password): ...\n"
+        "    def delete_password(self, service, user): ...\n"
+    )
+    return {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(folder), "PYTHON_KEYRING_BACKEND": "backend.Held"}
+
+
+def test_a_key_comes_from_the_keyring(tmp_path):
+    pytest.importorskip("keyring")
+    assert Secret(Source("keyring", "claude/gateway"), keyring(tmp_path, KEY))() == KEY
+
+
+def test_a_keyring_without_the_key_says_how_to_put_it_there(tmp_path):
+    pytest.importorskip("keyring")
+    with pytest.raises(SecretUnavailable, match=r"keyring for claude/other .keyring set SERVICE USER puts a key there. ended with status 1"):
+        Secret(Source("keyring", "claude/other"), keyring(tmp_path, KEY))()
+
+
+def test_without_the_keyring_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(room, "find_spec", lambda name: None)
+    with pytest.raises(SecretUnavailable, match="pip install keyring"):
+        Secret(Source("keyring", "claude/gateway"))()
