@@ -1,15 +1,17 @@
 """The real API key, read from where the policy says, and read again when it changes.
 
 Promises that the key is returned to its one caller and kept nowhere else: in no repr, no log line, no error. A file is looked
-at on every call (one `stat`); a command is asked again when the upstream refuses the key. An edge: it reads the environment,
-files and the clock.
+at on every call (one `stat`); a password manager is asked again by the clock, and when the upstream refuses the key, off the
+event loop. An edge: it reads the environment and files.
 """
 
+import asyncio
+import logging
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,10 +19,14 @@ from gateway_addon.policy import Source
 
 COMMAND_TIMEOUT_S = 10
 ASK_AGAIN_S = 60  # at most one command a minute, however often the upstream says 401
+ASK_EVERY_S = 300  # so that a new key is in use before the old one is disabled, and no call meets the 401
 NO_KEYRING = (
     "The keyring cannot be asked: its package is not installed. Install it beside the gateway (.venv/bin/pip install keyring), or name "
     "your password manager's own program: {command: [...]}."
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 class SecretUnavailable(Exception):
@@ -30,17 +36,10 @@ class SecretUnavailable(Exception):
 class Secret:
     """A secret behind a source. Call it to get the secret; raises SecretUnavailable."""
 
-    def __init__(
-        self,
-        source: Source,
-        environment: Mapping[str, str] = os.environ,
-        clock: Callable[[], float] = time.monotonic,
-        withheld: Collection[str] = (),
-    ):
+    def __init__(self, source: Source, environment: Mapping[str, str] = os.environ, withheld: Collection[str] = ()):
         """`withheld` names variables that a password manager's program must not see: the gateway's other secrets."""
-        self._source, self._environment, self._clock, self._withheld = source, environment, clock, frozenset(withheld)
+        self._source, self._environment, self._withheld = source, environment, frozenset(withheld)
         self._value: str | None = None
-        self._read_at = 0.0
         self._version: tuple[int, int, int] | None = None
 
     def __repr__(self) -> str:
@@ -52,13 +51,13 @@ class Secret:
             if version != self._version:
                 self._value, self._version = None, version
         if self._value is None:
-            self._value, self._read_at = _plain(self._read(), self), self._clock()
+            self._value = _plain(self._read(), self)
         return self._value
 
-    def refused(self) -> None:
-        """The upstream did not take it: read it anew next time (a rotated key), at most once a minute."""
-        if self._clock() - self._read_at > ASK_AGAIN_S:
-            self._value = None
+    def renew(self) -> None:
+        """Read it anew, where that does not happen on every call. Raises SecretUnavailable, and what was read before stays."""
+        if self._source.kind != "file":
+            self._value = _plain(self._read(), self)
 
     def _file_version(self) -> tuple[int, int, int]:
         try:
@@ -113,3 +112,16 @@ def _plain(text: str, secret: Secret) -> str:
     if not text or not text.isascii() or any(character.isspace() for character in text):
         raise SecretUnavailable(f"What {secret!r} gives is not a key: it is empty or has spaces or line breaks in it.")
     return text
+
+
+async def keep_fresh(secret: Secret, refused: asyncio.Event) -> None:
+    """Renew a secret every few minutes, and soon after the upstream has `refused` it. Runs until it is cancelled."""
+    while True:
+        await asyncio.sleep(ASK_AGAIN_S)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(refused.wait(), ASK_EVERY_S - ASK_AGAIN_S)
+        refused.clear()
+        try:
+            await asyncio.to_thread(secret.renew)
+        except SecretUnavailable as error:
+            logger.warning("%s The key that was read before stays in use.", error)

@@ -29,7 +29,7 @@ from gateway_addon.listener import Certificate
 from gateway_addon.logs import say_plainly
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.reload import Watcher, align
-from gateway_addon.secret import Secret
+from gateway_addon.secret import Secret, keep_fresh
 from gateway_addon.workers import ListeningLoop, when_the_parent_ends
 
 logger = logging.getLogger(__name__)
@@ -106,15 +106,17 @@ async def prepared(
     await align(ledger, policy)
     alerter = Alerter(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
     gate = Gate(ledger, policy, time.time, alerter, entrance)
-    addon = make(gate, key, key_refused=key.refused)
+    refused = asyncio.Event()
+    addon = make(gate, key, key_refused=refused.set)
     master = build(settings, policy, addon)
     say_plainly(key)
     watcher = Watcher(settings.policies, gate)
-    watching = asyncio.ensure_future(watcher.watch())
+    watching = [asyncio.ensure_future(watcher.watch()), asyncio.ensure_future(keep_fresh(key, refused))]
     try:
         yield policy, addon, master
     finally:
-        watching.cancel()
+        for each in watching:
+            each.cancel()
 
 
 def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Master:

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import ssl
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -274,19 +273,21 @@ async def test_curl_trusts_it(tmp_path):
     assert await exit_code(tmp_path, "curl", "--silent", "--fail", "--head", "{}/api/hello") == 0
 
 
-def node_reads_proxies() -> bool:
-    """From 22.21 and 24 on Node's fetch takes HTTPS_PROXY where NODE_USE_ENV_PROXY says so."""
-    if shutil.which("node") is None:
-        return False
-    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
-    major, minor, _ = version.strip().removeprefix("v").split(".")
-    return int(major) >= 24 or (major == "22" and int(minor) >= 21)
+NODE = """
+const https = require("node:https"), http = require("node:http");
+const proxy = new URL(process.env.HTTPS_PROXY), far = new URL(process.argv[1]);
+const basic = "Basic " + Buffer.from(`${proxy.username}:${proxy.password}`).toString("base64");
+http.request({ host: proxy.hostname, port: proxy.port, method: "CONNECT", path: far.host, headers: { "proxy-authorization": basic } })
+  .on("connect", (connected, socket) =>
+    https.get({ host: far.hostname, path: "/api/hello", socket, agent: false }, (answer) => process.exit(answer.statusCode === 200 ? 0 : 1)))
+  .end();
+"""
 
 
-@pytest.mark.skipif(not node_reads_proxies(), reason="this Node takes no proxy from its environment")
+@pytest.mark.skipif(shutil.which("node") is None, reason="no Node here")
 async def test_node_trusts_it(tmp_path):
-    fetch = "fetch('{}/api/hello', {method: 'HEAD'}).then(answer => process.exit(answer.status == 200 ? 0 : 1))"
-    assert await exit_code(tmp_path, "node", "-e", fetch) == 0
+    """By a tunnel of the script's own: Node's fetch takes HTTPS_PROXY from its environment only since 22.21 and 24."""
+    assert await exit_code(tmp_path, "node", "-e", NODE, "{}") == 0
 
 
 async def test_a_proxy_without_a_command_says_how_to_come_and_ends_on_ctrl_c(tmp_path):

@@ -1,5 +1,6 @@
 """Where a secret is read from, when it is read again, and what is said where it cannot be: never the secret."""
 
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -46,16 +47,51 @@ def test_a_file_is_read_again_as_soon_as_it_changes(tmp_path):
     assert secret() == NEXT
 
 
-def test_a_command_is_asked_again_after_a_refusal_once_a_minute(tmp_path):
-    count, clock = tmp_path / "count", [0.0]
-    code = f"import pathlib; p = pathlib.Path({str(count)!r}); p.write_text(p.read_text() + 'x' if p.exists() else 'x'); print(p.read_text())"
-    secret = Secret(Source("command", printing(code)), clock=lambda: clock[0])
+def counting(folder: Path) -> Secret:
+    """Behind a command that says how often it was asked: x, xx, ... until there is a file `broken`."""
+    code = f"import pathlib, sys; p = pathlib.Path({str(folder)!r}); (p / 'broken').exists() and sys.exit(1)"
+    code += "; n = p / 'n'; n.write_text(n.read_text() + 'x' if n.exists() else 'x'); print(n.read_text())"
+    return Secret(Source("command", printing(code)))
+
+
+def test_a_command_is_asked_once_and_again_when_told(tmp_path):
+    secret = counting(tmp_path)
     assert (secret(), secret()) == ("x", "x")
-    secret.refused()
-    assert secret() == "x", "just asked"
-    clock[0] += 61
-    secret.refused()
+    secret.renew()
     assert (secret(), secret()) == ("xx", "xx")
+    (tmp_path / "broken").touch()
+    with pytest.raises(SecretUnavailable):
+        secret.renew()
+    assert secret() == "xx", "what was read before stays"
+
+
+@pytest.mark.parametrize("refused", [True, False], ids=["after a refusal", "by the clock"])
+async def test_a_running_gateway_renews_its_key(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(room, "ASK_AGAIN_S", 0)
+    monkeypatch.setattr(room, "ASK_EVERY_S", 1000 if refused else 0.2)
+    secret, hurry = counting(tmp_path), asyncio.Event()
+    assert secret() == "x"
+    working = asyncio.ensure_future(room.keep_fresh(secret, hurry))
+    if refused:
+        hurry.set()
+    async with asyncio.timeout(20):
+        while secret() == "x":
+            await asyncio.sleep(0.02)
+    working.cancel()
+
+
+async def test_a_password_manager_that_fails_leaves_the_key_in_use(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(room, "ASK_AGAIN_S", 0)
+    secret, hurry = counting(tmp_path), asyncio.Event()
+    assert secret() == "x"
+    (tmp_path / "broken").touch()
+    working = asyncio.ensure_future(room.keep_fresh(secret, hurry))
+    hurry.set()
+    async with asyncio.timeout(20):
+        while "stays in use" not in caplog.text:
+            await asyncio.sleep(0.02)
+    working.cancel()
+    assert secret() == "x"
 
 
 def test_a_command_sees_no_secret_of_the_gateway(tmp_path):

@@ -36,8 +36,8 @@ NO_RECORD = "There is no inventory at {0}. Make one of every place where apps li
 TAKES_EFFECT = {
     "file": "it is read again at once, without a restart",
     "env": "then restart the gateway: a process keeps its environment",
-    "command": "it is asked again when the provider refuses the old one, or at a restart",
-    "keyring": "it is asked again when the provider refuses the old one, or at a restart",
+    "command": "it is asked again within five minutes, so let both keys be in force for as long",
+    "keyring": "it is asked again within five minutes, so let both keys be in force for as long",
 }
 WATCH_EVERY_S = 1.0
 

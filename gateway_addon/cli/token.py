@@ -15,7 +15,7 @@ from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, poli
 from gateway_addon.cli.times import day, duration_s
 from gateway_addon.ledger import LedgerUnavailable, Token, admin
 from gateway_addon.ledger.files import ledger_path
-from gateway_addon.policy import PolicyError, load
+from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 
 SAY = says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError)
@@ -37,11 +37,10 @@ def token() -> None:
 @SAY
 def issue(app: str, name: str, expires: str | None, kind: str | None, policies: Path, ledger: str, listen: tuple[str, int]) -> None:
     """Print a new token for APP, alone on stdout, once."""
-    _known(app, policies)
-    now = time.time()
+    policy, now = _policy(app, policies), time.time()
     expires_at = now + duration_s(expires) if expires else None
     write = partial(admin.issue_token, app=app, label=name, expires_at=expires_at, who=getpass.getuser(), now=now)
-    _show_new(app, write, kind, ledger, listen)
+    _show_new(app, write, kind, ledger, _address(policy, listen))
 
 
 @token.command(epilog="Example: gateway token rotate reviews --overlap 1h")
@@ -55,10 +54,9 @@ def issue(app: str, name: str, expires: str | None, kind: str | None, policies: 
 @SAY
 def rotate(app: str, overlap: str, name: str, kind: str | None, policies: Path, ledger: str, listen: tuple[str, int]) -> None:
     """Print a new token for APP and revoke its others, now or after an overlap."""
-    _known(app, policies)
-    keep_old_s, now = duration_s(overlap), time.time()
+    policy, keep_old_s, now = _policy(app, policies), duration_s(overlap), time.time()
     write = partial(admin.rotate_token, app=app, label=name, keep_old_s=keep_old_s, who=getpass.getuser(), now=now)
-    _show_new(app, write, kind, ledger, listen)
+    _show_new(app, write, kind, ledger, _address(policy, listen))
 
 
 @token.command(epilog="Example: gateway token revoke reviews --id 3")
@@ -92,20 +90,27 @@ def list_tokens(app: str | None, as_json: bool, ledger: str) -> None:
         click.echo(tabulate(shown, headers="keys") if shown else "No tokens yet: gateway token issue APP")
 
 
-def _known(app: str, policies: Path) -> None:
-    apps = load(policies).apps
-    if app not in apps:
-        stop(f"No policy for app {app}: write {policies}/apps/{app}.yaml first. Apps with one: {', '.join(sorted(apps)) or 'none'}.")
+def _policy(app: str, policies: Path) -> GatewayPolicy:
+    """The policy in force, which must know the app."""
+    policy = load(policies)
+    if app not in policy.apps:
+        known = ", ".join(sorted(policy.apps)) or "none"
+        stop(f"No policy for app {app}: write {policies}/apps/{app}.yaml first. Apps with one: {known}.")
+    return policy
 
 
-def _show_new(app: str, write: Callable[..., Token], kind: str | None, ledger: str, listen: tuple[str, int]) -> None:
+def _address(policy: GatewayPolicy, listen: tuple[str, int]) -> str:
+    host = f"[{listen[0]}]" if ":" in listen[0] else listen[0]
+    return f"{'https' if policy.tls else 'http'}://{host}:{listen[1]}"
+
+
+def _show_new(app: str, write: Callable[..., Token], kind: str | None, ledger: str, base_url: str) -> None:
     secret = identity.mint()
     with admin.changing(ledger_path(ledger)) as db:
         write(db, digest=identity.digest(secret))
     click.echo(f"Token for app {app}, shown this once (only its SHA-256 is kept):", err=True)
     click.echo(secret)
     if kind is not None:
-        base_url = f"http://{listen[0]}:{listen[1]}"
         click.echo(f"\n{forms.where(kind, app=app)}\n{forms.lines(kind, base_url=base_url, app=app, token_placeholder='TOKEN')}", err=True)
 
 
