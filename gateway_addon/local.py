@@ -12,8 +12,10 @@ import base64
 import binascii
 import os
 import re
+import shutil
 import signal
 import ssl
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -172,8 +174,10 @@ def _address() -> str:
 def intercepting(master: Any, upstream: str, capture: str | None, ca_folder: Path) -> None:
     """Make a gateway's master a forward proxy that opens only what is meant for `upstream`."""
     parts = urlsplit(upstream)
+    port = master.options.listen_port  # of the proxy alone: a general one would count as the capture's too
     master.options.update(
-        mode=["regular", *([f"local:{capture}"] if capture else [])],
+        mode=[f"regular@{port}", *([f"local:{capture}"] if capture else [])],
+        listen_port=None,
         allow_hosts=[rf"^{re.escape(parts.hostname or '')}:{parts.port or 443}$"],
         confdir=str(ca_folder),
         http3=False,
@@ -224,7 +228,10 @@ async def run(
 
 async def _command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a program to its end. Ctrl-C reaches it by the terminal, and it decides; SIGTERM is passed on."""
-    process = await asyncio.create_subprocess_exec(*command, env=environment)
+    try:
+        process = await asyncio.create_subprocess_exec(*command, env=environment)
+    except OSError as error:
+        raise OSError(f"The command {command[0]} cannot be started ({error.strerror}).") from None
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     loop.add_signal_handler(signal.SIGTERM, process.terminate)
@@ -279,6 +286,8 @@ def greeting(address: str, upstream: str, ca_folder: Path, capture: str | None) 
 def capture_problem() -> str | None:
     """Why mitmproxy cannot capture programs on this machine, or None."""
     reason = LocalRedirector.unavailable_reason()
+    if reason is None and sys.platform == "linux" and shutil.which("sudo") is None:
+        reason = "on Linux mitmproxy starts its redirector by sudo, which is not installed"
     if reason is None:
         return None
     return f"This system cannot capture programs ({reason}). Start the program with: gateway local --app APP -- COMMAND"

@@ -19,7 +19,7 @@ import anthropic
 import httpx2
 import pytest
 from click.testing import CliRunner
-from gateway import APP, Running, gateway
+from gateway import APP, Running, gateway, write_policies
 from ledgers import rows
 from processes import ledgered
 from sealed import Sealed, sealed
@@ -28,6 +28,8 @@ from gateway_addon import local
 from gateway_addon.cli import local as command
 from gateway_addon.ledger import admin
 from gateway_addon.local import CA_FILE, ENTRANCE, LocalAddon, intercepting
+from gateway_addon.policy import load
+from gateway_addon.serve import Settings, build
 from gateway_addon.simulator import KEY, Simulator
 
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 40, "messages": [{"role": "user", "content": "Say hello."}]}
@@ -218,6 +220,14 @@ async def test_a_captured_program_calls_under_the_token_of_the_run(tmp_path, mon
         assert await proxy.rows() == [("app", "local/messages", "settled", None)]
 
 
+async def test_a_capture_stands_beside_the_proxy_and_takes_no_port_of_its_own(tmp_path):
+    policies = write_policies(tmp_path / "policies", "https://localhost:1", {"app": APP})
+    policy = load(policies)
+    master = build(Settings("127.0.0.1", 8082, policies, f"sqlite:///{tmp_path / 'gateway.db'}"), policy, LocalAddon(None, str))
+    intercepting(master, policy.upstream, "curl", tmp_path / "ca")
+    assert (master.options.mode, master.options.listen_port) == (["regular@8082", "local:curl"], None)
+
+
 # The command
 
 
@@ -257,6 +267,14 @@ async def test_a_command_runs_through_it_without_the_real_key_and_its_exit_code_
         assert rows(place.ledger, "SELECT app, endpoint, state FROM calls") == [("app", "local/messages", "settled")]
         [(revoked,)] = rows(place.ledger, "SELECT revoked_at IS NOT NULL FROM tokens WHERE label = 'local run'")
         assert revoked == 1
+
+
+async def test_a_command_that_cannot_be_started_is_a_sentence(tmp_path):
+    async with sealed(tmp_path) as far:
+        ledgered(tmp_path, far.url, {"app": APP})
+        async with started(tmp_path, far, "--app", "app", "--", "no-such-program") as process:
+            _, errors = await asyncio.wait_for(process.communicate(), 60)
+    assert (process.returncode, errors.decode().strip()) == (2, "The command no-such-program cannot be started (No such file or directory).")
 
 
 async def exit_code(folder: Path, *words: str) -> int | None:
