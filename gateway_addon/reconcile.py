@@ -32,7 +32,7 @@ COMPLETE_AFTER_S = 3600
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Billed tokens by kind, and searches, of several calls."""
+    """Billed tokens by kind, and last the searches, of several calls."""
 
     input_tokens: int = 0
     cache_read_tokens: int = 0
@@ -47,6 +47,11 @@ class Counts:
     def without(self, other: Self) -> "Counts":
         """What is left of each kind, nothing below zero."""
         return Counts(*(max(0, mine - theirs) for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def tokens(self) -> int:
+        tokens: tuple[int, ...] = astuple(self)[:-1]
+        return sum(tokens)
 
     def covers(self, other: Self) -> bool:
         return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))

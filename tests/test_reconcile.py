@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import pty
+import sys
 import time
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -15,7 +18,7 @@ from ledgers import CALL, Part, new_ledger, rows
 from upstreams import answer, upstream
 
 from gateway_addon.cli import reconcile as command
-from gateway_addon.ledger import Ledger, Outcome, Settlement, admin, evidence
+from gateway_addon.ledger import Ledger, Outcome, Settlement, admin, evidence, proof
 from gateway_addon.ledger.evidence import DAY_S, Estimate, Metered
 from gateway_addon.pricing import load
 from gateway_addon.provider import AdminApi, ReportUnavailable
@@ -145,6 +148,8 @@ async def test_a_cut_stream_s_estimate_is_corrected_by_the_report_and_audited(tm
         assert await gw.spent_nano() == booked_nano
         first, second = await run(tmp_path, "--since", since, "--adjust"), await run(tmp_path, "--since", since, "--adjust")
         corrected_nano = await gw.spent_nano()
+        with admin.reading(tmp_path / "gateway.db") as db:
+            assert proof.findings(db) == []
     assert billed_nano <= corrected_nano < booked_nano
     assert corrected_nano - billed_nano <= 1, "one model, one tier: exact but for the rounding"
     assert "taken off" in first.output
@@ -265,6 +270,22 @@ async def test_the_ledger_s_evidence_is_by_day_model_and_certainty(tmp_path):
         assert evidence.metered(db, since=at + 1, until=at + 2) == []
     assert [(each.day, each.ended_day, each.nano, each.output_tokens) for each in found] == [(DAY, DAY, 10, 5), (DAY, DAY + 1, 7, 5)]
     assert (open_ended.spent_nano, open_ended.metered_nano, open_ended.model) == (100, 0, "m1")
+
+
+async def test_on_a_terminal_it_shows_how_far_it_is_and_the_answer_alone_goes_to_a_pipe(tmp_path):
+    terminal, its_end = pty.openpty()
+    async with Simulator() as api, gateway(tmp_path, api, policy=ADMIN) as gw:
+        await gw.client().messages.create(**HELLO)
+        await gw.quiet()
+        where = ["--policies", str(tmp_path / "policies"), "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}", "--since", "1d", "--json"]
+        command_line = [sys.executable, "-m", "gateway_addon", "reconcile", *where]
+        process = await asyncio.create_subprocess_exec(*command_line, stdout=asyncio.subprocess.PIPE, stderr=its_end)
+        answered, _ = await asyncio.wait_for(process.communicate(), 30)
+    shown = os.read(terminal, 4096).decode()
+    os.close(terminal), os.close(its_end)
+    assert "page 1 of the provider's reports\r\x1b[Kpage 2" in shown
+    assert shown.endswith("\r\x1b[K")
+    assert json.loads(answered)["agreement_percent"] == 100
 
 
 # The provider's side

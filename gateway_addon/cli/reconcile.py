@@ -4,6 +4,7 @@ import getpass
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def _take_turn(path: Path, sleep: Callable[[float], None] = time.sleep) -> None:
 
 def _progress(pages: int) -> None:
     if sys.stderr.isatty():
-        click.echo(f"\r\033[K{pages} pages of the provider's reports read", nl=False, err=True)
+        click.echo(f"\r\033[Kpage {pages} of the provider's reports", nl=False, err=True)
 
 
 def _erase() -> None:
@@ -174,10 +175,17 @@ def _unseen(lines: Sequence[Line], found: Found, policy: GatewayPolicy) -> str:
     blind_nano = sum(each.spent_nano for each in found.estimates if not each.metered_nano)
     if blind_nano:
         said.append(f"  (Calls whose tokens are unknown, booked at {cents(blind_nano)}, may be a part of it.)")
-    keys = sorted({each.key_id for each in found.reported})
-    said.append(f"  Keys in use: {', '.join(keys)} (the Console says whose they are).")
+    said.append("By key, all that was seen in this period (the Console says whose they are):")
+    said += [f"  {key_id}  {tokens:,} tokens" for key_id, tokens in _by_key(found.reported)]
     said.append("Find who holds a key: gateway inventory PATH... --history. Once the real key is rotated, calls with the old one fail.")
     return "\n".join(said)
+
+
+def _by_key(reported: Sequence[Reported]) -> list[tuple[str, int]]:
+    tokens: Counter[str] = Counter()
+    for each in reported:
+        tokens[each.key_id] += each.counts.tokens
+    return tokens.most_common()
 
 
 def _estimated(estimates: Sequence[Estimate], proved: Sequence[Correction], silent: Sequence[str], *, adjusted: bool) -> list[str]:

@@ -11,13 +11,21 @@ import click
 from tabulate import tabulate
 
 from gateway_addon import forms, identity
-from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop, write_privately
 from gateway_addon.cli.times import day, duration_s
 from gateway_addon.ledger import LedgerUnavailable, Token, admin
 from gateway_addon.ledger.files import ledger_path
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 
+FOR = click.option("--for", "kind", type=click.Choice(forms.KINDS), help="Also print the lines to paste, in this form.")
+TO = click.option(
+    "--to",
+    "file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the lines, with the token in them, to this new file of mode 600 instead.",
+)
 SAY = says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError)
 
 
@@ -30,33 +38,53 @@ def token() -> None:
 @click.argument("app")
 @click.option("--name", default="", help="What to call it in lists, for apps with several tokens.")
 @click.option("--expires", metavar="DURATION", help="When it ends by itself: 12h, 30d.")
-@click.option("--for", "kind", type=click.Choice(forms.KINDS), help="Also print the lines to paste, in this form.")
+@FOR
+@TO
 @policies_option
 @ledger_option
 @listen_option
 @SAY
-def issue(app: str, name: str, expires: str | None, kind: str | None, policies: Path, ledger: str, listen: tuple[str, int]) -> None:
+def issue(
+    app: str,
+    name: str,
+    expires: str | None,
+    kind: str | None,
+    file: Path | None,
+    policies: Path,
+    ledger: str,
+    listen: tuple[str, int],
+) -> None:
     """Print a new token for APP, alone on stdout, once."""
     policy, now = _policy(app, policies), time.time()
     expires_at = now + duration_s(expires) if expires else None
     write = partial(admin.issue_token, app=app, label=name, expires_at=expires_at, who=getpass.getuser(), now=now)
-    _show_new(app, write, kind, ledger, _address(policy, listen))
+    _show_new(app, write, kind, file, ledger, _address(policy, listen))
 
 
 @token.command(epilog="Example: gateway token rotate reviews --overlap 1h")
 @click.argument("app")
 @click.option("--overlap", default="0s", metavar="DURATION", help="How long the old tokens go on working: 1h, 2d.", show_default=True)
 @click.option("--name", default="", help="What to call the new one in lists.")
-@click.option("--for", "kind", type=click.Choice(forms.KINDS), help="Also print the lines to paste, in this form.")
+@FOR
+@TO
 @policies_option
 @ledger_option
 @listen_option
 @SAY
-def rotate(app: str, overlap: str, name: str, kind: str | None, policies: Path, ledger: str, listen: tuple[str, int]) -> None:
+def rotate(
+    app: str,
+    overlap: str,
+    name: str,
+    kind: str | None,
+    file: Path | None,
+    policies: Path,
+    ledger: str,
+    listen: tuple[str, int],
+) -> None:
     """Print a new token for APP and revoke its others, now or after an overlap."""
     policy, keep_old_s, now = _policy(app, policies), duration_s(overlap), time.time()
     write = partial(admin.rotate_token, app=app, label=name, keep_old_s=keep_old_s, who=getpass.getuser(), now=now)
-    _show_new(app, write, kind, ledger, _address(policy, listen))
+    _show_new(app, write, kind, file, ledger, _address(policy, listen))
 
 
 @token.command(epilog="Example: gateway token revoke reviews --id 3")
@@ -104,14 +132,24 @@ def _address(policy: GatewayPolicy, listen: tuple[str, int]) -> str:
     return f"{'https' if policy.tls else 'http'}://{host}:{listen[1]}"
 
 
-def _show_new(app: str, write: Callable[..., Token], kind: str | None, ledger: str, base_url: str) -> None:
+def _show_new(app: str, write: Callable[..., Token], kind: str | None, file: Path | None, ledger: str, base_url: str) -> None:
+    if file is not None and kind is None:
+        stop("Say in which form the lines shall be: --for dotenv, for example.")
+    if file is not None and file.exists():
+        stop(f"{file} exists and is not changed. Name a new file, or paste the lines that --for prints into it.")
     secret = identity.mint()
     with admin.changing(ledger_path(ledger)) as db:
         write(db, digest=identity.digest(secret))
     click.echo(f"Token for app {app}, shown this once (only its SHA-256 is kept):", err=True)
     click.echo(secret)
-    if kind is not None:
-        click.echo(f"\n{forms.where(kind, app=app)}\n{forms.lines(kind, base_url=base_url, app=app, token_placeholder='TOKEN')}", err=True)
+    if kind is None:
+        return
+    where = forms.where(kind, app=app)
+    if file is None:
+        click.echo(f"\n{where}\n{forms.lines(kind, base_url=base_url, app=app, token_placeholder='TOKEN')}", err=True)
+    else:
+        write_privately(file, forms.lines(kind, base_url=base_url, app=app, token_placeholder=secret))
+        click.echo(f"\n{where}\nThe lines are in {file}.", err=True)
 
 
 def _title(each: Token) -> str:

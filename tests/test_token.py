@@ -1,0 +1,78 @@
+"""`gateway token`: the token alone on stdout, once; what goes with it on stderr or in a file of its own."""
+
+import re
+import stat
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from gateway import APP, write_policies
+
+from gateway_addon import forms, identity
+from gateway_addon.cli import main
+from gateway_addon.ledger import admin, files
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Policies for `app`, an empty ledger."""
+    write_policies(tmp_path / "policies", "https://localhost", {"app": APP})
+    files.create(tmp_path / "gateway.db")
+    monkeypatch.setenv("GATEWAY_POLICIES", str(tmp_path / "policies"))
+    monkeypatch.setenv("GATEWAY_LEDGER", f"sqlite:///{tmp_path / 'gateway.db'}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def token(*words: str) -> Result:
+    return CliRunner().invoke(main, ["token", *words])
+
+
+@pytest.mark.parametrize("kind", forms.KINDS)
+def test_the_token_is_alone_on_stdout_and_in_none_of_the_lines_beside_it(here, kind):
+    shown = token("issue", "app", "--for", kind)
+    assert identity.PATTERN.fullmatch(shown.stdout.strip())
+    assert shown.stdout.strip() not in shown.stderr
+    assert "http://127.0.0.1:8080" in shown.stderr
+    with admin.reading(here / "gateway.db") as db:
+        [row] = db.execute("SELECT digest FROM tokens").fetchall()
+    assert row[0] == identity.digest(shown.stdout.strip())
+
+
+def test_the_lines_go_to_a_private_file_with_the_token_in_them(here):
+    shown = token("issue", "app", "--for", "dotenv", "--to", "app.env")
+    assert (here / "app.env").read_text() == f"ANTHROPIC_BASE_URL=http://127.0.0.1:8080\nANTHROPIC_API_KEY={shown.stdout.strip()}\n"
+    assert stat.S_IMODE((here / "app.env").stat().st_mode) == 0o600
+    assert "The lines are in app.env." in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "new"], "Say in which form"),
+        (["--for", "dotenv", "--to", "policies/gateway.yaml"], "exists and is not changed"),
+        (["--for", "smoke-signals"], "is not one of"),
+    ],
+)
+def test_a_wrong_use_issues_no_token(here, words, said):
+    shown = token("issue", "app", *words)
+    assert (shown.exit_code, said in shown.output) == (2, True)
+    with admin.reading(here / "gateway.db") as db:
+        assert admin.tokens(db) == []
+
+
+def test_an_app_without_a_policy_gets_none(here):
+    assert "No policy for app other" in token("issue", "other").output
+
+
+def test_the_lines_name_the_gateway_as_apps_reach_it(here):
+    with (here / "policies/gateway.yaml").open("a") as file:
+        file.write("\ntls: {cert: a.pem, key: b.pem}\n")
+    assert re.search(r"^ANTHROPIC_BASE_URL=https://\[::1\]:8443$", token("issue", "app", "--for", "cron", "--listen", "[::1]:8443").stderr, re.M)
+
+
+@pytest.mark.parametrize(("overlap", "in_force"), [("0s", 1), ("1h", 2)])
+def test_a_rotated_token_ends_the_one_before_it_now_or_after_an_overlap(here, overlap, in_force):
+    token("issue", "app")
+    token("rotate", "app", "--overlap", overlap)
+    assert token("list", "app", "--json").stdout.count('"in force"') == in_force
