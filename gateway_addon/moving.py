@@ -56,12 +56,17 @@ def unaccounted(files: Iterable[Now], arrivals: Sequence[Arrival], accepted: Ite
     exempt = tuple(accepted)
     found = []
     for file in files:
-        if any(file.path == path or file.path.startswith(f"{path.rstrip('/')}/") for path in exempt):
+        if any(is_in(file.path, path) for path in exempt):
             continue
         if file.problem is not None:
             found.append(Open(file.path, file.problem, f"look at it, then: gateway cutover --accept {file.path}"))
         found += [each for consumer in file.consumers if (each := _doubt(consumer, good)) is not None]
     return found
+
+
+def is_in(path: str, place: str) -> bool:
+    """Whether a file is this one, or lies in this folder (both absolute)."""
+    return path == place or path.startswith(f"{place.rstrip('/')}/")
 
 
 def tally(files: Iterable[Now]) -> Mapping[str, int]:

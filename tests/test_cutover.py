@@ -132,6 +132,14 @@ async def test_not_yet_then_accepted_then_safe(here):
     assert accepted["path"] == str(here / "village/job.py")
 
 
+def test_only_what_the_inventory_found_is_accepted(here):
+    write(here, {"village/job.py": "import anthropic\n"})
+    gateway("inventory", "village", "--save")
+    shown = gateway("cutover", "--accept", "village/jbo.py")
+    assert (shown.exit_code, "no consumer at village/jbo.py" in shown.output) == (2, True)
+    assert "accepted" not in json.loads((here / "inventory.json").read_text())
+
+
 async def test_an_app_that_comes_through_local_is_a_straggler_until_it_comes_by_itself(here):
     gateway("inventory", "village", "--save")
     await called(here, endpoint="local/messages")

@@ -111,6 +111,22 @@ async def test_without_an_admin_key_it_says_where_to_name_one(tmp_path):
     assert "admin_key: {env: ANTHROPIC_ADMIN_KEY}" in shown.output
 
 
+@pytest.mark.parametrize("period", [("--since", "2999-01-01"), ("--since", "2026-11-10", "--until", "2026-11-10")])
+async def test_a_period_without_a_day_is_a_sentence_and_asks_nobody(tmp_path, period):
+    async with Simulator() as api, gateway(tmp_path, api, policy=ADMIN):
+        shown = await run(tmp_path, *period)
+    assert (shown.exit_code, "has no day in it" in shown.output, api.book.requests) == (2, True, 0)
+
+
+async def test_days_before_and_after_the_period_are_left_out(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api, policy=ADMIN) as gw:
+        await gw.client().messages.create(**HELLO)
+        await gw.quiet()
+        today = datetime.now(UTC).strftime("%Y-%m-%d")
+        shown = await run(tmp_path, "--since", "7d", "--until", today)
+    assert "Neither the provider nor the gateway saw a call in this period." in shown.output
+
+
 async def test_the_provider_is_asked_once_a_minute_by_all_processes_together(tmp_path, monkeypatch):
     path, slept = new_ledger(tmp_path), []
     clock = [1000.0]

@@ -28,7 +28,7 @@ from gateway_addon.inventory import inspect
 from gateway_addon.ledger import LedgerUnavailable, admin, arrivals
 from gateway_addon.ledger.arrivals import Arrival, Straggler
 from gateway_addon.ledger.files import ledger_path
-from gateway_addon.moving import Now, Open, tally, unaccounted, unseen
+from gateway_addon.moving import Now, Open, is_in, tally, unaccounted, unseen
 from gateway_addon.policy import PolicyError, Source, load
 from gateway_addon.pricing import PriceError
 
@@ -91,8 +91,12 @@ def _record(path: Path, accept: Sequence[str]) -> dict[str, Any]:
     except (ValueError, TypeError):
         stop(f"{path} is no inventory. Make one: gateway inventory PATH... --save {path}")
     if accept:
-        added = [{"path": str(Path(each).resolve()), "who": getpass.getuser(), "at": day(time.time())} for each in accept]
-        known["accepted"] = [*known.get("accepted", ()), *added]
+        paths = [str(Path(each).resolve()) for each in accept]
+        for each in paths:
+            if not any(is_in(consumer["path"], each) for consumer in known["consumers"]):
+                stop(f"The inventory has no consumer at {shown_path(each)}, so there is nothing to accept.")
+        by = {"who": getpass.getuser(), "at": day(time.time())}
+        known["accepted"] = [*known.get("accepted", ()), *({"path": each, **by} for each in paths)]
         write_privately(path, json.dumps(known, indent=1) + "\n")
     return dict(known)
 

@@ -60,6 +60,8 @@ def reconcile(
     now, policy, path = time.time(), load(policies), ledger_path(ledger)
     start = _day_start(since, now, ago=True)
     end = _day_start(until, now, ago=False) if until else None
+    if start >= (end or now):
+        stop("The period has no day in it: --since lies before --until, and before now.")
     found = _both_sides(path, policy, start, end, workspaces, now)
     lines = compare(found.reported, found.metered, policy.prices)
     proved, silent = corrections(found.reported, found.metered, found.estimates, policy.prices, now=now)
