@@ -33,6 +33,7 @@ from gateway_addon.policy import PolicyError, Source, load
 from gateway_addon.pricing import PriceError
 
 NO_RECORD = "There is no inventory at {0}. Make one of every place where apps live: gateway inventory PATH... --save {0}"
+ACCEPT = "What you know to be switched elsewhere, a file or a whole folder: gateway cutover --accept PATH"
 TAKES_EFFECT = {
     "file": "it is read again at once, without a restart",
     "env": "then restart the gateway: a process keeps its environment",
@@ -136,7 +137,7 @@ def _when(at: float | None) -> str:
 def _verdict(reasons: Sequence[Open], key: Source) -> str:
     if reasons:
         lines = [f"  {_subject(each)} {each.problem}\n      {each.way_out}" for each in reasons]
-        return "\n".join(["Not yet. Rotating the real key now would break, or leave unknown:", *lines])
+        return "\n".join(["Not yet. Rotating the real key now would break, or leave unknown:", *lines, ACCEPT])
     return "\n".join(
         [
             "Safe to rotate the real key: every token in force has called, every consumer of the inventory is accounted for.",
