@@ -28,6 +28,8 @@ COMMANDS = {
     "local": ("local", "an intercepting proxy for apps with the API's address in their code"),
     "cutover": ("cutover", "who has arrived, who is missing: may the real key be rotated?"),
     "reconcile": ("reconcile", "hold the ledger against the provider's own reports: what bypasses the gateway"),
+    "backup": ("backup", "copy the ledger while gateways write to it"),
+    "restore": ("backup", "put a backup in the ledger's place"),
     "doctor": ("doctor", "prove the ledger's invariants, the key, the upstream, the clock"),
 }
 

@@ -52,7 +52,7 @@ def create(path: Path, zone: str = "UTC") -> None:
         db = _open(path, "rwc")
         try:
             if db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall():
-                _must_be_a_ledger(path, db)
+                must_be_a_ledger(path, db)
             db.execute("PRAGMA journal_mode = WAL")
             migrate(db)
             db.execute("INSERT INTO settings VALUES ('zone', ?) ON CONFLICT DO NOTHING", (zone,))
@@ -89,7 +89,7 @@ def writer_connection(path: Path) -> sqlite3.Connection:
     """A connection that writes durably: what is committed survives a power cut (`synchronous=FULL`). Raises sqlite3.Error."""
     db = _open(path, "rw")
     try:
-        _must_be_a_ledger(path, db)
+        must_be_a_ledger(path, db)
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
@@ -123,7 +123,8 @@ def is_busy(error: Exception) -> bool:
     return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 
 
-def _must_be_a_ledger(path: Path, db: sqlite3.Connection) -> None:
+def must_be_a_ledger(path: Path, db: sqlite3.Connection) -> None:
+    """Raises LedgerUnavailable where the file is another program's."""
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchall():
         raise LedgerUnavailable(f"{path} is another program's file, not a ledger: name yours with --ledger; `gateway init` makes one")
 

@@ -80,6 +80,12 @@ def is_dead(ledger: Path, owner: str) -> bool:
     return True
 
 
+def living(ledger: Path) -> list[str]:
+    """The owners whose processes use this ledger now."""
+    owners = sorted(path.name.removeprefix("owner-") for path in folder(ledger).glob("owner-*"))
+    return [owner for owner in owners if not is_dead(ledger, owner)]
+
+
 def bury(ledger: Path, owner: str) -> None:
     """Remove a dead owner's file, once nothing of it is open any more."""
     _owner_path(ledger, owner).unlink(missing_ok=True)

@@ -1,0 +1,35 @@
+"""`gateway backup` and `gateway restore`: the ledger's copies. The policies are files of yours; the real key is in none of them."""
+
+import time
+from pathlib import Path
+
+import click
+
+from gateway_addon.cli.common import ledger_option, says_errors
+from gateway_addon.ledger import LedgerUnavailable, copies, files
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command(epilog="Example: gateway backup /backups/gateway-$(date +%F).db")
+@click.argument("file", type=FILE)
+@ledger_option
+@says_errors(LedgerUnavailable, ValueError, OSError)
+def backup(file: Path, ledger: str) -> None:
+    """Copy the ledger to FILE: one consistent moment of it, while gateways go on, proved as gateway doctor does."""
+    calls = copies.backup(files.ledger_path(ledger), file)
+    click.echo(f"{file}: {calls:,} calls, {file.stat().st_size / 2**20:.1f} MB, proved.  Back again: gateway restore {file}")
+
+
+@click.command(epilog="Example: gateway restore /backups/gateway-2026-11-24.db")
+@click.argument("file", type=FILE)
+@ledger_option
+@says_errors(LedgerUnavailable, ValueError, OSError)
+def restore(file: Path, ledger: str) -> None:
+    """Put the backup FILE in the ledger's place, once it is proved. Refuses while a gateway runs; keeps what was there beside it."""
+    path = files.ledger_path(ledger)
+    calls, kept = copies.restore(file, path, now=time.time())
+    click.echo(f"{path}: {calls:,} calls, proved.")
+    if kept is not None:
+        click.echo(f"What was there before is now {kept}.")
+    click.echo("It knows nothing of what was spent after the backup: gateway reconcile finds that, gateway adjust books it.")
