@@ -24,7 +24,8 @@ from gateway_addon.addon import REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.alerts import Alerter
 from gateway_addon.dispatch import Dispatch
 from gateway_addon.gate import Gate
-from gateway_addon.ledger import Ledger
+from gateway_addon.ledger import Ledger, Server
+from gateway_addon.ledger.files import ledger_path, state_folder
 from gateway_addon.listener import Certificate
 from gateway_addon.logs import say_plainly
 from gateway_addon.policy import GatewayPolicy, load
@@ -127,7 +128,7 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     longest_s = max(policy.timeouts.first_byte_s, policy.timeouts.silence_s) + 60
     required = {name: value for name, value in REQUIRED_OPTIONS.items() if name in opts}
     own = {
-        "confdir": str(_state_folder(settings.ledger)),
+        "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
         "mode": [f"reverse:{policy.upstream}"],
         "listen_host": settings.host,
         "listen_port": settings.port,
@@ -140,11 +141,6 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     opts.update(**required, **own)
     opts.set(*settings.options)
     return master
-
-
-def _state_folder(ledger: str) -> Path:
-    """Where mitmproxy keeps its certificate authority: beside the ledger, so that a home folder is not needed."""
-    return Path(ledger.removeprefix("sqlite:///")).resolve().parent / ".gateway"
 
 
 def on_signal(stop: Callable[[], None]) -> None:
@@ -167,6 +163,6 @@ def greeting(settings: Settings, policy: GatewayPolicy) -> list[str]:
     return [
         f"gateway  {scheme}://{host}:{settings.port}  ->  {policy.upstream}",
         f"policy   {settings.policies} ({policy.digest[:12]})",
-        f"ledger   {settings.ledger}",
+        f"ledger   {ledger if isinstance(ledger := ledger_path(settings.ledger), Server) else settings.ledger}",
         f"apps     {', '.join(sorted(policy.apps)) or 'none yet: gateway init'}",
     ]

@@ -1,11 +1,14 @@
-"""Ledgers for tests: values of the shapes that the ledger takes, and a file with one app's token in it."""
+"""Ledgers for tests, on both engines: values of the shapes that the ledger takes, and a ledger with one app's token in it."""
 
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway_addon.ledger import NewCall, admin, files
+import postgresql
+import pytest
+
+from gateway_addon.ledger import NewCall, Server, admin, files, postgres
 
 NOON = 1_773_144_000.0  # Tuesday 2026-03-10 12:00 UTC
 
@@ -41,21 +44,36 @@ CALL = NewCall("reports", "batch", 1, model_asked="claude-haiku-4-5", max_tokens
 DAY_CAP = [Cap("app:reports", "day", 1000)]
 
 
-def new_ledger(folder: Path) -> Path:
+ENGINES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.xdist_group("postgresql"))]
+
+
+def new_ledger(folder: Path, engine: str = "sqlite") -> Path | Server:
     """An empty ledger with one token (id 1) of the app `reports`."""
-    path = folder / "gateway.db"
-    files.create(path)
+    if engine == "postgresql":
+        path = postgresql.shared().ledger()
+    else:
+        path = folder / "gateway.db"
+        files.create(path)
     with admin.changing(path) as db:
         admin.issue_token(db, "reports", "d1", who="test", now=NOON)
     return path
 
 
-def rows(path: Path, sql: str, *values: object) -> list[tuple]:
-    with closing(sqlite3.connect(path)) as db:
+def url(path: Path | Server) -> str:
+    return path.url if isinstance(path, Server) else f"sqlite:///{path}"
+
+
+def writing(path: Path | Server) -> sqlite3.Connection:
+    """A connection to try the book's functions on, outside of a transaction."""
+    return postgres.connect(path) if isinstance(path, Server) else files.writer_connection(path)
+
+
+def rows(path: Path | Server, sql: str, *values: object) -> list[tuple]:
+    with closing(postgres.connect(path) if isinstance(path, Server) else sqlite3.connect(path)) as db:
         return db.execute(sql, values).fetchall()
 
 
-def balance(path: Path, scope: str = "app:reports", window: str = "ever") -> tuple[int, int, int]:
+def balance(path: Path | Server, scope: str = "app:reports", window: str = "ever") -> tuple[int, int, int]:
     """Spent, reserved and the number of open calls."""
     found = rows(path, "SELECT spent_nano, reserved_nano, open FROM balances WHERE scope = ? AND window = ?", scope, window)
     return found[0] if found else (0, 0, 0)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway import write_policies
+from ledgers import url
 
 from gateway_addon import identity
-from gateway_addon.ledger import admin, files
+from gateway_addon.ledger import Server, admin, files
 from gateway_addon.simulator import KEY
 
 
@@ -23,14 +24,16 @@ class Ledgered:
 
     folder: Path
     tokens: dict[str, str]
+    server: Server | None = None
+    """Where the ledger is, if not in the folder."""
 
     @property
-    def ledger(self) -> Path:
-        return self.folder / "gateway.db"
+    def ledger(self) -> Path | Server:
+        return self.server or self.folder / "gateway.db"
 
     async def serve(self) -> tuple[asyncio.subprocess.Process, str]:
         """Start one gateway on a free port; returns it with its address."""
-        where = ["--listen", "127.0.0.1:0", "--policies", str(self.folder / "policies"), "--ledger", f"sqlite:///{self.ledger}"]
+        where = ["--listen", "127.0.0.1:0", "--policies", str(self.folder / "policies"), "--ledger", url(self.ledger)]
         command = [sys.executable, "-u", "-m", "gateway_addon", "serve", *where]
         log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         environment = os.environ | {"SIMULATED_KEY": KEY}
@@ -54,11 +57,14 @@ class Ledgered:
                 process._transport.close()
 
 
-def ledgered(folder: Path, upstream: str, apps: Mapping[str, str], policy: str = "timeouts: {drain: 5s}\n") -> Ledgered:
+def ledgered(
+    folder: Path, upstream: str, apps: Mapping[str, str], policy: str = "timeouts: {drain: 5s}\n", ledger: Server | None = None
+) -> Ledgered:
+    place = ledger or folder / "gateway.db"
     write_policies(folder / "policies", upstream, apps, policy)
-    files.create(folder / "gateway.db")
+    files.create(place)
     tokens = {app: identity.mint() for app in apps}
-    with admin.changing(folder / "gateway.db") as db:
+    with admin.changing(place) as db:
         for app, token in tokens.items():
             admin.issue_token(db, app, identity.digest(token), who="test", now=time.time())
-    return Ledgered(folder, tokens)
+    return Ledgered(folder, tokens, ledger)

@@ -7,6 +7,7 @@ from collections import Counter
 
 import anthropic
 import httpx2
+import postgresql
 import pytest
 from processes import ledgered
 
@@ -42,12 +43,21 @@ async def caller(url, token, chance, said: Counter):
 
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.soak] if seed > 2 else []) for seed in range(50)])
 async def test_two_hundred_callers_over_four_gateways_never_pass_one_cap(tmp_path, seed):
+    await two_hundred_callers(tmp_path, seed, gateway_count=4)
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.soak] if seed > 0 else []) for seed in range(20)])
+async def test_nor_do_they_over_three_gateways_on_one_server(tmp_path, seed):
+    await two_hundred_callers(tmp_path, seed, gateway_count=3, ledger=postgresql.shared().ledger())
+
+
+async def two_hundred_callers(tmp_path, seed, *, gateway_count, ledger=None):
     chance = random.Random(seed)
     cap_nano = DOLLAR // 3
     async with Simulator(behaviour=Behaviour(hostile=True)) as api:
         gateways = ledgered(tmp_path, api.url, {"app": f"models: {{allow: [{MODEL}]}}\ncaps: {{day: $0.333333333}}\n"})
         said: Counter = Counter()
-        async with gateways.serving(4) as urls:
+        async with gateways.serving(gateway_count) as urls:
             await asyncio.gather(*(caller(chance.choice(urls), gateways.tokens["app"], chance, said) for _ in range(200)))
             async with asyncio.timeout(20):
                 book = await api.settled()

@@ -69,7 +69,7 @@ async def test_the_sweep_settles_what_a_dead_process_held(tmp_path, monkeypatch)
     await ledger.reserve(NewCall("app", None, 1), 300, [], now=time.time())
     await ledger.close()  # without a settlement, and without its lock: as good as dead
     with monkeypatch.context() as patched:
-        patched.setattr(owners, "sweep", lambda db, ledger, now: 0)
+        patched.setattr(owners, "settle_orphans", lambda db, dead, now: 0)
         assert await open_after_a_crash() == 1
     assert await open_after_a_crash() == 0
 

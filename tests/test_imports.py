@@ -45,6 +45,8 @@ EDGES = {"__init__", "__main__", "cli", "demo", "inventory", "local", "logs", "p
 ROOMS_OF = {
     # an outside library: the rooms that may import it
     "mitmproxy": {"addon", "dispatch", "inject", "listener", "lives", "local", "serve", "shim", "views"},
+    "psycopg": {"ledger"},
+    "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},
     "sqlite_utils": {"ledger"},
     "yaml": {"policy", "pricing", "yamlfile"},

@@ -17,7 +17,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @says_errors(LedgerUnavailable, ValueError, OSError)
 def backup(file: Path, ledger: str) -> None:
     """Copy the ledger to FILE: one consistent moment of it, while gateways go on, proved as gateway doctor does."""
-    calls = copies.backup(files.ledger_path(ledger), file)
+    calls = copies.backup(files.file_path(ledger), file)
     click.echo(f"{file}: {calls:,} calls, {file.stat().st_size / 2**20:.1f} MB, proved.  Back again: gateway restore {file}")
 
 
@@ -27,7 +27,7 @@ def backup(file: Path, ledger: str) -> None:
 @says_errors(LedgerUnavailable, ValueError, OSError)
 def restore(file: Path, ledger: str) -> None:
     """Put the backup FILE in the ledger's place, once it is proved. Refuses while a gateway runs; keeps what was there beside it."""
-    path = files.ledger_path(ledger)
+    path = files.file_path(ledger)
     calls, kept = copies.restore(file, path, now=time.time())
     click.echo(f"{path}: {calls:,} calls, proved.")
     if kept is not None:

@@ -36,7 +36,7 @@ def ledger_option[F: Callable[..., Any]](command: F) -> F:
         envvar="GATEWAY_LEDGER",
         default=lambda: f"sqlite:///{project_folder() / 'gateway.db'}",
         show_default="gateway.db, in the project folder",
-        help="The ledger, sqlite:///PATH (GATEWAY_LEDGER).",
+        help="The ledger, sqlite:///PATH or postgresql://HOST/NAME (GATEWAY_LEDGER).",
     )(command)
 
 

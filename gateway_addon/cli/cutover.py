@@ -25,7 +25,7 @@ from gateway_addon.cli.common import (
 )
 from gateway_addon.cli.times import day, duration_s
 from gateway_addon.inventory import inspect
-from gateway_addon.ledger import LedgerUnavailable, admin, arrivals
+from gateway_addon.ledger import LedgerUnavailable, Server, admin, arrivals
 from gateway_addon.ledger.arrivals import Arrival, Straggler
 from gateway_addon.ledger.files import ledger_path
 from gateway_addon.moving import Now, Open, is_in, tally, unaccounted, unseen
@@ -157,7 +157,7 @@ def _subject(reason: Open) -> str:
     return shown_path(reason.subject) if reason.subject.startswith("/") else reason.subject
 
 
-def _watch(path: Path, for_s: float) -> int:
+def _watch(path: Path | Server, for_s: float) -> int:
     """Say when the provider refuses the key, and at the end how it went."""
     started = time.time()
     told = 0

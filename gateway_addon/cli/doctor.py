@@ -10,7 +10,7 @@ from typing import NamedTuple
 import click
 
 from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors
-from gateway_addon.ledger import LedgerUnavailable, admin, files, proof
+from gateway_addon.ledger import LedgerUnavailable, Server, admin, files, proof
 from gateway_addon.money import dollars
 
 DISK_FREE_BYTES_MIN = 100 * 2**20
@@ -32,7 +32,7 @@ class Check(NamedTuple):
 def doctor(as_json: bool, policies: Path, ledger: str) -> None:
     """Prove the ledger's invariants: balances from the entries, parts from the bills, open reservations and who holds them."""
     path = files.ledger_path(ledger)
-    checks = [check_ledger(path, now=time.time()), check_disk(path)]
+    checks = [check_ledger(path, now=time.time()), *([] if isinstance(path, Server) else [check_disk(path)])]
     if as_json:
         click.echo(json.dumps([check._asdict() for check in checks]))
     else:
@@ -40,11 +40,11 @@ def doctor(as_json: bool, policies: Path, ledger: str) -> None:
     sys.exit(PROBLEM if any(check.findings for check in checks) else 0)
 
 
-def check_ledger(path: Path, *, now: float) -> Check:
+def check_ledger(path: Path | Server, *, now: float) -> Check:
     """Recompute the ledger from its entries. Raises LedgerUnavailable where it cannot be read."""
     with admin.reading(path) as db:
         findings = proof.findings(db)
-        running = [] if findings else proof.open_calls(db, path, now=now)
+        running = [] if findings else proof.open_calls(db, admin.obituary(path, db), now=now)
         calls, entries = db.execute("SELECT (SELECT count(*) FROM calls), (SELECT count(*) FROM entries)").fetchone()
     seen = [f"{path}: {calls:,} calls, {entries:,} entries"]
     for call in running:

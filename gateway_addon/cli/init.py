@@ -69,13 +69,14 @@ def init(yes: bool, app: str | None, policies: Path, ledger: str) -> None:
     (policies / "apps").mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         _write(path, text)
-    path = ledger_path(ledger)
-    if path.exists():
-        click.echo(f"kept   {path}")
+    place = ledger_path(ledger)
+    if isinstance(place, Path) and place.exists():
+        click.echo(f"kept   {place}")
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        create(path, load(policies).timezone)
-        click.echo(f"wrote  {path}")
+        if isinstance(place, Path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        create(place, load(policies).timezone)
+        click.echo(f"{'wrote' if isinstance(place, Path) else 'ready'}  {place}")
     first = name if app is not None or not has_apps else sorted(load(policies).apps)[0]
     click.echo(f"\nNext: gateway token issue {first}   then: gateway serve")
 

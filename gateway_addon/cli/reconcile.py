@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, stop
 from gateway_addon.cli.times import duration_s, moment
-from gateway_addon.ledger import LedgerUnavailable, admin, evidence
+from gateway_addon.ledger import LedgerUnavailable, Server, admin, evidence
 from gateway_addon.ledger.evidence import DAY_S, Estimate, Metered
 from gateway_addon.ledger.files import ledger_path
 from gateway_addon.money import cents
@@ -79,7 +79,7 @@ def _day_start(text: str, now: float, *, ago: bool) -> int:
     return int(at) // DAY_S * DAY_S
 
 
-def _both_sides(path: Path, policy: GatewayPolicy, start: int, end: int | None, workspaces: tuple[str, ...], now: float) -> Found:
+def _both_sides(path: Path | Server, policy: GatewayPolicy, start: int, end: int | None, workspaces: tuple[str, ...], now: float) -> Found:
     if policy.admin_key is None:
         stop(NO_ADMIN_KEY)
     key = Secret(policy.admin_key, withheld=policy.secret_variables)()
@@ -92,7 +92,7 @@ def _both_sides(path: Path, policy: GatewayPolicy, start: int, end: int | None, 
         return Found(reported, charged, evidence.metered(db, **period), evidence.estimates(db, **period))
 
 
-def _take_turn(path: Path, sleep: Callable[[float], None] = time.sleep) -> None:
+def _take_turn(path: Path | Server, sleep: Callable[[float], None] = time.sleep) -> None:
     """Wait until a minute has passed since any process asked the provider."""
     said = False
     while True:
@@ -118,7 +118,7 @@ def _erase() -> None:
         click.echo("\r\033[K", nl=False, err=True)
 
 
-def _write(path: Path, proved: Sequence[Correction], now: float) -> None:
+def _write(path: Path | Server, proved: Sequence[Correction], now: float) -> None:
     with admin.changing(path) as db:
         for correction in proved:
             for call_id, delta_nano in correction.deltas:

@@ -1,6 +1,7 @@
 """`gateway serve` and `gateway web`."""
 
 import ipaddress
+import os
 import secrets
 import socket
 from collections.abc import Callable
@@ -57,7 +58,8 @@ def serve(
         host, port = listener.getsockname()[:2]
         if workers == 1 or socket_fd is not None:
             _serve(Settings(host, port, policies, ledger, options, parent_fd=parent_fd), listener)
-        arguments = ["--listen", f"{host}:{port}", "--policies", str(policies), "--ledger", ledger]
+        os.environ["GATEWAY_LEDGER"] = ledger  # not an argument, which everybody on the machine can read: it may hold a password
+        arguments = ["--listen", f"{host}:{port}", "--policies", str(policies)]
         arguments += [word for option in options for word in ("--set", option)]
         raise SystemExit(supervise([*arguments, *(["--insecure-listen"] if insecure_listen else [])], listener, workers))
 

@@ -7,28 +7,31 @@ inside a running gateway. All are in force for the next call in every process, b
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from gateway_addon.ledger import files
-from gateway_addon.ledger.locks import Turnstile
-from gateway_addon.ledger.values import Token
+from gateway_addon.ledger import book, files
+from gateway_addon.ledger.locks import Turnstile, is_dead
+from gateway_addon.ledger.store import driver
+from gateway_addon.ledger.values import Server, Token
 from gateway_addon.windows import starts
 
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at FROM tokens"
 
-# From the entries alone; a test and `gateway doctor` hold it against what the trigger kept.
-BALANCES_FROM_ENTRIES = """
-  SELECT scope, window, window_start, sum(spent_nano) AS spent_nano, sum(reserved_nano) AS reserved_nano,
-    sum(quantum_nano) AS quantum_nano, sum(entries.open) AS open
-  FROM entries JOIN call_frames USING (call_id) GROUP BY scope, window, window_start
-"""
+ISSUE = "INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
 
 
 @contextlib.contextmanager
-def changing(path: Path) -> Iterator[sqlite3.Connection]:
+def changing(path: Path | Server) -> Iterator[sqlite3.Connection]:
     """A write transaction of a command, in its turn among the gateway's processes. Raises LedgerUnavailable."""
+    if isinstance(path, Server):
+        with driver():
+            from gateway_addon.ledger import postgres
+        with postgres.changing(path) as db:
+            yield db
+        return
     files.identity(path)
     try:
         turnstile = Turnstile(path)
@@ -48,8 +51,14 @@ def changing(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection]:
+def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
     """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable."""
+    if isinstance(path, Server):
+        with driver():
+            from gateway_addon.ledger import postgres
+        with postgres.reading(path) as db:
+            yield db
+        return
     files.identity(path)
     try:
         with contextlib.closing(files.reader_connection(path)) as db:
@@ -62,17 +71,24 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
         raise files.unavailable(path, error) from error
 
 
+def obituary(path: Path | Server, db: sqlite3.Connection) -> Callable[[str], bool]:
+    """Tells of an owner's name whether its process is gone."""
+    if isinstance(path, Server):
+        with driver():
+            from gateway_addon.ledger import postgres
+        living = postgres.living(db)
+        return lambda owner: owner not in living
+    return partial(is_dead, path)
+
+
 def issue_token(
     db: sqlite3.Connection, app: str, digest: str, *, label: str = "", expires_at: float | None = None, who: str, why: str = "", now: float
 ) -> Token:
     """Enter a token by its SHA-256 (hexadecimal). Raises ValueError if it is there already."""
-    try:
-        row = (app, label, digest, now, expires_at)
-        token_id = db.execute("INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES (?, ?, ?, ?, ?)", row).lastrowid
-    except sqlite3.IntegrityError as error:
-        raise ValueError(f"the ledger has this token of {app} already: mint another one") from error
-    assert token_id is not None
-    token = Token(token_id, app, label, now, expires_at, None)
+    found = db.execute(ISSUE, (app, label, digest, now, expires_at)).fetchall()
+    if not found:
+        raise ValueError(f"the ledger has this token of {app} already: mint another one")
+    token = Token(found[0][0], app, label, now, expires_at, None)
     _audit(db, who, "token issue", f"app:{app}", None, _token_facts(token), why, now)
     return token
 
@@ -123,7 +139,8 @@ def pause(
 ) -> None:
     """Refuse every further call of `total`, a team or an app, until a time or until `resume`; `cut`: end those in flight too."""
     before = _pause(db, scope)
-    db.execute("INSERT OR REPLACE INTO pauses VALUES (?, ?, ?, ?, ?)", (scope, now, until, why, cut))
+    db.execute("DELETE FROM pauses WHERE scope = ?", (scope,))
+    db.execute("INSERT INTO pauses VALUES (?, ?, ?, ?, ?)", (scope, now, until, why, cut))
     _audit(db, who, "pause", scope, before, {"until": until, "cut": cut}, why, now)
 
 
@@ -173,8 +190,8 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
     if zone_before == zone and not moved:
         return False
     for app, team in moved.items():
-        db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (f"team:{app}", team or ""))
-        db.execute("UPDATE calls SET team = ? WHERE app = ? AND team IS NOT ?", (team, app, team))
+        keep_setting(db, f"team:{app}", team or "")
+        db.execute("UPDATE calls SET team = ? WHERE app = ? AND team IS DISTINCT FROM ?", (team, app, team))
     if zone_before != zone:
         db.execute("UPDATE settings SET value = ? WHERE name = 'zone'", (zone,))
         _move_windows(db, ZoneInfo(zone))
@@ -186,10 +203,12 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
 
 def rebuild_balances(db: sqlite3.Connection) -> None:
     """Compute the balances anew from the entries."""
-    db.execute("DELETE FROM balances")
-    db.execute(
-        f"INSERT INTO balances (scope, window, window_start, spent_nano, reserved_nano, quantum_nano, open) {BALANCES_FROM_ENTRIES}"
-    )
+    db.execute(book.CLEAR_BALANCES)
+    db.execute(book.FILL_BALANCES)
+
+
+def keep_setting(db: sqlite3.Connection, name: str, value: str) -> None:
+    db.execute("INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value))
 
 
 def _move_windows(db: sqlite3.Connection, zone: ZoneInfo) -> None:

@@ -7,6 +7,8 @@ when the provider was last asked. The connection yields rows by name (`admin.rea
 import sqlite3
 from dataclasses import dataclass
 
+from gateway_addon.ledger.admin import keep_setting
+
 DAY_S = 86400
 POLL_EVERY_S = 60
 """How often the provider wants its reports to be asked for, at most."""
@@ -86,5 +88,5 @@ def claim_poll(db: sqlite3.Connection, *, now: float) -> float:
     wait_s = float(rows[0][0]) + POLL_EVERY_S - now if rows else 0.0
     if 0 < wait_s <= POLL_EVERY_S:
         return wait_s
-    db.execute("INSERT OR REPLACE INTO settings VALUES ('reports_polled_at', ?)", (str(now),))
+    keep_setting(db, "reports_polled_at", str(now))
     return 0.0

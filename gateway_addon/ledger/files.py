@@ -9,9 +9,11 @@ import sqlite3
 from pathlib import Path
 
 from gateway_addon.ledger.schema import migrate
-from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.ledger.store import driver
+from gateway_addon.ledger.values import LedgerUnavailable, Server
 
 SCHEME = "sqlite:///"
+SERVER_SCHEMES = ("postgresql://", "postgres://")
 CACHE_KIB = 16 * 1024  # the upper pages of every index of a ledger of millions of calls
 BUSY_MS = 500  # for writers that take no turn (a person's sqlite3 shell, a backup); the gateway's own take turns and never meet
 
@@ -34,18 +36,38 @@ type Identity = tuple[int, int]
 """Device and inode: two files of one name differ by it."""
 
 
-def ledger_path(url: str) -> Path:
-    """The file of `sqlite:///PATH` (or a bare path). Raises ValueError with a sentence for any other address."""
+def ledger_path(url: str) -> Path | Server:
+    """The file of `sqlite:///PATH` (or a bare path), the server of `postgresql://...`. Raises ValueError with a sentence for any other."""
+    if url.startswith(SERVER_SCHEMES):
+        return Server(url)
     if "://" in url and not url.startswith(SCHEME):
-        raise ValueError(f"the ledger {url.split('://')[0]}://... is not supported; write sqlite:///PATH")
+        raise ValueError(f"the ledger {url.split('://')[0]}://... is not supported; write sqlite:///PATH or postgresql://...")
     path = url.removeprefix(SCHEME)
     if not path:
         raise ValueError("the ledger's address names no file; write sqlite:///PATH, for example sqlite:///gateway.db")
     return Path(path)
 
 
-def create(path: Path, zone: str = "UTC") -> None:
+def file_path(url: str) -> Path:
+    """The file of a ledger that is one. Raises ValueError with a sentence for a server's."""
+    path = ledger_path(url)
+    if isinstance(path, Server):
+        raise ValueError(f"{path} is a server's ledger: copy it by the server's own means (pg_dump, its backups)")
+    return path
+
+
+def state_folder(path: Path | Server) -> Path:
+    """Where a gateway keeps what is its own (certificates, unwritten settlements): beside the ledger's file; for a server, at home."""
+    return path.resolve().parent / ".gateway" if isinstance(path, Path) else Path.home() / ".gateway"
+
+
+def create(path: Path | Server, zone: str = "UTC") -> None:
     """Make an empty ledger, or bring an existing one up to date. Raises LedgerUnavailable."""
+    if isinstance(path, Server):
+        with driver():
+            from gateway_addon.ledger import postgres
+        postgres.create(path, zone)
+        return
     if not path.parent.is_dir():
         raise LedgerUnavailable(f"the folder {path.parent} does not exist: make it, then make the ledger again")
     try:
@@ -107,7 +129,7 @@ def reader_connection(path: Path, *, wait_ms: int = BUSY_MS) -> sqlite3.Connecti
     return db
 
 
-def unavailable(path: Path, error: sqlite3.Error | OSError) -> LedgerUnavailable:
+def unavailable(path: Path, error: Exception) -> LedgerUnavailable:
     """The sentence for an error of the file. The driver's own words follow, for the search engine."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     sentence = _SENTENCES.get(code, "the ledger {path} failed").format(path=path)

@@ -24,7 +24,7 @@ def overruns(db: sqlite3.Connection) -> frozenset[str]:
 
 
 def keep_ratelimits(db: sqlite3.Connection, headers: Mapping[str, str], now: float) -> None:
-    upsert = "INSERT INTO ratelimits VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = excluded.value, at = excluded.at"
+    upsert = "INSERT INTO ratelimits VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value, at = excluded.at"
     db.executemany(upsert, [(name, value, now) for name, value in headers.items()])
 
 

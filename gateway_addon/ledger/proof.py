@@ -1,11 +1,10 @@
 """The ledger's invariants, proved from its entries: every finding is a sentence that names what is wrong. Read-only."""
 
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from gateway_addon.ledger.admin import BALANCES_FROM_ENTRIES
-from gateway_addon.ledger.locks import is_dead
+from gateway_addon.ledger.book import BALANCES_FROM_ENTRIES
 from gateway_addon.money import dollars
 
 FINDINGS_MAX = 20  # of one kind: a broken ledger should not scroll its cause off the screen
@@ -28,23 +27,26 @@ class OpenCall:
 _BALANCES = f"""
 SELECT scope, window, window_start, sum(kept * spent_nano) AS kept_spent, sum((1 - kept) * spent_nano) AS spent,
   sum(kept * reserved_nano) AS kept_reserved, sum((1 - kept) * reserved_nano) AS reserved
-FROM (SELECT 1 AS kept, * FROM balances UNION ALL SELECT 0, * FROM ({BALANCES_FROM_ENTRIES}))
+FROM (SELECT 1 AS kept, * FROM balances UNION ALL SELECT 0, * FROM ({BALANCES_FROM_ENTRIES}) AS summed) AS both_ways
 GROUP BY scope, window, window_start
 HAVING count(*) <> 2 OR min(spent_nano) <> max(spent_nano) OR min(reserved_nano) <> max(reserved_nano)
   OR min(quantum_nano) <> max(quantum_nano) OR min(open) <> max(open)
 """
 
 _USAGE = """
-SELECT calls.id, e.spent_nano AS settled, coalesce((SELECT sum(nano) FROM usage WHERE call_id = calls.id), 0) AS parts
-FROM calls JOIN entries e ON e.call_id = calls.id AND e.kind = 'settle' WHERE settled <> parts
+SELECT * FROM (
+  SELECT calls.id, entries.spent_nano AS settled, coalesce((SELECT sum(nano) FROM usage WHERE call_id = calls.id), 0) AS parts
+  FROM calls JOIN entries ON entries.call_id = calls.id AND entries.kind = 'settle') AS bills
+WHERE settled <> parts
 """
 
 _STATES = """
-SELECT calls.id, state, coalesce(sum(entries.open), 0) AS left_open, coalesce(sum(reserved_nano), 0) AS left_held,
-  count(*) FILTER (WHERE kind IN ('settle', 'void')) AS resolutions
-FROM calls LEFT JOIN entries ON entries.call_id = calls.id GROUP BY calls.id
-HAVING left_open <> (state = 'open') OR resolutions <> (state IN ('settled', 'voided')) OR left_held < 0
-  OR (state <> 'open' AND left_held <> 0)
+SELECT * FROM (
+  SELECT calls.id, state, coalesce(sum(entries.open), 0) AS left_open, coalesce(sum(reserved_nano), 0) AS left_held,
+    count(*) FILTER (WHERE kind IN ('settle', 'void')) AS resolutions
+  FROM calls LEFT JOIN entries ON entries.call_id = calls.id GROUP BY calls.id) AS states
+WHERE left_open <> CASE state WHEN 'open' THEN 1 ELSE 0 END OR left_held < 0 OR (state <> 'open' AND left_held <> 0)
+  OR resolutions <> CASE WHEN state IN ('settled', 'voided') THEN 1 ELSE 0 END
 """
 
 _OPEN = """
@@ -55,10 +57,9 @@ FROM calls JOIN entries ON entries.call_id = calls.id WHERE state = 'open' GROUP
 
 def findings(db: sqlite3.Connection) -> list[str]:
     """What is wrong with the file, the balances, the calls' states or the billed parts; empty for a sound ledger."""
-    damage = [str(row[0]) for row in db.execute(f"PRAGMA integrity_check({FINDINGS_MAX})").fetchall() if row[0] != "ok"]
-    if damage:
-        return [f"the file is damaged: {line}; restore the last backup" for line in damage]
-    found = [f"call {row[0]} refers to a row that is missing" for row in db.execute("PRAGMA foreign_key_check").fetchmany(FINDINGS_MAX)]
+    found = _of_the_file(db) if isinstance(db, sqlite3.Connection) else []  # a server looks after its own files
+    if found:
+        return found
     for scope, window, start, kept_spent, spent, kept_reserved, reserved in db.execute(_BALANCES).fetchmany(FINDINGS_MAX):
         found.append(
             f"balance {scope} {window} from {start}: says spent {dollars(kept_spent)}, held {dollars(kept_reserved)};"
@@ -71,10 +72,17 @@ def findings(db: sqlite3.Connection) -> list[str]:
     return found
 
 
-def open_calls(db: sqlite3.Connection, ledger: Path, *, now: float) -> list[OpenCall]:
-    """Every open reservation, the oldest first."""
+def _of_the_file(db: sqlite3.Connection) -> list[str]:
+    damage = [str(row[0]) for row in db.execute(f"PRAGMA integrity_check({FINDINGS_MAX})").fetchall() if row[0] != "ok"]
+    if damage:
+        return [f"the file is damaged: {line}; restore the last backup" for line in damage]
+    return [f"call {row[0]} refers to a row that is missing" for row in db.execute("PRAGMA foreign_key_check").fetchmany(FINDINGS_MAX)]
+
+
+def open_calls(db: sqlite3.Connection, is_dead: Callable[[str], bool], *, now: float) -> list[OpenCall]:
+    """Every open reservation, the oldest first; `is_dead` knows of an owner (`admin.obituary`)."""
     rows = db.execute(_OPEN, {"now": now}).fetchall()
     return [
-        OpenCall(call_id, app, model, held_nano, age_s, owner, not is_dead(ledger, owner))
+        OpenCall(call_id, app, model, held_nano, age_s, owner, not is_dead(owner))
         for call_id, app, model, held_nano, age_s, owner in rows
     ]

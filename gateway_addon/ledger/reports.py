@@ -132,7 +132,7 @@ SELECT code, sum(calls) AS calls FROM (
     WHERE state = 'refused' AND started_at >= :since AND started_at < :until GROUP BY refusal
   UNION ALL
   SELECT reason, sum(calls) FROM noise WHERE minute >= :since AND minute < :until GROUP BY reason
-) GROUP BY code ORDER BY calls DESC, code
+) AS refusals GROUP BY code ORDER BY calls DESC, code
 """
 
 
@@ -149,16 +149,14 @@ class Notable:
 
 def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | None:
     """The configuration that cost most; None where nothing was spent."""
-    key = "json_array(calls.app, coalesce(model_asked, '(none)'), max_tokens)"
+    key = "calls.app || ' ' || coalesce(CAST(max_tokens AS TEXT), '-') || ' ' || coalesce(model_asked, '(none)')"
     query = _LINES.format(key=key, order="spent_nano DESC")
     lines = [_line(row, row["key"]) for row in db.execute(query, {"since": since, "until": until}).fetchall()]
     if not lines or lines[0].spent_nano == 0:
         return None
-    [(app, model, asked_tokens)] = db.execute(
-        "SELECT json_extract(:key, '$[0]'), json_extract(:key, '$[1]'), json_extract(:key, '$[2]')", {"key": lines[0].key}
-    ).fetchall()
+    app, asked_tokens, model = lines[0].key.split(" ", 2)
     rest = Report("app", since, until, tuple(lines[1:]), {}, ()).total
-    return Notable(app, model, asked_tokens, lines[0], rest)
+    return Notable(app, model, None if asked_tokens == "-" else int(asked_tokens), lines[0], rest)
 
 
 def alerts(db: sqlite3.Connection, *, since: float, until: float) -> list[dict[str, object]]:

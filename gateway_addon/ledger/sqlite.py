@@ -1,8 +1,7 @@
-"""The ledger as the gateway sees it: asynchronous, on one SQLite file shared by every process of the machine.
+"""The ledger as the gateway sees it: asynchronous, on a store that every gateway of the fleet shares.
 
-Promises that the event loop never waits for a disk (the one exception, `token`, is a lookup by key of about ten microseconds on a
-connection that never waits for a lock), that a reservation is durable before it is answered, and that it is refused with
-`LedgerUnavailable` within `timeout_s` where it cannot be written. Settlements, voids and releases are never dropped.
+Promises that the event loop never waits for a disk or a server, that a reservation is durable before it is answered, and that it is
+refused with `LedgerUnavailable` within `timeout_s` where it cannot be written. Settlements, voids and releases are never dropped.
 """
 
 import asyncio
@@ -16,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Self, cast
 
-from gateway_addon.ledger import book, files, notes, owners
-from gateway_addon.ledger.locks import OwnerLock
+from gateway_addon.ledger import book, files, notes
+from gateway_addon.ledger.filestore import FileStore
+from gateway_addon.ledger.store import EVERYTHING, Store, driver
 from gateway_addon.ledger.values import (
     Cap,
     Denied,
@@ -28,9 +28,11 @@ from gateway_addon.ledger.values import (
     RateLimits,
     Reserved,
     Resolution,
+    Server,
     Settlement,
     Standing,
     Token,
+    app_scope,
 )
 from gateway_addon.ledger.writer import Answer, Operation, Writer
 
@@ -48,35 +50,30 @@ RESOLVE, EXTEND, RESERVE, RECORD = range(4)  # in a batch, money that comes back
 class Ledger:
     """Made by `open`, in the process that uses it (after a fork) and on the loop that uses it."""
 
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        self.path = path
+    def __init__(self, store: Store, timeout_s: float) -> None:
+        self._store = store
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
-        self._known = files.identity(path)
-        self._lock = OwnerLock(path)
-        self._caps: dict[int, tuple[Cap, ...]] = {}
-        self._reader: sqlite3.Connection | None = None
-        self._writer = Writer(path, self.owner, self._known, self._deliver, self._on_the_loop)
+        self._running: dict[int, tuple[str, tuple[Cap, ...]]] = {}
+        self._writer = Writer(store, self._deliver, *((self._on_the_loop,) if store.near else ()))
         self._letting_go = False
+        self._heart: asyncio.Future[None] | None = None
 
     @classmethod
     async def open(cls, url: str, *, create: bool = False, timeout_s: float = TIMEOUT_S, now: float | None = None) -> Self:
-        """Open `sqlite:///PATH`, enter this process as an owner and sweep the dead ones' reservations.
+        """Open `sqlite:///PATH` or `postgresql://...`, enter this process as an owner and sweep the dead ones' reservations.
 
-        Only `create` (`gateway init`, `gateway demo`) makes a file. Raises LedgerUnavailable; ValueError for another address.
+        Only `create` (`gateway init`, `gateway demo`) makes a ledger. Raises LedgerUnavailable; ValueError for another address.
         """
         path = files.ledger_path(url)
         if create:
             await asyncio.to_thread(files.create, path)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
-        try:
-            ledger = cls(path, timeout_s)
-        except OSError as error:
-            raise files.unavailable(path, error) from error
+        ledger = cls(_store(path, timeout_s), timeout_s)
         ledger._writer.start()
         try:
-            await ledger._ask(RECORD, partial(owners.enrol, owner=ledger.owner, now=time.time() if now is None else now))
             await ledger.sweep(now=time.time() if now is None else now)
+            ledger._heart = asyncio.ensure_future(ledger._beat()) if ledger._store.heartbeat_s else None
         except BaseException:
             await ledger.close()
             raise
@@ -84,16 +81,17 @@ class Ledger:
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Write what is waiting, then let go. What is still open then is settled by the next sweep."""
+        if self._heart is not None:
+            self._heart.cancel()
         if not await asyncio.to_thread(self._writer.stop, timeout_s):
-            log.error("the ledger %s did not take the last settlements; the next start settles these calls at what they hold", self.path)
+            log.error("the ledger %s did not take the last settlements; the next start settles these calls at what they hold", self._store)
         await asyncio.sleep(0)  # the last batch's answers
-        self._hang_up()
-        self._lock.close()
+        await self._store.close()
 
     @property
     def owner(self) -> str:
         """This process's name in the ledger."""
-        return self._lock.owner
+        return self._store.owner
 
     # money
 
@@ -112,39 +110,45 @@ class Ledger:
         A caller that is cancelled while it waits leaves no reservation behind.
         """
         held = tuple(cap for cap in caps if cap.window != "request")
-        write = partial(
-            book.reserve, owner=self.owner, call=call, grant_nano=grant_nano, caps=held, quantum_nano=quantum_nano, rates=rates, now=now
-        )
-        answer = cast(Reserved | Denied, await self._ask(RESERVE, write))
+
+        def write(db: sqlite3.Connection) -> Reserved | Denied:  # the owner's name is read when it is written: a fenced node has a new one
+            return book.reserve(db, self.owner, call, grant_nano, held, quantum_nano=quantum_nano, rates=rates, now=now)
+
+        answer = cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held)))
         if isinstance(answer, Reserved):
-            self._caps[answer.call_id] = held
+            self._running[answer.call_id] = call.app, held
         return answer
 
     async def extend(self, top_ups: Sequence[tuple[int, int]], *, now: float) -> list[bool]:
         """Hold more for running calls, [(call_id, more_nano)], in one write. Raises LedgerUnavailable."""
-        wanted = [(call_id, more_nano, self._caps.get(call_id, ())) for call_id, more_nano in top_ups]
+        running = {call_id: self._running[call_id] for call_id, _ in top_ups if call_id in self._running}
 
         def write(db: sqlite3.Connection) -> list[bool]:
-            return [book.extend(db, call_id, more_nano, caps, now=now) for call_id, more_nano, caps in wanted]
+            return [
+                call_id in running and book.extend(db, call_id, more_nano, running[call_id][1], now=now) for call_id, more_nano in top_ups
+            ]
 
-        return cast(list[bool], await self._ask(EXTEND, write))
+        return cast(list[bool], await self._ask(EXTEND, write, frozenset[str]().union(*(_touched(*each) for each in running.values()))))
 
     def release(self, call_id: int, back_nano: int, *, now: float) -> asyncio.Future[bool]:
         """Give back a part of what a call holds. Count on the smaller amount from here on: the write may follow later."""
-        return cast("asyncio.Future[bool]", self._lasting(partial(book.release, call_id=call_id, back_nano=back_nano, now=now)))
+        write = partial(book.release, call_id=call_id, back_nano=back_nano, now=now)
+        return cast("asyncio.Future[bool]", self._lasting(write, self._scopes(call_id)))
 
     def settle(self, call_id: int, settlement: Settlement, *, now: float) -> asyncio.Future[Resolution]:
         """Book what a call cost. Written for certain, though perhaps later; a second resolution of a call changes nothing."""
-        self._caps.pop(call_id, None)
+        scopes = self._scopes(call_id)
+        self._running.pop(call_id, None)
         write = partial(book.settle, call_id=call_id, settlement=settlement, now=now)
         instead = partial(book.settle, call_id=call_id, settlement=UNSTORABLE, now=now)
-        return cast("asyncio.Future[Resolution]", self._lasting(write, instead))
+        return cast("asyncio.Future[Resolution]", self._lasting(write, scopes, instead))
 
     def void(self, call_id: int, outcome: Outcome | None = None, *, now: float) -> asyncio.Future[Resolution]:
         """Give back all that a call holds: the provider did no work. As certain as `settle`."""
-        self._caps.pop(call_id, None)
+        scopes = self._scopes(call_id)
+        self._running.pop(call_id, None)
         write = partial(book.void, call_id=call_id, outcome=outcome or Outcome(), now=now)
-        return cast("asyncio.Future[Resolution]", self._lasting(write))
+        return cast("asyncio.Future[Resolution]", self._lasting(write, scopes))
 
     # records
 
@@ -158,11 +162,11 @@ class Ledger:
 
     def noise(self, reason: str, *, now: float) -> None:
         """Count a request without a valid token."""
-        self._record(partial(book.noise, reason=reason, now=now))
+        self._record(partial(book.noise, reason=reason, now=now), "noise")
 
     def ratelimits(self, headers: Mapping[str, str], *, now: float) -> None:
         """Keep the upstream's latest `anthropic-ratelimit-*` headers."""
-        self._record(partial(notes.keep_ratelimits, headers=dict(headers), now=now))
+        self._record(partial(notes.keep_ratelimits, headers=dict(headers), now=now), "ratelimits")
 
     async def alert_once(self, standing: Standing, threshold_percent: int, *, now: float) -> bool:
         """True for the first caller, over all processes, that reports this threshold of this scope and window. Raises LedgerUnavailable."""
@@ -175,64 +179,66 @@ class Ledger:
 
     async def sweep(self, *, now: float) -> int:
         """Settle what dead processes left open; call it when a worker dies. Raises LedgerUnavailable."""
-        swept = cast(int, await self._ask(RESOLVE, partial(owners.sweep, ledger=self.path, now=now)))
+        swept = cast(int, await self._ask(RESOLVE, partial(self._store.sweep, now=now), frozenset((EVERYTHING,))))
         if swept:
             log.warning("%d calls of a process that died were settled at what they held (flagged estimated)", swept)
         return swept
 
     async def change[T](self, write: Callable[[sqlite3.Connection], T]) -> T:
         """Run a change of `ledger.admin` in a transaction of its own turn. Raises what it raises, or LedgerUnavailable."""
-        return cast(T, await self._ask(RECORD, write))
+        return cast(T, await self._ask(RECORD, write, frozenset((EVERYTHING,))))
 
     # reads, on the request's path
 
     async def token(self, digest: str) -> Token | None:
         """The token of this SHA-256 (hexadecimal), revoked and expired ones too. Raises LedgerUnavailable."""
-        return self._read(partial(notes.token, digest=digest))
+        return await self._read(partial(notes.token, digest=digest))
 
     async def standing(self, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
-        return self._read(partial(book.standing, scopes=scopes, caps=caps, now=now))
+        return await self._read(partial(book.standing, scopes=scopes, caps=caps, now=now))
 
     async def pauses(self, *, now: float) -> tuple[Pause, ...]:
         """The pauses in force. Raises LedgerUnavailable."""
-        return self._read(partial(notes.pauses, now=now))
+        return await self._read(partial(notes.pauses, now=now))
 
     async def overruns(self) -> frozenset[str]:
         """Models that passed a grant and are reserved in full until cleared. Raises LedgerUnavailable."""
-        return self._read(notes.overruns)
+        return await self._read(notes.overruns)
 
     async def upstream_limits(self) -> dict[str, tuple[str, float]]:
         """The upstream's latest rate-limit headers with the time at which each was seen. Raises LedgerUnavailable."""
-        return self._read(notes.ratelimits)
+        return await self._read(notes.ratelimits)
 
-    def _read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
-        try:
-            files.still(self.path, self._known)
-            if self._reader is None:
-                self._reader = files.reader_connection(self.path, wait_ms=0)
-            return read(self._reader)
-        except sqlite3.Error as error:
-            self._hang_up()
-            raise files.unavailable(self.path, error) from error
+    async def _read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
+        return await self._store.read(read)
 
-    def _hang_up(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+    def _scopes(self, call_id: int) -> frozenset[str]:
+        """What a resolution of this call changes: nothing is judged, so the app's own balance is enough."""
+        return frozenset((app_scope(self._running[call_id][0]) if call_id in self._running else EVERYTHING,))
+
+    async def _beat(self) -> None:
+        """Show that this process lives, and settle what those left open that no longer do."""
+        while True:
+            await asyncio.sleep(self._store.heartbeat_s or 0)
+            try:
+                if await self._ask(RECORD, self._store.dead):
+                    await self.sweep(now=time.time() + self._store.skew_s)
+            except LedgerUnavailable as error:
+                log.debug("no sign of life could be given: %s", error)
 
     # the way to the writer's thread and back
 
-    async def _ask(self, rank: int, apply: Callable[[sqlite3.Connection], object]) -> object:
+    async def _ask(self, rank: int, apply: Callable[[sqlite3.Connection], object], scopes: frozenset[str] = frozenset()) -> object:
         future: asyncio.Future[object] = self._loop.create_future()
-        self._writer.put(Operation(apply, rank, wanted=lambda: not future.done(), tell=partial(self._tell, future)))
+        self._writer.put(Operation(apply, rank, scopes, wanted=lambda: not future.done(), tell=partial(self._tell, future)))
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await future
         except TimeoutError:
             self._disown(future)
             raise LedgerUnavailable(
-                f"the ledger {self.path} did not answer within {self._timeout_s:g} s: its disk is slow or another process holds it"
+                f"the ledger {self._store} did not answer within {self._timeout_s:g} s: it is slow or another process holds it"
             ) from None
         except asyncio.CancelledError:
             self._disown(future)
@@ -244,19 +250,22 @@ class Ledger:
             self._give_back(future.result())
 
     def _lasting(
-        self, apply: Callable[[sqlite3.Connection], object], instead: Callable[[sqlite3.Connection], object] | None = None
+        self,
+        apply: Callable[[sqlite3.Connection], object],
+        scopes: frozenset[str],
+        instead: Callable[[sqlite3.Connection], object] | None = None,
     ) -> asyncio.Future[object]:
         future: asyncio.Future[object] = self._loop.create_future()
-        self._writer.put(Operation(apply, RESOLVE, lasting=True, patient=True, instead=instead, tell=partial(self._tell, future)))
+        self._writer.put(Operation(apply, RESOLVE, scopes, lasting=True, patient=True, instead=instead, tell=partial(self._tell, future)))
         return future
 
-    def _record(self, apply: Callable[[sqlite3.Connection], object]) -> None:
+    def _record(self, apply: Callable[[sqlite3.Connection], object], *scopes: str) -> None:
         full = self._writer.waiting >= BACKLOG_MAX
         if full and not self._letting_go:
-            log.error("the ledger %s is behind: refused and free calls are not recorded until it catches up", self.path)
+            log.error("the ledger %s is behind: refused and free calls are not recorded until it catches up", self._store)
         self._letting_go = full
         if not full:
-            self._writer.put(Operation(apply, RECORD, patient=True))
+            self._writer.put(Operation(apply, RECORD, frozenset(scopes), patient=True))
 
     def _deliver(self, answers: Sequence[Answer]) -> None:
         """On the writer's thread: wake the loop once for the whole batch."""
@@ -293,6 +302,22 @@ class Ledger:
         """A reservation that nobody knows of: its request was never forwarded."""
         if isinstance(answer, Reserved):
             self.void(answer.call_id, Outcome(flags=("abandoned",)), now=time.time())
+
+
+def _store(place: Path | Server, timeout_s: float) -> Store:
+    """Raises LedgerUnavailable."""
+    if isinstance(place, Server):
+        with driver():
+            from gateway_addon.ledger import postgres
+        return postgres.ServerStore(place, timeout_s)
+    try:
+        return FileStore(place)
+    except OSError as error:
+        raise files.unavailable(place, error) from error
+
+
+def _touched(app: str, caps: Sequence[Cap]) -> frozenset[str]:
+    return frozenset((app_scope(app), *(cap.scope for cap in caps)))
 
 
 def _tell_all(answers: Sequence[Answer]) -> None:

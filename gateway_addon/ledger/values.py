@@ -6,6 +6,7 @@ SQL; caps and priced parts come from other rooms and are described here by their
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
 from gateway_addon.windows import Window
 
@@ -27,6 +28,17 @@ def scopes(app: str, team: str | None) -> tuple[str, ...]:
 
 class LedgerUnavailable(Exception):
     """The ledger cannot be written or read: nothing may be forwarded. The message is a sentence for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The address of a ledger on a PostgreSQL server. As a string it shows neither password nor options."""
+
+    url: str
+
+    def __str__(self) -> str:
+        parts = urlsplit(self.url)
+        return f"postgresql://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 class Cap(Protocol):

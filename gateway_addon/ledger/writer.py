@@ -1,9 +1,9 @@
 """The one thread of a process that writes to the ledger.
 
 Promises: operations that wait together share one durable commit; the event loop never waits for a disk; an operation marked `lasting`
-(a settlement, a void, a release) is retried until it is written, every other one fails as soon as the file does; the answer given is
+(a settlement, a void, a release) is retried until it is written, every other one fails as soon as the store does; the answer given is
 the truth even when a commit ended in doubt (the owner's row counts commits, so the next connection can look it up).
-Knows nothing of what the operations mean.
+Knows nothing of what the operations mean, nor of what kind the store is.
 """
 
 import logging
@@ -13,11 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-from gateway_addon.ledger import files
-from gateway_addon.ledger.locks import Turnstile
+from gateway_addon.ledger.store import Store
 from gateway_addon.ledger.values import LedgerUnavailable
 
 log = logging.getLogger(__name__)
@@ -35,6 +33,8 @@ class Operation:
 
     apply: Callable[[sqlite3.Connection], object]
     rank: int
+    scopes: frozenset[str] = frozenset()
+    """Whose balances it judges or changes; EVERYTHING: it may touch any row."""
     lasting: bool = False
     instead: Callable[[sqlite3.Connection], object] | None = None
     """What a lasting operation that cannot be stored as it is becomes (a figure beyond 64 bits)."""
@@ -62,18 +62,13 @@ class Writer:
 
     def __init__(
         self,
-        path: Path,
-        owner: str,
-        known: files.Identity,
+        store: Store,
         deliver: Callable[[Sequence[Answer]], None],
         compute: Compute = lambda work: work(),
     ) -> None:
-        self._path = path
-        self._owner = owner
-        self._known = known
+        self._store = store
         self._deliver = deliver
         self._compute = compute
-        self._turnstile = Turnstile(path)
         self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
         self._db: sqlite3.Connection | None = None
         self._commits = 0
@@ -106,7 +101,7 @@ class Writer:
             stopping = stopping or stop
             kept = self._attempt(kept + arrived)
         self._disconnect()
-        self._turnstile.close()
+        self._store.hang_up()
 
     def _take(self, wait_s: float | None) -> tuple[list[Operation], bool]:
         """What is waiting, at most a batch; waits for the first, then a moment for those that will share its commit.
@@ -145,20 +140,22 @@ class Writer:
         if not operations and self._doubt is None:
             return []
         try:
-            with self._turnstile.turn():
+            with self._store.turn():
                 db = self._connection()
                 operations = self._resolve_doubt(db, operations)
                 answers = self._transaction(db, operations)
-        except (sqlite3.Error, OSError, LedgerUnavailable) as error:
+        except Exception as error:
+            if not isinstance(error, (LedgerUnavailable, *self._store.errors)):
+                raise
             return self._failed(operations, error)
         self._failures = 0
         self._deliver(answers)
         return []
 
     def _connection(self) -> sqlite3.Connection:
-        files.still(self._path, self._known)
+        self._store.still()
         if self._db is None:
-            self._db = files.writer_connection(self._path)
+            self._db = self._store.connect()
         return self._db
 
     def _disconnect(self) -> None:
@@ -170,8 +167,10 @@ class Writer:
         """All of them in one commit; where one of them breaks, each in a commit of its own, so that it breaks alone."""
         try:
             return self._commit(db, operations)
-        except (sqlite3.Error, OSError, LedgerUnavailable) as error:
-            if files.is_of_the_file(error) or isinstance(error, LedgerUnavailable):
+        except LedgerUnavailable:
+            raise
+        except self._store.errors as error:
+            if self._store.is_its_own(error):
                 raise
         except Exception:
             log.debug("an operation broke its batch; each is tried alone", exc_info=True)
@@ -181,7 +180,7 @@ class Writer:
         try:
             return self._commit(db, [operation])
         except Exception as error:
-            if isinstance(error, LedgerUnavailable) or files.is_of_the_file(error):
+            if isinstance(error, LedgerUnavailable) or self._store.is_its_own(error):
                 raise
             failure = error
             log.exception("an operation on the ledger failed")
@@ -191,10 +190,10 @@ class Writer:
         return self._alone(db, operation)
 
     def _commit(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Answer]:
-        db.execute("BEGIN IMMEDIATE")
+        self._store.begin(db, frozenset[str]().union(*(operation.scopes for operation in operations)))
         try:
             answers = self._compute(lambda: [Answer(operation, operation.apply(db)) for operation in operations])
-            db.execute("UPDATE owners SET commits = ? WHERE id = ?", (self._commits + 1, self._owner))
+            self._store.stamp(db, self._commits + 1)
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
@@ -212,23 +211,23 @@ class Writer:
         if self._doubt is None:
             return operations
         number, answers = self._doubt
-        rows = db.execute("SELECT commits FROM owners WHERE id = ?", (self._owner,)).fetchall()
+        commits = self._store.commits(db)
         self._doubt = None
-        if not rows or rows[0][0] < number:
+        if commits is None or commits < number:
             return operations
         self._deliver(answers)
         written = {id(answer.operation) for answer in answers}
         return [each for each in operations if id(each) not in written]
 
-    def _failed(self, operations: list[Operation], error: sqlite3.Error | OSError | LedgerUnavailable) -> list[Operation]:
-        """Keep what must last; tell the others at once, unless the file is merely busy: then they wait as long as somebody wants them."""
+    def _failed(self, operations: list[Operation], error: Exception) -> list[Operation]:
+        """Keep what must last; tell the others at once, unless the store is merely busy: then they wait as long as somebody wants them."""
         self._disconnect()
-        if files.is_busy(error):
+        if self._store.is_busy(error):
             return operations
-        told = error if isinstance(error, LedgerUnavailable) else files.unavailable(self._path, error)
+        told = error if isinstance(error, LedgerUnavailable) else self._store.unavailable(error)
         if self._failures == 0:
             log.error("%s", told)
         self._failures += 1
         self._deliver([Answer(each, told) for each in operations if not each.lasting])
-        time.sleep(0.01)  # a failing disk must not be asked as fast as a processor can ask
+        time.sleep(0.01)  # a failing store must not be asked as fast as a processor can ask
         return [each for each in operations if each.lasting]

@@ -1,0 +1,106 @@
+"""A ledger in a file of SQLite's, shared by the processes of one machine.
+
+Promises that writers take turns (locks.py), that a read is a lookup on a connection that never waits for a lock (some ten
+microseconds, on the event loop itself), and that an owner is alive exactly while the operating system holds its lock.
+"""
+
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from gateway_addon.ledger import files, owners
+from gateway_addon.ledger.locks import OwnerLock, Turnstile, bury, is_dead
+from gateway_addon.ledger.values import LedgerUnavailable
+
+
+class FileStore:
+    """Raises LedgerUnavailable where there is no such file; OSError where its folder cannot be written."""
+
+    errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+    near = True
+    heartbeat_s: float | None = None
+    skew_s = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known = files.identity(path)
+        self._lock = OwnerLock(path)
+        self._turnstile = Turnstile(path)
+        self._reader: sqlite3.Connection | None = None
+        self._enrolled = False
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def owner(self) -> str:
+        return self._lock.owner
+
+    def connect(self) -> sqlite3.Connection:
+        db = files.writer_connection(self.path)
+        if not self._enrolled:
+            enter = "INSERT INTO owners (id, pid, host, started_at) VALUES (?, ?, ?, ?)"
+            db.execute(enter, (self.owner, os.getpid(), socket.gethostname(), time.time()))
+            self._enrolled = True
+        return db
+
+    def still(self) -> None:
+        files.still(self.path, self._known)
+
+    def turn(self) -> AbstractContextManager[None]:
+        return self._turnstile.turn()
+
+    def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
+        db.execute("BEGIN IMMEDIATE")
+
+    def stamp(self, db: sqlite3.Connection, number: int) -> None:
+        db.execute("UPDATE owners SET commits = ? WHERE id = ?", (number, self.owner))
+
+    def commits(self, db: sqlite3.Connection) -> int | None:
+        rows = db.execute("SELECT commits FROM owners WHERE id = ?", (self.owner,)).fetchall()
+        return rows[0][0] if rows else None
+
+    def dead(self, db: sqlite3.Connection) -> list[str]:
+        return [owner for owner in owners.known(db) if is_dead(self.path, owner)]
+
+    def sweep(self, db: sqlite3.Connection, now: float) -> int:
+        dead = self.dead(db)
+        swept = owners.settle_orphans(db, dead, now=now)
+        for owner in dead:
+            bury(self.path, owner)
+        return swept
+
+    async def read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            self.still()
+            if self._reader is None:
+                self._reader = files.reader_connection(self.path, wait_ms=0)
+            return read(self._reader)
+        except sqlite3.Error as error:
+            self._close_reader()
+            raise self.unavailable(error) from error
+
+    def unavailable(self, error: Exception) -> LedgerUnavailable:
+        return files.unavailable(self.path, error)
+
+    def is_its_own(self, error: Exception) -> bool:
+        return files.is_of_the_file(error)
+
+    def is_busy(self, error: Exception) -> bool:
+        return files.is_busy(error)
+
+    def hang_up(self) -> None:
+        self._turnstile.close()
+
+    async def close(self) -> None:
+        self._close_reader()
+        self._lock.close()
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None

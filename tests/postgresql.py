@@ -1,0 +1,109 @@
+"""A PostgreSQL server for the tests: the distribution's binaries, a folder of its own, a socket in it, no network port.
+
+Started once per test process, on the first use. `GATEWAY_TEST_POSTGRESQL=skip` leaves its tests out; without the binaries they fail in
+CI and are skipped, saying so, elsewhere.
+"""
+
+import atexit
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from functools import cache, cached_property
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from gateway_addon.ledger import Server, postgres
+
+MISSING = "PostgreSQL is not installed: apt-get install postgresql (or your system's package), then run this again"
+
+
+def binaries() -> Path | None:
+    """The folder of initdb and pg_ctl, the newest version first."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]), reverse=True)
+    on_path = shutil.which("initdb")
+    return found[0].parent if found else Path(on_path).parent if on_path else None
+
+
+class Postgres:
+    """One server (`fsync` off: its machine does not crash, only it does). Not as root: PostgreSQL refuses that, so root becomes the package's own user for it."""
+
+    def __init__(self, bin_folder: Path):
+        self._bin = bin_folder
+        self.folder = Path(tempfile.mkdtemp(prefix="pg-"))
+        self._user = pwd.getpwnam("postgres") if os.getuid() == 0 else None
+        if self._user:
+            os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
+        self._run("initdb", "-D", self.data, "-U", "gateway", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+        settings = ("listen_addresses = ''", f"unix_socket_directories = '{self.folder}'", "max_connections = 150", "shared_buffers = 32MB", "fsync = off")
+        with open(self.data / "postgresql.conf", "a") as file:
+            file.write("\n".join(settings) + "\n")
+        self.start()
+        self._databases = 0
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    def _run(self, program: str, *arguments: object) -> None:
+        as_user = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
+        command = [str(self._bin / program), *(str(argument) for argument in arguments)]
+        subprocess.run(command, check=True, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **as_user)
+
+    def start(self) -> None:
+        self._run("pg_ctl", "-D", self.data, "-l", self.folder / "log", "-w", "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        """`immediate` is a crash: no checkpoint, the next start recovers from the log."""
+        self._run("pg_ctl", "-D", self.data, "-m", mode, "-w", "stop")
+
+    def remove(self) -> None:
+        if (self.data / "postmaster.pid").exists():
+            self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def url(self, database: str) -> str:
+        return f"postgresql://gateway@/{database}?host={self.folder}"
+
+    def database(self, like: str = "template1") -> str:
+        """The address of a new database: an empty one, or a copy of another."""
+        self._databases += 1
+        name = f"test_{os.getpid()}_{self._databases}"
+        with psycopg.connect(self.url("postgres"), autocommit=True) as db:
+            db.execute(f"CREATE DATABASE {name} TEMPLATE {like}".encode())
+        return self.url(name)
+
+    @cached_property
+    def empty_ledger(self) -> str:
+        """The name of a database with an empty ledger, to be copied."""
+        url = self.database()
+        postgres.create(Server(url))
+        return url.partition("@/")[2].partition("?")[0]
+
+    def ledger(self) -> Server:
+        return Server(self.database(self.empty_ledger))
+
+
+@cache
+def _shared() -> Postgres | None:
+    where = binaries()
+    if where is None:
+        return None
+    server = Postgres(where)
+    atexit.register(server.remove)
+    return server
+
+
+def shared() -> Postgres:
+    """The server that a test process shares. Skips the test where there is none, except in CI."""
+    if os.environ.get("GATEWAY_TEST_POSTGRESQL") == "skip":
+        pytest.skip("GATEWAY_TEST_POSTGRESQL=skip")
+    server = _shared()
+    if server is None and os.environ.get("CI"):
+        raise AssertionError(MISSING)
+    if server is None:
+        pytest.skip(MISSING)
+    return server

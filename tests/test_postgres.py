@@ -1,0 +1,219 @@
+"""A ledger on a server: what happens when the server, or a gateway, is slow, gone, full, or back again."""
+
+import asyncio
+import threading
+import time
+from contextlib import closing
+
+import postgresql
+import psycopg
+import pytest
+from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, url
+
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, book, files, postgres, proof
+
+
+@pytest.fixture
+def server():
+    return new_ledger(None, "postgresql")
+
+
+@pytest.fixture
+async def ledger(server):
+    opened = await Ledger.open(url(server), now=NOON)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def own():
+    """A server of the test's own, to be stopped and started, with a ledger on it."""
+    postgresql.shared()  # skips where there is none
+    mine = postgresql.Postgres(postgresql.binaries())
+    place = mine.ledger()
+    with admin.changing(place) as db:
+        admin.issue_token(db, "reports", "d1", who="test", now=NOON)
+    yield mine, place
+    mine.remove()
+
+
+async def refused(ledger, text):
+    began = time.monotonic()
+    with pytest.raises(LedgerUnavailable, match=text):
+        await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
+    return time.monotonic() - began
+
+
+async def until(true, seconds=10):
+    for _ in range(int(seconds / 0.02)):
+        if true():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not come true")
+
+
+# --- failure is refusal, quickly
+
+
+async def test_a_server_that_crashes_refuses_at_once_and_takes_the_settlement_once_when_it_is_back(own):
+    server, place = own
+    ledger = await Ledger.open(url(place), now=NOON)
+    held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
+    assert (await ledger.token("d1")).app == "reports"
+    await asyncio.to_thread(server.stop)
+    settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
+    assert await refused(ledger, "gives no connection|shutting down") < 2.5
+    with pytest.raises(LedgerUnavailable):
+        await ledger.token("d1")
+    await asyncio.to_thread(server.start)
+    assert (await asyncio.wait_for(settled, 10)).first
+    assert isinstance(await ledger.reserve(CALL, 800, DAY_CAP, now=NOON), Reserved)
+    assert (await ledger.token("d1")).app == "reports"
+    assert balance(place) == (200, 800, 1)
+    await ledger.close()
+
+
+async def test_a_slow_server_refuses_within_the_timeout_and_leaves_nothing_behind(server, ledger):
+    """Somebody's transaction sits on the app's balance: a lock is waited for, not for ever."""
+    held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
+    with closing(psycopg.connect(url(server))) as shell:
+        shell.execute("SELECT 1 FROM gateway.app_balances FOR UPDATE")
+        settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
+        assert await refused(ledger, "did not answer within 2 s") < 2.6
+        shell.rollback()
+    assert (await asyncio.wait_for(settled, 10)).first
+    await until(lambda: balance(server) == (200, 0, 0))
+
+
+async def test_a_read_only_server_is_named_and_recovered_from(server, ledger):
+    name = url(server).partition("@/")[2].partition("?")[0]
+    with closing(psycopg.connect(url(server), autocommit=True)) as shell:
+        shell.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on".encode())
+        shell.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+        await refused(ledger, "postgresql:")
+        await refused(ledger, "read-only")
+        shell.execute("SET default_transaction_read_only = off")
+        shell.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only".encode())
+        shell.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+    await asyncio.sleep(0.3)
+    for _ in range(3):
+        try:
+            assert isinstance(await ledger.reserve(CALL, 100, DAY_CAP, now=NOON), Reserved)
+            break
+        except LedgerUnavailable:
+            continue
+    else:
+        raise AssertionError("it did not recover")
+
+
+async def test_a_server_without_connections_is_named(server):
+    with closing(psycopg.connect(url(server), autocommit=True)) as shell:
+        shell.execute("CREATE ROLE modest LOGIN CONNECTION LIMIT 0")
+        try:
+            with pytest.raises(LedgerUnavailable, match="too many connections for role"):
+                await Ledger.open(url(server).replace("gateway@", "modest@"))
+        finally:
+            shell.execute("DROP ROLE modest")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda address: address.replace("/test_", "/nowhere_"), "nowhere_.* does not exist"),
+        (lambda address: address.replace("gateway@", "stranger@"), "role \"stranger\" does not exist"),
+        (lambda address: "postgresql://gateway:secret@127.0.0.1:1/x", "gives no connection"),
+    ],
+)
+async def test_a_wrong_address_is_said_in_a_sentence_without_the_password(server, change, sentence):
+    with pytest.raises(LedgerUnavailable, match=sentence) as caught:
+        await Ledger.open(change(url(server)))
+    assert "secret" not in str(caught.value)
+
+
+async def test_an_empty_database_is_no_ledger_until_init():
+    place = Server(postgresql.shared().database())
+    with pytest.raises(LedgerUnavailable, match="has no ledger: `gateway init` makes one"):
+        await Ledger.open(place.url)
+    files.create(place)
+    files.create(place)
+    await (await Ledger.open(place.url)).close()
+
+
+# --- nodes and leases
+
+
+async def test_a_node_out_of_touch_is_fenced_and_comes_back_under_a_new_name(server, ledger):
+    held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
+    before = ledger.owner
+    other = await Ledger.open(url(server), now=NOON)
+    with closing(psycopg.connect(url(server), autocommit=True)) as shell:
+        shell.execute("UPDATE gateway.owners SET lease_until = 0 WHERE id = %s", (before,))
+    assert await other.sweep(now=NOON) == 1
+    assert rows(server, "SELECT state, flags FROM calls") == [("settled", "estimated orphan")]
+    await refused(ledger, "out of touch")
+    assert isinstance(await ledger.reserve(CALL, 100, DAY_CAP, now=NOON), Reserved)
+    assert ledger.owner != before
+    assert await ledger.extend([(held.call_id, 1)], now=NOON) == [False]
+    await other.close()
+
+
+@pytest.mark.parametrize(("cost_nano", "booked_nano"), [(200, 300), (450, 450)])
+async def test_a_late_settlement_only_ever_adds_and_adds_once(server, ledger, cost_nano, booked_nano):
+    held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
+    other = await Ledger.open(url(server), now=NOON)
+    with closing(psycopg.connect(url(server), autocommit=True)) as shell:
+        shell.execute("UPDATE gateway.owners SET lease_until = 0 WHERE id = %s", (ledger.owner,))
+    await other.sweep(now=NOON)
+    for _ in range(2):
+        assert not (await asyncio.wait_for(ledger.settle(held.call_id, Settlement(cost_nano), now=NOON), 5)).first
+    assert balance(server) == (booked_nano, 0, 0)
+    await other.close()
+    with admin.reading(server) as db:
+        assert proof.findings(db) == []
+
+
+async def test_a_node_that_says_goodbye_leaves_its_open_calls_to_the_others(server, ledger):
+    leaving = await Ledger.open(url(server), now=NOON)
+    await leaving.reserve(CALL, 300, DAY_CAP, now=NOON)
+    await leaving.close()
+    assert await ledger.sweep(now=NOON) == 1
+
+
+# --- turns
+
+
+def test_apps_without_a_common_cap_never_wait_for_each_other(server):
+    with admin.changing(server) as db:
+        admin.issue_token(db, "other", "d2", who="test", now=NOON)
+    with closing(postgres.connect(server)) as mine, closing(postgres.connect(server)) as theirs:
+        for db, app, token_id in ((mine, "reports", 1), (theirs, "other", 2)):
+            postgres._begin(db, [f"app:{app}"])
+            call = type(CALL)(app, "batch", token_id)
+            assert isinstance(book.reserve(db, "me", call, 10, [Cap(f"app:{app}", "day", 100)], now=NOON), Reserved)
+        theirs.execute("COMMIT")
+        mine.execute("COMMIT")
+    assert balance(server, "total")[1] == 20
+
+
+def test_a_common_cap_is_judged_by_one_at_a_time(server):
+    """Both want 60 of 100: whoever comes second waits for the first one's commit, and sees it."""
+    cap, answers = [Cap("total", "day", 100)], []
+
+    def reserve(app_db):
+        with closing(app_db) as db:
+            postgres._begin(db, ["app:reports", "total"])
+            answers.append(book.reserve(db, "me", CALL, 60, cap, now=NOON))
+            time.sleep(0.1)
+            db.execute("COMMIT")
+
+    threads = [threading.Thread(target=reserve, args=(postgres.connect(server),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(isinstance(answer, Reserved) for answer in answers) == [False, True]
+
+
+def test_every_spelling_is_of_something_that_the_ledger_says():
+    said = "".join((book.RESERVE, book.STANDINGS_ROW, book.CLEAR_BALANCES, book.FILL_BALANCES))
+    assert [ours for ours, _ in postgres.SPELLED if ours not in said] == []
