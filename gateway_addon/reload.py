@@ -56,7 +56,7 @@ class Watcher:
         if fingerprint(self._folder) != before:
             return
         self._seen = before
-        await align(self._gate.ledger, policy)
+        await align(self._gate.ledger, policy, await asyncio.to_thread(saved_by, self._folder))
         if policy.digest != self._gate.policy.digest:
             logger.info("Policy %s is in force (it was %s).", policy.digest[:12], self._gate.policy.digest[:12])
         self._gate.policy, self._gate.policy_problem = policy, None
@@ -67,10 +67,23 @@ class Watcher:
         self._gate.policy_problem = sentence
 
 
-async def align(ledger: Ledger, policy: GatewayPolicy) -> None:
-    """Bring the ledger's calendar and the apps' teams in line with a policy that comes into force. Raises LedgerUnavailable."""
-    teams = {name: app.team for name, app in policy.apps.items()}
-    await ledger.change(partial(admin.align, zone=policy.timezone, teams=teams, who="policy", now=time.time()))
+async def align(ledger: Ledger, policy: GatewayPolicy, who: str) -> None:
+    """A policy comes into force: bring the ledger's calendar and the apps' teams in line, and audit what changed, by `who`.
+
+    Raises LedgerUnavailable.
+    """
+    teams, now = {name: app.team for name, app in policy.apps.items()}, time.time()
+    await ledger.change(partial(admin.align, zone=policy.timezone, teams=teams, who=who, now=now))
+    await ledger.change(partial(admin.keep_policy, digest=policy.digest, texts=policy.texts, who=who, now=now))
+
+
+def saved_by(folder: Path) -> str:
+    """Who changed the policy, as far as files tell: the owner of the one that was saved last."""
+    try:
+        newest = max(folder.rglob("*.y*ml"), key=lambda path: path.stat().st_mtime_ns)
+        return newest.owner()
+    except (OSError, KeyError, ValueError):  # gone meanwhile, a user without a name, no file at all
+        return "unknown"
 
 
 def fingerprint(folder: Path) -> Fingerprint:

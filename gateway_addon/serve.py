@@ -29,7 +29,7 @@ from gateway_addon.ledger.files import ledger_path, state_folder
 from gateway_addon.listener import Certificate
 from gateway_addon.logs import say_plainly
 from gateway_addon.policy import GatewayPolicy, load
-from gateway_addon.reload import Watcher, align
+from gateway_addon.reload import Watcher, align, saved_by
 from gateway_addon.secret import Secret, keep_fresh
 from gateway_addon.workers import ListeningLoop, when_the_parent_ends
 
@@ -104,7 +104,7 @@ async def prepared(
         Certificate().context(policy.tls)
     key()  # a missing key is said now, not to the first caller
     ledger = await Ledger.open(settings.ledger)
-    await align(ledger, policy)
+    await align(ledger, policy, saved_by(settings.policies))
     alerter = Alerter(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
     gate = Gate(ledger, policy, time.time, alerter, entrance)
     refused = asyncio.Event()

@@ -1,28 +1,50 @@
-"""`gateway check`: validate the policy and price files, print what is in force."""
+"""`gateway check`: validate the policy and price files, print what is in force; ask a running gateway, show what was changed."""
 
+import http.client
 import json
+import ssl
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 from tabulate import tabulate
 
-from gateway_addon.cli.common import policies_option, says_errors
+from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop
+from gateway_addon.cli.times import day
+from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger.files import ledger_path
 from gateway_addon.money import dollars
 from gateway_addon.policy import AppPolicy, GatewayPolicy, PolicyError, load
 
+ANSWER_WITHIN_S = 5
 
-@click.command()
+
+@click.command(epilog="Example: gateway check --running && echo what I saved is what holds")
 @click.argument("directory", required=False, type=click.Path(path_type=Path, file_okay=False))
 @policies_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@says_errors(PolicyError)
-def check(directory: Path | None, policies: Path, as_json: bool) -> None:
+@click.option("--running", is_flag=True, help="Ask the gateway at --listen whether it has these files in force.")
+@click.option("--changes", type=click.IntRange(min=1), metavar="N", help="Show the last N changes that came into force, as diffs.")
+@listen_option
+@ledger_option
+@says_errors(PolicyError, LedgerUnavailable)
+def check(
+    directory: Path | None, policies: Path, as_json: bool, running: bool, changes: int | None, listen: tuple[str, int], ledger: str
+) -> None:
     """Validate the policy files of DIRECTORY (or --policies) and the prices; print what they put in force.
 
-    Exits 2 with `file:line: key: reason` where they could not come into force.
+    Exits 2 with `file:line: key: reason` where they could not come into force, 1 where --running finds others in force.
     """
-    policy = load(directory or policies)
+    if changes is not None:
+        _show_changes(ledger, changes, as_json=as_json)
+    elif running:
+        _compare(directory or policies, listen, as_json=as_json)
+    else:
+        _show(load(directory or policies), as_json=as_json)
+
+
+def _show(policy: GatewayPolicy, *, as_json: bool) -> None:
     facts = _facts(policy)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
@@ -31,6 +53,59 @@ def check(directory: Path | None, policies: Path, as_json: bool) -> None:
     click.echo(tabulate([(key, _cell(value)) for key, value in facts.items()], tablefmt="plain"))
     click.echo()
     click.echo(tabulate(apps, headers="keys") if apps else "no apps: what no file in apps/ allows is refused")
+
+
+def _compare(folder: Path, listen: tuple[str, int], *, as_json: bool) -> None:
+    """Say whether the files on disk are those that the running gateway judges by."""
+    health = _health(listen)
+    where = f"the gateway at {listen[0]}:{listen[1]}"
+    if health is None:
+        stop(f"No gateway answers at {listen[0]}:{listen[1]}: start one with gateway serve, or name another with --listen.", PROBLEM)
+    try:
+        saved, problem = load(folder).digest[:12], health.get("policy_problem")
+    except PolicyError as error:
+        saved, problem = None, str(error)
+    in_force = problem is None and saved == health["policy"]
+    if as_json:
+        click.echo(json.dumps({"in_force": in_force, "running": health["policy"], "saved": saved, "problem": problem}))
+    elif in_force:
+        click.echo(f"In force: {where} judges by these files ({saved}).")
+    if in_force:
+        return
+    if problem is None:
+        problem = f"{folder} is {saved}: it was saved a moment ago (look again), or that gateway reads another folder."
+    stop(f"Not in force: {where} keeps policy {health['policy']}. {problem}", PROBLEM)
+
+
+def _health(listen: tuple[str, int]) -> dict[str, Any] | None:
+    """What a gateway says of itself, over TLS where plain HTTP is not understood; None where none answers.
+
+    The certificate is not checked: nothing secret is sent, and the answer is compared with what is on this disk.
+    """
+    plain = http.client.HTTPConnection(*listen, timeout=ANSWER_WITHIN_S)
+    sealed = http.client.HTTPSConnection(*listen, timeout=ANSWER_WITHIN_S, context=ssl._create_unverified_context())
+    for each in (plain, sealed):
+        with closing(each):
+            try:
+                each.request("GET", "/gateway/healthz")
+                found = json.loads(each.getresponse().read())
+            except (OSError, http.client.HTTPException, ValueError):
+                continue
+            if isinstance(found, dict) and "policy" in found:
+                return found
+    return None
+
+
+def _show_changes(ledger: str, limit: int, *, as_json: bool) -> None:
+    with admin.reading(ledger_path(ledger)) as db:
+        found = admin.policy_changes(db, limit)
+    if as_json:
+        click.echo(json.dumps([change._asdict() for change in found], indent=2))
+        return
+    for change in found:
+        click.echo(f"{day(change.at)} UTC  {change.digest[:12]}  files saved by {change.who}\n{change.diff}")
+    if not found:
+        click.echo("No policy has come into force yet: gateway serve loads the first.")
 
 
 def _facts(policy: GatewayPolicy) -> dict[str, Any]:

@@ -5,11 +5,13 @@ inside a running gateway. All are in force for the next call in every process, b
 """
 
 import contextlib
+import difflib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger import book, files
@@ -21,6 +23,15 @@ from gateway_addon.windows import starts
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at FROM tokens"
 
 ISSUE = "INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
+
+
+class PolicyChange(NamedTuple):
+    """A policy that came into force: when (unix seconds), by whose files, and what was different from the one before."""
+
+    at: float
+    who: str
+    digest: str
+    diff: str
 
 
 @contextlib.contextmanager
@@ -199,6 +210,33 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
     before = {"zone": zone_before, "teams": {app: settings.get(f"team:{app}") for app in moved}}
     _audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)
     return True
+
+
+def keep_policy(db: sqlite3.Connection, digest: str, texts: Mapping[str, str], *, who: str, now: float) -> bool:
+    """Audit how the policy differs from the one last in force: a diff, once, however many processes load it; True if it does.
+
+    The last texts are kept beside it, so a change made while no gateway ran is told at the next start.
+    """
+    rows = db.execute("SELECT value FROM settings WHERE name = 'policy'").fetchall()
+    before: dict[str, Any] = json.loads(rows[0][0]) if rows else {"digest": None, "texts": {}}
+    if before["digest"] == digest:
+        return False
+    kept = json.dumps({"digest": digest, "texts": dict(texts)})
+    db.execute("INSERT OR REPLACE INTO settings VALUES ('policy', ?)", (kept,))
+    changes = "".join(_diff(name, before["texts"].get(name, ""), texts.get(name, "")) for name in sorted({*before["texts"], *texts}))
+    _audit(db, who, "policy", "policies", {"digest": before["digest"]}, {"digest": digest, "diff": changes}, "saved files", now)
+    return True
+
+
+def policy_changes(db: sqlite3.Connection, limit: int) -> list[PolicyChange]:
+    """The latest changes of the policy, the newest first."""
+    rows = db.execute("SELECT at, who, after FROM audit WHERE action = 'policy' ORDER BY id DESC LIMIT ?", (limit,)).fetchall()
+    return [PolicyChange(at, who, **json.loads(after)) for at, who, after in rows]
+
+
+def _diff(name: str, before: str, after: str) -> str:
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), f"{name} before", f"{name} after", n=1, lineterm="")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def rebuild_balances(db: sqlite3.Connection) -> None:

@@ -38,7 +38,12 @@ def load(directory: Path) -> GatewayPolicy:
     general = parse_gateway(gateway_file.shown, _text(gateway_file))
     shared = {"workspace_geo": general["workspace_geo"]}
     apps = {Path(name).stem: parse_app(file.shown, _text(file), prices, general["teams"], **shared) for name, file in files.items()}
-    return GatewayPolicy(**general, apps=MappingProxyType(apps), prices=prices, digest=digest.hexdigest())
+    texts = {name: _text(file) for name, file in (("gateway.yaml", gateway_file), *files.items())}
+    if (directory / "prices.yaml").exists():
+        texts["prices.yaml"] = _text(_File("prices.yaml", _bytes(directory, directory / "prices.yaml")))
+    return GatewayPolicy(
+        **general, apps=MappingProxyType(apps), prices=prices, digest=digest.hexdigest(), texts=MappingProxyType(texts)
+    )  # fmt: skip
 
 
 def parse_gateway(file: str, text: str) -> dict[str, Any]:

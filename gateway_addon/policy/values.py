@@ -147,6 +147,8 @@ class GatewayPolicy:
     prices: Prices
     digest: str
     """SHA-256 over the files' names and bytes and the prices' digest."""
+    texts: Mapping[str, str]
+    """The files as they were read, by their path in the folder: what an audit compares. They name secrets' places, never secrets."""
 
     @property
     def secret_variables(self) -> frozenset[str]:

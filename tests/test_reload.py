@@ -1,0 +1,155 @@
+"""Hot reload: a saved policy is in force within a second, a broken one never is, and no call meets half of one."""
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+import anthropic
+import pytest
+from click.testing import CliRunner
+
+from gateway_addon.cli.check import check
+from gateway_addon.ledger import admin
+from gateway_addon.ledger.files import ledger_path
+from gateway_addon.policy import load
+from gateway_addon.reload import LOOK_EVERY_S, Watcher, align
+from gateway_addon.simulator import Simulator
+from tests.gateway import Running, gateway
+
+# Under FIRST only haiku up to 100 tokens, under SECOND only sonnet up to 200: a mixture would let a haiku with 200 through.
+FIRST = "models: {allow: [claude-haiku-4-5]}\nmax_tokens: 100\ncaps: unlimited\n"
+SECOND = "models: {allow: [claude-sonnet-5]}\nmax_tokens: 200\ncaps: unlimited\n"
+BROKEN = "models: {allow: [claude-haiku-4-5]}\nmax_tokens: 200\ncaps: {mnth: $5}\n"
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@contextlib.asynccontextmanager
+async def watched(running: Running):
+    """The watcher of `gateway serve`, for as long as the block runs."""
+    await align(running.gate.ledger, running.gate.policy, "ana")
+    watching = asyncio.ensure_future(Watcher(running.folder / "policies", running.gate).watch())
+    try:
+        yield running.folder / "policies" / "apps" / "app.yaml"
+    finally:
+        watching.cancel()
+
+
+async def until(condition, within_s: float = 5.0) -> float:
+    """Seconds until it holds."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < within_s, "never came true"
+        await asyncio.sleep(0.01)
+    return time.monotonic() - began
+
+
+async def ask(arguments: list[str]):
+    return await asyncio.to_thread(CliRunner().invoke, check, arguments)
+
+
+async def outcome(client: anthropic.AsyncAnthropic, model: str, max_tokens: int) -> str:
+    try:
+        await client.messages.create(model=model, max_tokens=max_tokens, messages=MESSAGES)
+    except anthropic.APIStatusError as error:
+        return error.response.headers["x-gateway-refusal"]
+    return "answered"
+
+
+async def test_a_saved_policy_holds_for_the_next_call_and_a_broken_one_is_told_with_its_line(tmp_path: Path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running, watched(running) as file:
+        asked = ["--running", "--listen", f"127.0.0.1:{running.port}", "--policies", str(running.folder / "policies")]
+        assert "In force" in (await ask(asked)).stdout
+        file.write_text(BROKEN)
+        await until(lambda: running.gate.policy_problem is not None)
+        refused = await ask(asked)
+        assert refused.exit_code == 1
+        assert "apps/app.yaml:3: caps.mnth: unknown key, did you mean month?" in refused.stderr
+        assert running.gate.policy.digest[:12] in refused.stderr, "and it names the policy that holds instead"
+        assert await outcome(running.client(), "claude-haiku-4-5", 200) == "max_tokens"
+        file.write_text(SECOND)
+        await until(lambda: running.gate.policy_problem is None)
+        found = json.loads((await ask([*asked, "--json"])).stdout)
+        assert found == {"in_force": True, "running": load(running.folder / "policies").digest[:12], "saved": found["running"], "problem": None}
+        assert await outcome(running.client(), "claude-sonnet-5", 200) == "answered"
+
+
+async def test_where_no_gateway_runs_the_check_says_how_to_start_one(tmp_path: Path, unused_tcp_port: int):
+    result = await ask(["--running", "--listen", f"127.0.0.1:{unused_tcp_port}", "--policies", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "gateway serve" in result.stderr
+
+
+async def test_a_gateway_with_other_files_is_not_taken_for_one_with_these(tmp_path: Path):
+    other = tmp_path / "other"
+    (other / "apps").mkdir(parents=True)
+    (other / "gateway.yaml").write_text("caps: {day: $1}\n")
+    async with Simulator() as api, gateway(tmp_path, api) as running:
+        result = await ask(["--running", "--listen", f"127.0.0.1:{running.port}", "--policies", str(other)])
+    assert result.exit_code == 1
+    assert "reads another folder" in result.stderr
+
+
+async def test_every_change_is_audited_once_with_its_diff_and_whose_file_it_was(tmp_path: Path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running, watched(running) as file:
+        digests = [running.gate.policy.digest]
+        for text in (SECOND, BROKEN, FIRST + "reserve: full\n"):
+            before = running.gate.policy, running.gate.policy_problem
+            file.write_text(text)
+            await until(lambda before=before: (running.gate.policy, running.gate.policy_problem) != before)
+            digests += [running.gate.policy.digest] if text != BROKEN else []
+        await align(running.gate.ledger, running.gate.policy, "another worker")
+        prices = running.folder / "policies" / "prices.yaml"
+        prices.write_text("multiplier: 1.5\n")
+        await until(lambda: running.gate.policy.digest not in digests)
+        url = f"sqlite:///{running.folder / 'gateway.db'}"
+        with admin.reading(ledger_path(url)) as db:
+            changes = admin.policy_changes(db, 10)
+        assert [change.digest for change in reversed(changes)] == [*digests, running.gate.policy.digest]
+        assert {change.who for change in changes} == {"ana", file.owner()}
+        assert all(line in changes[2].diff.splitlines() for line in ("-max_tokens: 100", "+max_tokens: 200", " caps: unlimited"))
+        assert "+reserve: full" in changes[1].diff
+        assert "+++ prices.yaml after" in changes[0].diff
+        assert "+multiplier: 1.5" in changes[0].diff
+        shown = await ask(["--changes", "1", "--ledger", url])
+        assert "+multiplier: 1.5" in shown.stdout
+        assert "max_tokens" not in shown.stdout
+
+
+@pytest.mark.parametrize("saves", [45, pytest.param(200, marks=pytest.mark.soak)])
+async def test_in_a_storm_of_saves_no_call_meets_half_a_policy_and_none_is_dropped(tmp_path: Path, saves: int):
+    outcomes: list[tuple[str, int, str]] = []
+    over = asyncio.Event()
+
+    async def caller(running: Running, model: str, max_tokens: int) -> None:
+        client = running.client()
+        while not over.is_set():
+            outcomes.append((model, max_tokens, await outcome(client, model, max_tokens)))
+
+    async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running, watched(running) as file:
+        callers = [caller(running, model, tokens) for model in ("claude-haiku-4-5", "claude-sonnet-5") for tokens in (100, 200)]
+        calling = asyncio.gather(*callers)
+        for number in range(saves):
+            text = (FIRST, SECOND, BROKEN)[number % 3] + f"# {number}\n"
+            if number % 2:
+                file.write_text(text)
+            else:
+                (file.parent / ".new").write_text(text)
+                os.replace(file.parent / ".new", file)
+            await asyncio.sleep(LOOK_EVERY_S / 4)
+        file.write_text(SECOND + "# the last\n")
+        took_s = await until(lambda: running.gate.policy.digest == load(running.folder / "policies").digest)
+        over.set()
+        await calling
+        await running.quiet()
+        answered = [each for each in outcomes if each[2] == "answered"]
+        assert len((await api.settled()).messages()) == len(answered), "none was dropped between here and the API"
+        with admin.reading(ledger_path(f"sqlite:///{running.folder / 'gateway.db'}")) as db:
+            changes = admin.policy_changes(db, 1000)
+    assert {each[:2] for each in answered} == {("claude-haiku-4-5", 100), ("claude-sonnet-5", 100), ("claude-sonnet-5", 200)}
+    assert {each[2] for each in outcomes} == {"answered", "model", "max_tokens"}, "every call had one whole answer"
+    assert took_s < 3  # a second on a quiet machine
+    assert len(changes) >= 4
+    assert not any("+caps: {mnth" in change.diff for change in changes), "no broken policy ever came into force"
