@@ -156,6 +156,22 @@ def worth_nano(lines: Iterable[Line], prices: Prices) -> int:
     return math.ceil(total)
 
 
+def bypassing(lines: Iterable[Line], estimates: Sequence[Estimate], prices: Prices) -> list[Line]:
+    """The lines with tokens that only a call past the gateway explains.
+
+    Left out are days on which it forwarded calls whose tokens it never saw (their answers were lost), and booked no less for them
+    than what was unseen is worth.
+    """
+    unseen = [line for line in lines if line.unseen]
+    found = []
+    for day in sorted({line.day for line in unseen}):
+        of_day = [line for line in unseen if line.day == day]
+        blind_nano = sum(each.spent_nano for each in estimates if not each.metered_nano and day in (each.day, each.ended_day))
+        if worth_nano(of_day, prices) > blind_nano or blind_nano == 0:
+            found += of_day
+    return found
+
+
 def corrections(
     reported: Sequence[Reported], metered: Sequence[Metered], estimates: Sequence[Estimate], prices: Prices, *, now: float
 ) -> tuple[list[Correction], list[str]]:

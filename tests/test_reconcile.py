@@ -22,7 +22,7 @@ from gateway_addon.ledger import Ledger, Outcome, Settlement, admin, evidence, p
 from gateway_addon.ledger.evidence import DAY_S, Estimate, Metered
 from gateway_addon.pricing import load
 from gateway_addon.provider import AdminApi, ReportUnavailable
-from gateway_addon.reconcile import Counts, Reported, compare, corrections, worth_nano
+from gateway_addon.reconcile import Counts, Reported, bypassing, compare, corrections, worth_nano
 from gateway_addon.simulator import ADMIN_KEY, KEY, Behaviour, Simulator
 
 PRICES = load()
@@ -208,6 +208,18 @@ def test_what_the_provider_saw_and_the_gateway_did_not(reported, known, unseen):
 def test_what_bypassed_is_worth_its_list_price():
     lines = compare([seen(input_tokens=1_000_000, web_searches=2)], [], PRICES)
     assert worth_nano(lines, PRICES) == 1_000_000_000 + 2 * 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("estimates", "past"),
+    [([], 10), ([(50_000, 0, DAY)], 0), ([(49_999, 0, DAY)], 10), ([(50_000, 1, DAY)], 10), ([(50_000, 0, DAY + 1)], 0)],
+    ids=["none", "a lost answer may be it", "too little for it", "a metered one is not", "it ended the next day"],
+)
+def test_tokens_of_answers_that_were_lost_are_no_bypass(estimates, past):
+    """Ten output tokens are worth 50,000 nano-dollars."""
+    given = [Estimate(1, DAY, ended, HAIKU, spent_nano, metered_nano, 0) for spent_nano, metered_nano, ended in estimates]
+    lines = compare([seen(output_tokens=10)], [], PRICES)
+    assert sum(line.unseen for line in bypassing(lines, given, PRICES)) == past
 
 
 # Corrections. Haiku 4.5: $1 and $5 for a million tokens, so 1,000 and 5,000 nano-dollars for one.

@@ -21,7 +21,18 @@ from gateway_addon.money import cents
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.provider import AdminApi, ReportUnavailable
-from gateway_addon.reconcile import Charged, Correction, Line, Reported, agreement_percent, compare, corrections, worth_nano, written
+from gateway_addon.reconcile import (
+    Charged,
+    Correction,
+    Line,
+    Reported,
+    agreement_percent,
+    bypassing,
+    compare,
+    corrections,
+    worth_nano,
+    written,
+)
 from gateway_addon.secret import Secret, SecretUnavailable
 
 NO_ADMIN_KEY = (
@@ -68,7 +79,7 @@ def reconcile(
     if adjust:
         _write(path, proved, now)
     click.echo(_document(lines, found, proved) if as_json else _text(lines, found, proved, silent, policy, adjusted=adjust))
-    sys.exit(PROBLEM if any(line.unseen for line in lines) else FINE)
+    sys.exit(PROBLEM if bypassing(lines, found.estimates, policy.prices) else FINE)
 
 
 def _day_start(text: str, now: float, *, ago: bool) -> int:
@@ -168,15 +179,14 @@ def _text(
 
 
 def _unseen(lines: Sequence[Line], found: Found, policy: GatewayPolicy) -> str:
-    bypassing = [line for line in lines if line.unseen]
-    if not bypassing:
-        return "Nothing bypassed the gateway: it knows all that the provider saw."
-    worth = cents(worth_nano(bypassing, policy.prices))
+    past = bypassing(lines, found.estimates, policy.prices)
+    if not past:
+        lost = any(line.unseen for line in lines)
+        how = "what it did not meter was lost with the answers of calls that it forwarded" if lost else "it knows all that the provider saw"
+        return f"Nothing bypassed the gateway: {how}."
+    worth = cents(worth_nano(past, policy.prices))
     said = [f"The provider saw what the gateway did not, worth about {worth}: calls that bypass it."]
-    said += [f"  {written(line.day)}  {line.model}  {line.unseen:,} {line.kind.replace('_', ' ')}" for line in bypassing]
-    blind_nano = sum(each.spent_nano for each in found.estimates if not each.metered_nano)
-    if blind_nano:
-        said.append(f"  (Calls whose tokens are unknown, booked at {cents(blind_nano)}, may be a part of it.)")
+    said += [f"  {written(line.day)}  {line.model}  {line.unseen:,} {line.kind.replace('_', ' ')}" for line in past]
     said.append("By key, all that was seen in this period (the Console says whose they are):")
     said += [f"  {key_id}  {tokens:,} tokens" for key_id, tokens in _by_key(found.reported)]
     said.append("Find who holds a key: gateway inventory PATH... --history. Once the real key is rotated, calls with the old one fail.")
