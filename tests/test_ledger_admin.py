@@ -4,7 +4,7 @@ import json
 from contextlib import closing
 
 import pytest
-from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows
+from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, balance, new_ledger, rows
 
 from gateway_addon.ledger import Denied, Ledger, Outcome, Settlement, admin, book, files, proof
 
@@ -113,6 +113,17 @@ def test_a_change_of_team_takes_the_apps_past_along(db, path):
     assert admin.align(db, "UTC", {"reports": None}, who="gateway", now=NOON)
     assert balance(path, "team:editors") == (0, 0, 0)
     assert proof.findings(db) == []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_policy_is_kept_once_with_what_is_different(tmp_path, engine):
+    with admin.changing(new_ledger(tmp_path, engine)) as db:
+        assert admin.keep_policy(db, "d1", {"gateway.yaml": "caps: {day: $1}\n"}, who="ann", now=NOON)
+        assert not admin.keep_policy(db, "d1", {"gateway.yaml": "caps: {day: $1}\n"}, who="the second worker", now=NOON)
+        assert admin.keep_policy(db, "d2", {"gateway.yaml": "caps: {day: $2}\n"}, who="bob", now=NOON + 1)
+        latest = admin.policy_changes(db, 1)
+    assert [(change.at, change.who, change.digest) for change in latest] == [(NOON + 1, "bob", "d2")]
+    assert latest[0].diff.splitlines()[3:] == ["-caps: {day: $1}", "+caps: {day: $2}"]
 
 
 async def test_a_command_holds_for_the_next_call_of_a_running_gateway(path):

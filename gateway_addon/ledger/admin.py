@@ -221,8 +221,7 @@ def keep_policy(db: sqlite3.Connection, digest: str, texts: Mapping[str, str], *
     before: dict[str, Any] = json.loads(rows[0][0]) if rows else {"digest": None, "texts": {}}
     if before["digest"] == digest:
         return False
-    kept = json.dumps({"digest": digest, "texts": dict(texts)})
-    db.execute("INSERT OR REPLACE INTO settings VALUES ('policy', ?)", (kept,))
+    keep_setting(db, "policy", json.dumps({"digest": digest, "texts": dict(texts)}))
     changes = "".join(_diff(name, before["texts"].get(name, ""), texts.get(name, "")) for name in sorted({*before["texts"], *texts}))
     _audit(db, who, "policy", "policies", {"digest": before["digest"]}, {"digest": digest, "diff": changes}, "saved files", now)
     return True
