@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from ledgers import Part
+from ledgers import ENGINES, Part, new_ledger, url
 from test_inventory import KEY, write
 
 from gateway_addon import identity
@@ -168,9 +168,18 @@ async def test_the_watch_hears_of_a_key_that_the_provider_does_not_take(here, mo
     assert (shown.exit_code, said in shown.output) == (code, True), shown.output
 
 
-async def test_a_token_s_first_and_last_call_are_known(here):
-    for at in (NOW - 50, NOW - 20, NOW - 30):
-        await called(here, at=at)
-    with admin.reading(here / "gateway.db") as db:
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_what_the_ledger_knows_of_who_has_come(tmp_path, engine):
+    path = new_ledger(tmp_path, engine)
+    ledger = await Ledger.open(url(path))
+    for at, endpoint in ((NOW - 50, "messages"), (NOW - 20, "local/messages"), (NOW - 30, "messages")):
+        held = await ledger.reserve(NewCall("reports", None, 1, endpoint, "claude-haiku-4-5"), 100, (), now=at)
+        await ledger.void(held.call_id, Outcome(status=401), now=at)
+    await ledger.close()
+    with admin.reading(path) as db:
         [seen] = arrivals.arrivals(db, now=NOW)
-        assert (seen.calls, seen.refused, seen.first_at, seen.last_at, seen.state) == (3, 0, NOW - 50, NOW - 20, "in force")
+        [straggler] = arrivals.stragglers(db)
+        passed = arrivals.passed(db, since=NOW - 40)
+    assert (seen.calls, seen.refused, seen.first_at, seen.last_at, seen.state) == (3, 0, NOW - 50, NOW - 20, "in force")
+    assert (straggler.app, straggler.last_at) == ("reports", NOW - 20)
+    assert (passed.calls, passed.unauthorised, passed.last_unauthorised_at) == (2, 2, NOW - 20)

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from click.testing import CliRunner, Result
 from gateway import gateway
-from ledgers import CALL, Part, new_ledger, rows
+from ledgers import CALL, ENGINES, Part, new_ledger, rows, url
 from upstreams import answer, upstream
 
 from gateway_addon.cli import reconcile as command
@@ -127,8 +127,9 @@ async def test_days_before_and_after_the_period_are_left_out(tmp_path):
     assert "Neither the provider nor the gateway saw a call in this period." in shown.output
 
 
-async def test_the_provider_is_asked_once_a_minute_by_all_processes_together(tmp_path, monkeypatch):
-    path, slept = new_ledger(tmp_path), []
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_the_provider_is_asked_once_a_minute_by_all_processes_together(tmp_path, monkeypatch, engine):
+    path, slept = new_ledger(tmp_path, engine), []
     clock = [1000.0]
     monkeypatch.setattr(command.time, "time", lambda: clock[0])
 
@@ -283,9 +284,10 @@ def test_dearer_tiers_are_taken_where_the_report_cannot_tell():
 # What the ledger has to say
 
 
-async def test_the_ledger_s_evidence_is_by_day_model_and_certainty(tmp_path):
-    path = new_ledger(tmp_path)
-    ledger = await Ledger.open(f"sqlite:///{path}")
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_the_ledger_s_evidence_is_by_day_model_and_certainty(tmp_path, engine):
+    path = new_ledger(tmp_path, engine)
+    ledger = await Ledger.open(url(path))
     at = DAY * DAY_S + 3600.0
     for number, (cost, parts, ended) in enumerate([(10, (Part(10),), at), (None, (), at), (0, (Part(0),), at), (7, (Part(7),), at + DAY_S)]):
         held = await ledger.reserve(CALL, 100, (), now=at)
