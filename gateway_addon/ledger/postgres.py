@@ -1,9 +1,9 @@
 """A ledger on a PostgreSQL server, shared by the gateways of several machines.
 
 Promises what a file's ledger promises, by other means. Writers take turns scope by scope: a transaction first locks the rows in
-`turns` of the scopes that it judges or changes, in the order of their names, so no two wait for each other, and apps without a common
-cap never meet. An owner is alive while its lease runs by the server's clock; each commit renews it, and one whose lease has run out is
-fenced: its commit is refused, and it comes back under a new name after its old calls were settled. Every wait has a limit.
+`turns` of the scopes that it judges or changes, in the order of their names, so no two wait for each other in a circle. An owner is
+alive while its lease runs by the server's clock; each commit renews it, and one whose lease has run out is fenced: its commit is
+refused, it comes back under a new name, and whoever lives settles its old calls. Every wait has a limit.
 
 The statements are those of the file's ledger. `SPELLED` is the list of what this engine spells differently.
 """
