@@ -2,6 +2,7 @@
 # Prepares the project's own environment (.venv, from the lock with its hashes) and runs `gateway COMMAND`.
 #   ./run.sh demo             any gateway command; with none, `serve`
 #   ./run.sh test [ARGS]      the tests
+#   ./run.sh bench [ARGS]     the gateway's speed beside bare mitmdump's (--help says what can be chosen)
 #   ./run.sh lint             ruff and mypy
 set -euo pipefail
 
@@ -70,6 +71,10 @@ case "${1:-serve}" in
     # The whole suite mostly waits for clocks and sockets: four processes of it share two cores well. What is asked for by name runs in one.
     if [ $# -eq 1 ]; then set -- test -n 4; fi
     exec "$venv/bin/python" -m pytest "${@:2}"
+    ;;
+  bench)
+    prepare requirements.lock tests/requirements.lock
+    exec "$venv/bin/python" "$root/tests/bench" "${@:2}"
     ;;
   lint)
     prepare requirements.lock tests/requirements.lock

@@ -1,0 +1,134 @@
+"""`./run.sh bench`: the gateway against bare mitmdump, nginx and nothing, in interleaved rounds on this machine.
+
+Each peer is started for itself and measured alone, pinned to the last core while the simulated API and the callers share the first; rounds
+go through all peers before the next begins, so that a slow minute of the machine meets all of them. `--peer NAME=PORT` measures a
+proxy that you have started yourself in front of `--api-port` (LiteLLM, the official gateway), with `--token` as its credential.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import peers
+import table
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    body: str
+    callers: int
+    reconnect: bool = False
+    https: bool = False
+    peers: tuple[str, ...] = ("direct", "nginx", "mitmdump", "gateway")
+    pinned: bool = True
+
+
+CASES = {
+    "JSON small, 64 connections": Case("json", 64),
+    "JSON small, 1 connection": Case("json", 1),
+    "JSON 100 KB, 1 connection": Case("json100k", 1),
+    "burst SSE, 16 connections": Case("burst", 16),
+    "paced SSE, 64 connections": Case("paced", 64),
+    "paced SSE, 1 connection": Case("paced", 1),
+    "connection per call, 16 callers": Case("json", 16, reconnect=True),
+    "https upstream, JSON small, 16 connections": Case("json", 16, https=True, peers=("mitmdump", "gateway")),
+    "JSON small, 64 connections, nothing pinned": Case("json", 64, peers=("mitmdump", "gateway", "gatewayx2"), pinned=False),
+}
+
+
+@contextmanager
+def api(folder: Path, core: int | None, port: int = 0, *, https: bool = False) -> Iterator[str]:
+    certificate = folder / "upstream.pem"
+    if https and not certificate.exists():
+        _certificate(certificate)
+    process = subprocess.Popen([sys.executable, HERE / "upstream.py", str(certificate) if https else "", str(port)], stdout=subprocess.PIPE, text=True)
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})
+    try:
+        assert process.stdout is not None
+        yield f"{'https' if https else 'http'}://{'localhost' if https else '127.0.0.1'}:{process.stdout.readline().strip()}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _certificate(path: Path) -> None:
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", str(path), "-out", f"{path}.crt"]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, *files], check=True, capture_output=True)
+    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
+
+
+def measure(peer: peers.Peer, case: Case, seconds: float, core: int | None) -> dict[str, Any]:
+    """One run. The first half second warms the peer up and is not counted."""
+    for length in (min(0.5, seconds), seconds):
+        settings = {"port": peer.port, "token": peer.token, "body": case.body, "callers": case.callers, "seconds": length, "reconnect": case.reconnect}
+        before = peer.cpu_s()
+        command = [sys.executable, str(HERE / "load.py"), json.dumps(settings)]
+        if core is not None:
+            command = ["taskset", "-c", str(core), *command]
+        seen: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    cpu_ms = 1000 * (peer.cpu_s() - before) / max(1, seen["calls"])
+    return seen | {"cpu_ms": cpu_ms, "memory_mb": peer.memory_mb()}
+
+
+def installed(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if name != "nginx" or shutil.which("nginx")]
+
+
+def run(case: Case, rounds: int, seconds: float, others: list[peers.Peer], api_port: int) -> dict[str, list[dict[str, Any]]]:
+    cores = sorted(os.sched_getaffinity(0))
+    pinned = case.pinned and len(cores) > 1 and shutil.which("taskset") is not None
+    callers_core, peer_core = (cores[0], cores[-1]) if pinned else (None, None)
+    seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix="gateway-bench-", dir=Path.cwd()) as name, api(Path(name), callers_core, api_port, https=case.https) as upstream:
+        for turn in range(rounds):
+            for peer_name in installed(case.peers):
+                with peers.started(peer_name, Path(name) / f"{peer_name}-{turn}", upstream, peer_core) as peer:
+                    seen[peer_name].append(measure(peer, case, seconds, callers_core))
+            for peer in others if not case.https and case.pinned else ():
+                seen[peer.name].append(measure(peer, case, seconds, callers_core))
+    return seen
+
+
+@click.command()
+@click.option("--case", "wanted", multiple=True, metavar="TEXT", help="Only cases whose name holds TEXT.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 20))
+@click.option("--seconds", default=3.0, show_default=True, type=click.FloatRange(0.2, 60), help="Of each run.")
+@click.option("--peer", "others", multiple=True, metavar="NAME=PORT", help="A proxy on 127.0.0.1 that you started yourself.")
+@click.option("--token", default="none", help="The credential (x-api-key) for those.")
+@click.option("--api-port", default=0, help="The simulated API's port, for those to forward to; free by default.")
+def main(wanted: tuple[str, ...], rounds: int, seconds: float, others: tuple[str, ...], token: str, api_port: int) -> None:
+    """Measure the gateway beside bare mitmdump, in interleaved rounds, and print a table."""
+    named = [peers.Peer(name, int(port), token=token) for name, _, port in (other.partition("=") for other in others)]
+    rows, faults = [], []
+    cases = {name: case for name, case in CASES.items() if not wanted or any(text in name for text in wanted)}
+    for number, (name, case) in enumerate(cases.items(), 1):
+        click.echo(f"[{number}/{len(cases)}] {name} ...", err=True)
+        seen = run(case, rounds, seconds, named, api_port)
+        rows += [table.row(name, seen, peer) for peer in seen]
+        faults += [f"{name}, {peer}: {each['fault']}" for peer, runs in seen.items() for each in runs if each["faults"]]
+    click.echo(table.markdown(rows))
+    click.echo(f"\n{table.machine(Path.cwd())}; {rounds} interleaved rounds of {seconds:g} s, medians.")
+    for fault in faults:
+        click.echo(f"fault: {fault}", err=True)
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
