@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
 RESTART_S = 1.0  # at least this long between two starts of one worker: a gateway that cannot start must not spin
+OPTIMISED = ["-O"] if sys.flags.optimize else []
+"""Workers run as their supervisor does."""
 
 
 class ListeningLoop(asyncio.SelectorEventLoop):
@@ -61,7 +63,7 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
     def start(quiet: bool) -> subprocess.Popen[bytes]:
         inherited = (listener.fileno(), alive_read)
         options = ["--socket-fd", str(listener.fileno()), "--parent-fd", str(alive_read)]
-        command = [sys.executable, "-m", "gateway_addon", "serve", *arguments, *options]
+        command = [sys.executable, *OPTIMISED, "-m", "gateway_addon", "serve", *arguments, *options]
         return subprocess.Popen(
             command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL if quiet else None, start_new_session=True
         )  # fmt: skip

@@ -73,7 +73,7 @@ def started(name: str, folder: Path, upstream: str, core: int | None) -> Iterato
         workers = int(name.partition("x")[2] or 1)
         token = _policies(folder, upstream)
         where = ["--listen", f"127.0.0.1:{port}", "--policies", str(folder / "policies"), "--ledger", f"sqlite:///{folder / 'gateway.db'}"]
-        command = [sys.executable, "-m", "gateway_addon", "serve", *where, "--workers", str(workers)]
+        command = [sys.executable, "-O", "-m", "gateway_addon", "serve", *where, "--workers", str(workers)]
         if upstream.startswith("https:"):
             command += ["--set", f"ssl_verify_upstream_trusted_ca={folder.parent / 'upstream.pem'}"]
     with open(folder / "log", "wb") as log:
