@@ -14,15 +14,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mitmproxy import options
-from mitmproxy.addonmanager import AddonManager
+from mitmproxy import options, version
 from mitmproxy.addons import core, errorcheck, next_layer, proxyserver, tlsconfig
 from mitmproxy.master import Master
 from mitmproxy.tools.web.master import WebMaster
 
 from gateway_addon.addon import REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.alerts import Alerter
-from gateway_addon.dispatch import Dispatch
+from gateway_addon.dispatch import Dispatch, fits
 from gateway_addon.gate import Gate
 from gateway_addon.ledger import Ledger, Server
 from gateway_addon.ledger.files import ledger_path, state_folder
@@ -62,8 +61,11 @@ class LeanMaster(Master):
 
     def __init__(self, opts: options.Options):
         super().__init__(opts)
-        self.addons: AddonManager = Dispatch(self)
-        self.addons.add(  # type: ignore[no-untyped-call]
+        if fits():
+            self.addons = Dispatch(self)
+        else:
+            logger.warning("mitmproxy %s dispatches its events in another way than known here: as safe, but slower.", version.VERSION)
+        self.addons.add(
             core.Core(),
             proxyserver.Proxyserver(),
             next_layer.NextLayer(),

@@ -5,3 +5,13 @@ import warnings
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import mitmproxy.tools.web.master  # noqa: F401
+
+import pytest
+
+from gateway_addon import serve
+
+
+@pytest.fixture(params=[True, False], ids=["dispatch", "walk"])
+def either_dispatch(request, monkeypatch):
+    """A test that uses this runs with the gateway's own hook dispatch, and with mitmproxy's, as in a release where that has moved."""
+    monkeypatch.setattr(serve, "fits", lambda: request.param)

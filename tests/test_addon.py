@@ -76,6 +76,7 @@ def test_every_hook_is_guarded_or_has_a_reason_not_to_be():
     assert {*BEFORE_THE_API, *AFTER, *over_tls} == GUARDED, "a new hook: say in this test what its failure must do"
 
 
+@pytest.mark.usefixtures("either_dispatch")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", BEFORE_THE_API)
 async def test_a_failure_on_the_way_in_sends_nothing(tmp_path, monkeypatch, caplog, name, when):
@@ -93,6 +94,7 @@ async def test_a_failure_on_the_way_in_sends_nothing(tmp_path, monkeypatch, capl
     assert f"failed in its {name} hook" in caplog.text
 
 
+@pytest.mark.usefixtures("either_dispatch")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", AFTER)
 async def test_a_failure_on_the_way_out_forgets_nothing_of_the_bill(tmp_path, monkeypatch, caplog, name, when):

@@ -8,6 +8,8 @@ from gateway import gateway
 
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
+pytestmark = pytest.mark.usefixtures("either_dispatch")  # what holds must hold when mitmproxy's internals have moved, too
+
 HELLO = [{"role": "user", "content": "Say hello."}]
 
 
