@@ -6,11 +6,12 @@ watcher reloads or a failed edit unloads. This is an edge: it reads files, the c
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class Settings:
     web_password: str = ""
     parent_fd: int | None = None
     """Set in a worker: the pipe that tells when the supervisor has ended."""
+    ready_fd: int | None = None
+    """Set in the first worker: the pipe by which the supervisor learns that this one listens."""
     tell: Callable[[str], None] = field(default=print)
     """Says one line to the person who started it."""
 
@@ -89,6 +92,9 @@ async def _run(settings: Settings) -> int:
         def listening() -> None:
             for line in greeting(settings, policy):
                 settings.tell(line)
+            if settings.ready_fd is not None:
+                with suppress(BrokenPipeError):
+                    os.write(settings.ready_fd, b"1")
 
         addon.on_running = listening
         await master.run()

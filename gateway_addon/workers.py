@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
 RESTART_S = 1.0  # at least this long between two starts of one worker: a gateway that cannot start must not spin
+STILL_STARTING = -signal.SIGTERM  # of a worker that was told to end before it could listen to signals: it had no calls
 OPTIMISED = ["-O"] if sys.flags.optimize else []
 """Workers run as their supervisor does."""
 
@@ -53,36 +54,57 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> int:
-    """Run `count` workers (`gateway serve ARGUMENTS`) on one socket until SIGTERM or SIGINT. Returns the worst exit code."""
+    """Run `count` workers (`gateway serve ARGUMENTS`) on one socket until SIGTERM or SIGINT. Returns the worst exit code.
+
+    The first worker starts alone: where a gateway cannot start, it says why, once. A second signal ends what is still in flight.
+    """
     alive_read, alive_write = os.pipe()
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stopping.append(received))
 
-    def start(quiet: bool) -> subprocess.Popen[bytes]:
-        inherited = (listener.fileno(), alive_read)
+    def start(quiet: bool, *ready_fd: int) -> subprocess.Popen[bytes]:
+        inherited = (listener.fileno(), alive_read, *ready_fd)
         options = ["--socket-fd", str(listener.fileno()), "--parent-fd", str(alive_read)]
+        options += ["--ready-fd", str(ready_fd[0])] if ready_fd else []
         command = [sys.executable, *OPTIMISED, "-m", "gateway_addon", "serve", *arguments, *options]
         return subprocess.Popen(
             command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL if quiet else None, start_new_session=True
         )  # fmt: skip
 
-    workers = [start(quiet=index > 0) for index in range(count)]
+    ready_read, ready_write = os.pipe()
+    workers = [start(False, ready_write)]
+    os.close(ready_write)
+    if not os.read(ready_read, 1):
+        return workers[0].wait()
+    workers += [start(quiet=True) for _ in range(count - 1)]
     started = [time.monotonic()] * count
     while not stopping:
         time.sleep(0.1)
         for index, worker in enumerate(workers):
-            if worker.poll() is None or time.monotonic() - started[index] < RESTART_S:
-                continue
-            if worker.returncode in (0, 2) and time.monotonic() - started[index] < 2 * RESTART_S:
-                stopping.append(worker.returncode)  # it did not want to start at all, and has said why
-                break
-            logger.error("Worker %d ended with %d and is replaced; its open calls are settled.", worker.pid, worker.returncode)
-            workers[index], started[index] = start(quiet=True), time.monotonic()
+            if worker.poll() is not None and time.monotonic() - started[index] >= RESTART_S and not stopping:
+                logger.error("Worker %d ended with %d and is replaced; its open calls are settled.", worker.pid, worker.returncode)
+                workers[index], started[index] = start(quiet=True), time.monotonic()
+    return _drained(workers, stopping, alive_write)
+
+
+def _drained(workers: list[subprocess.Popen[bytes]], signals: list[int], alive_fd: int) -> int:
+    """Have all workers finish what is in flight; at a second signal, end. Returns the worst exit code."""
     for worker in workers:
         worker.terminate()
-    os.close(alive_write)
+    os.close(alive_fd)
+    while any(worker.poll() is None for worker in workers) and len(signals) < 2:
+        time.sleep(0.05)
+    if len(signals) < 2:
+        return max(0 if worker.returncode == STILL_STARTING else abs(worker.returncode) for worker in workers)
+    for worker in workers:
+        worker.terminate()
     return max(abs(worker.wait()) for worker in workers)
 
 

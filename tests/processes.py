@@ -34,7 +34,7 @@ class Ledgered:
     async def serve(self) -> tuple[asyncio.subprocess.Process, str]:
         """Start one gateway on a free port; returns it with its address."""
         where = ["--listen", "127.0.0.1:0", "--policies", str(self.folder / "policies"), "--ledger", url(self.ledger)]
-        command = [sys.executable, "-O", "-u", "-m", "gateway_addon", "serve", *where]
+        command = [sys.executable, "-O", "-u", "-m", "gateway_addon", "serve", "--workers", "1", *where]
         log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         environment = os.environ | {"SIMULATED_KEY": KEY}
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment)

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import anthropic
@@ -17,20 +17,21 @@ from gateway import APP, write_policies
 from gateway_addon import identity
 from gateway_addon.ledger import admin, files
 from gateway_addon.simulator import KEY, Behaviour, Simulator
+from gateway_addon.workers import cores
 
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 @contextmanager
-def serving(folder: Path, upstream: str):
-    """A supervisor with two workers; yields (process, url, token)."""
+def serving(folder: Path, upstream: str, *options: str):
+    """A gateway with more options; yields (process, url, token)."""
     policies = write_policies(folder / "policies", upstream, {"app": APP})
     path = folder / "gateway.db"
     files.create(path)
     token = identity.mint()
     with admin.changing(path) as db:
         admin.issue_token(db, "app", identity.digest(token), who="test", now=time.time())
-    where = ["--listen", "127.0.0.1:0", "--policies", str(policies), "--ledger", f"sqlite:///{path}", "--workers", "2"]
+    where = ["--listen", "127.0.0.1:0", "--policies", str(policies), "--ledger", f"sqlite:///{path}", *options]
     command = [sys.executable, "-u", "-m", "gateway_addon", "serve", *where]
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"SIMULATED_KEY": KEY})
@@ -63,7 +64,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes through /proc")
 async def test_a_dead_worker_is_replaced_and_its_call_is_settled(tmp_path):
     async with Simulator(behaviour=Behaviour(delay_ms=50, output_tokens=2000)) as api:
-        with serving(tmp_path, api.url) as (process, url, token):
+        with serving(tmp_path, api.url, "--workers", "2") as (process, url, token):
             await until(lambda: len(workers(process)) == 2)
             before = workers(process)
             client = anthropic.AsyncAnthropic(base_url=url, api_key=token, max_retries=0)
@@ -95,11 +96,53 @@ async def test_a_dead_worker_is_replaced_and_its_call_is_settled(tmp_path):
 
 async def test_workers_end_with_their_supervisor_however_it_ends(tmp_path):
     async with Simulator() as api:
-        with serving(tmp_path, api.url) as (process, _, _):
+        with serving(tmp_path, api.url, "--workers", "2") as (process, _, _):
             await until(lambda: len(workers(process)) == 2)
             pids = workers(process)
             process.kill()
             await until(lambda: not any(alive(pid) for pid in pids))
+
+
+async def test_by_default_each_core_has_a_worker_and_a_call_in_flight_outlives_the_signal(tmp_path):
+    async with Simulator(behaviour=Behaviour(delay_ms=30, output_tokens=20)) as api:
+        with serving(tmp_path, api.url) as (process, url, token):
+            if (count := min(cores(), 4)) > 1:
+                await until(lambda: len(workers(process)) == count)
+            async with anthropic.AsyncAnthropic(base_url=url, api_key=token, max_retries=0) as client:
+                calls = [asyncio.ensure_future(client.messages.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO)) for _ in range(8)]
+                await until(lambda: api.book.in_flight == 8)
+                process.terminate()
+                assert [answer.usage.output_tokens for answer in await asyncio.gather(*calls)] == [20] * 8
+            assert await asyncio.to_thread(process.wait, 15) == 0
+        billed_nano = (await api.settled()).billed_nano
+    with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
+        assert db.execute("SELECT sum(spent_nano), sum(reserved_nano) FROM entries").fetchone() == (billed_nano, 0)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes through /proc")
+async def test_a_second_signal_ends_what_is_still_in_flight(tmp_path):
+    async with Simulator(behaviour=Behaviour(delay_ms=50, output_tokens=4000)) as api:
+        with serving(tmp_path, api.url, "--workers", "2") as (process, url, token):
+            async with anthropic.AsyncAnthropic(base_url=url, api_key=token, max_retries=0) as client:
+                call = asyncio.ensure_future(client.messages.create(model="claude-haiku-4-5", max_tokens=4000, messages=HELLO))
+                await until(lambda: api.book.in_flight == 1)
+                process.terminate()
+                await asyncio.sleep(0.5)
+                assert process.poll() is None, "the call in flight may finish"
+                process.terminate()
+                with pytest.raises(anthropic.APIConnectionError):
+                    await call
+            assert await asyncio.to_thread(process.wait, 15) != 0
+
+
+def test_a_gateway_that_cannot_start_says_why_once(tmp_path):
+    policies = write_policies(tmp_path / "policies", "https://api.anthropic.com", {"app": APP})
+    files.create(tmp_path / "gateway.db")
+    where = ["--listen", "127.0.0.1:0", "--policies", str(policies), "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}", "--workers", "3"]
+    environment = {name: value for name, value in os.environ.items() if name != "SIMULATED_KEY"}
+    command = [sys.executable, "-m", "gateway_addon", "serve", *where]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr.count("SIMULATED_KEY")) == (2, "", 1), done.stderr
 
 
 async def test_a_taken_port_is_said_in_a_sentence(tmp_path):

@@ -17,8 +17,9 @@ from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import SecretUnavailable
 from gateway_addon.serve import Settings, run
-from gateway_addon.workers import bind, supervise
+from gateway_addon.workers import bind, cores, supervise
 
+WORKERS_MAX = 4  # by default: the ledger's file takes one writer at a time
 NO_KEY = "{0} Put the real Claude API key there, or see everything work without an account: gateway demo"
 IN_CLEAR = (
     "Listening on {0} would send the apps' tokens across the network in clear. Give the listener a certificate (tls: in "
@@ -38,11 +39,15 @@ def _common[F: Callable[..., Any]](command: F) -> F:
     return command
 
 
-@click.command(epilog="Example: gateway serve --listen 127.0.0.1:8080 --workers 2")
+@click.command(epilog="Example: gateway serve --listen 127.0.0.1:8080")
 @_common
-@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes on the one port.")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=lambda: min(cores(), WORKERS_MAX), show_default=f"one per core, up to {WORKERS_MAX}",
+    help="Processes on the one port, with one ledger; one that dies is replaced."
+)  # fmt: skip
 @click.option("--socket-fd", type=int, hidden=True)
 @click.option("--parent-fd", type=int, hidden=True)
+@click.option("--ready-fd", type=int, hidden=True)
 def serve(
     listen: tuple[str, int],
     policies: Path,
@@ -52,12 +57,13 @@ def serve(
     workers: int,
     socket_fd: int | None,
     parent_fd: int | None,
+    ready_fd: int | None,
 ) -> None:
     """Run the gateway: a reverse proxy that admits, caps, meters and records every call to the Claude API."""
     with _listener(listen, policies, insecure_listen, socket_fd) as listener:
         host, port = listener.getsockname()[:2]
         if workers == 1 or socket_fd is not None:
-            _serve(Settings(host, port, policies, ledger, options, parent_fd=parent_fd), listener)
+            _serve(Settings(host, port, policies, ledger, options, parent_fd=parent_fd, ready_fd=ready_fd), listener)
         os.environ["GATEWAY_LEDGER"] = ledger  # not an argument, which everybody on the machine can read: it may hold a password
         arguments = ["--listen", f"{host}:{port}", "--policies", str(policies)]
         arguments += [word for option in options for word in ("--set", option)]
