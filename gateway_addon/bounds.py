@@ -18,7 +18,7 @@ from gateway_addon.money import dollars
 from gateway_addon.policy import AppPolicy, Feature
 from gateway_addon.pricing import Prices, Rates, Row, rates
 from gateway_addon.reading import Reading
-from gateway_addon.refusals import Refusal
+from gateway_addon.refusals import Refusal, stated
 from gateway_addon.survey import Use
 
 REQUEST_TOKENS = 1_000  # the hidden prompt of tool use is 264 to 804 tokens; recorded requests needed 350 in all
@@ -255,4 +255,4 @@ def _unpriced(terms: _Terms, model: str, *, fast: bool) -> Refusal | None:
         return None
     lacks = f"{model[:100]!r}, which has no price" if row is None else f"speed fast on {model}, which has no price for it"
     sentence = f"app {terms.app.name} asks for {lacks}; what has no price is refused until a row in policies/prices.yaml gives it one"
-    return Refusal("model_unpriced", sentence)
+    return stated("model_unpriced", sentence)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
 from gateway_addon.fields import HEADER_FEATURES, UNTYPED
-from gateway_addon.refusals import Refusal
+from gateway_addon.refusals import Refusal, stated
 from gateway_addon.survey import Survey, Use, survey
 
 BODY_BYTES_MAX = 32_000_000
@@ -95,9 +95,9 @@ def endpoint(method: str, target: str) -> str | Refusal:
         name = "model"
     if name is None:
         shown = target[:100].encode("ascii", "backslashreplace").decode()
-        return Refusal("endpoint", f"{method[:20]} {shown} is not served here; this gateway forwards POST /v1/messages and a few reads")
+        return stated("endpoint", f"{method[:20]} {shown} is not served here; this gateway forwards POST /v1/messages and a few reads")
     if mark and (not _QUERY.match(query) or any(part.partition("=")[0].casefold() in _KNOWN_FIELDS for part in query.split("&"))):
-        return Refusal("endpoint", f"the query {query[:100]!r} is not served here; {path} takes its fields from the body alone")
+        return stated("endpoint", f"the query {query[:100]!r} is not served here; {path} takes its fields from the body alone")
     return name
 
 
@@ -106,7 +106,7 @@ def read(endpoint: str, request: Request) -> Reading | Refusal:
     if endpoint not in ("messages", "count_tokens"):
         return _read_without_body(endpoint, request)
     if len(request.body) > BODY_BYTES_MAX:
-        return Refusal("too_large", f"the body has {len(request.body):,} bytes, the API takes {BODY_BYTES_MAX:,}; send less in one request")
+        return stated("too_large", f"the body has {len(request.body):,} bytes, the API takes {BODY_BYTES_MAX:,}; send less in one request")
     try:
         _plain_json_headers(request)
         body = _parsed(request.body)
@@ -114,9 +114,9 @@ def read(endpoint: str, request: Request) -> Reading | Refusal:
         _readable_fields(endpoint, body, found)
         text_bytes = _text_bytes(request.body, body, found)
     except (_Unreadable, ValueError) as error:
-        return Refusal("body", f"{error}")
+        return stated("body", f"{error}")
     except RecursionError:
-        return Refusal("body", "the body is nested too deeply to be read safely; flatten it")
+        return stated("body", "the body is nested too deeply to be read safely; flatten it")
     found.uses.extend(Use(feature, name, request.header(name)[0]) for name, feature in HEADER_FEATURES.items() if request.header(name))
     return Reading(
         endpoint=endpoint,
@@ -145,7 +145,7 @@ def edited(endpoint: str, request: Request, changes: Mapping[str, Any]) -> tuple
 
 def _read_without_body(endpoint: str, request: Request) -> Reading | Refusal:
     if request.body:
-        return Refusal("body", f"{request.method} {request.target.partition('?')[0]} takes no body; send none")
+        return stated("body", f"{request.method} {request.target.partition('?')[0]} takes no body; send none")
     match = _MODEL_PATH.match(request.target.partition("?")[0])
     return Reading(endpoint=endpoint, model=match[1] if match else "", betas=betas(request))
 

@@ -28,7 +28,6 @@ TABLE: dict[str, Row] = {
     "token_conflict": Row(401, "authentication_error", False),
     "token_address": Row(401, "authentication_error", False),
     "token_proxy": Row(407, "authentication_error", False),
-    "token_noise": Row(429, "rate_limit_error", True),
     # what
     "app_unknown": Row(403, "permission_error", False),
     "app_paused": Row(403, "permission_error", False),
@@ -41,7 +40,6 @@ TABLE: dict[str, Row] = {
     "max_tokens": Row(403, "permission_error", False),
     "requirement": Row(403, "permission_error", False),
     "replay": Row(403, "permission_error", False),
-    "not_found": Row(404, "not_found_error", False),
     # how
     "body": Row(400, "invalid_request_error", False),
     "request": Row(400, "invalid_request_error", False),
@@ -55,7 +53,6 @@ TABLE: dict[str, Row] = {
     "headroom": Row(429, "rate_limit_error", True),
     # the gateway itself
     "ledger": Row(503, "api_error", True),
-    "policy": Row(503, "api_error", True),
     "draining": Row(503, "api_error", True),
     "internal": Row(503, "api_error", False),
     "upstream_unreachable": Row(502, "api_error", True),
@@ -91,6 +88,16 @@ class Refusal:
         """The API's error envelope (platform documentation, "Errors")."""
         error = {"type": self.error_type, "message": self.sentence}
         return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
+
+
+def stated(code: str, clause: str) -> Refusal:
+    """The refusal for a rule's clause: what `explain` lists under its rule in small letters is said to a caller as a full sentence.
+
+    What is no word (`max_tokens`, `messages[0]`) keeps its spelling at the beginning, too.
+    """
+    first = clause.partition(" ")[0]
+    capital = clause[:1].upper() if first.isalpha() else clause[:1]
+    return Refusal(code, f"{capital}{clause[1:]}.")
 
 
 def new_request_id() -> str:

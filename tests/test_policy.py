@@ -12,6 +12,7 @@ from gateway_addon.policy import AppPolicy, Cap, PolicyError
 from gateway_addon.policy.loading import parse_app, parse_gateway
 from gateway_addon.policy.values import Source, Team
 from gateway_addon.reading import Reading, Request, edited, read
+from gateway_addon.refusals import stated
 
 PRICES = pricing.load(None, None)
 FILE = "policies/apps/reports.yaml"
@@ -227,7 +228,7 @@ def test_models_are_judged_by_what_they_are_and_deny_wins(allow: str, deny: str,
 
 
 def test_a_refused_model_is_told_what_is_allowed_and_where_that_stands():
-    sentence = "app reports may not use claude-opus-5-5; allowed: claude-haiku-4-5* (policies/apps/reports.yaml models.allow)"
+    sentence = "App reports may not use claude-opus-5-5; allowed: claude-haiku-4-5* (policies/apps/reports.yaml models.allow)."
     assert refused("", {"model": "claude-opus-5-5"}) == f"model: {sentence}"
 
 
@@ -256,44 +257,44 @@ MCP = {"mcp_servers": [{"type": "url", "name": "x", "url": "https://mcp.example.
     ("text", "body", "outcome"),
     [
         (WEB, {"tools": [SEARCH | {"max_uses": 3}]}, None),
-        (WEB, {"tools": [SEARCH]}, "feature: app reports must give tools[0] a max_uses of its own"),
-        (WEB, {"tools": [SEARCH | {"max_uses": True}]}, "feature: app reports must give tools[0]"),
-        (WEB, {"tools": [SEARCH | {"max_uses": 4}]}, "feature: app reports may use web_search 3 times"),
-        (WEB, {"tools": [SEARCH | {"max_uses": 2}] * 2}, "feature: app reports may use web_search 3 times"),
-        ("features: {web_fetch: {max_uses: 3}}", {"tools": [SEARCH | {"max_uses": 1}]}, "feature: app reports may not use web_search"),
+        (WEB, {"tools": [SEARCH]}, "feature: App reports must give tools[0] a max_uses of its own"),
+        (WEB, {"tools": [SEARCH | {"max_uses": True}]}, "feature: App reports must give tools[0]"),
+        (WEB, {"tools": [SEARCH | {"max_uses": 4}]}, "feature: App reports may use web_search 3 times"),
+        (WEB, {"tools": [SEARCH | {"max_uses": 2}] * 2}, "feature: App reports may use web_search 3 times"),
+        ("features: {web_fetch: {max_uses: 3}}", {"tools": [SEARCH | {"max_uses": 1}]}, "feature: App reports may not use web_search"),
         ("features: {advisor: {max_uses: 2}}", {"tools": [ADVISOR]}, None),
-        ("features: {advisor: {max_uses: 2}}", {"tools": [ADVISOR | {"model": "claude-opus-5-5"}]}, "model: app reports may"),
+        ("features: {advisor: {max_uses: 2}}", {"tools": [ADVISOR | {"model": "claude-opus-5-5"}]}, "model: App reports may"),
         ("features: {fallbacks: true}", {"fallbacks": [{"model": "claude-haiku-4-5"}]}, None),
-        ("features: {fallbacks: true}", {"fallbacks": [{"model": "claude-opus-5-5"}]}, "model: app reports may not use claude-opus-5-5"),
-        ("features: {fallbacks: true}", {"fallbacks": "default"}, 'feature: app reports may not use fallbacks: "default"'),
+        ("features: {fallbacks: true}", {"fallbacks": [{"model": "claude-opus-5-5"}]}, "model: App reports may not use claude-opus-5-5"),
+        ("features: {fallbacks: true}", {"fallbacks": "default"}, 'feature: App reports may not use fallbacks: "default"'),
         ("features: {fallbacks: {default: [claude-haiku-4-5]}}", {"fallbacks": "default"}, None),
-        ("features: {fallbacks: {default: [claude-opus-5-5]}}", {"fallbacks": "default"}, "model: app reports may not use claude-opus-5-5"),
-        ("features: {fallbacks: true}", {"fallbacks": "claude-opus-5-5"}, "feature: fallbacks must be a list"),
+        ("features: {fallbacks: {default: [claude-opus-5-5]}}", {"fallbacks": "default"}, "model: App reports may not use claude-opus-5-5"),
+        ("features: {fallbacks: true}", {"fallbacks": "claude-opus-5-5"}, "feature: Fallbacks must be a list"),
         ("features: {mcp: true}", MCP, None),
         ("features: {mcp: {servers: ['https://mcp.example.com/*']}}", MCP, None),
-        ("features: {mcp: {servers: ['https://other.example.com/*']}}", MCP, "feature: app reports may not use the MCP server"),
+        ("features: {mcp: {servers: ['https://other.example.com/*']}}", MCP, "feature: App reports may not use the MCP server"),
         ("features: {fast: true, inference_geo: true}", {"speed": "fast", "inference_geo": "us"}, None),
         ("", {"cache_control": {"type": "ephemeral", "ttl": "1h"}}, None),
-        ("features: {hour_ttl: false}", {"cache_control": {"type": "ephemeral", "ttl": "1h"}}, "feature: app reports may not write caches"),
+        ("features: {hour_ttl: false}", {"cache_control": {"type": "ephemeral", "ttl": "1h"}}, "feature: App reports may not write caches"),
         ("features: {hour_ttl: false}", {"cache_control": {"type": "ephemeral"}}, None),
         ("max_tokens: 16", {}, None),
-        ("max_tokens: 15", {}, "max_tokens: app reports may ask for at most 15 tokens of output, not 16 (max_tokens); lower it"),
+        ("max_tokens: 15", {}, "max_tokens: App reports may ask for at most 15 tokens of output, not 16 (max_tokens); lower it"),
         ("max_tokens: 16\nfeatures: {fallbacks: true}", {"fallbacks": [{"model": "claude-haiku-4-5", "max_tokens": 17}]}, "max_tokens:"),
         ("thinking: {budget_tokens: 1024}", {"thinking": {"type": "enabled", "budget_tokens": 1024}}, None),
-        ("thinking: {budget_tokens: 1024}", {"thinking": {"type": "enabled", "budget_tokens": 1025}}, "feature: app reports may think"),
+        ("thinking: {budget_tokens: 1024}", {"thinking": {"type": "enabled", "budget_tokens": 1025}}, "feature: App reports may think"),
         ("thinking: {effort: [low]}", {"output_config": {"effort": "low"}}, None),
-        ("thinking: {effort: [low]}", {"output_config": {"effort": "max"}}, "feature: app reports may not ask for effort 'max'"),
+        ("thinking: {effort: [low]}", {"output_config": {"effort": "max"}}, "feature: App reports may not ask for effort 'max'"),
         ("thinking: {effort: [low]}", {"messages": [{"role": "system", "content": "x", "output_config": {"effort": "max"}}]},
-         "feature: app reports may not ask for effort 'max' (messages[0].output_config)"),
+         "feature: App reports may not ask for effort 'max' (messages[0].output_config)"),
         ("require: [metadata.user_id]", {"metadata": {"user_id": "u1"}}, None),
-        ("require: [metadata.user_id]", {}, "requirement: app reports must send metadata.user_id"),
-        ("require: [metadata.user_id]", {"metadata": {"user_id": ""}}, "requirement: app reports must send metadata.user_id"),
-        ("require: [system]", {"system": ""}, "requirement: app reports must send system"),
-        ("", {"surprise": 1}, "unknown_field: app reports sends surprise, which this gateway does not know"),
+        ("require: [metadata.user_id]", {}, "requirement: App reports must send metadata.user_id"),
+        ("require: [metadata.user_id]", {"metadata": {"user_id": ""}}, "requirement: App reports must send metadata.user_id"),
+        ("require: [system]", {"system": ""}, "requirement: App reports must send system"),
+        ("", {"surprise": 1}, "unknown_field: App reports sends surprise, which this gateway does not know"),
         ("unknown_fields: pass", {"surprise": 1}, None),
-        ("unknown_fields: pass", {"tools": [{"type": "web_search_20990101"}]}, "feature: app reports may not use web_search (tools[0])"),
-        ("unknown_fields: pass", {"tools": [{"type": "advisor_20990101", "model": "claude-opus-5-5"}]}, "model: app reports may"),
-        ("unknown_fields: pass", {"surprise": {"tools": [SEARCH]}}, "feature: app reports may not use web_search (surprise.tools[0])"),
+        ("unknown_fields: pass", {"tools": [{"type": "web_search_20990101"}]}, "feature: App reports may not use web_search (tools[0])"),
+        ("unknown_fields: pass", {"tools": [{"type": "advisor_20990101", "model": "claude-opus-5-5"}]}, "model: App reports may"),
+        ("unknown_fields: pass", {"surprise": {"tools": [SEARCH]}}, "feature: App reports may not use web_search (surprise.tools[0])"),
     ],
 )  # fmt: skip
 def test_what_is_not_named_is_refused_and_what_is_named_keeps_its_limits(text: str, body: dict[str, Any], outcome: str | None):
@@ -326,7 +327,7 @@ def test_an_endpoint_that_is_not_named_is_refused():
     refusal = policy.judge(app("endpoints: [messages]"), reading({}, endpoint="count_tokens"), PRICES)
     assert refusal is not None
     assert (refusal.code, refusal.sentence) == (
-        "endpoint", "app reports may not call count_tokens; allowed: messages (policies/apps/reports.yaml endpoints)",
+        "endpoint", "App reports may not call count_tokens; allowed: messages (policies/apps/reports.yaml endpoints).",
     )  # fmt: skip
     assert policy.judge(app("endpoints: [models]"), Reading("models"), PRICES) is None
     assert policy.judge(app("endpoints: []"), Reading("me"), PRICES) is None
@@ -347,4 +348,4 @@ def test_the_trail_holds_every_rule_in_order_and_the_judgement_is_its_first_refu
     ]  # fmt: skip
     refusal = policy.judge(app("max_tokens: 16"), reading(body), PRICES)
     assert refusal is not None
-    assert (refusal.code, refusal.sentence) == ("model", trail[1].sentence)
+    assert refusal == stated("model", trail[1].sentence)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from gateway_addon.policy.values import AppPolicy
 from gateway_addon.pricing import Prices
 from gateway_addon.reading import Reading
-from gateway_addon.refusals import Refusal
+from gateway_addon.refusals import Refusal, stated
 from gateway_addon.survey import Use
 
 
@@ -30,7 +30,7 @@ def judge(app: AppPolicy, reading: Reading, prices: Prices) -> Refusal | None:
     """The first rule that refuses, or None. An app in `mode: observe` is judged the same; letting it pass is the caller's choice."""
     for verdict in trail(app, reading, prices):
         if verdict.code is not None:
-            return Refusal(verdict.code, verdict.sentence)
+            return stated(verdict.code, verdict.sentence)
     return None
 
 
