@@ -214,7 +214,7 @@ class GatewayAddon:
             life.free = decision
         if decision.body is not None:
             flow.request.content = decision.body
-        inject.wire(flow).grant = self._grant(flow, life.arrived)
+        life.wire.grant, life.wire.on_sent = self._grant(flow, life.arrived), life.watch
         life.watch()
 
     def _grant(self, flow: http.HTTPFlow, arrived: Arrived) -> inject.Grant:

@@ -11,7 +11,7 @@ command that carries it to the wire. `install` puts it in place by the public `n
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -65,6 +65,8 @@ class Wire:
     grant: Grant | None = None
     sent: bool = False
     """The request was handed to the upstream's socket: from here on the provider may have done work."""
+    on_sent: Callable[[], None] = lambda: None
+    """Called at that moment: other deadlines hold from then on."""
     broken_by: Literal["client", "upstream"] | None = None
     refusal: Refusal | None = None
     """How to say it to the client if the exchange breaks before an answer began."""
@@ -144,6 +146,7 @@ class InjectStream(HttpStream):
         if not as_admitted or request.raw_content != grant.body:
             return None
         record.sent = True
+        record.on_sent()
         return _wire_copy(request, *grant.credential)
 
     def _refuse_to_send(self) -> layer.CommandGenerator[None]:
