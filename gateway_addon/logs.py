@@ -40,6 +40,13 @@ class Masked(logging.Filter):
         return text.replace(key, "***") if key in text else text
 
 
+def mask(key: Callable[[], str]) -> None:
+    """Mask what the handlers there are now write."""
+    masked = Masked(key)
+    for each in logging.getLogger().handlers:
+        each.addFilter(masked)
+
+
 def say_plainly(key: Callable[[], str], level: int = logging.INFO) -> None:
     """Log to stderr, masked: the gateway's own lines from `level` on, of the proxy's only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
@@ -48,8 +55,6 @@ def say_plainly(key: Callable[[], str], level: int = logging.INFO) -> None:
     root.handlers = [handler for handler in root.handlers if type(handler).__module__.startswith("mitmproxy")]
     root.addHandler(handler)
     root.setLevel(level)
-    masked = Masked(key)
-    for each in root.handlers:
-        each.addFilter(masked)
+    mask(key)
     for name in LOUD:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))

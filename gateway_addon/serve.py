@@ -5,6 +5,7 @@ watcher reloads or a failed edit unloads. This is an edge: it reads files, the c
 """
 
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mitmproxy import options, version
 from mitmproxy.addons import core, errorcheck, next_layer, proxyserver, tlsconfig
@@ -105,24 +107,33 @@ async def _run(settings: Settings) -> int:
 async def prepared(
     settings: Settings, make: Callable[..., GatewayAddon] = GatewayAddon, entrance: str = ""
 ) -> AsyncIterator[tuple[GatewayPolicy, GatewayAddon, Master]]:
-    """All that a gateway needs, ready to run: the policy in force and watched, the key read, the ledger open, a master built."""
-    policy = load(settings.policies)
+    """All that a gateway needs, ready to run: an addon as below, in a master built for it."""
+    async with assembled(settings.policies, settings.ledger, make, entrance) as (policy, key, addon):
+        master = build(settings, policy, addon)
+        say_plainly(key)
+        yield policy, addon, master
+
+
+@asynccontextmanager
+async def assembled(
+    policies: Path, ledger_url: str, make: Callable[..., GatewayAddon] = GatewayAddon, entrance: str = ""
+) -> AsyncIterator[tuple[GatewayPolicy, Secret, GatewayAddon]]:
+    """An addon and what it stands on: the policy in force and watched, the key read, the ledger open."""
+    policy = load(policies)
     key = Secret(policy.key, withheld=policy.secret_variables)
     if policy.tls is not None:
         Certificate().context(policy.tls)
     key()  # a missing key is said now, not to the first caller
-    ledger = await Ledger.open(settings.ledger)
-    await align(ledger, policy, saved_by(settings.policies))
+    ledger = await Ledger.open(ledger_url)
+    await align(ledger, policy, saved_by(policies))
     alerter = Alerter(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
     gate = Gate(ledger, policy, time.time, alerter, entrance)
     refused = asyncio.Event()
     addon = make(gate, key, key_refused=refused.set)
-    master = build(settings, policy, addon)
-    say_plainly(key)
-    watcher = Watcher(settings.policies, gate)
+    watcher = Watcher(policies, gate)
     watching = [asyncio.ensure_future(watcher.watch()), asyncio.ensure_future(keep_fresh(key, refused))]
     try:
-        yield policy, addon, master
+        yield policy, key, addon
     finally:
         for each in watching:
             each.cancel()
@@ -133,22 +144,33 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     opts = options.Options()
     master: Master = WebMaster(opts) if settings.web_port is not None else LeanMaster(opts)
     master.addons.chain.insert(0, master.addons.register(addon))
-    longest_s = max(policy.timeouts.first_byte_s, policy.timeouts.silence_s) + 60
-    required = {name: value for name, value in REQUIRED_OPTIONS.items() if name in opts}
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
         "mode": [f"reverse:{policy.upstream}"],
         "listen_host": settings.host,
         "listen_port": settings.port,
-        "body_size_limit": BODY_LIMIT,
-        "tcp_timeout": int(longest_s),
     }
     if settings.web_port is not None:
         own |= {"web_host": "127.0.0.1", "web_port": settings.web_port, "web_password": settings.web_password, "web_open_browser": False}
         own |= {"store_streamed_bodies": True, "web_columns": ["method", "path", "status", "comment", "size", "time"]}
-    opts.update(**required, **own)
+    opts.update(**hardened(opts, policy), **own)
     opts.set(*settings.options)
     return master
+
+
+def hardened(opts: options.Options, policy: GatewayPolicy) -> dict[str, Any]:
+    """mitmproxy's options as every gateway needs them, of those that this master has."""
+    longest_s = max(policy.timeouts.first_byte_s, policy.timeouts.silence_s) + 60
+    wanted = REQUIRED_OPTIONS | {"body_size_limit": BODY_LIMIT, "tcp_timeout": int(longest_s)}
+    return {name: value for name, value in wanted.items() if name in opts}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is sent to this host stays on the machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def on_signal(stop: Callable[[], None]) -> None:

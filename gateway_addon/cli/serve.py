@@ -1,6 +1,5 @@
 """`gateway serve` and `gateway web`."""
 
-import ipaddress
 import os
 import secrets
 import socket
@@ -16,7 +15,7 @@ from gateway_addon.listener import TlsUnavailable
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import SecretUnavailable
-from gateway_addon.serve import Settings, run
+from gateway_addon.serve import Settings, is_loopback, run
 from gateway_addon.workers import bind, cores, supervise
 
 WORKERS_MAX = 4  # by default: the ledger's file takes one writer at a time
@@ -90,7 +89,7 @@ def _listener(listen: tuple[str, int], policies: Path, insecure: bool, socket_fd
     """The socket to serve on: the supervisor's, or one of our own where tokens are safe on the way to it."""
     if socket_fd is not None:
         return socket.socket(fileno=socket_fd)
-    if not _loopback(listen[0]) and not load(policies).tls and not insecure:
+    if not is_loopback(listen[0]) and not load(policies).tls and not insecure:
         stop(IN_CLEAR.format(listen[0]))
     return bind(*listen)
 
@@ -101,10 +100,3 @@ def _serve(settings: Settings, listener: socket.socket) -> NoReturn:
         raise SystemExit(run(settings, listener))
     except SecretUnavailable as error:
         stop(NO_KEY.format(error))
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

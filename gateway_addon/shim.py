@@ -1,0 +1,82 @@
+"""The gateway for people who run their own `mitmdump`: a script for its `-s` that is as safe as `gateway serve`.
+
+Promises that no upstream connection is opened before the addon is in place, ahead of every other; that nothing starts with
+options which would open a way around it; and that from then on the script's file is of no consequence: mitmdump runs on
+*without* a script that it was told to reload and cannot. An edge: it reads the environment, files and the clock.
+"""
+
+import logging
+import os
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from mitmproxy import ctx, exceptions
+from mitmproxy.addonmanager import Loader
+from mitmproxy.proxy import server_hooks
+
+from gateway_addon.cli.common import project_folder
+from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.listener import TlsUnavailable
+from gateway_addon.logs import mask
+from gateway_addon.policy import GatewayPolicy, PolicyError, load
+from gateway_addon.pricing import PriceError
+from gateway_addon.secret import SecretUnavailable
+from gateway_addon.serve import assembled, hardened, is_loopback
+
+logger = logging.getLogger(__name__)
+
+MODE = "The policy's upstream is {0}: start mitmdump with --mode reverse:{0} and nothing else there."
+IN_CLEAR = "Tokens would cross the network in clear: start mitmdump with --listen-host 127.0.0.1, or set tls: in policies/gateway.yaml."
+SAID = (PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, SecretUnavailable, OSError, ValueError)
+
+
+class Shim:
+    """Puts the gateway into a mitmdump that somebody else configured. It takes `GATEWAY_POLICIES` and `GATEWAY_LEDGER`."""
+
+    def __init__(self) -> None:
+        folder = project_folder()
+        self.policies = Path(os.environ.get("GATEWAY_POLICIES") or folder / "policies")
+        self.ledger = os.environ.get("GATEWAY_LEDGER") or f"sqlite:///{folder / 'gateway.db'}"
+        self.in_place = False
+        self._open = AsyncExitStack()
+
+    def load(self, loader: Loader) -> None:
+        """Harden the options. Whatever is wrong is logged as an error, upon which mitmdump does not start."""
+        try:
+            ctx.options.update(**hardened(ctx.options, load(self.policies)))
+        except SAID as error:
+            logger.error("%s", error)
+
+    async def running(self) -> None:
+        """Put the addon ahead of all others, for good. (mitmdump calls this once, before it says that it is ready.)"""
+        for script in ctx.master.addons.get("scriptloader").addons:
+            if script.reloadtask is not None:
+                script.reloadtask.cancel()
+        try:
+            policy, key, addon = await self._open.enter_async_context(assembled(self.policies, self.ledger))
+            self._safe(policy)
+        except (*SAID, exceptions.OptionsError) as error:
+            logger.error("%s", error)
+            return
+        mask(key)
+        addons = ctx.master.addons
+        # A new list: mitmproxy is walking the old one, and an insertion would make it meet this script a second time.
+        addons.chain = [addons.register(addon), *addons.chain]
+        addon.running()
+        self.in_place = True
+
+    def _safe(self, policy: GatewayPolicy) -> None:
+        if list(ctx.options.mode) != [f"reverse:{policy.upstream}"]:
+            raise exceptions.OptionsError(MODE.format(policy.upstream))
+        if not policy.tls and not is_loopback(ctx.options.listen_host):
+            raise exceptions.OptionsError(IN_CLEAR)
+
+    def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
+        if not self.in_place:
+            data.server.error = "the gateway is not in place"
+
+    async def done(self) -> None:
+        await self._open.aclose()
+
+
+addons = [Shim()]

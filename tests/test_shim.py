@@ -1,0 +1,139 @@
+"""The gateway in somebody's own `mitmdump -s`: a real one, with a script that is touched and spoilt while it runs."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anthropic
+import pytest
+from processes import ledgered
+from test_secrets import found_in
+
+from gateway_addon.simulator import KEY, Simulator
+
+APPS = {
+    "app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n",
+    "poor": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $0.0001}\n",
+}
+ASK = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
+SCRIPT = """
+from gateway_addon import gate
+from gateway_addon.shim import addons
+
+admit = gate.Gate.admit
+
+async def failing(self, arrived, request, now):
+    if b"bug" in request.body:
+        raise RuntimeError("a bug")
+    return await admit(self, arrived, request, now)
+
+gate.Gate.admit = failing
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@asynccontextmanager
+async def mitmdump(folder: Path, gateways, mode: str, *arguments: str, script: Path | None = None):
+    """A mitmdump as a person starts it: yields the process; it is stopped by SIGTERM if it still runs."""
+    environment = os.environ | {
+        "SIMULATED_KEY": KEY, "GATEWAY_POLICIES": str(folder / "policies"), "GATEWAY_LEDGER": f"sqlite:///{gateways.ledger}", "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    where = ["--mode", mode, "--set", f"confdir={folder / 'mitmproxy'}", "-s", str(script or folder / "script.py")]
+    command = [sys.executable, "-c", "from mitmproxy.tools.main import mitmdump; mitmdump()", *where, *arguments]
+    printed = os.open(folder / "printed", os.O_WRONLY | os.O_CREAT)
+    process = await asyncio.create_subprocess_exec(*command, stdout=printed, stderr=printed, env=environment)
+    os.close(printed)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(process.wait(), 20)
+        process._transport.close()
+
+
+async def listens(process, folder: Path) -> None:
+    for _ in range(400):
+        if b"listening at" in (folder / "printed").read_bytes():
+            return
+        assert process.returncode is None, (folder / "printed").read_text()
+        await asyncio.sleep(0.05)
+    raise AssertionError((folder / "printed").read_text())
+
+
+async def test_a_mitmdump_of_ones_own_admits_refuses_caps_and_fails_closed_whatever_happens_to_the_script(tmp_path):
+    script, port = tmp_path / "script.py", free_port()
+    script.write_text(SCRIPT)
+    async with Simulator() as api:
+        gateways = ledgered(tmp_path, api.url, APPS)
+        files = ["-w", str(tmp_path / "flows"), "--set", f"hardump={tmp_path / 'flows.har'}", "--set", "flow_detail=4"]
+        listen = ["--listen-host", "127.0.0.1", "--listen-port", str(port)]
+        async with mitmdump(tmp_path, gateways, f"reverse:{api.url}", *listen, *files, "--set", "http2=true", script=script) as process:
+            await listens(process, tmp_path)
+
+            async def ask(app: str = "app", **more):
+                async with anthropic.AsyncAnthropic(base_url=f"http://127.0.0.1:{port}", api_key=gateways.tokens[app], max_retries=0) as client:
+                    return await client.messages.create(**ASK | more)
+
+            async def holds() -> None:
+                assert (await ask()).content[0].text
+                with pytest.raises(anthropic.PermissionDeniedError, match="may not use claude-opus-5-5"):
+                    await ask(model="claude-opus-5-5")
+                with pytest.raises(anthropic.RateLimitError, match="cap for today of app poor"):
+                    await ask("poor")
+                with pytest.raises(anthropic.ServiceUnavailableError, match="failed while judging"):
+                    await ask(system="bug")
+
+            await holds()
+            os.utime(script, (2_000_000_000, 2_000_000_000))
+            await asyncio.sleep(1.3)  # mitmproxy looks at its scripts each second
+            await holds()
+            script.write_text("this is no Python")
+            os.utime(script, (2_100_000_000, 2_100_000_000))
+            await asyncio.sleep(1.3)
+            await holds()
+            script.unlink()
+            await asyncio.sleep(1.3)
+            await holds()
+        assert process.returncode == 0, (tmp_path / "printed").read_text()
+        book = await api.settled()
+        assert len(book.messages()) == 4
+        assert {row.header("x-api-key") for row in book.messages()} == {KEY}
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"/v1/messages" in each for each in written), "the flows were written"
+    for secret in (KEY, *gateways.tokens.values()):
+        assert not any(found_in(each, secret) for each in written)
+
+
+WRONG = [
+    ("regular", ["--listen-host", "127.0.0.1"], "start mitmdump with --mode reverse:http"),
+    ("reverse:{upstream}", [], "Tokens would cross the network in clear"),
+]
+
+
+@pytest.mark.parametrize(("mode", "arguments", "said"), WRONG, ids=["another mode", "every interface"])
+async def test_a_mitmdump_that_would_not_be_safe_does_not_start(tmp_path, mode, arguments, said):
+    gateways = ledgered(tmp_path, "http://127.0.0.1:9", APPS)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    port = ["--listen-port", str(free_port())]
+    async with mitmdump(tmp_path, gateways, mode.format(upstream="http://127.0.0.1:9"), *arguments, *port) as process:
+        assert await asyncio.wait_for(process.wait(), 20) == 1
+    assert said in (tmp_path / "printed").read_text()
+
+
+async def test_a_policy_with_a_mistake_is_said_with_file_and_line(tmp_path):
+    gateways = ledgered(tmp_path, "http://127.0.0.1:9", APPS)
+    (tmp_path / "policies/apps/app.yaml").write_text("models: {allow: [claude-haiku-4-5]}\ncaps: {mnth: $1}\n")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    async with mitmdump(tmp_path, gateways, "reverse:http://127.0.0.1:9", "--listen-host", "127.0.0.1", "--listen-port", str(free_port())) as process:
+        assert await asyncio.wait_for(process.wait(), 20) == 1
+    assert "app.yaml:2: caps.mnth" in (tmp_path / "printed").read_text()
