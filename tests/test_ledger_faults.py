@@ -213,7 +213,7 @@ async def test_an_outage_is_logged_once_not_once_a_call(ledger, path, caplog):
 
 
 async def test_a_backlog_lets_records_go_but_never_money(ledger, path, monkeypatch, caplog):
-    monkeypatch.setattr("gateway_addon.ledger.sqlite.BACKLOG_MAX", 10)
+    monkeypatch.setattr("gateway_addon.ledger.facade.BACKLOG_MAX", 10)
     held = await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
     turn = os.open(path.with_name("gateway.db-locks") / "write", os.O_RDWR)
     fcntl.flock(turn, fcntl.LOCK_EX)

@@ -1,6 +1,6 @@
 """The ledger: who spent what, and who may spend more. The only rooms that speak SQL."""
 
-from gateway_addon.ledger.sqlite import Ledger
+from gateway_addon.ledger.facade import Ledger
 from gateway_addon.ledger.values import (
     Cap,
     Denied,
