@@ -31,6 +31,16 @@ async def keep_calling(urls, token, chance, stop):
             await asyncio.sleep(0.05)
 
 
+async def in_flight(ledger, count):
+    """Wait until `count` calls hold a reservation: on a busy machine no delay is long enough to promise it."""
+    async with asyncio.timeout(30):
+        while True:
+            with admin.reading(ledger) as db:
+                if db.execute("SELECT count(*) AS open FROM calls WHERE state = 'open'").fetchone()["open"] >= count:
+                    return
+            await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.soak)])
 async def test_a_killed_gateway_loses_no_spend_and_frees_none(tmp_path, kills):
     chance = random.Random(kills)
@@ -41,7 +51,8 @@ async def test_a_killed_gateway_loses_no_spend_and_frees_none(tmp_path, kills):
         urls = [url]
         callers = [asyncio.ensure_future(keep_calling(urls, crashing.tokens["app"], chance, stop)) for _ in range(8)]
         for _ in range(kills):
-            await asyncio.sleep(chance.uniform(0.1, 1.0))
+            await in_flight(crashing.ledger, 3)
+            await asyncio.sleep(chance.uniform(0, 0.2))
             process.kill()
             await process.wait()
             process._transport.close()
