@@ -39,7 +39,7 @@ OWN = {
     "simulator": set(),
     **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "rates", "refusals", "sse", "windows", "yamlfile")},
 }  # fmt: skip
-EDGES = {"__init__", "__main__", "cli", "demo", "inventory", "local", "logs", "provider", "reload", "secret", "serve", "shim", "workers"}
+EDGES = {"__init__", "__main__", "cli", "console", "demo", "inventory", "local", "logs", "provider", "reload", "secret", "serve", "shim", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
 
 ROOMS_OF = {
@@ -51,6 +51,8 @@ ROOMS_OF = {
     "sqlite_utils": {"ledger"},
     "yaml": {"policy", "pricing", "yamlfile"},
     "click": {"cli", "simulator"},
+    "flask": {"console"},
+    "werkzeug": {"console"},
     "tabulate": {"cli", "demo"},
 }
 CLOCKS_AND_FILES = {"time", "os", "pathlib", "io", "tempfile", "shutil", "socket", "subprocess"}

@@ -20,6 +20,7 @@ COMMANDS = {
     "schema": ("schema", "the JSON Schema of policy files, for editors"),
     "serve": ("serve", "run the gateway: a reverse proxy in front of the Claude API"),
     "web": ("serve", "the same under mitmweb, for looking at flows while debugging"),
+    "console": ("console", "the operator's desk: spending, caps, live calls, in a browser"),
     "report": ("report", "what was spent, by whom, on what"),
     "explain": ("explain", "what would happen to a request, rule by rule"),
     "meter": ("meter", "read recorded responses, print usage and cost"),

@@ -1,0 +1,59 @@
+"""`gateway console`: the operator's desk, on a port of its own."""
+
+import ipaddress
+import time
+from pathlib import Path
+
+import click
+
+from gateway_addon.cli.common import Address, ledger_option, policies_option, says_errors, stop
+from gateway_addon.console.app import Console, Policies, server
+from gateway_addon.console.login import LINK_S, Login
+from gateway_addon.ledger import LedgerUnavailable, Server, files
+from gateway_addon.policy import PolicyError
+from gateway_addon.pricing import PriceError
+from gateway_addon.workers import bind
+
+ELSEWHERE = (
+    "The console reads ledgers in a file of this machine, and this one is {0}. gateway report reads both;"
+    " or look at a copy that is a file: --ledger sqlite:///PATH."
+)
+NOT_HERE = (
+    "The console shows what everybody spends, so it listens on this machine alone, not on {0}. From another machine, forward its port:"
+    " ssh -L 8090:127.0.0.1:8090 HOST"
+)
+
+
+@click.command(epilog="Example: gateway console --listen 127.0.0.1:8090")
+@click.option("--listen", type=Address(), default="127.0.0.1:8090", show_default=True, help="Where the page is, on this machine only.")
+@policies_option
+@ledger_option
+@says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError, OSError)
+def console(listen: tuple[str, int], policies: Path, ledger: str) -> None:
+    """See spending against caps, live calls, and every call's story, in a browser. Read-only; opens by the link that it prints."""
+    host, port = listen
+    if host != "localhost" and not _loopback(host):
+        stop(NOT_HERE.format(host))
+    path = files.ledger_path(ledger)
+    if isinstance(path, Server):
+        stop(ELSEWHERE.format(path))
+    desk = Console(path, Policies(policies), Login(time.time()))
+    desk.look()  # the month is read once, before anybody waits for it
+    with bind(host, port) as listener:
+        serving = server(desk, listener)
+    name = f"[{host}]" if ":" in host else host
+    click.echo(f"console  http://{name}:{serving.port}/login/{desk.login.link}")
+    click.echo(f"The link works once, within {LINK_S // 60} minutes. Ctrl-C ends the console; the gateway runs on.", err=True)
+    try:
+        serving.serve_forever()
+    except KeyboardInterrupt:
+        click.echo("", err=True)
+    finally:
+        serving.server_close()
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

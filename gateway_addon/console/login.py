@@ -1,0 +1,35 @@
+"""Who may look: whoever opens the link that the terminal printed, once, and then their browser.
+
+Promises that a link works once and for ten minutes, and that nothing secret is compared in a time that tells how much of it was
+right. Pure: the time comes as an argument.
+"""
+
+import hmac
+import secrets
+from dataclasses import dataclass, field
+
+LINK_S = 600
+SESSION_S = 12 * 3600
+
+
+@dataclass(slots=True)
+class Login:
+    """One console's door, made anew with each start."""
+
+    opened_at: float
+    link: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    _sessions: dict[str, float] = field(default_factory=dict, repr=False)
+    """Cookie -> unix seconds at which it ends."""
+
+    def enter(self, link: str, now: float) -> str | None:
+        """A cookie for whoever brings the link; None where it is wrong, used or too old."""
+        good = bool(self.link) and hmac.compare_digest(link.encode(), self.link.encode()) and now <= self.opened_at + LINK_S
+        if not good:
+            return None
+        self.link = ""
+        cookie = secrets.token_urlsafe(32)
+        self._sessions[cookie] = now + SESSION_S
+        return cookie
+
+    def knows(self, cookie: str, now: float) -> bool:
+        return any(hmac.compare_digest(cookie.encode(), known.encode()) and now <= until for known, until in self._sessions.items())

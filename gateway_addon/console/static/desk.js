@@ -1,0 +1,30 @@
+// Renews the part of the page marked data-refresh every few seconds, while somebody looks at it. What is open stays open, and
+// nothing moves under the hand of whoever is on an element inside it.
+"use strict";
+
+const EVERY_MS = 4000;
+
+async function renew() {
+  const shown = document.querySelector("[data-refresh]");
+  if (!shown || document.hidden) return;
+  const focused = document.activeElement;
+  if (shown.contains(focused) && focused.matches("summary, a, input, select")) return;
+  let answer;
+  try {
+    answer = await fetch(location.href, { headers: { accept: "text/html" } });
+  } catch {
+    return document.body.classList.add("stale"); // the console has ended; the next success says otherwise
+  }
+  document.body.classList.toggle("stale", !answer.ok);
+  if (!answer.ok) return;
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  const fresh = page.getElementById(shown.id);
+  if (!fresh) return;
+  for (const each of shown.querySelectorAll("details[open][id]")) fresh.querySelector(`#${each.id}`)?.setAttribute("open", "");
+  document.title = page.title;
+  shown.replaceWith(document.adoptNode(fresh));
+}
+
+setInterval(renew, EVERY_MS);
+document.addEventListener("visibilitychange", renew);
+for (const select of document.querySelectorAll(".filters select")) select.addEventListener("change", () => select.form.requestSubmit());

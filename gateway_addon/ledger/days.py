@@ -1,0 +1,126 @@
+"""What each day brought, kept in memory while nothing is booked on it: the month at a glance in milliseconds. Read-only.
+
+Promises the same figures as `reports`, which reads every call anew. A day is read again when its balance has moved, when a
+person has changed anything (the audit grew), and, while it is young, when a call was added.
+"""
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from gateway_addon.ledger.book import zone
+from gateway_addon.windows import next_start, starts
+
+type Reading = sqlite3.Connection
+"""One moment of the ledger, as `admin.reading` yields it, for rooms that only hand it on."""
+
+SETTLED_DOWN_S = 3600  # after its end a day gets no further rows of refused calls
+DAY_S = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What one app's calls to one model cost in a day. `served` None: no answer named a model."""
+
+    app: str
+    asked: str
+    served: str | None
+    calls: int
+    spent_nano: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Tokens of a day by the price row that billed them."""
+
+    model: str
+    input_tokens: int
+    cache_read_tokens: int
+    cache_write_5m_tokens: int
+    cache_write_1h_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    start: int
+    """Unix seconds of its first instant in the ledger's zone."""
+    spending: tuple[Spending, ...] = ()
+    cached: tuple[Cached, ...] = ()
+    refusals: tuple[tuple[str, int], ...] = ()
+
+
+_SPENDING = """
+SELECT app, coalesce(model_asked, '(none)'), model_served, count(DISTINCT calls.id), sum(spent_nano)
+FROM calls CROSS JOIN entries ON entries.call_id = calls.id WHERE started_at >= :since AND started_at < :until GROUP BY 1, 2, 3
+"""
+_CACHED = """
+SELECT model, sum(input_tokens), sum(cache_read_tokens), sum(cache_write_5m_tokens + cache_write_unsplit_tokens), sum(cache_write_1h_tokens)
+FROM calls CROSS JOIN usage ON usage.call_id = calls.id
+WHERE started_at >= :since AND started_at < :until AND model IS NOT NULL GROUP BY model
+"""
+_REFUSALS = """
+SELECT refusal, count(*) FROM calls WHERE state = 'refused' AND started_at >= :since AND started_at < :until GROUP BY refusal
+UNION ALL
+SELECT reason, sum(calls) FROM noise WHERE minute >= :since AND minute < :until GROUP BY reason
+"""
+_VERSION = """
+SELECT spent_nano, reserved_nano, open, (SELECT max(id) FROM audit) FROM balances
+WHERE scope = 'total' AND window = 'day' AND window_start = ?
+"""
+_NEWEST = "SELECT (SELECT max(id) FROM calls), (SELECT total(calls) FROM noise WHERE minute >= ?)"
+_APPS = "SELECT substr(scope, 5) FROM balances WHERE scope LIKE 'app:%' AND window = 'ever' ORDER BY scope"
+
+
+@dataclass(slots=True)
+class Days:
+    """One reader's memory of the days."""
+
+    _kept: dict[int, tuple[object, Day]] = field(default_factory=dict)
+
+    def between(self, db: sqlite3.Connection, since: float, now: float) -> list[Day]:
+        """Every day from the one that holds `since` to today."""
+        calendar = zone(db)
+        found, start = [], starts(since, calendar).day
+        while start <= now:
+            end = next_start("day", start, calendar) or start + DAY_S
+            found.append(self._day(db, start, end, now))
+            start = end
+        return found
+
+    def _day(self, db: sqlite3.Connection, start: int, end: int, now: float) -> Day:
+        version: list[object] = [end, *(db.execute(_VERSION, (start,)).fetchone() or ())]
+        if now < end + SETTLED_DOWN_S:
+            version += db.execute(_NEWEST, (start,)).fetchone()
+        known = self._kept.get(start)
+        if known is not None and known[0] == version:
+            return known[1]
+        day = _read(db, start, end)
+        self._kept[start] = (version, day)
+        return day
+
+
+def apps(db: sqlite3.Connection) -> list[str]:
+    """Every app that ever had a call reserved."""
+    return [row[0] for row in db.execute(_APPS).fetchall()]
+
+
+def refusals(days: Iterable[Day]) -> list[tuple[str, int]]:
+    """By code, the most frequent first: calls with a token that were refused, and calls without a valid one."""
+    counted: Counter[str] = Counter()
+    for day in days:
+        counted.update(dict(day.refusals))
+    return sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _read(db: sqlite3.Connection, start: int, end: int) -> Day:
+    span = {"since": start, "until": end}
+    counted: Counter[str] = Counter()
+    for code, calls in db.execute(_REFUSALS, span).fetchall():
+        counted[code] += calls
+    return Day(
+        start,
+        tuple(Spending(*row) for row in db.execute(_SPENDING, span).fetchall()),
+        tuple(Cached(*row) for row in db.execute(_CACHED, span).fetchall()),
+        tuple(counted.items()),
+    )

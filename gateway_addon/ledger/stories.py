@@ -1,0 +1,144 @@
+"""Single calls: found by what is known of them, and told whole. Read-only; the connection yields rows by name (`admin.reading`)."""
+
+import sqlite3
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+State = Literal["open", "settled", "voided", "refused", "free"]
+STATES: tuple[State, ...] = get_args(State)
+PAGE = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to look for; an empty text asks for nothing. `text` is a call's number, or a part of any of its labels."""
+
+    app: str = ""
+    model: str = ""
+    state: str = ""
+    text: str = ""
+    before: int | None = None
+    """Only calls older than the one of this number: the next page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call as listed. Times are unix seconds."""
+
+    id: int
+    state: State
+    app: str
+    team: str | None
+    endpoint: str
+    model_asked: str | None
+    model_served: str | None
+    stream: bool
+    max_tokens: int | None
+    started_at: float
+    first_byte_at: float | None
+    ended_at: float | None
+    quote_nano: int
+    status: int | None
+    refusal: str | None
+    stop_reason: str | None
+    request_id: str | None
+    session_id: str | None
+    agent_id: str | None
+    flags: str
+    token: str
+    spent_nano: int
+    held_nano: int
+
+    @property
+    def drifted(self) -> bool:
+        """Another model answered than was asked for (a dated name of the same model is the same model)."""
+        return drifted(self.model_asked, self.model_served)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One booking, and how the call stood after it."""
+
+    at: float
+    kind: str
+    reserved_nano: int
+    spent_nano: int
+    held_after_nano: int
+    spent_after_nano: int
+    note: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One billed part of the answer."""
+
+    kind: str
+    model: str | None
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_5m_tokens: int
+    cache_write_1h_tokens: int
+    cache_write_unsplit_tokens: int
+    web_search_requests: int
+    nano: int
+    price_row: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    call: Call
+    entries: tuple[Entry, ...]
+    parts: tuple[Part, ...]
+
+
+_LABELS = ("calls.app", "model_asked", "model_served", "refusal", "stop_reason", "request_id", "session_id", "agent_id", "flags")
+_COLUMNS = """calls.id, state, calls.app, team, endpoint, model_asked, model_served, stream, max_tokens, started_at, first_byte_at,
+  ended_at, quote_nano, status, refusal, stop_reason, request_id, session_id, agent_id, flags,
+  trim('#' || token_id || ' ' || coalesce(tokens.label, '')) AS token,
+  (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano,
+  (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = calls.id) AS held_nano"""
+_SEARCH = f"""
+SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id
+WHERE (:app = '' OR calls.app = :app) AND (:model = '' OR :model IN (model_asked, model_served)) AND (:state = '' OR state = :state)
+  AND (:before IS NULL OR calls.id < :before)
+  AND (:text = '' OR CAST(calls.id AS TEXT) = :text OR {" OR ".join(f"instr(lower({label}), lower(:text))" for label in _LABELS)})
+ORDER BY calls.id DESC LIMIT {PAGE + 1}
+"""
+_ENTRIES = """
+SELECT at, kind, reserved_nano, spent_nano, sum(reserved_nano) OVER (ORDER BY id), sum(spent_nano) OVER (ORDER BY id), note
+FROM entries WHERE call_id = ? ORDER BY id
+"""
+_PARTS = f"SELECT {', '.join(Part.__slots__)} FROM usage WHERE call_id = ? ORDER BY part"
+
+
+def drifted(asked: str | None, served: str | None) -> bool:
+    """True where another model answered; `claude-x-20260101` and `claude-x` are one."""
+    if asked is None or served is None or asked == served:
+        return False
+    return not _dated(served, asked) and not _dated(asked, served)
+
+
+def search(db: sqlite3.Connection, wanted: Wanted) -> tuple[list[Call], bool]:
+    """The newest calls that match, at most a page of them, and whether there are older ones."""
+    values = {name: getattr(wanted, name) for name in Wanted.__slots__} | {"text": wanted.text.strip().removeprefix("#")}
+    rows = db.execute(_SEARCH, values).fetchall()
+    return [_call(row) for row in rows[:PAGE]], len(rows) > PAGE
+
+
+def story(db: sqlite3.Connection, call_id: int) -> Story | None:
+    """Everything that the ledger knows of one call; None where there is none of this number."""
+    row = db.execute(f"SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id WHERE calls.id = ?", (call_id,)).fetchone()
+    if row is None:
+        return None
+    entries = tuple(Entry(*each) for each in db.execute(_ENTRIES, (call_id,)).fetchall())
+    return Story(_call(row), entries, tuple(Part(*each) for each in db.execute(_PARTS, (call_id,)).fetchall()))
+
+
+def _call(row: sqlite3.Row) -> Call:
+    return Call(**{name: row[name] for name in Call.__slots__} | {"stream": bool(row["stream"])})
+
+
+def _dated(name: str, model: str) -> bool:
+    rest = name.removeprefix(f"{model}-")
+    return rest != name and rest.isdigit() and len(rest) == 8

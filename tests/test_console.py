@@ -1,0 +1,205 @@
+"""The console: what it shows is what the report says, and it shows it to nobody else."""
+
+import json
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import browser as browsers
+import month
+import pytest
+from click.testing import CliRunner
+
+from gateway_addon.cli.console import console as command
+from gateway_addon.cli.report import report
+from gateway_addon.console.app import COOKIE, Console, Policies, build, server
+from gateway_addon.console.login import LINK_S, SESSION_S, Login
+from gateway_addon.workers import bind
+
+CALLS = 2000
+GATEWAY = "upstream: https://api.anthropic.com\nkey: {env: ANTHROPIC_API_KEY}\ncaps: {month: $2000}\n"
+APP = "models: {allow: [claude-*]}\ncaps: {day: $40, month: $400}\n"
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    return new_desk(tmp_path_factory.mktemp("desk"), CALLS)
+
+
+def new_desk(folder: Path, calls: int) -> Console:
+    (folder / "policies" / "apps").mkdir(parents=True)
+    (folder / "policies" / "gateway.yaml").write_text(GATEWAY)
+    for app in month.APPS:
+        (folder / "policies" / "apps" / f"{app}.yaml").write_text(APP)
+    month.make(folder / "gateway.db", calls, until=time.time())
+    return Console(folder / "gateway.db", Policies(folder / "policies"), Login(time.time()))
+
+
+@pytest.fixture
+def stranger(desk):
+    desk.login = Login(time.time())
+    return build(desk).test_client()
+
+
+@pytest.fixture
+def client(stranger, desk):
+    assert stranger.get(f"/login/{desk.login.link}").status_code == 303
+    return stranger
+
+
+def reported(desk, by):
+    result = CliRunner().invoke(report, ["--ledger", f"sqlite:///{desk.ledger}", "--by", by, "--json"], catch_exceptions=False)
+    return json.loads(result.output)
+
+
+# the numbers
+
+
+def test_the_desk_and_the_report_tell_the_same(desk):
+    seen, by_app, by_model = desk.look(), reported(desk, "app"), reported(desk, "model")
+    assert seen.total.month.spent_nano == by_app["total"]["spent_nano"] > 0
+    assert {each.name: each.month.spent_nano for each in seen.apps} == dict.fromkeys(month.APPS, 0) | {
+        line["key"]: line["spent_nano"] for line in by_app["lines"]
+    }
+    assert {each.name: (each.calls, each.spent_nano) for each in seen.models} == {
+        line["key"]: (line["calls"], line["spent_nano"]) for line in by_model["lines"] if line["calls"]
+    }
+    assert dict(seen.refusals) == by_app["refusals"]
+
+
+def test_spent_held_and_free_make_the_cap(desk):
+    for account in (each.month for each in desk.look().apps):
+        assert account.spent_nano + account.held_nano + account.free_nano == max(account.cap_nano, account.spent_nano + account.held_nano)
+
+
+def test_a_call_tells_its_bookings_parts_and_price_row(client):
+    page = client.get("/calls/1").text
+    assert all(word in page for word in ("reserve", "settle", "message", "claude-"))
+
+
+@pytest.mark.parametrize(("query", "shown"), [("app=reviews", True), ("text=%231", True), ("state=refused", True), ("text=no-such-call", False)])
+def test_calls_are_found_by(client, query, shown):
+    assert ("No call matches" not in client.get(f"/calls?{query}").text) is shown
+
+
+# who may look
+
+
+@pytest.mark.parametrize("path", ["/", "/calls", "/calls/1", "/login/wrong"])
+def test_nobody_sees_a_page_without_the_link(stranger, path):
+    answer = stranger.get(path)
+    assert (answer.status_code, "Open the link again" in answer.text) == (401, True)
+
+
+def test_the_link_works_once(client, desk):
+    assert client.get("/").status_code == 200
+    assert build(desk).test_client().get(f"/login/{desk.login.link or 'used'}").status_code == 401
+
+
+def test_a_link_and_a_session_end():
+    login = Login(0.0)
+    link = login.link
+    assert login.enter(link, LINK_S + 1) is None
+    cookie = login.enter(link, LINK_S)
+    assert cookie is not None
+    assert login.knows(cookie, LINK_S + SESSION_S)
+    assert not login.knows(cookie, LINK_S + SESSION_S + 1)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1:8090"])
+def test_a_page_elsewhere_that_points_its_name_here_gets_nothing(client, host):
+    answer = client.get("/", headers={"Host": host})
+    assert (answer.status_code, "$" in answer.text) == (421, False)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+def test_the_console_only_reads(client, method):
+    assert client.open("/", method=method).status_code == 405
+
+
+@pytest.mark.parametrize("path", ["/", "/calls", "/calls/1", "/calls/999999", "/static/desk.css"])
+def test_every_answer_forbids_what_is_not_its_own(client, path):
+    with client.get(path) as answer:
+        assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+        text = answer.text
+    assert "http://" not in text.replace("http://www.w3.org/", "")
+    assert "https://" not in text
+
+
+def test_the_cookie_is_for_this_site_and_no_script(stranger, desk):
+    cookie = stranger.get(f"/login/{desk.login.link}").headers["Set-Cookie"]
+    assert cookie.startswith(COOKIE)
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--listen", "0.0.0.0:8090"], "listens on this machine alone, not on 0.0.0.0"),
+        (["--ledger", "postgresql://db.example/gateway"], "The console reads ledgers in a file"),
+        (["--ledger", "sqlite:////nowhere/gateway.db"], "there is no ledger at /nowhere/gateway.db"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_a_sentence(desk, options, sentence):
+    common = ["--ledger", f"sqlite:///{desk.ledger}", "--policies", str(desk.policies.folder)]
+    result = CliRunner().invoke(command, [*common, *options])
+    assert (result.exit_code, sentence in result.output) == (2, True), result.output
+
+
+# in a browser
+
+
+@contextmanager
+def served(desk):
+    desk.login = Login(time.time())
+    with bind("127.0.0.1", 0) as listener:
+        serving = server(desk, listener)
+    thread = threading.Thread(target=serving.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{serving.port}"
+    finally:
+        serving.shutdown()
+        thread.join(10)
+        serving.server_close()
+
+
+@pytest.mark.skipif(not (browsers.CHROMIUM and browsers.DRIVER) and "CI" not in os.environ, reason=browsers.MISSING)
+def test_a_browser_shows_it_in_both_themes_and_on_a_phone(desk, tmp_path):
+    """GATEWAY_SCREENSHOTS names a folder that keeps the pictures."""
+    folder = Path(os.environ.get("GATEWAY_SCREENSHOTS", tmp_path / "pictures"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with served(desk) as address, browsers.browser(tmp_path / "profile") as window:
+        window.go(f"{address}/login/{desk.login.link}")
+        shown = window.run("return [...document.querySelectorAll('tr[data-model]')].map(row => [row.dataset.model, Number(row.dataset.nano)])")
+        assert dict(shown) == {line["key"]: line["spent_nano"] for line in reported(desk, "model")["lines"] if line["calls"]}
+        for view, path in (("overview", "/"), ("calls", "/calls"), ("call", "/calls/1")):
+            window.go(address + path)
+            for name, width, dark in (("light", 1280, False), ("dark", 1280, True), ("phone", 390, False)):
+                window.look(width=width, dark=dark)
+                assert window.picture(folder / f"{view}-{name}.png").stat().st_size > 10_000
+                assert window.run("return document.documentElement.scrollWidth - innerWidth") <= 0, (view, name)
+        outside = window.run("return performance.getEntriesByType('resource').map(each => each.name)")
+        assert [name for name in outside if not name.startswith(address)] == []
+
+
+@pytest.mark.soak
+def test_a_month_of_200_000_calls_is_a_page_in_300_ms_and_a_report_in_a_second(tmp_path):
+    desk = new_desk(tmp_path, 200_000)
+    client = build(desk).test_client()
+    client.get(f"/login/{desk.login.link}")
+    desk.look()  # as the command does before it prints its link
+
+    def seconds(work):
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    page, told = min(seconds(lambda: client.get("/")) for _ in range(3)), min(seconds(lambda: reported(desk, "app")) for _ in range(3))
+    print(f"page {page * 1000:.0f} ms, report {told * 1000:.0f} ms", file=sys.stderr)
+    assert page < 0.3
+    assert told < 1.0
