@@ -8,9 +8,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import browser as browsers
+import browser
 import month
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
 
 from gateway_addon.cli.console import console as command
@@ -168,23 +169,75 @@ def served(desk):
         serving.server_close()
 
 
-@pytest.mark.skipif(not (browsers.CHROMIUM and browsers.DRIVER) and "CI" not in os.environ, reason=browsers.MISSING)
-def test_a_browser_shows_it_in_both_themes_and_on_a_phone(desk, tmp_path):
+LOOKS = (("light", 1280), ("dark", 1280), ("phone", 390))
+
+
+@pytest.fixture(scope="module")
+def window(desk):
+    """A page of a browser that has opened the link."""
+    with served(desk) as address, browser.opened() as page:
+        page.goto(f"{address}/login/{desk.login.link}")
+        yield page
+
+
+def views(window):
+    """Every view, as each of its readers sees it."""
+    root = "/".join(window.url.split("/")[:3])
+    for view, path in (("overview", "/"), ("calls", "/calls"), ("call", "/calls/1"), ("nothing", "/calls/999999")):
+        window.goto(root + path)
+        for look, width in LOOKS:
+            window.set_viewport_size({"width": width, "height": 900})
+            window.emulate_media(color_scheme="dark" if look == "dark" else "light")
+            yield f"{view}-{look}"
+
+
+@browser.needed
+def test_the_numbers_on_the_page_are_the_reports(desk, window):
+    window.goto("/".join(window.url.split("/")[:3]))
+    shown = window.eval_on_selector_all("tr[data-model]", "rows => rows.map(row => [row.dataset.model, Number(row.dataset.nano)])")
+    assert dict(shown) == {line["key"]: line["spent_nano"] for line in reported(desk, "model")["lines"] if line["calls"]}
+
+
+@browser.needed
+def test_every_view_fits_its_screen_and_can_be_looked_at(window, tmp_path):
     """GATEWAY_SCREENSHOTS names a folder that keeps the pictures."""
-    folder = Path(os.environ.get("GATEWAY_SCREENSHOTS", tmp_path / "pictures"))
-    folder.mkdir(parents=True, exist_ok=True)
-    with served(desk) as address, browsers.browser(tmp_path / "profile") as window:
-        window.go(f"{address}/login/{desk.login.link}")
-        shown = window.run("return [...document.querySelectorAll('tr[data-model]')].map(row => [row.dataset.model, Number(row.dataset.nano)])")
-        assert dict(shown) == {line["key"]: line["spent_nano"] for line in reported(desk, "model")["lines"] if line["calls"]}
-        for view, path in (("overview", "/"), ("calls", "/calls"), ("call", "/calls/1")):
-            window.go(address + path)
-            for name, width, dark in (("light", 1280, False), ("dark", 1280, True), ("phone", 390, False)):
-                window.look(width=width, dark=dark)
-                assert window.picture(folder / f"{view}-{name}.png").stat().st_size > 10_000
-                assert window.run("return document.documentElement.scrollWidth - innerWidth") <= 0, (view, name)
-        outside = window.run("return performance.getEntriesByType('resource').map(each => each.name)")
-        assert [name for name in outside if not name.startswith(address)] == []
+    folder = Path(os.environ.get("GATEWAY_SCREENSHOTS", tmp_path))
+    for name in views(window):
+        assert len(window.screenshot(path=folder / f"{name}.png", full_page=True)) > 10_000
+        assert window.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, name
+    loaded = window.evaluate("performance.getEntriesByType('resource').map(each => each.name)")
+    assert [name for name in loaded if not name.startswith("http://127.0.0.1:")] == []
+
+
+@browser.needed
+def test_no_view_has_a_serious_fault_for_those_who_see_or_move_otherwise(window):
+    for name in views(window):
+        found = Axe().run(window).response["violations"]
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")] == [], name
+
+
+@browser.needed
+def test_the_keyboard_alone_leads_to_a_calls_story(window):
+    window.goto("/".join(window.url.split("/")[:3]))
+    for expected in ("Skip to the content", "Gateway", "Overview", "Calls"):
+        window.keyboard.press("Tab")
+        assert window.evaluate("document.activeElement.textContent.trim()") == expected
+        assert window.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none", expected
+    with window.expect_navigation():
+        window.keyboard.press("Enter")
+    window.locator("td a, th a").first.focus()
+    with window.expect_navigation():
+        window.keyboard.press("Enter")
+    assert "The money, step by step" in window.inner_text("main")
+
+
+@browser.needed
+def test_the_page_renews_itself_and_keeps_what_is_open(desk, window):
+    window.goto("/".join(window.url.split("/")[:3]))
+    before = window.inner_text(".asof")
+    window.locator("#days-table summary").evaluate("each => { each.parentElement.open = true }")
+    window.wait_for_function("before => document.querySelector('.asof').innerText !== before", arg=before)
+    assert window.locator("#days-table").get_attribute("open") is not None
 
 
 @pytest.mark.soak
