@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import certifi  # brought by mitmproxy, whose own authorities these are
 from mitmproxy import connection, ctx, http, tls
+from mitmproxy.addons import tlsconfig
 from mitmproxy.proxy import mode_specs, server_hooks
 from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers import TCPLayer
@@ -173,6 +174,8 @@ def _address() -> str:
 
 def intercepting(master: Any, upstream: str, capture: str | None, ca_folder: Path) -> None:
     """Make a gateway's master a forward proxy that opens only what is meant for `upstream`."""
+    master.addons.remove(master.addons.get("upstreamtls"))
+    master.addons.add(tlsconfig.TlsConfig())  # with an authority: here clients are shown certificates of the proxy's making
     parts = urlsplit(upstream)
     port = master.options.listen_port  # of the proxy alone: a general one would count as the capture's too
     master.options.update(

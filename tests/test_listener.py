@@ -1,5 +1,6 @@
 """The listener's own certificate."""
 
+import asyncio
 import os
 import ssl
 import subprocess
@@ -50,3 +51,14 @@ def test_a_renewed_certificate_is_taken_and_a_broken_one_is_a_sentence(tls):
         certificate.context(tls)
     with pytest.raises(TlsUnavailable, match="cannot be read"):
         certificate.context(Tls("/nowhere", tls.key))
+
+
+async def test_without_a_certificate_of_the_policy_there_is_no_tls_and_none_is_made_up(tmp_path):
+    untrusting = ssl.create_default_context()
+    untrusting.check_hostname, untrusting.verify_mode = False, ssl.CERT_NONE
+    async with Simulator() as api, gateway(tmp_path, api) as gw:
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await asyncio.open_connection("127.0.0.1", gw.port, ssl=untrusting)
+        await gw.client().messages.create(**HELLO)
+        await gw.quiet()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pem", ".p12", ".cer")]
