@@ -151,7 +151,7 @@ class TestLeaving:
         body = json.dumps(ask(stream=stream, max_tokens=10_000, simulate=wishes)).encode()
         async with raw(api) as (_, writer):
             writer.write(head(body) + body)
-            while not api.book.in_flight:
+            while not api.book.all():
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0.2)
         return await last_row(api)
@@ -195,7 +195,7 @@ class TestLeaving:
     async def test_stopping_the_server_bills_what_is_in_flight(self):
         async with Simulator(behaviour=Behaviour(tokens_per_s=1, output_tokens=100)) as api:
             call = asyncio.create_task(post(api, ask()))
-            while not api.book.in_flight:
+            while not api.book.all():
                 await asyncio.sleep(0.01)
         await asyncio.wait([call])
         [row] = api.book.all()
