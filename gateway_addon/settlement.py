@@ -16,6 +16,8 @@ it used, and otherwise keeps an upper bound, flagged `estimated` with the reason
     after message_start: by an error event                      | settled at exact input + output grant, estimated:stream_error
     with a 200 whose usage cannot be read (pings only, junk)    | settled at the grant, estimated:usage_unreadable
     inside the gateway (a bug)                                  | as above by what is known, estimated:gateway_error
+
+Where an answer did report its input before it went wrong, "at the grant" is that exact input and the output granted.
 """
 
 from dataclasses import dataclass
