@@ -31,10 +31,6 @@ def test_the_reference_of_every_key_is_the_one_that_validates_them():
     assert between[1].strip() == reference().strip()
 
 
-def test_every_command_is_in_the_readme_or_in_the_help_it_points_to():
-    assert "./run.sh --help" in README
-
-
 def test_the_table_of_endings_is_that_of_the_settlement():
     from gateway_addon import settlement
 

@@ -1,10 +1,14 @@
 """The `gateway` command: one module per group of commands, imported only when its command runs."""
 
 import importlib
+import signal
+from typing import Any
 
 import click
 
 from gateway_addon import __version__
+
+INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
 
 COMMANDS = {
     # command: (module, one line for `gateway --help`), in the order in which a newcomer meets them
@@ -47,6 +51,13 @@ class Gateway(click.Group):
         module = importlib.import_module(f"gateway_addon.cli.{COMMANDS[name][0]}")
         command: click.Command = getattr(module, name)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nStopped.", err=True)
+            ctx.exit(INTERRUPTED)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

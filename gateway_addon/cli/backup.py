@@ -11,7 +11,7 @@ from gateway_addon.ledger import LedgerUnavailable, copies, files
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command(epilog="Example: gateway backup /backups/gateway-$(date +%F).db")
+@click.command(epilog="Example: gateway backup /backups/gateway-2026-11-24.db")
 @click.argument("file", type=FILE)
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError, OSError)

@@ -85,7 +85,10 @@ def resume(name: str | None, everything: bool, why: str, policies: Path, ledger:
     click.echo(f"{scope} may call again.")
 
 
-@click.command(epilog="Example: gateway adjust 4711 -- -0.25 --why 'invoice shows less'")
+@click.command(
+    context_settings={"ignore_unknown_options": True},  # -0.25 is an amount
+    epilog="Example: gateway adjust 4711 -0.25 --why 'invoice shows less'",
+)
 @click.argument("call_id", type=int)
 @click.argument("amount")
 @click.option("--why", required=True, help="Kept in the audit trail.")

@@ -42,9 +42,9 @@ def console(listen: tuple[str, int], policies: Path, ledger: str) -> None:
     with bind(host, port) as listener:
         serving = server(desk, listener)
     name = f"[{host}]" if ":" in host else host
-    click.echo(f"console  http://{name}:{serving.port}/login/{desk.login.link}")
-    click.echo(f"The link works once, within {LINK_S // 60} minutes. Ctrl-C ends the console; the gateway runs on.", err=True)
     try:
+        click.echo(f"console  http://{name}:{serving.port}/login/{desk.login.link}")
+        click.echo(f"The link works once, within {LINK_S // 60} minutes. Ctrl-C ends the console; the gateway runs on.", err=True)
         serving.serve_forever()
     except KeyboardInterrupt:
         click.echo("", err=True)

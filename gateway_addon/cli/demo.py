@@ -25,7 +25,7 @@ from gateway_addon.policy import caps, load
 WIDTH = 110
 
 
-@click.command()
+@click.command(epilog="Example: gateway demo")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON instead of telling the story.")
 @click.option("--keep", is_flag=True, help="Keep the folder with its policies, ledger and log, to look around in.")
 @click.pass_context

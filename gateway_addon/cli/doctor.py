@@ -24,7 +24,7 @@ class Check(NamedTuple):
     findings: list[str]
 
 
-@click.command()
+@click.command(epilog="Example: gateway doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @policies_option
 @ledger_option

@@ -20,7 +20,7 @@ from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 
 
-@click.command()
+@click.command(epilog="Example: gateway explain request.json --app reviews")
 @click.argument("request_file", metavar="REQUEST.json", type=click.File("rb"))
 @click.option("--app", "app_name", required=True, help="Whose policy judges the request.")
 @click.option("--beta", "betas", multiple=True, help="A value of anthropic-beta sent with it.")

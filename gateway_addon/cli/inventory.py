@@ -21,7 +21,7 @@ _EXAMPLES_MAX = 3
 _ISSUE = "gateway token issue APP "
 
 
-@click.command()
+@click.command(epilog="Example: gateway inventory ~ /etc --save")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(exists=True, path_type=Path))
 @click.option("--no-ignore", is_flag=True, help="Read what .gitignore names, and installed packages, too.")
 @click.option("--history", is_flag=True, help="Read the shell histories under PATH too.")

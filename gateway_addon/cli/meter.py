@@ -16,7 +16,7 @@ from gateway_addon.pricing import Cost, PriceError, Prices, cost, load
 from gateway_addon.usage import Meter, Usage
 
 
-@click.command()
+@click.command(epilog="Example: gateway meter answer.sse")
 @click.argument("recording", type=click.File("rb"), default="-", metavar="[FILE]")
 @click.option("--jsonl", is_flag=True, help="read rows of JSON, one recorded response each, and print one row for each")
 @click.option("--content-type", default="application/json", show_default=True, help="of a single body; a stream is recognised anyway")

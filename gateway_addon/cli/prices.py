@@ -17,7 +17,7 @@ from gateway_addon.pricing import PriceError, Prices, Rates, Row, load
 _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since", "also")
 
 
-@click.command()
+@click.command(epilog="Example: gateway prices")
 @click.option("--at", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="prices of that day (YYYY-MM-DD) instead of today's")
 @click.option("--policies", type=click.Path(file_okay=False), help="folder that may hold your own prices.yaml  [default: policies]")
 @click.option("--all", "retired", is_flag=True, help="retired models too")

@@ -21,7 +21,7 @@ from gateway_addon.money import cents, dollars
 _HEADINGS = ("calls", "spent", "held", "mean", "cache hits", "out/max", "refused", "change")
 
 
-@click.command()
+@click.command(epilog="Example: gateway report --by model --since 7d")
 @click.option("--by", type=click.Choice(reports.GROUPINGS), default="app", show_default=True, help="What a line stands for.")
 @click.option("--since", metavar="WHEN", help="A date (2026-12-01, UTC) or a while ago (7d, 12h); default: this calendar month.")
 @click.option("--notable", is_flag=True, help="Name the configuration that costs most, and why.")

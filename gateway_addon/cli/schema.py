@@ -10,7 +10,7 @@ from gateway_addon.policy.kinds import record
 _FILES = {"app": ("policies/apps/*.yaml", APP), "gateway": ("policies/gateway.yaml", GATEWAY)}
 
 
-@click.command()
+@click.command(epilog="Example: gateway schema > policies.schema.json")
 @click.argument("file", type=click.Choice(list(_FILES)), default="app")
 def schema(file: str) -> None:
     """Print the JSON Schema of an app's policy file, or of gateway.yaml.

@@ -1,0 +1,94 @@
+"""What all commands owe to whoever types them: an example that works, a place in the README, a clean Ctrl-C."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from gateway_addon.cli import COMMANDS, INTERRUPTED, main
+from gateway_addon.ledger import files
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def named(group: click.Group = main, path: tuple[str, ...] = ()) -> dict[str, click.Command]:
+    """Every command and subcommand by what is typed."""
+    found = {}
+    ctx = click.Context(group)
+    for name in group.list_commands(ctx):
+        command = group.get_command(ctx, name)
+        found[" ".join([*path, name])] = command
+        if isinstance(command, click.Group):
+            found |= named(command, (*path, name))
+    return found
+
+
+ALL = named()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_its_help_ends_with_an_example_that_its_options_take(name, tmp_path, monkeypatch):
+    example = re.search(r"^Example: (.+)$", ALL[name].epilog or "", re.MULTILINE)
+    assert example, f"gateway {name} --help shows no example"
+    typed = shlex.split(re.search(r"gateway ([^&;>)]*)", example[1])[1])
+    command, arguments = main, typed
+    while isinstance(command, click.Group):
+        command = command.get_command(click.Context(command), arguments[0])
+        arguments = arguments[1:]
+    assert " ".join(typed).startswith(name)
+    for path in ("~", "request.json", "answer.sse"):  # what the examples name, and the reader has
+        (tmp_path / path).touch()
+    monkeypatch.chdir(tmp_path)
+    with command.make_context("gateway", arguments):
+        pass
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_readme_shows_how_it_is_called(name):
+    assert re.search(rf"(\./run\.sh|gateway) {name}\b", README)
+
+
+def test_the_help_of_all_fits_a_screen():
+    shown = CliRunner().invoke(main, ["--help"]).output
+    assert len(shown.splitlines()) < 45
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.findall(r"^  (\w+)", shown.partition("Commands:")[2], re.MULTILINE) == list(COMMANDS)
+
+
+def test_a_mistyped_command_is_told_from_the_right_ones():
+    wrong = CliRunner().invoke(main, ["reprot"])
+    assert (wrong.exit_code, "No such command 'reprot'" in wrong.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "said", "code"),
+    [
+        (["meter", "--jsonl"], '{"id": 1, "body": "{}"}\n', "{", INTERRUPTED),
+        (["demo"], "", "The gateway, a process", INTERRUPTED),
+        (["console", "--listen", "127.0.0.1:0"], "", "console", 0),
+    ],
+)
+def test_ctrl_c_ends_it_without_a_traceback_and_leaves_no_process(arguments, given, said, code, tmp_path):
+    (tmp_path / "gateway.yaml").write_text("workspace_geo: global\n")
+    files.create(tmp_path / "gateway.db")
+    where = {"GATEWAY_LEDGER": f"sqlite:///{tmp_path}/gateway.db", "GATEWAY_POLICIES": str(tmp_path), "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "gateway_addon", *arguments], env=os.environ | where, text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdin.write(given)
+    process.stdin.flush()
+    assert next(line for line in process.stdout if said in line)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, "Traceback" in errors) == (code, False), errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not list(tmp_path.glob("gateway-demo-*"))
