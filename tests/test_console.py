@@ -13,11 +13,13 @@ import month
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
 
 from gateway_addon.cli.console import console as command
 from gateway_addon.cli.report import report
 from gateway_addon.console.app import COOKIE, Console, Policies, build, server
 from gateway_addon.console.login import LINK_S, SESSION_S, Login
+from gateway_addon.console.metrics import _labels
 from gateway_addon.workers import bind
 
 CALLS = 2000
@@ -142,6 +144,7 @@ def test_the_cookie_is_for_this_site_and_no_script(stranger, desk):
     [
         (["--listen", "0.0.0.0:8090"], "listens on this machine alone, not on 0.0.0.0"),
         (["--ledger", "postgresql://db.example/gateway"], "The console reads ledgers in a file"),
+        (["--metrics-token", "/dev/null"], "openssl rand -hex 32 > /dev/null"),
         (["--ledger", "sqlite:////nowhere/gateway.db"], "there is no ledger at /nowhere/gateway.db"),
     ],
 )
@@ -149,6 +152,54 @@ def test_what_cannot_be_opened_is_said_in_a_sentence(desk, options, sentence):
     common = ["--ledger", f"sqlite:///{desk.ledger}", "--policies", str(desk.policies.folder)]
     result = CliRunner().invoke(command, [*common, *options])
     assert (result.exit_code, sentence in result.output) == (2, True), result.output
+
+
+# for machines
+
+
+def scrape(desk, token="scraper", sent="Bearer scraper"):
+    desk.metrics_token = token
+    return build(desk).test_client().get("/gateway/metrics", headers={"Authorization": sent})
+
+
+def samples(desk):
+    answer = scrape(desk)
+    assert answer.status_code == 200
+    families = text_string_to_metric_families(answer.text)
+    return {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
+
+
+def test_the_metrics_are_what_the_desk_shows(desk):
+    seen, told = desk.look(), samples(desk)
+    assert told["gateway_spent_dollars", "total", "month"] == pytest.approx(seen.total.month.spent_nano / 10**9, abs=1e-12)
+    assert told["gateway_cap_dollars", "app:reviews", "day"] == 40
+    assert {name: told["gateway_model_calls", name] for name in month.MODELS} == {each.name: each.calls for each in seen.models}
+    assert {code: told["gateway_refused_calls", code] for code, _ in seen.refusals} == dict(seen.refusals)
+    assert told["gateway_policy_broken",] == 0
+
+
+def test_no_label_grows_with_the_calls(desk):
+    assert {name for name, *labels in samples(desk) if len(labels) > 2} == set()
+    scopes = 1 + len(month.APPS)
+    assert len(samples(desk)) <= 10 + 7 * scopes + 2 * len(month.MODELS) + 3
+
+
+@pytest.mark.parametrize(
+    ("token", "sent", "status", "words"),
+    [
+        (None, "Bearer scraper", 403, "--metrics-token FILE"),
+        ("scraper", "", 401, "as a bearer"),
+        ("scraper", "Bearer scrapes", 401, "as a bearer"),
+        ("scraper", "Bearer scraper", 200, "gateway_spent_dollars"),
+    ],
+)
+def test_metrics_are_for_whoever_has_their_token(desk, token, sent, status, words):
+    answer = scrape(desk, token, sent)
+    assert (answer.status_code, words in answer.text, "<html" in answer.text) == (status, True, False)
+
+
+def test_what_a_scope_is_called_cannot_break_the_format():
+    assert _labels({"a": 'x"y\\z\n'}) == '{a="x\\"y\\\\z\\n"}'
 
 
 # in a browser

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import pytest
 from gateway import gateway
 from processes import ledgered
 
+from gateway_addon.console.app import Console, Policies, build
+from gateway_addon.console.login import Login
+from gateway_addon.ledger import copies
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 200, "messages": [{"role": "user", "content": "hi"}]}
@@ -86,6 +90,22 @@ async def test_neither_key_nor_token_is_in_the_process_table_or_in_what_serve_pr
     for secret in (KEY, gateways.tokens["app"]):
         assert not any(found_in(where, secret) for where in [*lines, printed, (tmp_path / "log").read_bytes()])
     assert os.environ.get("SIMULATED_KEY") is None
+
+
+async def test_neither_key_nor_token_is_on_the_console_in_the_metrics_or_in_a_backup(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api) as gw:
+        await one_of_each(gw)
+        await gw.quiet()
+        secrets = (KEY, gw.tokens["app"])
+        copies.backup(tmp_path / "gateway.db", tmp_path / "copy.db")
+        console = Console(tmp_path / "gateway.db", Policies(tmp_path / "policies"), Login(time.time()), metrics_token="scraper")
+        link, client = console.login.link, build(console).test_client()
+        client.get(f"/login/{link}")
+        shown = [client.get(path) for path in ("/", "/calls", "/calls/1", "/calls/2")]
+        shown.append(client.get("/gateway/metrics", headers={"Authorization": "Bearer scraper"}))
+        assert {answer.status_code for answer in shown} == {200}
+        texts = [answer.data for answer in shown] + [(tmp_path / "copy.db").read_bytes()]
+    assert not [secret for secret in secrets for text in texts if found_in(text, secret)]
 
 
 def test_a_key_that_is_missing_is_said_without_a_key_and_points_to_the_demo(tmp_path):

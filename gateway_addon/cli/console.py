@@ -26,10 +26,17 @@ NOT_HERE = (
 
 @click.command(epilog="Example: gateway console --listen 127.0.0.1:8090")
 @click.option("--listen", type=Address(), default="127.0.0.1:8090", show_default=True, help="Where the page is, on this machine only.")
+@click.option(
+    "--metrics-token",
+    "token_file",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Serve /gateway/metrics to whoever sends this file's text as a bearer token.",
+)
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError, OSError)
-def console(listen: tuple[str, int], policies: Path, ledger: str) -> None:
+def console(listen: tuple[str, int], token_file: Path | None, policies: Path, ledger: str) -> None:
     """See spending against caps, live calls, and every call's story, in a browser. Read-only; opens by the link that it prints."""
     host, port = listen
     if host != "localhost" and not _loopback(host):
@@ -37,7 +44,10 @@ def console(listen: tuple[str, int], policies: Path, ledger: str) -> None:
     path = files.ledger_path(ledger)
     if isinstance(path, Server):
         stop(ELSEWHERE.format(path))
-    desk = Console(path, Policies(policies), Login(time.time()))
+    token = token_file.read_text().strip() if token_file else None
+    if token == "":
+        stop(f"{token_file} is empty. Put a long random text in it: openssl rand -hex 32 > {token_file}")
+    desk = Console(path, Policies(policies), Login(time.time()), metrics_token=token)
     desk.look()  # the month is read once, before anybody waits for it
     with bind(host, port) as listener:
         serving = server(desk, listener)

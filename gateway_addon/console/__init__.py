@@ -2,4 +2,5 @@
 
     login   the one-time link and the cookie          desk    what there is to see, as values
     app     routes, headers, the server                charts  the geometry of the drawings
+    metrics the same for machines
 """

@@ -5,6 +5,7 @@ answer no other name than this machine's (a web page that points its name here g
 edge: it reads the clock, and the policy files when they change.
 """
 
+import hmac
 import socket
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 from werkzeug.wrappers import Response as AnyResponse
 
-from gateway_addon.console import charts, desk
+from gateway_addon.console import charts, desk, metrics
 from gateway_addon.console.login import SESSION_S, Login
 from gateway_addon.ledger import LedgerUnavailable, admin, book, stories
 from gateway_addon.ledger.days import Days, Reading
@@ -73,6 +74,8 @@ class Console:
     login: Login
     clock: Callable[[], float] = time.time
     memory: Days = field(default_factory=Days)
+    metrics_token: str | None = field(default=None, repr=False)
+    """What a scraper must bring; None: there are no metrics."""
 
     def look(self) -> desk.Desk:
         with admin.reading(self.ledger) as db:
@@ -91,6 +94,7 @@ def build(console: Console) -> Flask:
     app.register_error_handler(LedgerUnavailable, lambda error: _problem("The ledger is out of reach", str(error), 503))
     app.add_url_rule("/login/<link>", "enter", lambda link: _enter(console, link))
     app.add_url_rule("/", "overview", lambda: _overview(console))
+    app.add_url_rule("/gateway/metrics", "metrics", lambda: _metrics(console))
     app.add_url_rule("/calls", "calls", lambda: _calls(console))
     app.add_url_rule("/calls/<int:call_id>", "call", lambda call_id: _call(console, call_id))
     return app
@@ -101,7 +105,13 @@ def _admit(console: Console) -> None:
         abort(421)
     if request.method not in ("GET", "HEAD"):
         abort(405)
-    if request.endpoint not in ("enter", "static") and not console.login.knows(request.cookies.get(COOKIE, ""), console.clock()):
+    if request.endpoint == "metrics":
+        if console.metrics_token is None:
+            abort(403)
+        given = request.headers.get("Authorization", "").encode()
+        if not hmac.compare_digest(given, f"Bearer {console.metrics_token}".encode()):
+            abort(401)
+    elif request.endpoint not in ("enter", "static") and not console.login.knows(request.cookies.get(COOKIE, ""), console.clock()):
         abort(401)
 
 
@@ -123,6 +133,11 @@ def _overview(console: Console) -> Response:
     with admin.reading(console.ledger) as db:
         seen = desk.look(db, console.policies(), console.memory, console.ledger, console.clock())
         return _page("overview.html", db, desk=seen, problem=console.policies.problem)
+
+
+def _metrics(console: Console) -> Response:
+    text = metrics.exposition(console.look(), policy_broken=console.policies.problem is not None)
+    return Response(text, content_type=metrics.CONTENT_TYPE)
 
 
 def _calls(console: Console) -> Response:
@@ -157,7 +172,10 @@ def _call(console: Console, call_id: int) -> Response:
 
 
 def _say(error: HTTPException) -> Response:
-    """A problem as a page of its own, with the way out."""
+    """A problem as a page of its own, or for a scraper as a line, with the way out."""
+    if request.endpoint == "metrics":
+        ways_out = {401: "Send the token of --metrics-token as a bearer.", 403: "Start gateway console with --metrics-token FILE."}
+        return Response(ways_out.get(error.code or 500, error.description), error.code, content_type="text/plain; charset=utf-8")
     sentences = {
         401: ("Open the link again", "This page opens by the link that gateway console printed. It works once, for ten minutes: "
               "stop the command and start it again for a new one."),
