@@ -28,12 +28,13 @@ from gateway_addon.door import Door, Offer
 from gateway_addon.grants import TICK_S, Pace
 from gateway_addon.ledger import Denied, Ledger, LedgerUnavailable, NewCall, Outcome, RateLimits, Resolution, Token, app_scope, scopes
 from gateway_addon.money import cents
+from gateway_addon.noise import Noise
 from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, caps, edits, judge
 from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
-from gateway_addon.sentences import cut_sentence, denied, headroom, over_request_cap, paused
+from gateway_addon.sentences import cut_sentence, denied, headroom, noisy, over_request_cap, paused
 from gateway_addon.settlement import EndedBy, Void, drifted, settle
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Gate:
         self._limits_at = -math.inf
         self._top_ups: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
+        self._noise = Noise()
 
     # -- arrive
 
@@ -102,8 +104,9 @@ class Gate:
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
         if isinstance(token, Refusal):
-            self.ledger.noise(token.code, now=now)
-            return token
+            noise = noisy(peer, now) if self._noise.too_much(peer, now) else token
+            self.ledger.noise(noise.code, now=now)
+            return noise
         app = self.policy.apps.get(token.app)
         if app is not None and (pause := next((each for each in pauses if each.scope in scopes(app.name, app.team)), None)):
             return self._refused(app, token, str(endpoint), paused(pause), now)

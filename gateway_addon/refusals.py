@@ -27,6 +27,7 @@ TABLE: dict[str, Row] = {
     "token_expired": Row(401, "authentication_error", False),
     "token_conflict": Row(401, "authentication_error", False),
     "token_address": Row(401, "authentication_error", False),
+    "token_noise": Row(429, "rate_limit_error", False),
     "token_proxy": Row(407, "authentication_error", False),
     # what
     "app_unknown": Row(403, "permission_error", False),

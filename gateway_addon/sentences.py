@@ -6,8 +6,10 @@ Each names the app, the limit with its amounts, and the way out. Knows the ledge
 from datetime import UTC, datetime
 
 from gateway_addon.bounds import Quote
+from gateway_addon.identity import ISSUE
 from gateway_addon.ledger import Denied, Pause, Standing
 from gateway_addon.money import cents, dollars
+from gateway_addon.noise import FAILURES_PER_MINUTE
 from gateway_addon.policy import AppPolicy
 from gateway_addon.rates import Shortage
 from gateway_addon.refusals import Refusal
@@ -46,6 +48,13 @@ def paused(pause: Pause) -> Refusal:
     until = "until it is resumed" if pause.until is None else f"until {_time(pause.until)}"
     why = f" ({pause.why})" if pause.why else ""
     return Refusal("app_paused", f"{_scope(pause.scope)} is paused {until}{why}. The operator can end it: gateway resume.")
+
+
+def noisy(peer: str, now: float) -> Refusal:
+    """An address without a valid token has had its answers of this minute."""
+    wait_s = 60 - int(now) % 60
+    sentence = f"{peer} has sent more than {FAILURES_PER_MINUTE} requests without a valid token in this minute"
+    return Refusal("token_noise", f"{sentence}. Stop what sends them; a valid token is served at any time. {ISSUE}.", wait_s)
 
 
 def headroom(app: AppPolicy, short: Shortage) -> Refusal:

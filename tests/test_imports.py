@@ -17,15 +17,15 @@ OWN = {
     "listener": {"policy"},
     "dispatch": set(),
     "gate": {
-        "alerts", "answers", "bounds", "door", "grants", "identity", "ledger", "money", "policy", "pricing", "rates", "reading", "refusals",
-        "running", "sentences", "settlement",
+        "alerts", "answers", "bounds", "door", "grants", "identity", "ledger", "money", "noise", "policy", "pricing", "rates", "reading",
+        "refusals", "running", "sentences", "settlement",
     },
     "alerts": {"ledger", "money", "policy"},
     "answers": {"ledger", "money", "policy", "pricing"},
     "door": {"grants", "ledger"},
     "settlement": {"ledger", "pricing", "running", "usage"},
     "running": {"bounds", "grants", "ledger", "policy", "pricing", "reading", "usage"},
-    "sentences": {"bounds", "ledger", "money", "policy", "rates", "refusals", "running"},
+    "sentences": {"bounds", "identity", "ledger", "money", "noise", "policy", "rates", "refusals", "running"},
     "bounds": {"fields", "money", "policy", "pricing", "reading", "refusals", "survey"},
     "policy": {"money", "pricing", "reading", "refusals", "survey", "yamlfile"},
     "pricing": {"money", "usage", "yamlfile"},
@@ -37,7 +37,7 @@ OWN = {
     "ledger": {"money", "windows"},
     "identity": {"refusals"},
     "simulator": set(),
-    **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "rates", "refusals", "sse", "windows", "yamlfile")},
+    **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "noise", "rates", "refusals", "sse", "windows", "yamlfile")},
 }  # fmt: skip
 EDGES = {"__init__", "__main__", "cli", "console", "demo", "inventory", "local", "logs", "provider", "reload", "secret", "serve", "shim", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""

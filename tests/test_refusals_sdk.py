@@ -157,6 +157,7 @@ CASES = [
 ELSEWHERE = {
     # a code that the SDK cannot provoke here: where it is shown
     "token_missing": "the SDK sends a credential with every call: tests/test_wire.py",
+    "token_noise": "sixty refusals come before it: tests/test_noise.py",
     "token_proxy": "gateway local alone: tests/test_local.py",
     "upgrade": "the SDK does not upgrade: tests/test_wire.py",
     "request": "the SDK's HTTP is well-formed: tests/test_wire.py",

@@ -1,0 +1,41 @@
+"""Noise is limited by address, bounded in memory, and never in the way of a valid token."""
+
+import httpx2
+from gateway import gateway
+
+from gateway_addon import identity
+from gateway_addon.noise import ADDRESSES_MAX, FAILURES_PER_MINUTE, Noise
+from gateway_addon.simulator import Simulator
+
+NOON = 1_800_000_000.0 - 1_800_000_000 % 60
+
+
+def test_an_address_has_its_answers_of_a_minute_and_new_ones_in_the_next():
+    noise = Noise()
+    assert [noise.too_much("10.0.0.1", NOON + 0.9 * second) for second in range(FAILURES_PER_MINUTE)] == [False] * FAILURES_PER_MINUTE
+    assert noise.too_much("10.0.0.1", NOON + 59)
+    assert not noise.too_much("10.0.0.2", NOON + 59), "another address has its own"
+    assert not noise.too_much("10.0.0.1", NOON + 60)
+
+
+def test_ever_new_addresses_share_one_count():
+    noise = Noise()
+    for number in range(ADDRESSES_MAX + FAILURES_PER_MINUTE):
+        assert not noise.too_much(f"address {number}", NOON)
+    assert noise.too_much("one more", NOON)
+    assert not noise.too_much("address 0", NOON), "and who was there before is not touched by them"
+
+
+async def test_noise_is_limited_and_counted_and_a_valid_token_from_the_same_address_passes(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
+        wrong = {"x-api-key": identity.mint()}
+        answers = [await http.post("/v1/messages", headers=wrong, content=b"{}") for _ in range(2 * FAILURES_PER_MINUTE + 2)]
+        limited = [each for each in answers if each.status_code == 429]
+        assert len(limited) >= 2, "sixty a minute, whichever minute it is"
+        assert limited[-1].headers["x-gateway-refusal"] == "token_noise"
+        assert 1 <= int(limited[-1].headers["retry-after"]) <= 60
+        assert "127.0.0.1" in limited[-1].json()["error"]["message"]
+        assert {each.status_code for each in answers} == {401, 429}
+        models = await http.get("/v1/models", headers={"x-api-key": gw.tokens["app"]})
+        assert models.status_code == 200
+        assert [row.target for row in (await api.settled()).all()] == ["/v1/models"], "none of it reached the API"
