@@ -1,121 +1,100 @@
-"""Who hears of a cap before it is reached: once per scope, window and threshold, over all processes.
+"""What a person should hear of, as values: a cap that fills up, a bill above its grant, another model than the one asked for, a key
+that the provider does not take, a policy that is not in force.
 
-Promises that an alert never delays a call and never carries a secret, and that a delivery is tried four times; whatever came of
-it, the alert stands in the log and in `gateway report --alerts`. An edge: it speaks to a webhook.
+Promises that an alert holds no secret: names, amounts and places, never a value from a policy file, a header or a body. Each has a
+`once`, by which the ledger sees to it that it is told once over all processes. Pure; herald.py tells them.
 """
 
-import asyncio
 import json
-import logging
-import urllib.request
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Standing
+from gateway_addon.ledger import Alert, Facts, Resolution, Standing, app_scope
 from gateway_addon.money import cents
-from gateway_addon.policy import Alerts, AppPolicy, GatewayPolicy, Source
-
-logger = logging.getLogger(__name__)
+from gateway_addon.policy import Alerts, GatewayPolicy, Source
 
 THRESHOLDS_PERCENT = (50, 80, 95, 100)  # where the policy does not say
-RETRY_AFTER_S = (1.0, 5.0, 30.0)
-POST_TIMEOUT_S = 10.0
+HOUR_S, DAY_S = 3600, 86_400
 
 
-def due(standing: Standing, thresholds_percent: Iterable[int]) -> list[int]:
-    """The thresholds of a cap that what is spent has reached."""
+def rule(policy: GatewayPolicy, scope: str) -> Alerts:
+    """Who hears of what in a scope: as the app's own policy says, and where it is silent as gateway.yaml does."""
+    common = policy.alerts
+    app = policy.apps.get(scope.removeprefix("app:")) if scope.startswith("app:") else None
+    own = app.alerts if app is not None else common
+    at_percent = own.at_percent or common.at_percent or THRESHOLDS_PERCENT
+    if own.webhook is not None:
+        return Alerts(at_percent, own.webhook, own.format)
+    return Alerts(at_percent, common.webhook, common.format)
+
+
+def passed(standing: Standing, thresholds_percent: Iterable[int]) -> list[Alert]:
+    """An alert for each threshold of a cap that what is spent has reached, the lowest first."""
     if not standing.cap_nano:
         return []
-    return [percent for percent in sorted(thresholds_percent) if standing.spent_nano * 100 >= standing.cap_nano * percent]
+    reached = [percent for percent in sorted(thresholds_percent) if standing.spent_nano * 100 >= standing.cap_nano * percent]
+    return [_threshold(standing, percent) for percent in reached]
 
 
-def sentence(standing: Standing, percent: int) -> str:
-    """An alert for a person."""
-    kind, _, name = standing.scope.partition(":")
-    who = f"{kind} {name}" if name else "all apps together"
+def _threshold(standing: Standing, percent: int) -> Alert:
+    who = "all apps together" if standing.scope == "total" else standing.scope.replace(":", " ")
     when = {"day": "today", "week": "this week", "month": "this month", "ever": "in all"}[standing.window]
-    return f"{who} spent {cents(standing.spent_nano)} of {cents(standing.cap_nano or 0)} {when} ({percent} % of the cap reached)"
-
-
-def payload(address: str, text: str, facts: dict[str, object]) -> bytes:
-    """What a webhook gets: plain JSON, or Slack's own form, which takes a text alone."""
-    slack = (urlsplit(address).hostname or "").endswith("slack.com")
-    return json.dumps({"text": f"gateway: {text}"} if slack else {"text": f"gateway: {text}", **facts}).encode()
-
-
-class Alerter:
-    """One process's alerts. `secret` resolves a webhook's address; where it raises, only that delivery is lost."""
-
-    def __init__(self, ledger: Ledger, secret: Callable[[Source], str], clock: Callable[[], float]):
-        self._ledger, self._secret, self._clock = ledger, secret, clock
-        self._told: set[tuple[str, str, int, int]] = set()
-        self._tasks: set[asyncio.Task[object]] = set()
-
-    def look(self, standings: Iterable[Standing], policy: GatewayPolicy, app: AppPolicy) -> None:
-        """Look at the caps over an app that has spent something."""
-        for standing in standings:
-            rule = app.alerts if standing.scope.startswith("app:") else policy.alerts
-            for percent in due(standing, rule.at_percent or THRESHOLDS_PERCENT):
-                known = (standing.scope, standing.window, standing.starts_at, percent)
-                if known not in self._told:
-                    self._told.add(known)
-                    self._start(self._once(standing, percent, rule))
-
-    def notice(self, text: str, rule: Alerts) -> None:
-        """Say something that is worth a person's attention each time: a bill above its grant, another model than asked."""
-        logger.warning("%s", text)
-        if rule.webhook is not None:
-            self._start(self._post(rule.webhook, text, {"at": self._clock()}))
-
-    async def stop(self) -> None:
-        """Let deliveries go; what the ledger does not know as delivered is in `gateway report --alerts` all the same."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _start(self, work: Coroutine[Any, Any, object]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _once(self, standing: Standing, percent: int, rule: Alerts) -> None:
-        try:
-            if not await self._ledger.alert_once(standing, percent, now=self._clock()):
-                return
-        except LedgerUnavailable as error:
-            logger.warning("An alert waits for the ledger: %s", error)
-            self._told.discard((standing.scope, standing.window, standing.starts_at, percent))
-            return
-        text = sentence(standing, percent)
-        logger.warning("Alert: %s", text)
-        if rule.webhook is None:
-            return
-        facts = {
-            "scope": standing.scope,
+    cap_nano = standing.cap_nano or 0
+    return Alert(
+        "threshold",
+        standing.scope,
+        f"{standing.window} {standing.starts_at} {percent}",
+        f"{who} spent {cents(standing.spent_nano)} of {cents(cap_nano)} {when} ({percent} % of the cap reached)",
+        {
             "window": standing.window,
+            "window_start": standing.starts_at,
             "threshold_percent": percent,
             "spent_nano": standing.spent_nano,
-            "cap_nano": standing.cap_nano,
+            "cap_nano": cap_nano,
             "resets_at": standing.resets_at,
-        }
-        if await self._post(rule.webhook, text, facts):
-            self._ledger.alert_delivered(standing, percent, now=self._clock())
-
-    async def _post(self, webhook: Source, text: str, facts: dict[str, object]) -> bool:
-        for wait_s in (*RETRY_AFTER_S, None):
-            try:
-                address = self._secret(webhook)
-                await asyncio.to_thread(_send, address, payload(address, text, facts))
-                return True
-            except Exception as error:  # the address is a secret, so only the kind of failure is said
-                logger.warning("The alerts' webhook failed (%s)%s.", type(error).__name__, "" if wait_s else "; it is not tried again")
-            if wait_s is not None:
-                await asyncio.sleep(wait_s)
-        return False
+        },
+    )
 
 
-def _send(address: str, body: bytes) -> None:
-    request = urllib.request.Request(address, body, {"content-type": "application/json"}, method="POST")
-    with urllib.request.urlopen(request, timeout=POST_TIMEOUT_S):
-        pass
+def overrun(app: str, model: str, call_id: int, bill: Resolution, now: float) -> Alert:
+    """A call cost more than was held for it. Once a day for an app and model: it is held back until cleared, so more say nothing new."""
+    sentence = (
+        f"a call of app {app} cost {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: {model} passed its "
+        f"declared pace. It is reserved whole until: gateway overrun clear {model}"
+    )
+    facts: Facts = {"model": model, "call_id": call_id, "spent_nano": bill.spent_nano, "held_nano": bill.held_nano}
+    return Alert("overrun", app_scope(app), f"{model} {int(now) // DAY_S}", sentence, facts)
+
+
+def drift(app: str, asked: str, served: str, call_id: int, now: float) -> Alert:
+    """Another model answered an app whose policy demands the one it asks for. Once a day for each pair."""
+    sentence = f"app {app} asked for {asked} and {served} answered (call {call_id}): gateway report --by served shows since when"
+    facts: Facts = {"asked": asked, "served": served, "call_id": call_id}
+    return Alert("drift", app_scope(app), f"{asked} {served} {int(now) // DAY_S}", sentence, facts)
+
+
+def key_refused(source: Source, now: float) -> Alert:
+    """The provider does not take the real key. Once an hour while it lasts."""
+    sentence = f"the Claude API does not take the real key (401): see where policies/gateway.yaml reads it from (key: {source.kind})"
+    return Alert("key_refused", "total", str(int(now) // HOUR_S), sentence, {"status": 401})
+
+
+def policy_broken(problem: str, digest: str, now: float) -> Alert:
+    """A saved policy is not in force. `problem` may quote a mistyped secret, so only the place that it begins with is told."""
+    place = re.match(r"\S+:\d+", problem)
+    where = place[0] if place else "policies"
+    sentence = f"a saved policy is not in force ({where}); what was before it still is. What is wrong: gateway check"
+    return Alert("policy", "total", f"{where} {int(now) // HOUR_S}", sentence, {"place": where, "in_force": digest[:12]})
+
+
+def payload(alert: Alert, at: float, address: str, form: str | None) -> bytes:
+    """What a webhook gets: `json`, or Slack's own form, which takes a text alone. `form` None: as the address's host suggests."""
+    text = f"gateway: {alert.sentence}"
+    if (form or ("slack" if urlsplit(address).hostname == "hooks.slack.com" else "json")) == "slack":
+        for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):  # Slack's three control characters
+            text = text.replace(character, entity)
+        return json.dumps({"text": text}).encode()
+    when = datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+    return json.dumps({"text": text, "kind": alert.kind, "scope": alert.scope, "at": when, **alert.facts}).encode()

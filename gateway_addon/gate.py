@@ -20,14 +20,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from gateway_addon import identity, reading
-from gateway_addon.alerts import Alerter
+from gateway_addon import alerts, identity, reading
 from gateway_addon.answers import Answer, me
 from gateway_addon.bounds import Quote, quote
 from gateway_addon.door import Door, Offer
 from gateway_addon.grants import TICK_S, Pace
-from gateway_addon.ledger import Denied, Ledger, LedgerUnavailable, NewCall, Outcome, RateLimits, Resolution, Token, app_scope, scopes
-from gateway_addon.money import cents
+from gateway_addon.herald import Herald
+from gateway_addon.ledger import (
+    Alert,
+    Denied,
+    Ledger,
+    LedgerUnavailable,
+    NewCall,
+    Outcome,
+    RateLimits,
+    Resolution,
+    Token,
+    app_scope,
+    scopes,
+)
 from gateway_addon.noise import Noise
 from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, caps, edits, judge
 from gateway_addon.rates import shortage
@@ -67,15 +78,13 @@ class Gate:
     """One process's door. `policy` is replaced whole by a reload; calls in flight keep the one they came under."""
 
     def __init__(
-        self, ledger: Ledger, policy: GatewayPolicy, clock: Callable[[], float], alerter: Alerter | None = None, entrance: str = ""
+        self, ledger: Ledger, policy: GatewayPolicy, clock: Callable[[], float], herald: Herald | None = None, entrance: str = ""
     ):
         """`clock` returns unix seconds; it paces top-ups only, every decision takes its `now` from the caller.
 
         `entrance` stands before the endpoint in each call's row: which door it came by, where there are several.
         """
-        self._alerter = alerter
         self._entrance = entrance
-        self._spenders: set[str] = set()
         self.ledger = ledger
         self._clock = clock
         self.policy = policy
@@ -83,6 +92,9 @@ class Gate:
         """Why the files on disk are not in force, after a reload that failed."""
         self._running: dict[Running, Callable[[str], None]] = {}
         self._door = Door(ledger)
+        self._herald = herald
+        self._entrance = entrance
+        self._heralding: asyncio.Task[None] | None = None
         self._limits_at = -math.inf
         self._top_ups: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -212,15 +224,18 @@ class Gate:
             self._hurry.set()
 
     def start(self) -> None:
-        """Begin to top running streams up, in the running loop."""
+        """Begin to top running streams up and to tell alerts, in the running loop."""
         self._top_ups = asyncio.ensure_future(self._keep_topping_up())
+        if self._herald is not None:
+            self._heralding = asyncio.ensure_future(self._herald.run(lambda: self.policy))
 
     async def stop(self) -> None:
         """Write what is waiting and let the ledger go."""
-        if self._top_ups is not None:
-            self._top_ups.cancel()
-        if self._alerter is not None:
-            await self._alerter.stop()
+        for task in (self._top_ups, self._heralding):
+            if task is not None:
+                task.cancel()
+        if self._herald is not None:
+            await self._herald.stop()
         await self.ledger.close()
 
     async def _keep_topping_up(self) -> None:
@@ -231,7 +246,6 @@ class Gate:
             try:
                 await self.top_up(self._clock())
                 await self._cut_paused(self._clock())
-                await self._alert(self._clock())
             except LedgerUnavailable as error:
                 logger.warning("Running streams could not be topped up: %s", error)
             except Exception:
@@ -256,14 +270,6 @@ class Gate:
             if paused_now & set(running.ticket.scopes):
                 cut("paused")
 
-    async def _alert(self, now: float) -> None:
-        """Hold the caps of whoever has spent something against the thresholds. Raises LedgerUnavailable."""
-        spenders, self._spenders = self._spenders, set()
-        for app in (self.policy.apps[name] for name in spenders if name in self.policy.apps):
-            standings = await self.ledger.standing(scopes(app.name, app.team), caps(self.policy, app), now=now)
-            if self._alerter is not None:
-                self._alerter.look(standings, self.policy, app)
-
     def cut_refusal(self, running: Running) -> Refusal:
         """Why the gateway ends a running call."""
         return Refusal("app_paused" if running.cut == "paused" else "cap_spent", cut_sentence(running))
@@ -280,27 +286,22 @@ class Gate:
             return
         written = self.ledger.settle(call_id, result, now=now)
         self._later(written)
+        written.add_done_callback(partial(self._look_for_overrun, running, now))
         app, served = running.ticket.app, result.outcome.model_served
-        self._spenders.add(app.name)
         if app.served == "exact" and served is not None and drifted(running, served):
-            self._notice(f"App {app.name} asked for {running.ticket.reading.model} and {served} answered (call {call_id}).", app)
-        written.add_done_callback(partial(self._look_for_overrun, running))
+            self.tell(alerts.drift(app.name, running.ticket.reading.model, served, call_id, now))
 
-    def _look_for_overrun(self, running: Running, written: "asyncio.Future[Resolution]") -> None:
-        if written.cancelled() or written.exception() is not None or not written.result().overrun:
-            return
-        over, model = written.result(), running.ticket.reading.model
-        self._notice(
-            f"A call of app {running.ticket.app.name} cost {cents(over.spent_nano)}, more than the {cents(over.held_nano)} held for it: "
-            f"{model} passed its declared pace. It is reserved whole until gateway overrun clear {model}.",
-            running.ticket.app,
-        )
+    def _look_for_overrun(self, running: Running, now: float, written: "asyncio.Future[Resolution]") -> None:
+        if not written.cancelled() and written.exception() is None and written.result().overrun:
+            ticket = running.ticket
+            self.tell(alerts.overrun(ticket.app.name, ticket.reading.model, ticket.call_id, written.result(), now))
 
-    def _notice(self, text: str, app: AppPolicy) -> None:
-        if self._alerter is not None:
-            self._alerter.notice(text, app.alerts if app.alerts.webhook is not None else self.policy.alerts)
+    def tell(self, alert: Alert) -> None:
+        """Let a person hear of something. Never waits."""
+        if self._herald is not None:
+            self._herald.tell(alert)
         else:
-            logger.warning("%s", text)
+            logger.warning("%s", alert.sentence)
 
     def close_free(self, free: Pass, status: int | None, now: float) -> None:
         """Keep a row of a call that cost nothing."""
@@ -339,9 +340,8 @@ class Gate:
         if limits and (status == 429 or now - self._limits_at >= LIMITS_EVERY_S):
             self._limits_at = now
             self.ledger.ratelimits(limits, now=now)
-        if status in (401, 403) and not arrived.policy.upstream.startswith("http://"):
-            source = arrived.policy.key
-            logger.error("The Claude API answered %d: does it take the key read from %s %s?", status, source.kind, source.value)
+        if status == 401:
+            self.tell(alerts.key_refused(arrived.policy.key, now))
 
 
 def _offers(

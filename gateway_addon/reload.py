@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from gateway_addon.alerts import policy_broken
 from gateway_addon.gate import Gate
 from gateway_addon.ledger import Ledger, LedgerUnavailable, admin
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
@@ -64,6 +65,7 @@ class Watcher:
     def _problem(self, sentence: str) -> None:
         if sentence != self._gate.policy_problem:
             logger.error("%s The policy in force stays %s.", sentence, self._gate.policy.digest[:12])
+            self._gate.tell(policy_broken(sentence, self._gate.policy.digest, time.time()))
         self._gate.policy_problem = sentence
 
 

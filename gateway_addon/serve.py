@@ -24,9 +24,9 @@ from mitmproxy.tools.web.master import WebMaster
 from OpenSSL import SSL
 
 from gateway_addon.addon import REQUIRED_OPTIONS, GatewayAddon
-from gateway_addon.alerts import Alerter
 from gateway_addon.dispatch import Dispatch, fits
 from gateway_addon.gate import Gate
+from gateway_addon.herald import Herald
 from gateway_addon.ledger import Ledger, Server
 from gateway_addon.ledger.files import ledger_path, state_folder
 from gateway_addon.listener import Certificate
@@ -147,8 +147,8 @@ async def assembled(
     key()  # a missing key is said now, not to the first caller
     ledger = await Ledger.open(ledger_url)
     await align(ledger, policy, saved_by(policies))
-    alerter = Alerter(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
-    gate = Gate(ledger, policy, time.time, alerter, entrance)
+    herald = Herald(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
+    gate = Gate(ledger, policy, time.time, herald, entrance)
     refused = asyncio.Event()
     addon = make(gate, key, key_refused=refused.set)
     watcher = Watcher(policies, gate)

@@ -57,9 +57,10 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
         flags = (*flags, "drift")
 
     def outcome(*more: str, complete: bool = False, price_rows: str | None = None) -> Outcome:
-        stop_reason = usage.stop_reason if usage else None
+        said = usage or Usage()
         return Outcome(
-            running.status, served, stop_reason, running.request_id, running.first_byte_at, complete, price_rows, flags + more
+            running.status, served, said.stop_reason, running.request_id, running.first_byte_at, complete, price_rows, flags + more,
+            said.service_tier, said.speed, said.inference_geo,
         )  # fmt: skip
 
     def estimated(reason: str) -> Settlement:

@@ -10,13 +10,17 @@ from contextlib import contextmanager
 
 import pytest
 from gateway import gateway
+from ledgers import NOON, new_ledger, rows
 
-from gateway_addon.alerts import THRESHOLDS_PERCENT, Alerter, due, payload, sentence
-from gateway_addon.ledger import Standing
-from gateway_addon.policy import Source
+from gateway_addon import alerts
+from gateway_addon.herald import Herald
+from gateway_addon.ledger import Alert, Ledger, LedgerUnavailable, Resolution, Standing
+from gateway_addon.policy import Source, load
+from gateway_addon.reload import Watcher
 from gateway_addon.simulator import Behaviour, Simulator
 
 DOLLAR = 1_000_000_000
+HI = [{"role": "user", "content": "hi"}]
 
 
 def standing(spent_nano, cap_nano=DOLLAR, scope="app:reports"):
@@ -27,18 +31,73 @@ def standing(spent_nano, cap_nano=DOLLAR, scope="app:reports"):
     ("spent_nano", "cap_nano", "reached"),
     [(0, DOLLAR, []), (499_999_999, DOLLAR, []), (500_000_000, DOLLAR, [50]), (DOLLAR, DOLLAR, [50, 80, 95, 100]), (5, None, []), (5, 0, [])],
 )
-def test_a_threshold_is_due_from_the_nano_dollar_that_reaches_it(spent_nano, cap_nano, reached):
-    assert due(standing(spent_nano, cap_nano), THRESHOLDS_PERCENT) == reached
+def test_a_threshold_is_passed_from_the_nano_dollar_that_reaches_it(spent_nano, cap_nano, reached):
+    found = alerts.passed(standing(spent_nano, cap_nano), alerts.THRESHOLDS_PERCENT)
+    assert [alert.facts["threshold_percent"] for alert in found] == reached
+    assert len({alert.once for alert in found}) == len(reached)
 
 
 def test_an_alert_names_who_how_much_and_of_what():
-    assert sentence(standing(800_000_000), 80) == "app reports spent $0.8000 of $1.00 today (80 % of the cap reached)"
-    assert sentence(standing(800_000_000, scope="total"), 80).startswith("all apps together spent")
+    def says(scope):
+        return alerts.passed(standing(800_000_000, scope=scope), [80])[0].sentence
+
+    assert says("app:reports") == "app reports spent $0.8000 of $1.00 today (80 % of the cap reached)"
+    assert says("team:batch").startswith("team batch spent")
+    assert says("total").startswith("all apps together spent")
 
 
-def test_slack_gets_a_text_alone_and_everybody_else_the_facts():
-    assert json.loads(payload("https://hooks.slack.com/services/x", "t", {"a": 1})) == {"text": "gateway: t"}
-    assert json.loads(payload("https://example.org/hook", "t", {"a": 1})) == {"text": "gateway: t", "a": 1}
+NEWS = Alert("drift", "app:reports", "x", "a < b & c", {"asked": "a"})
+
+
+@pytest.mark.parametrize(
+    ("address", "form", "slack"),
+    [
+        ("https://hooks.slack.com/services/x", None, True),
+        ("https://example.org/hook", None, False),
+        ("https://hooks.slack.com.example.org/x", None, False),
+        ("https://example.org/hook", "slack", True),
+        ("https://hooks.slack.com/services/x", "json", False),
+    ],
+)
+def test_slack_gets_its_own_form_and_everybody_else_the_facts(address, form, slack):
+    plain = {"text": "gateway: a < b & c", "kind": "drift", "scope": "app:reports", "at": "2026-03-10T12:00:00+00:00", "asked": "a"}
+    escaped = {"text": "gateway: a &lt; b &amp; c"}
+    assert json.loads(alerts.payload(NEWS, NOON, address, form)) == (escaped if slack else plain)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    ["policies/gateway.yaml:3: key: 'sk-ant-api03-oops' is not the name of an environment variable", "The policies cannot be read (sk-ant-api03-oops)."],
+)
+def test_what_is_wrong_with_a_policy_is_told_without_quoting_it(problem):
+    alert = alerts.policy_broken(problem, "0123456789abcdef", NOON)
+    assert "sk-ant" not in repr(alert)
+    assert "gateway check" in alert.sentence
+    assert ("policies/gateway.yaml:3" in alert.sentence) == problem.startswith("policies/")
+
+
+def policy(tmp_path, common="", app=""):
+    (tmp_path / "apps").mkdir()
+    (tmp_path / "gateway.yaml").write_text(f"upstream: http://127.0.0.1:1\n{common}\n")
+    (tmp_path / "apps" / "reports.yaml").write_text(f"models: {{allow: [claude-haiku-4-5]}}\ncaps: {{day: $1}}\n{app}\n")
+    return load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("common", "app", "scope", "heard"),
+    [
+        ("", "", "app:reports", ((50, 80, 95, 100), None)),
+        ("alerts: {at: [70%]}", "", "app:reports", ((70,), None)),
+        ("alerts: {at: [70%], webhook: {env: ALL}}", "alerts: {at: [20%]}", "app:reports", ((20,), "ALL")),
+        ("alerts: {webhook: {env: ALL}}", "alerts: {webhook: {env: OWN}}", "app:reports", ((50, 80, 95, 100), "OWN")),
+        ("alerts: {webhook: {env: ALL}}", "alerts: {at: [20%], webhook: {env: OWN}}", "total", ((50, 80, 95, 100), "ALL")),
+        ("alerts: {webhook: {env: ALL}}", "alerts: {webhook: {env: OWN}}", "team:batch", ((50, 80, 95, 100), "ALL")),
+        ("alerts: {webhook: {env: ALL}}", "", "app:gone", ((50, 80, 95, 100), "ALL")),
+    ],
+)
+def test_an_apps_own_rule_comes_before_everybodys(tmp_path, common, app, scope, heard):
+    found = alerts.rule(policy(tmp_path, common, app), scope)
+    assert (found.at_percent, found.webhook and found.webhook.value) == heard
 
 
 @contextmanager
@@ -49,14 +108,17 @@ def hook(statuses=()):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(left.pop(0) if left else 200)
+            status = left.pop(0) if left else 200
+            self.send_response(status)
+            if status == 302:
+                self.send_header("location", "/elsewhere")
             self.end_headers()
 
         def log_message(self, *args):
             pass
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/secret-path", bodies
@@ -66,45 +128,203 @@ def hook(statuses=()):
         server.server_close()
 
 
-async def until(condition):
+async def until(herald, policy, condition):
     for _ in range(200):
+        await herald.look(policy)
         if condition():
             return
         await asyncio.sleep(0.02)
     raise AssertionError("it did not happen")
 
 
+@pytest.fixture
+async def ledger(tmp_path):
+    ledger = await Ledger.open(f"sqlite:///{new_ledger(tmp_path)}")
+    yield ledger
+    await ledger.close()
+
+
+HOOKED = "alerts: {webhook: {env: HOOK}}"
+
+
+def herald_of(ledger, address="", **options):
+    return Herald(ledger, {Source("env", "HOOK"): address}.__getitem__, time.time, **{"retry_s": 0.01, **options})
+
+
+def delivered(folder):
+    return rows(folder / "gateway.db", "SELECT delivered_at IS NOT NULL, try_at IS NULL, tries FROM alerts ORDER BY id")
+
+
+@pytest.mark.parametrize("status", [500, 404, 302])
+async def test_a_delivery_that_fails_is_tried_again_until_it_arrives_once(tmp_path, ledger, caplog, status):
+    with hook([status, status]) as (address, bodies):
+        herald = herald_of(ledger, address)
+        herald.tell(NEWS)
+        await until(herald, policy(tmp_path, HOOKED), lambda: delivered(tmp_path) == [(1, 1, 3)])
+        assert [body["text"] for body in bodies] == ["gateway: a < b & c"] * 3
+    assert f"the webhook answered {status}" in caplog.text
+    assert "secret-path" not in caplog.text
+
+
+async def test_what_was_not_delivered_before_a_restart_is_delivered_after_it(tmp_path, ledger):
+    in_force = policy(tmp_path, HOOKED)
+    before = herald_of(ledger, "http://127.0.0.1:1/nobody-listens")
+    before.tell(NEWS)
+    await until(before, in_force, lambda: delivered(tmp_path)[:1] == [(0, 0, 1)])
+    await before.stop()
+    with hook() as (address, bodies):
+        after = herald_of(ledger, address)
+        await until(after, in_force, lambda: delivered(tmp_path)[0][:2] == (1, 1))
+        assert len(bodies) == 1
+
+
+async def test_two_processes_send_an_alert_once(tmp_path, ledger):
+    in_force = policy(tmp_path, HOOKED)
+    sibling = await Ledger.open(f"sqlite:///{tmp_path / 'gateway.db'}")
+    with hook() as (address, bodies):
+        heralds = [herald_of(each, address, retry_s=10) for each in (ledger, sibling)]
+        for herald in heralds:
+            herald.tell(NEWS)
+        await asyncio.gather(*(until(herald, in_force, lambda: delivered(tmp_path) == [(1, 1, 1)]) for herald in heralds))
+        assert len(bodies) == 1
+    await sibling.close()
+
+
+async def test_a_delivery_is_given_up_after_a_day(tmp_path, ledger):
+    in_force, yesterday = policy(tmp_path, HOOKED), time.time() - 90_000
+    await ledger.alert_once(NEWS, send=True, now=yesterday)
+    herald = herald_of(ledger, "http://127.0.0.1:1/nobody-listens")
+    await until(herald, in_force, lambda: delivered(tmp_path) == [(0, 1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("http://example.org/secret-path", "not an https address"), ("file:///etc/secret-path", "not an https address"), (None, "KeyError")],
+)
+async def test_an_address_that_is_none_is_said_without_showing_it(tmp_path, ledger, caplog, address, said):
+    herald = herald_of(ledger, address)
+    if address is None:
+        herald = Herald(ledger, {}.__getitem__, time.time)
+    herald.tell(NEWS)
+    await until(herald, policy(tmp_path, HOOKED), lambda: said in caplog.text)
+    assert "secret-path" not in caplog.text
+    assert delivered(tmp_path) == [(0, 0, 1)]
+
+
+async def test_without_a_webhook_an_alert_stands_in_the_log_and_the_ledger(tmp_path, ledger, caplog):
+    herald = herald_of(ledger)
+    herald.tell(NEWS)
+    herald.tell(NEWS)
+    await herald.look(policy(tmp_path))
+    assert caplog.text.count("Alert: a < b & c.") == 1
+    assert delivered(tmp_path) == [(0, 1, 0)]
+
+
+async def test_news_waits_for_a_ledger_that_is_away(tmp_path, ledger, monkeypatch):
+    async def away(*args, **options):
+        raise LedgerUnavailable("away")
+
+    herald, in_force = herald_of(ledger), policy(tmp_path)
+    herald.tell(NEWS)
+    with monkeypatch.context() as broken:
+        broken.setattr(ledger, "alert_once", away)
+        with pytest.raises(LedgerUnavailable):
+            await herald.look(in_force)
+    await herald.look(in_force)
+    assert delivered(tmp_path) == [(0, 1, 0)]
+
+
 APP = """
 models: {allow: [claude-haiku-4-5]}
 caps: {day: $0.002}
 max_tokens: 100
-alerts: {at: [20%], webhook: {env: HOOK}}
+alerts: {at: [10%, 20%], webhook: {env: HOOK}}
 served: exact
 """
 
 
-async def test_an_app_that_spends_is_told_once_and_its_calls_do_not_wait(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("gateway_addon.alerts.RETRY_AFTER_S", (0.01, 0.01))
-    with hook([500]) as (address, bodies):
+async def ask(gw):
+    return await gw.client().messages.create(model="claude-haiku-4-5", max_tokens=100, messages=HI)
+
+
+async def test_an_app_that_spends_is_told_of_once_by_the_highest_threshold_and_its_calls_do_not_wait(tmp_path):
+    with hook() as (address, bodies):
         async with Simulator(behaviour=Behaviour(output_tokens=100)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
-            gw.gate._alerter = Alerter(gw.gate.ledger, {Source("env", "HOOK"): address}.__getitem__, time.time)
-            with caplog.at_level(logging.WARNING):
-                await gw.client().messages.create(model="claude-haiku-4-5", max_tokens=100, messages=[{"role": "user", "content": "hi"}])
-                await until(lambda: len(bodies) == 2)
-                await gw.quiet()
-            assert bodies[1]["threshold_percent"] == 20
-            assert bodies[1]["scope"] == "app:app"
-            assert "secret-path" not in caplog.text
-            again = Alerter(gw.gate.ledger, lambda source: address, time.time)  # another process
-            again.look(await gw.gate.ledger.standing(["app:app"], [type("C", (), {"scope": "app:app", "window": "day", "amount_nano": 2 * 10**6})()], now=time.time()), gw.gate.policy, gw.gate.policy.apps["app"])
-            await asyncio.sleep(0.1)
-            assert len(bodies) == 2
-            await again.stop()
-
-
-async def test_another_model_than_the_one_asked_is_flagged_and_said_at_once(tmp_path, caplog):
-    async with Simulator(behaviour=Behaviour(served_model="claude-haiku-5-5", output_tokens=20)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        with caplog.at_level(logging.WARNING):
-            await gw.client().messages.create(model="claude-haiku-4-5", max_tokens=50, messages=[{"role": "user", "content": "hi"}])
+            herald = herald_of(gw.gate.ledger, address)
+            await ask(gw)
             await gw.quiet()
-    assert "asked for claude-haiku-4-5 and claude-haiku-5-5 answered" in caplog.text
+            for each in (herald, herald_of(gw.gate.ledger, address), herald):  # another process, or this one after a restart
+                await each.look(gw.gate.policy)
+            await until(herald, gw.gate.policy, lambda: bodies)
+            assert [(body["kind"], body["scope"], body["threshold_percent"]) for body in bodies] == [("threshold", "app:app", 20)]
+            assert rows(tmp_path / "gateway.db", "SELECT once FROM alerts ORDER BY id")[-1][0].endswith(" 20")
+            assert len(delivered(tmp_path)) == 2
+
+
+@pytest.fixture
+def news(monkeypatch):
+    kept = []
+    monkeypatch.setattr("gateway_addon.gate.Gate.tell", lambda gate, alert: kept.append(alert))
+    return kept
+
+
+@pytest.mark.parametrize(("served", "kinds"), [("claude-haiku-5-5", ["drift"]), ("claude-haiku-4-5-20251001", [])])
+async def test_another_model_than_the_one_asked_is_told_and_a_dated_id_of_it_is_not(tmp_path, news, served, kinds):
+    async with Simulator(behaviour=Behaviour(served_model=served, output_tokens=20)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
+        await ask(gw)
+        await ask(gw)
+        await gw.quiet()
+    assert list(dict.fromkeys(alert.kind for alert in news)) == kinds
+    assert all("asked for claude-haiku-4-5 and claude-haiku-5-5 answered" in alert.sentence for alert in news)
+    assert len({alert.once for alert in news}) == len(kinds)
+
+
+async def test_a_key_that_the_provider_does_not_take_is_told(tmp_path, news, monkeypatch):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
+        monkeypatch.setattr(gw.addon, "key", lambda: "sk-ant-revoked")
+        with pytest.raises(Exception, match="401"):
+            await ask(gw)
+        await gw.quiet()
+    assert [(alert.kind, alert.scope) for alert in news] == [("key_refused", "total")]
+    assert "sk-ant" not in repr(news)
+
+
+async def test_a_bill_above_its_grant_is_told(tmp_path, news):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
+        settle = gw.gate.ledger.settle
+
+        def dearer(call_id, settlement, *, now):
+            written = settle(call_id, settlement, now=now)
+            over = asyncio.get_running_loop().create_future()
+            written.add_done_callback(lambda done: over.set_result(Resolution(True, 3 * DOLLAR, DOLLAR, overrun=True)))
+            return over
+
+        gw.gate.ledger.settle = dearer
+        await ask(gw)
+        await gw.quiet()
+    [alert] = news
+    assert alert.kind == "overrun"
+    assert alert.sentence.startswith("a call of app app cost $3.00, more than the $1.00 held for it: claude-haiku-4-5")
+
+
+async def test_a_policy_that_is_not_in_force_is_told(tmp_path, news):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
+        watcher = Watcher(tmp_path / "policies", gw.gate)
+        (tmp_path / "policies" / "apps" / "app.yaml").write_text(APP + "capz: {}\n")
+        await watcher.look()
+    [alert] = news
+    assert (alert.kind, alert.facts["place"].rpartition("/")[2]) == ("policy", "app.yaml:7")
+
+
+async def test_a_running_gateway_tells_by_itself(tmp_path, caplog):
+    with hook() as (address, bodies), caplog.at_level(logging.WARNING):
+        async with Simulator(behaviour=Behaviour(output_tokens=100)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
+            gw.gate._herald = herald_of(gw.gate.ledger, address)
+            gw.gate._heralding = asyncio.ensure_future(gw.gate._herald.run(lambda: gw.gate.policy))
+            await ask(gw)
+            for _ in range(150):
+                await asyncio.sleep(0.02)
+                if bodies:
+                    break
+        assert bodies[0]["scope"] == "app:app"
+    assert "Alert: app app spent" in caplog.text

@@ -17,10 +17,11 @@ OWN = {
     "listener": {"policy"},
     "dispatch": set(),
     "gate": {
-        "alerts", "answers", "bounds", "door", "grants", "identity", "ledger", "money", "noise", "policy", "pricing", "rates", "reading",
-        "refusals", "running", "sentences", "settlement",
+        "alerts", "answers", "bounds", "door", "grants", "herald", "identity", "ledger", "money", "noise", "policy", "pricing", "rates",
+        "reading", "refusals", "running", "sentences", "settlement",
     },
     "alerts": {"ledger", "money", "policy"},
+    "herald": {"alerts", "ledger", "policy"},
     "answers": {"ledger", "money", "policy", "pricing"},
     "door": {"grants", "ledger"},
     "settlement": {"ledger", "pricing", "running", "usage"},

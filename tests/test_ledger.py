@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, Part, Tokens, balance, new_ledger, rows, url, writing
 
-from gateway_addon.ledger import Denied, Ledger, LedgerUnavailable, Outcome, RateLimits, Reserved, Settlement, admin, book
+from gateway_addon.ledger import Alert, Denied, Ledger, LedgerUnavailable, Outcome, RateLimits, Reserved, Settlement, admin, book
 from gateway_addon.windows import WINDOWS
 
 
@@ -433,10 +433,10 @@ async def test_a_caller_that_leaves_while_it_waits_leaves_nothing_held(ledger, p
 
 async def test_an_alert_is_given_once_for_all_processes(ledger, path):
     sibling = await Ledger.open(url(path), now=NOON)
-    [standing] = (await ledger.reserve(CALL, 500, DAY_CAP, now=NOON)).standings
-    assert await ledger.alert_once(standing, 50, now=NOON)
-    assert not await sibling.alert_once(standing, 50, now=NOON)
-    assert await sibling.alert_once(standing, 80, now=NOON)
+    half, most = (Alert("threshold", "app:reports", f"day 0 {percent}", f"{percent} %") for percent in (50, 80))
+    assert await ledger.alert_once(half, send=False, now=NOON)
+    assert not await sibling.alert_once(half, send=False, now=NOON)
+    assert await sibling.alert_once(most, send=False, now=NOON)
     await sibling.close()
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from ledgers import CALL, Cap, Part, Tokens, new_ledger, rows
 
 from gateway_addon.cli.report import report
-from gateway_addon.ledger import Outcome, Settlement, admin, book, files, notes, reports
+from gateway_addon.ledger import Alert, Outcome, Settlement, admin, book, files, notes, reports
 
 NOW = time.time()
 CAPS = [Cap("total", "ever", 10**12)]
@@ -32,8 +32,9 @@ def path(tmp_path):
             book.refused(db, "me", CALL, code, now=NOW - 60)
         book.noise(db, "token_unknown", now=NOW - 60)
         book.free(db, "me", replace(CALL, endpoint="count_tokens"), Outcome(status=200), now=NOW - 60)
-        held = book.reserve(db, "me", CALL, DOLLAR // 2, CAPS, now=NOW - 60)
-        notes.alert_once(db, replace(held.standings[0], spent_nano=20 * DOLLAR), 80, now=NOW - 30)
+        book.reserve(db, "me", CALL, DOLLAR // 2, CAPS, now=NOW - 60)
+        said = Alert("threshold", "total", "ever 0 80", "all apps together spent $20.00", {"threshold_percent": 80, "spent_nano": 20 * DOLLAR})
+        notes.alert_once(db, said, False, now=NOW - 30)
     return path
 
 
@@ -119,7 +120,7 @@ def test_notable_names_the_configuration_that_costs_most_and_why(path):
 
 
 def test_alerts_are_listed(path):
-    assert "total" in run(path, "--since", "2d", "--alerts")
+    assert "all apps together spent $20.00" in run(path, "--since", "2d", "--alerts")
     [alert] = as_json(path, "--alerts")
     assert (alert["threshold_percent"], alert["spent_nano"]) == (80, 20 * DOLLAR)
 

@@ -13,9 +13,9 @@ from tabulate import tabulate
 
 from gateway_addon import windows
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
-from gateway_addon.cli.times import day, duration_s, moment
+from gateway_addon.cli.times import duration_s, moment
 from gateway_addon.ledger import LedgerUnavailable, admin, book, files, reports
-from gateway_addon.ledger.reports import By, Line, Notable, Report
+from gateway_addon.ledger.reports import By, Drift, Line, Notable, Report
 from gateway_addon.money import cents, dollars
 
 _HEADINGS = ("calls", "spent", "held", "mean", "cache hits", "out/max", "refused", "change")
@@ -25,7 +25,7 @@ _HEADINGS = ("calls", "spent", "held", "mean", "cache hits", "out/max", "refused
 @click.option("--by", type=click.Choice(reports.GROUPINGS), default="app", show_default=True, help="What a line stands for.")
 @click.option("--since", metavar="WHEN", help="A date (2026-12-01, UTC) or a while ago (7d, 12h); default: this calendar month.")
 @click.option("--notable", is_flag=True, help="Name the configuration that costs most, and why.")
-@click.option("--alerts", is_flag=True, help="List the thresholds that were passed.")
+@click.option("--alerts", is_flag=True, help="List what people were told: thresholds, overruns, other models than asked.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (amounts in nano-dollars).")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV (amounts in nano-dollars).")
 @policies_option
@@ -47,7 +47,8 @@ def report(by: str, since: str | None, notable: bool, alerts: bool, as_json: boo
             found = reports.notable(db, since=start, until=now)
             click.echo(json.dumps(found and asdict(found)) if as_json else _sentences(found, start))
         else:
-            _show(reports.report(db, cast(By, by), since=start, until=now), as_json, as_csv)
+            drifts = reports.drifts(db, since=start, until=now) if by == "served" else []
+            _show(reports.report(db, cast(By, by), since=start, until=now), drifts, as_json, as_csv)
 
 
 def _since(text: str, now: float) -> float:
@@ -57,15 +58,25 @@ def _since(text: str, now: float) -> float:
         return moment(text, now)
 
 
-def _show(found: Report, as_json: bool, as_csv: bool) -> None:
+def _show(found: Report, drifts: list[Drift], as_json: bool, as_csv: bool) -> None:
     if as_json:
-        click.echo(json.dumps(_document(found)))
+        click.echo(json.dumps(_document(found) | ({"drifts": [asdict(each) for each in drifts]} if found.by == "served" else {})))
     elif as_csv:
         click.echo(_csv([_figures(line, found.before) for line in found.lines]), nl=False)
     else:
         click.echo(f"{_utc(found.since)} to {_utc(found.until)}\n\n{_table(found)}")
         if found.refusals:
             click.echo("\nRefused: " + ", ".join(f"{calls:,} {code}" for code, calls in found.refusals))
+        if found.total.upstream_429:
+            by_key = ", ".join(f"{line.upstream_429:,} {line.key}" for line in found.lines if line.upstream_429)
+            click.echo(f"\nRefused by the provider at the shared key's limits (429): {by_key}")
+        if drifts:
+            click.echo("\nAnother model answered than the one asked for:")
+            click.echo(tabulate([_drift(each) for each in drifts], headers=("app", "asked", "served", "calls", "since", "last")))
+
+
+def _drift(found: Drift) -> tuple[str, ...]:
+    return found.app, found.asked, found.served, f"{found.calls:,}", _utc(found.first_at), _utc(found.last_at)
 
 
 def _table(found: Report) -> str:
@@ -120,7 +131,7 @@ def _document(found: Report) -> dict[str, object]:
 def _csv(rows: list[dict[str, object]]) -> str:
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()
@@ -164,14 +175,18 @@ def _show_alerts(found: list[dict[str, object]], as_json: bool, as_csv: bool) ->
     elif as_csv:
         click.echo(_csv(found), nl=False)
     elif not found:
-        click.echo("No threshold was passed.")
+        click.echo("No alerts.")
     else:
-        rows = [
-            (day(cast(float, each["at"])), each["scope"], each["window"], f"{each['threshold_percent']} %",
-             cents(cast(int, each["spent_nano"])), cents(cast(int, each["cap_nano"])))
-            for each in found
-        ]  # fmt: skip
-        click.echo(tabulate(rows, headers=("when", "scope", "window", "passed", "spent", "cap"), disable_numparse=True))
+        rows = [(_utc(cast(float, each["at"])), each["sentence"], _told(each)) for each in found]
+        click.echo(tabulate(rows, headers=("when", "what", "sent"), disable_numparse=True, maxcolwidths=[None, 90, None]))
+
+
+def _told(alert: dict[str, object]) -> str:
+    if alert["delivered_at"] is not None:
+        return _utc(cast(float, alert["delivered_at"]))
+    if alert["try_at"] is not None:
+        return f"not yet ({alert['tries']} tries)"
+    return f"failed ({alert['tries']} tries)" if alert["tries"] else "log only"
 
 
 def _utc(at: float) -> str:

@@ -101,21 +101,27 @@ def revoke(app: str, token_id: int | None, ledger: str) -> None:
     click.echo(f"Revoked {len(revoked)} of app {app}: {', '.join(_title(each) for each in revoked)}.", err=True)
 
 
-@token.command("list", epilog="Example: gateway token list --json")
+@token.command("list", epilog="Example: gateway token list --idle 30d")
 @click.argument("app", required=False)
+@click.option("--idle", metavar="DURATION", help="Only those in force that nobody used for so long: 30d. Candidates to revoke.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @ledger_option
 @SAY
-def list_tokens(app: str | None, as_json: bool, ledger: str) -> None:
-    """List tokens: when each was issued, and whether it is in force. The tokens themselves are not kept."""
+def list_tokens(app: str | None, idle: str | None, as_json: bool, ledger: str) -> None:
+    """List tokens: when each was issued and last used, and whether it is in force. The tokens themselves are not kept."""
     now = time.time()
     with admin.reading(ledger_path(ledger)) as db:
-        rows = [_row(each, now) for each in admin.tokens(db, app)]
+        found = admin.tokens(db, app)
+    if idle is not None:
+        found = [each for each in found if each.refusal(now) is None and (each.last_used_at or each.created_at) < now - duration_s(idle)]
+    rows = [_row(each, now) for each in found]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
+    elif not rows:
+        click.echo("No token in force has been idle for so long." if idle is not None else "No tokens yet: gateway token issue APP")
     else:
         shown = [{name: day(value) if isinstance(value, float) else value for name, value in row.items()} for row in rows]
-        click.echo(tabulate(shown, headers="keys") if shown else "No tokens yet: gateway token issue APP")
+        click.echo(tabulate([row | {"last used": row["last used"] or "never"} for row in shown], headers="keys"))
 
 
 def _policy(app: str, policies: Path) -> GatewayPolicy:
@@ -165,4 +171,5 @@ def _row(each: Token, now: float) -> dict[str, object]:
         "state": "in force" if state is None else state.removeprefix("token_"),
         "issued": each.created_at,
         "expires": each.expires_at,
+        "last used": each.last_used_at,
     }

@@ -2,8 +2,11 @@
 
 from gateway_addon.ledger.facade import Ledger
 from gateway_addon.ledger.values import (
+    Alert,
     Cap,
     Denied,
+    DueAlert,
+    Facts,
     LedgerUnavailable,
     NewCall,
     Outcome,
@@ -21,8 +24,11 @@ from gateway_addon.ledger.values import (
 )
 
 __all__ = [
+    "Alert",
     "Cap",
     "Denied",
+    "DueAlert",
+    "Facts",
     "Ledger",
     "LedgerUnavailable",
     "NewCall",

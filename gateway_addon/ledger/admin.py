@@ -20,7 +20,7 @@ from gateway_addon.ledger.store import driver
 from gateway_addon.ledger.values import Server, Token
 from gateway_addon.windows import starts
 
-TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at FROM tokens"
+TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
 
 ISSUE = "INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
 

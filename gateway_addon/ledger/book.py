@@ -127,17 +127,18 @@ GROUP BY call_id HAVING :cost_nano > sum(spent_nano)
 
 FINISH = """
 UPDATE calls SET state = :state, ended_at = :now, status = :status, model_served = :model_served, stop_reason = :stop_reason,
-  request_id = :request_id, first_byte_at = :first_byte_at, complete = :complete, price_rows = :price_rows, flags = :flags
+  request_id = :request_id, first_byte_at = :first_byte_at, complete = :complete, price_rows = :price_rows, flags = :flags,
+  service_tier = :service_tier, speed = :speed, inference_geo = :inference_geo
 WHERE id = :call_id
 """
 
 ASIDE = """
 INSERT INTO calls (state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, session_id, agent_id,
   day_start, week_start, month_start, started_at, ended_at, quote_nano, input_tokens_quoted, refusal,
-  status, model_served, stop_reason, request_id, first_byte_at, complete, price_rows, flags)
+  status, model_served, stop_reason, request_id, first_byte_at, complete, price_rows, flags, service_tier, speed, inference_geo)
 VALUES (:state, :owner, :app, :team, :token_id, :endpoint, :model_asked, :stream, :max_tokens, :session_id, :agent_id,
   :day_start, :week_start, :month_start, :now, :now, :quote_nano, :input_tokens, :refusal,
-  :status, :model_served, :stop_reason, :request_id, :first_byte_at, :complete, :price_rows, :flags)
+  :status, :model_served, :stop_reason, :request_id, :first_byte_at, :complete, :price_rows, :flags, :service_tier, :speed, :inference_geo)
 """
 
 PART = "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -270,6 +271,12 @@ def standing(db: sqlite3.Connection, scopes: Iterable[str], caps: Sequence[Cap],
     return _standings(db, {"caps": json.dumps(frames), "now": now}, calendar)
 
 
+def capped(db: sqlite3.Connection, caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
+    """How each of these caps stands."""
+    calendar = zone(db)
+    return _standings(db, {"caps": caps_json(caps, starts(now, calendar)), "now": now}, calendar)
+
+
 def zone(db: sqlite3.Connection) -> tzinfo:
     """The zone of the ledger's calendar: a row of its own, so that every process on the file keeps the same windows."""
     rows = db.execute("SELECT value FROM settings WHERE name = 'zone'").fetchall()
@@ -332,6 +339,9 @@ def _outcome_values(outcome: Outcome, flags: tuple[str, ...]) -> dict[str, Any]:
         "complete": outcome.complete,
         "price_rows": outcome.price_rows,
         "flags": " ".join(flags),
+        "service_tier": outcome.service_tier,
+        "speed": outcome.speed,
+        "inference_geo": outcome.inference_geo,
     }
 
 

@@ -19,8 +19,10 @@ from gateway_addon.ledger import book, files, notes
 from gateway_addon.ledger.filestore import FileStore
 from gateway_addon.ledger.store import EVERYTHING, Store, driver
 from gateway_addon.ledger.values import (
+    Alert,
     Cap,
     Denied,
+    DueAlert,
     LedgerUnavailable,
     NewCall,
     Outcome,
@@ -168,14 +170,20 @@ class Ledger:
         """Keep the upstream's latest `anthropic-ratelimit-*` headers."""
         self._record(partial(notes.keep_ratelimits, headers=dict(headers), now=now), "ratelimits")
 
-    async def alert_once(self, standing: Standing, threshold_percent: int, *, now: float) -> bool:
-        """True for the first caller, over all processes, that reports this threshold of this scope and window. Raises LedgerUnavailable."""
-        write = partial(notes.alert_once, standing=standing, threshold_percent=threshold_percent, now=now)
-        return cast(bool, await self._ask(RECORD, write))
+    async def alert_once(self, alert: Alert, *, send: bool, now: float) -> bool:
+        """True for the first caller, over all processes, that tells of this. `send`: keep it until sent. Raises LedgerUnavailable."""
+        return cast(bool, await self._ask(RECORD, partial(notes.alert_once, alert=alert, send=send, now=now)))
 
-    def alert_delivered(self, standing: Standing, threshold_percent: int, *, now: float) -> None:
-        """Note that somebody has heard of an alert; nobody waits for it."""
-        self._record(partial(notes.alert_delivered, standing=standing, threshold_percent=threshold_percent, now=now))
+    async def take_alert(self, *, retry_s: float, give_up_s: float, now: float) -> DueAlert | None:
+        """One alert that is due to be sent, for this process alone until it is time to retry. Raises LedgerUnavailable."""
+        if not await self._read(partial(notes.alert_waits, now=now)):
+            return None
+        take = partial(notes.take_alert, retry_s=retry_s, give_up_s=give_up_s, now=now)
+        return cast(DueAlert | None, await self._ask(RECORD, take, frozenset(("alerts",))))
+
+    def alert_done(self, number: int, delivered_at: float | None) -> None:
+        """Note that an alert was delivered (unix seconds), or that nobody is to be told any more (None)."""
+        self._record(partial(notes.alert_done, number=number, delivered_at=delivered_at))
 
     async def sweep(self, *, now: float) -> int:
         """Settle what dead processes left open; call it when a worker dies. Raises LedgerUnavailable."""
@@ -197,6 +205,10 @@ class Ledger:
     async def standing(self, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
         return await self._read(partial(book.standing, scopes=scopes, caps=caps, now=now))
+
+    async def capped(self, caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
+        """How each of these caps stands. Raises LedgerUnavailable."""
+        return await self._read(partial(book.capped, caps=caps, now=now))
 
     async def pauses(self, *, now: float) -> tuple[Pause, ...]:
         """The pauses in force. Raises LedgerUnavailable."""

@@ -1,11 +1,12 @@
 """Small facts beside the money: tokens, pauses, alerts, overruns, the upstream's limits. Statements on a given connection."""
 
+import json
 import sqlite3
 from collections.abc import Mapping
 
-from gateway_addon.ledger.values import Pause, Standing, Token
+from gateway_addon.ledger.values import Alert, DueAlert, Pause, Token
 
-TOKEN = "SELECT id, app, label, created_at, expires_at, revoked_at FROM tokens WHERE digest = ?"
+TOKEN = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens WHERE digest = ?"
 PAUSES = "SELECT scope, since, until, why, cut FROM pauses WHERE until IS NULL OR until > ? ORDER BY scope"
 
 
@@ -32,11 +33,35 @@ def ratelimits(db: sqlite3.Connection) -> dict[str, tuple[str, float]]:
     return {name: (value, at) for name, value, at in db.execute("SELECT name, value, at FROM ratelimits").fetchall()}
 
 
-def alert_delivered(db: sqlite3.Connection, standing: Standing, threshold_percent: int, now: float) -> None:
-    key = (now, standing.scope, standing.window, standing.starts_at, threshold_percent)
-    db.execute("UPDATE alerts SET delivered_at = ? WHERE scope = ? AND window = ? AND window_start = ? AND threshold_percent = ?", key)
+def alert_once(db: sqlite3.Connection, alert: Alert, send: bool, now: float) -> bool:
+    """True if nobody has written this alert before. `send`: it is to be sent, from now on."""
+    insert = "INSERT INTO alerts (kind, scope, once, at, sentence, facts, try_at) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+    row = (alert.kind, alert.scope, alert.once, now, alert.sentence, json.dumps(dict(alert.facts)), now if send else None)
+    return db.execute(insert, row).rowcount == 1
 
 
-def alert_once(db: sqlite3.Connection, standing: Standing, threshold_percent: int, now: float) -> bool:
-    row = (standing.scope, standing.window, standing.starts_at, threshold_percent, now, standing.spent_nano, standing.cap_nano)
-    return db.execute("INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, NULL) ON CONFLICT DO NOTHING", row).rowcount == 1
+def alert_waits(db: sqlite3.Connection, now: float) -> bool:
+    """True where an alert is due to be sent."""
+    return bool(db.execute("SELECT EXISTS (SELECT 1 FROM alerts WHERE try_at <= ?)", (now,)).fetchone()[0])
+
+
+TAKE_ALERT = """
+UPDATE alerts SET tries = tries + 1, try_at = CASE WHEN at + :give_up_s >= :now
+  THEN :now + :retry_s * (1 << CASE WHEN tries < 7 THEN tries ELSE 7 END) END
+WHERE id = (SELECT id FROM alerts WHERE try_at <= :now ORDER BY try_at LIMIT 1)
+RETURNING id, kind, scope, once, sentence, facts, at, tries
+"""
+
+
+def take_alert(db: sqlite3.Connection, retry_s: float, give_up_s: float, now: float) -> DueAlert | None:
+    """One alert that is due: the caller's alone for `retry_s`, twice that after the next try, and so on; given up after `give_up_s`."""
+    rows = db.execute(TAKE_ALERT, {"now": now, "retry_s": retry_s, "give_up_s": give_up_s}).fetchall()
+    if not rows:
+        return None
+    [(number, kind, scope, once, sentence, facts, at, tries)] = rows
+    return DueAlert(number, Alert(kind, scope, once, sentence, json.loads(facts)), at, tries)
+
+
+def alert_done(db: sqlite3.Connection, number: int, delivered_at: float | None) -> None:
+    """Nothing is left to send of this alert: it was delivered, or nobody is to be told any more."""
+    db.execute("UPDATE alerts SET try_at = NULL, delivered_at = ? WHERE id = ?", (delivered_at, number))

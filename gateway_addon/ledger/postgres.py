@@ -79,6 +79,7 @@ SPELLED_BY_PATTERN = (
     (re.compile(r"AS REAL\b"), "AS DOUBLE PRECISION"),  # SQLite's REAL has eight bytes
     (re.compile(r"\bCROSS JOIN (\w+) ON\b"), r"JOIN \1 ON"),  # a hint to SQLite's planner
     (re.compile(r"\bCAST\((\w+|coalesce\([\w, ]+\)) AS INTEGER\)"), r"CAST(floor(\1) AS BIGINT)"),  # SQLite cuts, this one rounds
+    (re.compile(r"\binstr\("), "strpos("),
     (re.compile("%"), "%%"),
     (re.compile(r"\?"), "%s"),
     (re.compile(r"(?<![:\w]):([a-z_]+)"), r"%(\1)s"),

@@ -3,6 +3,7 @@
 Knows nothing of tables on a terminal. The connection yields rows by name (`admin.reading`).
 """
 
+import json
 import sqlite3
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +17,10 @@ GROUPINGS: tuple[By, ...] = get_args(By)
 _KEY: dict[By, str] = {
     "app": "calls.app",
     "model": "coalesce(model_asked, '(none)')",
-    "served": "coalesce(model_served, '(no answer)')",
+    # beside the model, whatever else makes its price another than the standard one
+    "served": """coalesce(model_served, '(no answer)') || CASE speed WHEN 'fast' THEN ' fast' ELSE '' END
+      || CASE inference_geo WHEN 'us' THEN ' us' ELSE '' END
+      || CASE WHEN service_tier IN ('batch', 'priority') THEN ' ' || service_tier ELSE '' END""",
     "day": "day_start",
     "token": "calls.app || ' #' || token_id || coalesce(nullif(' ' || tokens.label, ' '), '')",
     "agent": "coalesce(agent_id, session_id, '(none)')",
@@ -30,7 +34,7 @@ _LINES = f"""
 WITH seen AS (
   SELECT {{key}} AS key, count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls,
     count(*) FILTER (WHERE state = 'settled') AS settled, count(*) FILTER (WHERE state = 'refused') AS refused,
-    count(*) FILTER (WHERE ' ' || flags LIKE '% estimated%') AS estimated
+    count(*) FILTER (WHERE ' ' || flags LIKE '% estimated%') AS estimated, count(*) FILTER (WHERE status = 429) AS upstream_429
   FROM {_CALLS} {_CHOSEN}),
 money AS (
   SELECT {{key}} AS key, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
@@ -42,7 +46,7 @@ metered AS (
     sum(web_search_requests) AS web_searches, sum(max_tokens) FILTER (WHERE part = 0) AS max_tokens,
     sum(output_tokens) FILTER (WHERE max_tokens IS NOT NULL) AS limited_output_tokens
   FROM {_CALLS} CROSS JOIN usage ON usage.call_id = calls.id {_CHOSEN})
-SELECT key, calls, settled, refused, estimated, coalesce(spent_nano, 0) AS spent_nano, coalesce(held_nano, 0) AS held_nano,
+SELECT key, calls, settled, refused, estimated, upstream_429, coalesce(spent_nano, 0) AS spent_nano, coalesce(held_nano, 0) AS held_nano,
   coalesce(input_tokens, 0) AS input_tokens, coalesce(output_tokens, 0) AS output_tokens,
   coalesce(cache_read_tokens, 0) AS cache_read_tokens, coalesce(cache_write_tokens, 0) AS cache_write_tokens,
   coalesce(web_searches, 0) AS web_searches, coalesce(max_tokens, 0) AS max_tokens,
@@ -60,6 +64,8 @@ class Line:
     settled: int
     refused: int
     estimated: int
+    upstream_429: int
+    """Calls that the provider refused because the shared key was at one of its limits."""
     spent_nano: int
     held_nano: int
     input_tokens: int
@@ -137,6 +143,31 @@ SELECT code, sum(calls) AS calls FROM (
 
 
 @dataclass(frozen=True, slots=True)
+class Drift:
+    """Another model answered an app than the one it asked for: how often in the period, and since when at all."""
+
+    app: str
+    asked: str
+    served: str
+    calls: int
+    first_at: float
+    last_at: float
+
+
+_DRIFTS = """
+SELECT app, model_asked AS asked, model_served AS served,
+  count(*) FILTER (WHERE started_at >= :since AND started_at < :until) AS calls, min(started_at) AS first_at, max(started_at) AS last_at
+FROM calls WHERE instr(' ' || flags || ' ', ' drift ') > 0 GROUP BY app, model_asked, model_served
+HAVING count(*) FILTER (WHERE started_at >= :since AND started_at < :until) > 0 ORDER BY calls DESC, app, asked, served
+"""
+
+
+def drifts(db: sqlite3.Connection, *, since: float, until: float) -> list[Drift]:
+    """Which models answered in another's place; read from an index of such calls alone, so that `first_at` may lie before `since`."""
+    return [Drift(**dict(row)) for row in db.execute(_DRIFTS, {"since": since, "until": until}).fetchall()]
+
+
+@dataclass(frozen=True, slots=True)
 class Notable:
     """One way of calling, an app on a model with one `max_tokens`, beside everything else of the period."""
 
@@ -160,9 +191,9 @@ def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | 
 
 
 def alerts(db: sqlite3.Connection, *, since: float, until: float) -> list[dict[str, object]]:
-    """Thresholds that were passed, in order."""
-    rows = db.execute("SELECT * FROM alerts WHERE at >= ? AND at < ? ORDER BY at", (since, until)).fetchall()
-    return [dict(row) for row in rows]
+    """What people were told, in order; the facts of each beside it."""
+    rows = db.execute("SELECT * FROM alerts WHERE at >= ? AND at < ? ORDER BY at, id", (since, until)).fetchall()
+    return [{name: value for name, value in dict(row).items() if name != "facts"} | json.loads(row["facts"]) for row in rows]
 
 
 def _lines(db: sqlite3.Connection, by: By, since: float, until: float) -> tuple[Line, ...]:

@@ -28,7 +28,8 @@ CREATE TABLE owners (       -- a process that writes; `commits` counts its trans
 
 CREATE TABLE tokens (
   id INTEGER PRIMARY KEY, app TEXT NOT NULL, label TEXT NOT NULL, digest TEXT NOT NULL UNIQUE,  -- SHA-256, hexadecimal
-  created_at REAL NOT NULL, expires_at REAL, revoked_at REAL
+  created_at REAL NOT NULL, expires_at REAL, revoked_at REAL,
+  last_used_at REAL                                                                       -- to the minute (see calls_use)
 ) STRICT;
 
 CREATE TABLE calls (        -- a row per request with a valid token, refused ones too
@@ -43,10 +44,12 @@ CREATE TABLE calls (        -- a row per request with a valid token, refused one
   quote_nano INTEGER NOT NULL DEFAULT 0, grant_nano INTEGER NOT NULL DEFAULT 0, quantum_nano INTEGER NOT NULL DEFAULT 0,
   input_tokens_quoted INTEGER NOT NULL DEFAULT 0,
   status INTEGER, refusal TEXT, stop_reason TEXT, request_id TEXT, complete INTEGER, price_rows TEXT,
+  service_tier TEXT, speed TEXT, inference_geo TEXT,                                      -- as the answer says
   flags TEXT NOT NULL DEFAULT ''                                                          -- separated by spaces
 ) STRICT;
 CREATE INDEX calls_by_start ON calls (started_at);
 CREATE INDEX calls_open ON calls (owner) WHERE state = 'open';
+CREATE INDEX calls_drifted ON calls (app, model_asked, model_served, started_at) WHERE instr(' ' || flags || ' ', ' drift ') > 0;
 
 CREATE TABLE entries (      -- append-only; each column is a change, so the sum is the truth
   id INTEGER PRIMARY KEY,
@@ -98,11 +101,14 @@ CREATE TABLE audit (        -- every change that a person made; before and after
   before TEXT, after TEXT, why TEXT NOT NULL
 ) STRICT;
 
-CREATE TABLE alerts (       -- one row, and so one alert, for each scope, window and threshold
-  scope TEXT NOT NULL, window TEXT NOT NULL, window_start INTEGER NOT NULL, threshold_percent INTEGER NOT NULL,
-  at REAL NOT NULL, spent_nano INTEGER NOT NULL, cap_nano INTEGER NOT NULL, delivered_at REAL,
-  PRIMARY KEY (scope, window, window_start, threshold_percent)
-) STRICT, WITHOUT ROWID;
+CREATE TABLE alerts (       -- what a person was told, once for each kind, scope and `once` (a window and threshold, a pair of models, ...)
+  id INTEGER PRIMARY KEY, kind TEXT NOT NULL, scope TEXT NOT NULL, once TEXT NOT NULL, at REAL NOT NULL,
+  sentence TEXT NOT NULL, facts TEXT NOT NULL,                                            -- JSON
+  tries INTEGER NOT NULL DEFAULT 0, try_at REAL, delivered_at REAL,                       -- no `try_at`: nothing is left to send
+  UNIQUE (kind, scope, once)
+) STRICT;
+CREATE INDEX alerts_by_time ON alerts (at);
+CREATE INDEX alerts_to_send ON alerts (try_at) WHERE try_at IS NOT NULL;
 
 CREATE TABLE ratelimits (name TEXT PRIMARY KEY, value TEXT NOT NULL, at REAL NOT NULL) STRICT, WITHOUT ROWID;
 
@@ -119,6 +125,11 @@ CREATE TRIGGER calls_reserve AFTER INSERT ON calls WHEN NEW.state = 'open' BEGIN
   INSERT INTO minutes (app, minute, requests, input_tokens)
     VALUES (NEW.app, CAST(NEW.started_at AS INTEGER) / 60, 1, NEW.input_tokens_quoted)
     ON CONFLICT DO UPDATE SET requests = requests + 1, input_tokens = input_tokens + excluded.input_tokens;
+END;
+
+-- A key lookup beside the call's own row, and a write once a minute: cheaper on every call than an index that only a report reads.
+CREATE TRIGGER calls_use AFTER INSERT ON calls BEGIN
+  UPDATE tokens SET last_used_at = NEW.started_at WHERE id = NEW.token_id AND coalesce(last_used_at, 0) <= NEW.started_at - 60;
 END;
 
 CREATE TRIGGER entries_balance AFTER INSERT ON entries BEGIN

@@ -4,7 +4,8 @@ Amounts are whole nano-dollars, times are unix seconds (UTC), a scope is `total`
 SQL; caps and priced parts come from other rooms and are described here by their shape only.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
@@ -178,6 +179,9 @@ class Outcome:
     complete: bool = False
     price_rows: str | None = None
     flags: tuple[str, ...] = ()
+    service_tier: str | None = None
+    speed: str | None = None
+    inference_geo: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +213,8 @@ class Token:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
+    last_used_at: float | None = None
+    """To the minute."""
 
     def refusal(self, now: float) -> Literal["token_revoked", "token_expired"] | None:
         """The code by which this token is refused at `now`, None while it is good."""
@@ -227,3 +233,30 @@ class Pause:
     why: str
     cut: bool = False
     """Calls in flight are ended too."""
+
+
+type Facts = Mapping[str, str | int | float | None]
+
+AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "policy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """Something that a person should hear of, once for each `kind`, `scope` and `once`, over all processes."""
+
+    kind: AlertKind
+    scope: str
+    once: str
+    sentence: str
+    facts: Facts = field(default_factory=dict)
+    """For programs; amounts are `..._nano`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DueAlert:
+    """An alert that is this process's to send. `tries` counts this one."""
+
+    id: int
+    alert: Alert
+    at: float
+    tries: int

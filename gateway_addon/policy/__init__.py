@@ -8,7 +8,7 @@
 from gateway_addon.policy.loading import load
 from gateway_addon.policy.rules import Verdict, edits, judge, may_use, trail
 from gateway_addon.policy.source import PolicyError
-from gateway_addon.policy.values import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, caps
+from gateway_addon.policy.values import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, all_caps, caps
 
 __all__ = [
     "Alerts",
@@ -20,6 +20,7 @@ __all__ = [
     "Source",
     "Tls",
     "Verdict",
+    "all_caps",
     "caps",
     "edits",
     "judge",

@@ -105,8 +105,8 @@ _WINDOWS = {
     "ever": "at most this much in all",
 }
 
-def _alerts(at: tuple[int, ...], webhook: Source | None) -> Alerts:
-    return Alerts(at_percent=at, webhook=webhook)
+def _alerts(at: tuple[int, ...], webhook: Source | None, format: Any) -> Alerts:
+    return Alerts(at_percent=at, webhook=webhook, format=format)
 
 
 def _rates(headroom: int | None, **limits: int | None) -> RateLimits:
@@ -116,8 +116,13 @@ def _rates(headroom: int | None, **limits: int | None) -> RateLimits:
 ALERTS = _group(
     _alerts,
     {
-        "at": Key(listing(PERCENT), "tell when this share of a cap is spent", ()),
-        "webhook": Key(SOURCE, "where to send alerts: the address is read from there, since such addresses are secrets", None),
+        "at": Key(listing(PERCENT), "tell when this share of a cap is spent; unless given, as in gateway.yaml, else 50, 80, 95, 100%", ()),
+        "webhook": Key(
+            SOURCE,
+            "where to send alerts: its https address is read from there, since such addresses are secrets; without it, gateway.yaml's",
+            None,
+        ),
+        "format": Key(word("json", "slack"), "what the webhook takes; unless given, `slack` for hooks.slack.com, else `json`", None),
     },
     "who hears of a cap before it is reached",
     Alerts(),

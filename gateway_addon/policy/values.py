@@ -82,6 +82,8 @@ class RateLimits:
 class Alerts:
     at_percent: tuple[int, ...] = ()
     webhook: Source | None = None
+    format: Literal["json", "slack"] | None = None
+    """What the webhook takes; None: as its host suggests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,3 +166,8 @@ def caps(policy: GatewayPolicy, app: AppPolicy) -> tuple[Cap, ...]:
     if app.team is not None:
         scopes.insert(1, (f"team:{app.team}", policy.teams[app.team].caps))
     return tuple(Cap(scope, window, limits[window]) for scope, limits in scopes for window in CAP_WINDOWS if window in limits)
+
+
+def all_caps(policy: GatewayPolicy) -> tuple[Cap, ...]:
+    """Every cap of every app, of the teams that have one, and of all together, once each."""
+    return tuple(dict.fromkeys(cap for app in policy.apps.values() for cap in caps(policy, app)))

@@ -1,0 +1,138 @@
+"""Tells alerts: to the log, to the ledger, and to webhooks, beside the calls and never in their way.
+
+Promises that each alert is told once over all processes (the ledger decides whose it is), that what was not delivered is kept in the
+ledger and tried again with growing pauses for a day, by any process, after a restart too, and that a webhook's address, a secret,
+appears in no log. A webhook can hear of an alert twice only if a process dies between sending and noting it.
+"""
+
+import asyncio
+import logging
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import urlsplit
+
+from gateway_addon import alerts
+from gateway_addon.ledger import Alert, DueAlert, Ledger, LedgerUnavailable
+from gateway_addon.policy import Alerts, GatewayPolicy, Source, all_caps
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+RETRY_S = 10.0  # and twice that each time, up to 21 minutes
+GIVE_UP_S = 86_400.0
+POST_TIMEOUT_S = 4.0
+QUEUE_MAX = 1000  # news that waits for a ledger that is away; the oldest goes first
+
+
+class Herald:
+    """One process's. `secret` reads a webhook's address (raises where it cannot); `clock` returns unix seconds."""
+
+    def __init__(self, ledger: Ledger, secret: Callable[[Source], str], clock: Callable[[], float], *, retry_s: float = RETRY_S):
+        self._ledger, self._secret, self._clock, self._retry_s = ledger, secret, clock, retry_s
+        self._news: deque[Alert] = deque(maxlen=QUEUE_MAX)
+        self._passed: frozenset[tuple[str, str]] = frozenset()
+        """Thresholds known to be told: scope and `once`."""
+        self._deliveries: asyncio.Task[None] | None = None
+
+    def tell(self, alert: Alert) -> None:
+        """Tell this soon. Never waits."""
+        self._news.append(alert)
+
+    async def run(self, policy: Callable[[], GatewayPolicy]) -> None:
+        """Look and tell until cancelled. `policy` returns the one in force."""
+        while True:
+            try:
+                await self.look(policy())
+            except LedgerUnavailable as error:
+                logger.debug("Alerts wait for the ledger: %s", error)  # which has said so itself
+            except Exception:
+                logger.exception("Looking for alerts failed; it is tried again.")
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def look(self, policy: GatewayPolicy) -> None:
+        """Tell what is new, in this process or in what all have spent, and have deliveries made. Raises LedgerUnavailable."""
+        while self._news:
+            await self._once(self._news[0], policy)
+            self._news.popleft()
+        await self._look_at_caps(policy)
+        if self._deliveries is None or self._deliveries.done():
+            self._deliveries = asyncio.ensure_future(self._deliver(policy))
+
+    async def stop(self) -> None:
+        """Let a delivery in progress go: the ledger keeps what was not delivered."""
+        if self._deliveries is not None:
+            self._deliveries.cancel()
+            await asyncio.gather(self._deliveries, return_exceptions=True)
+
+    async def _look_at_caps(self, policy: GatewayPolicy) -> None:
+        limits = all_caps(policy)
+        standings = await self._ledger.capped(limits, now=self._clock()) if limits else ()
+        still: set[tuple[str, str]] = set()
+        for standing in standings:
+            reached = alerts.passed(standing, alerts.rule(policy, standing.scope).at_percent)
+            fresh = [alert for alert in reached if (alert.scope, alert.once) not in self._passed]
+            for alert in fresh[:-1]:  # passed in the same moment as a higher one, which says it all
+                await self._ledger.alert_once(alert, send=False, now=self._clock())
+            for alert in fresh[-1:]:
+                await self._once(alert, policy)
+            still.update((alert.scope, alert.once) for alert in reached)
+        self._passed = frozenset(still)
+
+    async def _once(self, alert: Alert, policy: GatewayPolicy) -> None:
+        wanted = alerts.rule(policy, alert.scope).webhook is not None
+        if await self._ledger.alert_once(alert, send=wanted, now=self._clock()):
+            logger.warning("Alert: %s.", alert.sentence)
+
+    async def _deliver(self, policy: GatewayPolicy) -> None:
+        """Send what is due, one after the other, until nothing is."""
+        with suppress(LedgerUnavailable):
+            while due := await self._ledger.take_alert(retry_s=self._retry_s, give_up_s=GIVE_UP_S, now=self._clock()):
+                await self._send(due, alerts.rule(policy, due.alert.scope))
+
+    async def _send(self, due: DueAlert, to: Alerts) -> None:
+        if to.webhook is None:
+            self._ledger.alert_done(due.id, None)
+            return
+        try:
+            address = self._secret(to.webhook)
+            await asyncio.to_thread(_post, address, alerts.payload(due.alert, due.at, address, to.format))
+        except Exception as error:
+            logger.warning("An alert could not be sent (try %d): %s.", due.tries, _what_failed(error))
+        else:
+            self._ledger.alert_done(due.id, self._clock())
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A webhook that moves is an error: urllib would follow it with a GET, to wherever it points."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+_open = urllib.request.build_opener(_NoRedirect).open
+
+
+def _post(address: str, body: bytes) -> None:
+    """Send, in a thread. Raises what urllib raises, ValueError for an address that is neither https nor this machine."""
+    parts = urlsplit(address)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")):
+        raise ValueError
+    request = urllib.request.Request(address, body, {"content-type": "application/json"}, method="POST")
+    with _open(request, timeout=POST_TIMEOUT_S):
+        pass
+
+
+def _what_failed(error: Exception) -> str:
+    """For the log: the kind of failure, and never its words, which can hold the address."""
+    match error:
+        case urllib.error.HTTPError(code=status):
+            return f"the webhook answered {status}" + (f" {HTTPStatus(status).phrase}" if status in list(HTTPStatus) else "")
+        case ValueError():
+            return "the webhook's address is not an https address"
+        case _:
+            return f"the webhook failed ({type(error).__name__})"
