@@ -1,14 +1,20 @@
+import asyncio
 import json
 import sqlite3
+import ssl
+import subprocess
 from contextlib import closing
 
 import pytest
 from click.testing import CliRunner
+from gateway import write_policies
 from ledgers import CALL, DAY_CAP, NOON, Part, new_ledger, rows
+from upstreams import upstream
 
 from gateway_addon.cli.doctor import doctor
 from gateway_addon.ledger import Outcome, Settlement, admin, book, files
 from gateway_addon.ledger.locks import OwnerLock
+from gateway_addon.simulator import KEY, Simulator
 
 
 @pytest.fixture
@@ -23,8 +29,17 @@ def path(tmp_path):
     return path
 
 
-def examine(path):
-    result = CliRunner().invoke(doctor, ["--ledger", f"sqlite:///{path}"], catch_exceptions=False)
+@pytest.fixture(autouse=True)
+def policies(tmp_path_factory, monkeypatch):
+    """A policy whose upstream is not asked unless a test says so."""
+    folder = write_policies(tmp_path_factory.mktemp("policies"), "http://127.0.0.1:1", {"reports": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n"})
+    monkeypatch.setenv("GATEWAY_POLICIES", str(folder))
+    monkeypatch.setenv("SIMULATED_KEY", KEY)
+    return folder
+
+
+def examine(path, *options):
+    result = CliRunner().invoke(doctor, ["--ledger", f"sqlite:///{path}", *(options or ["--offline"])], catch_exceptions=False)
     return result.exit_code, result.output
 
 
@@ -87,7 +102,7 @@ def test_balances_can_be_computed_anew(path):
 
 def test_json_says_the_same(path):
     damage(path, "DELETE FROM balances WHERE scope = 'total'")
-    result = CliRunner().invoke(doctor, ["--ledger", f"sqlite:///{path}", "--json"])
+    result = CliRunner().invoke(doctor, ["--ledger", f"sqlite:///{path}", "--offline", "--json"])
     [ledger] = [check for check in json.loads(result.output) if check["name"] == "ledger"]
     assert (result.exit_code, len(ledger["findings"])) == (1, 4)
 
@@ -100,7 +115,7 @@ def test_no_ledger_is_a_wrong_use(tmp_path):
 
 
 def test_a_little_disk_is_named(path, monkeypatch):
-    monkeypatch.setattr("gateway_addon.cli.doctor.DISK_FREE_BYTES_MIN", 2**60)
+    monkeypatch.setattr("gateway_addon.checkup.DISK_FREE_BYTES_MIN", 2**60)
     code, output = examine(path)
     assert code == 1
     assert "a full disk refuses every call" in output
@@ -110,3 +125,85 @@ def test_looking_changes_nothing(path):
     before = rows(path, "SELECT * FROM balances"), rows(path, "SELECT * FROM entries")
     examine(path)
     assert (rows(path, "SELECT * FROM balances"), rows(path, "SELECT * FROM entries")) == before
+
+
+# beside the ledger
+
+
+async def test_a_gateway_that_could_work_passes_and_nothing_is_billed(path, policies):
+    async with Simulator() as api:
+        write_policies(policies, api.url, {})
+        code, output = await asyncio.to_thread(examine, path, "--json")
+        checks = json.loads(output)
+        assert (code, [check["name"] for check in checks]) == (0, ["ledger", "disk", "policy", "upstream", "key", "clock"])
+        assert "the provider takes it" in output
+        book = await api.settled()
+        assert ([row.target for row in book.all()], book.billed_nano) == (["/v1/models?limit=1"], 0)
+    assert KEY not in output
+
+
+async def test_a_key_that_the_provider_does_not_take_is_named_by_its_source_alone(path, policies, monkeypatch):
+    monkeypatch.setenv("SIMULATED_KEY", "sk-ant-api03-old")
+    async with Simulator() as api:
+        write_policies(policies, api.url, {})
+        code, output = await asyncio.to_thread(examine, path, "--json")
+    assert code == 1
+    assert "the provider does not take this key (401)" in output
+    assert "from env SIMULATED_KEY" in output
+    assert "sk-ant" not in output
+
+
+def say(status, date):
+    return f"HTTP/1.1 {status} x\r\n{date}content-length: 0\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("said", "finding"),
+    [
+        (say(529, ""), "it answers 529: see the provider's status page"),
+        (say(200, "date: Mon, 23 Nov 2026 00:00:00 GMT\r\n"), "s off: set it by NTP"),
+        (say(200, "date: yesterday\r\n"), None),
+        (say(302, "location: http://127.0.0.1:1/\r\n"), None),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "it cannot be reached (BadStatusLine)"),
+    ],
+)
+async def test_what_is_wrong_with_the_upstream_or_the_clock_is_named(path, policies, said, finding):
+    async with upstream(said) as api:
+        write_policies(policies, api.url, {})
+        code, output = await asyncio.to_thread(examine, path, "--json")
+    assert (code, finding is None or finding in output) == (0 if finding is None else 1, True), output
+
+
+@pytest.fixture
+def unknown(tmp_path):
+    """TLS by a certificate that nobody vouches for."""
+    pair = [str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-out", pair[0], "-keyout", pair[1]], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*pair)
+    return context
+
+
+async def test_an_upstream_whose_certificate_nobody_vouches_for_gets_no_key(path, policies, unknown):
+    received = bytearray()
+
+    async def talk(reader, writer):
+        received.extend(await reader.read())
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0, ssl=unknown)
+    write_policies(policies, f"https://localhost:{server.sockets[0].getsockname()[1]}", {})
+    code, output = await asyncio.to_thread(examine, path, "--json")
+    server.close()
+    assert (code, "its certificate is not trusted (self-signed certificate)" in output, bytes(received)) == (1, True, b"")
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [("key: {env: NOT_SET}\n", "The environment variable NOT_SET is not set. Ask where the gateway runs"), ("caps: {dya: $1}\n", "gateway.yaml:")],
+)
+def test_a_key_that_cannot_be_read_and_a_broken_policy_are_findings(path, policies, text, finding):
+    (policies / "gateway.yaml").write_text(text)
+    code, output = examine(path)
+    assert (code, finding in output) == (1, True), output

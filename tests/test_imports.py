@@ -40,7 +40,7 @@ OWN = {
     "simulator": set(),
     **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "noise", "rates", "refusals", "sse", "windows", "yamlfile")},
 }  # fmt: skip
-EDGES = {"__init__", "__main__", "cli", "console", "demo", "inventory", "local", "logs", "provider", "reload", "secret", "serve", "shim", "workers"}
+EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "provider", "reload", "secret", "serve", "shim", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
 
 ROOMS_OF = {

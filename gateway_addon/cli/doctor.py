@@ -1,38 +1,35 @@
 """`gateway doctor`: proves what the gateway rests on. Each check gives lines to show and findings; any finding is exit code 1."""
 
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
+from gateway_addon.checkup import Check, check_all, check_disk
 from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, Server, admin, files, proof
 from gateway_addon.money import dollars
 
-DISK_FREE_BYTES_MIN = 100 * 2**20
-
-
-class Check(NamedTuple):
-    """What one check saw. `findings` are sentences that name what is wrong; none: all is well."""
-
-    name: str
-    seen: list[str]
-    findings: list[str]
-
 
 @click.command(epilog="Example: gateway doctor")
+@click.option("--offline", is_flag=True, help="Send nothing: the key is only read, upstream and clock are not asked.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError)
-def doctor(as_json: bool, policies: Path, ledger: str) -> None:
-    """Prove the ledger's invariants: balances from the entries, parts from the bills, open reservations and who holds them."""
+def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
+    """Prove the ledger's invariants (balances from the entries, parts from the bills, open reservations and who holds them), and
+    look at what else a gateway needs: the disk, the policy, the key, the upstream, the clock. Asking the upstream is free.
+
+    Exits 1 and names what is wrong.
+    """
     path = files.ledger_path(ledger)
-    checks = [check_ledger(path, now=time.time()), *([] if isinstance(path, Server) else [check_disk(path)])]
+    checks = [check_ledger(path, now=time.time())]
+    if not isinstance(path, Server):
+        checks.append(check_disk(path))
+    checks += check_all(policies, offline=offline)
     if as_json:
         click.echo(json.dumps([check._asdict() for check in checks]))
     else:
@@ -51,12 +48,6 @@ def check_ledger(path: Path | Server, *, now: float) -> Check:
         holder = call.owner if call.alive else f"{call.owner}, which is gone: the next start settles it"
         seen.append(f"call {call.call_id} ({call.app}, {call.model}) holds {dollars(call.held_nano)} for {call.age_s:.0f} s, by {holder}")
     return Check("ledger", seen, findings)
-
-
-def check_disk(path: Path) -> Check:
-    free_bytes = shutil.disk_usage(path.absolute().parent).free
-    low = [f"only {free_bytes // 2**20} MB are free on the ledger's disk: a full disk refuses every call"]
-    return Check("disk", [f"{free_bytes // 2**20:,} MB free"], low if free_bytes < DISK_FREE_BYTES_MIN else [])
 
 
 def _lines(checks: list[Check]) -> list[str]:

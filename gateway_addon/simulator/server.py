@@ -19,6 +19,7 @@ import time
 import uuid
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote
@@ -200,7 +201,8 @@ class Simulator:
     def _headers(self, request_id: str, behaviour: Behaviour) -> Headers:
         """What the real API tells about the request and about the account that all share."""
         reset = (datetime.now(UTC) + timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
-        headers = [("request-id", request_id), ("anthropic-organization-id", ORGANIZATION_ID), ("anthropic-workspace-id", WORKSPACE_ID)]
+        headers = [("date", formatdate(usegmt=True)), ("request-id", request_id)]
+        headers += [("anthropic-organization-id", ORGANIZATION_ID), ("anthropic-workspace-id", WORKSPACE_ID)]
         for kind, limit in LIMITS_PER_MINUTE.items():
             remaining = limit * behaviour.ratelimit_remaining_percent // 100
             said = {"limit": str(limit), "remaining": str(remaining), "reset": reset}

@@ -1,0 +1,123 @@
+"""What a gateway rests on beside its ledger: a policy that loads, a key that the provider takes, an upstream that answers over
+trusted TLS, a clock that agrees with it, a disk with room.
+
+Promises that asking costs nothing (one list of models, which is free), that the key is sent to the policy's upstream alone (a redirect
+is not followed) and is in no line. An edge: it reads files, the clock, the environment and the network.
+"""
+
+import http.client
+import shutil
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import closing
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import certifi  # brought by mitmproxy: the authorities that the gateway itself trusts
+
+from gateway_addon.policy import GatewayPolicy, PolicyError, load
+from gateway_addon.pricing import PriceError
+from gateway_addon.secret import Secret, SecretUnavailable
+
+DISK_FREE_BYTES_MIN = 100 * 2**20
+CLOCK_OFF_S_MAX = 60
+TIMEOUT_S = 10
+
+
+class Check(NamedTuple):
+    """What one check saw. `findings` are sentences that name what is wrong and the way out; none: all is well."""
+
+    name: str
+    seen: list[str]
+    findings: list[str]
+
+
+class Answered(NamedTuple):
+    """What the upstream said to a list of models. `date`: its clock, unix seconds; None where it sends none."""
+
+    status: int
+    date: float | None
+
+
+def check_all(policies: Path, *, offline: bool, clock: Callable[[], float] = time.time) -> list[Check]:
+    """Policy, key, upstream and clock, as far as each can be looked at. `offline`: nothing is sent."""
+    try:
+        policy = load(policies)
+    except (PolicyError, PriceError) as error:
+        return [Check("policy", [str(policies)], [f"{error}"])]
+    checks = [Check("policy", [f"{policies}: {len(policy.apps)} apps ({policy.digest[:12]})"], [])]
+    secret = Secret(policy.key, withheld=policy.secret_variables)
+    try:
+        key = secret()
+    except SecretUnavailable as error:
+        return [*checks, Check("key", [_source(policy)], [f"{error} Ask where the gateway runs, with its environment."])]
+    if offline:
+        return [*checks, Check("key", [f"{_source(policy)}; not tried (--offline)"], [])]
+    return [*checks, *_asked(policy, key, clock)]
+
+
+def check_disk(ledger: Path) -> Check:
+    """Room beside the ledger's file."""
+    free_bytes = shutil.disk_usage(ledger.absolute().parent).free
+    low = [f"only {free_bytes // 2**20} MB are free on the ledger's disk: a full disk refuses every call"]
+    return Check("disk", [f"{free_bytes // 2**20:,} MB free"], low if free_bytes < DISK_FREE_BYTES_MIN else [])
+
+
+def _asked(policy: GatewayPolicy, key: str, clock: Callable[[], float]) -> list[Check]:
+    began = clock()
+    try:
+        answered = _list_models(policy.upstream, key)
+    except ssl.SSLCertVerificationError as error:
+        unsafe = f"its certificate is not trusted ({error.verify_message}), so nothing is sent there: who stands between?"
+        return [Check("upstream", [policy.upstream], [unsafe])]
+    except (OSError, http.client.HTTPException) as error:
+        away = f"it cannot be reached ({type(error).__name__}): see the network, a firewall, or `upstream` in gateway.yaml"
+        return [Check("upstream", [policy.upstream], [away])]
+    took_ms = (clock() - began) * 1000
+    up = [] if answered.status < 500 else [f"it answers {answered.status}: see the provider's status page"]
+    checks = [Check("upstream", [f"{policy.upstream} answers in {took_ms:.0f} ms"], up)]
+    if answered.status in (401, 403):
+        checks.append(Check("key", [_source(policy)], [f"the provider does not take this key ({answered.status}): put a valid one there"]))
+    elif answered.status < 300:
+        checks.append(Check("key", [f"{_source(policy)}; the provider takes it"], []))
+    else:
+        checks.append(Check("key", [f"{_source(policy)}; not judged, the answer was {answered.status}"], []))
+    if answered.date is not None:
+        checks.append(_clock(answered.date, (began + clock()) / 2))
+    return checks
+
+
+def _clock(theirs: float, ours: float) -> Check:
+    off_s = ours - theirs
+    way = "ahead of" if off_s > 0 else "behind"
+    seen = f"{abs(off_s):.0f} s {way} the provider's" if abs(off_s) >= 2 else "agrees with the provider's"
+    wrong = [f"days and months of the caps begin {abs(off_s):,.0f} s off: set it by NTP"] if abs(off_s) > CLOCK_OFF_S_MAX else []
+    return Check("clock", [seen], wrong)
+
+
+def _list_models(upstream: str, key: str) -> Answered:
+    """GET /v1/models, which is free. Raises OSError and HTTPException."""
+    parts = urlsplit(upstream)
+    connection: http.client.HTTPConnection
+    if parts.scheme == "https":
+        trusted = ssl.create_default_context(cafile=certifi.where())
+        connection = http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=TIMEOUT_S, context=trusted)
+    else:
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
+    with closing(connection):
+        connection.request("GET", "/v1/models?limit=1", headers={"x-api-key": key, "anthropic-version": "2023-06-01"})
+        response = connection.getresponse()
+        response.read()
+        date = response.getheader("date")
+    try:
+        return Answered(response.status, parsedate_to_datetime(date).timestamp() if date else None)
+    except ValueError:
+        return Answered(response.status, None)
+
+
+def _source(policy: GatewayPolicy) -> str:
+    kind, value = policy.key
+    return f"from {kind} {value[0] if isinstance(value, tuple) else value}"
