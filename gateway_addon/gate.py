@@ -23,6 +23,7 @@ from typing import Any
 from gateway_addon import alerts, identity, reading
 from gateway_addon.answers import Answer, me
 from gateway_addon.bounds import Quote, quote
+from gateway_addon.calls import Tell, record
 from gateway_addon.door import Door, Offer
 from gateway_addon.grants import TICK_S, Pace
 from gateway_addon.herald import Herald
@@ -35,6 +36,7 @@ from gateway_addon.ledger import (
     Outcome,
     RateLimits,
     Resolution,
+    Settlement,
     Token,
     app_scope,
     scopes,
@@ -70,6 +72,7 @@ class Pass:
 
     arrived: Arrived
     call: NewCall
+    admitted_at: float
     body: bytes | None = None
     """The body to send where the policy rewrote it, as in `Ticket`."""
 
@@ -78,13 +81,16 @@ class Gate:
     """One process's door. `policy` is replaced whole by a reload; calls in flight keep the one they came under."""
 
     def __init__(
-        self, ledger: Ledger, policy: GatewayPolicy, clock: Callable[[], float], herald: Herald | None = None, entrance: str = ""
-    ):
+        self, ledger: Ledger, policy: GatewayPolicy, clock: Callable[[], float], herald: Herald | None = None, entrance: str = "",
+        on_call: Tell | None = None,
+    ):  # fmt: skip
         """`clock` returns unix seconds; it paces top-ups only, every decision takes its `now` from the caller.
 
+        `on_call` hears of each call once it has ended and what it cost is written.
         `entrance` stands before the endpoint in each call's row: which door it came by, where there are several.
         """
         self._entrance = entrance
+        self._on_call = on_call
         self.ledger = ledger
         self._clock = clock
         self.policy = policy
@@ -166,13 +172,13 @@ class Gate:
         if refusal is not None and app.mode == "observe":
             flags, refusal = (*flags, f"observed:{refusal.code}"), None
         if refusal is None and read.endpoint != "messages":
-            return Pass(arrived, call, body)
+            return Pass(arrived, call, now, body)
         try:
             decision = refusal or await self._reserve(arrived, read, call, now)
         except LedgerUnavailable as error:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
-            self.ledger.refused(call, decision.code, now=now)
+            self._turned_away(call, decision.code, now)
             return decision
         return replace(decision, flags=(*flags, *decision.flags), body=body)
 
@@ -205,7 +211,7 @@ class Gate:
         if isinstance(result, Denied):
             return denied(result, app, bound, offer.hold_nano)
         prices = arrived.policy.prices
-        return Ticket(result.call_id, app, prices, read, bound, offer.granted_tokens, offer.pace, now, result.standings, flags)
+        return Ticket(result.call_id, call, app, prices, read, bound, offer.granted_tokens, offer.pace, now, result.standings, flags)
 
     # -- running
 
@@ -282,14 +288,27 @@ class Gate:
         call_id = running.ticket.call_id
         result = settle(running, sent=sent, ended_by=ended_by)
         if isinstance(result, Void):
-            self._later(self.ledger.void(call_id, result.outcome, now=now))
+            written = self.ledger.void(call_id, result.outcome, now=now)
+            self._later(written)
+            written.add_done_callback(partial(self._tell_of, running.ticket, result, now))
             return
         written = self.ledger.settle(call_id, result, now=now)
         self._later(written)
         written.add_done_callback(partial(self._look_for_overrun, running, now))
+        written.add_done_callback(partial(self._tell_of, running.ticket, result, now))
         app, served = running.ticket.app, result.outcome.model_served
         if app.served == "exact" and served is not None and drifted(running, served):
             self.tell(alerts.drift(app.name, running.ticket.reading.model, served, call_id, now))
+
+    def _tell_of(self, ticket: Ticket, end: Settlement | Void, now: float, written: "asyncio.Future[Resolution]") -> None:
+        if self._on_call is None or written.cancelled() or written.exception() is not None or not written.result().first:
+            return
+        state, parts = ("settled", end.parts) if isinstance(end, Settlement) else ("voided", ())
+        told = record(
+            ticket.call, state, started_at=ticket.admitted_at, ended_at=now, call_id=ticket.call_id, outcome=end.outcome, parts=parts,
+            spent_nano=written.result().spent_nano,
+        )  # fmt: skip
+        self._on_call(told)
 
     def _look_for_overrun(self, running: Running, now: float, written: "asyncio.Future[Resolution]") -> None:
         if not written.cancelled() and written.exception() is None and written.result().overrun:
@@ -305,7 +324,10 @@ class Gate:
 
     def close_free(self, free: Pass, status: int | None, now: float) -> None:
         """Keep a row of a call that cost nothing."""
-        self.ledger.free(free.call, Outcome(status=status, complete=status is not None), now=now)
+        outcome = Outcome(status=status, complete=status is not None)
+        self.ledger.free(free.call, outcome, now=now)
+        if self._on_call is not None:
+            self._on_call(record(free.call, "free", started_at=free.admitted_at, ended_at=now, outcome=outcome))
 
     def _later(self, written: "asyncio.Future[Any]") -> None:
         """Let whoever waits at the door look again once a settlement is written."""
@@ -319,8 +341,13 @@ class Gate:
     # -- answers of the gateway's own
 
     def _refused(self, app: AppPolicy, token: Token, endpoint: str, refusal: Refusal, now: float) -> Refusal:
-        self.ledger.refused(NewCall(app.name, app.team, token.id, self._entrance + endpoint), refusal.code, now=now)
+        self._turned_away(NewCall(app.name, app.team, token.id, self._entrance + endpoint), refusal.code, now)
         return refusal
+
+    def _turned_away(self, call: NewCall, code: str, now: float) -> None:
+        self.ledger.refused(call, code, now=now)
+        if self._on_call is not None:
+            self._on_call(record(call, "refused", started_at=now, ended_at=now, refusal=code))
 
     def _health(self) -> dict[str, Any]:
         health: dict[str, Any] = {"status": "ok", "policy": self.policy.digest[:12], "apps": len(self.policy.apps)}
@@ -372,14 +399,20 @@ def _room_nano(running: Running) -> float:
 
 
 def _call(arrived: Arrived, read: Reading, request: Request, entrance: str) -> NewCall:
-    """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents."""
-    session, agent = (next(iter(request.header(f"x-claude-code-{name}-id")), None) for name in ("session", "agent"))
+    """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents.
+
+    What the client chose freely is masked: a token that was pasted in the wrong place stays out of ledger, log and traces.
+    """
+    model, session, agent = (
+        identity.masked(text) or None
+        for text in (read.model, *("".join(request.header(f"x-claude-code-{name}-id")[:1]) for name in ("session", "agent")))
+    )
     return NewCall(
         arrived.app.name,
         arrived.app.team,
         arrived.token.id,
         entrance + arrived.endpoint,
-        read.model or None,
+        model,
         read.stream,
         read.max_tokens or None,
         session_id=session,

@@ -43,6 +43,11 @@ def well_formed(token: str) -> bool:
     return len(token) == _LENGTH and token.startswith(PREFIX) and PATTERN.fullmatch(token) is not None and _check(secret) == check
 
 
+def masked(text: str) -> str:
+    """A text that may be shown: whatever looks like a token, or a piece of one, is `gwt_***`."""
+    return PATTERN.sub(f"{PREFIX}***", text) if PREFIX in text else text
+
+
 def credential(headers: Iterable[tuple[str, str]]) -> str | Refusal:
     """The token that a request carries as `x-api-key`, as `Authorization: Bearer`, or as both if they are equal.
 

@@ -4,12 +4,15 @@ Promises that neither a token nor the real key passes a handler, whoever logs th
 request. An edge: it configures the process's logging.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Callable
 
-from gateway_addon.identity import PATTERN
+from gateway_addon.calls import Record
+from gateway_addon.identity import masked
 
+CALLS = logging.getLogger("gateway_addon.calls")
 LOUD = ("mitmproxy.proxy.server", "mitmproxy.proxy.mode_servers", "hpack", "asyncio", "tornado", "quic")
 
 
@@ -25,14 +28,13 @@ class Masked(logging.Filter):
         message = record.getMessage()
         if record.exc_info:
             record.exc_text = self.mask(record.exc_text or self._format.formatException(record.exc_info))
-        masked = self.mask(message)
-        if masked is not message:
-            record.msg, record.args = masked, ()
+        shown = self.mask(message)
+        if shown is not message:
+            record.msg, record.args = shown, ()
         return True
 
     def mask(self, text: str) -> str:
-        if "gwt_" in text:
-            text = PATTERN.sub("gwt_***", text)
+        text = masked(text)
         try:
             key = self._key()
         except Exception:  # the key's source is broken, which is another line's news; nothing to hide then
@@ -47,10 +49,28 @@ def mask(key: Callable[[], str]) -> None:
         each.addFilter(masked)
 
 
-def say_plainly(key: Callable[[], str], level: int = logging.INFO) -> None:
+class Json(logging.Formatter):
+    """Each record as one line of JSON: a call's own record, or `{"event": "log", ...}` for a sentence."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.name == CALLS.name:
+            return message
+        said = {"event": "log", "at": round(record.created, 3), "level": record.levelname, "message": message}
+        if record.exc_info or record.exc_text:
+            said["exception"] = record.exc_text or self.formatException(record.exc_info)  # type: ignore[arg-type]
+        return json.dumps(said)
+
+
+def call_line(call: Record) -> None:
+    """Say a call, as a line of JSON."""
+    CALLS.info("%s", json.dumps(call))
+
+
+def say_plainly(key: Callable[[], str], level: int = logging.INFO, *, as_json: bool = False) -> None:
     """Log to stderr, masked: the gateway's own lines from `level` on, of the proxy's only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(Json() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers = [handler for handler in root.handlers if type(handler).__module__.startswith("mitmproxy")]
     root.addHandler(handler)

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from gateway_addon.bounds import Quote
 from gateway_addon.grants import Pace, Progress, Seen
-from gateway_addon.ledger import Standing, scopes
+from gateway_addon.ledger import NewCall, Standing, scopes
 from gateway_addon.policy import AppPolicy
 from gateway_addon.pricing import Prices, cost, rates
 from gateway_addon.reading import Reading
@@ -22,6 +22,7 @@ class Ticket:
     """Permission to forward one call: what is reserved for it, and the snapshot that it was judged and is priced by."""
 
     call_id: int
+    call: NewCall
     app: AppPolicy
     prices: Prices
     reading: Reading

@@ -23,14 +23,16 @@ from mitmproxy.master import Master
 from mitmproxy.tools.web.master import WebMaster
 from OpenSSL import SSL
 
+from gateway_addon import otel
 from gateway_addon.addon import REQUIRED_OPTIONS, GatewayAddon
+from gateway_addon.calls import Record, Tell
 from gateway_addon.dispatch import Dispatch, fits
 from gateway_addon.gate import Gate
 from gateway_addon.herald import Herald
 from gateway_addon.ledger import Ledger, Server
 from gateway_addon.ledger.files import ledger_path, state_folder
 from gateway_addon.listener import Certificate
-from gateway_addon.logs import say_plainly
+from gateway_addon.logs import call_line, say_plainly
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.reload import Watcher, align, saved_by
 from gateway_addon.secret import Secret, keep_fresh
@@ -54,6 +56,10 @@ class Settings:
     web_port: int | None = None
     """With a port for its page: run under mitmweb."""
     web_password: str = ""
+    log_json: bool = False
+    """Log lines of JSON, one for each call among them."""
+    otel: bool = False
+    """Send a span for each call."""
     parent_fd: int | None = None
     """Set in a worker: the pipe that tells when the supervisor has ended."""
     ready_fd: int | None = None
@@ -129,15 +135,42 @@ async def prepared(
     settings: Settings, make: Callable[..., GatewayAddon] = GatewayAddon, entrance: str = ""
 ) -> AsyncIterator[tuple[GatewayPolicy, GatewayAddon, Master]]:
     """All that a gateway needs, ready to run: an addon as below, in a master built for it."""
-    async with assembled(settings.policies, settings.ledger, make, entrance) as (policy, key, addon):
+    async with (
+        told_of(settings) as on_call,
+        assembled(settings.policies, settings.ledger, make, entrance, on_call) as (policy, key, addon),
+    ):
         master = build(settings, policy, addon)
-        say_plainly(key)
+        say_plainly(key, as_json=settings.log_json)
         yield policy, addon, master
 
 
 @asynccontextmanager
+async def told_of(settings: Settings) -> AsyncIterator[Tell | None]:
+    """Who is told of each call, as the command line asks. Raises OtelMissing."""
+    listeners: list[Tell] = [call_line] if settings.log_json else []
+
+    def tell(call: Record) -> None:
+        for listener in listeners:
+            listener(call)
+
+    if not settings.otel:
+        yield tell if listeners else None
+        return
+    send, stop = otel.start()
+    listeners.append(send)
+    try:
+        yield tell
+    finally:
+        await asyncio.to_thread(stop)
+
+
+@asynccontextmanager
 async def assembled(
-    policies: Path, ledger_url: str, make: Callable[..., GatewayAddon] = GatewayAddon, entrance: str = ""
+    policies: Path,
+    ledger_url: str,
+    make: Callable[..., GatewayAddon] = GatewayAddon,
+    entrance: str = "",
+    on_call: Tell | None = None,
 ) -> AsyncIterator[tuple[GatewayPolicy, Secret, GatewayAddon]]:
     """An addon and what it stands on: the policy in force and watched, the key read, the ledger open."""
     policy = load(policies)
@@ -148,7 +181,7 @@ async def assembled(
     ledger = await Ledger.open(ledger_url)
     await align(ledger, policy, saved_by(policies))
     herald = Herald(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
-    gate = Gate(ledger, policy, time.time, herald, entrance)
+    gate = Gate(ledger, policy, time.time, herald, entrance, on_call)
     refused = asyncio.Event()
     addon = make(gate, key, key_refused=refused.set)
     watcher = Watcher(policies, gate)

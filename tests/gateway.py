@@ -52,7 +52,7 @@ class Running:
     clients: AsyncExitStack
 
     def client(self, app: str = "app", **options: Any) -> anthropic.AsyncAnthropic:
-        client = anthropic.AsyncAnthropic(base_url=self.url, api_key=self.tokens[app], **{"max_retries": 0, **options})
+        client = anthropic.AsyncAnthropic(**{"base_url": self.url, "api_key": self.tokens[app], "max_retries": 0, **options})
         self.clients.push_async_callback(client.close)
         return client
 
@@ -98,6 +98,7 @@ async def gateway(
     make: Callable[..., GatewayAddon] = GatewayAddon,
     entrance: str = "",
     prepare: Callable[[Master], None] = lambda master: None,
+    on_call: Callable[[dict[str, Any]], None] | None = None,
 ) -> AsyncIterator[Running]:
     """Run a gateway with these apps (policy texts by name) until the block ends. `prepare` may change its options first."""
     apps = {"app": APP} if apps is None else apps
@@ -110,7 +111,7 @@ async def gateway(
         digest = identity.digest(tokens[app])
         await ledger.change(partial(admin.issue_token, app=app, digest=digest, label="test", who="test", now=time.time()))
     loaded = load(policies)
-    gate = Gate(ledger, loaded, time.time, entrance=entrance)
+    gate = Gate(ledger, loaded, time.time, entrance=entrance, on_call=on_call)
     addon = make(gate, Secret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}))
     master = build(Settings("127.0.0.1", 0, policies, url, **(settings or {})), loaded, addon)
     prepare(master)

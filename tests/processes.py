@@ -31,13 +31,13 @@ class Ledgered:
     def ledger(self) -> Path | Server:
         return self.server or self.folder / "gateway.db"
 
-    async def serve(self) -> tuple[asyncio.subprocess.Process, str]:
+    async def serve(self, *options: str, **variables: str) -> tuple[asyncio.subprocess.Process, str]:
         """Start one gateway on a free port; returns it with its address."""
         where = ["--listen", "127.0.0.1:0", "--policies", str(self.folder / "policies"), "--ledger", url(self.ledger)]
-        command = [sys.executable, "-O", "-u", "-m", "gateway_addon", "serve", "--workers", "1", *where]
+        arguments = [sys.executable, "-O", "-u", "-m", "gateway_addon", "serve", "--workers", "1", *where, *options]
         log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        environment = os.environ | {"SIMULATED_KEY": KEY}
-        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment)
+        environment = os.environ | {"SIMULATED_KEY": KEY} | variables
+        process = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment)
         os.close(log)
         line = await asyncio.wait_for(process.stdout.readline(), 20)
         assert line.startswith(b"gateway"), (self.folder / "log").read_text()

@@ -17,12 +17,13 @@ OWN = {
     "listener": {"policy"},
     "dispatch": set(),
     "gate": {
-        "alerts", "answers", "bounds", "door", "grants", "herald", "identity", "ledger", "money", "noise", "policy", "pricing", "rates",
-        "reading", "refusals", "running", "sentences", "settlement",
+        "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "policy", "pricing",
+        "rates", "reading", "refusals", "running", "sentences", "settlement",
     },
     "alerts": {"ledger", "money", "policy"},
     "herald": {"alerts", "ledger", "policy"},
     "answers": {"ledger", "money", "policy", "pricing"},
+    "calls": {"ledger"},
     "door": {"grants", "ledger"},
     "settlement": {"ledger", "pricing", "running", "usage"},
     "running": {"bounds", "grants", "ledger", "policy", "pricing", "reading", "usage"},
@@ -40,7 +41,7 @@ OWN = {
     "simulator": set(),
     **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "noise", "rates", "refusals", "sse", "windows", "yamlfile")},
 }  # fmt: skip
-EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "provider", "reload", "secret", "serve", "shim", "workers"}
+EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "otel", "provider", "reload", "secret", "serve", "shim", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
 
 ROOMS_OF = {

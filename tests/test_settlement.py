@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from ledgers import CALL
 from test_bounds import NOW, PRICES, app, quoted, reading
 from upstreams import event, message
 
@@ -26,7 +27,7 @@ ALL = None  # the whole grant
 
 def call(status=None, body=b"", content_type="application/json", model="claude-haiku-4-5"):
     asked = reading(model=model, max_tokens=GRANTED)
-    ticket = Ticket(1, app(), PRICES, asked, quoted(asked), GRANTED, None, NOW)
+    ticket = Ticket(1, CALL, app(), PRICES, asked, quoted(asked), GRANTED, None, NOW)
     running = Running(ticket)
     if status is not None:
         running.answered(status, content_type, None, "req_1", NOW + 1)

@@ -12,6 +12,7 @@ import click
 from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.listener import TlsUnavailable
+from gateway_addon.otel import OtelMissing
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import SecretUnavailable
@@ -29,6 +30,8 @@ IN_CLEAR = (
 def _common[F: Callable[..., Any]](command: F) -> F:
     for option in (
         click.option("--set", "options", multiple=True, metavar="K=V", help="An option for mitmproxy."),
+        click.option("--log", type=click.Choice(("plain", "json")), default="plain", show_default=True, help="json: a line for each call."),
+        click.option("--otel", is_flag=True, help="Send a span for each call to OTEL_EXPORTER_OTLP_ENDPOINT."),
         click.option("--insecure-listen", is_flag=True, help="Listen on a network address without TLS."),
         ledger_option,
         policies_option,
@@ -53,6 +56,8 @@ def serve(
     ledger: str,
     insecure_listen: bool,
     options: tuple[str, ...],
+    log: str,
+    otel: bool,
     workers: int,
     socket_fd: int | None,
     parent_fd: int | None,
@@ -62,26 +67,39 @@ def serve(
     with _listener(listen, policies, insecure_listen, socket_fd) as listener:
         host, port = listener.getsockname()[:2]
         if workers == 1 or socket_fd is not None:
-            _serve(Settings(host, port, policies, ledger, options, parent_fd=parent_fd, ready_fd=ready_fd), listener)
+            own = Settings(
+                host, port, policies, ledger, options, log_json=log == "json", otel=otel, parent_fd=parent_fd, ready_fd=ready_fd
+            )  # fmt: skip
+            _serve(own, listener)
         os.environ["GATEWAY_LEDGER"] = ledger  # not an argument, which everybody on the machine can read: it may hold a password
         arguments = ["--listen", f"{host}:{port}", "--policies", str(policies)]
         arguments += [word for option in options for word in ("--set", option)]
-        raise SystemExit(supervise([*arguments, *(["--insecure-listen"] if insecure_listen else [])], listener, workers))
+        arguments += ["--log", log, *(["--otel"] if otel else []), *(["--insecure-listen"] if insecure_listen else [])]
+        raise SystemExit(supervise(arguments, listener, workers))
 
 
 @click.command(epilog="Example: gateway web --web-port 8081")
 @_common
 @click.option("--web-port", type=int, default=8081, show_default=True, help="Port of mitmweb's page, on this machine only.")
-def web(listen: tuple[str, int], policies: Path, ledger: str, insecure_listen: bool, options: tuple[str, ...], web_port: int) -> None:
+def web(
+    listen: tuple[str, int],
+    policies: Path,
+    ledger: str,
+    insecure_listen: bool,
+    options: tuple[str, ...],
+    log: str,
+    otel: bool,
+    web_port: int,
+) -> None:
     """Run the gateway under mitmweb, to look at flows while debugging. It keeps every flow in memory: not for production."""
     with _listener(listen, policies, insecure_listen, None) as listener:
         password = secrets.token_urlsafe(24)
         click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")
         host, port = listener.getsockname()[:2]
-        _serve(Settings(host, port, policies, ledger, options, web_port, password), listener)
+        _serve(Settings(host, port, policies, ledger, options, web_port, password, log == "json", otel), listener)
 
 
-SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, ValueError, OSError)
+SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, OtelMissing, ValueError, OSError)
 
 
 @SAY

@@ -1,0 +1,64 @@
+"""An ended call as one flat record, for logs and traces. Pure.
+
+Promises the same fields for every call, whatever became of it, and nothing of what was said in it. What the fields mean is in the
+README's table; a test holds the two together.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gateway_addon.ledger import NewCall, Outcome, PricedPart
+
+type Record = dict[str, Any]
+type Tell = Callable[[Record], None]
+
+NOTHING = Outcome()
+
+
+def record(
+    call: NewCall,
+    state: str,
+    *,
+    started_at: float,
+    ended_at: float,
+    call_id: int | None = None,
+    refusal: str | None = None,
+    outcome: Outcome = NOTHING,
+    parts: Iterable[PricedPart] = (),
+    spent_nano: int = 0,
+) -> Record:
+    """What is known of a call at its end. Times are unix seconds, amounts nano-dollars; tokens are summed over the billed parts."""
+    tokens = [part.tokens for part in parts]
+    first_byte_at = outcome.first_byte_at
+    return {
+        "event": "call",
+        "call": call_id,
+        "state": state,
+        "app": call.app,
+        "team": call.team,
+        "token": call.token_id,
+        "session": call.session_id,
+        "agent": call.agent_id,
+        "endpoint": call.endpoint,
+        "model": call.model_asked,
+        "model_served": outcome.model_served,
+        "stream": call.stream,
+        "max_tokens": call.max_tokens,
+        "status": outcome.status,
+        "refusal": refusal,
+        "stop_reason": outcome.stop_reason,
+        "complete": outcome.complete,
+        "request_id": outcome.request_id,
+        "started_at": round(started_at, 3),
+        "first_byte_s": None if first_byte_at is None else round(first_byte_at - started_at, 3),
+        "duration_s": round(ended_at - started_at, 3),
+        "quote_nano": call.quote_nano,
+        "spent_nano": spent_nano,
+        "input_tokens": sum(each.input_tokens for each in tokens),
+        "output_tokens": sum(each.output_tokens for each in tokens),
+        "cache_read_tokens": sum(each.cache_read_tokens for each in tokens),
+        "cache_write_tokens": sum(
+            each.cache_write_5m_tokens + each.cache_write_1h_tokens + each.cache_write_unsplit_tokens for each in tokens
+        ),
+        "flags": list(outcome.flags),
+    }  # fmt: skip
