@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from gateway_addon.ledger import Ledger, Server
 from gateway_addon.ledger.files import ledger_path, state_folder
 from gateway_addon.listener import Certificate
 from gateway_addon.logs import call_line, say_plainly
+from gateway_addon.modes import reverse
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.reload import Watcher, align, saved_by
 from gateway_addon.secret import Secret, keep_fresh
@@ -64,7 +66,7 @@ class Settings:
     """Set in a worker: the pipe that tells when the supervisor has ended."""
     ready_fd: int | None = None
     """Set in the first worker: the pipe by which the supervisor learns that this one listens."""
-    tell: Callable[[str], None] = field(default=print)
+    tell: Callable[[str], None] = field(default=partial(print, flush=True))
     """Says one line to the person who started it."""
 
 
@@ -200,7 +202,7 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     master.addons.chain.insert(0, master.addons.register(addon))
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
-        "mode": [f"reverse:{policy.upstream}"],
+        "mode": [reverse(policy.upstream)],
         "listen_host": settings.host,
         "listen_port": settings.port,
     }

@@ -15,6 +15,7 @@ OWN = {
     "lives": {"answers", "gate", "inject", "refusals", "running"},
     "inject": {"refusals"},
     "listener": {"policy"},
+    "modes": set(),
     "dispatch": set(),
     "gate": {
         "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "policy", "pricing",
@@ -39,14 +40,14 @@ OWN = {
     "ledger": {"money", "windows"},
     "identity": {"refusals"},
     "simulator": set(),
-    **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "noise", "rates", "refusals", "sse", "windows", "yamlfile")},
+    **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "noise", "rates", "refusals", "services", "sse", "windows", "yamlfile")},
 }  # fmt: skip
 EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "otel", "provider", "reload", "secret", "serve", "shim", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "dispatch", "inject", "listener", "lives", "local", "serve", "shim", "views"},
+    "mitmproxy": {"addon", "dispatch", "inject", "listener", "lives", "local", "modes", "serve", "shim", "views"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},

@@ -119,6 +119,24 @@ async def test_by_default_each_core_has_a_worker_and_a_call_in_flight_outlives_t
         assert db.execute("SELECT sum(spent_nano), sum(reserved_nano) FROM entries").fetchone() == (billed_nano, 0)
 
 
+def open_for_udp(port: int) -> bool:
+    return f":{port:04X} " in Path("/proc/net/udp").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes and sockets through /proc")
+async def test_in_front_of_an_https_upstream_workers_share_the_one_port_and_no_other_is_opened(tmp_path):
+    with serving(tmp_path, "https://localhost:1", "--workers", "2") as (process, url, token):
+        await until(lambda: len(workers(process)) == 2)
+        pids = workers(process)
+        assert not open_for_udp(int(url.rpartition(":")[2])), "QUIC is not served"
+        async with anthropic.AsyncAnthropic(base_url=url, api_key=token, max_retries=0) as client:
+            for _ in range(20):
+                with pytest.raises(anthropic.InternalServerError, match="could not reach"):
+                    await client.messages.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO)
+        assert workers(process) == pids
+    assert "ended with" not in (tmp_path / "log").read_text()
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes through /proc")
 async def test_a_second_signal_ends_what_is_still_in_flight(tmp_path):
     async with Simulator(behaviour=Behaviour(delay_ms=50, output_tokens=4000)) as api:
