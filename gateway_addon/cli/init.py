@@ -3,11 +3,13 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import click
 
-from gateway_addon.cli.common import ledger_option, policies_option, says_errors
+from gateway_addon import services
+from gateway_addon.cli.common import ledger_option, policies_option, project_folder, says_errors
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.ledger.files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
@@ -48,11 +50,16 @@ caps: {{request: $0.50, day: {day}, month: {month}}}
 @click.command(epilog="Example: gateway init --yes")
 @click.option("--yes", is_flag=True, help="Take the defaults instead of asking.")
 @click.option("--app", default=None, metavar="NAME", help="Name of the first app.  [default: asked, or app]")
+@click.option("--systemd", is_flag=True, help="Only print a systemd unit that runs this gateway as an unprivileged service.")
+@click.option("--container", is_flag=True, help="Only print a Containerfile for the same in a container.")
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError, OSError)
-def init(yes: bool, app: str | None, policies: Path, ledger: str) -> None:
+def init(yes: bool, app: str | None, systemd: bool, container: bool, policies: Path, ledger: str) -> None:
     """Write what is missing of a first policy and an empty ledger. Nothing that exists is changed."""
+    if systemd or container:
+        click.echo(services.systemd(str(project_folder()), sys.executable) if systemd else services.CONTAINERFILE, nl=False)
+        return
     has_gateway, has_apps = (policies / "gateway.yaml").exists(), any((policies / "apps").glob("*.yaml"))
     name, month_nano, key = _name(app or "app"), parse_nano("$20"), _source("env ANTHROPIC_API_KEY")
     if not yes:
