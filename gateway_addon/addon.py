@@ -23,7 +23,7 @@ from gateway_addon import inject
 from gateway_addon.answers import Answer, cap_headers, visible_models
 from gateway_addon.gate import Arrived, Gate
 from gateway_addon.listener import Certificate
-from gateway_addon.lives import Life
+from gateway_addon.lives import Life, close_forgotten
 from gateway_addon.reading import Request
 from gateway_addon.refusals import Refusal, new_request_id
 from gateway_addon.running import Ticket
@@ -32,6 +32,7 @@ from gateway_addon.settlement import EndedBy
 logger = logging.getLogger(__name__)
 
 UNREAD_BODY_MAX = 64 * 1024  # what is read of a body whose answer is already decided; beyond it the connection is closed
+BODY_BYTES_MAX = 33 * 1024 * 1024  # a little above the API's own 32 MB, so that its limit is refused with its own sentence
 REPLACED = frozenset({b"x-api-key", b"authorization", b"proxy-authorization", b"accept-encoding"})
 IDENTITY = (b"accept-encoding", b"identity")  # compression would delay the first tokens of a stream
 ACCOUNT_HEADERS = (b"anthropic-ratelimit-", b"anthropic-priority-", b"anthropic-organization-id", b"anthropic-workspace-id")
@@ -152,6 +153,7 @@ class GatewayAddon:
         life = self.connections.pop(client.id, None)
         if life is not None and life.admission is not None:
             life.admission.cancel()
+        close_forgotten(client)
 
     # -- a request
 
@@ -166,14 +168,16 @@ class GatewayAddon:
         if flow.client_conn.id in self.connections:
             self.connections[flow.client_conn.id] = life
         arrived = await self._arrive(flow, headers)
+        life.body_bytes = _announced(flow.request.headers)
+        if isinstance(arrived, Arrived):
+            held_bytes = sum(each.body_bytes for each in self.lives.values()) - life.body_bytes
+            arrived = self.gate.crowded(arrived, life.body_bytes, held_bytes, self.clock()) or arrived
         if isinstance(arrived, Arrived):
             life.arrived = arrived
             flow.request.headers["x-api-key"] = f"app:{arrived.app.name}"  # a label for people; the wire copy gets the key
             return
         self.answer(flow, arrived)
-        length = flow.request.headers.get("content-length", "0")
-        unbounded = "transfer-encoding" in flow.request.headers or not length.isdigit() or int(length) > UNREAD_BODY_MAX
-        inject.wire(flow).hang_up = unbounded
+        inject.wire(flow).hang_up = life.body_bytes > UNREAD_BODY_MAX
 
     async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
         if self.draining:
@@ -328,6 +332,13 @@ class GatewayAddon:
 def _method(request: http.Request) -> str:
     """The method as it will be sent. (`request.method` is in upper case, whatever the client wrote: judged would not be sent.)"""
     return request.data.method.decode("ascii", "backslashreplace")
+
+
+def _announced(headers: http.Headers) -> int:
+    """The most bytes that a request's body can have, by its headers."""
+    length = headers.get("content-length", "0")
+    known = "transfer-encoding" not in headers and length.isdigit() and len(length) < 12
+    return min(int(length), BODY_BYTES_MAX) if known else BODY_BYTES_MAX
 
 
 def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:

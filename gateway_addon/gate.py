@@ -53,6 +53,7 @@ from gateway_addon.settlement import EndedBy, Void, drifted, settle
 logger = logging.getLogger(__name__)
 
 LIMITS_EVERY_S = 1.0  # how often the shared key's limits are written down, however many answers carry them
+SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
 COMFORT = 50  # `reserve: auto` reserves a stream whole while its quote is at most this part of each of its caps
 
 
@@ -339,6 +340,17 @@ class Gate:
         self._door.settled()
 
     # -- answers of the gateway's own
+
+    def crowded(self, arrived: Arrived, body_bytes: int, held_bytes: int, now: float) -> Refusal | None:
+        """A body for which there is no memory beside those held is refused before it is read; small ones always find room."""
+        limit = arrived.policy.bodies_in_flight
+        if body_bytes <= SMALL_BODY or held_bytes + body_bytes <= limit:
+            return None
+        sentence = (
+            f"The gateway holds {held_bytes:,} bytes of requests in flight and takes {limit:,} at once (bodies_in_flight); "
+            f"this one has up to {body_bytes:,}. Send it again in a moment."
+        )
+        return self._refused(arrived.app, arrived.token, arrived.endpoint, Refusal("crowded", sentence, retry_after_s=1), now)
 
     def _refused(self, app: AppPolicy, token: Token, endpoint: str, refusal: Refusal, now: float) -> Refusal:
         self._turned_away(NewCall(app.name, app.team, token.id, self._entrance + endpoint), refusal.code, now)

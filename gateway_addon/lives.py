@@ -21,6 +21,7 @@ from gateway_addon.running import Running, Ticket
 
 CUT_GRACE_S = 0.1  # how long a cut stream may take to complete its current event
 LOOK_AGAIN_S = 3600.0
+UNREAD_ANSWER_S = 1.0  # how long a client may take to read the answer to a body that was not wanted
 
 type Deadline = tuple[float, Callable[[], None]]
 
@@ -33,6 +34,8 @@ class Life:
     gate: Gate
     clock: Callable[[], float] = time.time
     arrived: Arrived | None = None
+    body_bytes: int = 0
+    """Of the request, as announced by its headers."""
     admission: "asyncio.Task[Ticket | Pass | Answer | Refusal] | None" = None
     running: Running | None = None
     free: Pass | None = None
@@ -148,6 +151,18 @@ class Life:
         transport = handler.transports.get(self.server or self.flow.server_conn) if handler is not None else None
         if transport is not None and transport.handler is not None:
             transport.handler.cancel("closed by the gateway")
+
+
+def close_forgotten(client: connection.Client) -> None:
+    """Close the socket of a connection that has ended, where mitmproxy did not: it forgets one that it closes while a piece arrives.
+
+    Not at once: a client that is still sending would lose the answer that it has not read yet.
+    """
+    handler: Any = ctx.master.addons.get("proxyserver").connections.get(client.id)
+    transport = handler.transports.get(client) if handler is not None else None
+    if transport is not None and not transport.writer.is_closing():
+        transport.writer.write_eof()
+        asyncio.get_running_loop().call_later(UNREAD_ANSWER_S, transport.writer.close)
 
 
 def _last_boundary(chunk: bytes) -> int:

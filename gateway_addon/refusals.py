@@ -54,6 +54,7 @@ TABLE: dict[str, Row] = {
     "headroom": Row(429, "rate_limit_error", True),
     # the gateway itself
     "ledger": Row(503, "api_error", True),
+    "crowded": Row(503, "api_error", True),
     "draining": Row(503, "api_error", True),
     "internal": Row(503, "api_error", False),
     "upstream_unreachable": Row(502, "api_error", True),

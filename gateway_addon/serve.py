@@ -25,7 +25,7 @@ from mitmproxy.tools.web.master import WebMaster
 from OpenSSL import SSL
 
 from gateway_addon import otel
-from gateway_addon.addon import REQUIRED_OPTIONS, GatewayAddon
+from gateway_addon.addon import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.calls import Record, Tell
 from gateway_addon.dispatch import Dispatch, fits
 from gateway_addon.gate import Gate
@@ -41,9 +41,6 @@ from gateway_addon.secret import Secret, keep_fresh
 from gateway_addon.workers import ListeningLoop, when_the_parent_ends
 
 logger = logging.getLogger(__name__)
-
-BODY_LIMIT = "33m"  # of a request: a little above the API's own 32 MB, so that its limit is refused with its own sentence
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -217,7 +214,7 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
 def hardened(opts: options.Options, policy: GatewayPolicy) -> dict[str, Any]:
     """mitmproxy's options as every gateway needs them, of those that this master has."""
     longest_s = max(policy.timeouts.first_byte_s, policy.timeouts.silence_s) + 60
-    wanted = REQUIRED_OPTIONS | {"body_size_limit": BODY_LIMIT, "tcp_timeout": int(longest_s)}
+    wanted = REQUIRED_OPTIONS | {"body_size_limit": str(BODY_BYTES_MAX), "tcp_timeout": int(longest_s)}
     return {name: value for name, value in wanted.items() if name in opts}
 
 

@@ -157,6 +157,7 @@ CASES = [
 ELSEWHERE = {
     # a code that the SDK cannot provoke here: where it is shown
     "token_missing": "the SDK sends a credential with every call: tests/test_wire.py",
+    "crowded": "memory is the limit: tests/test_scale.py",
     "token_noise": "sixty refusals come before it: tests/test_noise.py",
     "token_proxy": "gateway local alone: tests/test_local.py",
     "upgrade": "the SDK does not upgrade: tests/test_wire.py",

@@ -266,6 +266,11 @@ GATEWAY: dict[str, Key] = {
     "caps": _caps(_WINDOWS, "what all apps together may spend, beside each app's own caps", NO_CAPS),
     "teams": Key(mapping(record(Team, _TEAM)), "apps that share caps, by the team's name", MappingProxyType({}), {"NAME": _TEAM_KEY}),
     "timeouts": _group(_timeouts, _TIMEOUTS, "how long to wait for the upstream", _timeouts(**_DEFAULT_TIMEOUTS)),
+    "bodies_in_flight": Key(
+        COUNT,
+        "bytes of request bodies that each process holds at once; a large one beyond them is told to come again (`256M` unless given)",
+        256_000_000,
+    ),
     "tls": _group(
         Tls,
         {"cert": Key(text(), "path of the certificate chain (PEM)"), "key": Key(text(), "path of its private key (PEM)")},

@@ -142,6 +142,8 @@ class GatewayPolicy:
     caps: Mapping[CapWindow, int]
     teams: Mapping[str, Team]
     timeouts: Timeouts
+    bodies_in_flight: int
+    """Bytes. What keeps many large requests at once from taking all of the machine's memory."""
     tls: Tls | None
     alerts: Alerts
     workspace_geo: Literal["global", "us", "unknown"]

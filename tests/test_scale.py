@@ -1,0 +1,73 @@
+"""What grows with the load is bounded: bodies in flight, memory per stream, memory over many calls."""
+
+import asyncio
+import gc
+import json
+import socket
+
+from gateway import APP, gateway
+from rawhttp import split_answer
+
+from gateway_addon.simulator import Simulator
+
+MODEL = "claude-haiku-4-5"
+
+
+def request(token: str, *, turns_bytes: int = 10, stream: bool = False) -> bytes:
+    messages = [{"role": "user", "content": "x" * turns_bytes}]
+    body = json.dumps({"model": MODEL, "max_tokens": 50, "stream": stream, "messages": messages}).encode()
+    head = f"POST /v1/messages HTTP/1.1\r\nhost: gateway\r\nx-api-key: {token}\r\nanthropic-version: 2023-06-01\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+async def answer(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
+    """What comes back to `data`; a gateway that does not want a body may close before it is sent whole."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(data)
+        top = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        length = int(split_answer(top)[1]["content-length"])
+        return split_answer(top + await reader.readexactly(length))
+    finally:
+        writer.close()
+
+
+async def all_closed(gw, left: int = 1) -> bool:
+    """Whether the gateway has soon no more than `left` sockets of callers open."""
+    for _ in range(60):
+        if len(callers(gw.port)) <= left:
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+def callers(port: int) -> list[socket.socket]:
+    """The gateway's own ends of its callers' connections, garbage that still holds one among them."""
+    transports = [each for each in gc.get_objects() if type(each).__name__ == "_SelectorSocketTransport"]
+    ends = [each.get_extra_info("socket") for each in transports if each.get_extra_info("sockname", ("", 0))[1] == port]
+    return [end for end in ends if end.fileno() >= 0]
+
+
+async def test_a_large_body_beyond_those_in_flight_is_refused_before_it_is_read(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}, "bodies_in_flight: 3M") as gw:
+        large = request(gw.tokens["app"], turns_bytes=2_000_000)
+        _, first = await asyncio.open_connection("127.0.0.1", gw.port)
+        first.write(large[:1000])
+        while not gw.addon.lives:
+            await asyncio.sleep(0.01)
+        status, headers, body = await answer(gw.port, large)
+        assert (status, headers["x-gateway-refusal"], headers["retry-after"]) == (503, "crowded", "1")
+        assert "takes 3,000,000 at once (bodies_in_flight)" in json.loads(body)["error"]["message"]
+        assert await all_closed(gw), "the refused connection's socket is gone"
+        small = await answer(gw.port, request(gw.tokens["app"]))
+        assert small[0] == 200, "a small body always finds room"
+        first.close()
+        while gw.addon.lives:
+            await asyncio.sleep(0.01)
+        assert "x-gateway-refusal" not in (await answer(gw.port, large))[1], "there is room again: the API judges it"
+
+
+async def test_a_body_of_unknown_length_counts_as_the_largest(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}, "bodies_in_flight: 30M") as gw:
+        head = request(gw.tokens["app"]).partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
+        assert (await answer(gw.port, head))[1]["x-gateway-refusal"] == "crowded"
