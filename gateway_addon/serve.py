@@ -8,6 +8,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import time
@@ -107,6 +108,8 @@ class LeanMaster(Master):
 
 def run(settings: Settings, listener: socket.socket) -> int:
     """Serve on a bound socket until SIGTERM or SIGINT. Returns the exit code."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call holds two sockets, and many shells begin with 1,024
     with asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:
         return runner.run(_run(settings))
 

@@ -3,12 +3,18 @@
 import asyncio
 import gc
 import json
+import os
+import resource
 import socket
+import sys
+from pathlib import Path
 
+import pytest
 from gateway import APP, gateway
+from processes import ledgered
 from rawhttp import split_answer
 
-from gateway_addon.simulator import Simulator
+from gateway_addon.simulator import Behaviour, Simulator
 
 MODEL = "claude-haiku-4-5"
 
@@ -71,3 +77,73 @@ async def test_a_body_of_unknown_length_counts_as_the_largest(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api, {"app": APP}, "bodies_in_flight: 30M") as gw:
         head = request(gw.tokens["app"]).partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
         assert (await answer(gw.port, head))[1]["x-gateway-refusal"] == "crowded"
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def settle_down(pid: int) -> int:
+    """Resident memory once nothing happens any more."""
+    await asyncio.sleep(1)
+    return resident_bytes(pid)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads memory through /proc")
+@pytest.mark.parametrize(("streams", "each_max"), [(50, 600_000), pytest.param(1000, 176_000, marks=pytest.mark.soak)])
+async def test_an_idle_stream_costs_little_memory_however_few_files_the_shell_allows(tmp_path, streams, each_max):
+    """160 KB a stream is the target, and a tenth more counts as met; of few streams the first ones' share is larger."""
+    async with Simulator(behaviour=Behaviour(say_nothing_s=600)) as api:
+        gateways = ledgered(tmp_path, api.url, {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1000}\n"})
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 100), hard))
+        try:
+            process, url = await gateways.serve()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        port = int(url.rpartition(":")[2])
+        await answer(port, request(gateways.tokens["app"]).replace(b'"stream": false', b'"stream": nopes'))  # what is loaded at the first call
+        empty = await settle_down(process.pid)
+        opened = []
+        for _ in range(streams):
+            opened.append(await asyncio.open_connection("127.0.0.1", port))
+            opened[-1][1].write(request(gateways.tokens["app"], stream=True))
+        while api.book.in_flight < streams:
+            await asyncio.sleep(0.05)
+        full = await settle_down(process.pid)
+        print(f"idle process {empty / 1e6:.0f} MB; {streams} idle streams {(full - empty) / streams / 1e3:.0f} KB each", file=sys.stderr)
+        assert (full - empty) / streams <= each_max
+        for _, writer in opened:
+            writer.close()
+        process.terminate()
+        await asyncio.wait_for(process.wait(), 30)
+        process._transport.close()
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads memory through /proc")
+@pytest.mark.parametrize("calls", [240, pytest.param(100_000, marks=pytest.mark.soak)])
+async def test_memory_is_flat_over_many_streamed_calls(tmp_path, calls):
+    async with Simulator(behaviour=Behaviour(output_tokens=20)) as api:
+        gateways = ledgered(tmp_path, api.url, {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100000}\n"})
+        process, url = await gateways.serve()
+        port, data = int(url.rpartition(":")[2]), request(gateways.tokens["app"], stream=True)
+
+        async def caller(count: int) -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(count):
+                writer.write(data)
+                await asyncio.wait_for(reader.readuntil(b"message_stop"), 20)
+                await reader.readuntil(b"0\r\n\r\n")
+            writer.close()
+
+        async def some(count: int) -> int:
+            await asyncio.gather(*(caller(count // 8) for _ in range(8)))
+            return await settle_down(process.pid)
+
+        warm = await some(max(200, calls // 10))
+        after = await some(calls)
+        print(f"{warm / 1e6:.1f} MB, and after {calls} more streams {after / 1e6:.1f} MB", file=sys.stderr)
+        assert after - warm < 15_000_000  # a flow that is kept is some 50 KB
+        process.terminate()
+        await asyncio.wait_for(process.wait(), 30)
+        process._transport.close()
