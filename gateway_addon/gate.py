@@ -53,6 +53,7 @@ from gateway_addon.settlement import EndedBy, Void, drifted, settle
 logger = logging.getLogger(__name__)
 
 LIMITS_EVERY_S = 1.0  # how often the shared key's limits are written down, however many answers carry them
+READY_FOR_S = 1.0
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
 COMFORT = 50  # `reserve: auto` reserves a stream whole while its quote is at most this part of each of its caps
 
@@ -106,6 +107,7 @@ class Gate:
         self._top_ups: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         self._noise = Noise()
+        self._ready_at = -math.inf
 
     # -- arrive
 
@@ -119,6 +121,8 @@ class Gate:
         if endpoint == "healthz":
             return Answer(self._health())
         try:
+            if endpoint == "readyz":
+                return await self._readiness(now)
             token, pauses = await self._token(headers, now), await self.ledger.pauses(now=now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
@@ -360,6 +364,16 @@ class Gate:
         self.ledger.refused(call, code, now=now)
         if self._on_call is not None:
             self._on_call(record(call, "refused", started_at=now, ended_at=now, refusal=code))
+
+    async def _readiness(self, now: float) -> Answer:
+        """For a load balancer: 200 while calls would be taken. Asked at most once a second of the ledger, whoever asks here.
+
+        Raises LedgerUnavailable.
+        """
+        if not 0 <= now - self._ready_at < READY_FOR_S:
+            await self.ledger.ready()
+            self._ready_at = now
+        return Answer({"status": "ready"})
 
     def _health(self) -> dict[str, Any]:
         health: dict[str, Any] = {"status": "ok", "policy": self.policy.digest[:12], "apps": len(self.policy.apps)}

@@ -29,6 +29,7 @@ ENDPOINTS: dict[tuple[str, str], str] = {
     ("HEAD", "/api/hello"): "hello",
     ("GET", "/api/hello"): "hello",
     ("GET", "/gateway/healthz"): "healthz",
+    ("GET", "/gateway/readyz"): "readyz",
     ("GET", "/gateway/me"): "me",
 }
 """The whole door: every other method and path is refused."""

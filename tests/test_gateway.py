@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 
+import httpx2
 import pytest
 from gateway import gateway
 
@@ -80,3 +81,30 @@ async def test_an_app_sees_only_the_models_it_may_use(tmp_path):
 async def test_counting_tokens_is_free_and_never_blocked_by_a_cap(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api, {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $0}\n"}) as gw:
         assert (await gw.client().messages.count_tokens(model="claude-haiku-4-5", messages=HELLO)).input_tokens > 0
+
+
+async def test_a_gateway_is_ready_while_its_ledger_takes_writes_and_it_takes_calls(tmp_path, monkeypatch):
+    monkeypatch.setattr("gateway_addon.gate.READY_FOR_S", 0.0)
+    async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
+
+        async def asked(path):
+            answer = await http.get(f"/gateway/{path}")
+            return answer.status_code, answer.headers.get("x-gateway-refusal")
+
+        assert await asked("readyz") == (200, None)
+        (tmp_path / "gateway.db").rename(tmp_path / "elsewhere.db")
+        assert await asked("readyz") == (503, "ledger")
+        assert await asked("healthz") == (200, None), "the process itself lives"
+        (tmp_path / "elsewhere.db").rename(tmp_path / "gateway.db")
+        assert await asked("readyz") == (200, None)
+        gw.addon.draining = True
+        assert await asked("readyz") == (503, "draining")
+    assert not api.book.all()
+
+
+async def test_the_ledger_is_asked_once_a_second_however_many_ask_whether_it_is_ready(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
+        before = gw.gate.ledger._writer._commits
+        answers = [await http.get("/gateway/readyz") for _ in range(20)]
+        assert {answer.status_code for answer in answers} == {200}
+        assert gw.gate.ledger._writer._commits - before <= 3

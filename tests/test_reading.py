@@ -39,6 +39,7 @@ def reading(body: Any, *headers: tuple[str, str]) -> Reading:
         ("GET", "/api/hello", "hello"),
         ("HEAD", "/api/hello", "hello"),
         ("GET", "/gateway/healthz", "healthz"),
+        ("GET", "/gateway/readyz", "readyz"),
         ("GET", "/gateway/me", "me"),
     ],
 )

@@ -196,6 +196,10 @@ class Ledger:
         """Run a change of `ledger.admin` in a transaction of its own turn. Raises what it raises, or LedgerUnavailable."""
         return cast(T, await self._ask(RECORD, write, frozenset((EVERYTHING,))))
 
+    async def ready(self) -> None:
+        """Return once the ledger has taken a write. Raises LedgerUnavailable."""
+        await self._ask(RECORD, lambda db: None)
+
     # reads, on the request's path
 
     async def token(self, digest: str) -> Token | None:
