@@ -168,7 +168,7 @@ class Gate:
         call = _call(arrived, read, request, self._entrance)
         flags: tuple[str, ...] = ()
         body: bytes | None = None
-        if changes := edits(app, read):
+        if changes := edits(app, read, arrived.policy.prices):
             request, read = reading.edited(arrived.endpoint, request, changes)
             if isinstance(read, Refusal):
                 return self._refused(app, arrived.token, arrived.endpoint, read, now)

@@ -234,14 +234,55 @@ def test_a_refused_model_is_told_what_is_allowed_and_where_that_stands():
 
 def test_an_alias_is_rewritten_to_its_model_and_judged_as_that():
     own = parse_app(FILE, ALIASES + "fast: claude-haiku-4-5, dear: claude-opus-5-5}", PRICES, {})
-    assert policy.edits(own, reading({})) == {}
-    assert policy.edits(own, reading({"model": "fast"})) == {"model": "claude-haiku-4-5"}
+    assert policy.edits(own, reading({}), PRICES) == {}
+    assert policy.edits(own, reading({"model": "fast"}), PRICES) == {"model": "claude-haiku-4-5"}
     for alias, code in (("fast", None), ("dear", "model")):
         request = Request("POST", "/v1/messages", (), json.dumps(PLAIN | {"model": alias}).encode())
-        _, changed = edited("messages", request, policy.edits(own, reading({"model": alias})))
+        _, changed = edited("messages", request, policy.edits(own, reading({"model": alias}), PRICES))
         assert isinstance(changed, Reading)
         refusal = policy.judge(own, changed, PRICES)
         assert (refusal and refusal.code) == code
+
+
+MOVING = "models: {allow: [claude-haiku-4-5, claude-opus-5-5, claude-3-opus], moving: %s}\ncaps: unlimited\n"
+DATED = "claude-haiku-4-5-20251001"
+
+
+@pytest.mark.parametrize(
+    ("moving", "asked", "sent", "code"),
+    [
+        ("pass", "claude-haiku-4-5", "claude-haiku-4-5", None),
+        ("refuse", "claude-haiku-4-5", "claude-haiku-4-5", "model"),
+        ("refuse", "claude-haiku-4-5[1m]", "claude-haiku-4-5[1m]", "model"),
+        ("refuse", "claude-3-opus-latest", "claude-3-opus-latest", "model"),
+        ("refuse", DATED, DATED, None),
+        ("refuse", "claude-opus-5-5", "claude-opus-5-5", None),
+        ("pin", "claude-haiku-4-5", DATED, None),
+        ("pin", "claude-haiku-4-5[1m]", f"{DATED}[1m]", None),
+        ("pin", DATED, DATED, None),
+        ("pin", "claude-opus-5-5", "claude-opus-5-5", None),
+        ("pin", "claude-3-opus-latest", "claude-3-opus-latest", "model"),
+    ],
+)
+def test_a_name_that_may_move_passes_is_refused_or_pinned_to_the_dated_id(moving, asked, sent, code):
+    own = parse_app(FILE, MOVING % moving, PRICES, {})
+    request = Request("POST", "/v1/messages", (), json.dumps(PLAIN | {"model": asked}).encode())
+    changes = policy.edits(own, reading({"model": asked}), PRICES)
+    assert changes == ({} if asked == sent else {"model": sent})
+    _, changed = edited("messages", request, changes)
+    assert isinstance(changed, Reading)
+    refusal = policy.judge(own, changed, PRICES)
+    assert (refusal and refusal.code) == code
+    assert policy.may_use(own, asked, PRICES) == (code is None)
+
+
+def test_a_moving_name_inside_a_request_is_refused_where_it_cannot_be_pinned():
+    text = MOVING % "pin" + "features: {fallbacks: true}\n"
+    own = parse_app(FILE, text, PRICES, {})
+    asked = reading({"model": "claude-opus-5-5", "fallbacks": [{"model": "claude-haiku-4-5"}]})
+    refusal = policy.judge(own, asked, PRICES)
+    assert refusal is not None
+    assert f"ask for {DATED} ({FILE} models.moving)" in refusal.sentence
 
 
 # everything else an app may ask for
@@ -318,9 +359,9 @@ def test_betas_pass_unless_the_policy_says_otherwise(text: str, beta: str, admit
 
 def test_a_ceiling_clamps_only_where_the_policy_says_so():
     clamping = app("max_tokens: {limit: 10, over: clamp}")
-    assert policy.edits(clamping, reading({})) == {"max_tokens": 10}
-    assert policy.edits(clamping, reading({"max_tokens": 10})) == {}
-    assert policy.edits(app("max_tokens: 10"), reading({})) == {}
+    assert policy.edits(clamping, reading({}), PRICES) == {"max_tokens": 10}
+    assert policy.edits(clamping, reading({"max_tokens": 10}), PRICES) == {}
+    assert policy.edits(app("max_tokens: 10"), reading({}), PRICES) == {}
 
 
 def test_an_endpoint_that_is_not_named_is_refused():

@@ -47,7 +47,7 @@ def _explain(policy: GatewayPolicy, app: AppPolicy, request: Request, ledger: st
     """Everything that admission would find out, as plain data."""
     now = time.time()
     read = reading.read("messages", request)
-    changes = edits(app, read) if isinstance(read, Reading) else {}
+    changes = edits(app, read, policy.prices) if isinstance(read, Reading) else {}
     if changes:
         request, read = reading.edited("messages", request, changes)
     explanation: dict[str, Any] = {"app": app.name, "mode": app.mode, "rewritten": changes, "rules": [], "quote": None, "caps": []}

@@ -186,6 +186,11 @@ APP: dict[str, Key] = {
             "allow": Key(listing(_PATTERN), "models this app may use: ids, or patterns that match whole ids"),
             "deny": Key(listing(_PATTERN), "models it may not use, whatever `allow` says", ()),
             "aliases": Key(mapping(_PATTERN), "names of its own for models; rewrites the body", MappingProxyType({})),
+            "moving": Key(
+                word("pass", "refuse", "pin"),
+                "names that the provider may point at another snapshot (`claude-haiku-4-5`): pass, refuse, or pin to the dated id",
+                "pass",
+            ),
         },
         "which models the app may use",
     ),

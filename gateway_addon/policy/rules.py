@@ -52,11 +52,12 @@ def trail(app: AppPolicy, reading: Reading, prices: Prices) -> Iterator[Verdict]
     yield from _requirements(app, reading)
 
 
-def edits(app: AppPolicy, reading: Reading) -> dict[str, Any]:
-    """The top-level fields that the policy rewrites (an alias of a model, a clamped `max_tokens`): opt-in, and to be recorded."""
+def edits(app: AppPolicy, reading: Reading, prices: Prices) -> dict[str, Any]:
+    """The top-level fields that the policy rewrites (an alias of a model, a moving name, a clamped `max_tokens`): opt-in, recorded."""
     changes: dict[str, Any] = {}
-    if reading.model in app.models.aliases:
-        changes["model"] = app.models.aliases[reading.model]
+    model = _rewritten(app, reading.model, prices)
+    if model != reading.model:
+        changes["model"] = model
     if reading.endpoint == "messages" and app.max_tokens and app.max_tokens.over == "clamp" and reading.max_tokens > app.max_tokens.limit:
         changes["max_tokens"] = app.max_tokens.limit
     return changes
@@ -70,7 +71,14 @@ def matching(pattern: str, prices: Prices) -> frozenset[str]:
 
 def may_use(app: AppPolicy, model: str, prices: Prices) -> bool:
     """Whether an app may use a model, by any of its names."""
-    return _model(app, model, "model", prices).code is None
+    return _model(app, _rewritten(app, model, prices), "model", prices).code is None
+
+
+def _rewritten(app: AppPolicy, model: str, prices: Prices) -> str:
+    """The model that a request for `model` is sent with."""
+    model = app.models.aliases.get(model, model)
+    pinned = prices.snapshot(model) if app.models.moving == "pin" and prices.moves(model) else None
+    return pinned or model
 
 
 def _endpoint(app: AppPolicy, reading: Reading) -> Verdict:
@@ -92,6 +100,11 @@ def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> Verdict:
             return Verdict(rule, f"app {app.name} may not use {asked}, denied by {pattern} ({app.file} models.deny); {allowed}", "model")
     if not any(fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern) for pattern in app.models.allow):
         return Verdict(rule, f"app {app.name} may not use {asked}; {allowed}", "model")
+    if app.models.moving != "pass" and prices.moves(asked):
+        known = prices.snapshot(asked)
+        instead = f"ask for {known}" if known else "ask for a dated id"
+        sentence = f"app {app.name} may not use {asked}, a name that the provider may move to another model; {instead}"
+        return Verdict(rule, f"{sentence} ({app.file} models.moving)", "model")
     return Verdict(rule, f"{asked} is {canonical}, which app {app.name} may use")
 
 

@@ -35,6 +35,8 @@ class Models:
     deny: tuple[str, ...] = ()
     aliases: Mapping[str, str] = MappingProxyType({})
     """A name of the app's own for one model; using it rewrites the body's `model`."""
+    moving: Literal["pass", "refuse", "pin"] = "pass"
+    """What becomes of a name that the provider may point at another snapshot."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ _SHIPPED_KEYS = ("checked", "sources", "factors", "web_search", "assumed", "mode
 _OVERRIDE_KEYS = ("multiplier", "assumed", "models")
 _ASSUMED_KEYS = ("output_tokens_per_second_max", "lag_s")
 _MODEL_KEYS = (
-    "source", "aliases", "context_tokens", "output_tokens_max", "fast", "geo", "high_resolution", "retired",
+    "source", "aliases", "snapshot", "context_tokens", "output_tokens_max", "fast", "geo", "high_resolution", "retired",
     *_ASSUMED_KEYS, "pace_source", "prices",
 )  # fmt: skip
 
@@ -114,8 +114,11 @@ def _table(shipped: dict[str, _Entry], override: dict[str, _Entry], digest: str)
     rows = {model: _rows(model, place, keys, common) for model, (place, keys) in models.items()}
     starts = {model: tuple(_unix(row.since) for row in ordered) for model, ordered in rows.items()}
     aliases = _aliases({model: keys for model, (_, keys) in models.items()})
+    snapshots = {model: scalar(*keys["snapshot"]) for model, (_, keys) in models.items() if "snapshot" in keys}
     checked = scalar(*shipped["checked"])
-    return Prices(MappingProxyType(rows), MappingProxyType(starts), MappingProxyType(aliases), checked, digest)
+    return Prices(
+        MappingProxyType(rows), MappingProxyType(starts), MappingProxyType(aliases), MappingProxyType(snapshots), checked, digest
+    )  # fmt: skip
 
 
 def _models(document: dict[str, _Entry]) -> dict[str, tuple[_Entry, _Model]]:

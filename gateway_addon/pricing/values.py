@@ -99,6 +99,8 @@ class Prices:
     starts: Mapping[str, tuple[float, ...]]
     """Unix seconds at which the rows begin, beside `rows`."""
     aliases: Mapping[str, str]
+    snapshots: Mapping[str, str]
+    """The dated id that a model's dateless name stands for, where that name may move."""
     checked: str
     """The day on which the shipped table was last held against its sources."""
     digest: str
@@ -120,6 +122,17 @@ class Prices:
             name = dated[1]
         name = self.aliases.get(name, name)
         return name if name in self.rows else None
+
+    def moves(self, model: str) -> bool:
+        """Whether the provider may point this name at another snapshot tomorrow: `-latest`, and dateless names of dated models."""
+        name = model.removesuffix("[1m]")
+        return name in self.aliases or (name in self.snapshots and not _DATED.fullmatch(name))
+
+    def snapshot(self, model: str) -> str | None:
+        """The dated id that a moving name stands for, with Claude Code's suffix kept; None where none is known."""
+        name = self.canonical(model)
+        dated = None if name is None else self.snapshots.get(name)
+        return dated and dated + ("[1m]" if model.endswith("[1m]") else "")
 
     def row(self, model: str, at: float) -> Row | None:
         """The row that prices `model` at `at` (unix seconds), or None: no price is not a price of zero."""
