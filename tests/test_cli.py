@@ -45,6 +45,7 @@ def test_its_help_ends_with_an_example_that_its_options_take(name, tmp_path, mon
     assert " ".join(typed).startswith(name)
     for path in ("~", "request.json", "answer.sse"):  # what the examples name, and the reader has
         (tmp_path / path).touch()
+    (tmp_path / "tomorrow").mkdir()
     monkeypatch.chdir(tmp_path)
     with command.make_context("gateway", arguments):
         pass

@@ -23,6 +23,7 @@ OWN = {
     },
     "alerts": {"ledger", "money", "policy"},
     "herald": {"alerts", "ledger", "policy"},
+    "replay": {"ledger", "policy", "pricing", "reading", "windows"},
     "answers": {"ledger", "money", "policy", "pricing"},
     "calls": {"ledger"},
     "door": {"grants", "ledger"},

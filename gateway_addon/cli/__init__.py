@@ -27,6 +27,7 @@ COMMANDS = {
     "console": ("console", "the operator's desk: spending, caps, live calls, in a browser"),
     "report": ("report", "what was spent, by whom, on what"),
     "explain": ("explain", "what would happen to a request, rule by rule"),
+    "replay": ("replay", "hold the recorded calls against tomorrow's policy"),
     "meter": ("meter", "read recorded responses, print usage and cost"),
     "prices": ("prices", "the price table in force"),
     "inventory": ("inventory", "find who uses the Claude API, before anything is moved"),

@@ -12,8 +12,8 @@ import click
 from tabulate import tabulate
 
 from gateway_addon import windows
+from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
-from gateway_addon.cli.times import duration_s, moment
 from gateway_addon.ledger import LedgerUnavailable, admin, book, files, reports
 from gateway_addon.ledger.reports import By, Drift, Line, Notable, Report
 from gateway_addon.money import cents, dollars
@@ -40,7 +40,7 @@ def report(by: str, since: str | None, notable: bool, alerts: bool, as_json: boo
         raise click.UsageError("--json and --csv exclude each other.")
     now = time.time()
     with admin.reading(files.ledger_path(ledger)) as db:
-        start = _since(since, now) if since else windows.starts(now, book.zone(db)).month
+        start = times.since(since, now) if since else windows.starts(now, book.zone(db)).month
         if alerts:
             _show_alerts(reports.alerts(db, since=start, until=now), as_json, as_csv)
         elif notable:
@@ -49,13 +49,6 @@ def report(by: str, since: str | None, notable: bool, alerts: bool, as_json: boo
         else:
             drifts = reports.drifts(db, since=start, until=now) if by == "served" else []
             _show(reports.report(db, cast(By, by), since=start, until=now), drifts, as_json, as_csv)
-
-
-def _since(text: str, now: float) -> float:
-    try:
-        return now - duration_s(text)
-    except ValueError:
-        return moment(text, now)
 
 
 def _show(found: Report, drifts: list[Drift], as_json: bool, as_csv: bool) -> None:

@@ -29,5 +29,13 @@ def moment(text: str, now: float) -> float:
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
+def since(text: str, now: float) -> float:
+    """Unix seconds of a date, or of a while ago (`7d`). Raises ValueError for anything else."""
+    try:
+        return now - duration_s(text)
+    except ValueError:
+        return moment(text, now)
+
+
 def day(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")

@@ -5,7 +5,10 @@ The connection yields rows by name (`admin.reading`).
 """
 
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from gateway_addon.windows import Starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,35 @@ WITH level AS (
   FROM entries JOIN call_frames USING (call_id))
 SELECT scope, window, window_start, max(nano) AS nano FROM level GROUP BY scope, window, window_start ORDER BY scope, window, window_start
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A call as the ledger keeps it, refused ones too. `endpoint` without the entrance that it came by."""
+
+    call_id: int
+    app: str
+    endpoint: str
+    model: str | None
+    max_tokens: int | None
+    refusal: str | None
+    quote_nano: int
+    spent_nano: int
+    starts: Starts
+    """Of the windows in which it counted."""
+
+
+_RECORDED = """
+SELECT id, app, endpoint, model_asked, max_tokens, refusal, quote_nano,
+  (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano, day_start, week_start, month_start
+FROM calls WHERE started_at >= :since AND started_at < :until ORDER BY id
+"""
+
+
+def recorded(db: sqlite3.Connection, *, since: float, until: float) -> Iterator[Recorded]:
+    """Every call that arrived in the period with a valid token, in the order of admission; read as it is asked for."""
+    for number, app, endpoint, model, max_tokens, refusal, quote, spent, *starts in db.execute(_RECORDED, {"since": since, "until": until}):
+        yield Recorded(number, app, endpoint.rpartition("/")[2], model, max_tokens, refusal, quote, spent, Starts(*starts))
 
 
 def forwarded(db: sqlite3.Connection) -> list[Forwarded]:

@@ -1,0 +1,100 @@
+"""Yesterday's calls against tomorrow's policy: which would have been refused, why, and what that would have saved. Pure.
+
+Judged is what the ledger keeps of a call: app, endpoint, model, `max_tokens`, quote and cost. The bodies are not kept, so features,
+betas, thinking and required fields are not judged, and neither are rates. A cap is held against what the calls before cost, in their
+order; at the door it would be held against quotes, so that in truth it refuses no later.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gateway_addon.ledger.history import Recorded
+from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, edits, trail
+from gateway_addon.pricing import Prices
+from gateway_addon.reading import Reading
+from gateway_addon.windows import Window
+
+JUDGED = frozenset(("endpoint", "model", "max_tokens"))
+"""Rules for which the ledger knows enough; refusals by them carry the same names."""
+
+type Frame = tuple[str, Window, int]
+type Ruling = tuple[str | None, str]
+
+
+class Verdict(NamedTuple):
+    """What would have become of one call. `code` None: it would have passed."""
+
+    call: Recorded
+    code: str | None
+    sentence: str
+
+
+@dataclass(slots=True)
+class Tally:
+    """One app's calls under the new policy."""
+
+    calls: int = 0
+    refused: int = 0
+    saved_nano: int = 0
+    let_in: int = 0
+    """Calls that were refused then, by a rule that would let them pass now. What they would have cost is not known."""
+
+
+def replay(calls: Iterable[Recorded], policy: GatewayPolicy) -> Iterator[Verdict]:
+    """A verdict for each call, in the order of admission."""
+    spent: defaultdict[Frame, int] = defaultdict(int)
+    known: dict[tuple[str, str, str | None, int | None], Ruling] = {}  # calls that look alike to the rules are judged once
+    for call in calls:
+        like = (call.app, call.endpoint, call.model, call.max_tokens)
+        if like not in known:
+            app = policy.apps.get(call.app)
+            known[like] = _ruling(app, call, policy.prices) if app else ("app_unknown", f"app {call.app} has no policy")
+        code, sentence = known[like]
+        if code is None and not call.refusal:
+            code, sentence = _capped(call, policy, spent)
+        yield Verdict(call, code, sentence)
+
+
+def tallied(verdicts: Iterable[Verdict]) -> tuple[dict[str, Tally], dict[tuple[str, str], Tally]]:
+    """Sums by app, and by app and reason."""
+    apps: defaultdict[str, Tally] = defaultdict(Tally)
+    reasons: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
+    for call, code, sentence in verdicts:
+        app = apps[call.app]
+        if call.refusal:
+            app.let_in += code is None and call.refusal in JUDGED
+            continue
+        app.calls += 1
+        if code is None:
+            continue
+        for tally in (app, reasons[call.app, sentence]):
+            tally.refused += 1
+            tally.saved_nano += call.spent_nano
+    return dict(apps), dict(reasons)
+
+
+def _ruling(app: AppPolicy, call: Recorded, prices: Prices) -> Ruling:
+    read = Reading(call.endpoint, call.model or "", call.max_tokens or 0)
+    changes = edits(app, read, prices)
+    read = Reading(call.endpoint, changes.get("model", read.model), changes.get("max_tokens", read.max_tokens))
+    refused = (verdict for verdict in trail(app, read, prices) if verdict.code is not None and verdict.rule in JUDGED)
+    return next(((verdict.code, verdict.sentence) for verdict in refused), (None, ""))
+
+
+def _capped(call: Recorded, policy: GatewayPolicy, spent: defaultdict[Frame, int]) -> Ruling:
+    """The first cap that the call would have passed; where there is none, it counts in its windows."""
+    frames: list[Frame] = []
+    for cap in caps(policy, policy.apps[call.app]):
+        if cap.window == "request":
+            if call.quote_nano > cap.amount_nano:
+                return "quote_over_cap", f"can cost more than the cap for one request of {cap.scope.replace(':', ' ')}"
+            continue
+        frame = (cap.scope, cap.window, call.starts.of(cap.window))
+        if spent[frame] + call.spent_nano > cap.amount_nano:
+            return "cap_spent", f"the {cap.window} cap of {cap.scope.replace(':', ' ')} was spent"
+        frames.append(frame)
+    for frame in frames:
+        spent[frame] += call.spent_nano
+    return None, ""

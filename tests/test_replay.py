@@ -1,0 +1,98 @@
+"""Yesterday's calls against tomorrow's policy."""
+
+import json
+from dataclasses import replace
+
+import anthropic
+import pytest
+from click.testing import CliRunner
+from gateway import gateway, write_policies
+
+from gateway_addon.cli.replay import replay as command
+from gateway_addon.ledger import files
+from gateway_addon.ledger.history import Recorded
+from gateway_addon.policy import load
+from gateway_addon.replay import Tally, replay, tallied
+from gateway_addon.simulator import Behaviour, Simulator
+from gateway_addon.windows import starts
+
+MONDAY = 1_773_043_200.0
+DAY_S = 86_400
+CALL = Recorded(1, "app", "messages", "claude-haiku-4-5", 100, None, 500_000, 400_000, starts(MONDAY))
+ALLOWED = "models: {allow: [claude-haiku-4-5]}\n"
+
+
+def policy(folder, text, common=""):
+    return load(write_policies(folder, "http://127.0.0.1:1", {"app": text}, common))
+
+
+@pytest.mark.parametrize(
+    ("text", "call", "code"),
+    [
+        (ALLOWED + "caps: unlimited\n", CALL, None),
+        ("models: {allow: [claude-sonnet-5]}\ncaps: unlimited\n", CALL, "model"),
+        (ALLOWED + "caps: unlimited\nendpoints: [models]\n", CALL, "endpoint"),
+        (ALLOWED + "caps: unlimited\nmax_tokens: 99\n", CALL, "max_tokens"),
+        (ALLOWED + "caps: unlimited\nmax_tokens: {limit: 99, over: clamp}\n", CALL, None),
+        ("models: {allow: [claude-haiku-4-5], aliases: {small: claude-haiku-4-5}}\ncaps: unlimited\n", replace(CALL, model="small"), None),
+        (ALLOWED + "caps: {request: $0.0004}\n", CALL, "quote_over_cap"),
+        (ALLOWED + "caps: {request: $0.0005}\n", CALL, None),
+        (ALLOWED + "caps: {day: $0.0003}\n", CALL, "cap_spent"),
+        (ALLOWED + "caps: unlimited\n", replace(CALL, app="gone"), "app_unknown"),
+        (ALLOWED + "caps: unlimited\nrequire: [system]\n", CALL, None),  # not judged: the body is not kept
+        (ALLOWED + "caps: {day: $0}\n", replace(CALL, endpoint="count_tokens", max_tokens=None, spent_nano=0, quote_nano=0), None),
+    ],
+)
+def test_a_call_is_judged_by_what_the_ledger_keeps_of_it(tmp_path, text, call, code):
+    assert [verdict.code for verdict in replay([call], policy(tmp_path, text))] == [code]
+
+
+def test_a_cap_fills_with_the_calls_that_pass_and_empties_with_its_window(tmp_path):
+    in_force = policy(tmp_path, ALLOWED + "caps: {day: $0.001}\n")
+    days = [CALL] * 3 + [replace(CALL, spent_nano=100_000)] + [replace(CALL, starts=starts(MONDAY + DAY_S))]
+    assert [verdict.code for verdict in replay(days, in_force)] == [None, None, "cap_spent", None, None]
+
+
+def test_a_shared_cap_counts_every_app(tmp_path):
+    apps = dict.fromkeys(("app", "other"), ALLOWED + "caps: unlimited\n")
+    in_force = load(write_policies(tmp_path, "http://127.0.0.1:1", apps, "caps: {month: $0.001}\n"))
+    calls = [CALL, replace(CALL, app="other"), CALL]
+    assert [verdict.code for verdict in replay(calls, in_force)] == [None, None, "cap_spent"]
+
+
+def test_the_sums_tell_what_is_saved_and_who_is_let_in(tmp_path):
+    in_force = policy(tmp_path, ALLOWED + "caps: unlimited\n")
+    calls = [CALL, replace(CALL, model="claude-opus-5-5"), replace(CALL, refusal="model", spent_nano=0), replace(CALL, refusal="cap_spent", spent_nano=0)]
+    apps, reasons = tallied(replay(calls, in_force))
+    assert apps == {"app": Tally(calls=2, refused=1, saved_nano=400_000, let_in=1)}
+    [(app, sentence)] = reasons
+    assert (app, "may not use claude-opus-5-5" in sentence) == ("app", True)
+
+
+async def test_real_calls_are_replayed_from_their_ledger(tmp_path):
+    async with Simulator(behaviour=Behaviour(output_tokens=50)) as api, gateway(tmp_path, api) as gw:
+        for model in ("claude-haiku-4-5", "claude-sonnet-5"):
+            await gw.client().messages.create(model=model, max_tokens=50, messages=[{"role": "user", "content": "hi"}])
+        with pytest.raises(anthropic.PermissionDeniedError):
+            await gw.client().messages.create(model="claude-opus-4-6", max_tokens=50, messages=[{"role": "user", "content": "hi"}])
+        await gw.quiet()
+        dear = (await api.settled()).messages()[1].billed_nano
+    write_policies(tmp_path / "new", "http://127.0.0.1:1", {"app": "models: {allow: [claude-haiku-4-5, claude-opus-4-6]}\ncaps: {day: $1}\n"})
+    where = ["--ledger", f"sqlite:///{tmp_path / 'gateway.db'}", "--policy", str(tmp_path / "new"), "--since", "1h"]
+    told = json.loads(CliRunner().invoke(command, [*where, "--json"], catch_exceptions=False).output)
+    assert told["apps"] == {"app": {"calls": 2, "refused": 1, "saved_nano": dear, "let_in": 1}}
+    shown = CliRunner().invoke(command, where, catch_exceptions=False).output
+    assert "Refused, because:\n  1 call of app" in shown
+    assert "Not judged" in shown
+
+
+def test_an_empty_time_and_a_broken_policy_are_said_in_a_sentence(tmp_path):
+
+
+    files.create(tmp_path / "gateway.db")
+    policy(tmp_path / "new", ALLOWED + "caps: unlimited\n")
+    where = ["--ledger", f"sqlite:///{tmp_path / 'gateway.db'}", "--policy", str(tmp_path / "new")]
+    assert "No call was recorded" in CliRunner().invoke(command, where).output
+    (tmp_path / "new" / "apps" / "app.yaml").write_text("models: {alow: []}\n")
+    broken = CliRunner().invoke(command, where)
+    assert (broken.exit_code, "did you mean allow?" in broken.output) == (2, True)
