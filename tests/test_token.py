@@ -1,16 +1,20 @@
 """`gateway token`: the token alone on stdout, once; what goes with it on stderr or in a file of its own."""
 
+import asyncio
+import json
 import re
 import stat
 from pathlib import Path
 
+import anthropic
 import pytest
 from click.testing import CliRunner, Result
-from gateway import APP, write_policies
+from gateway import APP, gateway, write_policies
 
 from gateway_addon import forms, identity
 from gateway_addon.cli import main
 from gateway_addon.ledger import admin, files
+from gateway_addon.simulator import Behaviour, Simulator
 
 
 @pytest.fixture
@@ -76,3 +80,35 @@ def test_a_rotated_token_ends_the_one_before_it_now_or_after_an_overlap(here, ov
     token("issue", "app")
     token("rotate", "app", "--overlap", overlap)
     assert token("list", "app", "--json").stdout.count('"in force"') == in_force
+
+
+async def test_a_leaked_token_is_revoked_and_the_other_apps_never_notice(tmp_path):
+    """The drill of the README: the leaked app gets a new token, the old one is dead at the next call, nobody else sees an error."""
+    policy = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $10}\n"
+    ledger = ["--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"]
+    where = [*ledger, "--policies", str(tmp_path / "policies")]
+    ask = {"model": "claude-haiku-4-5", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
+    over = asyncio.Event()
+
+    async def calling(client):
+        answered = 0
+        while not over.is_set():
+            await client.messages.create(**ask)
+            answered += 1
+        return answered
+
+    async with Simulator(behaviour=Behaviour(output_tokens=5)) as api, gateway(tmp_path, api, {"leaky": policy, "other": policy}) as gw:
+        thief, others = gw.client("leaky"), asyncio.ensure_future(calling(gw.client("other")))
+        await thief.messages.create(**ask)
+        drill = await asyncio.to_thread(token, "rotate", "leaky", "--overlap", "0s", *where)
+        assert drill.exit_code == 0, drill.output
+        with pytest.raises(anthropic.AuthenticationError, match="is revoked"):
+            await thief.messages.create(**ask)
+        gw.tokens["leaky"] = drill.stdout.strip().splitlines()[-1]
+        await gw.client("leaky").messages.create(**ask)
+        over.set()
+        assert await others > 0
+        await gw.quiet()
+        told = CliRunner().invoke(main, ["report", "--by", "token", "--json", *ledger]).output
+    lines = {line["key"]: line["calls"] for line in json.loads(told)["lines"]}
+    assert [calls for key, calls in sorted(lines.items()) if key.startswith("leaky")] == [1, 1], "what the thief spent is told apart"
