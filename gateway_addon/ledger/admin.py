@@ -51,6 +51,7 @@ def changing(path: Path | Server) -> Iterator[sqlite3.Connection]:
     try:
         with turnstile.turn(), contextlib.closing(files.writer_connection(path)) as db:
             db.execute("BEGIN IMMEDIATE")
+            files.must_be_here(path, db)
             yield db
             db.execute("COMMIT")
     except sqlite3.Error as error:
@@ -210,6 +211,13 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
     before = {"zone": zone_before, "teams": {app: settings.get(f"team:{app}") for app in moved}}
     _audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)
     return True
+
+
+def moved(db: sqlite3.Connection, source: str, target: str | None, *, who: str, now: float) -> None:
+    """Note on either side where a ledger was moved from and, on the side that it leaves (`target`), to."""
+    if target is not None:
+        keep_setting(db, files.MOVED_TO, target)
+    _audit(db, who, "migrate", "ledger", {"ledger": source}, {"ledger": target or "here"}, "gateway migrate", now)
 
 
 def keep_policy(db: sqlite3.Connection, digest: str, texts: Mapping[str, str], *, who: str, now: float) -> bool:

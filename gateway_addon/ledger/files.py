@@ -15,6 +15,7 @@ from gateway_addon.ledger.values import LedgerUnavailable, Server
 SCHEME = "sqlite:///"
 SERVER_SCHEMES = ("postgresql://", "postgres://")
 CACHE_KIB = 16 * 1024  # the upper pages of every index of a ledger of millions of calls
+MOVED_TO = "moved_to"  # the setting of a file whose ledger is on a server since
 BUSY_MS = 500  # for writers that take no turn (a person's sqlite3 shell, a backup); the gateway's own take turns and never meet
 
 _SENTENCES = {
@@ -149,6 +150,18 @@ def must_be_a_ledger(path: Path, db: sqlite3.Connection) -> None:
     """Raises LedgerUnavailable where the file is another program's."""
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchall():
         raise LedgerUnavailable(f"{path} is another program's file, not a ledger: name yours with --ledger; `gateway init` makes one")
+
+
+def moved_to(db: sqlite3.Connection) -> str | None:
+    """The server that this file's ledger was moved to."""
+    rows = db.execute("SELECT value FROM settings WHERE name = ?", (MOVED_TO,)).fetchall()
+    return rows[0][0] if rows else None
+
+
+def must_be_here(path: Path, db: sqlite3.Connection) -> None:
+    """Raises LedgerUnavailable where the ledger has been moved: whoever wrote on here would spend beside it. Reading goes on."""
+    if (server := moved_to(db)) is not None:
+        raise LedgerUnavailable(f"the ledger {path} was moved to {server}: name that with --ledger; this file is only read from now on")
 
 
 def _open(path: Path, mode: str, wait_ms: int = BUSY_MS) -> sqlite3.Connection:

@@ -42,10 +42,15 @@ class FileStore:
 
     def connect(self) -> sqlite3.Connection:
         db = files.writer_connection(self.path)
-        if not self._enrolled:
-            enter = "INSERT INTO owners (id, pid, host, started_at) VALUES (?, ?, ?, ?)"
-            db.execute(enter, (self.owner, os.getpid(), socket.gethostname(), time.time()))
-            self._enrolled = True
+        try:
+            if not self._enrolled:  # in this process's turn, as a move is made in one
+                files.must_be_here(self.path, db)
+                enter = "INSERT INTO owners (id, pid, host, started_at) VALUES (?, ?, ?, ?)"
+                db.execute(enter, (self.owner, os.getpid(), socket.gethostname(), time.time()))
+                self._enrolled = True
+        except BaseException:
+            db.close()
+            raise
         return db
 
     def still(self) -> None:

@@ -1,0 +1,73 @@
+"""`gateway migrate`: a ledger from its file to a PostgreSQL server, once one machine is not enough."""
+
+import getpass
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from gateway_addon.cli.common import says_errors
+from gateway_addon.ledger import LedgerUnavailable, Server, files
+from gateway_addon.ledger.store import driver
+from gateway_addon.money import dollars
+
+LINES = 10  # where no terminal shows a bar: about so many lines in all
+
+
+@click.command(epilog="Example: gateway migrate sqlite:///gateway.db postgresql://gateway@db.internal/gateway")
+@click.argument("source", metavar="sqlite:///PATH")
+@click.argument("target", metavar="postgresql://HOST/NAME")
+@says_errors(LedgerUnavailable, ValueError)
+def migrate(source: str, target: str) -> None:
+    """Move the ledger of a file to a PostgreSQL server: with every id, and with proof that both sides say the same before it counts.
+
+    The gateway must be stopped. A move that was cut off is finished by running it again. Afterwards the file stays as it is and can be
+    read, and refuses to be written. Take a gateway backup first: it is the way back.
+    """
+    file, server = _ends(source, target)
+    with driver():
+        from gateway_addon.ledger import transfer
+    with _progress() as tell:
+        proof = transfer.move(file, server, who=getpass.getuser(), now=time.time(), tell=tell)
+    if proof is None:
+        click.echo(f"{file} was moved to {server} already: nothing is left to do.")
+        return
+    columns = sum(len(figures) // 2 for figures in proof.figures.values())
+    kept = f" ({proof.kept_calls:,} of them by a move that was cut off)" if proof.kept_calls else ""
+    spent = f"{proof.rows('calls'):,} calls{kept}, {proof.rows('entries'):,} entries, {dollars(proof.spent_nano)} spent"
+    click.echo(f"{server}: {spent}.")
+    click.echo(f"Proved: the rows of {len(proof.figures)} tables, the sums of {columns} columns and {proof.balances:,} balances agree.")
+    click.echo("gateway doctor's checks of the ledger find nothing on either side.")
+    click.echo(f"From now on, everywhere: GATEWAY_LEDGER={server} (with its password and options). {file} takes no more writes.")
+
+
+def _ends(source: str, target: str) -> tuple[Path, Server]:
+    """Raises ValueError with the way to what this command does not do."""
+    one, other = files.ledger_path(source), files.ledger_path(target)
+    if isinstance(one, Path) and isinstance(other, Server):
+        return one, other
+    if isinstance(one, Server) and isinstance(other, Server):
+        raise ValueError("from one server to another a ledger goes by the server's own means: pg_dump --schema=gateway, then psql")
+    if isinstance(one, Path):
+        raise ValueError(f"both are files: gateway backup FILE --ledger {source}, then gateway restore FILE --ledger {target}")
+    raise ValueError("a server's ledger does not go back into a file; a backup from before the move does: gateway restore FILE")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Gives a function that is told of the calls that are there and of all: a bar on a terminal, else a line now and then; on stderr."""
+    live, said = sys.stderr.isatty(), 0
+    with click.progressbar(length=1, label="calls", show_pos=True, file=sys.stderr, hidden=not live) as bar:
+
+        def tell(done: int, of: int) -> None:
+            nonlocal said
+            bar.length = of
+            bar.update(done - bar.pos)
+            if not live and (share := LINES * done // max(of, 1)) > said:
+                click.echo(f"{done:,} of {of:,} calls", err=True)
+                said = share
+
+        yield tell
