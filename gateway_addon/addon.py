@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 UNREAD_BODY_MAX = 64 * 1024  # what is read of a body whose answer is already decided; beyond it the connection is closed
 BODY_BYTES_MAX = 33 * 1024 * 1024  # a little above the API's own 32 MB, so that its limit is refused with its own sentence
-REPLACED = frozenset({b"x-api-key", b"authorization", b"proxy-authorization", b"accept-encoding"})
+REPLACED = frozenset({b"x-api-key", b"authorization", b"proxy-authorization", b"accept-encoding", b"x-forwarded-for"})
+"""Request headers that end here: credentials, and where in the operator's own network a call came from."""
 IDENTITY = (b"accept-encoding", b"identity")  # compression would delay the first tokens of a stream
 ACCOUNT_HEADERS = (b"anthropic-ratelimit-", b"anthropic-priority-", b"anthropic-organization-id", b"anthropic-workspace-id")
 """Response headers about the account that all apps share: no app's business."""

@@ -11,7 +11,6 @@ takes values, awaits the ledger, and returns values.
 """
 
 import asyncio
-import ipaddress
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -42,12 +41,13 @@ from gateway_addon.ledger import (
     scopes,
 )
 from gateway_addon.noise import Noise
+from gateway_addon.origin import origin, within
 from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, caps, edits, judge
 from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
-from gateway_addon.sentences import cut_sentence, denied, headroom, noisy, over_request_cap, paused
+from gateway_addon.sentences import cut_sentence, denied, elsewhere, headroom, noisy, over_request_cap, paused
 from gateway_addon.settlement import EndedBy, Void, drifted, settle
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,9 @@ class Gate:
             token, pauses = await self._token(headers, now), await self.ledger.pauses(now=now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
+        address = origin(peer, headers, self.policy.trusted_proxies)
         if isinstance(token, Refusal):
-            noise = noisy(peer, now) if self._noise.too_much(peer, now) else token
+            noise = noisy(address, now) if self._noise.too_much(address, now) else token
             self.ledger.noise(noise.code, now=now)
             return noise
         app = self.policy.apps.get(token.app)
@@ -138,9 +139,8 @@ class Gate:
             return Refusal("app_unknown", sentence)
         if isinstance(endpoint, Refusal):
             return self._refused(app, token, "unknown", endpoint, now)
-        if app.addresses and not any(ipaddress.ip_address(peer) in network for network in app.addresses):
-            sentence = f"App {app.name} may not call from {peer} ({app.file}: addresses). Call from another, or add this one there."
-            return self._refused(app, token, str(endpoint), Refusal("token_address", sentence), now)
+        if app.addresses and not within(address, app.addresses):
+            return self._refused(app, token, str(endpoint), elsewhere(app, address, headers), now)
         if endpoint == "me":
             return await self._me(app, now)
         return Arrived(app, token, endpoint, self.policy)

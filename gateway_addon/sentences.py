@@ -10,6 +10,7 @@ from gateway_addon.identity import ISSUE
 from gateway_addon.ledger import Denied, Pause, Standing
 from gateway_addon.money import cents, dollars
 from gateway_addon.noise import FAILURES_PER_MINUTE
+from gateway_addon.origin import FORWARDED_FOR
 from gateway_addon.policy import AppPolicy
 from gateway_addon.rates import Shortage
 from gateway_addon.refusals import Refusal
@@ -50,10 +51,18 @@ def paused(pause: Pause) -> Refusal:
     return Refusal("app_paused", f"{_scope(pause.scope)} is paused {until}{why}. The operator can end it: gateway resume.")
 
 
-def noisy(peer: str, now: float) -> Refusal:
+def elsewhere(app: AppPolicy, address: str, headers: tuple[tuple[str, str], ...]) -> Refusal:
+    """A token is used from where its app's may not be."""
+    sentence = f"App {app.name} may not call from {address} ({app.file}: addresses). Call from another, or add this one there."
+    if any(name == FORWARDED_FOR for name, _ in headers):
+        sentence += " If that is a proxy in front of the gateway, name it in gateway.yaml (trusted_proxies)."
+    return Refusal("token_address", sentence)
+
+
+def noisy(address: str, now: float) -> Refusal:
     """An address without a valid token has had its answers of this minute."""
     wait_s = 60 - int(now) % 60
-    sentence = f"{peer} has sent more than {FAILURES_PER_MINUTE} requests without a valid token in this minute"
+    sentence = f"{address} has sent more than {FAILURES_PER_MINUTE} requests without a valid token in this minute"
     return Refusal("token_noise", f"{sentence}. Stop what sends them; a valid token is served at any time. {ISSUE}.", wait_s)
 
 

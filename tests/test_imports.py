@@ -18,7 +18,7 @@ OWN = {
     "modes": set(),
     "dispatch": set(),
     "gate": {
-        "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "policy", "pricing",
+        "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "origin", "policy", "pricing",
         "rates", "reading", "refusals", "running", "sentences", "settlement",
     },
     "alerts": {"ledger", "money", "policy"},
@@ -29,7 +29,7 @@ OWN = {
     "door": {"grants", "ledger"},
     "settlement": {"ledger", "pricing", "running", "usage"},
     "running": {"bounds", "grants", "ledger", "policy", "pricing", "reading", "usage"},
-    "sentences": {"bounds", "identity", "ledger", "money", "noise", "policy", "rates", "refusals", "running"},
+    "sentences": {"bounds", "identity", "ledger", "money", "noise", "origin", "policy", "rates", "refusals", "running"},
     "bounds": {"fields", "money", "policy", "pricing", "reading", "refusals", "survey"},
     "policy": {"money", "pricing", "reading", "refusals", "survey", "yamlfile"},
     "pricing": {"money", "usage", "yamlfile"},
@@ -41,7 +41,7 @@ OWN = {
     "ledger": {"money", "windows"},
     "identity": {"refusals"},
     "simulator": set(),
-    **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "noise", "rates", "refusals", "services", "sse", "windows", "yamlfile")},
+    **{key: set() for key in ("encodings", "fields", "forms", "grants", "money", "noise", "origin", "rates", "refusals", "services", "sse", "windows", "yamlfile")},
 }  # fmt: skip
 EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "otel", "provider", "reload", "secret", "serve", "shim", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""

@@ -64,6 +64,13 @@ def _upstream(value: str) -> str:
     return value.rstrip("/")
 
 
+def _proxy(value: str) -> Any:
+    network = ipaddress.ip_network(value)
+    if network.prefixlen == 0:
+        raise ValueError(f"{value} is everybody: every caller could name an address of his own; write where the proxy is")
+    return network
+
+
 def _zone(value: str) -> str:
     try:
         ZoneInfo(value)
@@ -85,6 +92,7 @@ SOURCE = one_of(
 _UPSTREAM = parsed(_upstream, {"type": "string", "format": "uri"}, "an https address")
 _ZONE = parsed(_zone, {"type": "string"}, "a time zone")
 _NETWORK = parsed(ipaddress.ip_network, {"type": "string"}, "a network (`10.0.0.0/8`)")
+_PROXY = parsed(_proxy, {"type": "string"}, "a network (`10.0.0.0/8`)")
 _PATTERN = text(r"[A-Za-z0-9][A-Za-z0-9._:*?@-]*", "a model id or a pattern like claude-haiku-4-5*")
 _NAMES = text(NAME, "a name of lower-case letters, digits, - and _")
 
@@ -281,6 +289,9 @@ GATEWAY: dict[str, Key] = {
         {"cert": Key(text(), "path of the certificate chain (PEM)"), "key": Key(text(), "path of its private key (PEM)")},
         "certificate of the listener, for apps on other machines",
         None,
+    ),
+    "trusted_proxies": Key(
+        listing(_PROXY), "proxies in front: whom they saw (X-Forwarded-For) is taken for the caller; nobody's word unless given", ()
     ),
     "alerts": ALERTS,
 }

@@ -147,6 +147,7 @@ class GatewayPolicy:
     bodies_in_flight: int
     """Bytes. What keeps many large requests at once from taking all of the machine's memory."""
     tls: Tls | None
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...]
     alerts: Alerts
     workspace_geo: Literal["global", "us", "unknown"]
     apps: Mapping[str, AppPolicy]
