@@ -34,9 +34,9 @@ ExecStartPre={python} -m gateway_addon init --yes
 ExecStart={python} -O -u -m gateway_addon serve --log json
 Restart=on-failure
 RestartSec=2
-# A stop lets calls in flight end: `timeouts.drain` in gateway.yaml (30 s unless set), and some more.
+# A stop lets calls in flight end: `timeouts.drain` in gateway.yaml (60 s unless set), and some more.
 KillMode=mixed
-TimeoutStopSec=60
+TimeoutStopSec=90
 
 # Nothing of the machine can be written but the ledger's folder, and little of it can be seen.
 ProtectSystem=strict
@@ -82,6 +82,9 @@ RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/gateway gatew
 WORKDIR /opt/gateway
 COPY requirements.lock ./
 RUN pip install --no-cache-dir --require-hashes -r requirements.lock
+# What else it needs, such as the driver of a ledger on PostgreSQL: --build-arg PACKAGES='psycopg[binary] psycopg-pool'
+ARG PACKAGES=""
+RUN test -z "$PACKAGES" || pip install --no-cache-dir $PACKAGES
 COPY gateway_addon ./gateway_addon
 ENV PYTHONPATH=/opt/gateway PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \\
     GATEWAY_POLICIES=/etc/gateway/policies GATEWAY_LEDGER=sqlite:////var/lib/gateway/gateway.db GATEWAY_LISTEN=0.0.0.0:8080

@@ -91,6 +91,7 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
             if worker.poll() is not None and time.monotonic() - started[index] >= RESTART_S and not stopping:
                 logger.error("Worker %d ended with %d and is replaced; its open calls are settled.", worker.pid, worker.returncode)
                 workers[index], started[index] = start(quiet=True), time.monotonic()
+    listener.close()  # the workers close theirs: who comes now is refused, and goes to another gateway, not into a queue that nobody reads
     return _drained(workers, stopping, alive_write)
 
 

@@ -147,6 +147,8 @@ async def test_a_second_signal_ends_what_is_still_in_flight(tmp_path):
                 process.terminate()
                 await asyncio.sleep(0.5)
                 assert process.poll() is None, "the call in flight may finish"
+                with pytest.raises(ConnectionRefusedError):  # so that a proxy in front tries another gateway
+                    await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
                 process.terminate()
                 with pytest.raises(anthropic.APIConnectionError):
                     await call

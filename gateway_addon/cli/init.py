@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from gateway_addon import services
+from gateway_addon import deployment, services
 from gateway_addon.cli.common import ledger_option, policies_option, project_folder, says_errors
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.ledger.files import create, ledger_path
@@ -52,13 +52,19 @@ caps: {{request: $0.50, day: {day}, month: {month}}}
 @click.option("--app", default=None, metavar="NAME", help="Name of the first app.  [default: asked, or app]")
 @click.option("--systemd", is_flag=True, help="Only print a systemd unit that runs this gateway as an unprivileged service.")
 @click.option("--container", is_flag=True, help="Only print a Containerfile for the same in a container.")
+@click.option("--compose", is_flag=True, help="Only print a compose file: two gateways, PostgreSQL, nginx with TLS.")
+@click.option("--nginx", is_flag=True, help="Only print the nginx configuration that goes with it.")
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError, OSError)
-def init(yes: bool, app: str | None, systemd: bool, container: bool, policies: Path, ledger: str) -> None:
+def init(
+    yes: bool, app: str | None, systemd: bool, container: bool, compose: bool, nginx: bool, policies: Path, ledger: str
+) -> None:
     """Write what is missing of a first policy and an empty ledger. Nothing that exists is changed."""
-    if systemd or container:
-        click.echo(services.systemd(str(project_folder()), sys.executable) if systemd else services.CONTAINERFILE, nl=False)
+    unit = services.systemd(str(project_folder()), sys.executable)
+    texts_of = ((systemd, unit), (container, services.CONTAINERFILE), (compose, deployment.COMPOSE), (nginx, deployment.NGINX))
+    if asked := [text for wanted, text in texts_of if wanted]:
+        click.echo("\n".join(asked), nl=False)
         return
     has_gateway, has_apps = (policies / "gateway.yaml").exists(), any((policies / "apps").glob("*.yaml"))
     name, month_nano, key = _name(app or "app"), parse_nano("$20"), _source("env ANTHROPIC_API_KEY")
