@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mitmproxy import http, options, tls, version
+from mitmproxy import exceptions, http, options, tls, version
 from mitmproxy.addons import core, errorcheck, next_layer, proxyserver, tlsconfig
 from mitmproxy.master import Master
 from mitmproxy.tools.web.master import WebMaster
@@ -196,9 +196,12 @@ async def assembled(
 
 
 def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Master:
-    """A master with the addon ahead of all others (no other may see a flow before its credential is gone), hardened."""
+    """A master with the addon ahead of all others (no other may see a flow before its credential is gone), hardened.
+
+    Raises ValueError for an option that mitmproxy does not have, or that would open a way around the gateway.
+    """
     opts = options.Options()
-    master: Master = WebMaster(opts) if settings.web_port is not None else LeanMaster(opts)
+    master: Master = WebMaster(opts, with_termlog=False) if settings.web_port is not None else LeanMaster(opts)
     master.addons.chain.insert(0, master.addons.register(addon))
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
@@ -207,10 +210,14 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
         "listen_port": settings.port,
     }
     if settings.web_port is not None:
+        logging.getLogger("mitmproxy.tools.web.webaddons").setLevel(logging.ERROR)  # its advice on passwords that last longer than ours
         own |= {"web_host": "127.0.0.1", "web_port": settings.web_port, "web_password": settings.web_password, "web_open_browser": False}
         own |= {"store_streamed_bodies": True, "web_columns": ["method", "path", "status", "comment", "size", "time"]}
     opts.update(**hardened(opts, policy), **own)
-    opts.set(*settings.options)
+    try:
+        opts.set(*settings.options)
+    except exceptions.OptionsError as error:
+        raise ValueError(f"--set: {error}" if str(error).endswith(".") else f"--set: {error}.") from error
     return master
 
 

@@ -68,6 +68,24 @@ def test_a_mistyped_command_is_told_from_the_right_ones():
     assert (wrong.exit_code, "No such command 'reprot'" in wrong.output) == (2, True)
 
 
+@pytest.mark.parametrize("command", [["serve", "--workers", "1"], ["web", "--web-port", "8099"]])
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("nothing", "--set: Unknown option(s): nothing."),
+        ("tcp_timeout=soon", "--set: Failed to parse option tcp_timeout: not an integer: soon."),
+        ("proxy_debug=true", "--set: The gateway needs proxy_debug=false"),
+    ],
+)
+def test_an_option_that_mitmproxy_does_not_take_is_said_in_a_sentence(command, option, sentence, tmp_path, monkeypatch):
+    (tmp_path / "gateway.yaml").write_text("workspace_geo: global\n")
+    files.create(tmp_path / "gateway.db")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-none")
+    where = ["--listen", "127.0.0.1:0", "--policies", str(tmp_path), "--ledger", f"sqlite:///{tmp_path}/gateway.db"]
+    done = CliRunner().invoke(main, [*command, *where, "--set", option])
+    assert (done.exit_code, sentence in done.output) == (2, True), done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "given", "said", "code"),
     [

@@ -80,7 +80,9 @@ def serve(
 
 @click.command(epilog="Example: gateway web --web-port 8081")
 @_common
-@click.option("--web-port", type=int, default=8081, show_default=True, help="Port of mitmweb's page, on this machine only.")
+@click.option(
+    "--web-port", type=click.IntRange(1, 65535), default=8081, show_default=True, help="Port of mitmweb's page, on this machine only."
+)  # fmt: skip
 def web(
     listen: tuple[str, int],
     policies: Path,
