@@ -114,22 +114,36 @@ async def a_gateway_is_replaced_under_load_and_no_call_is_dropped_or_billed_twic
     assert refused == [] or not announced
 
 
-async def a_call_that_a_gateway_died_with_is_not_sent_again(nginx, running, gateways, api):
+async def a_call_that_a_gateway_died_with_is_not_sent_again_and_its_stream_does_not_look_whole(nginx, running, gateways, api):
     before, quick, api.behaviour = billed(api), api.behaviour, Behaviour(delay_ms=50, output_tokens=2000)
+    long = ASK | {"max_tokens": 2000}
+
+    async def streamed(app):
+        async with app.messages.stream(**long) as stream:
+            await stream.get_final_message()
+
     async with client(nginx, gateways.tokens["app"], max_retries=0) as app:
-        calls = [asyncio.ensure_future(app.messages.create(**ASK | {"max_tokens": 2000})) for _ in range(2)]  # nginx gives one to each
-        async with asyncio.timeout(10):
-            while api.book.in_flight < 2:
-                await asyncio.sleep(0.01)
+        calls = []
+        for start in (streamed, streamed, lambda app: app.messages.create(**long), lambda app: app.messages.create(**long)):
+            calls.append(asyncio.ensure_future(start(app)))  # nginx gives each gateway one of a kind
+            async with asyncio.timeout(10):
+                while api.book.in_flight < len(calls):
+                    await asyncio.sleep(0.01)
         running[0][0].kill()
-        [ended], [running_on] = await asyncio.wait(calls, timeout=10, return_when=asyncio.FIRST_COMPLETED)
-        running_on.cancel()
-        assert (ended.exception().status_code, ended.exception().body["error"]["type"]) == (502, "api_error")
+        async with asyncio.timeout(10):
+            while sum(call.done() for call in calls) < 2:
+                await asyncio.sleep(0.05)
+        ended = [call.exception() for call in calls if call.done()]
+        for call in calls:
+            call.cancel()
         api.behaviour = quick
         for _ in range(4):
             await app.messages.create(**ASK)
+    cut, lost = ended
+    assert isinstance(cut, httpx2.RemoteProtocolError | anthropic.APIConnectionError), cut
+    assert (lost.status_code, lost.body["error"]["type"]) == (502, "api_error")
     await api.settled()
-    assert billed(api) - before == 2 + 4
+    assert billed(api) - before == 4 + 4
 
 
 @pytest.mark.xdist_group("postgresql")
@@ -145,7 +159,7 @@ async def test_two_gateways_behind_nginx_are_one(tmp_path):
                 while rows(server, "SELECT 1 FROM calls WHERE state = 'open'"):
                     await asyncio.sleep(0.05)
             assert rows(server, "SELECT sum(spent_nano), sum(reserved_nano) FROM entries") == [((await api.settled()).billed_nano, 0)]
-            await a_call_that_a_gateway_died_with_is_not_sent_again(nginx, running, gateways, api)
+            await a_call_that_a_gateway_died_with_is_not_sent_again_and_its_stream_does_not_look_whole(nginx, running, gateways, api)
 
 
 @pytest.mark.soak
