@@ -111,3 +111,21 @@ def test_ctrl_c_ends_it_without_a_traceback_and_leaves_no_process(arguments, giv
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     assert not list(tmp_path.glob("gateway-demo-*"))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_environment_says_where_things_are_to_every_command_that_asks(name):
+    options = {opt: param.envvar for param in ALL[name].params for opt in param.opts}
+    assert options.get("--policies", "GATEWAY_POLICIES") == "GATEWAY_POLICIES"
+    assert options.get("--ledger", "GATEWAY_LEDGER") == "GATEWAY_LEDGER"
+    if name not in ("console", "local"):  # they listen on ports of their own
+        assert options.get("--listen", "GATEWAY_LISTEN") == "GATEWAY_LISTEN"
+
+
+TABLES = {"demo", "check", "token list", "report", "explain", "replay", "prices", "inventory", "cutover", "reconcile", "doctor"}
+
+
+def test_what_prints_a_table_prints_json_too():
+    assert {name for name, command in ALL.items() if any("--json" in param.opts for param in command.params)} >= TABLES
+    importing = {name for name in COMMANDS if "tabulate" in (Path(__file__).parents[1] / f"gateway_addon/cli/{COMMANDS[name][0]}.py").read_text()}
+    assert importing - {"token"} <= TABLES, "a command that prints a table says it to programs too"

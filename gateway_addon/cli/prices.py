@@ -1,8 +1,6 @@
 """`gateway prices`: the price table in force on a day, as people write prices (dollars per million tokens)."""
 
 import json
-import os
-import sys
 import time
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -12,6 +10,7 @@ from typing import Any
 import click
 from tabulate import tabulate
 
+from gateway_addon.cli.common import policies_option, says_errors
 from gateway_addon.pricing import PriceError, Prices, Rates, Row, load
 
 _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since", "also")
@@ -19,17 +18,14 @@ _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since",
 
 @click.command(epilog="Example: gateway prices")
 @click.option("--at", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="prices of that day (YYYY-MM-DD) instead of today's")
-@click.option("--policies", type=click.Path(file_okay=False), help="folder that may hold your own prices.yaml  [default: policies]")
 @click.option("--all", "retired", is_flag=True, help="retired models too")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
-def prices(at: datetime | None, policies: str | None, retired: bool, as_json: bool) -> None:
-    """Print the prices in force: dollars per million tokens, with the operator's own rows and multiplier."""
-    override = Path(policies or os.environ.get("GATEWAY_POLICIES", "policies")) / "prices.yaml"
-    try:
-        table = load(None, override if override.exists() else None)
-    except PriceError as error:
-        click.echo(f"gateway prices: {error}", err=True)
-        sys.exit(2)
+@policies_option
+@says_errors(PriceError)
+def prices(at: datetime | None, retired: bool, as_json: bool, policies: Path) -> None:
+    """Print the prices in force: dollars per million tokens, with your own rows and multiplier (prices.yaml, beside gateway.yaml)."""
+    override = policies / "prices.yaml"
+    table = load(None, override if override.exists() else None)
     day = at.replace(tzinfo=UTC).timestamp() if at else time.time()
     rows = [row for model in table.models() if (row := table.row(model, day)) and (retired or not row.retired)]
     click.echo(json.dumps(_document(table, rows, day), indent=2) if as_json else _text(table, rows, day))
