@@ -106,13 +106,14 @@ async def test_a_gateway_goes_on_there_under_the_same_caps(source, target):
     assert balance(target) == (700, 300, 1)
 
 
-async def test_the_file_takes_no_writes_any_more_and_says_where_the_ledger_is(source, target):
+async def test_every_command_refuses_the_file_from_then_on_and_says_where_the_ledger_is(source, target):
     move(source, target)
     with pytest.raises(LedgerUnavailable, match=rf"was moved to {target}"):
         await Ledger.open(f"sqlite:///{source}")
-    done = CliRunner().invoke(main, ["token", "issue", "reviews", "--ledger", f"sqlite:///{source}", "--policies", str(ROOT / "policies")])
-    assert (done.exit_code, "was moved to" in done.output) == (2, True)
-    with admin.reading(source) as db:
+    for typed in (["token", "issue", "reviews", "--policies", str(ROOT / "policies")], ["report"], ["backup", str(source.with_name("copy.db"))]):
+        done = CliRunner().invoke(main, [*typed, "--ledger", f"sqlite:///{source}"])
+        assert (done.exit_code, "was moved to" in done.output) == (2, True)
+    with closing(sqlite3.connect(source)) as db:
         assert proof.findings(db) == []
 
 

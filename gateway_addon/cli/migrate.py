@@ -24,8 +24,8 @@ LINES = 10  # where no terminal shows a bar: about so many lines in all
 def migrate(source: str, target: str) -> None:
     """Move the ledger of a file to a PostgreSQL server: with every id, and with proof that both sides say the same before it counts.
 
-    The gateway must be stopped. A move that was cut off is finished by running it again. Afterwards the file stays as it is and can be
-    read, and refuses to be written. Take a gateway backup first: it is the way back.
+    The gateway must be stopped. A move that was cut off is finished by running it again. Afterwards the file is kept
+    as it is, and every command refuses it and names the server. Take a gateway backup first: it is the way back.
     """
     file, server = _ends(source, target)
     with driver():
@@ -41,7 +41,7 @@ def migrate(source: str, target: str) -> None:
     click.echo(f"{server}: {spent}.")
     click.echo(f"Proved: the rows of {len(proof.figures)} tables, the sums of {columns} columns and {proof.balances:,} balances agree.")
     click.echo("gateway doctor's checks of the ledger find nothing on either side.")
-    click.echo(f"From now on, everywhere: GATEWAY_LEDGER={server} (with its password and options). {file} takes no more writes.")
+    click.echo(f"From now on, everywhere: GATEWAY_LEDGER={server} (with its password and options). {file} is kept, and refused.")
 
 
 def _ends(source: str, target: str) -> tuple[Path, Server]:

@@ -76,6 +76,8 @@ def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
         with contextlib.closing(files.reader_connection(path)) as db:
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")
+            files.must_be_a_ledger(path, db)
+            files.must_be_here(path, db)
             yield db
     except sqlite3.Error as error:
         if not files.is_of_the_file(error):

@@ -159,9 +159,9 @@ def moved_to(db: sqlite3.Connection) -> str | None:
 
 
 def must_be_here(path: Path, db: sqlite3.Connection) -> None:
-    """Raises LedgerUnavailable where the ledger has been moved: whoever wrote on here would spend beside it. Reading goes on."""
+    """Raises LedgerUnavailable where the ledger has been moved: writing on here would spend beside it, and reading tells of old days."""
     if (server := moved_to(db)) is not None:
-        raise LedgerUnavailable(f"the ledger {path} was moved to {server}: name that with --ledger; this file is only read from now on")
+        raise LedgerUnavailable(f"the ledger {path} was moved to {server}: name that with --ledger. (The file is kept as it was.)")
 
 
 def _open(path: Path, mode: str, wait_ms: int = BUSY_MS) -> sqlite3.Connection:

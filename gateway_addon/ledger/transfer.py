@@ -2,7 +2,7 @@
 
 Promises that nobody can use half of it: it grows in a schema of another name, which becomes the ledger in the commit that ends the
 move, after every count, every column's sum and every balance agree; that a move which was cut off goes on with the next call that is
-missing; that from its end on the file takes no writes, since two ledgers would know half of the spending each. In the one instant
+missing; that from its end on nobody uses the file, since two ledgers would know half of the spending each. In the one instant
 between the file's last commit and the server's, neither takes calls: run it again. Identifiers are kept.
 """
 
