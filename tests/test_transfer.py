@@ -294,7 +294,7 @@ def test_the_command_moves_and_says_what_it_proved(source, target):
     assert "132 of 132 calls" in output
     assert "132 calls, 253 entries" in output
     assert "Proved: the rows of" in output
-    assert run(f"sqlite:///{source}", target.url) == (0, f"{source} was moved to {target} already: nothing is left to do.\n")
+    assert run(f"sqlite:///{source}", target.url)[1].endswith(f"{source} was moved to {target} already: nothing is left to do.\n")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import getpass
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,6 +31,7 @@ def migrate(source: str, target: str) -> None:
     file, server = _ends(source, target)
     with driver():
         from gateway_addon.ledger import transfer
+    click.echo(f"Proving {file}, then moving it ...", err=True)
     with _progress() as tell:
         proof = transfer.move(file, server, who=getpass.getuser(), now=time.time(), tell=tell)
     if proof is None:
@@ -60,13 +62,15 @@ def _ends(source: str, target: str) -> tuple[Path, Server]:
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """Gives a function that is told of the calls that are there and of all: a bar on a terminal, else a line now and then; on stderr."""
     live, said = sys.stderr.isatty(), 0
-    with click.progressbar(length=1, label="calls", show_pos=True, file=sys.stderr, hidden=not live) as bar:
+    bar: Any = None
+    with ExitStack() as shown:
 
         def tell(done: int, of: int) -> None:
-            nonlocal said
-            bar.length = of
-            bar.update(done - bar.pos)
-            if not live and (share := LINES * done // max(of, 1)) > said:
+            nonlocal bar, said
+            if live:
+                bar = bar or shown.enter_context(click.progressbar(length=of, label="calls", show_pos=True, file=sys.stderr))
+                bar.update(done - bar.pos)
+            elif (share := LINES * done // max(of, 1)) > said:
                 click.echo(f"{done:,} of {of:,} calls", err=True)
                 said = share
 
