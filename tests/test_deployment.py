@@ -256,3 +256,5 @@ def test_the_image_gets_the_driver_that_the_package_asks_for():
 @pytest.mark.parametrize(("option", "text"), [("--compose", deployment.COMPOSE), ("--nginx", deployment.NGINX)])
 def test_init_prints_them(option, text):
     assert CliRunner().invoke(init, [option], catch_exceptions=False).stdout == text
+    both = CliRunner().invoke(init, [option, "--systemd"])
+    assert (both.exit_code, both.stdout) == (2, "")

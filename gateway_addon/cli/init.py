@@ -64,7 +64,9 @@ def init(
     unit = services.systemd(str(project_folder()), sys.executable)
     texts_of = ((systemd, unit), (container, services.CONTAINERFILE), (compose, deployment.COMPOSE), (nginx, deployment.NGINX))
     if asked := [text for wanted, text in texts_of if wanted]:
-        click.echo("\n".join(asked), nl=False)
+        if len(asked) > 1:
+            raise click.UsageError("One text at a time: each is for a file of its own.")
+        click.echo(asked[0], nl=False)
         return
     has_gateway, has_apps = (policies / "gateway.yaml").exists(), any((policies / "apps").glob("*.yaml"))
     name, month_nano, key = _name(app or "app"), parse_nano("$20"), _source("env ANTHROPIC_API_KEY")
