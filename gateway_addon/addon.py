@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -248,14 +249,20 @@ class GatewayAddon:
                 response.status_code, content_type, known.get("content-encoding"), known.get("request-id"), self.clock()
             )  # fmt: skip
             if response.status_code == 200 and "json" not in content_type:
-                response.stream = functools.partial(self._chunk, life)
+                response.stream = functools.partial(self._chunk, weakref.ref(life))
             life.watch()
             ticket = life.running.ticket
             fields += [(name.encode(), value.encode()) for name, value in cap_headers(ticket.app.name, ticket.standings)]
         response.headers.fields = tuple(fields)
 
-    def _chunk(self, life: Life, chunk: bytes) -> bytes:
-        """The stream's tap. It must not raise: mitmproxy would drop the chunk."""
+    def _chunk(self, its_life: weakref.ref[Life], chunk: bytes) -> bytes:
+        """The stream's tap. It must not raise: mitmproxy would drop the chunk.
+
+        It hangs on the flow, which its life leads to: held firmly, each would keep the other.
+        """
+        life = its_life()
+        if life is None:
+            return chunk
         try:
             return life.chunk(chunk)
         except Exception:
@@ -302,8 +309,9 @@ class GatewayAddon:
         life = self.lives.pop(flow_id, None)
         if life is None:
             return
-        life.ended = True
-        life.rest()
+        life.end()
+        if ended_by != "gateway" and self.connections.get(life.flow.client_conn.id) is life:
+            self.connections[life.flow.client_conn.id] = None  # a connection that idles keeps no bodies
         if life.running is not None:
             self.gate.close(life.running, sent=sent, ended_by=ended_by, now=self.clock())
         elif life.free is not None:

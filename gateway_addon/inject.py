@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from mitmproxy import connection, flow, http
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.layers.http import (
+    DropStream,
     ErrorCode,
     Http1Server,
     HttpErrorHook,
@@ -43,6 +44,10 @@ HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te
 HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; mitmproxy itself has no limit
 
 
+def nothing() -> None:
+    """What there is to do where nobody waits to hear."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Grant:
     """Permission to send one request, as admitted, to one address, with one credential."""
@@ -65,7 +70,7 @@ class Wire:
     grant: Grant | None = None
     sent: bool = False
     """The request was handed to the upstream's socket: from here on the provider may have done work."""
-    on_sent: Callable[[], None] = lambda: None
+    on_sent: Callable[[], None] = nothing
     """Called at that moment: other deadlines hold from then on."""
     broken_by: Literal["client", "upstream"] | None = None
     refusal: Refusal | None = None
@@ -129,10 +134,18 @@ class InjectStream(HttpStream):
                         yield SendHttp(ResponseData(self.stream_id, words), self.context.client)
                     command.event = self._ending(command.event)
             reply = yield command
-            if isinstance(command, HttpRequestHeadersHook) and wire(self.flow).hang_up and self.flow.response:
+            if isinstance(command, DropStream):
+                self._let_go()
+            elif isinstance(command, HttpRequestHeadersHook) and wire(self.flow).hang_up and self.flow.response:
                 generator.close()
                 yield from self._answer_and_close(self.flow.response)
                 return
+
+    def _let_go(self) -> None:
+        """Untie the knots of an ended stream (its states are its own methods, its context lists it): else its flow, with both bodies,
+        would stay until the garbage collector comes by, and that one would have to come often."""
+        self.client_state = self.server_state = _over
+        self.context.layers.remove(self)
 
     def _granted(self, request: http.Request, server: connection.Connection) -> http.Request | None:
         """The wire copy of an admitted request, or None: no grant, another server, no TLS, or not what was admitted."""
@@ -179,6 +192,11 @@ class InjectStream(HttpStream):
     def _give_up(self) -> None:
         self.flow.live = False
         self.client_state = self.server_state = self.state_errored
+
+
+def _over(event: events.Event) -> layer.CommandGenerator[None]:
+    """The state of a stream that has ended: whatever still comes changes nothing."""
+    yield from ()
 
 
 class ApiProtocolError(ResponseProtocolError):

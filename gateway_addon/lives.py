@@ -26,7 +26,7 @@ UNREAD_ANSWER_S = 1.0  # how long a client may take to read the answer to a body
 type Deadline = tuple[float, Callable[[], None]]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Life:
     """One flow, from its headers on."""
 
@@ -98,6 +98,12 @@ class Life:
         if self.watchdog is not None:
             self.watchdog.cancel()
             self.watchdog = None
+
+    def end(self) -> None:
+        """Nothing is watched any more, and nothing leads from the flow's record back to the flow: it can go when its stream does."""
+        self.ended = True
+        self.rest()
+        self.wire.on_sent = inject.nothing
 
     def _deadlines(self) -> list[Deadline]:
         assert self.arrived is not None
