@@ -351,4 +351,8 @@ def _announced(headers: http.Headers) -> int:
 
 
 def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:
-    return tuple((name.lower(), value) for name, value in headers.items(multi=True))
+    return tuple([(_text(name.lower()), _text(value)) for name, value in headers.fields])
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")

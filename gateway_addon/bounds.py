@@ -41,8 +41,16 @@ class QuotePart(NamedTuple):
 
     name: str
     tokens: int
-    rate: str
+    kind: str
+    nano_each: Fraction
     nano: int
+
+    @property
+    def rate(self) -> str:
+        """For people, and only written out where somebody reads it: each call is quoted, few quotes are read."""
+        if self.kind == "each":
+            return f"{dollars(round(self.nano_each))} each"
+        return f"{self.kind} {dollars(math.ceil(self.nano_each * 1_000_000))}/MTok"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +192,7 @@ def _extras(terms: _Terms, row: Row) -> Iterator[tuple[QuotePart, str]]:
     for use in terms.reading.found.uses:
         if use.feature == "web_search" and use.is_tool:
             nano = math.ceil(_uses(use) * row.web_search_nano * row.multiplier)
-            yield QuotePart(f"web searches ({use.where})", _uses(use), f"{dollars(round(row.web_search_nano))} each", nano), row.name
+            yield QuotePart(f"web searches ({use.where})", _uses(use), "each", row.web_search_nano, nano), row.name
         elif use.feature == "compaction":
             fast = _fast(terms.reading.body)
             yield from _call(terms, f"compaction ({use.where})", row, row.context_tokens, row.output_tokens_max, fast=fast)
@@ -233,7 +241,7 @@ def _call(
 
 def _part(name: str, tokens: int, label: str, rate: Fraction) -> QuotePart:
     """One line, rounded up. A thousand nano-dollars per token is a dollar per million tokens."""
-    return QuotePart(name, tokens, f"{label} {dollars(math.ceil(rate * 1_000_000))}/MTok", math.ceil(tokens * rate))
+    return QuotePart(name, tokens, label, rate, math.ceil(tokens * rate))
 
 
 def _fast(body: Mapping[str, Any]) -> bool:

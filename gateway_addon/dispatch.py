@@ -7,7 +7,7 @@ written beside; in any other the walk stays (`fits`). Knows nothing of the gatew
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from mitmproxy import exceptions, flow, hooks, version
@@ -59,23 +59,59 @@ class Dispatch(AddonManager):
         return found
 
     async def handle_lifecycle(self, event: hooks.Hook) -> None:
-        arguments = event.args()
-        await self._call(event, arguments)
-        if isinstance(arguments[0], flow.Flow) and self._hooks(update := hooks.UpdateHook([arguments[0]])):
-            await self._call(update, update.args())
+        if (rest := self.begin(event)) is not None:
+            await rest
 
     async def trigger_event(self, event: hooks.Hook) -> None:
-        await self._call(event, event.args())
+        if (rest := self._call(event, event.args())) is not None:
+            await rest
 
-    async def _call(self, event: hooks.Hook, arguments: list[Any]) -> None:
-        for function in self._hooks(event):
+    def begin(self, event: hooks.Hook) -> Awaitable[None] | None:
+        """Start a hook of a connection or flow; None where every addon is done with it already, else what is left to await."""
+        arguments = event.args()
+        rest = self._call(event, arguments)
+        if not isinstance(arguments[0], flow.Flow) or not self._hooks(update := hooks.UpdateHook([arguments[0]])):
+            return rest
+        return self._and_update(rest, update)
+
+    async def _and_update(self, rest: Awaitable[None] | None, update: hooks.UpdateHook) -> None:
+        if rest is not None:
+            await rest
+        await self.trigger_event(update)
+
+    def _call(self, event: hooks.Hook, arguments: list[Any]) -> Awaitable[None] | None:
+        """Each addon in its turn, without a coroutine as long as none of them has to be awaited."""
+        functions = iter(self._hooks(event))
+        for function in functions:
             try:
                 result = function(*arguments)
+            except exceptions.AddonHalt:
+                return None
+            except exceptions.OptionsError:
+                raise
+            except Exception:
+                logger.exception("Addon error in %s", event.name)
+            else:
+                if result is not None and inspect.isawaitable(result):
+                    return self._awaited(event, arguments, result, functions)
+        return None
+
+    async def _awaited(
+        self, event: hooks.Hook, arguments: list[Any], result: Awaitable[Any], functions: Iterator[Callable[..., Any]]
+    ) -> None:
+        """From the first addon that has to be awaited on."""
+        while True:
+            try:
                 if result is not None and inspect.isawaitable(result):
                     await result
+                function = next(functions, None)
+                if function is None:
+                    return
+                result = function(*arguments)
             except exceptions.AddonHalt:
                 return
             except exceptions.OptionsError:
                 raise
             except Exception:
                 logger.exception("Addon error in %s", event.name)
+                result = None  # type: ignore[assignment]

@@ -50,7 +50,7 @@ class Request:
 
     def header(self, name: str) -> tuple[str, ...]:
         """Every value sent for a header."""
-        return tuple(value for key, value in self.headers if key == name)
+        return tuple([value for key, value in self.headers if key == name])
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,9 @@ from OpenSSL import SSL
 from gateway_addon import otel
 from gateway_addon.addon import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.calls import Record, Tell
-from gateway_addon.dispatch import Dispatch, fits
+from gateway_addon.dispatch import Dispatch
 from gateway_addon.gate import Gate
+from gateway_addon.handling import Handlers, fits
 from gateway_addon.herald import Herald
 from gateway_addon.ledger import Ledger, Server
 from gateway_addon.ledger.files import ledger_path, state_folder
@@ -107,6 +108,7 @@ class LeanMaster(Master):
             next_layer.NextLayer(),
             UpstreamTls(),
             errorcheck.ErrorCheck(repeat_errors_on_stderr=True),
+            Handlers(),
         )
 
 

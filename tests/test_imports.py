@@ -17,6 +17,7 @@ OWN = {
     "listener": {"policy"},
     "modes": set(),
     "dispatch": set(),
+    "handling": {"dispatch"},
     "gate": {
         "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "origin", "policy", "pricing",
         "rates", "reading", "refusals", "running", "sentences", "settlement",
@@ -48,7 +49,7 @@ EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "dispatch", "inject", "listener", "lives", "local", "modes", "serve", "shim", "views"},
+    "mitmproxy": {"addon", "dispatch", "handling", "inject", "listener", "lives", "local", "modes", "serve", "shim", "views"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},

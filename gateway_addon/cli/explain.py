@@ -76,7 +76,7 @@ def _quote(bound: Quote) -> dict[str, Any]:
     return {
         "total": dollars(bound.total_nano),
         "total_nano": bound.total_nano,
-        "parts": [part._asdict() for part in bound.parts],
+        "parts": [{"name": part.name, "tokens": part.tokens, "rate": part.rate, "nano": part.nano} for part in bound.parts],
         "price_rows": bound.price_rows,
         "input_released_at_message_start": bound.releasable,
     }

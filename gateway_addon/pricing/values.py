@@ -33,14 +33,15 @@ class Rates:
 
     def price(self, tokens: Tokens, *, hour_ttl: bool) -> Fraction:
         """What the tokens cost, unrounded, in nano-dollars. `hour_ttl`: writes of unreported lifetime are priced as 1h writes."""
-        return (
-            self.input * tokens.input_tokens
-            + self.output * tokens.output_tokens
-            + self.cache_read * tokens.cache_read_tokens
-            + self.cache_write_5m * tokens.cache_write_5m_tokens
-            + self.cache_write_1h * tokens.cache_write_1h_tokens
-            + (self.cache_write_1h if hour_ttl else self.cache_write_5m) * tokens.cache_write_unsplit_tokens
+        billed = (
+            (self.input, tokens.input_tokens),
+            (self.output, tokens.output_tokens),
+            (self.cache_read, tokens.cache_read_tokens),
+            (self.cache_write_5m, tokens.cache_write_5m_tokens),
+            (self.cache_write_1h, tokens.cache_write_1h_tokens),
+            (self.cache_write_1h if hour_ttl else self.cache_write_5m, tokens.cache_write_unsplit_tokens),
         )
+        return sum((rate * count for rate, count in billed if count), Fraction(0))  # most kinds are absent, and fractions are slow
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,129 @@
+"""A connection's events without a task for each hook: what an addon answers at once is carried on at once.
+
+mitmproxy makes a task for every hook, lets it wait for a lock that the event itself still holds, and wakes it in the loop's next
+turn: four times a call. Here whoever is at work on a connection also takes what arrives meanwhile, in the same order. Promises the
+same commands, hooks and order as mitmproxy's own handler, in the releases that it was written beside; in any other that one stays
+(`fits`). Knows nothing of the gateway.
+"""
+
+import asyncio
+import inspect
+import logging
+from collections import deque
+from collections.abc import Awaitable
+from typing import Any
+
+from mitmproxy import connection, ctx
+from mitmproxy.proxy import commands, events
+from mitmproxy.proxy.commands import ConnectionCommand, OpenConnection, RequestWakeup, SendData, StartHook
+from mitmproxy.proxy.mode_servers import ProxyConnectionHandler
+from mitmproxy.proxy.server import ConnectionHandler, ConnectionIO
+from mitmproxy.utils import asyncio_utils
+
+from gateway_addon import dispatch
+
+PARTS = {
+    "server_event": ["self", "event"],
+    "drain_writers": ["self"],
+    "open_connection": ["self", "command"],
+    "close_connection": ["self", "connection", "half_close"],
+    "wakeup": ["self", "request"],
+    "handle_hook": ["self", "hook"],
+}
+"""What is overridden or stood on here, with its parameters."""
+
+
+def fits(handler: type = ConnectionHandler) -> bool:
+    """Whether mitmproxy's handler, and its manager of addons, are still the ones that are stood in for."""
+
+    def parameters(name: str) -> list[str]:
+        return list(inspect.signature(getattr(handler, name, lambda: None)).parameters)
+
+    return dispatch.fits() and all(parameters(name) == known for name, known in PARTS.items())
+
+
+class Handlers:
+    """The addon that gives each new connection its handler, before its first event."""
+
+    def client_connected(self, client: connection.Client) -> None:
+        handler: Any = ctx.master.addons.get("proxyserver").connections.get(client.id)
+        if type(handler) is ProxyConnectionHandler and isinstance(handler.master.addons, dispatch.Dispatch):
+            Handler.take_over(handler)
+
+
+class Handler(ProxyConnectionHandler):
+    arrived: deque[events.Event]
+    hooks: dispatch.Dispatch
+    at_work: bool
+    """Somebody takes what has arrived. (There is one thread, but a task begins as soon as it is made, in the middle of an event.)"""
+
+    @classmethod
+    def take_over(cls, handler: Any) -> None:
+        """Go on in this way with a connection that has had no event yet."""
+        handler.__class__ = cls
+        handler.arrived, handler.at_work, handler.hooks = deque(), False, handler.master.addons
+
+    async def server_event(self, event: events.Event) -> None:
+        self.arrived.append(event)
+        if self.at_work:
+            return
+        self.at_work = True
+        try:
+            while self.arrived:
+                self._take(self.arrived.popleft())
+        finally:
+            self.at_work = False
+
+    def _take(self, event: events.Event) -> None:
+        self.timeout_watchdog.register_activity()
+        try:
+            for command in self.layer.handle_event(event):
+                if isinstance(command, StartHook):
+                    self._hook(command)
+                elif isinstance(command, SendData):
+                    io = self.transports.get(command.connection)
+                    if io is not None and io.writer is not None and not io.writer.is_closing():
+                        io.writer.write(command.data)
+                else:
+                    self._command(command)
+        except Exception:
+            self.log("mitmproxy has crashed!", logging.ERROR, exc_info=True)
+
+    def _command(self, command: commands.Command) -> None:
+        """The rare ones: connections and timers."""
+        if isinstance(command, OpenConnection):
+            name = f"server connection handler {command.connection.address}"
+            task = asyncio_utils.create_task(self.open_connection(command), name=name, keep_ref=False, client=self.client.peername)
+            self.transports[command.connection] = ConnectionIO(handler=task)
+        elif isinstance(command, RequestWakeup):
+            task = asyncio_utils.create_task(self.wakeup(command), name="wakeup timer", keep_ref=False, client=self.client.peername)
+            self.wakeup_timer.add(task)
+        elif isinstance(command, ConnectionCommand):
+            if command.connection in self.transports:
+                half = isinstance(command, commands.CloseTcpConnection) and command.half_close
+                self.close_connection(command.connection, half)
+        elif isinstance(command, commands.Log):
+            self.log(command.message, command.level)
+        else:
+            raise RuntimeError(f"Unexpected command: {command}")
+
+    def _hook(self, hook: StartHook) -> None:
+        rest = self.hooks.begin(hook)
+        if rest is not None:
+            name, peer = f"handle_hook({hook.name})", self.client.peername
+            asyncio_utils.create_task(self._rest_of(hook, rest), name=name, keep_ref=True, client=peer)
+        elif hook.blocking:
+            self.arrived.append(events.HookCompleted(hook))
+
+    async def _rest_of(self, hook: StartHook, rest: Awaitable[None]) -> None:
+        with self.timeout_watchdog.disarm():
+            await rest
+        if hook.blocking:
+            await self.server_event(events.HookCompleted(hook))
+
+    async def drain_writers(self) -> None:
+        """Wait for slow readers, where there are any."""
+        for io in self.transports.values():
+            if io.writer is not None and (not isinstance(io.writer, asyncio.StreamWriter) or io.writer.transport.get_write_buffer_size()):
+                await super().drain_writers()  # type: ignore[no-untyped-call]
+                return
