@@ -35,6 +35,7 @@ from mitmproxy.proxy.layers.http import (
     SendHttp,
 )
 
+from gateway_addon.headers import Headers, quicken
 from gateway_addon.refusals import Refusal, new_request_id
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,11 @@ class InjectLayer(HttpLayer):
 
 class InjectStream(HttpStream):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        if isinstance(event, RequestProtocolError | ResponseProtocolError):
+        if isinstance(event, ResponseHeaders):
+            quicken(event.response)
+        elif isinstance(event, RequestHeaders):
+            quicken(event.request)
+        elif isinstance(event, RequestProtocolError | ResponseProtocolError):
             record = wire(self.flow)
             record.broken_by = record.broken_by or ("client" if isinstance(event, RequestProtocolError) else "upstream")
         generator = super()._handle_event(event)
@@ -249,7 +254,7 @@ def _wire_copy(request: http.Request, name: str, secret: str) -> http.Request:
     sent.data = copy.copy(request.data)
     replaced = name.encode()
     fields = [field for field in request.headers.fields if (lower := field[0].lower()) != replaced and lower not in HOP_HEADERS]
-    sent.data.headers = http.Headers([*fields, (replaced, secret.encode())])
+    sent.data.headers = Headers([*fields, (replaced, secret.encode())])
     return sent
 
 

@@ -13,11 +13,12 @@ OWN = {
     # room: the rooms that it may import. A room that is not here is an edge (commands, launchers), checked by EDGES below.
     "addon": {"answers", "gate", "inject", "listener", "lives", "reading", "refusals", "running", "settlement"},
     "lives": {"answers", "gate", "inject", "refusals", "running"},
-    "inject": {"refusals"},
+    "inject": {"headers", "refusals"},
     "listener": {"policy"},
     "modes": set(),
     "dispatch": set(),
     "handling": {"dispatch"},
+    "headers": set(),
     "gate": {
         "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "origin", "policy", "pricing",
         "rates", "reading", "refusals", "running", "sentences", "settlement",
@@ -49,7 +50,7 @@ EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "dispatch", "handling", "inject", "listener", "lives", "local", "modes", "serve", "shim", "views"},
+    "mitmproxy": {"addon", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "serve", "shim", "views"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},
