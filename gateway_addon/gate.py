@@ -91,13 +91,13 @@ class Gate:
         `on_call` hears of each call once it has ended and what it cost is written.
         `entrance` stands before the endpoint in each call's row: which door it came by, where there are several.
         """
-        self._entrance = entrance
         self._on_call = on_call
         self.ledger = ledger
         self._clock = clock
         self.policy = policy
         self.policy_problem: str | None = None
         """Why the files on disk are not in force, after a reload that failed."""
+        self.key_problem: str | None = None
         self._running: dict[Running, Callable[[str], None]] = {}
         self._door = Door(ledger)
         self._herald = herald
@@ -377,7 +377,8 @@ class Gate:
 
     def _health(self) -> dict[str, Any]:
         health: dict[str, Any] = {"status": "ok", "policy": self.policy.digest[:12], "apps": len(self.policy.apps)}
-        return health if self.policy_problem is None else {**health, "policy_problem": self.policy_problem}
+        problems = {"policy_problem": self.policy_problem, "key_problem": self.key_problem}
+        return health | {name: problem for name, problem in problems.items() if problem is not None}
 
     async def _me(self, app: AppPolicy, now: float) -> Answer | Refusal:
         limits = tuple(cap for cap in caps(self.policy, app) if cap.scope == f"app:{app.name}")
