@@ -12,7 +12,8 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from gateway_addon.pricing import PriceError, Prices, Rates, Row, load
+from gateway_addon.policy import PolicyError, load_prices
+from gateway_addon.pricing import Prices, Rates, Row
 
 _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since", "also")
 
@@ -24,10 +25,9 @@ _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since",
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def prices(at: datetime | None, policies: str | None, retired: bool, as_json: bool) -> None:
     """Print the prices in force: dollars per million tokens, with the operator's own rows and multiplier."""
-    override = Path(policies or os.environ.get("GATEWAY_POLICIES", "policies")) / "prices.yaml"
     try:
-        table = load(None, override if override.exists() else None)
-    except PriceError as error:
+        table = load_prices(Path(policies or os.environ.get("GATEWAY_POLICIES", "policies")))
+    except PolicyError as error:
         click.echo(f"gateway prices: {error}", err=True)
         sys.exit(2)
     day = at.replace(tzinfo=UTC).timestamp() if at else time.time()

@@ -5,7 +5,7 @@
     values   what the operator decided                 rules   what that means for one request
 """
 
-from gateway_addon.policy.loading import load
+from gateway_addon.policy.loading import load, load_prices
 from gateway_addon.policy.rules import Verdict, edits, judge, may_use, trail
 from gateway_addon.policy.source import PolicyError
 from gateway_addon.policy.values import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, all_caps, caps
@@ -25,6 +25,7 @@ __all__ = [
     "edits",
     "judge",
     "load",
+    "load_prices",
     "may_use",
     "trail",
 ]

@@ -44,6 +44,7 @@ from gateway_addon.policy.values import (
     Timeouts,
     Tls,
 )
+from gateway_addon.pricing import LISTED_BY
 
 NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
 """Apps and teams: lower case, so that two spellings never mean two budgets."""
@@ -259,7 +260,7 @@ _TEAM = {"caps": _caps(_WINDOWS, "what the team's apps may spend together")}
 _TEAM_KEY = _group(Team, _TEAM, "one team")
 
 GATEWAY: dict[str, Key] = {
-    "upstream": Key(_UPSTREAM, "where admitted calls go", "https://api.anthropic.com"),
+    "upstream": Key(_UPSTREAM, "where admitted calls go", LISTED_BY),
     "key": Key(SOURCE, "where the real API key is read from, again when it changes", Source("env", "ANTHROPIC_API_KEY")),
     "admin_key": Key(SOURCE, "where `gateway reconcile` reads an admin key from; nothing else reads it, and it calls no model", None),
     "timezone": Key(_ZONE, "in which days, weeks and months begin", "UTC"),
