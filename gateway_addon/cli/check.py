@@ -135,7 +135,7 @@ def _app(app: AppPolicy) -> dict[str, Any]:
         "max_tokens": app.max_tokens and f"{app.max_tokens.limit:,}" + (" (clamped)" if app.max_tokens.over == "clamp" else ""),
         "caps": _amounts(app.caps),
         "reserve": app.reserve,
-        "mode": app.mode,
+        "mode": app.mode + (f", {_cell(app.observe)} observed" if app.observe else ""),
     }
 
 

@@ -6,7 +6,7 @@
 """
 
 from gateway_addon.policy.loading import load, load_prices
-from gateway_addon.policy.rules import Verdict, edits, judge, may_use, trail
+from gateway_addon.policy.rules import Verdict, edits, judge, may_use, observed, trail
 from gateway_addon.policy.source import PolicyError
 from gateway_addon.policy.values import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, all_caps, caps
 
@@ -27,5 +27,6 @@ __all__ = [
     "load",
     "load_prices",
     "may_use",
+    "observed",
     "trail",
 ]

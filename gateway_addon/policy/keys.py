@@ -32,6 +32,7 @@ from gateway_addon.policy.kinds import (
 )
 from gateway_addon.policy.values import (
     NO_CAPS,
+    OBSERVABLE,
     Alerts,
     Betas,
     Feature,
@@ -239,6 +240,7 @@ APP: dict[str, Key] = {
     ),
     "alerts": ALERTS,
     "mode": Key(word("enforce", "observe"), "`observe` lets everything pass and records what would have been refused", "enforce"),
+    "observe": Key(listing(word(*OBSERVABLE)), "rules that are only observed while the others are enforced", ()),
     "served": Key(word("any", "exact"), "`exact` raises an alert when another model answers than the one asked", "any"),
     "addresses": Key(listing(_NETWORK), "networks its tokens may be used from; anywhere unless given", ()),
 }
