@@ -180,8 +180,13 @@ class Gate:
         flags += tuple(f"observed:{code}" for code in observed(app, read, arrived.policy.prices))
         if refusal is None and read.endpoint != "messages":
             return Pass(arrived, call, now, body, flags)
+        bound = refusal or quote(read, app, arrived.policy.prices, now)
+        if isinstance(bound, Refusal):
+            self._turned_away(call, bound.code, now)
+            return bound
+        call = replace(call, input_tokens=bound.input_tokens, quote_nano=bound.total_nano)
         try:
-            decision = refusal or await self._reserve(arrived, read, call, now)
+            decision = await self._reserve(arrived, read, call, bound, now)
         except LedgerUnavailable as error:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
@@ -189,12 +194,8 @@ class Gate:
             return decision
         return replace(decision, flags=(*flags, *decision.flags), body=body)
 
-    async def _reserve(self, arrived: Arrived, read: Reading, call: NewCall, now: float) -> Ticket | Refusal:
+    async def _reserve(self, arrived: Arrived, read: Reading, call: NewCall, bound: Quote, now: float) -> Ticket | Refusal:
         app, limits = arrived.app, caps(arrived.policy, arrived.app)
-        bound = quote(read, app, arrived.policy.prices, now)
-        if isinstance(bound, Refusal):
-            return bound
-        call = replace(call, input_tokens=bound.input_tokens, quote_nano=bound.total_nano)
         notes: dict[str, None] = {}  # what observed rules would have said
         if app.rates.headroom_percent is not None:
             short = shortage(await self.ledger.upstream_limits(), app.rates.headroom_percent, now)
