@@ -17,7 +17,7 @@ from gateway_addon.ledger import admin
 from gateway_addon.ledger.files import ledger_path
 from gateway_addon.policy import load
 from gateway_addon.reload import KEY_PROBLEM, LOOK_EVERY_S, Watcher, align, audit_key
-from gateway_addon.simulator import KEY, Simulator
+from gateway_addon.simulator import KEY, Behaviour, Simulator
 from tests.gateway import Running, gateway
 
 # Under FIRST only haiku up to 100 tokens, under SECOND only sonnet up to 200: a mixture would let a haiku with 200 through.
@@ -186,6 +186,24 @@ async def test_a_policy_that_names_another_place_for_the_key_moves_it_and_each_k
         shown = await ask(["--changes", "1", "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"])
     assert f"-key {fingerprint(keys[0])}\n+key {fingerprint(keys[1])} from file {place}\n" in shown.stdout
     assert f"saved by {place.owner()}" in shown.stdout
+
+
+async def test_a_call_in_flight_is_priced_as_it_was_admitted(tmp_path: Path):
+    async with Simulator(behaviour=Behaviour(delay_ms=5)) as api, gateway(tmp_path, api, {"app": FIRST}) as running:
+        watching, digest = watcher(running), running.gate.policy.digest
+        async with running.client().messages.stream(model="claude-haiku-4-5", max_tokens=100, messages=MESSAGES) as stream:
+            (running.folder / "policies" / "prices.yaml").write_text("multiplier: 3\n")
+            await watching.look()
+            await watching.look()
+            assert running.gate.policy.digest != digest
+            await stream.get_final_message()
+        await running.quiet()
+        before_nano = await running.spent_nano()
+        assert before_nano == (await api.settled()).billed_nano > 0
+        await running.client().messages.create(model="claude-haiku-4-5", max_tokens=100, messages=MESSAGES)
+        await running.quiet()
+        billed_nano = (await api.settled()).billed_nano
+        assert await running.spent_nano() == before_nano + 3 * (billed_nano - before_nano), "the next one at the new prices"
 
 
 def changed(folder: Path, begins: str) -> list[str]:
