@@ -33,7 +33,7 @@ async def send(gw, data: bytes, *, finish: bool = False) -> bytes:
 
 
 def request(row, token: str) -> bytes:
-    headers = [("host", "gateway"), ("x-api-key", token), ("anthropic-version", "2023-06-01"), *row.headers]
+    headers = [("host", "gateway"), ("x-api-key", token), ("anthropic-version", "2023-06-01"), ("connection", "close"), *row.headers]
     if not any(name == "content-length" for name, _ in headers):
         headers.append(("content-length", str(len(row.body))))
     head = "".join(f"{name}: {value}\r\n" for name, value in headers)
