@@ -15,9 +15,10 @@ from gateway_addon import pricing
 from gateway_addon.policy.keys import APP, GATEWAY, NAME
 from gateway_addon.policy.kinds import record
 from gateway_addon.policy.rules import matching
-from gateway_addon.policy.source import PolicyError, Spot, compose, entries, items, suggestion
 from gateway_addon.policy.values import AppPolicy, GatewayPolicy, Models
 from gateway_addon.pricing import PriceError, Prices
+from gateway_addon.yamlfile import FileError as PolicyError
+from gateway_addon.yamlfile import Spot, compose, entries, items, suggestion
 
 _APP_FILE = re.compile(rf"{NAME}\.yaml")
 

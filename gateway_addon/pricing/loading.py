@@ -80,7 +80,7 @@ def load(path: Path | None = None, override_path: Path | None = None, upstream: 
             digest.update(content)
             spot = Spot("/".join(file.parts[-2:]))
             document = entries(compose(spot.file, content.decode()), spot, known)
-            documents.append({key: _Entry(node, spot.at(key)) for key, node in document.items()})
+            documents.append({key: _Entry(node, spot.at(key)) for key, (_, node) in document.items()})
             if known is _SHIPPED_KEYS and (missing := [key for key in known if key not in document]):
                 raise spot.error(None, f"{missing[0]} is missing: the table itself needs it, an override does not")
         return _table(documents[0], documents[1] if override_path else {}, upstream, digest.hexdigest())
@@ -217,7 +217,7 @@ def _rates(entry: _Entry, keys: dict[str, _Entry]) -> Rates:
 
 
 def _mapping(entry: _Entry, known: tuple[str, ...] | None) -> dict[str, _Entry]:
-    return {key: _Entry(node, entry.spot.at(key)) for key, node in entries(*entry, known).items()}
+    return {key: _Entry(node, entry.spot.at(key)) for key, (_, node) in entries(*entry, known).items()}
 
 
 def _number(entry: _Entry) -> Fraction:
