@@ -262,7 +262,7 @@ _TEAM = {"caps": _caps(_WINDOWS, "what the team's apps may spend together")}
 _TEAM_KEY = _group(Team, _TEAM, "one team")
 
 GATEWAY: dict[str, Key] = {
-    "upstream": Key(_UPSTREAM, "where admitted calls go", LISTED_BY),
+    "upstream": Key(_UPSTREAM, "where admitted calls go; to change it, restart the gateway", LISTED_BY),
     "key": Key(SOURCE, "where the real API key is read from, again when it changes", Source("env", "ANTHROPIC_API_KEY")),
     "admin_key": Key(SOURCE, "where `gateway reconcile` reads an admin key from; nothing else reads it, and it calls no model", None),
     "timezone": Key(_ZONE, "in which days, weeks and months begin", "UTC"),
