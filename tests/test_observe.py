@@ -69,13 +69,13 @@ async def test_caps_that_are_shared_hold_for_an_observed_app_too(tmp_path):
 async def test_an_observed_cap_does_not_cut_a_stream_that_outgrows_it(tmp_path):
     policy = "models: {allow: [claude-opus-5-5]}\ncaps: {request: $0.01, day: $0.01}\nreserve: progressive\nobserve: [caps]\n"
     (tmp_path / "policies").mkdir()
-    (tmp_path / "policies" / "prices.yaml").write_text("assumed: {lag_s: 1}\n")  # so that two seconds of a stream need a top-up
-    behaviour = Behaviour(output_tokens=900, tokens_per_s=380, tokens_per_event=20)
+    (tmp_path / "policies" / "prices.yaml").write_text("assumed: {lag_s: 2}\n")  # so that four seconds of a stream need a top-up
+    behaviour = Behaviour(output_tokens=1_400, tokens_per_s=380, tokens_per_event=20)
     async with Simulator(behaviour=behaviour) as api, gateway(tmp_path, api, {"app": policy}) as gw:
         async with gw.client().messages.stream(**HELLO | {"model": "claude-opus-5-5", "max_tokens": 60_000}) as stream:
             message = await stream.get_final_message()
         await gw.quiet()
-        assert message.usage.output_tokens == 900
+        assert message.usage.output_tokens == 1_400
         assert await gw.spent_nano() == (await api.settled()).billed_nano > 10_000_000
 
 
