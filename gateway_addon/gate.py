@@ -13,7 +13,7 @@ takes values, awaits the ledger, and returns values.
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,13 +36,14 @@ from gateway_addon.ledger import (
     RateLimits,
     Resolution,
     Settlement,
+    Standing,
     Token,
     app_scope,
     scopes,
 )
 from gateway_addon.noise import Noise
 from gateway_addon.origin import origin, within
-from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, caps, edits, judge
+from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, caps, edits, judge, observed
 from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
@@ -77,6 +78,8 @@ class Pass:
     admitted_at: float
     body: bytes | None = None
     """The body to send where the policy rewrote it, as in `Ticket`."""
+    flags: tuple[str, ...] = ()
+    """What the policy did beside letting it pass, as in `Ticket`."""
 
 
 class Gate:
@@ -91,13 +94,13 @@ class Gate:
         `on_call` hears of each call once it has ended and what it cost is written.
         `entrance` stands before the endpoint in each call's row: which door it came by, where there are several.
         """
-        self._entrance = entrance
         self._on_call = on_call
         self.ledger = ledger
         self._clock = clock
         self.policy = policy
         self.policy_problem: str | None = None
         """Why the files on disk are not in force, after a reload that failed."""
+        self.key_problem: str | None = None
         self._running: dict[Running, Callable[[str], None]] = {}
         self._door = Door(ledger)
         self._herald = herald
@@ -174,12 +177,16 @@ class Gate:
                 return self._refused(app, arrived.token, arrived.endpoint, read, now)
             flags, body = tuple(f"edited:{name}" for name in changes), request.body
         refusal = judge(app, read, arrived.policy.prices)
-        if refusal is not None and app.mode == "observe":
-            flags, refusal = (*flags, f"observed:{refusal.code}"), None
+        flags += tuple(f"observed:{code}" for code in observed(app, read, arrived.policy.prices))
         if refusal is None and read.endpoint != "messages":
-            return Pass(arrived, call, now, body)
+            return Pass(arrived, call, now, body, flags)
+        bound = refusal or quote(read, app, arrived.policy.prices, now)
+        if isinstance(bound, Refusal):
+            self._turned_away(call, bound.code, now)
+            return bound
+        call = replace(call, input_tokens=bound.input_tokens, quote_nano=bound.total_nano)
         try:
-            decision = refusal or await self._reserve(arrived, read, call, now)
+            decision = await self._reserve(arrived, read, call, bound, now)
         except LedgerUnavailable as error:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
@@ -187,36 +194,37 @@ class Gate:
             return decision
         return replace(decision, flags=(*flags, *decision.flags), body=body)
 
-    async def _reserve(self, arrived: Arrived, read: Reading, call: NewCall, now: float) -> Ticket | Refusal:
+    async def _reserve(self, arrived: Arrived, read: Reading, call: NewCall, bound: Quote, now: float) -> Ticket | Refusal:
         app, limits = arrived.app, caps(arrived.policy, arrived.app)
-        bound = quote(read, app, arrived.policy.prices, now)
-        if isinstance(bound, Refusal):
-            return bound
-        call = replace(call, input_tokens=bound.input_tokens, quote_nano=bound.total_nano)
+        notes: dict[str, None] = {}  # what observed rules would have said
         if app.rates.headroom_percent is not None:
             short = shortage(await self.ledger.upstream_limits(), app.rates.headroom_percent, now)
-            if short is not None and app.mode == "enforce":
+            if short is not None and not app.observes("rates"):
                 return headroom(app, short)
+            if short is not None:
+                notes["headroom"] = None
         overrun = read.model in await self.ledger.overruns()
         offers = _offers(bound, app, arrived.policy, read, limits, overrun=overrun, now=now)
-        request_cap = app.caps.get("request", math.inf)
-        flags: tuple[str, ...] = ()
-        if offers[-1].hold_nano > request_cap:
-            if app.mode == "enforce":
-                return over_request_cap(app, bound, int(request_cap))
-            flags = ("observed:quote_over_cap",)
+        own: tuple[Standing, ...] = ()
+        if app.observes("caps"):  # those that it shares with others hold all the same
+            own = await self.ledger.capped([cap for cap in limits if cap.scope == app_scope(app.name)], now=now)
+            notes |= dict.fromkeys(_passed(app, own, offers[-1].hold_nano))
+            limits = tuple(cap for cap in limits if cap.scope != app_scope(app.name))
         else:
+            request_cap = app.caps.get("request", math.inf)
+            if offers[-1].hold_nano > request_cap:
+                return over_request_cap(app, bound, int(request_cap))
             offers = [offer for offer in offers if offer.hold_nano <= request_cap]
         rates = RateLimits(app.rates.requests_per_minute, app.rates.input_tokens_per_minute, app.rates.concurrent)
         result, offer = await self._door.reserve(call, offers, limits, rates, now)
-        if isinstance(result, Denied) and app.mode == "observe":  # the caps that it shares with others hold all the same
-            flags = (*flags, f"observed:{result.reason}")
-            shared = [cap for cap in limits if cap.scope != app_scope(app.name)]
-            result, offer = await self._door.reserve(call, offers, shared, RateLimits(), now)
+        if isinstance(result, Denied) and result.reason in ("rate", "concurrency") and app.observes("rates"):
+            notes[result.reason] = None
+            result, offer = await self._door.reserve(call, offers, limits, RateLimits(), now)
         if isinstance(result, Denied):
             return denied(result, app, bound, offer.hold_nano)
+        flags, standings = tuple(f"observed:{code}" for code in notes), (*result.standings, *own)
         prices = arrived.policy.prices
-        return Ticket(result.call_id, call, app, prices, read, bound, offer.granted_tokens, offer.pace, now, result.standings, flags)
+        return Ticket(result.call_id, call, app, prices, read, bound, offer.granted_tokens, offer.pace, now, standings, flags)
 
     # -- running
 
@@ -329,7 +337,7 @@ class Gate:
 
     def close_free(self, free: Pass, status: int | None, now: float) -> None:
         """Keep a row of a call that cost nothing."""
-        outcome = Outcome(status=status, complete=status is not None)
+        outcome = Outcome(status=status, complete=status is not None, flags=free.flags)
         self.ledger.free(free.call, outcome, now=now)
         if self._on_call is not None:
             self._on_call(record(free.call, "free", started_at=free.admitted_at, ended_at=now, outcome=outcome))
@@ -377,7 +385,8 @@ class Gate:
 
     def _health(self) -> dict[str, Any]:
         health: dict[str, Any] = {"status": "ok", "policy": self.policy.digest[:12], "apps": len(self.policy.apps)}
-        return health if self.policy_problem is None else {**health, "policy_problem": self.policy_problem}
+        problems = {"policy_problem": self.policy_problem, "key_problem": self.key_problem}
+        return health | {name: problem for name, problem in problems.items() if problem is not None}
 
     async def _me(self, app: AppPolicy, now: float) -> Answer | Refusal:
         limits = tuple(cap for cap in caps(self.policy, app) if cap.scope == f"app:{app.name}")
@@ -420,8 +429,23 @@ def _offers(
 
 def _room_nano(running: Running) -> float:
     """What a running stream may still be granted under its request cap."""
-    cap_nano = running.ticket.app.caps.get("request")
+    app = running.ticket.app
+    cap_nano = None if app.observes("caps") else app.caps.get("request")
     return math.inf if cap_nano is None else cap_nano - running.held_nano
+
+
+def _passed(app: AppPolicy, own: Iterable[Standing], hold_nano: int) -> Iterator[str]:
+    """What the app's own caps would have said to a call, where they are only observed."""
+    if hold_nano > app.caps.get("request", math.inf):
+        yield "quote_over_cap"
+    for standing in own:
+        cap_nano = standing.cap_nano or 0
+        if hold_nano > cap_nano:
+            yield "quote_over_cap"
+        elif standing.spent_nano + hold_nano > cap_nano:
+            yield "cap_spent"
+        elif standing.spent_nano + standing.reserved_nano + hold_nano > cap_nano:
+            yield "cap_held"
 
 
 def _call(arrived: Arrived, read: Reading, request: Request, entrance: str) -> NewCall:

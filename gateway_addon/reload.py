@@ -1,7 +1,8 @@
-"""Hot reload: a saved policy is in force within a second, a broken one never is.
+"""Hot reload: a saved policy is in force within a second, a broken one never is; and each change of the real key is audited.
 
-Promises that a reload is all or nothing: every file is read and validated before the gate sees any of it, files that change
-while they are read are read again, and calls in flight keep the policy that they came under. An edge: it reads files.
+Promises that a reload is all or nothing: files are read once they have rested for two looks (half of a file may well be valid
+YAML, and several saved together belong together), every one of them is validated before the gate sees any, and calls in flight
+keep the policy that they came under. Of a key only its fingerprint is kept. An edge: it reads files.
 """
 
 import asyncio
@@ -12,23 +13,28 @@ from pathlib import Path
 
 from gateway_addon.alerts import policy_broken
 from gateway_addon.gate import Gate
+from gateway_addon.inventory import consumers
 from gateway_addon.ledger import Ledger, LedgerUnavailable, admin
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
+from gateway_addon.secret import Secret, SecretUnavailable
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.25
+KEY_PROBLEM = "The real key cannot be read again where `key:` points; the one that was read before stays in use. The log says why."
 
 type Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 
 class Watcher:
-    """Watches the folder of policies for one gate."""
+    """Watches the folder of policies for one gate, and the key that its calls are sent with."""
 
-    def __init__(self, folder: Path, gate: Gate):
-        self._folder, self._gate = folder, gate
-        self._seen = fingerprint(folder)
+    def __init__(self, folder: Path, gate: Gate, key: Secret):
+        self._folder, self._gate, self._key = folder, gate, key
+        self._seen = self._resting = fingerprint(folder)
+        self._key_problem: str | None = None
+        self._audited = consumers.fingerprint(key())
 
     async def watch(self) -> None:
         """Look for changes until cancelled."""
@@ -36,6 +42,7 @@ class Watcher:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
                 await self.look()
+                await self.look_at_the_key()
             except OSError as error:
                 self._problem(f"The policies in {self._folder} cannot be read ({error}).")
             except LedgerUnavailable as error:
@@ -43,13 +50,18 @@ class Watcher:
                 self._seen = ()  # look again
 
     async def look(self) -> None:
-        """Put changed files in force, or say why not and keep what was."""
+        """Put changed files in force once they rest, or say why not and keep what was."""
         before = fingerprint(self._folder)
         if before == self._seen:
             return
+        if before != self._resting:
+            self._resting = before
+            return
         try:
             policy = await asyncio.to_thread(load, self._folder)
-        except (PolicyError, PriceError) as error:
+            self._refuse_another_upstream(policy)
+            await asyncio.to_thread(self._key.follow, policy.key, policy.secret_variables)
+        except (PolicyError, PriceError, SecretUnavailable) as error:
             if fingerprint(self._folder) == before:  # else somebody is still saving: look again
                 self._seen = before
                 self._problem(str(error))
@@ -61,6 +73,24 @@ class Watcher:
         if policy.digest != self._gate.policy.digest:
             logger.info("Policy %s is in force (it was %s).", policy.digest[:12], self._gate.policy.digest[:12])
         self._gate.policy, self._gate.policy_problem = policy, None
+
+    def _refuse_another_upstream(self, policy: GatewayPolicy) -> None:
+        """The proxy stands in front of one upstream; calls for another would all be refused. Raises PolicyError."""
+        before = self._gate.policy.upstream
+        if policy.upstream != before:
+            moved = f"restart the gateway to move it from {before} to {policy.upstream}"
+            raise PolicyError(f"{self._folder.name}/gateway.yaml: upstream: {moved}")
+
+    async def look_at_the_key(self) -> None:
+        """Audit a key that has changed, and say so where it cannot be read again. Raises LedgerUnavailable."""
+        shown, problem = consumers.fingerprint(self._key()), self._key.problem
+        if problem is not None and problem != self._key_problem:
+            logger.error("%s The key that was read before stays in use.", problem)
+        self._key_problem = problem
+        self._gate.key_problem = problem and KEY_PROBLEM
+        if shown != self._audited:
+            await audit_key(self._gate.ledger, self._key)
+            self._audited = shown
 
     def _problem(self, sentence: str) -> None:
         if sentence != self._gate.policy_problem:
@@ -77,6 +107,20 @@ async def align(ledger: Ledger, policy: GatewayPolicy, who: str) -> None:
     teams, now = {name: app.team for name, app in policy.apps.items()}, time.time()
     await ledger.change(partial(admin.align, zone=policy.timezone, teams=teams, who=who, now=now))
     await ledger.change(partial(admin.keep_policy, digest=policy.digest, texts=policy.texts, who=who, now=now))
+
+
+async def audit_key(ledger: Ledger, key: Secret) -> None:
+    """Keep which key is in use, by its fingerprint, once for all processes. Raises LedgerUnavailable."""
+    shown, who = consumers.fingerprint(key()), await asyncio.to_thread(_saved_the_key, key)
+    await ledger.change(partial(admin.keep_key, fingerprint=shown, place=key.place, who=who, now=time.time()))
+
+
+def _saved_the_key(key: Secret) -> str:
+    kind, _, place = key.place.partition(" ")
+    try:
+        return Path(place).owner() if kind == "file" else "unknown"
+    except (OSError, KeyError):
+        return "unknown"
 
 
 def saved_by(folder: Path) -> str:

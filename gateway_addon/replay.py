@@ -17,7 +17,7 @@ from gateway_addon.reading import Reading
 from gateway_addon.windows import Window
 
 JUDGED = frozenset(("endpoint", "model", "max_tokens"))
-"""Rules for which the ledger knows enough; refusals by them carry the same names."""
+"""Refusals by the rules for which the ledger knows enough."""
 
 type Frame = tuple[str, Window, int]
 type Ruling = tuple[str | None, str]
@@ -79,7 +79,7 @@ def _ruling(app: AppPolicy, call: Recorded, prices: Prices) -> Ruling:
     read = Reading(call.endpoint, call.model or "", call.max_tokens or 0)
     changes = edits(app, read, prices)
     read = Reading(call.endpoint, changes.get("model", read.model), changes.get("max_tokens", read.max_tokens))
-    refused = (verdict for verdict in trail(app, read, prices) if verdict.code is not None and verdict.rule in JUDGED)
+    refused = (verdict for verdict in trail(app, read, prices) if verdict.code in JUDGED)
     return next(((verdict.code, verdict.sentence) for verdict in refused), (None, ""))
 
 

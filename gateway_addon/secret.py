@@ -2,7 +2,8 @@
 
 Promises that the key is returned to its one caller and kept nowhere else: in no repr, no log line, no error. A file is looked
 at on every call (one `stat`); a password manager is asked again by the clock, and when the upstream refuses the key, off the
-event loop. An edge: it reads the environment and files.
+event loop. Where it cannot be read again, what was read before stays in use, so that no call is lost to a file that is being saved.
+An edge: it reads the environment and files.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -41,23 +43,56 @@ class Secret:
         self._source, self._environment, self._withheld = source, environment, frozenset(withheld)
         self._value: str | None = None
         self._version: tuple[int, int, int] | None = None
+        self._turn = threading.Lock()  # a password manager's answer must not arrive after the policy has named another source
+        self.problem: str | None = None
+        """Why it could not be read again, while what was read before is in use: for the operator alone, it names places."""
 
     def __repr__(self) -> str:
-        return f"Secret({self._source.kind} {self._source.value})"
+        return f"Secret({self.place})"
+
+    @property
+    def place(self) -> str:
+        """Where it is read from, as the policy says."""
+        kind, value = self._source
+        return f"{kind} {value if isinstance(value, str) else value[0]}"
 
     def __call__(self) -> str:
         if self._source.kind == "file":
-            version = self._file_version()
-            if version != self._version:
-                self._value, self._version = None, version
+            self._look_at_the_file()
         if self._value is None:
             self._value = _plain(self._read(), self)
         return self._value
 
     def renew(self) -> None:
         """Read it anew, where that does not happen on every call. Raises SecretUnavailable, and what was read before stays."""
-        if self._source.kind != "file":
-            self._value = _plain(self._read(), self)
+        with self._turn:
+            if self._source.kind == "file":
+                return
+            try:
+                self._value, self.problem = _plain(self._read(), self), None
+            except SecretUnavailable as error:
+                self.problem = str(error)
+                raise
+
+    def follow(self, source: Source, withheld: Collection[str]) -> None:
+        """Read it from where the policy says now. Raises SecretUnavailable where nothing can be read there, and nothing changes."""
+        with self._turn:
+            if source != self._source:
+                other = Secret(source, self._environment, withheld)
+                self._value = other()
+                self._source, self._version, self.problem = source, other._version, None
+            self._withheld = frozenset(withheld)
+
+    def _look_at_the_file(self) -> None:
+        try:
+            version = self._file_version()
+            if version != self._version:
+                self._value, self._version = _plain(self._read(), self), version
+            self.problem = None
+        except SecretUnavailable as error:
+            if self._value is None:
+                raise
+            self.problem = str(error)
 
     def _file_version(self) -> tuple[int, int, int]:
         try:

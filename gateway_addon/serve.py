@@ -39,7 +39,7 @@ from gateway_addon.listener import Certificate
 from gateway_addon.logs import call_line, say_plainly
 from gateway_addon.modes import reverse
 from gateway_addon.policy import GatewayPolicy, load
-from gateway_addon.reload import Watcher, align, saved_by
+from gateway_addon.reload import Watcher, align, audit_key, saved_by
 from gateway_addon.secret import Secret, keep_fresh
 from gateway_addon.workers import ListeningLoop, when_the_parent_ends
 
@@ -201,11 +201,12 @@ async def assembled(
     key()  # a missing key is said now, not to the first caller
     ledger = await Ledger.open(ledger_url)
     await align(ledger, policy, saved_by(policies))
+    await audit_key(ledger, key)
     herald = Herald(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
     gate = Gate(ledger, policy, time.time, herald, entrance, on_call)
     refused = asyncio.Event()
     addon = make(gate, key, key_refused=refused.set)
-    watcher = Watcher(policies, gate)
+    watcher = Watcher(policies, gate, key)
     watching = [asyncio.ensure_future(watcher.watch()), asyncio.ensure_future(keep_fresh(key, refused))]
     try:
         yield policy, key, addon

@@ -38,7 +38,8 @@ def compose(file: str, text: str) -> Node:
     try:
         node: Node | None = yaml.compose(text, Loader=_LOADER)
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        last = max(1, len(text.splitlines()))  # where the file ends too early, libyaml names the line behind it
+        line = f":{min(error.problem_mark.line + 1, last)}" if error.problem_mark else ""
         raise FileError(f"{file}{line}: not readable as YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise FileError(f"{file}: not readable as YAML: {error}") from None
@@ -47,19 +48,18 @@ def compose(file: str, text: str) -> Node:
     return node
 
 
-def entries(node: Node, spot: Spot, known: Iterable[str] | None = None) -> dict[str, Node]:
-    """A mapping's values by key. Raises FileError for anything else, a key given twice, or one that is not `known`."""
+def entries(node: Node, spot: Spot, known: Iterable[str] | None = None) -> dict[str, tuple[Node, Node]]:
+    """A mapping as {name: (key node, value node)}. Raises FileError for anything else, a key given twice, or one that is not `known`."""
     if not isinstance(node, MappingNode):
         raise spot.error(node, "expected keys with values, like `name: value`")
-    found: dict[str, Node] = {}
-    lines: dict[str, int] = {}
+    found: dict[str, tuple[Node, Node]] = {}
     for key, value in node.value:
         name = scalar(key, spot)
         if name in found:
-            raise spot.at(name).error(key, f"given twice (first on line {lines[name]}); keep one")
+            raise spot.at(name).error(key, f"given twice (first on line {found[name][0].start_mark.line + 1}); keep one")
         if known is not None and name not in known:
             raise spot.at(name).error(key, f"unknown key{suggestion(name, known)}")
-        found[name], lines[name] = value, key.start_mark.line + 1
+        found[name] = (key, value)
     return found
 
 
@@ -80,4 +80,4 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """`, did you mean month?`, or the known names where none is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+    return f", did you mean {near[0]}?" if near else f"; known: {', '.join(known) or 'none'}"

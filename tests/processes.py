@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,15 +39,25 @@ class Ledgered:
         environment = os.environ | {"SIMULATED_KEY": KEY} | variables
         process = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment)
         os.close(log)
-        line = await asyncio.wait_for(process.stdout.readline(), 20)
-        assert line.startswith(b"gateway"), (self.folder / "log").read_text()
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), 20)
+            assert line.startswith(b"gateway"), (self.folder / "log").read_text()
+        except BaseException:  # nobody else knows of it yet
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
         return process, line.split()[1].decode()
 
     @asynccontextmanager
     async def serving(self, count: int) -> AsyncIterator[list[str]]:
         """`count` gateways, stopped as an operator stops them; yields their addresses."""
-        started = await asyncio.gather(*(self.serve() for _ in range(count)))
+        outcomes = await asyncio.gather(*(self.serve() for _ in range(count)), return_exceptions=True)
+        started = [each for each in outcomes if not isinstance(each, BaseException)]
         try:
+            for each in outcomes:
+                if isinstance(each, BaseException):
+                    raise each
             yield [url for _, url in started]
         finally:
             for process, _ in started:

@@ -310,9 +310,10 @@ async def test_a_bill_above_its_grant_is_told(tmp_path, news):
 
 async def test_a_policy_that_is_not_in_force_is_told(tmp_path, news):
     async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        watcher = Watcher(tmp_path / "policies", gw.gate)
+        watcher = Watcher(tmp_path / "policies", gw.gate, gw.addon.key)
         (tmp_path / "policies" / "apps" / "app.yaml").write_text(APP + "capz: {}\n")
         await watcher.look()
+        await watcher.look()  # by now the file rests
     [alert] = news
     assert (alert.kind, alert.facts["place"].rpartition("/")[2]) == ("policy", "app.yaml:7")
 

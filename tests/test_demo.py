@@ -1,4 +1,4 @@
-"""`gateway demo` as a newcomer runs it."""
+"""`gateway demo` as a newcomer runs it, in an empty folder."""
 
 import json
 import subprocess
@@ -14,8 +14,8 @@ def demo(*arguments, **options):
     return subprocess.run([sys.executable, "-m", "gateway_addon", "demo", *arguments], capture_output=True, text=True, timeout=60, **options)
 
 
-def test_the_demo_ends_well_and_every_call_is_booked_as_it_was_billed():
-    done = demo("--json")
+def test_the_demo_ends_well_and_every_call_is_booked_as_it_was_billed(tmp_path):
+    done = demo("--json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
     assert told["holds"]
@@ -25,8 +25,8 @@ def test_the_demo_ends_well_and_every_call_is_booked_as_it_was_billed():
     assert all(call["ledger_nano"] == call["book_nano"] for call in exact)
 
 
-def test_the_story_names_what_was_refused_and_why_and_shows_no_secret():
-    done = demo()
+def test_the_story_names_what_was_refused_and_why_and_shows_no_secret(tmp_path):
+    done = demo(cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("403 permission_error", "401 authentication_error", "429 billing_error", "Ten calls at once", "Every figure adds up"):
         assert words in done.stdout

@@ -47,7 +47,7 @@ def test_a_refused_request_shows_every_rule_and_ends_with_1(folder: Path):
     result = explained(folder, PLAIN | {"model": "claude-opus-5-5", "speed": "fast"}, "--json")
     assert result.exit_code == 1
     found = json.loads(result.output)
-    assert [rule["rule"] for rule in found["rules"] if rule["code"]] == ["model", "feature"]
+    assert [rule["rule"] for rule in found["rules"] if rule["code"]] == ["models", "features"]
     assert found["refused"]["code"] == "model"
     assert "models.allow" in found["refused"]["sentence"]
 
@@ -87,8 +87,17 @@ def test_an_alias_shows_as_rewritten(folder: Path):
 
 def test_an_observed_app_is_told_what_would_have_been_refused(folder: Path):
     result = explained(folder, PLAIN, app="watched")
-    assert result.exit_code == 1
-    assert "refused (let pass and recorded: mode observe): model" in result.output
+    assert result.exit_code == 0
+    assert "observed, so let pass and recorded: model: app watched may not use claude-haiku-4-5" in result.output
+    assert result.output.endswith("allowed by the policy\n")
+
+
+def test_a_rule_that_is_only_observed_lets_pass_and_the_others_refuse(folder: Path):
+    (folder / "apps" / "half.yaml").write_text("models: {allow: [claude-haiku-4-5]}\nmax_tokens: 5\ncaps: {day: $0.001}\nobserve: [max_tokens, caps]\n")
+    passed = json.loads(explained(folder, PLAIN, "--json", app="half").output)
+    assert ([each["code"] for each in passed["observed"]], passed["refused"]) == (["max_tokens", "quote_over_cap"], None)
+    refused = explained(folder, PLAIN | {"speed": "fast"}, "--json", app="half")
+    assert (refused.exit_code, json.loads(refused.output)["refused"]["code"]) == (1, "feature")
 
 
 @pytest.mark.parametrize("body", [b"not json", b'{"model":"a","model":"b"}', b""])

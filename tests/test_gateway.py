@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 
 import httpx2
 import pytest
@@ -70,6 +71,24 @@ async def test_headers_about_the_shared_account_stay_inside(tmp_path):
         assert not [name for name in raw.headers if name.startswith("anthropic-")]
         assert raw.headers["request-id"].startswith("req_")
         assert "cap=$100.00" in raw.headers["x-gateway-cap-day"]
+
+
+async def test_an_app_learns_where_it_stands_and_nothing_of_others(tmp_path):
+    apps = {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {request: $0.25, day: $2, month: $9}\n", "other": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $7}\n"}
+    async with Simulator() as api, gateway(tmp_path, api, apps, "caps: {day: $40}\n") as gw, httpx2.AsyncClient(base_url=gw.url) as http:
+        answered = await gw.client().messages.with_raw_response.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO)
+        assert {name for name in answered.headers if name.startswith("x-gateway-cap-")} == {"x-gateway-cap-day", "x-gateway-cap-month"}
+        assert answered.headers["x-gateway-cap-day"].startswith("spent=$0.00; held=$0.00")
+        await gw.quiet()
+        spent_nano = await gw.spent_nano()
+        me = (await http.get("/gateway/me", headers={"x-api-key": gw.tokens["app"]})).json()
+        assert (await http.get("/gateway/me")).status_code == 401
+    assert (me["app"], me["models"], me["request_cap_nano"]) == ("app", ["claude-haiku-4-5"], 250_000_000)
+    stands = {window["window"]: window for window in me["windows"]}
+    assert (stands["day"]["cap"], stands["month"]["cap"], stands["week"]["cap"]) == ("$2.00", "$9.00", None)
+    assert (stands["day"]["spent_nano"], stands["day"]["held_nano"], stands["day"]["free_nano"]) == (spent_nano, 0, 2_000_000_000 - spent_nano)
+    assert stands["day"]["resets_at"] % 86_400 == 0
+    assert "other" not in json.dumps(me)
 
 
 async def test_an_app_sees_only_the_models_it_may_use(tmp_path):

@@ -45,6 +45,15 @@ def test_the_where_of_the_reservation_keeps_the_cap(db, monkeypatch):
     assert held_nano(db) > CAP.amount_nano
 
 
+def test_the_where_of_a_top_up_keeps_the_cap(db, monkeypatch):
+    call = book.reserve(db, "owner", NewCall("app", None, 1), 300, [CAP], now=NOW)
+    assert not book.extend(db, call.call_id, 800, [CAP], now=NOW)
+    assert held_nano(db) == 300
+    monkeypatch.setattr(book, "EXTEND", book.EXTEND.split("AND NOT EXISTS")[0])
+    assert book.extend(db, call.call_id, 800, [CAP], now=NOW)
+    assert held_nano(db) > CAP.amount_nano
+
+
 def test_the_unique_index_keeps_a_call_from_being_resolved_twice(db):
     reserved = book.reserve(db, "owner", NewCall("app", None, 1), 300, [CAP], now=NOW)
     assert book.settle(db, reserved.call_id, Settlement(200), now=NOW).first

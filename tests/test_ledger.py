@@ -297,6 +297,11 @@ def any_sequence(path, steps):
                 if isinstance(answer, Reserved):
                     known.append(answer.call_id)
                     assert all(each.spent_nano + each.reserved_nano + each.quantum_nano <= each.cap_nano for each in answer.standings)
+                else:  # nor is anything refused that would fit
+                    assert any(
+                        each.spent_nano + each.reserved_nano + each.quantum_nano + number + nano > each.cap_nano
+                        for each in book.capped(db, caps, now=now)
+                    )
             elif kind == "extend":
                 if book.extend(db, call_id, nano, caps, now=now):
                     assert all(

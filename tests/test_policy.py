@@ -385,7 +385,7 @@ def test_the_trail_holds_every_rule_in_order_and_the_judgement_is_its_first_refu
     body = {"model": "claude-opus-5-5", "surprise": 1, "max_tokens": 99}
     trail = list(policy.trail(app("max_tokens: 16\nrequire: [system]"), reading(body), PRICES))
     assert [(verdict.rule, verdict.code) for verdict in trail] == [
-        ("endpoint", None), ("model", "model"), ("fields", "unknown_field"), ("max_tokens", "max_tokens"), ("require", "requirement"),
+        ("endpoints", None), ("models", "model"), ("unknown_fields", "unknown_field"), ("max_tokens", "max_tokens"), ("require", "requirement"),
     ]  # fmt: skip
     refusal = policy.judge(app("max_tokens: 16"), reading(body), PRICES)
     assert refusal is not None

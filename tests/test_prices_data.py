@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from genai_prices.types import PriceCalculation
 
+from gateway_addon import policy
 from gateway_addon.cli.prices import prices as prices_command
 from gateway_addon.pricing import PriceError, Prices, Row, load, rates
 from gateway_addon.pricing.loading import SHIPPED
@@ -163,6 +164,29 @@ def test_the_multiplier_scales_all_that_is_billed(tmp_path: Path, multiplier: st
     assert found.web_search_nano * found.multiplier == nano * 10
 
 
+def test_the_prices_that_the_readme_shows_come_into_force(tmp_path: Path) -> None:
+    [shown] = re.findall(r"^```yaml\n(multiplier:.*?)^```", (Path(__file__).parents[1] / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    found = override(tmp_path, shown)
+    assert [row("claude-opus-5-5", found, at).rates.input for at in (TODAY, datetime(2027, 1, 1, tzinfo=UTC))] == [4000, 3000]
+    assert row("claude-opus-5-5", found).multiplier == Fraction(9, 10)
+
+
+@pytest.mark.parametrize(("upstream", "multiplier"), [("https://api.anthropic.com", Fraction(9, 10)), ("https://broker.example", Fraction(12, 10))])
+def test_each_upstream_may_have_a_multiplier_of_its_own(tmp_path: Path, upstream: str, multiplier: Fraction) -> None:
+    (tmp_path / "prices.yaml").write_text("multiplier: {https://api.anthropic.com: 0.9, https://broker.example/: 1.2}\n")
+    (tmp_path / "gateway.yaml").write_text(f"upstream: {upstream}\n")
+    assert row("claude-haiku-4-5", policy.load(tmp_path).prices).multiplier == multiplier
+    document = json.loads(run("--policies", str(tmp_path), "--json"))
+    assert Fraction(document["models"][0]["multiplier"]) == multiplier
+
+
+def test_an_upstream_without_a_multiplier_among_others_is_not_taken_to_cost_the_list_price(tmp_path: Path) -> None:
+    (tmp_path / "prices.yaml").write_text("multiplier:\n  https://broker.example: 1.2\n")
+    (tmp_path / "gateway.yaml").write_text("upstream: https://api.anthropic.com\n")
+    with pytest.raises(policy.PolicyError, match=r"prices.yaml:2: multiplier: has no line for https://api.anthropic.com, the upstream in force"):
+        policy.load(tmp_path)
+
+
 def test_the_assumed_pace_can_be_set_for_all_models(tmp_path: Path) -> None:
     found = override(tmp_path, "assumed: {lag_s: 9}\n")
     assert row("claude-opus-5", found).lag_s == 9
@@ -203,6 +227,9 @@ WRONG = {
     "a long prompt without a limit": (own(f"[{{{ROW[1:-1]}, long_prompt: {ROW}}}]"), "`above` is missing"),
     "a multiplier of nothing": ("multiplier: 0\n", ":1: multiplier: '0' is not a number above 0"),
     "a multiplier below nothing": ("multiplier: -0.5\n", "'-0.5' is not a number above 0"),
+    "a multiplier of nothing for one upstream": (
+        "multiplier: {https://api.anthropic.com: 0}\n", ":1: multiplier.https://api.anthropic.com: '0' is not a number above 0"
+    ),
     "a new model without a window": (NEW.replace("    context_tokens: 100_000\n", ""), "context_tokens is missing"),
     "an empty new model": ("models:\n  claude-own-1: {}\n", "source is missing"),
     "an alias of another model": (NEW.replace("[own]", "[claude-opus-5]"), "claude-opus-5 already names claude-opus-5"),

@@ -12,11 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from gateway_addon.cli.check import check
+from gateway_addon.inventory.consumers import fingerprint
 from gateway_addon.ledger import admin
 from gateway_addon.ledger.files import ledger_path
 from gateway_addon.policy import load
-from gateway_addon.reload import LOOK_EVERY_S, Watcher, align
-from gateway_addon.simulator import Simulator
+from gateway_addon.reload import KEY_PROBLEM, LOOK_EVERY_S, Watcher, align, audit_key
+from gateway_addon.simulator import KEY, Behaviour, Simulator
 from tests.gateway import Running, gateway
 
 # Under FIRST only haiku up to 100 tokens, under SECOND only sonnet up to 200: a mixture would let a haiku with 200 through.
@@ -26,11 +27,15 @@ BROKEN = "models: {allow: [claude-haiku-4-5]}\nmax_tokens: 200\ncaps: {mnth: $5}
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
+def watcher(running: Running) -> Watcher:
+    return Watcher(running.folder / "policies", running.gate, running.addon.key)
+
+
 @contextlib.asynccontextmanager
 async def watched(running: Running):
     """The watcher of `gateway serve`, for as long as the block runs."""
     await align(running.gate.ledger, running.gate.policy, "ana")
-    watching = asyncio.ensure_future(Watcher(running.folder / "policies", running.gate).watch())
+    watching = asyncio.ensure_future(watcher(running).watch())
     try:
         yield running.folder / "policies" / "apps" / "app.yaml"
     finally:
@@ -116,6 +121,95 @@ async def test_every_change_is_audited_once_with_its_diff_and_whose_file_it_was(
         shown = await ask(["--changes", "1", "--ledger", url])
         assert "+multiplier: 1.5" in shown.stdout
         assert "max_tokens" not in shown.stdout
+
+
+async def test_a_half_saved_policy_that_is_a_policy_too_never_comes_into_force(tmp_path: Path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running:
+        watching, old, file = watcher(running), running.gate.policy, running.folder / "policies" / "apps" / "app.yaml"
+        half, whole = "models: {allow: [claude-sonnet-5]}\ncaps: unlimited\n", "models: {allow: [claude-sonnet-5]}\ncaps: unlimited\nmax_tokens: 5\n"
+        for text in (half, whole):
+            file.write_text(text)
+            await watching.look()
+            assert running.gate.policy is old
+        await watching.look()
+        assert running.gate.policy.apps["app"].max_tokens.limit == 5
+
+
+async def test_files_that_are_saved_together_come_into_force_together(tmp_path: Path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running:
+        watching, old, policies = watcher(running), running.gate.policy, running.folder / "policies"
+        (policies / "apps" / "app.yaml").write_text(FIRST + "team: jobs\n")  # no such team yet: a mistake by itself
+        await watching.look()
+        with (policies / "gateway.yaml").open("a") as file:
+            file.write("\nteams: {jobs: {caps: {day: $1}}}\n")
+        await watching.look()
+        assert (running.gate.policy, running.gate.policy_problem) == (old, None)
+        await watching.look()
+        assert (running.gate.policy.apps["app"].team, running.gate.policy_problem) == ("jobs", None)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("prices.yaml", "multiplier: 0\n", "policies/prices.yaml:1: multiplier: '0' is not a number above 0"),
+        ("gateway.yaml", "upstream: https://other.example\nkey: {env: SIMULATED_KEY}\n", "policies/gateway.yaml: upstream: restart the gateway to move it"),
+        ("gateway.yaml", "upstream: {upstream}\nkey: {file: /nowhere}\n", "The key file /nowhere cannot be read"),
+    ],
+    ids=["prices", "upstream", "key"],
+)
+async def test_what_cannot_come_into_force_is_told_and_the_old_stays(tmp_path: Path, file: str, text: str, problem: str):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running, watched(running):
+        (running.folder / "policies" / file).write_text(text.replace("{upstream}", api.url))
+        await until(lambda: running.gate.policy_problem is not None)
+        asked = await ask(["--running", "--listen", f"127.0.0.1:{running.port}", "--policies", str(running.folder / "policies")])
+        assert (asked.exit_code, problem in asked.stderr) == (1, True), asked.stderr
+        assert await outcome(running.client(), "claude-haiku-4-5", 100) == "answered"
+
+
+async def test_a_policy_that_names_another_place_for_the_key_moves_it_and_each_key_is_audited_without_itself(tmp_path: Path):
+    keys = ["sk-ant-api03-" + letter * 95 for letter in "ab"]
+    async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running, watched(running):
+        place, policy = tmp_path / "key", running.folder / "policies" / "gateway.yaml"
+        await audit_key(running.gate.ledger, running.addon.key)
+        place.write_text(keys[0])
+        policy.write_text(policy.read_text().replace("{env: SIMULATED_KEY}", f"{{file: {place}}}"))
+        await until(lambda: running.addon.key() == keys[0])
+        place.write_text("")  # an editor that is still writing: no call may be lost to it
+        await until(lambda: running.gate.key_problem is not None)
+        assert running.addon.key() == keys[0]
+        asked = await ask(["--running", "--listen", f"127.0.0.1:{running.port}", "--policies", str(running.folder / "policies")])
+        assert (asked.exit_code, asked.stderr) == (1, f"{KEY_PROBLEM}\n")
+        place.write_text(keys[1])
+        await until(lambda: running.gate.key_problem is None)
+        await until(lambda: len(changed(tmp_path, "+key ")) == 3)
+        assert [line.split()[1] for line in changed(tmp_path, "+key ")] == [fingerprint(key) for key in (keys[1], keys[0], KEY)]
+        shown = await ask(["--changes", "1", "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"])
+    assert f"-key {fingerprint(keys[0])}\n+key {fingerprint(keys[1])} from file {place}\n" in shown.stdout
+    assert f"saved by {place.owner()}" in shown.stdout
+
+
+async def test_a_call_in_flight_is_priced_as_it_was_admitted(tmp_path: Path):
+    async with Simulator(behaviour=Behaviour(delay_ms=5)) as api, gateway(tmp_path, api, {"app": FIRST}) as running:
+        watching, digest = watcher(running), running.gate.policy.digest
+        async with running.client().messages.stream(model="claude-haiku-4-5", max_tokens=100, messages=MESSAGES) as stream:
+            (running.folder / "policies" / "prices.yaml").write_text("multiplier: 3\n")
+            await watching.look()
+            await watching.look()
+            assert running.gate.policy.digest != digest
+            await stream.get_final_message()
+        await running.quiet()
+        before_nano = await running.spent_nano()
+        assert before_nano == (await api.settled()).billed_nano > 0
+        await running.client().messages.create(model="claude-haiku-4-5", max_tokens=100, messages=MESSAGES)
+        await running.quiet()
+        billed_nano = (await api.settled()).billed_nano
+        assert await running.spent_nano() == before_nano + 3 * (billed_nano - before_nano), "the next one at the new prices"
+
+
+def changed(folder: Path, begins: str) -> list[str]:
+    """The lines of all audited changes that begin so, the newest first."""
+    with admin.reading(folder / "gateway.db") as db:
+        return [line for change in admin.policy_changes(db, 100) for line in change.diff.splitlines() if line.startswith(begins)]
 
 
 @pytest.mark.parametrize("saves", [45, pytest.param(200, marks=pytest.mark.soak)])

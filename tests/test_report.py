@@ -92,6 +92,26 @@ def test_shares_means_and_changes(path):
     assert line["spent_before_nano"] == 2 * DOLLAR
 
 
+def test_another_model_than_the_one_asked_is_told_with_the_day_since_when(path):
+    with closing(files.writer_connection(path)) as db:
+        for days in (9, 1):
+            held = book.reserve(db, "me", CALL, DOLLAR, CAPS, now=NOW - days * 86_400)
+            outcome = Outcome(status=200, model_served="claude-sonnet-5", complete=True, flags=("drift",))
+            book.settle(db, held.call_id, Settlement(DOLLAR, (), outcome), now=NOW - days * 86_400)
+    [drift] = as_json(path, "--by", "served")["drifts"]
+    assert (drift["app"], drift["asked"], drift["served"], drift["calls"]) == ("reports", "claude-haiku-4-5", "claude-sonnet-5", 1)
+    assert (drift["first_at"], drift["last_at"]) == (NOW - 9 * 86_400, NOW - 86_400), "since before this period began"
+    assert "Another model answered than the one asked for:" in run(path, "--since", "2d", "--by", "served")
+
+
+def test_what_the_provider_refused_at_the_keys_limits_is_counted_for_the_app_that_ran_into_them(path):
+    with closing(files.writer_connection(path)) as db:
+        held = book.reserve(db, "me", CALL, DOLLAR, CAPS, now=NOW - 60)
+        book.void(db, held.call_id, Outcome(status=429, complete=True), now=NOW - 60)
+    assert {line["key"]: line["upstream_429"] for line in as_json(path)["lines"]} == {"reports": 1, "drafts": 0}
+    assert "Refused by the provider at the shared key's limits (429): 1 reports" in run(path, "--since", "2d")
+
+
 def test_refused_calls_are_counted_by_reason(path):
     assert as_json(path)["refusals"] == {"cap_spent": 2, "model": 1, "token_unknown": 1}
 

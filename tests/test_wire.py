@@ -1,6 +1,7 @@
 """Hostile bytes on a raw socket: each has one answer, in the API's shape, and not a byte of it reaches the API."""
 
 import asyncio
+import contextlib
 import json
 
 import pytest
@@ -32,7 +33,7 @@ async def send(gw, data: bytes, *, finish: bool = False) -> bytes:
 
 
 def request(row, token: str) -> bytes:
-    headers = [("host", "gateway"), ("x-api-key", token), ("anthropic-version", "2023-06-01"), *row.headers]
+    headers = [("host", "gateway"), ("x-api-key", token), ("anthropic-version", "2023-06-01"), ("connection", "close"), *row.headers]
     if not any(name == "content-length" for name, _ in headers):
         headers.append(("content-length", str(len(row.body))))
     head = "".join(f"{name}: {value}\r\n" for name, value in headers)
@@ -70,6 +71,8 @@ FRAMED = {
     "an unknown encoding": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "transfer-encoding: xchunked"), 400),
     "a space before the colon": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", f"content-length : {len(BODY)}", body=BODY), 400),
     "a folded header": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "x-a: b\r\n c", LENGTH, body=BODY.replace(b"haiku-4-5", b"haiku-9-9")), 403),
+    "bare line feeds": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", LENGTH).replace(b"\r\n", b"\n") + BODY.replace(b"haiku-4-5", b"haiku-9-9"), 403),
+    "a bare line feed in a header": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", f"x-a: b\n{LENGTH}", "content-length: 3", body=BODY), 400),
     "no version": (raw("POST /v1/messages", "host: x"), 400),
     "a head without an end": (b"POST /v1/messages HTTP/1.1\r\nx: " + b"a" * 200_000, 400),
     "another host in the first line": (raw("POST http://evil.example/v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", LENGTH, body=BODY), 400),
@@ -103,6 +106,21 @@ async def test_a_pipelined_request_is_judged_by_itself(tmp_path):
         assert b"HTTP/1.1 200" in answer
         assert b"HTTP/1.1 401" in answer, "without a token of its own"
         assert [row.target for row in (await api.settled()).all()] == ["/v1/messages"]
+
+
+@pytest.mark.parametrize(("known", "answers"), [(True, (b"100", b"200")), (False, (b"100", b"401"))])
+async def test_whoever_asks_before_it_sends_its_body_is_told_to_go_on_and_judged_all_the_same(tmp_path, known, answers):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": POLICY}) as gw:
+        token = gw.tokens["app"] if known else "nobody"
+        reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+        with contextlib.closing(writer):
+            writer.write(raw("POST /v1/messages HTTP/1.1", "host: x", f"x-api-key: {token}", "anthropic-version: 2023-06-01", "content-type: application/json", LENGTH, "expect: 100-continue"))
+            for answer in answers:
+                status = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).split()[1]
+                assert status == answer
+                if status == b"100":
+                    writer.write(BODY)
+        assert len((await api.settled()).messages()) == int(known)
 
 
 async def test_a_chunked_body_is_read_judged_and_passed_on(tmp_path):

@@ -56,7 +56,7 @@ def _show(policy: GatewayPolicy, *, as_json: bool) -> None:
 
 
 def _compare(folder: Path, listen: tuple[str, int], *, as_json: bool) -> None:
-    """Say whether the files on disk are those that the running gateway judges by."""
+    """Say whether the files on disk, and the key that they name, are those that the running gateway works with."""
     health = _health(listen)
     where = f"the gateway at {listen[0]}:{listen[1]}"
     if health is None:
@@ -66,10 +66,13 @@ def _compare(folder: Path, listen: tuple[str, int], *, as_json: bool) -> None:
     except PolicyError as error:
         saved, problem = None, str(error)
     in_force = problem is None and saved == health["policy"]
+    key_problem = health.get("key_problem")
     if as_json:
-        click.echo(json.dumps({"in_force": in_force, "running": health["policy"], "saved": saved, "problem": problem}))
+        click.echo(json.dumps({"in_force": in_force, "running": health["policy"], "saved": saved, "problem": problem or key_problem}))
     elif in_force:
         click.echo(f"In force: {where} judges by these files ({saved}).")
+    if in_force and key_problem:
+        stop(key_problem, PROBLEM)
     if in_force:
         return
     if problem is None:
@@ -103,7 +106,8 @@ def _show_changes(ledger: str, limit: int, *, as_json: bool) -> None:
         click.echo(json.dumps([change._asdict() for change in found], indent=2))
         return
     for change in found:
-        click.echo(f"{day(change.at)} UTC  {change.digest[:12]}  files saved by {change.who}\n{change.diff}")
+        which = change.digest if change.diff.startswith(("+key ", "-key ")) else change.digest[:12]
+        click.echo(f"{day(change.at)} UTC  {which}  saved by {change.who}\n{change.diff}")
     if not found:
         click.echo("No policy has come into force yet: gateway serve loads the first.")
 
@@ -131,7 +135,7 @@ def _app(app: AppPolicy) -> dict[str, Any]:
         "max_tokens": app.max_tokens and f"{app.max_tokens.limit:,}" + (" (clamped)" if app.max_tokens.over == "clamp" else ""),
         "caps": _amounts(app.caps),
         "reserve": app.reserve,
-        "mode": app.mode,
+        "mode": app.mode + (f", {_cell(app.observe)} observed" if app.observe else ""),
     }
 
 

@@ -32,7 +32,7 @@ def explain(request_file: Any, app_name: str, betas: tuple[str, ...], as_json: b
     """Say what would happen to the body in REQUEST.json (`-`: standard input), sent to /v1/messages by an app: every rule's
     verdict, what the call is quoted at, and which caps it fits.
 
-    Exits 1 where the request would be refused.
+    Exits 1 where the request would be refused. What a rule that is only observed would refuse is said, and passes.
     """
     policy = load(policies)
     if app_name not in policy.apps:
@@ -50,22 +50,27 @@ def _explain(policy: GatewayPolicy, app: AppPolicy, request: Request, ledger: st
     changes = edits(app, read, policy.prices) if isinstance(read, Reading) else {}
     if changes:
         request, read = reading.edited("messages", request, changes)
-    explanation: dict[str, Any] = {"app": app.name, "mode": app.mode, "rewritten": changes, "rules": [], "quote": None, "caps": []}
+    explanation: dict[str, Any] = {"app": app.name, "rewritten": changes, "rules": [], "quote": None, "caps": [], "observed": []}
     if isinstance(read, Refusal):
         return explanation | {"refused": _refusal(read)}
     verdicts = list(trail(app, read, policy.prices))
     explanation["rules"] = [verdict._asdict() for verdict in verdicts]
-    refused: Verdict | Refusal | None = next((verdict for verdict in verdicts if verdict.code), None)
+    refusing = [verdict for verdict in verdicts if verdict.code]
+    observed: list[Verdict | Refusal] = [verdict for verdict in refusing if app.observes(verdict.rule)]
+    refused: Verdict | Refusal | None = next((verdict for verdict in refusing if not app.observes(verdict.rule)), None)
     bound = quote(read, app, policy.prices, now)
     if isinstance(bound, Quote):
         limits = caps(policy, app)
         explanation["quote"] = _quote(bound)
         explanation["caps"] = [_cap(cap, bound, standing) for cap, standing in _standings(ledger, limits, now)]
-        held_whole = not read.stream or app.reserve == "full"
-        refused = refused or (_too_large(explanation["caps"], bound) if held_whole else None)
+        if not read.stream or app.reserve == "full":  # a stream may be held in steps: only its first one must fit
+            own = [cap["cap"].startswith("app:") and app.observes("caps") for cap in explanation["caps"]]
+            too_large = [_too_large(cap, bound) for cap in explanation["caps"]]
+            observed += [each for each, only_seen in zip(too_large, own, strict=True) if each and only_seen]
+            refused = refused or next((each for each, only_seen in zip(too_large, own, strict=True) if each and not only_seen), None)
     else:
         refused = refused or bound
-    return explanation | {"refused": refused and _refusal(refused)}
+    return explanation | {"observed": [_refusal(each) for each in observed], "refused": refused and _refusal(refused)}
 
 
 def _refusal(refused: Verdict | Refusal) -> dict[str, Any]:
@@ -97,14 +102,13 @@ def _cap(cap: Cap, bound: Quote, standing: Standing | None) -> dict[str, Any]:
     }
 
 
-def _too_large(standings: list[dict[str, Any]], bound: Quote) -> Refusal | None:
-    """The cap that a call which is held whole does not fit. (A stream may be held in steps: only its first one must fit.)"""
-    for cap in standings:
-        if not cap["fits"]:
-            largest = f"{cap['largest_max_tokens']:,}" if cap["largest_max_tokens"] else "none"
-            sentence = f"the call can cost up to {dollars(bound.total_nano)}, more than is left of {cap['cap']} ({cap['amount']})"
-            return Refusal("quote_over_cap", f"{sentence}; the largest max_tokens that fits: {largest}")
-    return None
+def _too_large(cap: dict[str, Any], bound: Quote) -> Refusal | None:
+    """What a cap says to a call that is held whole and does not fit it."""
+    if cap["fits"]:
+        return None
+    largest = f"{cap['largest_max_tokens']:,}" if cap["largest_max_tokens"] else "none"
+    sentence = f"the call can cost up to {dollars(bound.total_nano)}, more than is left of {cap['cap']} ({cap['amount']})"
+    return Refusal("quote_over_cap", f"{sentence}; the largest max_tokens that fits: {largest}")
 
 
 def _standings(ledger: str, limits: Sequence[Cap], now: float) -> list[tuple[Cap, Standing | None]]:
@@ -134,8 +138,8 @@ def _written(explanation: dict[str, Any]) -> str:
         rows = [[cap[name] for name in ("cap", "amount", "spent", "held")] + [_fits(cap)] for cap in explanation["caps"]]
         lines += ["", tabulate(rows, headers=("cap", "amount", "spent", "held", "this call"))]
     refused = explanation["refused"]
-    observed = " (let pass and recorded: mode observe)" if refused and explanation["mode"] == "observe" else ""
-    lines += ["", f"refused{observed}: {refused['code']}: {refused['sentence']}" if refused else "allowed by the policy"]
+    lines += ["", *(f"observed, so let pass and recorded: {each['code']}: {each['sentence']}" for each in explanation["observed"])]
+    lines.append(f"refused: {refused['code']}: {refused['sentence']}" if refused else "allowed by the policy")
     return "\n".join(lines).lstrip("\n")
 
 

@@ -11,7 +11,8 @@ import click
 from tabulate import tabulate
 
 from gateway_addon.cli.common import policies_option, says_errors
-from gateway_addon.pricing import PriceError, Prices, Rates, Row, load
+from gateway_addon.policy import PolicyError, load_prices
+from gateway_addon.pricing import Prices, Rates, Row
 
 _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since", "also")
 
@@ -21,11 +22,10 @@ _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since",
 @click.option("--all", "retired", is_flag=True, help="retired models too")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @policies_option
-@says_errors(PriceError)
+@says_errors(PolicyError)
 def prices(at: datetime | None, retired: bool, as_json: bool, policies: Path) -> None:
     """Print the prices in force: dollars per million tokens, with your own rows and multiplier (prices.yaml, beside gateway.yaml)."""
-    override = policies / "prices.yaml"
-    table = load(None, override if override.exists() else None)
+    table = load_prices(policies)
     day = at.replace(tzinfo=UTC).timestamp() if at else time.time()
     rows = [row for model in table.models() if (row := table.row(model, day)) and (retired or not row.retired)]
     click.echo(json.dumps(_document(table, rows, day), indent=2) if as_json else _text(table, rows, day))

@@ -60,6 +60,8 @@ def _show(found: Report, drifts: list[Drift], as_json: bool, as_csv: bool) -> No
         click.echo(f"{_utc(found.since)} to {_utc(found.until)}\n\n{_table(found)}")
         if found.refusals:
             click.echo("\nRefused: " + ", ".join(f"{calls:,} {code}" for code, calls in found.refusals))
+        if found.observed:
+            click.echo("\nLet pass by rules that are only observed: " + ", ".join(f"{calls:,} {code}" for code, calls in found.observed))
         if found.total.upstream_429:
             by_key = ", ".join(f"{line.upstream_429:,} {line.key}" for line in found.lines if line.upstream_429)
             click.echo(f"\nRefused by the provider at the shared key's limits (429): {by_key}")
@@ -118,6 +120,7 @@ def _document(found: Report) -> dict[str, object]:
         "lines": [_figures(line, found.before) for line in found.lines],
         "total": _figures(found.total, {"total": sum(found.before.values())}),
         "refusals": dict(found.refusals),
+        "observed": dict(found.observed),
     }
 
 

@@ -26,7 +26,10 @@ ISSUE = "INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES 
 
 
 class PolicyChange(NamedTuple):
-    """A policy that came into force: when (unix seconds), by whose files, and what was different from the one before."""
+    """A policy, or a real key, that came into force: when (unix seconds), by whose files, and what was different before.
+
+    `digest` is the policy's, or the key's fingerprint.
+    """
 
     at: float
     who: str
@@ -237,9 +240,23 @@ def keep_policy(db: sqlite3.Connection, digest: str, texts: Mapping[str, str], *
     return True
 
 
+def keep_key(db: sqlite3.Connection, fingerprint: str, place: str, *, who: str, now: float) -> bool:
+    """Audit that another real key is in use than the one before, once, however many processes notice; True if it is another."""
+    rows = db.execute("SELECT value FROM settings WHERE name = 'key'").fetchall()
+    before = rows[0][0] if rows else None
+    if before == fingerprint:
+        return False
+    keep_setting(db, "key", fingerprint)
+    change = ("" if before is None else f"-key {before}\n") + f"+key {fingerprint} from {place}\n"
+    _audit(db, who, "key", "key", before, {"digest": fingerprint, "diff": change}, "read anew", now)
+    return True
+
+
 def policy_changes(db: sqlite3.Connection, limit: int) -> list[PolicyChange]:
-    """The latest changes of the policy, the newest first."""
-    rows = db.execute("SELECT at, who, after FROM audit WHERE action = 'policy' ORDER BY id DESC LIMIT ?", (limit,)).fetchall()
+    """The latest changes of the policy and of the real key, the newest first."""
+    rows = db.execute(
+        "SELECT at, who, after FROM audit WHERE action IN ('policy', 'key') ORDER BY id DESC LIMIT ?", (limit,)
+    ).fetchall()  # fmt: skip
     return [PolicyChange(at, who, **json.loads(after)) for at, who, after in rows]
 
 

@@ -5,6 +5,7 @@ Knows nothing of tables on a terminal. The connection yields rows by name (`admi
 
 import json
 import sqlite3
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, cast, get_args
@@ -103,6 +104,8 @@ class Report:
     """Spent in the period of the same length just before, by key."""
     refusals: tuple[tuple[str, int], ...]
     """Calls with a token that were refused, and calls without a valid one, by code."""
+    observed: tuple[tuple[str, int], ...] = ()
+    """Calls that passed though a rule that is only observed would have refused them, by code."""
 
     @property
     def spent_nano(self) -> int:
@@ -125,7 +128,23 @@ def report(db: sqlite3.Connection, by: By, *, since: float, until: float) -> Rep
         _lines(db, by, since, until),
         {_key(db, by, row["key"]): row["spent_nano"] for row in before},
         tuple((row["code"], row["calls"]) for row in db.execute(_REFUSALS, {"since": since, "until": until}).fetchall()),
+        _observed(db, since, until),
     )
+
+
+_OBSERVED = """
+SELECT flags, count(*) AS calls FROM calls
+WHERE started_at >= :since AND started_at < :until AND instr(flags, 'observed:') > 0 GROUP BY flags
+"""
+
+
+def _observed(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple[str, int], ...]:
+    counts: Counter[str] = Counter()
+    for row in db.execute(_OBSERVED, {"since": since, "until": until}).fetchall():
+        for flag in row["flags"].split():
+            if flag.startswith("observed:"):
+                counts[flag.removeprefix("observed:")] += row["calls"]
+    return tuple(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
 
 
 _SPENT = f"""

@@ -1,14 +1,14 @@
 """Policy: who may ask for what. Files become frozen values (`load`), values judge a reading (`judge`, `trail`).
 
-    source   YAML nodes that remember their lines      keys    every key: kind, default, help
-    kinds    the kinds of value, and their schema      loading a folder of files -> GatewayPolicy
-    values   what the operator decided                 rules   what that means for one request
+    kinds    the kinds of value, and their schema      keys    every key: kind, default, help
+    values   what the operator decided                 loading a folder of files -> GatewayPolicy
+    rules    what that means for one request           reference  the keys as the README shows them
 """
 
-from gateway_addon.policy.loading import load
-from gateway_addon.policy.rules import Verdict, edits, judge, may_use, trail
-from gateway_addon.policy.source import PolicyError
+from gateway_addon.policy.loading import load, load_prices
+from gateway_addon.policy.rules import Verdict, edits, judge, may_use, observed, trail
 from gateway_addon.policy.values import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, all_caps, caps
+from gateway_addon.yamlfile import FileError as PolicyError
 
 __all__ = [
     "Alerts",
@@ -25,6 +25,8 @@ __all__ = [
     "edits",
     "judge",
     "load",
+    "load_prices",
     "may_use",
+    "observed",
     "trail",
 ]

@@ -32,6 +32,7 @@ from gateway_addon.policy.kinds import (
 )
 from gateway_addon.policy.values import (
     NO_CAPS,
+    OBSERVABLE,
     Alerts,
     Betas,
     Feature,
@@ -44,6 +45,7 @@ from gateway_addon.policy.values import (
     Timeouts,
     Tls,
 )
+from gateway_addon.pricing import LISTED_BY
 
 NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
 """Apps and teams: lower case, so that two spellings never mean two budgets."""
@@ -246,6 +248,7 @@ APP: dict[str, Key] = {
     ),
     "alerts": ALERTS,
     "mode": Key(word("enforce", "observe"), "`observe` lets everything pass and records what would have been refused", "enforce"),
+    "observe": Key(listing(word(*OBSERVABLE)), "rules that are only observed while the others are enforced", ()),
     "served": Key(word("any", "exact"), "`exact` raises an alert when another model answers than the one asked", "any"),
     "addresses": Key(listing(_NETWORK), "networks its tokens may be used from; anywhere unless given", ()),
 }
@@ -267,7 +270,7 @@ _TEAM = {"caps": _caps(_WINDOWS, "what the team's apps may spend together")}
 _TEAM_KEY = _group(Team, _TEAM, "one team")
 
 GATEWAY: dict[str, Key] = {
-    "upstream": Key(_UPSTREAM, "where admitted calls go", "https://api.anthropic.com"),
+    "upstream": Key(_UPSTREAM, "where admitted calls go; to change it, restart the gateway", LISTED_BY),
     "key": Key(SOURCE, "where the real API key is read from, again when it changes", Source("env", "ANTHROPIC_API_KEY")),
     "admin_key": Key(SOURCE, "where `gateway reconcile` reads an admin key from; nothing else reads it, and it calls no model", None),
     "timezone": Key(_ZONE, "in which days, weeks and months begin", "UTC"),

@@ -13,7 +13,7 @@ from typing import Any
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from gateway_addon.money import parse_nano
-from gateway_addon.policy.source import Spot, entries, items, scalar, suggestion
+from gateway_addon.yamlfile import Spot, entries, items, scalar, suggestion
 
 REQUIRED = object()
 """The default of a key that has none."""

@@ -15,9 +15,10 @@ from gateway_addon import pricing
 from gateway_addon.policy.keys import APP, GATEWAY, NAME
 from gateway_addon.policy.kinds import record
 from gateway_addon.policy.rules import matching
-from gateway_addon.policy.source import PolicyError, Spot, compose, entries, items, suggestion
 from gateway_addon.policy.values import AppPolicy, GatewayPolicy, Models
 from gateway_addon.pricing import PriceError, Prices
+from gateway_addon.yamlfile import FileError as PolicyError
+from gateway_addon.yamlfile import Spot, compose, entries, items, suggestion
 
 _APP_FILE = re.compile(rf"{NAME}\.yaml")
 
@@ -30,12 +31,12 @@ class _File(NamedTuple):
 def load(directory: Path) -> GatewayPolicy:
     """Read `gateway.yaml`, `apps/*.yaml` and, where it is there, `prices.yaml` of a folder. Raises PolicyError."""
     files = _files(directory)
-    prices = _prices(directory)
     gateway_file = files.pop("gateway.yaml")
+    general = parse_gateway(gateway_file.shown, _text(gateway_file))
+    prices = _prices(directory, general["upstream"])
     digest = hashlib.sha256(prices.digest.encode())
     for name, file in (("gateway.yaml", gateway_file), *files.items()):
         digest.update(f"\0{name}\0{len(file.content)}\0".encode() + file.content)
-    general = parse_gateway(gateway_file.shown, _text(gateway_file))
     shared = {"workspace_geo": general["workspace_geo"]}
     apps = {Path(name).stem: parse_app(file.shown, _text(file), prices, general["teams"], **shared) for name, file in files.items()}
     texts = {name: _text(file) for name, file in (("gateway.yaml", gateway_file), *files.items())}
@@ -130,9 +131,16 @@ def _shown(directory: Path, path: Path) -> str:
     return (Path(directory.resolve().name) / path.relative_to(directory)).as_posix()
 
 
-def _prices(directory: Path) -> Prices:
+def load_prices(directory: Path) -> Prices:
+    """The prices that the policies of a folder put in force; those of the shipped table where it has none. Raises PolicyError."""
+    path = directory / "gateway.yaml"
+    file = _File(_shown(directory, path), _bytes(directory, path) if path.exists() else b"{}")
+    return _prices(directory, parse_gateway(file.shown, _text(file))["upstream"])
+
+
+def _prices(directory: Path, upstream: str) -> Prices:
     override = directory / "prices.yaml"
     try:
-        return pricing.load(None, override if override.exists() else None)
+        return pricing.load(None, override if override.exists() else None, upstream)
     except PriceError as error:
         raise PolicyError(str(error)) from None

@@ -16,7 +16,7 @@ from gateway_addon.survey import Use
 
 
 class Verdict(NamedTuple):
-    """One rule's answer to one request: a sentence, and the code of the refusal where it refuses."""
+    """One rule's answer to one request: a sentence, and the code of the refusal where it refuses. Rules are named as their keys are."""
 
     rule: str
     sentence: str
@@ -27,11 +27,19 @@ _ALWAYS = ("hello", "healthz", "me")
 
 
 def judge(app: AppPolicy, reading: Reading, prices: Prices) -> Refusal | None:
-    """The first rule that refuses, or None. An app in `mode: observe` is judged the same; letting it pass is the caller's choice."""
+    """The refusal of the first rule that refuses, or None. Rules that are only observed refuse nothing."""
     for verdict in trail(app, reading, prices):
-        if verdict.code is not None:
+        if verdict.code is not None and not app.observes(verdict.rule):
             return stated(verdict.code, verdict.sentence)
     return None
+
+
+def observed(app: AppPolicy, reading: Reading, prices: Prices) -> tuple[str, ...]:
+    """The codes of what the observed rules would have refused, once each."""
+    if app.mode == "enforce" and not app.observe:
+        return ()
+    verdicts = trail(app, reading, prices)
+    return tuple(dict.fromkeys(verdict.code for verdict in verdicts if verdict.code is not None and app.observes(verdict.rule)))
 
 
 def trail(app: AppPolicy, reading: Reading, prices: Prices) -> Iterator[Verdict]:
@@ -84,28 +92,29 @@ def _rewritten(app: AppPolicy, model: str, prices: Prices) -> str:
 def _endpoint(app: AppPolicy, reading: Reading) -> Verdict:
     name = "models" if reading.endpoint == "model" else reading.endpoint
     if name in app.endpoints or name in _ALWAYS:
-        return Verdict("endpoint", f"{name} is open to app {app.name}")
-    return Verdict("endpoint", f"app {app.name} may not call {name}; allowed: {_listed(app.endpoints)} ({app.file} endpoints)", "endpoint")
+        return Verdict("endpoints", f"{name} is open to app {app.name}")
+    return Verdict("endpoints", f"app {app.name} may not call {name}; allowed: {_listed(app.endpoints)} ({app.file} endpoints)", "endpoint")
 
 
 def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> Verdict:
     """Judged by the canonical id, so that no spelling of a model is another model; a denied name is denied in each spelling."""
-    rule = "model" if where == "model" else f"model ({where})"
+    shown = asked if where == "model" else f"{asked} ({where})"
     canonical = prices.canonical(asked)
     allowed = f"allowed: {_listed(app.models.allow)} ({app.file} models.allow)"
     if canonical is None:
-        return Verdict(rule, f"app {app.name} asks for {asked[:100]!r} ({where}), which is no known model; {allowed}", "model")
+        return Verdict("models", f"app {app.name} asks for {asked[:100]!r} ({where}), which is no known model; {allowed}", "model")
     for pattern in app.models.deny:
         if fnmatchcase(asked, pattern) or fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern):
-            return Verdict(rule, f"app {app.name} may not use {asked}, denied by {pattern} ({app.file} models.deny); {allowed}", "model")
+            denied = f"app {app.name} may not use {shown}, denied by {pattern} ({app.file} models.deny)"
+            return Verdict("models", f"{denied}; {allowed}", "model")
     if not any(fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern) for pattern in app.models.allow):
-        return Verdict(rule, f"app {app.name} may not use {asked}; {allowed}", "model")
+        return Verdict("models", f"app {app.name} may not use {shown}; {allowed}", "model")
     if app.models.moving != "pass" and prices.moves(asked):
         known = prices.snapshot(asked)
         instead = f"ask for {known}" if known else "ask for a dated id"
-        sentence = f"app {app.name} may not use {asked}, a name that the provider may move to another model; {instead}"
-        return Verdict(rule, f"{sentence} ({app.file} models.moving)", "model")
-    return Verdict(rule, f"{asked} is {canonical}, which app {app.name} may use")
+        sentence = f"app {app.name} may not use {shown}, a name that the provider may move to another model; {instead}"
+        return Verdict("models", f"{sentence} ({app.file} models.moving)", "model")
+    return Verdict("models", f"{shown} is {canonical}, which app {app.name} may use")
 
 
 def _reachable(app: AppPolicy, reading: Reading) -> Iterator[tuple[str, str]]:
@@ -119,12 +128,12 @@ def _reachable(app: AppPolicy, reading: Reading) -> Iterator[tuple[str, str]]:
 def _unknown(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
     unknown = reading.found.unknown
     if not unknown:
-        yield Verdict("fields", "every field and type is known")
+        yield Verdict("unknown_fields", "every field and type is known")
     elif app.unknown_fields == "pass":
-        yield Verdict("fields", f"unknown, passed by unknown_fields: pass: {_listed(unknown[:5])}")
+        yield Verdict("unknown_fields", f"unknown, passed by unknown_fields: pass: {_listed(unknown[:5])}")
     else:
         sentence = f"app {app.name} sends {unknown[0]}, which this gateway does not know and cannot bound; leave it out, or allow it with"
-        yield Verdict("fields", f"{sentence} unknown_fields: pass in {app.file}", "unknown_field")
+        yield Verdict("unknown_fields", f"{sentence} unknown_fields: pass in {app.file}", "unknown_field")
 
 
 def _features(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
@@ -133,10 +142,10 @@ def _features(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
         refused = _feature_refused(app, use)
         if refused is None and use.is_tool and app.features[use.feature].max_uses is not None:
             refused = _too_many(app, use, uses)
-        yield Verdict("feature", refused or f"{use.feature} ({use.where}) is named by the policy", "feature" if refused else None)
+        yield Verdict("features", refused or f"{use.feature} ({use.where}) is named by the policy", "feature" if refused else None)
     if reading.hour_ttl and "hour_ttl" not in app.features:
         sentence = f"app {app.name} may not write caches of an hour; leave out ttl, or set hour_ttl: true ({app.file} features)"
-        yield Verdict("feature", sentence, "feature")
+        yield Verdict("features", sentence, "feature")
 
 
 def _feature_refused(app: AppPolicy, use: Use) -> str | None:

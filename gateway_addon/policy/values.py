@@ -11,6 +11,9 @@ from gateway_addon.pricing import Prices
 CapWindow = Literal["request", "day", "week", "month", "ever"]
 CAP_WINDOWS: tuple[CapWindow, ...] = ("request", "day", "week", "month", "ever")
 
+OBSERVABLE = ("endpoints", "models", "unknown_fields", "features", "betas", "max_tokens", "thinking", "require", "caps", "rates")
+"""The rules of an app's policy that may be observed instead of enforced, by the keys that hold them."""
+
 NO_CAPS: Mapping[CapWindow, int] = MappingProxyType({})
 
 
@@ -127,10 +130,16 @@ class AppPolicy:
     rates: RateLimits
     alerts: Alerts
     mode: Literal["enforce", "observe"]
+    observe: tuple[str, ...]
+    """Rules (of OBSERVABLE) that let pass and record what they would refuse, while the others are enforced."""
     served: Literal["exact", "any"]
     addresses: tuple[IPv4Network | IPv6Network, ...]
     workspace_geo: Literal["global", "us", "unknown"]
     """The gateway's own word, repeated here because the quote of a request depends on it."""
+
+    def observes(self, rule: str) -> bool:
+        """Whether a rule only records what it would refuse. What the app shares with others is always enforced."""
+        return self.mode == "observe" or rule in self.observe
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from yaml.nodes import Node
+from yaml.nodes import MappingNode, Node
 
 from gateway_addon.pricing.values import LongPrompt, PriceError, Prices, Rates, Row
 from gateway_addon.yamlfile import FileError, Spot, compose, entries, items, scalar
 
 SHIPPED = Path(__file__).parent.parent / "prices.yaml"
+LISTED_BY = "https://api.anthropic.com"
+"""The upstream whose list prices the shipped table holds."""
 
 # The cheapest input ever sold is $0.10 per million, its cache reads $0.01; the dearest output $125. A price per token
 # (0.000005) or per thousand (0.003) falls below these bounds, one in nano-dollars or cents of something above them.
@@ -62,11 +64,12 @@ class _Common(NamedTuple):
     assumed: dict[str, _Entry]
 
 
-def load(path: Path | None = None, override_path: Path | None = None) -> Prices:
+def load(path: Path | None = None, override_path: Path | None = None, upstream: str = LISTED_BY) -> Prices:
     """Read the price table: the shipped one unless `path` is given, and the operator's file over it if there is one.
 
     An override names models by the keys that it changes (`prices:` replaces all rows of the model); a model that the shipped
-    table does not have needs all keys. `multiplier` (above 0) scales all that is billed, web searches too. Raises PriceError.
+    table does not have needs all keys. `multiplier` (above 0) scales all that is billed, web searches too: one number, or one for each
+    upstream, of which that of `upstream` holds. Raises PriceError.
     """
     files = [(path or SHIPPED, _SHIPPED_KEYS)] + ([(override_path, _OVERRIDE_KEYS)] if override_path else [])
     digest = hashlib.sha256()
@@ -77,10 +80,10 @@ def load(path: Path | None = None, override_path: Path | None = None) -> Prices:
             digest.update(content)
             spot = Spot("/".join(file.parts[-2:]))
             document = entries(compose(spot.file, content.decode()), spot, known)
-            documents.append({key: _Entry(node, spot.at(key)) for key, node in document.items()})
+            documents.append({key: _Entry(node, spot.at(key)) for key, (_, node) in document.items()})
             if known is _SHIPPED_KEYS and (missing := [key for key in known if key not in document]):
                 raise spot.error(None, f"{missing[0]} is missing: the table itself needs it, an override does not")
-        return _table(documents[0], documents[1] if override_path else {}, digest.hexdigest())
+        return _table(documents[0], documents[1] if override_path else {}, upstream, digest.hexdigest())
     except FileError as error:
         raise PriceError(str(error)) from None
 
@@ -96,7 +99,7 @@ def _content(file: Path) -> bytes:
     return content
 
 
-def _table(shipped: dict[str, _Entry], override: dict[str, _Entry], digest: str) -> Prices:
+def _table(shipped: dict[str, _Entry], override: dict[str, _Entry], upstream: str, digest: str) -> Prices:
     factors = _mapping(shipped["factors"], ("batch", "geo_us"))
     assumed = _mapping(shipped["assumed"], _ASSUMED_KEYS)
     if "assumed" in override:
@@ -105,7 +108,7 @@ def _table(shipped: dict[str, _Entry], override: dict[str, _Entry], digest: str)
         batch=_number(factors["batch"]),
         geo_us=_number(factors["geo_us"]),
         web_search_nano=_number(shipped["web_search"]) * 1_000_000,  # dollars per thousand
-        multiplier=_number(override["multiplier"]) if "multiplier" in override else Fraction(1),
+        multiplier=_multiplier(override["multiplier"], upstream) if "multiplier" in override else Fraction(1),
         assumed=assumed,
     )
     models = _models(shipped)
@@ -119,6 +122,16 @@ def _table(shipped: dict[str, _Entry], override: dict[str, _Entry], digest: str)
     return Prices(
         MappingProxyType(rows), MappingProxyType(starts), MappingProxyType(aliases), MappingProxyType(snapshots), checked, digest
     )  # fmt: skip
+
+
+def _multiplier(entry: _Entry, upstream: str) -> Fraction:
+    """One number, or that of the upstream in force. An upstream that is not named would silently be billed at list prices: an error."""
+    if not isinstance(entry.node, MappingNode):
+        return _number(entry)
+    each = {name.rstrip("/"): _number(value) for name, value in _mapping(entry, None).items()}
+    if upstream not in each:
+        raise entry.spot.error(entry.node, f"has no line for {upstream}, the upstream in force; add one (1 for list prices)")
+    return each[upstream]
 
 
 def _models(document: dict[str, _Entry]) -> dict[str, tuple[_Entry, _Model]]:
@@ -204,7 +217,7 @@ def _rates(entry: _Entry, keys: dict[str, _Entry]) -> Rates:
 
 
 def _mapping(entry: _Entry, known: tuple[str, ...] | None) -> dict[str, _Entry]:
-    return {key: _Entry(node, entry.spot.at(key)) for key, node in entries(*entry, known).items()}
+    return {key: _Entry(node, entry.spot.at(key)) for key, (_, node) in entries(*entry, known).items()}
 
 
 def _number(entry: _Entry) -> Fraction:
