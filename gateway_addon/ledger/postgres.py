@@ -27,7 +27,6 @@ from psycopg import pq
 from psycopg.adapt import Dumper, Loader
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.numeric import Int8Dumper
-from psycopg.types.string import TextLoader
 from psycopg_pool import ConnectionPool
 
 from gateway_addon.ledger import book, owners
@@ -68,9 +67,7 @@ CROSS JOIN LATERAL (VALUES ('day', day_start), ('week', week_start), ('month', m
 GROUP BY 1, 2, 3, 4"""
 
 SPELLED = (
-    (book.EACH_CAP, "json_array_elements(CAST(:caps AS json)) AS each_cap (value)"),
     (book.ITS_BALANCE, _ITS_BALANCE),
-    (book.AS_JSON, f"coalesce({book.AS_JSON.replace('json_group_array(json_array(', 'json_agg(json_build_array(')}, '[]')"),
     (book.CLEAR_BALANCES, "DELETE FROM app_balances"),
     (book.FILL_BALANCES, _FILL_BALANCES),
 )
@@ -82,7 +79,7 @@ SPELLED_BY_PATTERN = (
     (re.compile(r"\binstr\("), "strpos("),
     (re.compile("%"), "%%"),
     (re.compile(r"\?"), "%s"),
-    (re.compile(r"(?<![:\w]):([a-z_]+)"), r"%(\1)s"),
+    (re.compile(r"(?<![:\w]):([a-z_]\w*)"), r"%(\1)s"),
 )
 
 _SENTENCES = {
@@ -146,7 +143,6 @@ class Connection:
     def __init__(self, raw: psycopg.Connection[Any]) -> None:
         self.raw = raw
         raw.adapters.register_loader("numeric", _Whole)
-        raw.adapters.register_loader("json", TextLoader)
         raw.adapters.register_dumper(int, Int8Dumper)  # one type for every amount: a product of two small ones must not overflow
         raw.adapters.register_dumper(bool, _Truth)
 
