@@ -36,6 +36,7 @@ COMMANDS = {
     "reconcile": ("reconcile", "hold the ledger against the provider's own reports: what bypasses the gateway"),
     "backup": ("backup", "copy the ledger while gateways write to it"),
     "restore": ("backup", "put a backup in the ledger's place"),
+    "prune": ("prune", "make daily sums of the calls of long ago"),
     "doctor": ("doctor", "prove the ledger's invariants, the key, the upstream, the clock"),
 }
 

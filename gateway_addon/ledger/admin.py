@@ -9,6 +9,7 @@ import difflib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from gateway_addon.ledger.values import Server, Token
 from gateway_addon.windows import starts
 
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
+
+PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (retention.py)
 
 ISSUE = "INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
 
@@ -100,7 +103,7 @@ def issue_token(
     if not found:
         raise ValueError(f"the ledger has this token of {app} already: mint another one")
     token = Token(found[0][0], app, label, now, expires_at, None)
-    _audit(db, who, "token issue", f"app:{app}", None, _token_facts(token), why, now)
+    audit(db, who, "token issue", f"app:{app}", None, _token_facts(token), why, now)
     return token
 
 
@@ -113,7 +116,7 @@ def revoke_tokens(
         db.execute("UPDATE tokens SET revoked_at = ? WHERE id = ?", (now if at is None else at, token.id))
     revoked = [token for token in tokens(db, app) if token.id in {each.id for each in good}]
     for before, after in zip(good, revoked, strict=True):
-        _audit(db, who, "token revoke", f"app:{app}", _token_facts(before), _token_facts(after), why, now)
+        audit(db, who, "token revoke", f"app:{app}", _token_facts(before), _token_facts(after), why, now)
     return revoked
 
 
@@ -142,7 +145,7 @@ def raise_cap(
         "INSERT INTO raises (scope, window, amount_nano, since, until) VALUES (?, ?, ?, ?, ?)", (scope, window, amount_nano, now, until)
     )
     after = {"raised_nano": before + amount_nano, "until": until}
-    _audit(db, who, "cap raise", f"{scope} {window}", {"raised_nano": before}, after, why, now)
+    audit(db, who, "cap raise", f"{scope} {window}", {"raised_nano": before}, after, why, now)
 
 
 def pause(
@@ -152,7 +155,7 @@ def pause(
     before = _pause(db, scope)
     db.execute("DELETE FROM pauses WHERE scope = ?", (scope,))
     db.execute("INSERT INTO pauses VALUES (?, ?, ?, ?, ?)", (scope, now, until, why, cut))
-    _audit(db, who, "pause", scope, before, {"until": until, "cut": cut}, why, now)
+    audit(db, who, "pause", scope, before, {"until": until, "cut": cut}, why, now)
 
 
 def resume(db: sqlite3.Connection, scope: str, *, who: str, why: str = "", now: float) -> bool:
@@ -161,13 +164,17 @@ def resume(db: sqlite3.Connection, scope: str, *, who: str, why: str = "", now: 
     if before is None:
         return False
     db.execute("DELETE FROM pauses WHERE scope = ?", (scope,))
-    _audit(db, who, "resume", scope, before, None, why, now)
+    audit(db, who, "resume", scope, before, None, why, now)
     return True
 
 
 def adjust(db: sqlite3.Connection, call_id: int, delta_nano: int, *, who: str, why: str, now: float) -> int:
     """Correct what a resolved call cost, by an entry of its own; returns what it has cost since. No call costs less than nothing."""
-    rows = db.execute("SELECT state FROM calls WHERE id = ?", (call_id,)).fetchall()
+    rows = db.execute("SELECT state, carried FROM calls WHERE id = ?", (call_id,)).fetchall()
+    if rows and rows[0][1] is not None:
+        raise ValueError(f"call {call_id} is the sum of {rows[0][1]} calls that `gateway prune` carried: corrections are for single calls")
+    if not rows and (pruned := _pruned_until(db, call_id)):
+        raise ValueError(f"call {call_id} is gone: `gateway prune` made sums of the calls before {pruned}, and a sum is not corrected")
     if not rows or rows[0][0] not in ("settled", "voided"):
         raise ValueError(f"call {call_id} is {rows[0][0] if rows else 'not in the ledger'}: only a settled or voided call is adjusted")
     [(spent_nano,)] = db.execute("SELECT sum(spent_nano) FROM entries WHERE call_id = ?", (call_id,)).fetchall()
@@ -175,7 +182,7 @@ def adjust(db: sqlite3.Connection, call_id: int, delta_nano: int, *, who: str, w
         raise ValueError(f"call {call_id} cost {spent_nano} nano-dollars: {-delta_nano} cannot be taken off")
     db.execute("INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES (?, ?, 'adjust', ?, ?)", (call_id, now, delta_nano, why))
     after = spent_nano + delta_nano
-    _audit(db, who, "adjust", f"call:{call_id}", {"spent_nano": spent_nano}, {"spent_nano": after}, why, now)
+    audit(db, who, "adjust", f"call:{call_id}", {"spent_nano": spent_nano}, {"spent_nano": after}, why, now)
     return int(after)
 
 
@@ -185,7 +192,7 @@ def clear_overrun(db: sqlite3.Connection, model: str, *, who: str, why: str = ""
     if not rows:
         return False
     db.execute("DELETE FROM overruns WHERE model = ?", (model,))
-    _audit(db, who, "overrun clear", f"model:{model}", {"call_id": rows[0][0], "over_nano": rows[0][1]}, None, why, now)
+    audit(db, who, "overrun clear", f"model:{model}", {"call_id": rows[0][0], "over_nano": rows[0][1]}, None, why, now)
     return True
 
 
@@ -208,7 +215,7 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
         _move_windows(db, ZoneInfo(zone))
     rebuild_balances(db)
     before = {"zone": zone_before, "teams": {app: settings.get(f"team:{app}") for app in moved}}
-    _audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)
+    audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)
     return True
 
 
@@ -223,7 +230,7 @@ def keep_policy(db: sqlite3.Connection, digest: str, texts: Mapping[str, str], *
         return False
     keep_setting(db, "policy", json.dumps({"digest": digest, "texts": dict(texts)}))
     changes = "".join(_diff(name, before["texts"].get(name, ""), texts.get(name, "")) for name in sorted({*before["texts"], *texts}))
-    _audit(db, who, "policy", "policies", {"digest": before["digest"]}, {"digest": digest, "diff": changes}, "saved files", now)
+    audit(db, who, "policy", "policies", {"digest": before["digest"]}, {"digest": digest, "diff": changes}, "saved files", now)
     return True
 
 
@@ -254,6 +261,12 @@ def _move_windows(db: sqlite3.Connection, zone: ZoneInfo) -> None:
     db.executemany("UPDATE calls SET day_start = ?, week_start = ?, month_start = ? WHERE id = ?", moved)
 
 
+def _pruned_until(db: sqlite3.Connection, call_id: int) -> str | None:
+    """The day before which calls were pruned, where this may have been one of them."""
+    rows = db.execute("SELECT value FROM settings WHERE name = ? AND ? < (SELECT max(id) FROM calls)", (PRUNED, call_id)).fetchall()
+    return datetime.fromtimestamp(float(rows[0][0]), UTC).strftime("%Y-%m-%d") if rows else None
+
+
 def _raised(db: sqlite3.Connection, scope: str, window: str, now: float) -> int:
     in_force = "SELECT coalesce(sum(amount_nano), 0) FROM raises WHERE scope = ? AND window = ? AND until > ?"
     return int(db.execute(in_force, (scope, window, now)).fetchall()[0][0])
@@ -268,7 +281,7 @@ def _token_facts(token: Token) -> dict[str, object]:
     return {"id": token.id, "label": token.label, "expires_at": token.expires_at, "revoked_at": token.revoked_at}
 
 
-def _audit(db: sqlite3.Connection, who: str, action: str, subject: str, before: object, after: object, why: str, now: float) -> None:
+def audit(db: sqlite3.Connection, who: str, action: str, subject: str, before: object, after: object, why: str, now: float) -> None:
     as_json = [None if value is None else json.dumps(value) for value in (before, after)]
     row = (now, who, action, subject, *as_json, why)
     db.execute("INSERT INTO audit (at, who, action, subject, before, after, why) VALUES (?, ?, ?, ?, ?, ?, ?)", row)

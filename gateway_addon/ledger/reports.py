@@ -29,12 +29,13 @@ _KEY: dict[By, str] = {
 # Each table is summed by key on its own: a row per call would have to be kept for the whole period. CROSS JOIN keeps SQLite from
 # turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
 _CHOSEN = "WHERE started_at >= :since AND started_at < :until GROUP BY 1"
+_COUNT = "coalesce(sum(coalesce(carried, 1)) FILTER (WHERE {}), 0)"  # a carry stands for many calls (retention.py)
 _CALLS = "calls LEFT JOIN tokens ON tokens.id = token_id"
 _LINES = f"""
 WITH seen AS (
-  SELECT {{key}} AS key, count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls,
-    count(*) FILTER (WHERE state = 'settled') AS settled, count(*) FILTER (WHERE state = 'refused') AS refused,
-    count(*) FILTER (WHERE ' ' || flags LIKE '% estimated%') AS estimated, count(*) FILTER (WHERE status = 429) AS upstream_429
+  SELECT {{key}} AS key, {_COUNT.format("state IN ('open', 'settled', 'voided')")} AS calls,
+    {_COUNT.format("state = 'settled'")} AS settled, {_COUNT.format("state = 'refused'")} AS refused,
+    {_COUNT.format("' ' || flags LIKE '% estimated%'")} AS estimated, {_COUNT.format("status = 429")} AS upstream_429
   FROM {_CALLS} {_CHOSEN}),
 money AS (
   SELECT {{key}} AS key, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
@@ -134,7 +135,7 @@ SELECT {{key}} AS key, sum(spent_nano) AS spent_nano FROM {_CALLS} CROSS JOIN en
 
 _REFUSALS = """
 SELECT code, sum(calls) AS calls FROM (
-  SELECT refusal AS code, count(*) AS calls FROM calls
+  SELECT refusal AS code, sum(coalesce(carried, 1)) AS calls FROM calls
     WHERE state = 'refused' AND started_at >= :since AND started_at < :until GROUP BY refusal
   UNION ALL
   SELECT reason, sum(calls) FROM noise WHERE minute >= :since AND minute < :until GROUP BY reason
@@ -156,7 +157,8 @@ class Drift:
 
 _DRIFTS = """
 SELECT app, model_asked AS asked, model_served AS served,
-  count(*) FILTER (WHERE started_at >= :since AND started_at < :until) AS calls, min(started_at) AS first_at, max(started_at) AS last_at
+  sum(coalesce(carried, 1)) FILTER (WHERE started_at >= :since AND started_at < :until) AS calls,
+  min(started_at) AS first_at, max(started_at) AS last_at
 FROM calls WHERE instr(' ' || flags || ' ', ' drift ') > 0 GROUP BY app, model_asked, model_served
 HAVING count(*) FILTER (WHERE started_at >= :since AND started_at < :until) > 0 ORDER BY calls DESC, app, asked, served
 """
@@ -180,7 +182,8 @@ class Notable:
 
 def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | None:
     """The configuration that cost most; None where nothing was spent."""
-    key = "calls.app || ' ' || coalesce(CAST(max_tokens AS TEXT), '-') || ' ' || coalesce(model_asked, '(none)')"
+    asked = "CASE WHEN carried IS NULL THEN max_tokens END"  # of a carry it is a sum
+    key = f"calls.app || ' ' || coalesce(CAST({asked} AS TEXT), '-') || ' ' || coalesce(model_asked, '(none)')"
     query = _LINES.format(key=key, order="spent_nano DESC")
     lines = [_line(row, row["key"]) for row in db.execute(query, {"since": since, "until": until}).fetchall()]
     if not lines or lines[0].spent_nano == 0:

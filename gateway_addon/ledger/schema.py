@@ -169,9 +169,54 @@ def m001_ledger(db: Database) -> None:
     _run(db, TABLES)
 
 
+# `carries`: the calls that are becoming one row, empty outside of a transaction (retention.py). A carry moves money from many entries to
+# one, so it is booked in no balance: what it holds must be what they held, and they may go once it does, no earlier and no others.
+RETENTION = """
+ALTER TABLE calls ADD COLUMN carried INTEGER;  -- of how many calls this row is the sum; NULL: it is a call
+CREATE TABLE carries (call_id INTEGER PRIMARY KEY, carry_id INTEGER NOT NULL) STRICT;
+CREATE INDEX carries_of ON carries (carry_id);
+
+DROP TRIGGER entries_balance;
+CREATE TRIGGER entries_balance AFTER INSERT ON entries WHEN NEW.kind <> 'carry' BEGIN
+  INSERT INTO balances (scope, window, window_start, spent_nano, reserved_nano, quantum_nano, open)
+    SELECT scope, window, window_start, NEW.spent_nano, NEW.reserved_nano, NEW.quantum_nano, NEW.open
+    FROM call_frames WHERE call_id = NEW.call_id
+    ON CONFLICT DO UPDATE SET spent_nano = spent_nano + excluded.spent_nano,
+      reserved_nano = reserved_nano + excluded.reserved_nano, quantum_nano = quantum_nano + excluded.quantum_nano,
+      open = open + excluded.open;
+END;
+
+CREATE TRIGGER entries_carry AFTER INSERT ON entries WHEN NEW.kind = 'carry' BEGIN
+  SELECT RAISE(ABORT, 'a carry holds the sum of the ended calls of one app, team and day')
+    WHERE (NEW.spent_nano, NEW.reserved_nano, NEW.quantum_nano, NEW.open) IS NOT (
+        SELECT sum(spent_nano), sum(reserved_nano), sum(quantum_nano), sum(open) FROM entries JOIN carries USING (call_id)
+        WHERE carry_id = NEW.call_id)
+      OR EXISTS (
+        SELECT 1 FROM carries JOIN calls ON calls.id = carries.call_id JOIN calls AS carry ON carry.id = carry_id
+        WHERE carry_id = NEW.call_id AND (calls.state = 'open'
+          OR (calls.app, calls.team, calls.day_start, calls.week_start, calls.month_start)
+          IS NOT (carry.app, carry.team, carry.day_start, carry.week_start, carry.month_start)));
+END;
+CREATE TRIGGER carries_before AFTER INSERT ON carries
+  WHEN EXISTS (SELECT 1 FROM entries WHERE call_id = NEW.carry_id) OR NEW.call_id = NEW.carry_id
+  BEGIN SELECT RAISE(ABORT, 'a carry that is booked takes no further call'); END;
+
+DROP TRIGGER entries_remain;
+CREATE TRIGGER entries_remain BEFORE DELETE ON entries
+  WHEN NOT EXISTS (SELECT 1 FROM carries JOIN entries AS carry ON carry.call_id = carry_id AND carry.kind = 'carry'
+    WHERE carries.call_id = OLD.call_id)
+  BEGIN SELECT RAISE(ABORT, 'entries are never removed: write an adjust entry'); END;
+"""
+
+
 @migrations()
 def m002_views_for_people(db: Database) -> None:
     _run(db, VIEWS)
+
+
+@migrations()
+def m004_retention(db: Database) -> None:
+    _run(db, RETENTION)
 
 
 def migrate(connection: sqlite3.Connection) -> None:
