@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger import book, files
 from gateway_addon.ledger.locks import Turnstile, is_dead
+from gateway_addon.ledger.schema import is_behind
 from gateway_addon.ledger.store import driver
 from gateway_addon.ledger.values import Server, Token
 from gateway_addon.windows import starts
@@ -65,8 +66,11 @@ def changing(path: Path | Server) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
-    """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable."""
+def reading(path: Path | Server, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
+    """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable.
+
+    An older version's ledger is brought up to date first, unless it is wanted `as_it_is`.
+    """
     if isinstance(path, Server):
         with driver():
             from gateway_addon.ledger import postgres
@@ -76,6 +80,9 @@ def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
     files.identity(path)
     try:
         with contextlib.closing(files.reader_connection(path)) as db:
+            if not as_it_is and is_behind(db):
+                with changing(path):
+                    pass
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")
             yield db
@@ -213,6 +220,7 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
     if zone_before != zone:
         db.execute("UPDATE settings SET value = ? WHERE name = 'zone'", (zone,))
         _move_windows(db, ZoneInfo(zone))
+        db.execute("DELETE FROM kept_days")  # they were days of the other calendar
     rebuild_balances(db)
     before = {"zone": zone_before, "teams": {app: settings.get(f"team:{app}") for app in moved}}
     audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)

@@ -213,5 +213,31 @@ END $$;
 CREATE TRIGGER entries_remain BEFORE DELETE ON entries FOR EACH ROW EXECUTE FUNCTION remains();
 """
 
-MIGRATIONS = (("m001_ledger", TABLES), ("m004_retention", RETENTION))
+DAYS = """
+SET LOCAL search_path = gateway;
+
+CREATE TABLE kept_days (
+  day_start BIGINT NOT NULL, grouping TEXT NOT NULL, day_end BIGINT NOT NULL, ready BIGINT NOT NULL, PRIMARY KEY (day_start, grouping)
+);
+CREATE TABLE kept_lines (
+  day_start BIGINT NOT NULL, grouping TEXT NOT NULL, key TEXT NOT NULL,
+  calls BIGINT NOT NULL, settled BIGINT NOT NULL, refused BIGINT NOT NULL, estimated BIGINT NOT NULL, upstream_429 BIGINT NOT NULL,
+  spent_nano BIGINT NOT NULL, held_nano BIGINT NOT NULL, input_tokens BIGINT NOT NULL, output_tokens BIGINT NOT NULL,
+  cache_read_tokens BIGINT NOT NULL, cache_write_tokens BIGINT NOT NULL, web_searches BIGINT NOT NULL, max_tokens BIGINT NOT NULL,
+  limited_output_tokens BIGINT NOT NULL, PRIMARY KEY (day_start, grouping, key)
+);
+
+CREATE FUNCTION strike_by_call() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  DELETE FROM kept_days WHERE day_start = NEW.day_start;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER calls_strike AFTER INSERT ON calls FOR EACH ROW EXECUTE FUNCTION strike_by_call();
+CREATE FUNCTION strike_by_entry() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  DELETE FROM kept_days WHERE day_start = (SELECT day_start FROM calls WHERE id = NEW.call_id);
+  RETURN NULL;
+END $$;
+CREATE TRIGGER entries_strike AFTER INSERT ON entries FOR EACH ROW WHEN (NEW.kind = 'adjust') EXECUTE FUNCTION strike_by_entry();
+"""
+
+MIGRATIONS = (("m001_ledger", TABLES), ("m004_retention", RETENTION), ("m004_days", DAYS))
 """Each runs once, in one transaction; its name is its identity."""

@@ -209,6 +209,26 @@ CREATE TRIGGER entries_remain BEFORE DELETE ON entries
 """
 
 
+# Whatever changes a day's report strikes the day off; no day is kept while a call of it is open, so a settlement need not.
+DAYS = """
+CREATE TABLE kept_days (    -- days whose sums are kept for reports, by what they are grouped by; `ready` 0: being summed (rollups.py)
+  day_start INTEGER NOT NULL, grouping TEXT NOT NULL, day_end INTEGER NOT NULL, ready INTEGER NOT NULL, PRIMARY KEY (day_start, grouping)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE kept_lines (   -- a line of such a day's report; counts only while its day is in `kept_days`
+  day_start INTEGER NOT NULL, grouping TEXT NOT NULL, key TEXT NOT NULL,
+  calls INTEGER NOT NULL, settled INTEGER NOT NULL, refused INTEGER NOT NULL, estimated INTEGER NOT NULL, upstream_429 INTEGER NOT NULL,
+  spent_nano INTEGER NOT NULL, held_nano INTEGER NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
+  cache_read_tokens INTEGER NOT NULL, cache_write_tokens INTEGER NOT NULL, web_searches INTEGER NOT NULL, max_tokens INTEGER NOT NULL,
+  limited_output_tokens INTEGER NOT NULL, PRIMARY KEY (day_start, grouping, key)
+) STRICT, WITHOUT ROWID;
+
+CREATE TRIGGER calls_strike AFTER INSERT ON calls BEGIN DELETE FROM kept_days WHERE day_start = NEW.day_start; END;
+CREATE TRIGGER entries_strike AFTER INSERT ON entries WHEN NEW.kind = 'adjust' BEGIN
+  DELETE FROM kept_days WHERE day_start = (SELECT day_start FROM calls WHERE id = NEW.call_id);
+END;
+"""
+
+
 @migrations()
 def m002_views_for_people(db: Database) -> None:
     _run(db, VIEWS)
@@ -217,6 +237,16 @@ def m002_views_for_people(db: Database) -> None:
 @migrations()
 def m004_retention(db: Database) -> None:
     _run(db, RETENTION)
+
+
+@migrations()
+def m004_days(db: Database) -> None:
+    _run(db, DAYS)
+
+
+def is_behind(connection: sqlite3.Connection) -> bool:
+    """True for an older version's ledger, and for what is no ledger at all."""
+    return bool(migrations.pending(Database(connection, execute_plugins=False)))
 
 
 def migrate(connection: sqlite3.Connection) -> None:
