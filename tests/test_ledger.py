@@ -170,6 +170,17 @@ def test_a_rate_holds_over_any_minute_and_names_the_moment_to_come_back(db, limi
     assert max(sum(start <= each < start + 60 for each in admitted) for start in admitted) <= 6
 
 
+def test_an_apps_old_minutes_go_by_themselves_some_at_a_time(db, path):
+    hold(db, 0)
+    db.execute("INSERT INTO minutes SELECT 'reports', day_start / 60, 1, 1 FROM calls")
+    db.execute("INSERT INTO minutes SELECT 'other', day_start / 60, 1, 1 FROM calls")
+    assert rows(path, "SELECT count(*) FROM minutes WHERE app = 'reports'") == [(2,)]
+    for minute in range(150):
+        hold(db, 0, now=NOON + 60 + 60 * minute)
+        hold(db, 0, now=NOON + 60 + 60 * minute)
+    assert rows(path, "SELECT app, count(*) FROM minutes GROUP BY app ORDER BY app") == [("other", 1), ("reports", 61)]
+
+
 def test_a_call_larger_than_a_rate_never_fits_and_is_not_told_to_wait(db):
     denied = hold(db, 0, call=replace(CALL, input_tokens=5000), rates=RateLimits(input_tokens_per_minute=4000))
     assert (denied.reason, denied.retry_after_s) == ("rate", None)

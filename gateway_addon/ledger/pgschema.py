@@ -239,5 +239,16 @@ END $$;
 CREATE TRIGGER entries_strike AFTER INSERT ON entries FOR EACH ROW WHEN (NEW.kind = 'adjust') EXECUTE FUNCTION strike_by_entry();
 """
 
-MIGRATIONS = (("m001_ledger", TABLES), ("m004_retention", RETENTION), ("m004_days", DAYS))
+MINUTES = """
+SET LOCAL search_path = gateway;
+
+CREATE FUNCTION pass_minutes() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  DELETE FROM minutes WHERE app = NEW.app AND minute IN (
+    SELECT minute FROM minutes WHERE app = NEW.app AND minute < NEW.minute - 60 ORDER BY minute LIMIT 100);
+  RETURN NULL;
+END $$;
+CREATE TRIGGER minutes_pass AFTER INSERT ON minutes FOR EACH ROW EXECUTE FUNCTION pass_minutes();
+"""
+
+MIGRATIONS = (("m001_ledger", TABLES), ("m004_retention", RETENTION), ("m004_days", DAYS), ("m004_minutes", MINUTES))
 """Each runs once, in one transaction; its name is its identity."""

@@ -36,7 +36,6 @@ class Prunable:
 
     calls: int
     kept_open: int
-    minutes: int
     alerts: int
 
 
@@ -92,10 +91,10 @@ def prunable(db: sqlite3.Connection, before: float) -> Prunable:
     """What would go; counted, not changed."""
     count = """
     SELECT count(*) FILTER (WHERE state <> 'open'), count(*) FILTER (WHERE state = 'open'),
-      (SELECT count(*) FROM minutes WHERE minute < :minute), (SELECT count(*) FROM alerts WHERE at < :before AND kind = 'threshold')
+      (SELECT count(*) FROM alerts WHERE at < :before AND kind = 'threshold')
     FROM calls WHERE started_at < :before AND carried IS NULL
     """
-    return Prunable(*db.execute(count, {"before": before, "minute": int(before) // 60}).fetchone())
+    return Prunable(*db.execute(count, {"before": before}).fetchone())
 
 
 def begin(db: sqlite3.Connection, before: float, found: Prunable, *, who: str, now: float) -> None:
@@ -107,7 +106,6 @@ def begin(db: sqlite3.Connection, before: float, found: Prunable, *, who: str, n
     facts = {"before": before, "calls": found.calls}
     audit(db, who, "prune", "ledger", None, facts, "calls become daily sums", now)
     keep_setting(db, PRUNED, str(before))
-    db.execute("DELETE FROM minutes WHERE minute < ?", (int(before) // 60,))
     db.execute("DELETE FROM raises WHERE until < ?", (before,))
     # An alert of another kind is what keeps a person from being told the same again.
     db.execute("DELETE FROM alerts WHERE at < ? AND kind = 'threshold' AND try_at IS NULL", (before,))

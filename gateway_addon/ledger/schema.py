@@ -209,6 +209,15 @@ CREATE TRIGGER entries_remain BEFORE DELETE ON entries
 """
 
 
+# A minute's first admission lets the app's old ones go, an hour back and some at a time: no start-up or report has to, however long a
+# gateway ran and whatever an older version left.
+MINUTES = """
+CREATE TRIGGER minutes_pass AFTER INSERT ON minutes BEGIN
+  DELETE FROM minutes WHERE app = NEW.app AND minute IN (
+    SELECT minute FROM minutes WHERE app = NEW.app AND minute < NEW.minute - 60 ORDER BY minute LIMIT 100);
+END;
+"""
+
 # Whatever changes a day's report strikes the day off; no day is kept while a call of it is open, so a settlement need not.
 DAYS = """
 CREATE TABLE kept_days (    -- days whose sums are kept for reports, by what they are grouped by; `ready` 0: being summed (rollups.py)
@@ -242,6 +251,11 @@ def m004_retention(db: Database) -> None:
 @migrations()
 def m004_days(db: Database) -> None:
     _run(db, DAYS)
+
+
+@migrations()
+def m004_minutes(db: Database) -> None:
+    _run(db, MINUTES)
 
 
 def is_behind(connection: sqlite3.Connection) -> bool:
