@@ -1,12 +1,15 @@
 """What a person changes is audited, in one transaction with the change, and in force for the next call."""
 
 import json
+import sqlite3
 from contextlib import closing
 
 import pytest
-from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, balance, new_ledger, rows
+from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, Part, balance, new_ledger, rows
+from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
 
-from gateway_addon.ledger import Denied, Ledger, Outcome, Settlement, admin, book, files, proof
+from gateway_addon.ledger import Denied, Ledger, Outcome, Settlement, admin, book, copies, files, proof, reports, schema
 
 
 @pytest.fixture
@@ -136,3 +139,35 @@ async def test_a_command_holds_for_the_next_call_of_a_running_gateway(path):
         admin.resume(db, "total", who="ann", now=NOON)
     assert await ledger.pauses(now=NOON) == ()
     await ledger.close()
+
+
+def test_an_older_versions_ledger_is_brought_up_to_date_by_whoever_comes_first(tmp_path):
+    for name, come in (("read", admin.reading), ("written", admin.changing)):
+        path = older_ledger(tmp_path / f"{name}.db")
+        with come(path):
+            pass
+        with admin.reading(path) as db:
+            assert proof.findings(db) == []
+            assert reports.report(db, "app", since=NOON - 1, until=NOON + 1).spent_nano == 30
+    older = older_ledger(tmp_path / "older.db")
+    copies.backup(older, tmp_path / "copy.db")
+    copies.restore(tmp_path / "copy.db", tmp_path / "back.db", now=NOON)
+    with admin.reading(tmp_path / "back.db") as db:
+        assert reports.report(db, "app", since=NOON - 1, until=NOON + 1).spent_nano == 30
+
+
+def older_ledger(path):
+    """One as the first version made it, with one call of $0.00000003."""
+    first = Migrations("gateway_ledger")
+    first()(schema.m001_ledger)
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        first.apply(Database(db))
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("INSERT INTO settings VALUES ('zone', 'UTC')")
+        db.execute(
+            "INSERT INTO calls (id, state, owner, app, token_id, endpoint, stream, day_start, week_start, month_start, started_at, grant_nano)"
+            " VALUES (1, 'open', 'me', 'reports', 1, 'messages', 0, 0, 0, 0, ?, 50)",
+            (NOON,),
+        )
+        book.settle(db, 1, Settlement(30, (Part(30),)), now=NOON)
+    return path

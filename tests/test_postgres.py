@@ -215,5 +215,5 @@ def test_a_common_cap_is_judged_by_one_at_a_time(server):
 
 
 def test_every_spelling_is_of_something_that_the_ledger_says():
-    said = "".join((book.RESERVE, book.STANDINGS_ROW, book.CLEAR_BALANCES, book.FILL_BALANCES))
+    said = "".join((book.RESERVE, book.STANDINGS, book.CLEAR_BALANCES, book.FILL_BALANCES))
     assert [ours for ours, _ in postgres.SPELLED if ours not in said] == []

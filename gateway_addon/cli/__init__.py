@@ -37,6 +37,7 @@ COMMANDS = {
     "backup": ("backup", "copy the ledger while gateways write to it"),
     "restore": ("backup", "put a backup in the ledger's place"),
     "migrate": ("migrate", "move the ledger from its file to a PostgreSQL server"),
+    "prune": ("prune", "make daily sums of the calls of long ago"),
     "doctor": ("doctor", "prove the ledger's invariants, the key, the upstream, the clock"),
 }
 

@@ -1,5 +1,6 @@
 """`gateway report`: what was spent, by whom, on what."""
 
+import contextlib
 import csv
 import io
 import json
@@ -14,7 +15,7 @@ from tabulate import tabulate
 from gateway_addon import windows
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
-from gateway_addon.ledger import LedgerUnavailable, admin, book, files, reports
+from gateway_addon.ledger import LedgerUnavailable, admin, book, files, reports, rollups
 from gateway_addon.ledger.reports import By, Drift, Line, Notable, Report
 from gateway_addon.money import cents, dollars
 
@@ -39,8 +40,13 @@ def report(by: str, since: str | None, notable: bool, alerts: bool, as_json: boo
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other.")
     now = time.time()
-    with admin.reading(files.ledger_path(ledger)) as db:
+    path = files.ledger_path(ledger)
+    with admin.reading(path) as db:
         start = times.since(since, now) if since else windows.starts(now, book.zone(db)).month
+    if not alerts and not notable:
+        with contextlib.suppress(LedgerUnavailable):  # where nothing can be written, every call is read
+            rollups.keep(path, cast(By, by), since=start, until=now, now=now)
+    with admin.reading(path) as db:
         if alerts:
             _show_alerts(reports.alerts(db, since=start, until=now), as_json, as_csv)
         elif notable:

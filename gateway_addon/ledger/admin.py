@@ -9,6 +9,7 @@ import difflib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +17,14 @@ from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger import book, files
 from gateway_addon.ledger.locks import Turnstile, is_dead
+from gateway_addon.ledger.schema import is_behind
 from gateway_addon.ledger.store import driver
 from gateway_addon.ledger.values import Server, Token
 from gateway_addon.windows import starts
 
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
+
+PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (retention.py)
 
 ISSUE = "INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
 
@@ -66,8 +70,11 @@ def changing(path: Path | Server) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
-    """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable."""
+def reading(path: Path | Server, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
+    """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable.
+
+    An older version's ledger is brought up to date first, unless it is wanted `as_it_is`.
+    """
     if isinstance(path, Server):
         with driver():
             from gateway_addon.ledger import postgres
@@ -77,6 +84,9 @@ def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
     files.identity(path)
     try:
         with contextlib.closing(files.reader_connection(path)) as db:
+            if not as_it_is and is_behind(db):
+                with changing(path):
+                    pass
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")
             files.must_be_a_ledger(path, db)
@@ -106,7 +116,7 @@ def issue_token(
     if not found:
         raise ValueError(f"the ledger has this token of {app} already: mint another one")
     token = Token(found[0][0], app, label, now, expires_at, None)
-    _audit(db, who, "token issue", f"app:{app}", None, _token_facts(token), why, now)
+    audit(db, who, "token issue", f"app:{app}", None, _token_facts(token), why, now)
     return token
 
 
@@ -119,7 +129,7 @@ def revoke_tokens(
         db.execute("UPDATE tokens SET revoked_at = ? WHERE id = ?", (now if at is None else at, token.id))
     revoked = [token for token in tokens(db, app) if token.id in {each.id for each in good}]
     for before, after in zip(good, revoked, strict=True):
-        _audit(db, who, "token revoke", f"app:{app}", _token_facts(before), _token_facts(after), why, now)
+        audit(db, who, "token revoke", f"app:{app}", _token_facts(before), _token_facts(after), why, now)
     return revoked
 
 
@@ -148,7 +158,7 @@ def raise_cap(
         "INSERT INTO raises (scope, window, amount_nano, since, until) VALUES (?, ?, ?, ?, ?)", (scope, window, amount_nano, now, until)
     )
     after = {"raised_nano": before + amount_nano, "until": until}
-    _audit(db, who, "cap raise", f"{scope} {window}", {"raised_nano": before}, after, why, now)
+    audit(db, who, "cap raise", f"{scope} {window}", {"raised_nano": before}, after, why, now)
 
 
 def pause(
@@ -158,7 +168,7 @@ def pause(
     before = _pause(db, scope)
     db.execute("DELETE FROM pauses WHERE scope = ?", (scope,))
     db.execute("INSERT INTO pauses VALUES (?, ?, ?, ?, ?)", (scope, now, until, why, cut))
-    _audit(db, who, "pause", scope, before, {"until": until, "cut": cut}, why, now)
+    audit(db, who, "pause", scope, before, {"until": until, "cut": cut}, why, now)
 
 
 def resume(db: sqlite3.Connection, scope: str, *, who: str, why: str = "", now: float) -> bool:
@@ -167,13 +177,17 @@ def resume(db: sqlite3.Connection, scope: str, *, who: str, why: str = "", now: 
     if before is None:
         return False
     db.execute("DELETE FROM pauses WHERE scope = ?", (scope,))
-    _audit(db, who, "resume", scope, before, None, why, now)
+    audit(db, who, "resume", scope, before, None, why, now)
     return True
 
 
 def adjust(db: sqlite3.Connection, call_id: int, delta_nano: int, *, who: str, why: str, now: float) -> int:
     """Correct what a resolved call cost, by an entry of its own; returns what it has cost since. No call costs less than nothing."""
-    rows = db.execute("SELECT state FROM calls WHERE id = ?", (call_id,)).fetchall()
+    rows = db.execute("SELECT state, carried FROM calls WHERE id = ?", (call_id,)).fetchall()
+    if rows and rows[0][1] is not None:
+        raise ValueError(f"call {call_id} is the sum of {rows[0][1]} calls that `gateway prune` carried: corrections are for single calls")
+    if not rows and (pruned := _pruned_until(db, call_id)):
+        raise ValueError(f"call {call_id} is gone: `gateway prune` made sums of the calls before {pruned}, and a sum is not corrected")
     if not rows or rows[0][0] not in ("settled", "voided"):
         raise ValueError(f"call {call_id} is {rows[0][0] if rows else 'not in the ledger'}: only a settled or voided call is adjusted")
     [(spent_nano,)] = db.execute("SELECT sum(spent_nano) FROM entries WHERE call_id = ?", (call_id,)).fetchall()
@@ -181,7 +195,7 @@ def adjust(db: sqlite3.Connection, call_id: int, delta_nano: int, *, who: str, w
         raise ValueError(f"call {call_id} cost {spent_nano} nano-dollars: {-delta_nano} cannot be taken off")
     db.execute("INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES (?, ?, 'adjust', ?, ?)", (call_id, now, delta_nano, why))
     after = spent_nano + delta_nano
-    _audit(db, who, "adjust", f"call:{call_id}", {"spent_nano": spent_nano}, {"spent_nano": after}, why, now)
+    audit(db, who, "adjust", f"call:{call_id}", {"spent_nano": spent_nano}, {"spent_nano": after}, why, now)
     return int(after)
 
 
@@ -191,7 +205,7 @@ def clear_overrun(db: sqlite3.Connection, model: str, *, who: str, why: str = ""
     if not rows:
         return False
     db.execute("DELETE FROM overruns WHERE model = ?", (model,))
-    _audit(db, who, "overrun clear", f"model:{model}", {"call_id": rows[0][0], "over_nano": rows[0][1]}, None, why, now)
+    audit(db, who, "overrun clear", f"model:{model}", {"call_id": rows[0][0], "over_nano": rows[0][1]}, None, why, now)
     return True
 
 
@@ -212,9 +226,10 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
     if zone_before != zone:
         db.execute("UPDATE settings SET value = ? WHERE name = 'zone'", (zone,))
         _move_windows(db, ZoneInfo(zone))
+        db.execute("DELETE FROM kept_days")  # they were days of the other calendar
     rebuild_balances(db)
     before = {"zone": zone_before, "teams": {app: settings.get(f"team:{app}") for app in moved}}
-    _audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)
+    audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)
     return True
 
 
@@ -222,7 +237,7 @@ def moved(db: sqlite3.Connection, source: str, target: str | None, *, who: str, 
     """Note on either side where a ledger was moved from and, on the side that it leaves (`target`), to."""
     if target is not None:
         keep_setting(db, files.MOVED_TO, target)
-    _audit(db, who, "migrate", "ledger", {"ledger": source}, {"ledger": target or "here"}, "gateway migrate", now)
+    audit(db, who, "migrate", "ledger", {"ledger": source}, {"ledger": target or "here"}, "gateway migrate", now)
 
 
 def keep_policy(db: sqlite3.Connection, digest: str, texts: Mapping[str, str], *, who: str, now: float) -> bool:
@@ -236,7 +251,7 @@ def keep_policy(db: sqlite3.Connection, digest: str, texts: Mapping[str, str], *
         return False
     keep_setting(db, "policy", json.dumps({"digest": digest, "texts": dict(texts)}))
     changes = "".join(_diff(name, before["texts"].get(name, ""), texts.get(name, "")) for name in sorted({*before["texts"], *texts}))
-    _audit(db, who, "policy", "policies", {"digest": before["digest"]}, {"digest": digest, "diff": changes}, "saved files", now)
+    audit(db, who, "policy", "policies", {"digest": before["digest"]}, {"digest": digest, "diff": changes}, "saved files", now)
     return True
 
 
@@ -248,7 +263,7 @@ def keep_key(db: sqlite3.Connection, fingerprint: str, place: str, *, who: str, 
         return False
     keep_setting(db, "key", fingerprint)
     change = ("" if before is None else f"-key {before}\n") + f"+key {fingerprint} from {place}\n"
-    _audit(db, who, "key", "key", before, {"digest": fingerprint, "diff": change}, "read anew", now)
+    audit(db, who, "key", "key", before, {"digest": fingerprint, "diff": change}, "read anew", now)
     return True
 
 
@@ -281,6 +296,12 @@ def _move_windows(db: sqlite3.Connection, zone: ZoneInfo) -> None:
     db.executemany("UPDATE calls SET day_start = ?, week_start = ?, month_start = ? WHERE id = ?", moved)
 
 
+def _pruned_until(db: sqlite3.Connection, call_id: int) -> str | None:
+    """The day before which calls were pruned, where this may have been one of them."""
+    rows = db.execute("SELECT value FROM settings WHERE name = ? AND ? < (SELECT max(id) FROM calls)", (PRUNED, call_id)).fetchall()
+    return datetime.fromtimestamp(float(rows[0][0]), UTC).strftime("%Y-%m-%d") if rows else None
+
+
 def _raised(db: sqlite3.Connection, scope: str, window: str, now: float) -> int:
     in_force = "SELECT coalesce(sum(amount_nano), 0) FROM raises WHERE scope = ? AND window = ? AND until > ?"
     return int(db.execute(in_force, (scope, window, now)).fetchall()[0][0])
@@ -295,7 +316,7 @@ def _token_facts(token: Token) -> dict[str, object]:
     return {"id": token.id, "label": token.label, "expires_at": token.expires_at, "revoked_at": token.revoked_at}
 
 
-def _audit(db: sqlite3.Connection, who: str, action: str, subject: str, before: object, after: object, why: str, now: float) -> None:
+def audit(db: sqlite3.Connection, who: str, action: str, subject: str, before: object, after: object, why: str, now: float) -> None:
     as_json = [None if value is None else json.dumps(value) for value in (before, after)]
     row = (now, who, action, subject, *as_json, why)
     db.execute("INSERT INTO audit (at, who, action, subject, before, after, why) VALUES (?, ?, ?, ?, ?, ?, ?)", row)

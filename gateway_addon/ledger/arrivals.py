@@ -44,7 +44,8 @@ class Passed:
 _ARRIVALS = """
 SELECT tokens.id AS token_id, tokens.app AS app, label, digest,
   CASE WHEN revoked_at <= :now THEN 'revoked' WHEN expires_at <= :now THEN 'expired' ELSE 'in force' END AS state,
-  count(calls.id) AS calls, count(calls.id) FILTER (WHERE calls.state = 'refused') AS refused,
+  count(calls.id) + coalesce(sum(carried - 1), 0) AS calls,
+  count(calls.id) FILTER (WHERE calls.state = 'refused') + coalesce(sum(carried - 1) FILTER (WHERE calls.state = 'refused'), 0) AS refused,
   min(started_at) AS first_at, max(started_at) AS last_at
 FROM tokens LEFT JOIN calls ON calls.token_id = tokens.id
 GROUP BY tokens.id, tokens.app, label, digest, revoked_at, expires_at ORDER BY tokens.app, tokens.id

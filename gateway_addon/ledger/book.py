@@ -5,10 +5,11 @@ explanation is read by the same text (`OBSTACLES`) only when it said no. Each fu
 all searches by key: their cost does not grow with the ledger. Knows nothing of files, threads, clocks or policies.
 """
 
-import json
 import sqlite3
 from collections.abc import Iterable, Sequence
 from datetime import tzinfo
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -30,29 +31,26 @@ from gateway_addon.ledger.values import (
 )
 from gateway_addon.windows import WINDOWS, Starts, next_start, starts
 
-# The statements are written once, for both engines. What has a name here because of it is what PostgreSQL says otherwise
-# (`postgres.SPELLED`): how JSON becomes rows and rows JSON, and where a scope's balance is kept.
-EACH_CAP = "json_each(:caps) AS each_cap"
+type Frame = tuple[str, str, int, int | None]
+"""A scope and a window of it, when that began, and the cap's amount where there is one."""
+
+# The statements are written once, for both engines; where a scope's balance is kept has a name because PostgreSQL says it otherwise
+# (`postgres.SPELLED`). `ASKED` becomes a row of values for each cap asked about (`_asking`): to take them out of JSON,
+# as one value, cost twice as much as all the look-ups.
+ASKED = "(VALUES :caps) AS asked"
+ASKED_NOTHING = "(SELECT NULL AS column1, NULL AS column2, NULL AS column3, NULL AS column4 WHERE 1 = 0) AS asked"
 ITS_BALANCE = "LEFT JOIN balances USING (scope, window, window_start)"
 
-# One row per cap asked about, with what stands against it. `:caps` is JSON: [[scope, window, window_start, amount_nano], ...].
+# One row per cap asked about, with what stands against it.
 STANDINGS = f"""
   SELECT cap.scope, cap.window, cap.window_start, cap.amount_nano + cap.raised_nano AS cap_nano, cap.raised_nano,
     coalesce(spent_nano, 0) AS spent_nano, coalesce(reserved_nano, 0) AS reserved_nano,
     coalesce(quantum_nano, 0) AS quantum_nano, coalesce(open, 0) AS open
-  FROM (SELECT value ->> 0 AS scope, value ->> 1 AS window, CAST(value ->> 2 AS BIGINT) AS window_start,
-          CAST(value ->> 3 AS BIGINT) AS amount_nano,
+  FROM (SELECT column1 AS scope, column2 AS window, CAST(column3 AS BIGINT) AS window_start, CAST(column4 AS BIGINT) AS amount_nano,
           (SELECT coalesce(sum(amount_nano), 0) FROM raises
-           WHERE scope = value ->> 0 AND window = value ->> 1 AND until > :now) AS raised_nano
-        FROM {EACH_CAP}) AS cap
+           WHERE scope = column1 AND window = column2 AND until > :now) AS raised_nano
+        FROM {ASKED}) AS cap
   {ITS_BALANCE}
-"""
-
-AS_JSON = "json_group_array(json_array(scope, window, window_start, cap_nano, raised_nano, spent_nano, reserved_nano, quantum_nano, open))"
-
-# The same as one row: the driver lets go of the interpreter at each row, and a busy event loop is slow to give it back.
-STANDINGS_ROW = f"""
-SELECT {AS_JSON} FROM ({STANDINGS}) AS standing
 """
 
 # What stands in the way of a reservation, in the order in which it is named; no row: nothing does. Rates are a sliding minute: the last
@@ -61,15 +59,14 @@ _RATE = """
   SELECT 'rate' AS what, '{limit}' AS name, recent, before, NULL AS until
     FROM (SELECT coalesce(sum({count}) FILTER (WHERE minute = :minute), 0) AS recent,
             coalesce(sum({count}) FILTER (WHERE minute < :minute), 0) AS before
-          FROM minutes WHERE app = :app AND minute IN (:minute, :minute - 1)) AS counted
+          FROM minutes WHERE CAST(:{limit} AS BIGINT) IS NOT NULL AND app = :app AND minute IN (:minute, :minute - 1)) AS counted
     WHERE 60 * recent + (60 - :second) * before + 60 * {size} > 60 * :{limit}
 """
 OBSTACLES = f"""
-  SELECT CASE WHEN revoked_at <= :now THEN 'token_revoked' ELSE 'token_expired' END AS what, NULL AS name,
-      CAST(NULL AS BIGINT) AS recent, CAST(NULL AS BIGINT) AS before, CAST(NULL AS REAL) AS until
-    FROM tokens WHERE id = :token_id AND app = :app AND (revoked_at <= :now OR expires_at <= :now)
-  UNION ALL
-  SELECT 'token_unknown', NULL, NULL, NULL, NULL WHERE NOT EXISTS (SELECT 1 FROM tokens WHERE id = :token_id AND app = :app)
+  SELECT CASE WHEN id IS NULL THEN 'token_unknown' WHEN revoked_at <= :now THEN 'token_revoked' ELSE 'token_expired' END AS what,
+      NULL AS name, CAST(NULL AS BIGINT) AS recent, CAST(NULL AS BIGINT) AS before, CAST(NULL AS REAL) AS until
+    FROM (SELECT 1) AS caller LEFT JOIN tokens ON id = :token_id AND app = :app
+    WHERE id IS NULL OR revoked_at <= :now OR expires_at <= :now
   UNION ALL
   SELECT 'paused', scope, NULL, NULL, until FROM pauses
     WHERE scope IN ('total', :app_scope, :team_scope) AND (until IS NULL OR until > :now)
@@ -180,8 +177,8 @@ def reserve(
     calendar = zone(db)
     windows = starts(now, calendar)
     limits = rates or RateLimits()
-    values = _call_values(call, owner, windows, now) | {
-        "caps": caps_json(caps, windows),
+    values = _call_values(call, owner, windows, now)
+    values |= {
         "app_scope": app_scope(call.app),
         "team_scope": team_scope(call.team) if call.team else None,
         "grant_nano": grant_nano,
@@ -192,11 +189,13 @@ def reserve(
         "input_tokens_per_minute": limits.input_tokens_per_minute,
         "concurrent": limits.concurrent,
     }
-    written = db.execute(RESERVE, values).fetchall()
-    standings = _standings(db, values, calendar)
+    frames = _frames(caps, windows)
+    values |= _asked(frames)
+    written = db.execute(_asking(RESERVE, len(frames)), values).fetchall()
+    standings = _standings(db, frames, now, calendar)
     if written:
         return Reserved(written[0][0], standings)
-    obstacles = [Obstacle(*row) for row in db.execute(OBSTACLES, values).fetchall()]
+    obstacles = [Obstacle(*row) for row in db.execute(_asking(OBSTACLES, len(frames)), values).fetchall()]
     return explain(obstacles, standings, limits, call.input_tokens, grant_nano, quantum_nano, now)
 
 
@@ -208,8 +207,9 @@ def extend(db: sqlite3.Connection, call_id: int, more_nano: int, caps: Sequence[
     row = db.execute("SELECT day_start, week_start, month_start FROM calls WHERE id = ?", (call_id,)).fetchall()
     if not row or more_nano < 0:
         return False
-    values = {"call_id": call_id, "more_nano": more_nano, "caps": caps_json(caps, Starts(*row[0])), "now": now}
-    return db.execute(EXTEND, values).rowcount == 1
+    frames = _frames(caps, Starts(*row[0]))
+    values = {"call_id": call_id, "more_nano": more_nano, "now": now} | _asked(frames)
+    return db.execute(_asking(EXTEND, len(frames)), values).rowcount == 1
 
 
 def release(db: sqlite3.Connection, call_id: int, back_nano: int, *, now: float) -> bool:
@@ -267,14 +267,14 @@ def standing(db: sqlite3.Connection, scopes: Iterable[str], caps: Sequence[Cap],
     calendar = zone(db)
     windows = starts(now, calendar)
     amounts = {(cap.scope, cap.window): cap.amount_nano for cap in caps}
-    frames = [[scope, window, windows.of(window), amounts.get((scope, window))] for scope in scopes for window in WINDOWS]
-    return _standings(db, {"caps": json.dumps(frames), "now": now}, calendar)
+    frames = [(scope, window, windows.of(window), amounts.get((scope, window))) for scope in scopes for window in WINDOWS]
+    return _standings(db, frames, now, calendar)
 
 
 def capped(db: sqlite3.Connection, caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
     """How each of these caps stands."""
     calendar = zone(db)
-    return _standings(db, {"caps": caps_json(caps, starts(now, calendar)), "now": now}, calendar)
+    return _standings(db, _frames(caps, starts(now, calendar)), now, calendar)
 
 
 def zone(db: sqlite3.Connection) -> tzinfo:
@@ -285,15 +285,34 @@ def zone(db: sqlite3.Connection) -> tzinfo:
     return ZoneInfo(rows[0][0])
 
 
-def caps_json(caps: Iterable[Cap], windows: Starts) -> str:
-    """The caps that the ledger keeps, in the form that the statements read."""
-    return json.dumps([[cap.scope, cap.window, getattr(windows, cap.window), cap.amount_nano] for cap in caps if cap.window != "request"])
+def _frames(caps: Iterable[Cap], windows: Starts) -> list[Frame]:
+    """The caps that the ledger keeps, each in its window's present frame."""
+    return [(cap.scope, cap.window, getattr(windows, cap.window), cap.amount_nano) for cap in caps if cap.window != "request"]
 
 
-def _standings(db: sqlite3.Connection, values: dict[str, Any], calendar: tzinfo) -> tuple[Standing, ...]:
+@lru_cache
+def _names(count: int) -> tuple[str, ...]:
+    return tuple(f"{name}_{number}" for number in range(count) for name in ("scope", "window", "start", "amount"))
+
+
+@lru_cache
+def _asking(statement: str, count: int) -> str:
+    """A statement about so many caps."""
+    row = "({}, {}, {}, {})"
+    rows = ", ".join([row] * count).format(*(f":{name}" for name in _names(count)))
+    return statement.replace(ASKED, f"(VALUES {rows}) AS asked" if count else ASKED_NOTHING)
+
+
+def _asked(frames: Sequence[Frame]) -> dict[str, Any]:
+    return dict(zip(_names(len(frames)), chain.from_iterable(frames), strict=True))
+
+
+def _standings(db: sqlite3.Connection, frames: Sequence[Frame], now: float, calendar: tzinfo) -> tuple[Standing, ...]:
+    if not frames:
+        return ()
+    rows = db.execute(_asking(STANDINGS, len(frames)), _asked(frames) | {"now": now}).fetchall()
     return tuple(
-        Standing(scope, window, start, next_start(window, start or values["now"], calendar), *amounts)
-        for scope, window, start, *amounts in json.loads(db.execute(STANDINGS_ROW, values).fetchone()[0])
+        Standing(scope, window, start, next_start(window, start or now, calendar), *amounts) for scope, window, start, *amounts in rows
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gateway_addon.ledger import admin, files, proof
 from gateway_addon.ledger.locks import Turnstile, living
+from gateway_addon.ledger.schema import migrate
 from gateway_addon.ledger.values import LedgerUnavailable
 
 BESIDE = ("", "-wal", "-shm")  # SQLite's own files of one database
@@ -62,10 +63,12 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, Path | None]:
 
 
 def _proved_copy(source: Path, target: Path) -> int:
-    with admin.reading(source) as db:
+    with admin.reading(source, as_it_is=True) as db:
+        files.must_be_a_ledger(source, db)
         with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as written:
             db.backup(written)
             written.execute("PRAGMA journal_mode = DELETE")  # one file, with nothing of it in a log beside it
+            migrate(written)
             if findings := proof.findings(written):
                 raise LedgerUnavailable(f"{source} is not a sound ledger, so no copy of it was put anywhere: {'; '.join(findings)}")
             calls: int = written.execute("SELECT count(*) FROM calls").fetchone()[0]

@@ -51,7 +51,7 @@ class Day:
 
 
 _SPENDING = """
-SELECT app, coalesce(model_asked, '(none)'), model_served, count(DISTINCT calls.id), sum(spent_nano)
+SELECT app, coalesce(model_asked, '(none)'), model_served, count(DISTINCT calls.id) + coalesce(sum(carried - 1), 0), sum(spent_nano)
 FROM calls CROSS JOIN entries ON entries.call_id = calls.id WHERE started_at >= :since AND started_at < :until GROUP BY 1, 2, 3
 """
 _CACHED = """
@@ -60,7 +60,8 @@ FROM calls CROSS JOIN usage ON usage.call_id = calls.id
 WHERE started_at >= :since AND started_at < :until AND model IS NOT NULL GROUP BY model
 """
 _REFUSALS = """
-SELECT refusal, count(*) FROM calls WHERE state = 'refused' AND started_at >= :since AND started_at < :until GROUP BY refusal
+SELECT refusal, sum(coalesce(carried, 1)) FROM calls
+WHERE state = 'refused' AND started_at >= :since AND started_at < :until GROUP BY refusal
 UNION ALL
 SELECT reason, sum(calls) FROM noise WHERE minute >= :since AND minute < :until GROUP BY reason
 """
@@ -68,7 +69,7 @@ _VERSION = """
 SELECT spent_nano, reserved_nano, open, (SELECT max(id) FROM audit) FROM balances
 WHERE scope = 'total' AND window = 'day' AND window_start = ?
 """
-_NEWEST = "SELECT (SELECT max(id) FROM calls), (SELECT total(calls) FROM noise WHERE minute >= ?)"
+_NEWEST = "SELECT (SELECT max(id) FROM calls), (SELECT coalesce(sum(calls), 0) FROM noise WHERE minute >= ?)"
 _APPS = "SELECT substr(scope, 5) FROM balances WHERE scope LIKE 'app:%' AND window = 'ever' ORDER BY scope"
 
 

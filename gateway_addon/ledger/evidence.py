@@ -67,7 +67,7 @@ SELECT id AS call_id, {_DAYS}, {_MODEL} AS model,
   (SELECT sum(spent_nano) FROM entries WHERE call_id = calls.id) AS spent_nano,
   (SELECT coalesce(sum(nano), 0) FROM usage WHERE call_id = calls.id AND kind <> 'estimate') AS metered_nano,
   (SELECT coalesce(sum(output_tokens), 0) FROM usage WHERE call_id = calls.id) AS output_tokens
-FROM calls WHERE {_CHOSEN} AND state = 'settled' AND {_ESTIMATED} ORDER BY id
+FROM calls WHERE {_CHOSEN} AND carried IS NULL AND state = 'settled' AND {_ESTIMATED} ORDER BY id
 """
 
 

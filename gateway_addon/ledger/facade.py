@@ -41,8 +41,8 @@ from gateway_addon.ledger.writer import Answer, Operation, Writer
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 2.0
-# The writer's thread lets go of the interpreter at each statement and must ask a busy event loop to get it back. At Python's default of
-# 5 ms a loop that is never idle would leave it some ten calls a second.
+# The writer's thread lets go of the interpreter at each lock, commit and (on a server) statement, and must ask a busy event loop to get
+# it back. At Python's default of 5 ms a loop that is never idle gets half as many calls through a file's ledger (measured, 64 callers).
 SWITCH_INTERVAL_S = 0.0001
 BACKLOG_MAX = 10_000  # rows that only record (refusals, free calls) are let go beyond it; nothing that moves money is
 UNSTORABLE = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "unstorable")))

@@ -47,7 +47,7 @@ WITH running AS (
 SELECT calls.id AS call_id, request_id, app, endpoint, state, flags, quote_nano, coalesce(max(held_nano), 0) AS held_max_nano,
   coalesce(sum(spent_nano), 0) AS spent_nano
 FROM calls LEFT JOIN running ON running.call_id = calls.id
-WHERE state <> 'refused' GROUP BY calls.id ORDER BY calls.id
+WHERE state <> 'refused' AND carried IS NULL GROUP BY calls.id ORDER BY calls.id
 """
 
 _HIGH_WATER = """
@@ -78,7 +78,7 @@ class Recorded:
 _RECORDED = """
 SELECT id, app, endpoint, model_asked, max_tokens, refusal, quote_nano,
   (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano, day_start, week_start, month_start
-FROM calls WHERE started_at >= :since AND started_at < :until ORDER BY id
+FROM calls WHERE started_at >= :since AND started_at < :until AND carried IS NULL ORDER BY id
 """
 
 

@@ -11,7 +11,6 @@ from gateway_addon.ledger import book
 from gateway_addon.ledger.values import Outcome, Settlement
 
 ORPHAN = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "orphan")))
-RATES_KEPT_S = 3600
 
 
 def known(db: sqlite3.Connection) -> list[str]:
@@ -26,5 +25,4 @@ def settle_orphans(db: sqlite3.Connection, dead: Iterable[str], *, now: float) -
         orphans = db.execute(book.OPEN_OF_OWNER, (owner,)).fetchall()
         swept += sum(book.settle(db, call_id, ORPHAN, now=now).first for (call_id,) in orphans)
         db.execute("DELETE FROM owners WHERE id = ?", (owner,))
-    db.execute("DELETE FROM minutes WHERE minute < ?", (int(now - RATES_KEPT_S) // 60,))
     return swept

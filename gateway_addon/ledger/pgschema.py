@@ -168,5 +168,95 @@ CREATE VIEW standings AS
   FROM balances;
 """
 
-MIGRATIONS = (("m001_ledger", TABLES),)
+RETENTION = """
+SET LOCAL search_path = gateway;
+
+ALTER TABLE calls ADD COLUMN carried BIGINT;
+CREATE TABLE carries (call_id BIGINT PRIMARY KEY, carry_id BIGINT NOT NULL);
+CREATE INDEX carries_of ON carries (carry_id);
+
+DROP TRIGGER entries_balance ON entries;
+CREATE TRIGGER entries_balance AFTER INSERT ON entries FOR EACH ROW WHEN (NEW.kind <> 'carry') EXECUTE FUNCTION book_entry();
+
+CREATE FUNCTION judge_carry() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  IF (NEW.spent_nano, NEW.reserved_nano, NEW.quantum_nano, NEW.open) IS DISTINCT FROM (
+        SELECT (sum(spent_nano)::bigint, sum(reserved_nano)::bigint, sum(quantum_nano)::bigint, sum(open)::bigint)
+        FROM entries JOIN carries USING (call_id) WHERE carry_id = NEW.call_id)
+      OR EXISTS (
+        SELECT 1 FROM carries JOIN calls ON calls.id = carries.call_id JOIN calls AS carry ON carry.id = carry_id
+        WHERE carry_id = NEW.call_id AND (calls.state = 'open'
+          OR (calls.app, calls.team, calls.day_start, calls.week_start, calls.month_start)
+          IS DISTINCT FROM (carry.app, carry.team, carry.day_start, carry.week_start, carry.month_start))) THEN
+    RAISE EXCEPTION 'a carry holds the sum of the ended calls of one app, team and day' USING ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER entries_carry AFTER INSERT ON entries FOR EACH ROW WHEN (NEW.kind = 'carry') EXECUTE FUNCTION judge_carry();
+
+CREATE FUNCTION judge_carries() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  IF NEW.call_id = NEW.carry_id OR EXISTS (SELECT 1 FROM entries WHERE call_id = NEW.carry_id) THEN
+    RAISE EXCEPTION 'a carry that is booked takes no further call' USING ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER carries_before AFTER INSERT ON carries FOR EACH ROW EXECUTE FUNCTION judge_carries();
+
+DROP TRIGGER entries_stay ON entries;
+CREATE TRIGGER entries_stay BEFORE UPDATE OR TRUNCATE ON entries EXECUTE FUNCTION stays();
+CREATE FUNCTION remains() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  IF NOT EXISTS (SELECT 1 FROM carries JOIN entries AS carry ON carry.call_id = carry_id AND carry.kind = 'carry'
+    WHERE carries.call_id = OLD.call_id) THEN
+    RAISE EXCEPTION 'entries are never removed: write an adjust entry' USING ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN OLD;
+END $$;
+CREATE TRIGGER entries_remain BEFORE DELETE ON entries FOR EACH ROW EXECUTE FUNCTION remains();
+"""
+
+DAYS = """
+SET LOCAL search_path = gateway;
+
+CREATE TABLE kept_days (
+  day_start BIGINT NOT NULL, grouping TEXT NOT NULL, day_end BIGINT NOT NULL, ready BIGINT NOT NULL, PRIMARY KEY (day_start, grouping)
+);
+CREATE TABLE kept_lines (
+  day_start BIGINT NOT NULL, grouping TEXT NOT NULL, key TEXT NOT NULL,
+  calls BIGINT NOT NULL, settled BIGINT NOT NULL, refused BIGINT NOT NULL, estimated BIGINT NOT NULL, upstream_429 BIGINT NOT NULL,
+  spent_nano BIGINT NOT NULL, held_nano BIGINT NOT NULL, input_tokens BIGINT NOT NULL, output_tokens BIGINT NOT NULL,
+  cache_read_tokens BIGINT NOT NULL, cache_write_tokens BIGINT NOT NULL, web_searches BIGINT NOT NULL, max_tokens BIGINT NOT NULL,
+  limited_output_tokens BIGINT NOT NULL, PRIMARY KEY (day_start, grouping, key)
+);
+
+CREATE FUNCTION strike_by_call() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  DELETE FROM kept_days WHERE day_start = NEW.day_start;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER calls_strike AFTER INSERT ON calls FOR EACH ROW EXECUTE FUNCTION strike_by_call();
+CREATE FUNCTION strike_by_entry() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  DELETE FROM kept_days WHERE day_start = (SELECT day_start FROM calls WHERE id = NEW.call_id);
+  RETURN NULL;
+END $$;
+CREATE TRIGGER entries_strike AFTER INSERT ON entries FOR EACH ROW WHEN (NEW.kind = 'adjust') EXECUTE FUNCTION strike_by_entry();
+"""
+
+MINUTES = """
+SET LOCAL search_path = gateway;
+
+CREATE FUNCTION pass_minutes() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  DELETE FROM minutes WHERE app = NEW.app AND minute IN (
+    SELECT minute FROM minutes WHERE app = NEW.app AND minute < NEW.minute - 60 ORDER BY minute LIMIT 100);
+  RETURN NULL;
+END $$;
+CREATE TRIGGER minutes_pass AFTER INSERT ON minutes FOR EACH ROW EXECUTE FUNCTION pass_minutes();
+"""
+
+OBSERVED = "CREATE INDEX calls_observed ON calls (started_at) WHERE strpos(flags, 'observed:') > 0"
+
+MIGRATIONS = (
+    ("m001_ledger", TABLES),
+    ("m004_retention", RETENTION),
+    ("m004_days", DAYS),
+    ("m004_minutes", MINUTES),
+    ("m005_observed", OBSERVED),
+)
 """Each runs once, in one transaction; its name is its identity."""

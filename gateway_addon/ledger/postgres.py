@@ -27,7 +27,6 @@ from psycopg import pq
 from psycopg.adapt import Dumper, Loader
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.numeric import Int8Dumper
-from psycopg.types.string import TextLoader
 from psycopg_pool import ConnectionPool
 
 from gateway_addon.ledger import book, owners
@@ -68,9 +67,7 @@ CROSS JOIN LATERAL (VALUES ('day', day_start), ('week', week_start), ('month', m
 GROUP BY 1, 2, 3, 4"""
 
 SPELLED = (
-    (book.EACH_CAP, "json_array_elements(CAST(:caps AS json)) AS each_cap (value)"),
     (book.ITS_BALANCE, _ITS_BALANCE),
-    (book.AS_JSON, f"coalesce({book.AS_JSON.replace('json_group_array(json_array(', 'json_agg(json_build_array(')}, '[]')"),
     (book.CLEAR_BALANCES, "DELETE FROM app_balances"),
     (book.FILL_BALANCES, _FILL_BALANCES),
 )
@@ -82,13 +79,14 @@ SPELLED_BY_PATTERN = (
     (re.compile(r"\binstr\("), "strpos("),
     (re.compile("%"), "%%"),
     (re.compile(r"\?"), "%s"),
-    (re.compile(r"(?<![:\w]):([a-z_]+)"), r"%(\1)s"),
+    (re.compile(r"(?<![:\w]):([a-z_]\w*)"), r"%(\1)s"),
 )
 
 _SENTENCES = {
     # by SQLSTATE, or its first two characters
     "25006": "the ledger's server {at} is read-only (a standby?): point --ledger at the primary",
     "42P01": "the database on {at} has no ledger: `gateway init` makes one",
+    "42703": "the ledger on {at} is an older version's: `gateway init` brings it up to date",
     "3F000": "the database on {at} has no ledger: `gateway init` makes one",
     "42501": "the ledger's user on {at} lacks a privilege",
     "53100": "the disk of the ledger's server {at} is full: free some space, the gateway goes on by itself",
@@ -146,7 +144,6 @@ class Connection:
     def __init__(self, raw: psycopg.Connection[Any]) -> None:
         self.raw = raw
         raw.adapters.register_loader("numeric", _Whole)
-        raw.adapters.register_loader("json", TextLoader)
         raw.adapters.register_dumper(int, Int8Dumper)  # one type for every amount: a product of two small ones must not overflow
         raw.adapters.register_dumper(bool, _Truth)
 

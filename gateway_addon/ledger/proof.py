@@ -36,17 +36,17 @@ HAVING count(*) <> 2 OR min(spent_nano) <> max(spent_nano) OR min(reserved_nano)
 _USAGE = """
 SELECT * FROM (
   SELECT calls.id, entries.spent_nano AS settled, coalesce((SELECT sum(nano) FROM usage WHERE call_id = calls.id), 0) AS parts
-  FROM calls JOIN entries ON entries.call_id = calls.id AND entries.kind = 'settle') AS bills
+  FROM calls JOIN entries ON entries.call_id = calls.id AND entries.kind IN ('settle', 'carry')) AS bills
 WHERE settled <> parts
 """
 
 _STATES = """
 SELECT * FROM (
-  SELECT calls.id, state, coalesce(sum(entries.open), 0) AS left_open, coalesce(sum(reserved_nano), 0) AS left_held,
+  SELECT calls.id, state, carried, coalesce(sum(entries.open), 0) AS left_open, coalesce(sum(reserved_nano), 0) AS left_held,
     count(*) FILTER (WHERE kind IN ('settle', 'void')) AS resolutions
   FROM calls LEFT JOIN entries ON entries.call_id = calls.id GROUP BY calls.id) AS states
 WHERE left_open <> CASE state WHEN 'open' THEN 1 ELSE 0 END OR left_held < 0 OR (state <> 'open' AND left_held <> 0)
-  OR resolutions <> CASE WHEN state IN ('settled', 'voided') THEN 1 ELSE 0 END
+  OR resolutions <> CASE WHEN state IN ('settled', 'voided') AND carried IS NULL THEN 1 ELSE 0 END
 """
 
 _OPEN = """
@@ -67,7 +67,7 @@ def findings(db: sqlite3.Connection) -> list[str]:
         )
     for call_id, settled, parts in db.execute(_USAGE).fetchmany(FINDINGS_MAX):
         found.append(f"call {call_id}: its parts sum to {dollars(parts)}, it was settled at {dollars(settled)}")
-    for call_id, state, is_open, held, resolutions in db.execute(_STATES).fetchmany(FINDINGS_MAX):
+    for call_id, state, _, is_open, held, resolutions in db.execute(_STATES).fetchmany(FINDINGS_MAX):
         found.append(f"call {call_id} is {state}, but its entries leave {is_open} open, {dollars(held)} held, {resolutions} resolutions")
     return found
 

@@ -6,8 +6,10 @@ Knows nothing of tables on a terminal. The connection yields rows by name (`admi
 import json
 import sqlite3
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from typing import Literal, cast, get_args
 
 from gateway_addon.ledger.book import zone
@@ -15,7 +17,11 @@ from gateway_addon.ledger.book import zone
 By = Literal["app", "model", "served", "day", "token", "agent"]
 GROUPINGS: tuple[By, ...] = get_args(By)
 
-_KEY: dict[By, str] = {
+REFUSAL: Literal["refusal"] = "refusal"
+Grouping = By | Literal["refusal"]
+"""What a report may be grouped by, and the refusals that each report ends with."""
+
+_KEY: dict[Grouping, str] = {
     "app": "calls.app",
     "model": "coalesce(model_asked, '(none)')",
     # beside the model, whatever else makes its price another than the standard one
@@ -25,17 +31,19 @@ _KEY: dict[By, str] = {
     "day": "day_start",
     "token": "calls.app || ' #' || token_id || coalesce(nullif(' ' || tokens.label, ' '), '')",
     "agent": "coalesce(agent_id, session_id, '(none)')",
+    "refusal": "coalesce(refusal, '')",
 }
 
 # Each table is summed by key on its own: a row per call would have to be kept for the whole period. CROSS JOIN keeps SQLite from
 # turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
 _CHOSEN = "WHERE started_at >= :since AND started_at < :until GROUP BY 1"
+_COUNT = "coalesce(sum(coalesce(carried, 1)) FILTER (WHERE {}), 0)"  # a carry stands for many calls (retention.py)
 _CALLS = "calls LEFT JOIN tokens ON tokens.id = token_id"
 _LINES = f"""
 WITH seen AS (
-  SELECT {{key}} AS key, count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls,
-    count(*) FILTER (WHERE state = 'settled') AS settled, count(*) FILTER (WHERE state = 'refused') AS refused,
-    count(*) FILTER (WHERE ' ' || flags LIKE '% estimated%') AS estimated, count(*) FILTER (WHERE status = 429) AS upstream_429
+  SELECT {{key}} AS key, {_COUNT.format("state IN ('open', 'settled', 'voided')")} AS calls,
+    {_COUNT.format("state = 'settled'")} AS settled, {_COUNT.format("state = 'refused'")} AS refused,
+    {_COUNT.format("' ' || flags LIKE '% estimated%'")} AS estimated, {_COUNT.format("status = 429")} AS upstream_429
   FROM {_CALLS} {_CHOSEN}),
 money AS (
   SELECT {{key}} AS key, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
@@ -114,51 +122,38 @@ class Report:
     @property
     def total(self) -> Line:
         """All lines as one."""
-        figures = [name for name in Line.__slots__ if name != "key"]
-        return Line("total", **{name: sum(getattr(line, name) for line in self.lines) for name in figures})
+        return _sum("total", self.lines) if self.lines else Line("total", *(0 for _ in _FIGURES))
 
 
 def report(db: sqlite3.Connection, by: By, *, since: float, until: float) -> Report:
     """The calls admitted from `since` to before `until`."""
-    before = db.execute(_SPENT.format(key=_KEY[by]), {"since": since - (until - since), "until": since}).fetchall()
-    return Report(
-        by,
-        since,
-        until,
-        _lines(db, by, since, until),
-        {_key(db, by, row["key"]): row["spent_nano"] for row in before},
-        tuple((row["code"], row["calls"]) for row in db.execute(_REFUSALS, {"since": since, "until": until}).fetchall()),
-        _observed(db, since, until),
-    )
+    lines = _lines(db, by, since, until)
+    before = _lines(db, by, since - (until - since), since)
+    in_order = sorted(lines, key=lambda line: (line.key,) if by == "day" else (-line.spent_nano, -line.calls, line.key))
+    spent_before = {line.key: line.spent_nano for line in before}
+    return Report(by, since, until, tuple(in_order), spent_before, _refusals(db, since, until), _observed(db, since, until))
 
 
+_NOISE = "SELECT reason, sum(calls) FROM noise WHERE minute >= :since AND minute < :until GROUP BY reason"
 _OBSERVED = """
-SELECT flags, count(*) AS calls FROM calls
+SELECT flags, sum(coalesce(carried, 1)) AS calls FROM calls
 WHERE started_at >= :since AND started_at < :until AND instr(flags, 'observed:') > 0 GROUP BY flags
 """
 
 
 def _observed(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple[str, int], ...]:
+    """By code, the most frequent first; read from an index of such calls alone."""
     counts: Counter[str] = Counter()
     for row in db.execute(_OBSERVED, {"since": since, "until": until}).fetchall():
-        for flag in row["flags"].split():
-            if flag.startswith("observed:"):
-                counts[flag.removeprefix("observed:")] += row["calls"]
+        counts.update({flag.removeprefix("observed:"): int(row["calls"]) for flag in row["flags"].split() if flag.startswith("observed:")})
     return tuple(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
 
 
-_SPENT = f"""
-SELECT {{key}} AS key, sum(spent_nano) AS spent_nano FROM {_CALLS} CROSS JOIN entries ON entries.call_id = calls.id {_CHOSEN}
-"""
-
-_REFUSALS = """
-SELECT code, sum(calls) AS calls FROM (
-  SELECT refusal AS code, count(*) AS calls FROM calls
-    WHERE state = 'refused' AND started_at >= :since AND started_at < :until GROUP BY refusal
-  UNION ALL
-  SELECT reason, sum(calls) FROM noise WHERE minute >= :since AND minute < :until GROUP BY reason
-) AS refusals GROUP BY code ORDER BY calls DESC, code
-"""
+def _refusals(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple[str, int], ...]:
+    """By code, the most frequent first."""
+    counted = Counter({line.key: line.refused for line in _lines(db, REFUSAL, since, until) if line.refused})
+    counted.update(dict(db.execute(_NOISE, {"since": since, "until": until}).fetchall()))
+    return tuple(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +170,8 @@ class Drift:
 
 _DRIFTS = """
 SELECT app, model_asked AS asked, model_served AS served,
-  count(*) FILTER (WHERE started_at >= :since AND started_at < :until) AS calls, min(started_at) AS first_at, max(started_at) AS last_at
+  sum(coalesce(carried, 1)) FILTER (WHERE started_at >= :since AND started_at < :until) AS calls,
+  min(started_at) AS first_at, max(started_at) AS last_at
 FROM calls WHERE instr(' ' || flags || ' ', ' drift ') > 0 GROUP BY app, model_asked, model_served
 HAVING count(*) FILTER (WHERE started_at >= :since AND started_at < :until) > 0 ORDER BY calls DESC, app, asked, served
 """
@@ -199,7 +195,8 @@ class Notable:
 
 def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | None:
     """The configuration that cost most; None where nothing was spent."""
-    key = "calls.app || ' ' || coalesce(CAST(max_tokens AS TEXT), '-') || ' ' || coalesce(model_asked, '(none)')"
+    asked = "CASE WHEN carried IS NULL THEN max_tokens END"  # of a carry it is a sum
+    key = f"calls.app || ' ' || coalesce(CAST({asked} AS TEXT), '-') || ' ' || coalesce(model_asked, '(none)')"
     query = _LINES.format(key=key, order="spent_nano DESC")
     lines = [_line(row, row["key"]) for row in db.execute(query, {"since": since, "until": until}).fetchall()]
     if not lines or lines[0].spent_nano == 0:
@@ -215,15 +212,45 @@ def alerts(db: sqlite3.Connection, *, since: float, until: float) -> list[dict[s
     return [{name: value for name, value in dict(row).items() if name != "facts"} | json.loads(row["facts"]) for row in rows]
 
 
-def _lines(db: sqlite3.Connection, by: By, since: float, until: float) -> tuple[Line, ...]:
-    order = "key" if by == "day" else "spent_nano DESC, calls DESC, key"
-    rows = db.execute(_LINES.format(key=_KEY[by], order=order), {"since": since, "until": until}).fetchall()
-    return tuple(_line(row, _key(db, by, row["key"])) for row in rows)
+_KEPT_DAYS = """
+SELECT day_start, day_end FROM kept_days
+WHERE grouping = :by AND ready = 1 AND day_start >= :since AND day_end <= :until ORDER BY day_start
+"""
+_FIGURES = tuple(name for name in Line.__slots__ if name != "key")
+_KEPT_LINES = f"""
+SELECT key, {", ".join(f"sum({name}) AS {name}" for name in _FIGURES)} FROM kept_days JOIN kept_lines USING (day_start, grouping)
+WHERE grouping = :by AND ready = 1 AND day_start >= :since AND day_end <= :until GROUP BY key
+"""
 
 
-def _key(db: sqlite3.Connection, by: By, key: object) -> str:
+def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[Line]:
+    """The days that are kept (rollups.py) as they were summed, what lies between them from the calls."""
+    period = {"by": by, "since": since, "until": until}
+    parts = [[_line(row, row["key"]) for row in db.execute(_KEPT_LINES, period).fetchall()]]
+    at = since
+    for start, end in [tuple(row) for row in db.execute(_KEPT_DAYS, period).fetchall()] + [(until, until)]:
+        if at < start:
+            parts.append(of_calls(db, by, at, start))
+        at = end
+    merged: dict[str, list[Line]] = {}
+    for line in chain.from_iterable(parts):
+        merged.setdefault(line.key, []).append(line)
+    return [lines[0] if len(lines) == 1 else _sum(key, lines) for key, lines in merged.items()]
+
+
+def of_calls(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[Line]:
+    """The calls admitted in a span, each of them read."""
+    rows = db.execute(_LINES.format(key=_KEY[by], order="key"), {"since": since, "until": until}).fetchall()
+    return [_line(row, _key(db, by, row["key"])) for row in rows]
+
+
+def _sum(key: str, lines: Iterable[Line]) -> Line:
+    return Line(key, *map(sum, zip(*([getattr(line, name) for name in _FIGURES] for line in lines), strict=True)))
+
+
+def _key(db: sqlite3.Connection, by: Grouping, key: object) -> str:
     return datetime.fromtimestamp(cast(int, key), zone(db)).strftime("%Y-%m-%d") if by == "day" else str(key)
 
 
 def _line(row: sqlite3.Row, key: str) -> Line:
-    return Line(key, **{name: row[name] for name in Line.__slots__ if name != "key"})
+    return Line(key, **{name: row[name] for name in _FIGURES})

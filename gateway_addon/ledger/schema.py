@@ -169,9 +169,106 @@ def m001_ledger(db: Database) -> None:
     _run(db, TABLES)
 
 
+# `carries`: the calls that are becoming one row, empty outside of a transaction (retention.py). A carry moves money from many entries to
+# one, so it is booked in no balance: what it holds must be what they held, and they may go once it does, no earlier and no others.
+RETENTION = """
+ALTER TABLE calls ADD COLUMN carried INTEGER;  -- of how many calls this row is the sum; NULL: it is a call
+CREATE TABLE carries (call_id INTEGER PRIMARY KEY, carry_id INTEGER NOT NULL) STRICT;
+CREATE INDEX carries_of ON carries (carry_id);
+
+DROP TRIGGER entries_balance;
+CREATE TRIGGER entries_balance AFTER INSERT ON entries WHEN NEW.kind <> 'carry' BEGIN
+  INSERT INTO balances (scope, window, window_start, spent_nano, reserved_nano, quantum_nano, open)
+    SELECT scope, window, window_start, NEW.spent_nano, NEW.reserved_nano, NEW.quantum_nano, NEW.open
+    FROM call_frames WHERE call_id = NEW.call_id
+    ON CONFLICT DO UPDATE SET spent_nano = spent_nano + excluded.spent_nano,
+      reserved_nano = reserved_nano + excluded.reserved_nano, quantum_nano = quantum_nano + excluded.quantum_nano,
+      open = open + excluded.open;
+END;
+
+CREATE TRIGGER entries_carry AFTER INSERT ON entries WHEN NEW.kind = 'carry' BEGIN
+  SELECT RAISE(ABORT, 'a carry holds the sum of the ended calls of one app, team and day')
+    WHERE (NEW.spent_nano, NEW.reserved_nano, NEW.quantum_nano, NEW.open) IS NOT (
+        SELECT sum(spent_nano), sum(reserved_nano), sum(quantum_nano), sum(open) FROM entries JOIN carries USING (call_id)
+        WHERE carry_id = NEW.call_id)
+      OR EXISTS (
+        SELECT 1 FROM carries JOIN calls ON calls.id = carries.call_id JOIN calls AS carry ON carry.id = carry_id
+        WHERE carry_id = NEW.call_id AND (calls.state = 'open'
+          OR (calls.app, calls.team, calls.day_start, calls.week_start, calls.month_start)
+          IS NOT (carry.app, carry.team, carry.day_start, carry.week_start, carry.month_start)));
+END;
+CREATE TRIGGER carries_before AFTER INSERT ON carries
+  WHEN EXISTS (SELECT 1 FROM entries WHERE call_id = NEW.carry_id) OR NEW.call_id = NEW.carry_id
+  BEGIN SELECT RAISE(ABORT, 'a carry that is booked takes no further call'); END;
+
+DROP TRIGGER entries_remain;
+CREATE TRIGGER entries_remain BEFORE DELETE ON entries
+  WHEN NOT EXISTS (SELECT 1 FROM carries JOIN entries AS carry ON carry.call_id = carry_id AND carry.kind = 'carry'
+    WHERE carries.call_id = OLD.call_id)
+  BEGIN SELECT RAISE(ABORT, 'entries are never removed: write an adjust entry'); END;
+"""
+
+
+# A minute's first admission lets the app's old ones go, an hour back and some at a time: no start-up or report has to, however long a
+# gateway ran and whatever an older version left.
+MINUTES = """
+CREATE TRIGGER minutes_pass AFTER INSERT ON minutes BEGIN
+  DELETE FROM minutes WHERE app = NEW.app AND minute IN (
+    SELECT minute FROM minutes WHERE app = NEW.app AND minute < NEW.minute - 60 ORDER BY minute LIMIT 100);
+END;
+"""
+
+# Whatever changes a day's report strikes the day off; no day is kept while a call of it is open, so a settlement need not.
+DAYS = """
+CREATE TABLE kept_days (    -- days whose sums are kept for reports, by what they are grouped by; `ready` 0: being summed (rollups.py)
+  day_start INTEGER NOT NULL, grouping TEXT NOT NULL, day_end INTEGER NOT NULL, ready INTEGER NOT NULL, PRIMARY KEY (day_start, grouping)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE kept_lines (   -- a line of such a day's report; counts only while its day is in `kept_days`
+  day_start INTEGER NOT NULL, grouping TEXT NOT NULL, key TEXT NOT NULL,
+  calls INTEGER NOT NULL, settled INTEGER NOT NULL, refused INTEGER NOT NULL, estimated INTEGER NOT NULL, upstream_429 INTEGER NOT NULL,
+  spent_nano INTEGER NOT NULL, held_nano INTEGER NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
+  cache_read_tokens INTEGER NOT NULL, cache_write_tokens INTEGER NOT NULL, web_searches INTEGER NOT NULL, max_tokens INTEGER NOT NULL,
+  limited_output_tokens INTEGER NOT NULL, PRIMARY KEY (day_start, grouping, key)
+) STRICT, WITHOUT ROWID;
+
+CREATE TRIGGER calls_strike AFTER INSERT ON calls BEGIN DELETE FROM kept_days WHERE day_start = NEW.day_start; END;
+CREATE TRIGGER entries_strike AFTER INSERT ON entries WHEN NEW.kind = 'adjust' BEGIN
+  DELETE FROM kept_days WHERE day_start = (SELECT day_start FROM calls WHERE id = NEW.call_id);
+END;
+"""
+
+# Of the few calls that passed though an observed rule would have refused them, so that a report need not look through all.
+OBSERVED = "CREATE INDEX calls_observed ON calls (started_at) WHERE instr(flags, 'observed:') > 0;\n"
+
+
 @migrations()
 def m002_views_for_people(db: Database) -> None:
     _run(db, VIEWS)
+
+
+@migrations()
+def m004_retention(db: Database) -> None:
+    _run(db, RETENTION)
+
+
+@migrations()
+def m004_days(db: Database) -> None:
+    _run(db, DAYS)
+
+
+@migrations()
+def m004_minutes(db: Database) -> None:
+    _run(db, MINUTES)
+
+
+@migrations()
+def m005_observed(db: Database) -> None:
+    _run(db, OBSERVED)
+
+
+def is_behind(connection: sqlite3.Connection) -> bool:
+    """True for an older version's ledger, and for what is no ledger at all."""
+    return bool(migrations.pending(Database(connection, execute_plugins=False)))
 
 
 def migrate(connection: sqlite3.Connection) -> None:

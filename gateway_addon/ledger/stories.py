@@ -100,7 +100,8 @@ _COLUMNS = """calls.id, state, calls.app, team, endpoint, model_asked, model_ser
   (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = calls.id) AS held_nano"""
 _SEARCH = f"""
 SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id
-WHERE (:app = '' OR calls.app = :app) AND (:model = '' OR :model IN (model_asked, model_served)) AND (:state = '' OR state = :state)
+WHERE carried IS NULL AND (:app = '' OR calls.app = :app) AND (:model = '' OR :model IN (model_asked, model_served))
+  AND (:state = '' OR state = :state)
   AND (:before IS NULL OR calls.id < :before)
   AND (:text = '' OR CAST(calls.id AS TEXT) = :text OR {" OR ".join(f"instr(lower({label}), lower(:text))" for label in _LABELS)})
 ORDER BY calls.id DESC LIMIT {PAGE + 1}

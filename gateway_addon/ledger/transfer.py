@@ -165,9 +165,10 @@ def _end(
     db.execute("BEGIN")
     db.execute("DELETE FROM settings")  # of this move, and the defaults of new tables
     for table in columns.keys() - OF_CALLS.keys():
+        db.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
         _pour(ledger, db, table, columns[table])
     db.execute(book.FILL_BALANCES)
-    for table in OF_CALLS:
+    for table in columns:
         db.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
         db.execute(f"ANALYZE {table}")
     for table in (table for table, its in columns.items() if "id" in its):

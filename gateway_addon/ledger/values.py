@@ -6,7 +6,7 @@ SQL; caps and priced parts come from other rooms and are described here by their
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from gateway_addon.windows import Window
@@ -117,8 +117,7 @@ class RateLimits:
     concurrent: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """How one scope stands in one window. `cap_nano` holds the raises in force (`raised_nano` of it); None: no cap asked about.
 
     `quantum_nano` is what running streams keep free for their next top-up: counted at admissions, not part of what is held.

@@ -1,0 +1,72 @@
+"""`gateway prune`: calls of long ago become daily sums, so that a ledger does not grow for ever."""
+
+import getpass
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from gateway_addon.cli import times
+from gateway_addon.cli.common import ledger_option, says_errors
+from gateway_addon.ledger import LedgerUnavailable, Server, admin, files, retention
+from gateway_addon.ledger.book import zone
+from gateway_addon.windows import starts
+
+CALLS_MAX = 1000
+PAUSE_S = 0.02  # how long a gateway may be kept waiting: the next transaction is made as large as this allows
+
+
+@click.command(epilog="Example: gateway prune --before 400d")
+@click.option("--before", metavar="WHEN", required=True, help="A date (2026-12-01, UTC) or a while ago (400d), before this week and month.")
+@click.option("--dry-run", is_flag=True, help="Say what would go, change nothing.")
+@ledger_option
+@says_errors(LedgerUnavailable, ValueError)
+def prune(before: str, dry_run: bool, ledger: str) -> None:
+    """Make daily sums of the calls admitted before WHEN, while gateways go on.
+
+    Balances, caps and reports (by app, model, served, day and token) stay what they are, to the nano. What goes is each call's own story:
+    its times, session, agent and request id. Open calls stay. What was begun and interrupted is taken up by the next run.
+    """
+    path, now = files.ledger_path(ledger), time.time()
+    with admin.reading(path) as db:
+        until = starts(times.since(before, now), zone(db)).day
+        found = retention.prunable(db, until)
+    what = f"{found.calls:,} calls before {times.day(until)}"
+    if dry_run:
+        click.echo(f"{what} would become daily sums; {found.kept_open:,} without an end would stay.")
+        return
+    with admin.changing(path) as db:
+        retention.begin(db, until, found, who=getpass.getuser(), now=now)
+    with click.progressbar(length=found.calls, label=what) as bar:
+        carries = _carry_all(path, until, bar.update)
+    click.echo(f"{what} are {carries:,} rows now.")
+    if not isinstance(path, Server):
+        click.echo("The file keeps its size, and what is free in it is used again; README says how to give it back to the disk.")
+
+
+def _carry_all(path: Path | Server, until: float, tell: Callable[[int], None]) -> int:
+    """Small transactions, and between them as much time for the gateways as each of them took. Returns the number of carries."""
+    carries, calls_max = 0, 50
+    day = _next_day(path, 0, until)
+    while day is not None:
+        left = day.groups
+        while left:
+            bundle, left = retention.bundle(left, calls_max)
+            began = time.monotonic()
+            with admin.changing(path) as db:
+                retention.carry(db, bundle, now=time.time())
+            took_s = time.monotonic() - began
+            calls = sum(map(len, bundle))
+            calls_max = max(10, min(CALLS_MAX, int(calls * PAUSE_S / took_s)))
+            carries += len(bundle)
+            tell(calls)
+            time.sleep(took_s)
+        day = _next_day(path, day.end, until)
+    return carries
+
+
+def _next_day(path: Path | Server, since: float, until: float) -> retention.Day | None:
+    """Each day is read in a moment of its own: a reader that stays keeps SQLite's log from being emptied."""
+    with admin.reading(path) as db:
+        return retention.next_day(db, since, until)

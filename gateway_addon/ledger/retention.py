@@ -1,0 +1,155 @@
+"""What may go from a ledger, and what stays of it: calls that ended long ago become sums, to the nano.
+
+A *carry* is one row in the place of many calls that no report tells apart: same app, team, token, day, models, state, flags. It keeps
+their number, their tokens by price row and their money; what it does not keep is each call's own story (times, sessions, request ids).
+Promises that every balance stays the sum of its entries (the tables refuse a carry that holds another sum, and the removal of an entry
+that no carry holds), and that each transaction is small: a gateway that writes meanwhile waits for some ten milliseconds at most.
+"""
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from gateway_addon.ledger.admin import PRUNED, audit, keep_setting
+from gateway_addon.ledger.book import zone
+from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.windows import starts
+
+DAY_S = 86_400
+
+type Group = tuple[int, ...]
+"""The numbers of calls that become one carry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """Calls of one (UTC) day, grouped; `end` is where the next one begins."""
+
+    end: int
+    groups: list[Group]
+
+
+@dataclass(frozen=True, slots=True)
+class Prunable:
+    """What lies before a time and may go. `kept_open`: calls without an end, which stay."""
+
+    calls: int
+    kept_open: int
+    alerts: int
+
+
+# What reports group or count by. Days of the provider's (UTC) beside those of the ledger's zone, for `gateway reconcile`.
+_KEYS = """state, app, team, token_id, endpoint, model_asked, model_served, stream, status, refusal, service_tier, speed, inference_geo,
+  flags, day_start, week_start, month_start"""
+_DAYS = f"CAST(started_at AS INTEGER) / {DAY_S}, CAST(coalesce(ended_at, started_at) AS INTEGER) / {DAY_S}, max_tokens IS NULL"
+_PAST = "started_at >= :since AND started_at < :before AND carried IS NULL AND state <> 'open'"
+
+_NEXT = f"SELECT started_at FROM calls WHERE {_PAST} ORDER BY started_at LIMIT 1"
+_OF_A_DAY = f"SELECT {_KEYS}, {_DAYS}, id FROM calls WHERE {_PAST} ORDER BY {_KEYS}, {_DAYS}, id"
+
+_CARRY = f"""
+INSERT INTO calls (owner, started_at, ended_at, carried, {_KEYS})
+SELECT 'carry', started_at, coalesce(ended_at, started_at), ?, {_KEYS} FROM calls WHERE id = ? RETURNING id
+"""
+_TAKE = "INSERT INTO carries (carry_id, call_id) SELECT ?, id FROM calls WHERE id = ?"
+_HOW_MANY = "SELECT count(*) FROM carries WHERE carry_id = :carry_id"
+_TAKEN = "(SELECT call_id FROM carries WHERE carry_id = :carry_id)"
+# `max_tokens` of the calls that have an answer, which is what a report holds the answers' lengths against.
+_LIMIT = f"""
+UPDATE calls SET max_tokens = (
+  SELECT sum(old.max_tokens) FROM calls AS old JOIN usage ON usage.call_id = old.id AND part = 0 WHERE old.id IN {_TAKEN})
+WHERE id = :carry_id
+"""
+_BOOK = f"""
+INSERT INTO entries (call_id, at, kind, spent_nano)
+SELECT :carry_id, :now, 'carry', sum(spent_nano) FROM entries WHERE call_id IN {_TAKEN} HAVING count(*) > 0
+"""
+_METER = f"""
+INSERT INTO usage (call_id, part, kind, model, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens,
+  cache_write_1h_tokens, cache_write_unsplit_tokens, web_search_requests, nano, price_row)
+SELECT :carry_id, row_number() OVER (ORDER BY min(part), kind) - 1, kind, model, sum(input_tokens), sum(output_tokens),
+  sum(cache_read_tokens), sum(cache_write_5m_tokens), sum(cache_write_1h_tokens), sum(cache_write_unsplit_tokens),
+  sum(web_search_requests), sum(nano), price_row
+FROM usage WHERE call_id IN {_TAKEN} GROUP BY kind, model, price_row
+"""
+# Corrections have no tokens: beside the parts they are what the rest of an estimate is, and take the sum of the parts to the carry's.
+_CORRECT = """
+INSERT INTO usage (call_id, part, kind, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens,
+  cache_write_1h_tokens, cache_write_unsplit_tokens, web_search_requests, nano)
+SELECT :carry_id, parts, 'estimate', 0, 0, 0, 0, 0, 0, 0, spent_nano - billed_nano
+FROM (SELECT count(*) AS parts, coalesce(sum(nano), 0) AS billed_nano FROM usage WHERE call_id = :carry_id) AS metered
+CROSS JOIN (SELECT spent_nano FROM entries WHERE call_id = :carry_id) AS carry WHERE spent_nano <> billed_nano
+"""
+_REMOVE = tuple(f"DELETE FROM {column} IN {_TAKEN}" for column in ("usage WHERE call_id", "entries WHERE call_id", "calls WHERE id"))
+
+_NOISY = "SELECT DISTINCT minute - minute % 86400 FROM noise WHERE minute < ? AND minute % 86400 <> 0"
+_NOISE_OF_A_DAY = "FROM noise WHERE minute >= :day AND minute < :day + 86400"
+
+
+def prunable(db: sqlite3.Connection, before: float) -> Prunable:
+    """What would go; counted, not changed."""
+    count = """
+    SELECT count(*) FILTER (WHERE state <> 'open'), count(*) FILTER (WHERE state = 'open'),
+      (SELECT count(*) FROM alerts WHERE at < :before AND kind = 'threshold')
+    FROM calls WHERE started_at < :before AND carried IS NULL
+    """
+    return Prunable(*db.execute(count, {"before": before}).fetchone())
+
+
+def begin(db: sqlite3.Connection, before: float, found: Prunable, *, who: str, now: float) -> None:
+    """Write down what is going to happen, and let the small tables go. Raises ValueError for a time within an open window."""
+    calendar = zone(db)
+    closed = min(starts(now, calendar)[:3])
+    if before > closed:
+        raise ValueError("only calls from before this week and this month may go: later ones count in open windows and may be corrected")
+    facts = {"before": before, "calls": found.calls}
+    audit(db, who, "prune", "ledger", None, facts, "calls become daily sums", now)
+    keep_setting(db, PRUNED, str(before))
+    db.execute("DELETE FROM raises WHERE until < ?", (before,))
+    # An alert of another kind is what keeps a person from being told the same again.
+    db.execute("DELETE FROM alerts WHERE at < ? AND kind = 'threshold' AND try_at IS NULL", (before,))
+    for (day,) in db.execute(_NOISY, (before,)).fetchall():
+        _sum_noise(db, day)
+
+
+def _sum_noise(db: sqlite3.Connection, day: int) -> None:
+    counted = db.execute(f"SELECT reason, sum(calls) {_NOISE_OF_A_DAY} GROUP BY reason", {"day": day}).fetchall()
+    db.execute(f"DELETE {_NOISE_OF_A_DAY}", {"day": day})
+    db.executemany("INSERT INTO noise (minute, reason, calls) VALUES (?, ?, ?)", [(day, reason, calls) for reason, calls in counted])
+
+
+def next_day(db: sqlite3.Connection, since: float, before: float) -> Day | None:
+    """The first day from `since` on that has calls to carry. Read before the write transactions: the keys of an ended call stay."""
+    first = db.execute(_NEXT, {"since": since, "before": before}).fetchone()
+    if first is None:
+        return None
+    end = (int(first[0]) // DAY_S + 1) * DAY_S
+    calls = (tuple(row) for row in db.execute(_OF_A_DAY, {"since": first[0], "before": min(end, before)}).fetchall())
+    return Day(end, [tuple(call[-1] for call in alike) for _, alike in groupby(calls, key=lambda call: call[:-1])])
+
+
+def bundle(groups: Sequence[Group], calls_max: int) -> tuple[list[Group], list[Group]]:
+    """So many calls of these groups, for one transaction, and what is left for the next ones; a large group is divided."""
+    taken: list[Group] = []
+    for number, group in enumerate(groups):
+        if len(group) >= calls_max:
+            left = [group[calls_max:]] if len(group) > calls_max else []
+            return [*taken, group[:calls_max]], [*left, *groups[number + 1 :]]
+        taken.append(group)
+        calls_max -= len(group)
+    return taken, []
+
+
+def carry(db: sqlite3.Connection, groups: Sequence[Group], *, now: float) -> None:
+    """Put one row in each group's place. Inside a write transaction on everything. Raises LedgerUnavailable where calls have gone since."""
+    for group in groups:
+        rows = db.execute(_CARRY, (len(group), group[0])).fetchall()
+        carry_id = rows[0][0] if rows else None
+        db.executemany(_TAKE, [(carry_id, call_id) for call_id in group])
+        values = {"carry_id": carry_id, "now": now}
+        if db.execute(_HOW_MANY, values).fetchone()[0] != len(group):
+            raise LedgerUnavailable("another `gateway prune` works on this ledger: let it finish")
+        for statement in (_LIMIT, _BOOK, _METER, _CORRECT, *_REMOVE):
+            db.execute(statement, values)
+        db.execute("DELETE FROM carries WHERE carry_id = ?", (carry_id,))

@@ -1,0 +1,103 @@
+"""A ledger of many calls costs what one of a single call does: counted in steps of the database's machine, and in the soak by the clock."""
+
+import asyncio
+import sqlite3
+import statistics
+import sys
+import time
+from contextlib import closing
+
+import month
+import pytest
+from ledgers import Cap, Part
+
+from gateway_addon.ledger import Ledger, NewCall, Settlement, admin, book, files, reports, rollups
+
+APP = month.APPS[4]
+CALL = NewCall(APP, "content", 5, model_asked="claude-haiku-4-5", max_tokens=100)
+CAPS = [Cap(f"app:{APP}", "day", 10**15), Cap("total", "month", 10**15), Cap("team:content", "ever", 10**15)]
+DAY_S = 86_400
+
+
+class Steps:
+    """Counts the work of a connection's statements, in tens of virtual instructions."""
+
+    def __init__(self, db: sqlite3.Connection):
+        self.count = 0
+        db.set_progress_handler(self._step, 10)
+
+    def _step(self) -> int:
+        self.count += 1
+        return 0
+
+    def of(self, work) -> int:
+        before = self.count
+        work()
+        return self.count - before
+
+
+def a_call(db, now):
+    book.settle(db, book.reserve(db, "me", CALL, 300, CAPS, now=now).call_id, Settlement(200, (Part(200),)), now=now)
+
+
+def test_a_call_and_a_kept_months_report_take_no_more_steps_in_a_large_ledger(tmp_path):
+    now = time.time()
+    took = {}
+    for calls in (1, 20_000):
+        path = tmp_path / f"{calls}.db"
+        month.make(path, calls, until=now)
+        with closing(files.writer_connection(path)) as db:
+            a_call(db, now)  # the first one makes the balances' rows
+            took[calls] = Steps(db).of(lambda db=db: a_call(db, now))
+    assert took[20_000] <= took[1] * 1.05
+    with closing(files.reader_connection(path)) as db:
+        db.row_factory = sqlite3.Row
+        steps, period = Steps(db), {"since": now - 25 * DAY_S, "until": now}
+        by_calls = steps.of(lambda: reports.report(db, "app", **period))
+        rollups.keep(path, "app", **period, now=now)
+        assert steps.of(lambda: reports.report(db, "app", **period)) < by_calls / 5
+    with admin.reading(path) as db:
+        assert Steps(db).of(lambda: rollups._missing(db, "app", **period, now=now)) < 500, "it does not look for the days call by call"
+
+
+async def latencies(path) -> tuple[float, float]:
+    """The median and the 99th percentile of 1,600 admissions by eight callers."""
+    ledger, taken = await Ledger.open(f"sqlite:///{path}"), []
+
+    async def caller():
+        for _ in range(200):
+            began = time.perf_counter()
+            held = await ledger.reserve(CALL, 300, CAPS, now=time.time())
+            taken.append(time.perf_counter() - began)
+            ledger.settle(held.call_id, Settlement(200, (Part(200),)), now=time.time())
+
+    await asyncio.gather(*(caller() for _ in range(8)))
+    await ledger.close()
+    return statistics.median(taken), statistics.quantiles(taken, n=100)[98]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("calls", [5_000_000])
+async def test_admission_a_months_report_and_start_up_by_the_clock(tmp_path, calls):
+    now, rounds = time.time(), {}
+    for name, made in (("empty", 1), ("large", calls)):
+        month.make(tmp_path / f"{name}.db", made, until=now, days=365)
+    for _ in range(5):
+        for name in ("empty", "large"):
+            rounds.setdefault(name, []).append(await latencies(tmp_path / f"{name}.db"))
+    median, slow = (
+        statistics.median(each[part] for each in rounds["large"]) / statistics.median(each[part] for each in rounds["empty"]) for part in (0, 1)
+    )
+    path, began = tmp_path / "large.db", time.perf_counter()
+    await (await Ledger.open(f"sqlite:///{path}")).close()
+    opened_s = time.perf_counter() - began
+    rollups.keep(path, "app", since=now - 30 * DAY_S, until=now, now=now)
+    began = time.perf_counter()
+    with admin.reading(path) as db:
+        reports.report(db, "app", since=now - 30 * DAY_S, until=now)
+    report_s = time.perf_counter() - began
+    print(f"{calls:,} calls: p50 {median:.2f}x, p99 {slow:.2f}x, opened in {opened_s:.2f} s, month in {report_s:.2f} s", file=sys.stderr)
+    assert median <= 1.25
+    assert slow <= 1.25
+    assert opened_s < 2
+    assert report_s < 1

@@ -1,0 +1,204 @@
+"""Old calls become sums: not a nano moves, whatever is pruned when, and the tables refuse every other way to lose an entry."""
+
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import replace
+
+import psycopg
+import pytest
+from click.testing import CliRunner
+from ledgers import CALL, ENGINES, Part, Tokens, new_ledger, rows, url, writing
+
+from gateway_addon.cli.prune import prune
+from gateway_addon.ledger import Outcome, Settlement, admin, book, days, evidence, proof, reports, retention
+
+NOON = 1_773_144_000.0  # Tuesday 2026-03-10 12:00 UTC
+DAY_S = 86_400
+OLD = NOON - 120 * DAY_S
+UNTIL = NOON - 60 * DAY_S - DAY_S / 2
+PART = Part(40, tokens=Tokens(7, 3, 2, 1, 1, 1), web_searches=1)
+ANSWER = Outcome(status=200, model_served="claude-haiku-4-5", stop_reason="end_turn", complete=True)
+REFUSED = (sqlite3.IntegrityError, psycopg.errors.IntegrityConstraintViolation)
+
+
+@pytest.fixture(params=ENGINES)
+def path(tmp_path, request):
+    found = new_ledger(tmp_path, request.param)
+    with admin.changing(found) as db:
+        fill(db)
+    return found
+
+
+def fill(db):
+    """Every fate that a call can have, over some hundred days; one of them has no end."""
+    for number in range(120):
+        now = OLD + number * 0.9 * DAY_S
+        call = replace(CALL, team="batch" if number % 3 else None, model_asked=("claude-haiku-4-5", "claude-sonnet-5")[number % 2], max_tokens=50)
+        for fate in range(3):
+            call_id = book.reserve(db, "me", call, 100, [], now=now + fate).call_id
+            match (number + fate) % 6:
+                case 0:
+                    book.void(db, call_id, Outcome(status=429), now=now + 5)
+                case 1:
+                    book.settle(db, call_id, Settlement(None, (PART,), replace(ANSWER, complete=False)), now=now + 5)
+                    admin.adjust(db, call_id, -30, who="test", why="reconciled", now=now + 9)
+                case 2:
+                    book.settle(db, call_id, Settlement(150, (PART, Part(110, "compaction")), replace(ANSWER, flags=("drift",))), now=now + DAY_S)
+                case _:
+                    book.settle(db, call_id, Settlement(40, (PART,), ANSWER), now=now + 5)
+        book.refused(db, "me", call, "cap_spent", now=now)
+        book.free(db, "me", replace(call, endpoint="count_tokens", max_tokens=None), Outcome(status=200), now=now)
+        book.noise(db, "token_unknown", now=now)
+    book.reserve(db, "me", CALL, 77, [], now=OLD + 5)
+
+
+def figures(path):
+    """All that a person or a cap can see of the past."""
+    spans = [(OLD - DAY_S, NOON), (OLD - DAY_S, UNTIL), (UNTIL, NOON)]
+    with admin.reading(path) as db:
+        groupings = [by for by in reports.GROUPINGS if by != "agent"]
+        seen = [reports.report(db, by, since=since, until=until) for by in groupings for since, until in spans]
+        told = [reports.drifts(db, since=since, until=until) for since, until in spans]
+        metered = [sorted(map(repr, evidence.metered(db, since=since, until=until))) for since, until in spans]
+        memory = [(day.start, sorted(day.spending, key=repr), sorted(day.cached, key=repr), sorted(day.refusals)) for day in days.Days().between(db, OLD, NOON)]
+        balances = [tuple(row) for row in db.execute("SELECT * FROM balances ORDER BY 1, 2, 3").fetchall()]
+        return seen, told, metered, memory, balances
+
+
+def pruned(path, until=UNTIL, calls_max=7):
+    carries = 0
+    with admin.changing(path) as db:
+        retention.begin(db, until, retention.prunable(db, until), who="test", now=NOON)
+        since = 0
+        while (day := retention.next_day(db, since, until)) is not None:
+            left, since = day.groups, day.end
+            while left:
+                bundle, left = retention.bundle(left, calls_max)
+                retention.carry(db, bundle, now=NOON)
+                carries += len(bundle)
+    return carries
+
+
+def sound(path):
+    with admin.reading(path) as db:
+        return proof.findings(db) == [] and db.execute("SELECT count(*) FROM carries").fetchone()[0] == 0
+
+
+def test_nothing_that_is_reported_or_judged_changes(path):
+    before = figures(path)
+    carries = pruned(path)
+    assert figures(path) == before
+    assert sound(path)
+    left = rows(path, "SELECT count(*), sum(carried) FROM calls WHERE started_at < ?", UNTIL)[0]
+    assert left == (carries + 1, 5 * 67), "the sums, and the call that has no end"
+    assert rows(path, "SELECT count(*) FROM noise WHERE minute < ? AND minute % 86400 <> 0", UNTIL) == [(0,)]
+    pruned(path)
+    pruned(path, UNTIL + 3 * DAY_S)
+    assert figures(path) == before
+    assert sound(path)
+
+
+def test_a_carry_survives_a_change_of_zone_and_team_as_a_sum_that_adds_up(path):
+    pruned(path)
+    with admin.changing(path) as db:
+        admin.align(db, "Asia/Tokyo", {"reports": "nightly"}, who="test", now=NOON)
+    assert sound(path)
+
+
+def test_a_call_that_became_part_of_a_sum_is_not_corrected_and_says_why(path):
+    pruned(path)
+    carry_id, calls = rows(path, "SELECT id, carried FROM calls WHERE carried IS NOT NULL AND state = 'settled' LIMIT 1")[0]
+    with admin.changing(path) as db:
+        with pytest.raises(ValueError, match="call 1 is gone: `gateway prune` made sums of the calls before 2026-01-09"):
+            admin.adjust(db, 1, 1, who="test", why="x", now=NOON)
+        with pytest.raises(ValueError, match=f"call {carry_id} is the sum of {calls} calls"):
+            admin.adjust(db, carry_id, 1, who="test", why="x", now=NOON)
+        with pytest.raises(ValueError, match="call 999999 is not in the ledger"):
+            admin.adjust(db, 999_999, 1, who="test", why="x", now=NOON)
+
+
+def test_a_late_bill_of_a_call_that_is_gone_changes_nothing(path):
+    pruned(path)
+    before = figures(path)
+    with admin.changing(path) as db:
+        assert not book.settle(db, 1, Settlement(500), now=NOON).first
+    assert figures(path) == before
+
+
+@pytest.mark.parametrize(
+    ("tampering", "sentence"),
+    [
+        (("INSERT INTO carries SELECT 1, max(id) FROM calls", "DELETE FROM entries WHERE call_id = 1"), "never removed"),
+        (("DELETE FROM entries WHERE call_id = 1",), "never removed"),
+        (("INSERT INTO entries (call_id, at, kind, spent_nano) VALUES (1, 0, 'carry', 5)",), "holds the sum"),
+        (("INSERT INTO carries VALUES (2, 3)", "INSERT INTO entries (call_id, at, kind, spent_nano) VALUES (3, 0, 'carry', 5)"), "holds the sum"),
+        (("INSERT INTO carries VALUES (2, 3)",), "takes no further call"),
+        (("INSERT INTO carries VALUES (2, 2)",), "takes no further call"),
+    ],
+)
+def test_the_tables_refuse_what_no_carry_holds(path, tampering, sentence):
+    with closing(writing(path)) as db:
+        db.execute("BEGIN")
+        if len(tampering) > 1:  # with one guard gone the next one stands
+            db.execute("DROP TRIGGER carries_before" + ("" if isinstance(db, sqlite3.Connection) else " ON carries"))
+        for statement in tampering[:-1]:
+            db.execute(statement)
+        with pytest.raises(REFUSED, match=sentence):
+            db.execute(tampering[-1])
+
+
+def test_only_closed_windows_are_pruned(path):
+    with admin.changing(path) as db, pytest.raises(ValueError, match="before this week and this month"):
+        retention.begin(db, NOON - 9.4 * DAY_S, retention.prunable(db, NOON), who="test", now=NOON)
+
+
+def test_two_prunes_at_once_do_not_count_a_call_twice(path):
+    before = figures(path)
+    with admin.changing(path) as db:
+        day = retention.next_day(db, 0, UNTIL)
+        retention.carry(db, day.groups[:2], now=NOON)
+    with pytest.raises(Exception, match="another `gateway prune`"), admin.changing(path) as db:
+        retention.carry(db, day.groups, now=NOON)
+    assert figures(path) == before
+    assert sound(path)
+
+
+def run(path, *arguments):
+    result = CliRunner().invoke(prune, [*arguments, "--ledger", url(path)])
+    return result.exit_code, result.output
+
+
+def test_the_command_prunes_says_so_and_leaves_a_trace(path):
+    before = figures(path)
+    code, said = run(path, "--before", "2026-01-09", "--dry-run")
+    assert (code, said) == (0, "335 calls before 2026-01-09 00:00 would become daily sums; 1 without an end would stay.\n")
+    assert rows(path, "SELECT count(*) FROM calls WHERE carried IS NOT NULL") == [(0,)]
+    code, said = run(path, "--before", "2026-01-09")
+    assert code == 0
+    assert re.search(r"335 calls before 2026-01-09 00:00 are \d+ rows now\.", said)
+    assert [action for (action,) in rows(path, "SELECT action FROM audit WHERE action = 'prune'")] == ["prune"]
+    assert figures(path) == before
+    assert sound(path)
+
+
+def test_a_prune_that_is_killed_is_taken_up_by_the_next(tmp_path):
+    path = new_ledger(tmp_path)
+    with admin.changing(path) as db:
+        fill(db)
+    before = figures(path)
+    command = [sys.executable, "-m", "gateway_addon", "prune", "--before", "2026-01-09", "--ledger", url(path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and rows(path, "SELECT count(*) FROM calls WHERE carried IS NOT NULL")[0][0] < 20:
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode != 0, "it was killed in the middle"
+    assert figures(path) == before
+    assert sound(path)
+    assert run(path, "--before", "2026-01-09")[0] == 0
+    assert figures(path) == before
+    assert sound(path)
+    assert rows(path, "SELECT count(*) FROM calls WHERE carried IS NULL AND started_at < ?", UNTIL) == [(1,)]

@@ -1,0 +1,115 @@
+"""Reports of closed days are kept, and are what the calls say whatever happens to them afterwards."""
+
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+from ledgers import CALL, ENGINES, NOON, Part, new_ledger, rows, writing
+
+from gateway_addon.ledger import Outcome, Settlement, admin, book, reports, retention, rollups
+
+DAY_S = 86_400
+SINCE, UNTIL = NOON - 5 * DAY_S, NOON
+GROUPINGS = [by for by in reports.GROUPINGS if by != "agent"]
+
+
+@pytest.fixture(params=ENGINES)
+def path(tmp_path, request):
+    found = new_ledger(tmp_path, request.param)
+    with admin.changing(found) as db:
+        for number in range(60):
+            call = replace(CALL, model_asked=("claude-haiku-4-5", "claude-sonnet-5")[number % 2])
+            spend(db, NOON - number * DAY_S / 4, 10 + number, call)
+            book.refused(db, "me", call, ("rate", "cap_spent")[number % 2], now=NOON - number * DAY_S / 4)
+    return found
+
+
+def spend(db, now, nano=10, call=CALL):
+    call_id = book.reserve(db, "me", call, 100, [], now=now).call_id
+    book.settle(db, call_id, Settlement(nano, (Part(nano),), Outcome(status=200)), now=now)
+    return call_id
+
+
+def told(path):
+    with admin.reading(path) as db:
+        return [reports.report(db, by, since=SINCE, until=UNTIL) for by in GROUPINGS]
+
+
+def keep(path, now=NOON):
+    for by in GROUPINGS:
+        rollups.keep(path, by, since=SINCE, until=UNTIL, now=now)
+
+
+def kept(path):
+    return rows(path, "SELECT count(*) FROM kept_days WHERE ready = 1 AND grouping = 'app'")[0][0]
+
+
+def of_calls(path):
+    with closing(writing(path)) as db:
+        db.execute("DELETE FROM kept_days")
+    return told(path)
+
+
+def test_a_report_of_kept_days_is_that_of_their_calls_and_reads_no_call_of_them(path):
+    before = told(path)
+    keep(path)
+    assert kept(path) == 9, "the whole days of the period and of the one before"
+    assert told(path) == before
+    with closing(writing(path)) as db:
+        db.execute("UPDATE kept_lines SET spent_nano = spent_nano + 1000 WHERE grouping = 'app'")
+    assert told(path)[0].spent_nano == before[0].spent_nano + 4 * 1000
+
+
+@pytest.mark.parametrize("change", ["a call", "a refusal", "a correction", "a zone", "a prune"])
+def test_what_changes_a_day_strikes_it_off(path, change):
+    keep(path)
+    with admin.changing(path) as db:
+        match change:
+            case "a call":
+                spend(db, NOON - 2 * DAY_S)
+            case "a refusal":
+                book.refused(db, "me", CALL, "rate", now=NOON - 2 * DAY_S)
+            case "a correction":
+                admin.adjust(db, 9, -3, who="test", why="x", now=NOON)
+            case "a zone":
+                admin.align(db, "Asia/Tokyo", {}, who="test", now=NOON)
+            case "a prune":
+                day = retention.next_day(db, NOON - 2.5 * DAY_S, NOON)
+                retention.carry(db, day.groups, now=NOON)
+    struck = kept(path)
+    seen = told(path)
+    keep(path)
+    assert struck == (0 if change == "a zone" else 8)
+    assert kept(path) == 9
+    assert told(path) == seen == of_calls(path)
+
+
+def test_a_day_is_not_kept_while_a_call_of_it_is_open_nor_before_it_settled_down(path):
+    with admin.changing(path) as db:
+        open_id = book.reserve(db, "me", CALL, 100, [], now=NOON - 3 * DAY_S).call_id
+    keep(path)
+    assert kept(path) == 6
+    with admin.changing(path) as db:
+        book.settle(db, open_id, Settlement(7), now=NOON)
+    keep(path, now=NOON - DAY_S / 2 + 3599)
+    assert kept(path) == 8
+    keep(path, now=NOON - DAY_S / 2 + 3600)
+    assert kept(path) == 9
+    assert told(path) == of_calls(path)
+
+
+def test_a_day_that_changes_while_it_is_summed_is_not_kept(path, monkeypatch):
+    of_calls_really = reports.of_calls
+
+    def with_a_call_between(db, by, since, until):
+        lines = of_calls_really(db, by, since, until)
+        if by == "app" and since < NOON - 2 * DAY_S < until:
+            with admin.changing(path) as other:
+                spend(other, NOON - 2 * DAY_S)
+        return lines
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reports, "of_calls", with_a_call_between)
+        rollups.keep(path, "app", since=SINCE, until=UNTIL, now=NOON)
+    assert kept(path) == 8
+    assert told(path) == of_calls(path)
