@@ -4,6 +4,7 @@ Started once per test process, on the first use. `GATEWAY_TEST_POSTGRESQL=skip` 
 CI and are skipped, saying so, elsewhere.
 """
 
+import asyncio
 import atexit
 import os
 import pwd
@@ -12,6 +13,7 @@ import subprocess
 import tempfile
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Self
 
 import psycopg
 import pytest
@@ -85,6 +87,48 @@ class Postgres:
 
     def ledger(self) -> Server:
         return Server(self.database(self.empty_ledger))
+
+
+class Relay:
+    """A way to a server by TCP, through the test's hands. While `silent` it takes what is sent and passes nothing on, as a dead switch
+    does; a connection that met the silence stays mute for good."""
+
+    def __init__(self, server: Postgres):
+        self._server = server
+        self.silent = False
+        self._ways: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._listener = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._listener.close()
+        for way in self._ways:
+            way.cancel()
+        await asyncio.gather(*self._ways, return_exceptions=True)
+
+    def url(self, server: Server) -> str:
+        port = self._listener.sockets[0].getsockname()[1]
+        return server.url.partition("?")[0].replace("@/", f"@127.0.0.1:{port}/")
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        theirs, to_them = await asyncio.open_unix_connection(str(self._server.folder / ".s.PGSQL.5432"))
+        for source, sink in ((reader, to_them), (theirs, writer)):
+            way = asyncio.ensure_future(self._pass(source, sink))
+            self._ways.add(way)
+            way.add_done_callback(self._ways.discard)
+
+    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                if self.silent:
+                    await asyncio.Event().wait()
+                sink.write(data)
+        except ConnectionError:
+            pass
+        finally:
+            sink.close()
 
 
 @cache

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, book, files, postgres, proof
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, book, files, pgsession, postgres, proof
 
 
 @pytest.fixture
@@ -83,6 +83,25 @@ async def test_a_slow_server_refuses_within_the_timeout_and_leaves_nothing_behin
         shell.rollback()
     assert (await asyncio.wait_for(settled, 10)).first
     await until(lambda: balance(server) == (200, 0, 0))
+
+
+async def test_a_server_that_falls_silent_with_the_connection_open_is_given_up_and_found_again(server):
+    """Neither TCP nor the server's own limits notice it: what is sent is acknowledged, and no answer comes."""
+    async with postgresql.Relay(postgresql.shared()) as relay:
+        ledger = await Ledger.open(relay.url(server), now=NOON)
+        held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
+        assert (await ledger.token("d1")).app == "reports"
+        relay.silent = True
+        settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
+        assert await refused(ledger, "did not answer within 2 s") < 2.6
+        with pytest.raises(LedgerUnavailable, match="did not answer within 2 s"):
+            await ledger.token("d1")
+        await asyncio.sleep(pgsession.SILENCE_S)  # the threads that hang in it give up too
+        relay.silent = False
+        assert (await asyncio.wait_for(settled, 10)).first
+        assert (await ledger.token("d1")).app == "reports"
+        await ledger.close()
+    assert balance(server) == (200, 0, 0)
 
 
 async def test_a_read_only_server_is_named_and_recovered_from(server, ledger):
@@ -216,4 +235,4 @@ def test_a_common_cap_is_judged_by_one_at_a_time(server):
 
 def test_every_spelling_is_of_something_that_the_ledger_says():
     said = "".join((book.RESERVE, book.STANDINGS_ROW, book.CLEAR_BALANCES, book.FILL_BALANCES))
-    assert [ours for ours, _ in postgres.SPELLED if ours not in said] == []
+    assert [ours for ours, _ in pgsession.SPELLED if ours not in said] == []

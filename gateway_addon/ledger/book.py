@@ -31,7 +31,7 @@ from gateway_addon.ledger.values import (
 from gateway_addon.windows import WINDOWS, Starts, next_start, starts
 
 # The statements are written once, for both engines. What has a name here because of it is what PostgreSQL says otherwise
-# (`postgres.SPELLED`): how JSON becomes rows and rows JSON, and where a scope's balance is kept.
+# (`pgsession.SPELLED`): how JSON becomes rows and rows JSON, and where a scope's balance is kept.
 EACH_CAP = "json_each(:caps) AS each_cap"
 ITS_BALANCE = "LEFT JOIN balances USING (scope, window, window_start)"
 
