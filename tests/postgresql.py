@@ -62,8 +62,12 @@ class Postgres:
         """`immediate` is a crash: no checkpoint, the next start recovers from the log."""
         self._run("pg_ctl", "-D", self.data, "-m", mode, "-w", "stop")
 
+    @property
+    def running(self) -> bool:
+        return (self.data / "postmaster.pid").exists()
+
     def remove(self) -> None:
-        if (self.data / "postmaster.pid").exists():
+        if self.running:
             self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -25,18 +25,6 @@ async def ledger(server):
     await opened.close()
 
 
-@pytest.fixture
-def own():
-    """A server of the test's own, to be stopped and started, with a ledger on it."""
-    postgresql.shared()  # skips where there is none
-    mine = postgresql.Postgres(postgresql.binaries())
-    place = mine.ledger()
-    with admin.changing(place) as db:
-        admin.issue_token(db, "reports", "d1", who="test", now=NOON)
-    yield mine, place
-    mine.remove()
-
-
 async def refused(ledger, text):
     began = time.monotonic()
     with pytest.raises(LedgerUnavailable, match=text):
@@ -55,24 +43,6 @@ async def until(true, seconds=10):
 # --- failure is refusal, quickly
 
 
-async def test_a_server_that_crashes_refuses_at_once_and_takes_the_settlement_once_when_it_is_back(own):
-    server, place = own
-    ledger = await Ledger.open(url(place), now=NOON)
-    held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
-    assert (await ledger.token("d1")).app == "reports"
-    await asyncio.to_thread(server.stop)
-    settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
-    assert await refused(ledger, "gives no connection|shutting down") < 2.5
-    with pytest.raises(LedgerUnavailable):
-        await ledger.token("d1")
-    await asyncio.to_thread(server.start)
-    assert (await asyncio.wait_for(settled, 10)).first
-    assert isinstance(await ledger.reserve(CALL, 800, DAY_CAP, now=NOON), Reserved)
-    assert (await ledger.token("d1")).app == "reports"
-    assert balance(place) == (200, 800, 1)
-    await ledger.close()
-
-
 async def test_a_slow_server_refuses_within_the_timeout_and_leaves_nothing_behind(server, ledger):
     """Somebody's transaction sits on the app's balance: a lock is waited for, not for ever."""
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
@@ -85,16 +55,17 @@ async def test_a_slow_server_refuses_within_the_timeout_and_leaves_nothing_behin
     await until(lambda: balance(server) == (200, 0, 0))
 
 
-async def test_a_server_that_falls_silent_with_the_connection_open_is_given_up_and_found_again(server):
+async def test_a_server_that_falls_silent_with_the_connection_open_is_given_up_and_found_again(server, monkeypatch):
     """Neither TCP nor the server's own limits notice it: what is sent is acknowledged, and no answer comes."""
+    monkeypatch.setattr(pgsession, "SILENCE_S", 0.9)
     async with postgresql.Relay(postgresql.shared()) as relay:
-        ledger = await Ledger.open(relay.url(server), now=NOON)
+        ledger = await Ledger.open(relay.url(server), timeout_s=0.6, now=NOON)
         held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
         assert (await ledger.token("d1")).app == "reports"
         relay.silent = True
         settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
-        assert await refused(ledger, "did not answer within 2 s") < 2.6
-        with pytest.raises(LedgerUnavailable, match="did not answer within 2 s"):
+        assert await refused(ledger, "did not answer within 0.6 s") < 1
+        with pytest.raises(LedgerUnavailable, match="did not answer within"):
             await ledger.token("d1")
         await asyncio.sleep(pgsession.SILENCE_S)  # the threads that hang in it give up too
         relay.silent = False

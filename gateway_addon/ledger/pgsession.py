@@ -126,8 +126,8 @@ class Limited(psycopg.Connection[Any]):
     """A gateway's own. A server that went silent with the connection open (a dead switch, a frozen proxy that still acknowledges) is
     noticed neither by TCP nor by the server's own limits; whoever waits for it must give up by himself."""
 
-    def wait(self, gen: Any, interval: float = LOOK_S, timeout: float | None = SILENCE_S) -> Any:
-        return super().wait(gen, interval, timeout)
+    def wait(self, gen: Any, interval: float = LOOK_S, timeout: float | None = None) -> Any:
+        return super().wait(gen, interval, SILENCE_S if timeout is None else timeout)
 
 
 class Connection:

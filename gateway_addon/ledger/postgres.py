@@ -8,13 +8,15 @@ refused, it comes back under a new name, and whoever lives settles its old calls
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import cast
 from uuid import uuid4
 
@@ -22,6 +24,7 @@ import psycopg
 from psycopg_pool import ConnectionPool
 
 from gateway_addon.ledger import owners
+from gateway_addon.ledger.journal import Journal, Left, left_behind
 from gateway_addon.ledger.pgschema import MIGRATIONS
 from gateway_addon.ledger.pgsession import (
     PATIENT,
@@ -40,6 +43,7 @@ from gateway_addon.ledger.values import LedgerUnavailable, Server
 
 LEASE_S = 15.0
 READERS = 4
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # one that goes on while the machine sleeps, where there is one
 
 # In one statement, so at one moment: an owner enters before its first call.
 _DEAD = """
@@ -117,12 +121,14 @@ class ServerStore:
     errors: tuple[type[Exception], ...] = (psycopg.Error,)
     near = False
     skew_s = 0
-    heartbeat_s: float | None = LEASE_S / 3
 
-    def __init__(self, server: Server, timeout_s: float) -> None:
+    def __init__(self, server: Server, timeout_s: float, state: Path) -> None:
         self._server = server
         self._timeout_s = timeout_s
+        self._unwritten = state / "unwritten"
         self._name: str | None = None
+        self._lease_from = self._lease_ends = -math.inf
+        self.journal: Journal | None = None
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-reader")
         self._pool = ConnectionPool(
             server.url,
@@ -142,6 +148,14 @@ class ServerStore:
     def owner(self) -> str:
         return self._name or "nobody yet"
 
+    @property
+    def heartbeat_s(self) -> float | None:
+        return LEASE_S / 3
+
+    @property
+    def lease_left_s(self) -> float:
+        return self._lease_ends - time.clock_gettime(_CLOCK)
+
     def connect(self) -> sqlite3.Connection:
         db = connect(self._server, kind=Limited)
         try:
@@ -155,11 +169,20 @@ class ServerStore:
     def _enrol(self, db: Connection) -> None:
         """Enter under a new name. A name whose lease ran out is never used again."""
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+        asked_at = time.clock_gettime(_CLOCK)
         db.execute(
             "INSERT INTO owners (id, pid, host, started_at, lease_until) SELECT ?, ?, ?, ?, extract(epoch FROM clock_timestamp()) + ?",
             (name, os.getpid(), socket.gethostname(), time.time(), LEASE_S),
         )
-        self._name = name
+        self._name, self._lease_ends = name, asked_at + LEASE_S
+        if self.journal is None:
+            db.execute("INSERT INTO settings VALUES ('identity', ?) ON CONFLICT DO NOTHING", (uuid4().hex,))
+            [(identity,)] = db.execute("SELECT value FROM settings WHERE name = 'identity'").fetchall()
+            self._unwritten /= identity  # whatever address the server will have then: a standby that took over is the same ledger
+            self.journal = Journal(self._unwritten, name)
+
+    def left_behind(self) -> AbstractContextManager[Sequence[Left]]:
+        return left_behind(self._unwritten)
 
     def still(self) -> None:
         """A server is what its address says."""
@@ -171,7 +194,7 @@ class ServerStore:
         _begin(cast(Connection, db), scopes)
 
     def stamp(self, db: sqlite3.Connection, number: int) -> None:
-        asked_at = time.time()
+        asked_at, self._lease_from = time.time(), time.clock_gettime(_CLOCK)
         renew = """
         UPDATE owners SET commits = ?, lease_until = extract(epoch FROM clock_timestamp()) + ?
         WHERE id = ? AND lease_until > extract(epoch FROM clock_timestamp())
@@ -184,6 +207,10 @@ class ServerStore:
                 f"this gateway was out of touch with {self._server} for more than {LEASE_S:g} s: its calls were settled at what they held"
             )
         self.skew_s = round(rows[0][0] - LEASE_S - asked_at)
+
+    def commit(self, db: sqlite3.Connection) -> None:
+        db.execute("COMMIT")
+        self._lease_ends = self._lease_from + LEASE_S
 
     def commits(self, db: sqlite3.Connection) -> int | None:
         rows = db.execute("SELECT commits FROM owners WHERE id = ?", (self._name,)).fetchall()

@@ -1,8 +1,9 @@
 """The one thread of a process that writes to the ledger.
 
 Promises: operations that wait together share one durable commit; the event loop never waits for a disk; an operation marked `lasting`
-(a settlement, a void, a release) is retried until it is written, every other one fails as soon as the store does; the answer given is
-the truth even when a commit ended in doubt (the owner's row counts commits, so the next connection can look it up).
+(a settlement, a void, a release) is retried until it is written, every other one fails as soon as the store does; while the store
+fails, what ends calls is in its journal (a server's has one), so that it outlives this process; the answer given is the truth even
+when a commit ended in doubt (the owner's row counts commits, so the next connection can look it up).
 Knows nothing of what the operations mean, nor of what kind the store is.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gateway_addon.ledger.store import Store
-from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.ledger.values import Ending, LedgerUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ class Operation:
     lasting: bool = False
     instead: Callable[[sqlite3.Connection], object] | None = None
     """What a lasting operation that cannot be stored as it is becomes (a figure beyond 64 bits)."""
+    record: Ending | None = None
+    """What the store's journal keeps of a lasting operation while it cannot be written."""
+    recorded: bool = False
     wanted: Callable[[], bool] = lambda: True
     """False once nobody waits for the answer any more: the operation is then left out."""
     patient: bool = False
@@ -99,6 +103,8 @@ class Writer:
         while not stopping or kept:
             arrived, stop = self._take(wait_s=self._backoff_s() if kept or stopping else None)
             stopping = stopping or stop
+            if kept or self._failures:
+                self._record(kept + arrived)
             kept = self._attempt(kept + arrived)
         self._disconnect()
         self._store.hang_up()
@@ -149,6 +155,8 @@ class Writer:
                 raise
             return self._failed(operations, error)
         self._failures = 0
+        if self._store.journal is not None:
+            self._store.journal.clear()
         self._deliver(answers)
         return []
 
@@ -200,7 +208,7 @@ class Writer:
             raise
         self._commits += 1
         try:
-            db.execute("COMMIT")
+            self._store.commit(db)
         except BaseException:
             self._doubt = (self._commits, answers)
             raise
@@ -231,3 +239,10 @@ class Writer:
         self._deliver([Answer(each, told) for each in operations if not each.lasting])
         time.sleep(0.01)  # a failing store must not be asked as fast as a processor can ask
         return [each for each in operations if each.lasting]
+
+    def _record(self, operations: Sequence[Operation]) -> None:
+        """Have the store's journal keep what must last and could not be written, or may be kept waiting now."""
+        new = [each for each in operations if each.record is not None and not each.recorded]
+        if new and self._store.journal is not None and self._store.journal.keep([each.record for each in new if each.record]):
+            for each in new:
+                each.recorded = True
