@@ -11,6 +11,8 @@ import pwd
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Self
@@ -91,6 +93,17 @@ class Postgres:
 
     def ledger(self) -> Server:
         return Server(self.database(self.empty_ledger))
+
+
+@contextmanager
+def crashing() -> Iterator[Postgres]:
+    """The shared server for a test that stops it: nobody else in this process uses it meanwhile, and it runs again afterwards."""
+    server = shared()
+    try:
+        yield server
+    finally:
+        if not server.running:
+            server.start()
 
 
 class Relay:

@@ -19,22 +19,15 @@ from gateway_addon.ledger.journal import Journal
 from gateway_addon.ledger.values import Ending
 from gateway_addon.simulator import Simulator
 
-pytestmark = pytest.mark.xdist_group("outage")
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server():
-    """A server of these tests' own, to be stopped and started."""
-    postgresql.shared()  # skips where there is none
-    mine = postgresql.Postgres(postgresql.binaries())
-    yield mine
-    mine.remove()
+    with postgresql.crashing() as mine:
+        yield mine
 
 
 @pytest.fixture
 def place(server):
-    if not server.running:
-        server.start()
     made = server.ledger()
     with admin.changing(made) as db:
         admin.issue_token(db, "reports", "d1", who="test", now=NOON)
