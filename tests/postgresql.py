@@ -33,16 +33,16 @@ def binaries() -> Path | None:
 
 
 class Postgres:
-    """One server (`fsync` off: its machine does not crash, only it does). Not as root: PostgreSQL refuses that, so root becomes the package's own user for it."""
+    """One server (`fsync` off: a test's machine does not crash, only the server does). Not as root: PostgreSQL refuses that, so root becomes the package's own user for it."""
 
-    def __init__(self, bin_folder: Path):
+    def __init__(self, bin_folder: Path, *, fsync: bool = False):
         self._bin = bin_folder
         self.folder = Path(tempfile.mkdtemp(prefix="pg-"))
         self._user = pwd.getpwnam("postgres") if os.getuid() == 0 else None
         if self._user:
             os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
         self._run("initdb", "-D", self.data, "-U", "gateway", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
-        settings = ("listen_addresses = ''", f"unix_socket_directories = '{self.folder}'", "max_connections = 150", "shared_buffers = 32MB", "fsync = off")
+        settings = ("listen_addresses = ''", f"unix_socket_directories = '{self.folder}'", "max_connections = 150", "shared_buffers = 32MB", f"fsync = {'on' if fsync else 'off'}")
         with open(self.data / "postgresql.conf", "a") as file:
             file.write("\n".join(settings) + "\n")
         self.start()

@@ -27,6 +27,7 @@ class FileStore:
     skew_s = 0
     lease_left_s = math.inf
     journal = None
+    scopes_max: int | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -43,6 +43,7 @@ from gateway_addon.ledger.values import LedgerUnavailable, Server
 
 LEASE_S = 15.0
 READERS = 4
+SCOPES_MAX = 8  # of 100 apps and four gateways, each with 32 calls at once: twice the calls of commits that hold all that came
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # one that goes on while the machine sleeps, where there is one
 
 # In one statement, so at one moment: an owner enters before its first call.
@@ -120,6 +121,7 @@ class ServerStore:
 
     errors: tuple[type[Exception], ...] = (psycopg.Error,)
     near = False
+    scopes_max: int | None = SCOPES_MAX
     skew_s = 0
 
     def __init__(self, server: Server, timeout_s: float, state: Path) -> None:

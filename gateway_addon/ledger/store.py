@@ -34,6 +34,9 @@ class Store(Protocol):
     skew_s: int
     """By how many whole seconds the ledger's clock is ahead of this machine's."""
 
+    scopes_max: int | None
+    """How many scopes a commit may hold from the other writers at once; None: all that come, since they wait for the whole ledger."""
+
     @property
     def heartbeat_s(self) -> float | None:
         """How often a process must show that it lives; None where the operating system knows."""
