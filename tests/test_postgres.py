@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import postgresql
 import psycopg
@@ -167,6 +168,24 @@ async def test_a_node_that_says_goodbye_leaves_its_open_calls_to_the_others(serv
     await leaving.reserve(CALL, 300, DAY_CAP, now=NOON)
     await leaving.close()
     assert await ledger.sweep(now=NOON) == 1
+
+
+async def test_the_servers_clock_decides_which_day_a_call_belongs_to(server, monkeypatch):
+    """This gateway's is three days behind."""
+    behind_s = 3 * 86400
+    wrong = SimpleNamespace(**{**vars(time), "time": lambda: time.time() - behind_s})
+    monkeypatch.setattr(postgres, "time", wrong)
+    ledger = await Ledger.open(url(server), now=wrong.time())
+    cap = [Cap("app:reports", "day", 500)]
+    held = await ledger.reserve(CALL, 300, cap, now=wrong.time())
+    assert (await ledger.reserve(CALL, 300, cap, now=wrong.time())).reason == "cap_held"
+    await ledger.settle(held.call_id, Settlement(300), now=wrong.time())
+    [(started_at, day_start, ended_at)] = rows(server, "SELECT started_at, day_start, ended_at FROM calls WHERE id = ?", held.call_id)
+    assert abs(started_at - time.time()) < 10
+    assert abs(ended_at - time.time()) < 10
+    assert day_start == started_at // 86400 * 86400
+    assert [each.spent_nano for each in await ledger.capped(cap, now=wrong.time())] == [300]
+    await ledger.close()
 
 
 # --- turns

@@ -133,7 +133,7 @@ class Ledger:
         held = tuple(cap for cap in caps if cap.window != "request")
 
         def write(db: sqlite3.Connection) -> Reserved | Denied:  # the owner's name is read when it is written: a fenced node has a new one
-            return book.reserve(db, self.owner, call, grant_nano, held, quantum_nano=quantum_nano, rates=rates, now=now)
+            return book.reserve(db, self.owner, call, grant_nano, held, quantum_nano=quantum_nano, rates=rates, now=self._at(now))
 
         answer = cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held)))
         if isinstance(answer, Reserved):
@@ -146,7 +146,8 @@ class Ledger:
 
         def write(db: sqlite3.Connection) -> list[bool]:
             return [
-                call_id in running and book.extend(db, call_id, more_nano, running[call_id].caps, now=now) for call_id, more_nano in top_ups
+                call_id in running and book.extend(db, call_id, more_nano, running[call_id].caps, now=self._at(now))
+                for call_id, more_nano in top_ups
             ]
 
         touched = frozenset[str]().union(*(_touched(held.app, held.caps) for held in running.values()))
@@ -154,7 +155,7 @@ class Ledger:
 
     def release(self, call_id: int, back_nano: int, *, now: float) -> asyncio.Future[bool]:
         """Give back a part of what a call holds. Count on the smaller amount from here on: the write may follow later."""
-        write = partial(book.release, call_id=call_id, back_nano=back_nano, now=now)
+        write = partial(book.release, call_id=call_id, back_nano=back_nano, now=self._at(now))
         return cast("asyncio.Future[bool]", self._lasting(write, self._scopes(call_id)))
 
     def settle(self, call_id: int, settlement: Settlement, *, now: float) -> asyncio.Future[Resolution]:
@@ -167,7 +168,7 @@ class Ledger:
 
     def _end(self, kind: Literal["settle", "void"], call_id: int, settlement: Settlement, now: float) -> asyncio.Future[Resolution]:
         scopes, held = self._scopes(call_id), self._running.pop(call_id, None)
-        ending = Ending(kind, call_id, held.owner if held else self.owner, settlement, now)
+        ending = Ending(kind, call_id, held.owner if held else self.owner, settlement, self._at(now))
         return cast("asyncio.Future[Resolution]", self._lasting(partial(book.end, ending=ending), scopes, ending))
 
     def adrift(self) -> frozenset[int]:
@@ -182,15 +183,15 @@ class Ledger:
 
     def refused(self, call: NewCall, code: str, *, now: float) -> None:
         """Keep a row for a request that went no further; nobody waits for it."""
-        self._record(partial(book.refused, owner=self.owner, call=call, code=code, now=now))
+        self._record(partial(book.refused, owner=self.owner, call=call, code=code, now=self._at(now)))
 
     def free(self, call: NewCall, outcome: Outcome, *, now: float) -> None:
         """Keep a row for a forwarded request that costs nothing; nobody waits for it."""
-        self._record(partial(book.free, owner=self.owner, call=call, outcome=outcome, now=now))
+        self._record(partial(book.free, owner=self.owner, call=call, outcome=outcome, now=self._at(now)))
 
     def noise(self, reason: str, *, now: float) -> None:
         """Count a request without a valid token."""
-        self._record(partial(book.noise, reason=reason, now=now), "noise")
+        self._record(partial(book.noise, reason=reason, now=self._at(now)), "noise")
 
     def ratelimits(self, headers: Mapping[str, str], *, now: float) -> None:
         """Keep the upstream's latest `anthropic-ratelimit-*` headers."""
@@ -214,7 +215,7 @@ class Ledger:
     async def sweep(self, *, now: float) -> int:
         """Settle what dead processes left open; call it when a worker dies. Raises LedgerUnavailable."""
         await self._resume()
-        swept = cast(int, await self._ask(RESOLVE, partial(self._store.sweep, now=now), frozenset((EVERYTHING,))))
+        swept = cast(int, await self._ask(RESOLVE, partial(self._store.sweep, now=self._at(now)), frozenset((EVERYTHING,))))
         if swept:
             log.warning("%d calls of a process that died were settled at what they held (flagged estimated)", swept)
         return swept
@@ -250,15 +251,15 @@ class Ledger:
 
     async def standing(self, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
-        return await self._read(partial(book.standing, scopes=scopes, caps=caps, now=now))
+        return await self._read(partial(book.standing, scopes=scopes, caps=caps, now=self._at(now)))
 
     async def capped(self, caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """How each of these caps stands. Raises LedgerUnavailable."""
-        return await self._read(partial(book.capped, caps=caps, now=now))
+        return await self._read(partial(book.capped, caps=caps, now=self._at(now)))
 
     async def pauses(self, *, now: float) -> tuple[Pause, ...]:
         """The pauses in force. Raises LedgerUnavailable."""
-        return await self._read(partial(notes.pauses, now=now))
+        return await self._read(partial(notes.pauses, now=self._at(now)))
 
     async def overruns(self) -> frozenset[str]:
         """Models that passed a grant and are reserved in full until cleared. Raises LedgerUnavailable."""
@@ -275,13 +276,17 @@ class Ledger:
         """What a resolution of this call changes: nothing is judged, so the app's own balance is enough."""
         return frozenset((app_scope(self._running[call_id].app) if call_id in self._running else EVERYTHING,))
 
+    def _at(self, now: float) -> float:
+        """The ledger's time: of several machines' clocks one decides which day a call belongs to, the server's."""
+        return now + self._store.skew_s
+
     async def _beat(self) -> None:
         """Show that this process lives, and settle what those left open that no longer do."""
         while True:
             await asyncio.sleep(self._store.heartbeat_s or 0)
             try:
                 if await self._ask(RECORD, self._store.dead):
-                    await self.sweep(now=time.time() + self._store.skew_s)
+                    await self.sweep(now=time.time())
             except LedgerUnavailable as error:
                 log.debug("no sign of life could be given: %s", error)
 

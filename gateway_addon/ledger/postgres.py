@@ -208,7 +208,8 @@ class ServerStore:
             raise LedgerUnavailable(
                 f"this gateway was out of touch with {self._server} for more than {LEASE_S:g} s: its calls were settled at what they held"
             )
-        self.skew_s = round(rows[0][0] - LEASE_S - asked_at)
+        server_at = rows[0][0] - LEASE_S
+        self.skew_s = round(server_at - min(max(server_at, asked_at), time.time()))  # 0 where it may be that both clocks agree
 
     def commit(self, db: sqlite3.Connection) -> None:
         db.execute("COMMIT")
