@@ -9,6 +9,7 @@ import atexit
 import os
 import pwd
 import shutil
+import ssl
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -106,13 +107,18 @@ def crashing() -> Iterator[Postgres]:
             server.start()
 
 
+SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
+
+
 class Relay:
     """A way to a server by TCP, through the test's hands. While `silent` it takes what is sent and passes nothing on, as a dead switch
     does; a connection that met the silence stays mute for good."""
 
-    def __init__(self, server: Postgres):
-        self._server = server
+    def __init__(self, server: Postgres, tls: ssl.SSLContext | None = None):
+        """`tls`: it speaks TLS towards the clients, as a server with a certificate does."""
+        self._server, self._tls = server, tls
         self.silent = False
+        self.joined = self.sealed = 0
         self._ways: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -120,6 +126,10 @@ class Relay:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Take no more connections and end those that are."""
         self._listener.close()
         for way in self._ways:
             way.cancel()
@@ -130,6 +140,15 @@ class Relay:
         return server.url.partition("?")[0].replace("@/", f"@127.0.0.1:{port}/")
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.joined += 1
+        if self._tls is not None:
+            assert await reader.readexactly(len(SSL_REQUEST)) == SSL_REQUEST
+            writer.write(b"S")
+            try:
+                await writer.start_tls(self._tls)
+            except (ssl.SSLError, ConnectionError):  # whoever called does not trust the certificate
+                return writer.close()
+            self.sealed += 1
         theirs, to_them = await asyncio.open_unix_connection(str(self._server.folder / ".s.PGSQL.5432"))
         for source, sink in ((reader, to_them), (theirs, writer)):
             way = asyncio.ensure_future(self._pass(source, sink))
@@ -160,7 +179,7 @@ def _shared() -> Postgres | None:
 
 def shared() -> Postgres:
     """The server that a test process shares. Skips the test where there is none, except in CI."""
-    if os.environ.get("GATEWAY_TEST_POSTGRESQL") == "skip":
+    if os.environ.get("GATEWAY_TEST_POSTGRESQL") == "skip" and not os.environ.get("CI"):
         pytest.skip("GATEWAY_TEST_POSTGRESQL=skip")
     server = _shared()
     if server is None and os.environ.get("CI"):
