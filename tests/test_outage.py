@@ -79,7 +79,7 @@ async def test_a_server_that_crashes_refuses_at_once_and_takes_the_settlement_on
     assert await refused(ledger, "gives no connection|shutting down") < 2.5
     with pytest.raises(LedgerUnavailable):
         await ledger.token("d1")
-    assert len(journals(home)) == 1
+    await until(lambda: len(journals(home)) == 1)
     await asyncio.to_thread(server.start)
     assert (await asyncio.wait_for(settled, 10)).first
     assert isinstance(await ledger.reserve(CALL, 800, DAY_CAP, now=NOON), Reserved)
@@ -170,6 +170,12 @@ async def test_the_journal_of_another_ledger_is_left_alone_and_of_a_restored_one
     assert journals(home) == ["restored.unread", "theirs.jsonl"]
     assert "1 calls are not in this ledger" in caplog.text
     await ledger.close()
+
+
+async def test_a_home_that_cannot_be_written_is_said_at_the_start(place, monkeypatch, caplog):
+    monkeypatch.setenv("HOME", "/dev/null")
+    await (await Ledger.open(url(place), now=NOON)).close()
+    assert "will wait in memory alone" in caplog.text
 
 
 # --- the lease

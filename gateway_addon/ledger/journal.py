@@ -36,6 +36,12 @@ class Journal:
     def __str__(self) -> str:
         return str(self._path)
 
+    @property
+    def possible(self) -> bool:
+        """Whether its file could be made, as the folders are now."""
+        nearest = next(folder for folder in self._path.parents if folder.exists())
+        return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
     def keep(self, endings: Sequence[Ending]) -> bool:
         """Append, durably. False, said once in the log, where the disk does not take it: then memory is all there is."""
         lines = b"".join(map(_line, endings))

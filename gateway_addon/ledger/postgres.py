@@ -8,6 +8,7 @@ refused, it comes back under a new name, and whoever lives settles its old calls
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import socket
@@ -40,6 +41,8 @@ from gateway_addon.ledger.pgsession import (
 )
 from gateway_addon.ledger.store import EVERYTHING
 from gateway_addon.ledger.values import LedgerUnavailable, Server
+
+log = logging.getLogger(__name__)
 
 LEASE_S = 15.0
 READERS = 4
@@ -182,6 +185,8 @@ class ServerStore:
             [(identity,)] = db.execute("SELECT value FROM settings WHERE name = 'identity'").fetchall()
             self._unwritten /= identity  # whatever address the server will have then: a standby that took over is the same ledger
             self.journal = Journal(self._unwritten, name)
+            if not self.journal.possible:
+                log.warning("%s cannot be written: settlements that the server cannot take will wait in memory alone", self.journal)
 
     def left_behind(self) -> AbstractContextManager[Sequence[Left]]:
         return left_behind(self._unwritten)
