@@ -17,6 +17,8 @@ from gateway_addon import identity
 from gateway_addon.ledger import Server, admin, files
 from gateway_addon.simulator import KEY
 
+START_S = 60  # a start takes one; machines that are twenty times too busy have been seen
+
 
 @dataclass(slots=True)
 class Ledgered:
@@ -39,20 +41,28 @@ class Ledgered:
         environment = os.environ | {"SIMULATED_KEY": KEY} | variables
         process = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment)
         os.close(log)
-        line = await asyncio.wait_for(process.stdout.readline(), 20)
-        assert line.startswith(b"gateway"), (self.folder / "log").read_text()
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), START_S)
+            assert line.startswith(b"gateway"), (self.folder / "log").read_text()
+        except BaseException:
+            if process.returncode is None:
+                process.kill()
+            process._transport.close()
+            raise
         return process, line.split()[1].decode()
 
     @asynccontextmanager
     async def serving(self, count: int) -> AsyncIterator[list[str]]:
         """`count` gateways, stopped as an operator stops them; yields their addresses."""
-        started = await asyncio.gather(*(self.serve() for _ in range(count)))
+        starting = [asyncio.ensure_future(self.serve()) for _ in range(count)]
         try:
-            yield [url for _, url in started]
+            yield [url for _, url in await asyncio.gather(*starting)]
         finally:
-            for process, _ in started:
+            await asyncio.wait(starting)
+            started = [each.result()[0] for each in starting if each.exception() is None]
+            for process in started:
                 process.send_signal(signal.SIGTERM)
-            for process, _ in started:
+            for process in started:
                 await asyncio.wait_for(process.wait(), 30)
                 process._transport.close()
 
