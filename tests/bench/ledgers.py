@@ -82,7 +82,7 @@ def main(seconds: float, ledger_url: str | None, told: str | None) -> None:
         return
     server = None if ledger_url else Postgres(binaries(), fsync=True)
     try:
-        print("| caps | ledger | " + " | ".join(f"{count} gateways" for count in GATEWAYS) + " |\n|" + "---|" * (2 + len(GATEWAYS)))
+        print("| caps | ledger | " + " | ".join(f"{count} gateway{'s' * (count > 1)}" for count in GATEWAYS) + " |\n|" + "---|" * (2 + len(GATEWAYS)))
         for name, (apps, total) in CASES.items():
             for engine in ("SQLite", "PostgreSQL"):
                 cells = []
