@@ -14,6 +14,12 @@ from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, url
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, book, files, pgsession, postgres, proof
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Journals go here, not into the home of whoever runs the tests."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
 @pytest.fixture
 def server():
     return new_ledger(None, "postgresql")
