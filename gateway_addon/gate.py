@@ -54,6 +54,8 @@ from gateway_addon.settlement import EndedBy, Void, drifted, settle
 logger = logging.getLogger(__name__)
 
 LIMITS_EVERY_S = 1.0  # how often the shared key's limits are written down, however many answers carry them
+LOOK_AT_LEASE_S = 0.25
+CUT_CODES = {"budget": "cap_spent", "paused": "app_paused", "adrift": "ledger"}
 READY_FOR_S = 1.0
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
 COMFORT = 50  # `reserve: auto` reserves a stream whole while its quote is at most this part of each of its caps
@@ -108,6 +110,7 @@ class Gate:
         self._heralding: asyncio.Task[None] | None = None
         self._limits_at = -math.inf
         self._top_ups: asyncio.Task[None] | None = None
+        self._lookout: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         self._noise = Noise()
         self._ready_at = -math.inf
@@ -243,14 +246,15 @@ class Gate:
             self._hurry.set()
 
     def start(self) -> None:
-        """Begin to top running streams up and to tell alerts, in the running loop."""
+        """Begin to top running streams up, to cut those of a lost ledger, and to tell alerts, in the running loop."""
         self._top_ups = asyncio.ensure_future(self._keep_topping_up())
+        self._lookout = asyncio.ensure_future(self._keep_to_the_lease())
         if self._herald is not None:
             self._heralding = asyncio.ensure_future(self._herald.run(lambda: self.policy))
 
     async def stop(self) -> None:
         """Write what is waiting and let the ledger go."""
-        for task in (self._top_ups, self._heralding):
+        for task in (self._top_ups, self._lookout, self._heralding):
             if task is not None:
                 task.cancel()
         if self._herald is not None:
@@ -289,9 +293,26 @@ class Gate:
             if paused_now & set(running.ticket.scopes):
                 cut("paused")
 
+    async def _keep_to_the_lease(self) -> None:
+        """Beside the top-ups, not among them: those wait for the ledger, and this is for when it does not answer."""
+        while True:
+            await asyncio.sleep(LOOK_AT_LEASE_S)
+            try:
+                self._cut_adrift()
+            except Exception:
+                logger.exception("Streams without a ledger could not be cut; it is tried again.")
+
+    def _cut_adrift(self) -> None:
+        """End the running streams whose calls another gateway will settle at what they hold. What does not stream runs to its end:
+        the provider bills it in any case, within what it holds."""
+        adrift = self.ledger.adrift()
+        for running, cut in list(self._running.items()) if adrift else ():
+            if running.ticket.call_id in adrift and running.ticket.call.stream:
+                cut("adrift")
+
     def cut_refusal(self, running: Running) -> Refusal:
         """Why the gateway ends a running call."""
-        return Refusal("app_paused" if running.cut == "paused" else "cap_spent", cut_sentence(running))
+        return Refusal(CUT_CODES[running.cut or "budget"], cut_sentence(running))
 
     # -- close
 

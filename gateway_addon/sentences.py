@@ -83,6 +83,11 @@ def cut_sentence(running: Running) -> str:
     app = running.ticket.app.name
     if running.cut == "paused":
         return f"The operator paused app {app}, so the gateway ended this answer here. What was generated so far is charged."
+    if running.cut == "adrift":
+        return (
+            "The gateway has lost its ledger and must end running answers before another gateway books them, so this one ends here; "
+            "what was generated so far is charged. Send the call again in a moment."
+        )
     return (
         f"The budget of app {app} does not allow this answer to go on, so the gateway ended it here; what was generated so far is charged. "
         f"Ask for fewer tokens, or raise the cap: gateway cap raise {app} day AMOUNT --until DATE."

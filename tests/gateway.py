@@ -99,12 +99,13 @@ async def gateway(
     entrance: str = "",
     prepare: Callable[[Master], None] = lambda master: None,
     on_call: Callable[[dict[str, Any]], None] | None = None,
+    ledger_url: str | None = None,
 ) -> AsyncIterator[Running]:
     """Run a gateway with these apps (policy texts by name) until the block ends. `prepare` may change its options first."""
     apps = {"app": APP} if apps is None else apps
     policies = write_policies(folder / "policies", upstream or api.url, apps, policy)
-    url = f"sqlite:///{folder / 'gateway.db'}"
-    ledger = await Ledger.open(url, create=True)
+    url = ledger_url or f"sqlite:///{folder / 'gateway.db'}"
+    ledger = await Ledger.open(url, create=ledger_url is None)
     tokens = {}
     for app in apps:
         tokens[app] = identity.mint()

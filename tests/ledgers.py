@@ -1,5 +1,6 @@
 """Ledgers for tests, on both engines: values of the shapes that the ledger takes, and a ledger with one app's token in it."""
 
+import os
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import postgresql
 import pytest
 
 from gateway_addon.ledger import NewCall, Server, admin, files, postgres
+from gateway_addon.ledger.journal import Journal
 
 NOON = 1_773_144_000.0  # Tuesday 2026-03-10 12:00 UTC
 
@@ -77,3 +79,8 @@ def balance(path: Path | Server, scope: str = "app:reports", window: str = "ever
     """Spent, reserved and the number of open calls."""
     found = rows(path, "SELECT spent_nano, reserved_nano, open FROM balances WHERE scope = ? AND window = ?", scope, window)
     return found[0] if found else (0, 0, 0)
+
+
+def die(journal: Journal) -> None:
+    """End a journal as its process's death would: the operating system closes the file, and with it the lock."""
+    os.close(journal._file)

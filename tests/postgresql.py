@@ -4,14 +4,19 @@ Started once per test process, on the first use. `GATEWAY_TEST_POSTGRESQL=skip` 
 CI and are skipped, saying so, elsewhere.
 """
 
+import asyncio
 import atexit
 import os
 import pwd
 import shutil
+import ssl
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Self
 
 import psycopg
 import pytest
@@ -29,16 +34,16 @@ def binaries() -> Path | None:
 
 
 class Postgres:
-    """One server (`fsync` off: its machine does not crash, only it does). Not as root: PostgreSQL refuses that, so root becomes the package's own user for it."""
+    """One server (`fsync` off: a test's machine does not crash, only the server does). Not as root: PostgreSQL refuses that, so root becomes the package's own user for it."""
 
-    def __init__(self, bin_folder: Path):
+    def __init__(self, bin_folder: Path, *, fsync: bool = False):
         self._bin = bin_folder
         self.folder = Path(tempfile.mkdtemp(prefix="pg-"))
         self._user = pwd.getpwnam("postgres") if os.getuid() == 0 else None
         if self._user:
             os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
         self._run("initdb", "-D", self.data, "-U", "gateway", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
-        settings = ("listen_addresses = ''", f"unix_socket_directories = '{self.folder}'", "max_connections = 150", "shared_buffers = 32MB", "fsync = off")
+        settings = ("listen_addresses = ''", f"unix_socket_directories = '{self.folder}'", "max_connections = 150", "shared_buffers = 32MB", f"fsync = {'on' if fsync else 'off'}")
         with open(self.data / "postgresql.conf", "a") as file:
             file.write("\n".join(settings) + "\n")
         self.start()
@@ -60,8 +65,12 @@ class Postgres:
         """`immediate` is a crash: no checkpoint, the next start recovers from the log."""
         self._run("pg_ctl", "-D", self.data, "-m", mode, "-w", "stop")
 
+    @property
+    def running(self) -> bool:
+        return (self.data / "postmaster.pid").exists()
+
     def remove(self) -> None:
-        if (self.data / "postmaster.pid").exists():
+        if self.running:
             self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -87,6 +96,77 @@ class Postgres:
         return Server(self.database(self.empty_ledger))
 
 
+@contextmanager
+def crashing() -> Iterator[Postgres]:
+    """The shared server for a test that stops it: nobody else in this process uses it meanwhile, and it runs again afterwards."""
+    server = shared()
+    try:
+        yield server
+    finally:
+        if not server.running:
+            server.start()
+
+
+SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
+
+
+class Relay:
+    """A way to a server by TCP, through the test's hands. While `silent` it takes what is sent and passes nothing on, as a dead switch
+    does; a connection that met the silence stays mute for good."""
+
+    def __init__(self, server: Postgres, tls: ssl.SSLContext | None = None):
+        """`tls`: it speaks TLS towards the clients, as a server with a certificate does."""
+        self._server, self._tls = server, tls
+        self.silent = False
+        self.joined = self.sealed = 0
+        self._ways: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._listener = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Take no more connections and end those that are."""
+        self._listener.close()
+        for way in self._ways:
+            way.cancel()
+        await asyncio.gather(*self._ways, return_exceptions=True)
+
+    def url(self, server: Server) -> str:
+        port = self._listener.sockets[0].getsockname()[1]
+        return server.url.partition("?")[0].replace("@/", f"@127.0.0.1:{port}/")
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.joined += 1
+        if self._tls is not None:
+            assert await reader.readexactly(len(SSL_REQUEST)) == SSL_REQUEST
+            writer.write(b"S")
+            try:
+                await writer.start_tls(self._tls)
+            except (ssl.SSLError, ConnectionError):  # whoever called does not trust the certificate
+                return writer.close()
+            self.sealed += 1
+        theirs, to_them = await asyncio.open_unix_connection(str(self._server.folder / ".s.PGSQL.5432"))
+        for source, sink in ((reader, to_them), (theirs, writer)):
+            way = asyncio.ensure_future(self._pass(source, sink))
+            self._ways.add(way)
+            way.add_done_callback(self._ways.discard)
+
+    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                if self.silent:
+                    await asyncio.Event().wait()
+                sink.write(data)
+        except ConnectionError:
+            pass
+        finally:
+            sink.close()
+
+
 @cache
 def _shared() -> Postgres | None:
     where = binaries()
@@ -99,7 +179,7 @@ def _shared() -> Postgres | None:
 
 def shared() -> Postgres:
     """The server that a test process shares. Skips the test where there is none, except in CI."""
-    if os.environ.get("GATEWAY_TEST_POSTGRESQL") == "skip":
+    if os.environ.get("GATEWAY_TEST_POSTGRESQL") == "skip" and not os.environ.get("CI"):
         pytest.skip("GATEWAY_TEST_POSTGRESQL=skip")
     server = _shared()
     if server is None and os.environ.get("CI"):

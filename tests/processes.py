@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from ledgers import url
 from gateway_addon import identity
 from gateway_addon.ledger import Server, admin, files
 from gateway_addon.simulator import KEY
+
+START_S = 60  # a start takes one; machines that are twenty times too busy have been seen
 
 
 @dataclass(slots=True)
@@ -40,29 +42,27 @@ class Ledgered:
         process = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment)
         os.close(log)
         try:
-            line = await asyncio.wait_for(process.stdout.readline(), 20)
+            line = await asyncio.wait_for(process.stdout.readline(), START_S)
             assert line.startswith(b"gateway"), (self.folder / "log").read_text()
-        except BaseException:  # nobody else knows of it yet
-            with suppress(ProcessLookupError):
+        except BaseException:
+            if process.returncode is None:
                 process.kill()
-            await process.wait()
+            process._transport.close()
             raise
         return process, line.split()[1].decode()
 
     @asynccontextmanager
     async def serving(self, count: int) -> AsyncIterator[list[str]]:
         """`count` gateways, stopped as an operator stops them; yields their addresses."""
-        outcomes = await asyncio.gather(*(self.serve() for _ in range(count)), return_exceptions=True)
-        started = [each for each in outcomes if not isinstance(each, BaseException)]
+        starting = [asyncio.ensure_future(self.serve()) for _ in range(count)]
         try:
-            for each in outcomes:
-                if isinstance(each, BaseException):
-                    raise each
-            yield [url for _, url in started]
+            yield [url for _, url in await asyncio.gather(*starting)]
         finally:
-            for process, _ in started:
+            await asyncio.wait(starting)
+            started = [each.result()[0] for each in starting if each.exception() is None]
+            for process in started:
                 process.send_signal(signal.SIGTERM)
-            for process, _ in started:
+            for process in started:
                 await asyncio.wait_for(process.wait(), 30)
                 process._transport.close()
 

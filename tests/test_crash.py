@@ -6,10 +6,11 @@ import random
 
 import anthropic
 import httpx2
+import postgresql
 import pytest
 from processes import ledgered
 
-from gateway_addon.ledger import admin, history
+from gateway_addon.ledger import Ledger, admin, history
 from gateway_addon.ledger.proof import findings
 from gateway_addon.simulator import Simulator
 
@@ -28,15 +29,22 @@ async def keep_calling(urls, token, chance, stop):
                 else:
                     await client.messages.create(**body)
         except (anthropic.APIError, httpx2.HTTPError):
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.2)  # a client of its own each time costs more than the call
 
 
-async def in_flight(ledger, count):
+async def kill(process):
+    process.kill()
+    await process.wait()
+    process._transport.close()
+
+
+async def in_flight(ledger, count, owner="%"):
     """Wait until `count` calls hold a reservation: on a busy machine no delay is long enough to promise it."""
     async with asyncio.timeout(30):
         while True:
             with admin.reading(ledger) as db:
-                if db.execute("SELECT count(*) AS open FROM calls WHERE state = 'open'").fetchone()["open"] >= count:
+                query = "SELECT count(*) AS open FROM calls WHERE state = 'open' AND owner LIKE ?"
+                if db.execute(query, (owner,)).fetchone()["open"] >= count:
                     return
             await asyncio.sleep(0.02)
 
@@ -55,9 +63,7 @@ async def test_a_killed_gateway_loses_no_spend_and_frees_none(tmp_path, kills):
         for _ in range(kills):
             await in_flight(crashing.ledger, 3)
             await asyncio.sleep(chance.uniform(0, 0.2))
-            process.kill()
-            await process.wait()
-            process._transport.close()
+            await kill(process)
             process, url = await crashing.serve()
             urls.append(url)
         await asyncio.sleep(0.5)
@@ -80,3 +86,59 @@ async def test_a_killed_gateway_loses_no_spend_and_frees_none(tmp_path, kills):
     assert sum(call.spent_nano for call in calls) >= book.billed_nano
     assert max(level.nano for level in levels if level.scope == "app:app") <= cap * DOLLAR
     assert all(call.state != "open" for call in calls)
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.soak)])
+async def test_gateways_that_are_killed_beside_a_server_that_crashes_lose_no_spend_and_pass_no_cap(tmp_path, rounds):
+    """In each round, in mid-load: one gateway is killed, the server crashes; the other goes on with it; it crashes again, and that one is
+    killed before it is back."""
+    chance = random.Random(rounds)
+    cap = 2 * rounds
+    app = f"models: {{allow: [claude-haiku-4-5]}}\ncaps: {{day: ${cap}}}\n"
+    with postgresql.crashing() as server:
+        async with Simulator() as api:
+            gateways = ledgered(tmp_path, api.url, {"app": app}, ledger=server.ledger())
+            home = {"HOME": str(tmp_path)}
+            stop = asyncio.Event()
+            running = await asyncio.gather(*(gateways.serve(**home) for _ in range(2)))
+            urls = [[url] for _, url in running]
+            callers = [asyncio.ensure_future(keep_calling(urls[number % 2], gateways.tokens["app"], chance, stop)) for number in range(8)]
+            for _ in range(rounds):
+                await in_flight(gateways.ledger, 4)
+                await kill(running[0][0])
+                await asyncio.to_thread(server.stop)
+                await asyncio.sleep(chance.uniform(0, 1))
+                await asyncio.to_thread(server.start)
+                await in_flight(gateways.ledger, 2, f"%-{running[1][0].pid}-%")
+                await asyncio.to_thread(server.stop)
+                await asyncio.sleep(chance.uniform(0.6, 1.2))
+                await kill(running[1][0])
+                await asyncio.to_thread(server.start)
+                running = await asyncio.gather(*(gateways.serve(**home) for _ in range(2)))
+                for known, (_, url) in zip(urls, running, strict=True):
+                    known.append(url)
+            await asyncio.sleep(0.5)
+            stop.set()
+            await asyncio.gather(*callers)
+            for process, _ in running:
+                process.terminate()
+            for process, _ in running:
+                await asyncio.wait_for(process.wait(), 30)
+                process._transport.close()
+            with admin.changing(gateways.ledger) as db:
+                db.execute("UPDATE owners SET lease_until = 0")  # the time of a lease passes
+            await (await Ledger.open(gateways.ledger.url)).close()
+            async with asyncio.timeout(20):
+                book = await api.settled()
+        with admin.reading(gateways.ledger) as db:
+            calls, levels, wrong = history.forwarded(db), history.high_water(db), findings(db)
+    assert wrong == []
+    assert all(call.state != "open" for call in calls)
+    by_id = {call.request_id: call for call in calls}
+    for row in book.messages():
+        if row.request_id in by_id:
+            assert by_id[row.request_id].spent_nano >= row.billed_nano
+    assert sum(call.spent_nano for call in calls) >= book.billed_nano
+    assert max(level.nano for level in levels if level.scope == "app:app") <= cap * DOLLAR
+    assert sum("orphan" in call.flags for call in calls) >= rounds, "kills that hit nothing prove nothing"
+    assert list(tmp_path.glob(".gateway/unwritten/*/*")) == []

@@ -17,6 +17,7 @@ from gateway_addon.ledger.denial import Obstacle, explain
 from gateway_addon.ledger.values import (
     Cap,
     Denied,
+    Ending,
     LedgerUnavailable,
     NewCall,
     Outcome,
@@ -35,7 +36,7 @@ type Frame = tuple[str, str, int, int | None]
 """A scope and a window of it, when that began, and the cap's amount where there is one."""
 
 # The statements are written once, for both engines; where a scope's balance is kept has a name because PostgreSQL says it otherwise
-# (`postgres.SPELLED`). `ASKED` becomes a row of values for each cap asked about (`_asking`): to take them out of JSON,
+# (`pgsession.SPELLED`). `ASKED` becomes a row of values for each cap asked about (`_asking`): to take them out of JSON,
 # as one value, cost twice as much as all the look-ups.
 ASKED = "(VALUES :caps) AS asked"
 ASKED_NOTHING = "(SELECT NULL AS column1, NULL AS column2, NULL AS column3, NULL AS column4 WHERE 1 = 0) AS asked"
@@ -114,12 +115,12 @@ ON CONFLICT DO NOTHING
 RETURNING -reserved_nano, spent_nano
 """
 
-# A bill that comes after its call was settled as an orphan: what it adds is booked, and by its own sum only once; nothing is taken off.
+# A bill that comes after its call was settled as an orphan: what it adds is booked, once; nothing is taken off.
 LATE = """
 INSERT INTO entries (call_id, at, kind, spent_nano, note)
 SELECT call_id, :now, 'adjust', :cost_nano - sum(spent_nano), 'late settlement'
 FROM entries JOIN calls ON calls.id = call_id WHERE call_id = :call_id AND ' ' || flags || ' ' LIKE '% orphan %'
-GROUP BY call_id HAVING :cost_nano > sum(spent_nano)
+GROUP BY call_id HAVING :cost_nano > sum(spent_nano) AND count(*) FILTER (WHERE note = 'late settlement') = 0
 """
 
 FINISH = """
@@ -194,7 +195,7 @@ def reserve(
     written = db.execute(_asking(RESERVE, len(frames)), values).fetchall()
     standings = _standings(db, frames, now, calendar)
     if written:
-        return Reserved(written[0][0], standings)
+        return Reserved(written[0][0], standings, owner)
     obstacles = [Obstacle(*row) for row in db.execute(_asking(OBSTACLES, len(frames)), values).fetchall()]
     return explain(obstacles, standings, limits, call.input_tokens, grant_nano, quantum_nano, now)
 
@@ -244,6 +245,13 @@ def void(db: sqlite3.Connection, call_id: int, outcome: Outcome, *, now: float) 
         return Resolution(first=False)
     db.execute(FINISH, {"call_id": call_id, "state": "voided", "now": now} | _outcome_values(outcome, outcome.flags))
     return Resolution(True, 0, held_and_spent[0])
+
+
+def end(db: sqlite3.Connection, ending: Ending) -> Resolution:
+    """Settle or void a call. At most once."""
+    if ending.kind == "void":
+        return void(db, ending.call_id, ending.settlement.outcome, now=ending.at)
+    return settle(db, ending.call_id, ending.settlement, now=ending.at)
 
 
 def refused(db: sqlite3.Connection, owner: str, call: NewCall, code: str, *, now: float) -> None:

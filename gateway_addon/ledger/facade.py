@@ -11,11 +11,13 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import batched
 from pathlib import Path
-from typing import Self, cast
+from typing import Literal, NamedTuple, Self, cast
 
-from gateway_addon.ledger import book, files, notes
+from gateway_addon.ledger import book, files, notes, owners
 from gateway_addon.ledger.filestore import FileStore
 from gateway_addon.ledger.store import EVERYTHING, Store, driver
 from gateway_addon.ledger.values import (
@@ -23,6 +25,7 @@ from gateway_addon.ledger.values import (
     Cap,
     Denied,
     DueAlert,
+    Ending,
     LedgerUnavailable,
     NewCall,
     Outcome,
@@ -41,12 +44,24 @@ from gateway_addon.ledger.writer import Answer, Operation, Writer
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 2.0
+CUT_AHEAD_S = 2.0  # before the lease ends: time for a cut stream to end, and for the clocks of two machines to differ in pace
 # The writer's thread lets go of the interpreter at each lock, commit and (on a server) statement, and must ask a busy event loop to get
 # it back. At Python's default of 5 ms a loop that is never idle gets half as many calls through a file's ledger (measured, 64 callers).
 SWITCH_INTERVAL_S = 0.0001
 BACKLOG_MAX = 10_000  # rows that only record (refusals, free calls) are let go beyond it; nothing that moves money is
 UNSTORABLE = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "unstorable")))
+RESUMED_AT_ONCE = 100  # endings of a dead process in one go: a server's time for it is limited
 RESOLVE, EXTEND, RESERVE, RECORD = range(4)  # in a batch, money that comes back goes first and top-ups before admissions
+
+type Change = Callable[[sqlite3.Connection], object]
+
+
+class _Held(NamedTuple):
+    """A running call as it was admitted. `owner`: this process's name then."""
+
+    app: str
+    caps: tuple[Cap, ...]
+    owner: str
 
 
 class Ledger:
@@ -56,7 +71,7 @@ class Ledger:
         self._store = store
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
-        self._running: dict[int, tuple[str, tuple[Cap, ...]]] = {}
+        self._running: dict[int, _Held] = {}
         self._writer = Writer(store, self._deliver, *((self._on_the_loop,) if store.near else ()))
         self._letting_go = False
         self._heart: asyncio.Future[None] | None = None
@@ -74,6 +89,8 @@ class Ledger:
         ledger = cls(_store(path, timeout_s), timeout_s)
         ledger._writer.start()
         try:
+            if ledger._store.heartbeat_s:
+                await ledger.ready()  # only the server knows which ledger this is, and so which journals are its own
             await ledger.sweep(now=time.time() if now is None else now)
             ledger._heart = asyncio.ensure_future(ledger._beat()) if ledger._store.heartbeat_s else None
         except BaseException:
@@ -86,7 +103,9 @@ class Ledger:
         if self._heart is not None:
             self._heart.cancel()
         if not await asyncio.to_thread(self._writer.stop, timeout_s):
-            log.error("the ledger %s did not take the last settlements; the next start settles these calls at what they hold", self._store)
+            kept = self._store.journal
+            then = f"writes them from {kept}" if kept is not None else "settles these calls at what they hold"
+            log.error("the ledger %s did not take the last settlements; the next start %s", self._store, then)
         await asyncio.sleep(0)  # the last batch's answers
         await self._store.close()
 
@@ -114,11 +133,11 @@ class Ledger:
         held = tuple(cap for cap in caps if cap.window != "request")
 
         def write(db: sqlite3.Connection) -> Reserved | Denied:  # the owner's name is read when it is written: a fenced node has a new one
-            return book.reserve(db, self.owner, call, grant_nano, held, quantum_nano=quantum_nano, rates=rates, now=now)
+            return book.reserve(db, self.owner, call, grant_nano, held, quantum_nano=quantum_nano, rates=rates, now=self._at(now))
 
         answer = cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held)))
         if isinstance(answer, Reserved):
-            self._running[answer.call_id] = call.app, held
+            self._running[answer.call_id] = _Held(call.app, held, answer.owner)
         return answer
 
     async def extend(self, top_ups: Sequence[tuple[int, int]], *, now: float) -> list[bool]:
@@ -127,44 +146,52 @@ class Ledger:
 
         def write(db: sqlite3.Connection) -> list[bool]:
             return [
-                call_id in running and book.extend(db, call_id, more_nano, running[call_id][1], now=now) for call_id, more_nano in top_ups
+                call_id in running and book.extend(db, call_id, more_nano, running[call_id].caps, now=self._at(now))
+                for call_id, more_nano in top_ups
             ]
 
-        return cast(list[bool], await self._ask(EXTEND, write, frozenset[str]().union(*(_touched(*each) for each in running.values()))))
+        touched = frozenset[str]().union(*(_touched(held.app, held.caps) for held in running.values()))
+        return cast(list[bool], await self._ask(EXTEND, write, touched))
 
     def release(self, call_id: int, back_nano: int, *, now: float) -> asyncio.Future[bool]:
         """Give back a part of what a call holds. Count on the smaller amount from here on: the write may follow later."""
-        write = partial(book.release, call_id=call_id, back_nano=back_nano, now=now)
+        write = partial(book.release, call_id=call_id, back_nano=back_nano, now=self._at(now))
         return cast("asyncio.Future[bool]", self._lasting(write, self._scopes(call_id)))
 
     def settle(self, call_id: int, settlement: Settlement, *, now: float) -> asyncio.Future[Resolution]:
         """Book what a call cost. Written for certain, though perhaps later; a second resolution of a call changes nothing."""
-        scopes = self._scopes(call_id)
-        self._running.pop(call_id, None)
-        write = partial(book.settle, call_id=call_id, settlement=settlement, now=now)
-        instead = partial(book.settle, call_id=call_id, settlement=UNSTORABLE, now=now)
-        return cast("asyncio.Future[Resolution]", self._lasting(write, scopes, instead))
+        return self._end("settle", call_id, settlement, now)
 
     def void(self, call_id: int, outcome: Outcome | None = None, *, now: float) -> asyncio.Future[Resolution]:
         """Give back all that a call holds: the provider did no work. As certain as `settle`."""
-        scopes = self._scopes(call_id)
-        self._running.pop(call_id, None)
-        write = partial(book.void, call_id=call_id, outcome=outcome or Outcome(), now=now)
-        return cast("asyncio.Future[Resolution]", self._lasting(write, scopes))
+        return self._end("void", call_id, Settlement(0, (), outcome or Outcome()), now)
+
+    def _end(self, kind: Literal["settle", "void"], call_id: int, settlement: Settlement, now: float) -> asyncio.Future[Resolution]:
+        scopes, held = self._scopes(call_id), self._running.pop(call_id, None)
+        ending = Ending(kind, call_id, held.owner if held else self.owner, settlement, self._at(now))
+        return cast("asyncio.Future[Resolution]", self._lasting(partial(book.end, ending=ending), scopes, ending))
+
+    def adrift(self) -> frozenset[int]:
+        """The running calls that another gateway may soon settle, or has settled: all of them once this one's lease is about to end,
+        those of before once it is back under a new name. Answers at once, whatever the ledger does."""
+        if self._store.heartbeat_s is None:
+            return frozenset()
+        ends = self._store.lease_left_s < CUT_AHEAD_S
+        return frozenset(call_id for call_id, held in self._running.items() if ends or held.owner != self.owner)
 
     # records
 
     def refused(self, call: NewCall, code: str, *, now: float) -> None:
         """Keep a row for a request that went no further; nobody waits for it."""
-        self._record(partial(book.refused, owner=self.owner, call=call, code=code, now=now))
+        self._record(partial(book.refused, owner=self.owner, call=call, code=code, now=self._at(now)))
 
     def free(self, call: NewCall, outcome: Outcome, *, now: float) -> None:
         """Keep a row for a forwarded request that costs nothing; nobody waits for it."""
-        self._record(partial(book.free, owner=self.owner, call=call, outcome=outcome, now=now))
+        self._record(partial(book.free, owner=self.owner, call=call, outcome=outcome, now=self._at(now)))
 
     def noise(self, reason: str, *, now: float) -> None:
         """Count a request without a valid token."""
-        self._record(partial(book.noise, reason=reason, now=now), "noise")
+        self._record(partial(book.noise, reason=reason, now=self._at(now)), "noise")
 
     def ratelimits(self, headers: Mapping[str, str], *, now: float) -> None:
         """Keep the upstream's latest `anthropic-ratelimit-*` headers."""
@@ -187,10 +214,26 @@ class Ledger:
 
     async def sweep(self, *, now: float) -> int:
         """Settle what dead processes left open; call it when a worker dies. Raises LedgerUnavailable."""
-        swept = cast(int, await self._ask(RESOLVE, partial(self._store.sweep, now=now), frozenset((EVERYTHING,))))
+        await self._resume()
+        swept = cast(int, await self._ask(RESOLVE, partial(self._store.sweep, now=self._at(now)), frozenset((EVERYTHING,))))
         if swept:
             log.warning("%d calls of a process that died were settled at what they held (flagged estimated)", swept)
         return swept
+
+    async def _resume(self) -> None:
+        """Write what dead processes of this machine could not, before their calls are settled at what they held."""
+        with self._store.left_behind() as journals:
+            for left in journals:
+                known = 0
+                for some in batched(left.endings, RESUMED_AT_ONCE):
+                    known += sum(found is not None for found in await asyncio.gather(*(self._resume_one(ending) for ending in some)))
+                log.warning("%d of %d calls of a process that died were settled as its journal says", known, len(left.endings))
+                left.done(len(left.endings) - known)
+
+    async def _resume_one(self, ending: Ending) -> object:
+        write = partial(owners.resume, ending=ending)
+        instead = partial(owners.resume, ending=replace(ending, settlement=UNSTORABLE))
+        return await self._ask(RESOLVE, write, frozenset((EVERYTHING,)), instead)
 
     async def change[T](self, write: Callable[[sqlite3.Connection], T]) -> T:
         """Run a change of `ledger.admin` in a transaction of its own turn. Raises what it raises, or LedgerUnavailable."""
@@ -208,15 +251,15 @@ class Ledger:
 
     async def standing(self, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
-        return await self._read(partial(book.standing, scopes=scopes, caps=caps, now=now))
+        return await self._read(partial(book.standing, scopes=scopes, caps=caps, now=self._at(now)))
 
     async def capped(self, caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """How each of these caps stands. Raises LedgerUnavailable."""
-        return await self._read(partial(book.capped, caps=caps, now=now))
+        return await self._read(partial(book.capped, caps=caps, now=self._at(now)))
 
     async def pauses(self, *, now: float) -> tuple[Pause, ...]:
         """The pauses in force. Raises LedgerUnavailable."""
-        return await self._read(partial(notes.pauses, now=now))
+        return await self._read(partial(notes.pauses, now=self._at(now)))
 
     async def overruns(self) -> frozenset[str]:
         """Models that passed a grant and are reserved in full until cleared. Raises LedgerUnavailable."""
@@ -231,7 +274,11 @@ class Ledger:
 
     def _scopes(self, call_id: int) -> frozenset[str]:
         """What a resolution of this call changes: nothing is judged, so the app's own balance is enough."""
-        return frozenset((app_scope(self._running[call_id][0]) if call_id in self._running else EVERYTHING,))
+        return frozenset((app_scope(self._running[call_id].app) if call_id in self._running else EVERYTHING,))
+
+    def _at(self, now: float) -> float:
+        """The ledger's time: of several machines' clocks one decides which day a call belongs to, the server's."""
+        return now + self._store.skew_s
 
     async def _beat(self) -> None:
         """Show that this process lives, and settle what those left open that no longer do."""
@@ -239,15 +286,16 @@ class Ledger:
             await asyncio.sleep(self._store.heartbeat_s or 0)
             try:
                 if await self._ask(RECORD, self._store.dead):
-                    await self.sweep(now=time.time() + self._store.skew_s)
+                    await self.sweep(now=time.time())
             except LedgerUnavailable as error:
                 log.debug("no sign of life could be given: %s", error)
 
     # the way to the writer's thread and back
 
-    async def _ask(self, rank: int, apply: Callable[[sqlite3.Connection], object], scopes: frozenset[str] = frozenset()) -> object:
+    async def _ask(self, rank: int, apply: Change, scopes: frozenset[str] = frozenset(), instead: Change | None = None) -> object:
         future: asyncio.Future[object] = self._loop.create_future()
-        self._writer.put(Operation(apply, rank, scopes, wanted=lambda: not future.done(), tell=partial(self._tell, future)))
+        tell = partial(self._tell, future)
+        self._writer.put(Operation(apply, rank, scopes, instead=instead, wanted=lambda: not future.done(), tell=tell))
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await future
@@ -265,17 +313,14 @@ class Ledger:
         if future.done() and not future.cancelled() and future.exception() is None:
             self._give_back(future.result())
 
-    def _lasting(
-        self,
-        apply: Callable[[sqlite3.Connection], object],
-        scopes: frozenset[str],
-        instead: Callable[[sqlite3.Connection], object] | None = None,
-    ) -> asyncio.Future[object]:
+    def _lasting(self, apply: Change, scopes: frozenset[str], record: Ending | None = None) -> asyncio.Future[object]:
         future: asyncio.Future[object] = self._loop.create_future()
-        self._writer.put(Operation(apply, RESOLVE, scopes, lasting=True, patient=True, instead=instead, tell=partial(self._tell, future)))
+        instead = partial(book.end, ending=replace(record, settlement=UNSTORABLE)) if record and record.kind == "settle" else None
+        tell = partial(self._tell, future)
+        self._writer.put(Operation(apply, RESOLVE, scopes, lasting=True, patient=True, instead=instead, record=record, tell=tell))
         return future
 
-    def _record(self, apply: Callable[[sqlite3.Connection], object], *scopes: str) -> None:
+    def _record(self, apply: Change, *scopes: str) -> None:
         full = self._writer.waiting >= BACKLOG_MAX
         if full and not self._letting_go:
             log.error("the ledger %s is behind: refused and free calls are not recorded until it catches up", self._store)
@@ -325,7 +370,7 @@ def _store(place: Path | Server, timeout_s: float) -> Store:
     if isinstance(place, Server):
         with driver():
             from gateway_addon.ledger import postgres
-        return postgres.ServerStore(place, timeout_s)
+        return postgres.ServerStore(place, timeout_s, files.state_folder(place))
     try:
         return FileStore(place)
     except OSError as error:

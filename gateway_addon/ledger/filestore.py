@@ -4,12 +4,13 @@ Promises that writers take turns (locks.py), that a read is a lookup on a connec
 microseconds, on the event loop itself), and that an owner is alive exactly while the operating system holds its lock.
 """
 
+import math
 import os
 import socket
 import sqlite3
 import time
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from gateway_addon.ledger import files, owners
@@ -24,6 +25,9 @@ class FileStore:
     near = True
     heartbeat_s: float | None = None
     skew_s = 0
+    lease_left_s = math.inf
+    journal = None
+    scopes_max: int | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,6 +60,9 @@ class FileStore:
     def still(self) -> None:
         files.still(self.path, self._known)
 
+    def left_behind(self) -> AbstractContextManager[tuple[()]]:
+        return nullcontext(())
+
     def turn(self) -> AbstractContextManager[None]:
         return self._turnstile.turn()
 
@@ -64,6 +71,9 @@ class FileStore:
 
     def stamp(self, db: sqlite3.Connection, number: int) -> None:
         db.execute("UPDATE owners SET commits = ? WHERE id = ?", (number, self.owner))
+
+    def commit(self, db: sqlite3.Connection) -> None:
+        db.execute("COMMIT")
 
     def commits(self, db: sqlite3.Connection) -> int | None:
         rows = db.execute("SELECT commits FROM owners WHERE id = ?", (self.owner,)).fetchall()

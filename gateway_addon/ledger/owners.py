@@ -1,4 +1,5 @@
-"""Reservations whose process died: settled at what they hold. How a death is known is the store's business.
+"""Reservations whose process died: settled at what they hold, or as that process had written down. How a death is known is the
+store's business.
 
 A dead process cannot say what its calls cost, and the provider bills them all the same, so an orphan is never given back by a
 clock; `gateway reconcile` corrects the estimate later. A living sibling's reservations are left alone.
@@ -8,7 +9,7 @@ import sqlite3
 from collections.abc import Iterable
 
 from gateway_addon.ledger import book
-from gateway_addon.ledger.values import Outcome, Settlement
+from gateway_addon.ledger.values import Ending, Outcome, Resolution, Settlement
 
 ORPHAN = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "orphan")))
 
@@ -16,6 +17,12 @@ ORPHAN = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "orphan"
 def known(db: sqlite3.Connection) -> list[str]:
     """Every owner that was entered or left something open."""
     return [owner for (owner,) in db.execute("SELECT id FROM owners UNION SELECT owner FROM calls WHERE state = 'open'").fetchall()]
+
+
+def resume(db: sqlite3.Connection, ending: Ending) -> Resolution | None:
+    """Resolve a call as its dead process knew that it ended. None where no call of that process is here: a ledger restored since."""
+    known = db.execute("SELECT 1 FROM calls WHERE id = ? AND owner = ?", (ending.call_id, ending.owner)).fetchall()
+    return book.end(db, ending) if known else None
 
 
 def settle_orphans(db: sqlite3.Connection, dead: Iterable[str], *, now: float) -> int:

@@ -6,10 +6,11 @@ connection is made, how writers take turns, what a commit is stamped with, which
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from gateway_addon.ledger.journal import Journal, Left
 from gateway_addon.ledger.values import LedgerUnavailable
 
 EVERYTHING = "*"
@@ -32,8 +33,24 @@ class Store(Protocol):
     """A statement takes microseconds and waits for nothing: a batch's statements run on the event loop."""
     skew_s: int
     """By how many whole seconds the ledger's clock is ahead of this machine's."""
-    heartbeat_s: float | None
-    """How often a process must show that it lives; None where the operating system knows."""
+
+    scopes_max: int | None
+    """How many scopes a commit may hold from the other writers at once; None: all that come, since they wait for the whole ledger."""
+
+    @property
+    def heartbeat_s(self) -> float | None:
+        """How often a process must show that it lives; None where the operating system knows."""
+
+    @property
+    def lease_left_s(self) -> float:
+        """For how long, at least, no other process may settle this one's calls."""
+
+    @property
+    def journal(self) -> Journal | None:
+        """Where settlements outlive this process while they cannot be written; None where the ledger is as near as a journal would be."""
+
+    def left_behind(self) -> AbstractContextManager[Sequence[Left]]:
+        """The journals of dead processes of this machine, held until they are dealt with."""
 
     @property
     def owner(self) -> str:
@@ -53,6 +70,9 @@ class Store(Protocol):
 
     def stamp(self, db: sqlite3.Connection, number: int) -> None:
         """Note, inside the transaction, that this owner commits for the `number`th time. Raises LedgerUnavailable if it may not."""
+
+    def commit(self, db: sqlite3.Connection) -> None:
+        """Make the transaction durable."""
 
     def commits(self, db: sqlite3.Connection) -> int | None:
         """The number of the owner's last commit; None where the ledger does not know the owner."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psycopg
 
-from gateway_addon.ledger import admin, book, files, postgres, proof
+from gateway_addon.ledger import admin, book, files, pgsession, postgres, proof
 from gateway_addon.ledger.locks import Turnstile, living
 from gateway_addon.ledger.pgschema import MIGRATIONS
 from gateway_addon.ledger.values import LedgerUnavailable, Server
@@ -80,8 +80,8 @@ def move(source: Path, target: Server, *, who: str, now: float, tell: Callable[[
     except sqlite3.Error as error:
         raise files.unavailable(source, error) from error
     except psycopg.Error as error:
-        if postgres.is_its_own(error):
-            raise postgres.unavailable(target, error) from error
+        if pgsession.is_its_own(error):
+            raise pgsession.unavailable(target, error) from error
         raise LedgerUnavailable(f"{target} did not take the ledger, and {source} is as it was ({error})") from error
 
 
@@ -104,14 +104,14 @@ def _held(source: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def _alone(target: Server) -> Iterator[postgres.Connection]:
-    with contextlib.closing(postgres.connect(target, postgres.PATIENT | {"search_path": UNFINISHED})) as db:
+def _alone(target: Server) -> Iterator[pgsession.Connection]:
+    with contextlib.closing(pgsession.connect(target, pgsession.PATIENT | {"search_path": UNFINISHED})) as db:
         if not db.execute("SELECT pg_try_advisory_lock(hashtext('gateway migrate'))").fetchall()[0][0]:
             raise LedgerUnavailable(f"another ledger is being moved to {target} now: let that end first")
         yield db
 
 
-def _is_there(ledger: sqlite3.Connection, db: postgres.Connection, source: Path, target: Server) -> bool:
+def _is_there(ledger: sqlite3.Connection, db: pgsession.Connection, source: Path, target: Server) -> bool:
     """Whether a move that was made is the one asked for. Raises LedgerUnavailable where one of the two is another's."""
     moved_to = files.moved_to(ledger)
     if moved_to not in (None, str(target)):
@@ -125,7 +125,7 @@ def _is_there(ledger: sqlite3.Connection, db: postgres.Connection, source: Path,
     return False
 
 
-def _begin(db: postgres.Connection, target: Server, calls_figures: Figures) -> int:
+def _begin(db: pgsession.Connection, target: Server, calls_figures: Figures) -> int:
     """Tables to move into: those of a move that was cut off, if the file's calls are still the same. Returns the calls in them."""
     mark = json.dumps([calls_figures, [name for name, _ in MIGRATIONS]])
     if _exists(db, UNFINISHED):
@@ -143,7 +143,7 @@ def _begin(db: postgres.Connection, target: Server, calls_figures: Figures) -> i
 
 
 def _bring_calls(
-    ledger: sqlite3.Connection, db: postgres.Connection, columns: Columns, total: int, tell: Callable[[int, int], None]
+    ledger: sqlite3.Connection, db: pgsession.Connection, columns: Columns, total: int, tell: Callable[[int, int], None]
 ) -> None:
     """The calls that are missing there, in the order of their ids, each with all that belongs to it."""
     [(last, done)] = db.execute("SELECT coalesce(max(id), 0), count(*) FROM calls").fetchall()
@@ -159,7 +159,7 @@ def _bring_calls(
 
 
 def _end(
-    ledger: sqlite3.Connection, db: postgres.Connection, columns: Columns, expected: Figures, kept: int, source: Path, who: str, now: float
+    ledger: sqlite3.Connection, db: pgsession.Connection, columns: Columns, expected: Figures, kept: int, source: Path, who: str, now: float
 ) -> Proof:
     """Everything else, then the proof, then the ledger's own name: all but the commit."""
     db.execute("BEGIN")
@@ -196,7 +196,7 @@ def _columns(ledger: sqlite3.Connection) -> Columns:
     return {table: {row[1]: row[2] for row in ledger.execute(f"PRAGMA table_info({table})").fetchall()} for table in sorted(tables)}
 
 
-def _figures(db: sqlite3.Connection | postgres.Connection, columns: Columns, bytes_of: str) -> Figures:
+def _figures(db: sqlite3.Connection | pgsession.Connection, columns: Columns, bytes_of: str) -> Figures:
     measures = {"INTEGER": "{}", "REAL": "CAST({} AS INTEGER)", "TEXT": bytes_of}
     found: Figures = {}
     for table, its in columns.items():
@@ -212,7 +212,7 @@ def _moves(table: str) -> str:
 
 def _pour(
     ledger: sqlite3.Connection,
-    db: postgres.Connection,
+    db: pgsession.Connection,
     table: str,
     columns: Mapping[str, str],
     where: str = "WHERE true",
@@ -235,16 +235,16 @@ def _differences(expected: Figures, found: Figures) -> list[str]:
     return [f"{table} counts and sums to {found[table]}, not {figures}" for table, figures in expected.items() if found[table] != figures]
 
 
-def _unequal(balances: list[tuple[object, ...]], db: postgres.Connection) -> list[str]:
+def _unequal(balances: list[tuple[object, ...]], db: pgsession.Connection) -> list[str]:
     there = {tuple(row) for row in db.execute(_BALANCES).fetchall()}
     return [f"balance {row}: the two sides differ" for row in sorted(there ^ set(balances), key=repr)]
 
 
-def _exists(db: postgres.Connection, schema: str) -> bool:
+def _exists(db: pgsession.Connection, schema: str) -> bool:
     return bool(db.execute("SELECT to_regnamespace(?) IS NOT NULL", (schema,)).fetchall()[0][0])
 
 
-def _tables_with_rows(db: postgres.Connection) -> list[str]:
+def _tables_with_rows(db: pgsession.Connection) -> list[str]:
     """The tables by which the ledger of that name is somebody's: an empty one, as `gateway init` makes it, has none."""
     named = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'gateway' AND table_type = 'BASE TABLE' ORDER BY 1"
     tables = {name for (name,) in db.execute(named).fetchall()} - {"migrations", "settings", "owners", "turns"}

@@ -140,6 +140,8 @@ class Reserved:
     call_id: int
     standings: tuple[Standing, ...]
     """One for each cap checked, this call's own reservation included."""
+    owner: str = ""
+    """The name under which it is held."""
 
 
 Reason = Literal[
@@ -190,6 +192,17 @@ class Settlement:
     cost_nano: int | None
     parts: tuple[PricedPart, ...] = ()
     outcome: Outcome = Outcome()
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a call ended: all that it takes to resolve it, by its own process or a later one. `owner` and `call_id` name the call."""
+
+    kind: Literal["settle", "void"]
+    call_id: int
+    owner: str
+    settlement: Settlement
+    at: float
 
 
 @dataclass(frozen=True, slots=True)

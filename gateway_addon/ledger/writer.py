@@ -1,8 +1,9 @@
 """The one thread of a process that writes to the ledger.
 
 Promises: operations that wait together share one durable commit; the event loop never waits for a disk; an operation marked `lasting`
-(a settlement, a void, a release) is retried until it is written, every other one fails as soon as the store does; the answer given is
-the truth even when a commit ended in doubt (the owner's row counts commits, so the next connection can look it up).
+(a settlement, a void, a release) is retried until it is written, every other one fails as soon as the store does; while the store
+fails, what ends calls is in its journal (a server's has one), so that it outlives this process; the answer given is the truth even
+when a commit ended in doubt (the owner's row counts commits, so the next connection can look it up).
 Knows nothing of what the operations mean, nor of what kind the store is.
 """
 
@@ -13,10 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
-from gateway_addon.ledger.store import Store
-from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.ledger.store import EVERYTHING, Store
+from gateway_addon.ledger.values import Ending, LedgerUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,9 @@ class Operation:
     lasting: bool = False
     instead: Callable[[sqlite3.Connection], object] | None = None
     """What a lasting operation that cannot be stored as it is becomes (a figure beyond 64 bits)."""
+    record: Ending | None = None
+    """What the store's journal keeps of a lasting operation while it cannot be written."""
+    recorded: bool = False
     wanted: Callable[[], bool] = lambda: True
     """False once nobody waits for the answer any more: the operation is then left out."""
     patient: bool = False
@@ -99,7 +104,11 @@ class Writer:
         while not stopping or kept:
             arrived, stop = self._take(wait_s=self._backoff_s() if kept or stopping else None)
             stopping = stopping or stop
-            kept = self._attempt(kept + arrived)
+            if kept or self._failures:
+                self._record(kept + arrived)
+            kept = self._one_by_one(apart(kept + arrived, self._store.scopes_max))
+            if not kept and self._store.journal is not None:
+                self._store.journal.clear()
         self._disconnect()
         self._store.hang_up()
 
@@ -134,6 +143,16 @@ class Writer:
     def _backoff_s(self) -> float:
         return BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
 
+    def _one_by_one(self, groups: Sequence[list[Operation]]) -> list[Operation]:
+        """Write each group in a commit of its own; after a failure all that are left in one, so that a store that does not answer is
+        waited for once more and not once a group. Returns what is to be tried again."""
+        for number, group in enumerate(groups, start=1):
+            kept = self._attempt(group)
+            if kept or self._failures:
+                later = [operation for group in groups[number:] for operation in group]
+                return self._attempt(kept + later) if later else kept
+        return []
+
     def _attempt(self, operations: list[Operation]) -> list[Operation]:
         """Write the operations that are still wanted and tell their answers; returns those to be tried again."""
         operations = sorted((each for each in operations if each.lasting or each.wanted()), key=lambda each: each.rank)
@@ -149,6 +168,8 @@ class Writer:
                 raise
             return self._failed(operations, error)
         self._failures = 0
+        if answers is None:
+            return self._one_by_one([[operation] for operation in operations])
         self._deliver(answers)
         return []
 
@@ -163,31 +184,23 @@ class Writer:
             self._db.close()
             self._db = None
 
-    def _transaction(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Answer]:
-        """All of them in one commit; where one of them breaks, each in a commit of its own, so that it breaks alone."""
+    def _transaction(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Answer] | None:
+        """All of them in one commit. None where one of them breaks it: each is to have a commit of its own, so that it breaks alone."""
         try:
             return self._commit(db, operations)
-        except LedgerUnavailable:
-            raise
-        except self._store.errors as error:
-            if self._store.is_its_own(error):
-                raise
-        except Exception:
-            log.debug("an operation broke its batch; each is tried alone", exc_info=True)
-        return [answer for operation in operations for answer in self._alone(db, operation)]
-
-    def _alone(self, db: sqlite3.Connection, operation: Operation) -> list[Answer]:
-        try:
-            return self._commit(db, [operation])
         except Exception as error:
             if isinstance(error, LedgerUnavailable) or self._store.is_its_own(error):
                 raise
+            if len(operations) > 1:
+                log.debug("an operation broke its batch; each is tried alone", exc_info=True)
+                return None
             failure = error
             log.exception("an operation on the ledger failed")
+        [operation] = operations
         if operation.instead is None:
             return [Answer(operation, failure)]
         operation.apply, operation.instead = operation.instead, None
-        return self._alone(db, operation)
+        return self._transaction(db, operations)
 
     def _commit(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Answer]:
         self._store.begin(db, frozenset[str]().union(*(operation.scopes for operation in operations)))
@@ -200,7 +213,7 @@ class Writer:
             raise
         self._commits += 1
         try:
-            db.execute("COMMIT")
+            self._store.commit(db)
         except BaseException:
             self._doubt = (self._commits, answers)
             raise
@@ -231,3 +244,34 @@ class Writer:
         self._deliver([Answer(each, told) for each in operations if not each.lasting])
         time.sleep(0.01)  # a failing store must not be asked as fast as a processor can ask
         return [each for each in operations if each.lasting]
+
+    def _record(self, operations: Sequence[Operation]) -> None:
+        """Have the store's journal keep what must last and could not be written, or may be kept waiting now."""
+        new = [each for each in operations if each.record is not None and not each.recorded]
+        if new and self._store.journal is not None and self._store.journal.keep([each.record for each in new if each.record]):
+            for each in new:
+                each.recorded = True
+
+
+def apart(operations: list[Operation], scopes_max: int | None) -> list[list[Operation]]:
+    """Groups of operations without a scope in common, packed into as few as have at most `scopes_max` scopes each, in the order of their
+    names (so that two gateways with the same apps follow each other and do not cross). None: all together."""
+    if scopes_max is None or any(EVERYTHING in operation.scopes for operation in operations):
+        return [operations] if operations else []
+    bound: dict[str, frozenset[str]] = {}  # by scope: those that must be in its group
+    for operation in operations:
+        whole = operation.scopes.union(*(bound.get(scope, ()) for scope in operation.scopes))
+        bound.update(dict.fromkeys(whole, whole))
+
+    def scopes(operation: Operation) -> list[str]:
+        return sorted(whole) if (whole := bound.get(next(iter(operation.scopes), ""))) else []
+
+    groups: list[list[Operation]] = []
+    held = 0
+    for wanted, together in groupby(sorted(operations, key=scopes), key=scopes):
+        if not groups or held + len(wanted) > scopes_max:
+            groups.append([])
+            held = 0
+        groups[-1] += together
+        held += len(wanted)
+    return groups

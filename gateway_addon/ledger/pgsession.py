@@ -1,0 +1,207 @@
+"""A session on a PostgreSQL server: how it is set up, what the ledger's statements are called there, what its errors mean.
+
+Promises that a connection answers to what the ledger uses of `sqlite3.Connection`, that every wait of a gateway has a limit, and
+that an error comes out as one sentence without a secret in it. Knows nothing of owners, leases or calls.
+
+The statements are those of the file's ledger. `SPELLED` is the list of what this engine spells differently.
+"""
+
+import functools
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import psycopg
+from psycopg import pq
+from psycopg.adapt import Dumper, Loader
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.types.numeric import Int8Dumper
+
+from gateway_addon.ledger import book
+from gateway_addon.ledger.values import LedgerUnavailable, Server
+
+SESSION = {
+    # milliseconds unless said. The gateway answers its caller after two seconds; nothing of it stays behind on the server.
+    "search_path": "gateway",
+    "statement_timeout": "1500",
+    "lock_timeout": "1000",
+    "idle_in_transaction_session_timeout": "5000",  # a gateway that froze in the middle lets its locks go
+    "default_transaction_isolation": "read committed",
+}
+PATIENT = SESSION | {"statement_timeout": "0", "lock_timeout": "10000", "idle_in_transaction_session_timeout": "0"}
+"""For commands: a report may take its time, a person may wait for a lock."""
+CONNECT = {
+    "connect_timeout": 2,  # seconds; libpq takes no less
+    "tcp_user_timeout": 2000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+}
+SILENCE_S = 2.5  # a second beyond the server's own limit for a statement
+LOOK_S = 0.1  # how often a wait looks at the clock
+
+_ITS_BALANCE = """LEFT JOIN LATERAL (
+    SELECT sum(spent_nano) AS spent_nano, sum(reserved_nano) AS reserved_nano, sum(quantum_nano) AS quantum_nano, sum(open) AS open
+    FROM app_balances AS kept WHERE kept.window = cap.window AND kept.window_start = cap.window_start
+      AND (cap.scope = 'total' OR cap.scope = 'app:' || kept.app OR cap.scope = 'team:' || kept.team)) AS balance ON true"""
+_FILL_BALANCES = """
+INSERT INTO app_balances (window, window_start, app, team, spent_nano, reserved_nano, quantum_nano, open)
+SELECT framed.window, framed.window_start, app, coalesce(team, ''),
+  sum(spent_nano), sum(reserved_nano), sum(entries.quantum_nano), sum(open)
+FROM entries JOIN calls ON calls.id = call_id
+CROSS JOIN LATERAL (VALUES ('day', day_start), ('week', week_start), ('month', month_start), ('ever', 0)) AS framed (window, window_start)
+GROUP BY 1, 2, 3, 4"""
+
+SPELLED = (
+    (book.ITS_BALANCE, _ITS_BALANCE),
+    (book.CLEAR_BALANCES, "DELETE FROM app_balances"),
+    (book.FILL_BALANCES, _FILL_BALANCES),
+)
+SPELLED_BY_PATTERN = (
+    (re.compile(r"\bwindow\b"), '"window"'),
+    (re.compile(r"AS REAL\b"), "AS DOUBLE PRECISION"),  # SQLite's REAL has eight bytes
+    (re.compile(r"\bCROSS JOIN (\w+) ON\b"), r"JOIN \1 ON"),  # a hint to SQLite's planner
+    (re.compile(r"\bCAST\((\w+|coalesce\([\w, ]+\)) AS INTEGER\)"), r"CAST(floor(\1) AS BIGINT)"),  # SQLite cuts, this one rounds
+    (re.compile(r"\binstr\("), "strpos("),
+    (re.compile("%"), "%%"),
+    (re.compile(r"\?"), "%s"),
+    (re.compile(r"(?<![:\w]):([a-z_]\w*)"), r"%(\1)s"),
+)
+
+_SENTENCES = {
+    # by SQLSTATE, or its first two characters
+    "25006": "the ledger's server {at} is read-only (a standby?): point --ledger at the primary",
+    "42P01": "the database on {at} has no ledger: `gateway init` makes one",
+    "42703": "the ledger on {at} is an older version's: `gateway init` brings it up to date",
+    "3F000": "the database on {at} has no ledger: `gateway init` makes one",
+    "42501": "the ledger's user on {at} lacks a privilege",
+    "53100": "the disk of the ledger's server {at} is full: free some space, the gateway goes on by itself",
+    "55P03": "the ledger on {at} was held too long by another gateway or a person's transaction",
+    "57014": "the ledger's server {at} is too slow",
+    "57P": "the ledger's server {at} is shutting down or starting: the gateway goes on by itself when it is back",
+}
+_BUSY = {"40001", "40P01", "55P03"}
+
+type Row = Any
+
+
+class NamedRow(tuple[Any, ...]):
+    """A row by position and by name, as sqlite3.Row is."""
+
+    names: tuple[str, ...] = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        return tuple.__getitem__(self, self.names.index(key) if isinstance(key, str) else key)
+
+    def keys(self) -> tuple[str, ...]:
+        return self.names
+
+
+def named_rows(cursor: psycopg.Cursor[Any]) -> Callable[[Sequence[Any]], NamedRow]:
+    names = tuple(column.name for column in cursor.description or ())
+    return type("Row", (NamedRow,), {"names": names})
+
+
+class _Whole(Loader):
+    """Sums of BIGINTs come as NUMERIC: all amounts here are whole."""
+
+    def load(self, data: Any) -> int:
+        return int(bytes(data))
+
+
+class _Truth(Dumper):
+    """True and False are 1 and 0, as in the file's ledger."""
+
+    oid = psycopg.adapters.types["int8"].oid
+
+    def dump(self, obj: Any) -> bytes:
+        return b"1" if obj else b"0"
+
+
+class Limited(psycopg.Connection[Any]):
+    """A gateway's own. A server that went silent with the connection open (a dead switch, a frozen proxy that still acknowledges) is
+    noticed neither by TCP nor by the server's own limits; whoever waits for it must give up by himself."""
+
+    def wait(self, gen: Any, interval: float = LOOK_S, timeout: float | None = None) -> Any:
+        return super().wait(gen, interval, SILENCE_S if timeout is None else timeout)
+
+
+class Connection:
+    """What the ledger's functions use of `sqlite3.Connection`, on psycopg. Transactions are begun and ended by hand, as there."""
+
+    def __init__(self, raw: psycopg.Connection[Any]) -> None:
+        self.raw = raw
+        raw.adapters.register_loader("numeric", _Whole)
+        raw.adapters.register_dumper(int, Int8Dumper)  # one type for every amount: a product of two small ones must not overflow
+        raw.adapters.register_dumper(bool, _Truth)
+
+    def execute(self, statement: str, values: Sequence[object] | Mapping[str, object] = ()) -> psycopg.Cursor[Row]:
+        return self.raw.execute(spelled(statement), values)
+
+    def executemany(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
+        self.raw.cursor().executemany(spelled(statement), rows)
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.raw.info.transaction_status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
+
+    def close(self) -> None:
+        self.raw.close()
+
+
+@functools.lru_cache(maxsize=512)
+def spelled(statement: str) -> bytes:
+    """A statement of the file's ledger as this engine writes it."""
+    for ours, theirs in SPELLED:
+        statement = statement.replace(ours, theirs)
+    for pattern, theirs in SPELLED_BY_PATTERN:
+        statement = pattern.sub(theirs, statement)
+    return statement.encode()
+
+
+def defaults(server: Server) -> dict[str, Any]:
+    """How a connection is made where the address does not say otherwise."""
+    given = conninfo_to_dict(server.url)
+    ours = {"application_name": f"gateway {socket.gethostname()} {os.getpid()}", **CONNECT}
+    return {name: value for name, value in ours.items() if name not in given}
+
+
+def connect(server: Server, session: Mapping[str, str] = SESSION, kind: type[psycopg.Connection[Any]] = psycopg.Connection) -> Connection:
+    """A connection with the ledger's settings. Raises psycopg.Error, LedgerUnavailable where there is no ledger."""
+    raw = kind.connect(server.url, autocommit=True, **defaults(server))
+    try:
+        settle_in(raw, session)
+    except BaseException:
+        raw.close()
+        raise
+    return Connection(raw)
+
+
+def settle_in(raw: psycopg.Connection[Any], session: Mapping[str, str] = SESSION) -> None:
+    """Set a session up; durable commits, where the server's default is lax."""
+    settings = ", ".join("set_config(%s, %s, false)" for _ in session)
+    raw.execute(f"SELECT {settings}".encode(), [word for pair in session.items() for word in pair])
+    raw.execute("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'")
+
+
+def unavailable(server: Server, error: Exception) -> LedgerUnavailable:
+    """The sentence for an error of the server. The driver's own words follow, without what may be secret."""
+    state = getattr(error, "sqlstate", None) or ""
+    known = [_SENTENCES[code] for code in (state, state[:3], state[:2]) if code in _SENTENCES]
+    sentence = known[0] if known else "the ledger's server {at} gives no connection"
+    primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    words = primary or " ".join(str(error).split())
+    password = conninfo_to_dict(server.url).get("password")
+    return LedgerUnavailable(f"{sentence.format(at=server)} ({words.replace(str(password), '***') if password else words})")
+
+
+def is_its_own(error: Exception) -> bool:
+    own = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError)
+    return own or getattr(error, "sqlstate", None) in _SENTENCES
+
+
+def is_busy(error: Exception) -> bool:
+    """True where somebody else held what was wanted."""
+    return getattr(error, "sqlstate", None) in _BUSY

@@ -1,0 +1,133 @@
+"""The writer's thread, on a store made for the test: what shares a commit, and what is told of it when one fails."""
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+
+from gateway_addon.ledger.store import EVERYTHING
+from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.ledger.writer import Operation, Writer, apart
+
+
+def scoped(*scopes):
+    return Operation(lambda db: None, 0, frozenset(scopes))
+
+
+@pytest.mark.parametrize(
+    ("scopes", "scopes_max", "groups"),
+    [
+        (["a", "b", "a"], None, [["a", "b", "a"]]),
+        (["b", "a", "b"], 1, [["a"], ["b", "b"]]),
+        (["d", "c", "b", "a"], 2, [["a", "b"], ["c", "d"]]),
+        (["a", "a t", "b t", "c"], 1, [["a", "a t", "b t"], ["c"]]),
+        (["a b", "c d", "b c", "e"], 3, [["a b", "c d", "b c"], ["e"]]),
+        (["a", "", "b"], 1, [["", "a"], ["b"]]),
+        (["a", EVERYTHING, "b"], 1, [["a", EVERYTHING, "b"]]),
+        ([], 1, []),
+        ([], None, []),
+    ],
+)
+def test_a_commit_holds_few_scopes_and_what_has_one_in_common_is_in_one(scopes, scopes_max, groups):
+    operations = [scoped(*each.split()) for each in scopes]
+    assert [[" ".join(sorted(each.scopes)) for each in group] for group in apart(operations, scopes_max)] == groups
+
+
+class Down(Exception):
+    """The store's own failure."""
+
+
+class Store:
+    """Rows in a list. `fails`: what happens at each commit from the first on; `carried out` is a commit in doubt that took place."""
+
+    errors = (Down,)
+    journal = None
+
+    def __init__(self, *fails, scopes_max=1):
+        self.rows, self.tried, self.scopes_max = [], [], scopes_max
+        self._fails, self._commits, self._begun = iter(fails), 0, []
+        self.in_transaction = False
+
+    still = hang_up = close = lambda self: None
+    connect = lambda self: self  # noqa: E731
+    turn = lambda self: nullcontext()  # noqa: E731
+
+    def begin(self, db, scopes):
+        self._begun = []
+        self.tried.append("".join(sorted(scopes)))
+
+    def stamp(self, db, number):
+        self._number = number
+
+    def commit(self, db):
+        fail = next(self._fails, "")
+        if fail in ("", "carried out"):
+            self.rows += self._begun
+            self._commits = self._number
+        if fail:
+            raise Down(fail)
+
+    def commits(self, db):
+        return self._commits
+
+    def unavailable(self, error):
+        return LedgerUnavailable(f"{error}")
+
+    def is_its_own(self, error):
+        return isinstance(error, Down)
+
+    def is_busy(self, error):
+        return False
+
+
+def written(store, *names, broken=()):
+    """Give a writer operations, a name each and a scope of that name; in capitals they are lasting. Returns what each was told."""
+    told = {name: [] for name in names}
+
+    def apply(name):
+        if name in broken:
+            raise ValueError(name)
+        store._begun.append(name)
+
+    def deliver(answers):
+        for answer in answers:
+            answer.operation.tell(answer.value)
+
+    writer = Writer(store, deliver)
+    for name in names:
+        scopes, write = frozenset((name.lower(),)), (lambda db, name=name: apply(name))
+        writer.put(Operation(write, 0, scopes, lasting=name.isupper(), tell=told[name].append))
+    writer.start()
+    assert writer.stop(5)
+    assert threading.active_count() == 1
+    return {name: ["written" if answer is None else type(answer).__name__ for answer in answers] for name, answers in told.items()}
+
+
+def test_each_group_is_told_of_its_own_commit():
+    store = Store()
+    assert written(store, "c", "a", "b") == {"c": ["written"], "a": ["written"], "b": ["written"]}
+    assert store.tried == ["a", "b", "c"]
+
+
+def test_a_store_that_fails_is_asked_once_more_for_all_the_rest_together():
+    store = Store("down", "down")
+    assert written(store, "a", "b", "c", "d") == {name: ["LedgerUnavailable"] for name in "abcd"}
+    assert store.tried == ["a", "bcd"]
+
+
+@pytest.mark.parametrize("doubt", ["carried out", "not carried out"])
+def test_nothing_is_written_twice_where_one_commit_of_several_ended_in_doubt(doubt):
+    store = Store("", doubt)
+    told = written(store, "A", "B", "C")
+    assert sorted(store.rows) == ["A", "B", "C"]
+    assert told == {name: ["written"] for name in "ABC"}
+
+
+@pytest.mark.parametrize("fails", [(), ("", "down"), ("", "", "carried out")])
+def test_an_operation_that_breaks_breaks_alone_and_the_store_may_fail_meanwhile(fails):
+    """What was written alone before the store failed is not written again."""
+    store = Store(*fails, scopes_max=None)
+    told = written(store, "A", "b", "C", broken="b")
+    assert sorted(store.rows) == ["A", "C"]
+    assert told["A"] == told["C"] == ["written"]
+    assert told["b"] in (["ValueError"], ["LedgerUnavailable"])
