@@ -9,13 +9,13 @@ import difflib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger import book, files
 from gateway_addon.ledger.locks import Turnstile, is_dead
+from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.store import driver
 from gateway_addon.ledger.values import Server, Token
 from gateway_addon.windows import starts
@@ -83,13 +83,13 @@ def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
 
 
 def obituary(path: Path | Server, db: sqlite3.Connection) -> Callable[[str], bool]:
-    """Tells of an owner's name whether its process is gone."""
+    """Tells of an owner's name whether its process is gone. (A batch is held by none: its reservation waits for its results.)"""
     if isinstance(path, Server):
         with driver():
             from gateway_addon.ledger import postgres
-        living = postgres.living(db)
+        living = postgres.living(db) | {BATCHES}
         return lambda owner: owner not in living
-    return partial(is_dead, path)
+    return lambda owner: owner != BATCHES and is_dead(path, owner)
 
 
 def issue_token(
