@@ -8,24 +8,27 @@ takes values, awaits the ledger, and returns values.
     admit    the body is here     policy > quote > reservation; a budget that is only *held* is waited for
     running  the answer streams   input released when its tokens are known, output topped up before it is generated
     close    the call has ended   priced and settled, or voided (settlement.py)
+
+Batches and files are admitted by workspace.py.
 """
 
 import asyncio
 import ipaddress
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from gateway_addon import alerts, identity, reading
-from gateway_addon.answers import Answer, me
-from gateway_addon.bounds import Quote, quote
+from gateway_addon.answers import Answer, me, visible_models
+from gateway_addon.batches import file_ids
+from gateway_addon.bounds import quote
 from gateway_addon.calls import Tell, record
-from gateway_addon.door import Door, Offer
-from gateway_addon.grants import TICK_S, Pace
+from gateway_addon.door import Door
+from gateway_addon.grants import TICK_S
 from gateway_addon.herald import Herald
 from gateway_addon.ledger import (
     Alert,
@@ -41,42 +44,25 @@ from gateway_addon.ledger import (
     app_scope,
     scopes,
 )
+from gateway_addon.ledger.batches import Batch
+from gateway_addon.money import dollars
 from gateway_addon.noise import Noise
-from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, caps, edits, judge
+from gateway_addon.offers import offers
+from gateway_addon.passes import Arrived, Ending, Errand, Pass
+from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, edits, judge
 from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
 from gateway_addon.sentences import cut_sentence, denied, headroom, noisy, over_request_cap, paused
 from gateway_addon.settlement import EndedBy, Void, drifted, settle
+from gateway_addon.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 LIMITS_EVERY_S = 1.0  # how often the shared key's limits are written down, however many answers carry them
 READY_FOR_S = 1.0
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
-COMFORT = 50  # `reserve: auto` reserves a stream whole while its quote is at most this part of each of its caps
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """A caller with a good token, at an endpoint that exists, under the policy in force when it came."""
-
-    app: AppPolicy
-    token: Token
-    endpoint: str
-    policy: GatewayPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """Permission to forward a call that costs nothing (count_tokens, models)."""
-
-    arrived: Arrived
-    call: NewCall
-    admitted_at: float
-    body: bytes | None = None
-    """The body to send where the policy rewrote it, as in `Ticket`."""
 
 
 class Gate:
@@ -101,7 +87,7 @@ class Gate:
         self._running: dict[Running, Callable[[str], None]] = {}
         self._door = Door(ledger)
         self._herald = herald
-        self._entrance = entrance
+        self.workspace = Workspace(ledger, self._door, clock, self.batch_closed, self._resolve)
         self._heralding: asyncio.Task[None] | None = None
         self._limits_at = -math.inf
         self._top_ups: asyncio.Task[None] | None = None
@@ -168,7 +154,7 @@ class Gate:
         call = _call(arrived, read, request, self._entrance)
         flags: tuple[str, ...] = ()
         body: bytes | None = None
-        if changes := edits(app, read, arrived.policy.prices):
+        if changes := {} if read.shared else edits(app, read, arrived.policy.prices):
             request, read = reading.edited(arrived.endpoint, request, changes)
             if isinstance(read, Refusal):
                 return self._refused(app, arrived.token, arrived.endpoint, read, now)
@@ -176,16 +162,31 @@ class Gate:
         refusal = judge(app, read, arrived.policy.prices)
         if refusal is not None and app.mode == "observe":
             flags, refusal = (*flags, f"observed:{refusal.code}"), None
-        if refusal is None and read.endpoint != "messages":
-            return Pass(arrived, call, now, body)
         try:
-            decision = refusal or await self._reserve(arrived, read, call, now)
+            decision = refusal or await self._decide(arrived, read, request, call, now)
         except LedgerUnavailable as error:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
             self._turned_away(call, decision.code, now)
-            return decision
-        return replace(decision, flags=(*flags, *decision.flags), body=body)
+        elif isinstance(decision, Ticket):
+            decision = replace(decision, flags=(*flags, *decision.flags), body=body)
+        elif isinstance(decision, Pass) and body is not None:
+            decision = replace(decision, body=body)
+        return decision
+
+    async def _decide(
+        self, arrived: Arrived, read: Reading, request: Request, call: NewCall, now: float
+    ) -> Ticket | Pass | Answer | Refusal:
+        """What becomes of a request that the policy lets through. Raises LedgerUnavailable."""
+        if read.shared:
+            return await self.workspace.admit(arrived, read, request, call, now)
+        if (foreign := await self.workspace.foreign_file(arrived.app, file_ids(read))) is not None:
+            return foreign
+        if read.endpoint == "messages":
+            return await self._reserve(arrived, read, call, now)
+        if read.endpoint == "models":
+            return Pass(arrived, call, now, errand=Errand(whole=partial(_visible, arrived)))
+        return Pass(arrived, call, now)
 
     async def _reserve(self, arrived: Arrived, read: Reading, call: NewCall, now: float) -> Ticket | Refusal:
         app, limits = arrived.app, caps(arrived.policy, arrived.app)
@@ -198,21 +199,21 @@ class Gate:
             if short is not None and app.mode == "enforce":
                 return headroom(app, short)
         overrun = read.model in await self.ledger.overruns()
-        offers = _offers(bound, app, arrived.policy, read, limits, overrun=overrun, now=now)
+        ways = offers(bound, app, arrived.policy, read, limits, overrun=overrun, now=now)
         request_cap = app.caps.get("request", math.inf)
         flags: tuple[str, ...] = ()
-        if offers[-1].hold_nano > request_cap:
+        if ways[-1].hold_nano > request_cap:
             if app.mode == "enforce":
                 return over_request_cap(app, bound, int(request_cap))
             flags = ("observed:quote_over_cap",)
         else:
-            offers = [offer for offer in offers if offer.hold_nano <= request_cap]
+            ways = [offer for offer in ways if offer.hold_nano <= request_cap]
         rates = RateLimits(app.rates.requests_per_minute, app.rates.input_tokens_per_minute, app.rates.concurrent)
-        result, offer = await self._door.reserve(call, offers, limits, rates, now)
+        result, offer = await self._door.reserve(call, ways, limits, rates, now)
         if isinstance(result, Denied) and app.mode == "observe":  # the caps that it shares with others hold all the same
             flags = (*flags, f"observed:{result.reason}")
             shared = [cap for cap in limits if cap.scope != app_scope(app.name)]
-            result, offer = await self._door.reserve(call, offers, shared, RateLimits(), now)
+            result, offer = await self._door.reserve(call, ways, shared, RateLimits(), now)
         if isinstance(result, Denied):
             return denied(result, app, bound, offer.hold_nano)
         prices = arrived.policy.prices
@@ -292,28 +293,43 @@ class Gate:
         self._running.pop(running, None)
         call_id = running.ticket.call_id
         result = settle(running, sent=sent, ended_by=ended_by)
+        end = result.outcome if isinstance(result, Void) else result
+        written = self._resolve(call_id, running.ticket.call, running.ticket.admitted_at, end, now)
         if isinstance(result, Void):
-            written = self.ledger.void(call_id, result.outcome, now=now)
-            self._later(written)
-            written.add_done_callback(partial(self._tell_of, running.ticket, result, now))
             return
-        written = self.ledger.settle(call_id, result, now=now)
-        self._later(written)
         written.add_done_callback(partial(self._look_for_overrun, running, now))
-        written.add_done_callback(partial(self._tell_of, running.ticket, result, now))
         app, served = running.ticket.app, result.outcome.model_served
         if app.served == "exact" and served is not None and drifted(running, served):
             self.tell(alerts.drift(app.name, running.ticket.reading.model, served, call_id, now))
 
-    def _tell_of(self, ticket: Ticket, end: Settlement | Void, now: float, written: "asyncio.Future[Resolution]") -> None:
-        if self._on_call is None or written.cancelled() or written.exception() is not None or not written.result().first:
-            return
-        state, parts = ("settled", end.parts) if isinstance(end, Settlement) else ("voided", ())
-        told = record(
-            ticket.call, state, started_at=ticket.admitted_at, ended_at=now, call_id=ticket.call_id, outcome=end.outcome, parts=parts,
-            spent_nano=written.result().spent_nano,
-        )  # fmt: skip
-        self._on_call(told)
+    def _resolve(
+        self, call_id: int, call: NewCall, started_at: float, end: Settlement | Outcome, now: float
+    ) -> "asyncio.Future[Resolution]":
+        """Settle a call, or void it, given its outcome alone; wake whoever waits for budget, and tell whoever listens."""
+        if isinstance(end, Settlement):
+            written, state, outcome, parts = self.ledger.settle(call_id, end, now=now), "settled", end.outcome, end.parts
+        else:
+            written, state, outcome, parts = self.ledger.void(call_id, end, now=now), "voided", end, ()
+        self._later(written)
+
+        def tell(written: "asyncio.Future[Resolution]") -> None:
+            if self._on_call is None or written.cancelled() or written.exception() is not None or not written.result().first:
+                return
+            spent_nano = written.result().spent_nano
+            told = record(
+                call, state, started_at=started_at, ended_at=now, call_id=call_id, outcome=outcome, parts=parts, spent_nano=spent_nano
+            )
+            self._on_call(told)
+
+        written.add_done_callback(tell)
+        return written
+
+    def batch_closed(self, batch: Batch, resolution: Resolution) -> None:
+        """A batch was settled by this process, perhaps one that another process had admitted."""
+        logger.info("Batch %s of app %s is settled at %s.", batch.id, batch.app, dollars(resolution.spent_nano))
+        self._door.settled()
+        if resolution.overrun:
+            self.tell(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clock()))
 
     def _look_for_overrun(self, running: Running, now: float, written: "asyncio.Future[Resolution]") -> None:
         if not written.cancelled() and written.exception() is None and written.result().overrun:
@@ -327,8 +343,13 @@ class Gate:
         else:
             logger.warning("%s", alert.sentence)
 
-    def close_free(self, free: Pass, status: int | None, now: float) -> None:
-        """Keep a row of a call that cost nothing."""
+    def close_free(self, free: Pass, ending: Ending, now: float) -> None:
+        """A forwarded call without a meter has ended: its errand hears of it, and a row is kept of what cost nothing."""
+        if free.errand.ended is not None:
+            free.errand.ended(ending)
+        if free.reserved:
+            return
+        status = ending.status
         outcome = Outcome(status=status, complete=status is not None)
         self.ledger.free(free.call, outcome, now=now)
         if self._on_call is not None:
@@ -397,25 +418,8 @@ class Gate:
             self.tell(alerts.key_refused(arrived.policy.key, now))
 
 
-def _offers(
-    bound: Quote, app: AppPolicy, policy: GatewayPolicy, read: Reading, limits: Iterable[Cap], *, overrun: bool, now: float
-) -> list[Offer]:
-    """The ways to reserve a call, the largest first: whole, in steps, or whole while that is little and in steps when it is not.
-
-    Only a stream can be cut, so only a stream can run on less than its whole quote; and only on a model that keeps its pace.
-    """
-    whole = Offer(read.max_tokens, bound.total_nano)
-    row = policy.prices.row(read.model, now)
-    if not read.stream or app.reserve == "full" or overrun or row is None:
-        return [whole]
-    pace = Pace(row.output_tokens_per_second_max, row.lag_s)
-    if pace.first_tokens >= read.max_tokens:
-        return [whole]
-    first_nano = bound.for_output(pace.first_tokens)
-    steps = Offer(pace.first_tokens, first_nano, pace, bound.for_output(pace.first_tokens + pace.quantum_tokens) - first_nano)
-    smallest_nano = min((cap.amount_nano for cap in limits if cap.window != "request"), default=math.inf)
-    comfortable = app.reserve == "auto" and bound.total_nano * COMFORT <= smallest_nano
-    return [whole, steps] if comfortable else [steps]
+async def _visible(arrived: Arrived, status: int, body: bytes) -> bytes:
+    return visible_models(arrived.app, arrived.policy.prices, body) if status == 200 else body
 
 
 def _room_nano(running: Running) -> float:
