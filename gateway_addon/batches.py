@@ -37,7 +37,8 @@ class Asked:
     model: str | None
     """None where the requests name several."""
     hour_ttl: bool
-    file_ids: frozenset[str]
+    files: frozenset[str]
+    """The ids of the files at the provider that its requests name."""
     flags: tuple[str, ...] = ()
     """What the policy did to its requests beside admitting them, as on a call of its own."""
     body: bytes | None = None
@@ -57,49 +58,37 @@ class Object:
 class _One:
     """One request of a batch, judged and quoted."""
 
-    params: dict[str, Any]
     reading: Reading
     quote_nano: int
-    flags: tuple[str, ...]
+    changes: dict[str, Any]
+    """What the policy rewrites in its parameters."""
+    observed: tuple[str, ...] = ()
 
 
 def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Asked | Refusal:
     """Read, judge and quote a batch. The first request that would be refused as a call of its own refuses the batch, by its name."""
+    quote_nano, hour_ttl, rewritten = 0, False, False
+    models: set[str] = set()
+    files: set[str] = set()
+    flags: dict[str, None] = {}
     try:
         entries = _entries(parsed(request))
-        found: list[_One] = []
-        for where, entry in _named(entries):
+        for where, entry in _named(entries):  # nothing is kept of a request but what adds up: there may be a hundred thousand
             one = _judged(app, prices, where, entry["params"], request, now)
             if isinstance(one, Refusal):
                 return one
-            found.append(one)
+            entry["params"] |= one.changes
+            quote_nano, hour_ttl, rewritten = quote_nano + one.quote_nano, hour_ttl or one.reading.hour_ttl, rewritten or bool(one.changes)
+            models.add(one.reading.model)
+            files.update(one.reading.found.files)
+            flags |= dict.fromkeys((*(f"edited:{name}" for name in one.changes), *one.observed))
     except (Unreadable, ValueError) as error:
         return stated("body", f"{error}")
     except RecursionError:
         return stated("body", DEEP)
-    models = {one.reading.model for one in found}
-    flags = tuple(dict.fromkeys(flag for one in found for flag in one.flags))
-    body = None
-    if any(flag.startswith("edited:") for flag in flags):
-        sent = [{**entry, "params": one.params} for entry, one in zip(entries, found, strict=True)]
-        body = json.dumps({"requests": sent}, ensure_ascii=False, separators=(",", ":")).encode()
-    return Asked(
-        requests=len(found),
-        quote_nano=sum(one.quote_nano for one in found),
-        model=models.pop() if len(models) == 1 else None,
-        hour_ttl=any(one.reading.hour_ttl for one in found),
-        file_ids=frozenset(file_id for one in found for file_id in file_ids(one.reading)),
-        flags=flags,
-        body=body,
-    )
-
-
-def file_ids(reading: Reading) -> Iterator[str]:
-    """The files at the provider that a request names (whatever is no id names none)."""
-    for use in reading.found.uses:
-        file_id = use.value.get("file_id") if isinstance(use.value, dict) else None
-        if isinstance(file_id, str):
-            yield file_id
+    body = json.dumps({"requests": entries}, ensure_ascii=False, separators=(",", ":")).encode() if rewritten else None
+    model = models.pop() if len(models) == 1 else None
+    return Asked(len(entries), quote_nano, model, hour_ttl, frozenset(files), tuple(flags), body)
 
 
 def object_of(body: bytes) -> Object | None:
@@ -179,25 +168,24 @@ def _named(entries: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _judged(app: AppPolicy, prices: Prices, where: str, params: dict[str, Any], request: Request, now: float) -> _One | Refusal:
-    """Judge one request as if it came alone. Raises what `reading.message` raises, with its place."""
+    """Judge one request as if it came alone. Raises Unreadable, with its place."""
     read = _read(where, params, request)
-    flags: tuple[str, ...] = ()
     if changes := edits(app, read, prices):
-        params = {**params, **changes}
-        read, flags = _read(where, params, request), tuple(f"edited:{name}" for name in changes)
+        read = _read(where, params | changes, request)
+    observing = app.mode == "observe"
     refusal = judge(app, read, prices)
-    if refusal is None or app.mode == "observe":
-        observed = () if refusal is None else (f"observed:{refusal.code}",)
-        bound = quote(read, app, prices, now, batch=True)
-        if isinstance(bound, Refusal):
-            return _at(where, bound)
-        cap_nano = app.caps.get("request")
-        if cap_nano is None or bound.total_nano <= cap_nano:
-            return _One(params, read, bound.total_nano, (*flags, *observed))
-        if app.mode == "observe":
-            return _One(params, read, bound.total_nano, (*flags, *observed, "observed:quote_over_cap"))
-        refusal = over_request_cap(app, bound, cap_nano)
-    return _at(where, refusal)
+    if refusal is not None and not observing:
+        return _at(where, refusal)
+    bound = quote(read, app, prices, now, batch=True)
+    if isinstance(bound, Refusal):
+        return _at(where, bound)
+    observed = () if refusal is None else (f"observed:{refusal.code}",)
+    cap_nano = app.caps.get("request")
+    if cap_nano is not None and bound.total_nano > cap_nano:
+        if not observing:
+            return _at(where, over_request_cap(app, bound, cap_nano))
+        observed += ("observed:quote_over_cap",)
+    return _One(read, bound.total_nano, changes, observed)
 
 
 def _read(where: str, params: dict[str, Any], request: Request) -> Reading:

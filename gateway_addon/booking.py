@@ -17,7 +17,7 @@ from gateway_addon.pricing import Prices, restored
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 200  # of one transaction: some milliseconds, which others wait for
+ROWS_AT_ONCE = 1_000  # of one transaction: some milliseconds, which others wait for
 ROWS_WAITING_MAX = 20_000  # some ten megabytes
 
 type Closed = Callable[[Batch, Resolution], None]

@@ -24,7 +24,6 @@ from typing import Any
 
 from gateway_addon import alerts, identity, reading
 from gateway_addon.answers import Answer, me, visible_models
-from gateway_addon.batches import file_ids
 from gateway_addon.bounds import quote
 from gateway_addon.calls import Tell, record
 from gateway_addon.door import Door
@@ -180,7 +179,7 @@ class Gate:
         """What becomes of a request that the policy lets through. Raises LedgerUnavailable."""
         if read.shared:
             return await self.workspace.admit(arrived, read, request, call, now)
-        if (foreign := await self.workspace.foreign_file(arrived.app, file_ids(read))) is not None:
+        if (foreign := await self.workspace.foreign_file(arrived.app, read.found.files)) is not None:
             return foreign
         if read.endpoint == "messages":
             return await self._reserve(arrived, read, call, now)

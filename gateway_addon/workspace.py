@@ -39,6 +39,7 @@ ANSWER_WITHIN_S = 5.0  # how long the app's answer waits for the ledger to have 
 PAGE_DEFAULT = 20
 PAGE_MAX = 1_000
 IDS_MAX = 100
+LIST_QUERY = {"after_id", "before_id", "beta", "ids", "ids[]", "limit", "page"}
 NAMES: dict[str, tuple[Kind, str]] = {"batches": ("batch", "message batch"), "files": ("file", "file")}
 
 type Resolve = Callable[[int, NewCall, float, Settlement | Outcome, float], object]
@@ -93,7 +94,7 @@ class Workspace:
         asked = await asyncio.to_thread(batches.judged, app, policy.prices, request, now)
         if isinstance(asked, Refusal):
             return asked
-        if (foreign := await self.foreign_file(app, asked.file_ids)) is not None:
+        if (foreign := await self.foreign_file(app, asked.files)) is not None:
             return foreign
         call = replace(call, model_asked=asked.model, quote_nano=asked.quote_nano)
         # Tokens a minute do not count here: the provider takes its time with a batch, and has other limits for it.
@@ -168,7 +169,9 @@ class Workspace:
     async def _page(self, app: AppPolicy, read: Reading, request: Request) -> Answer | Refusal:
         """A page of the app's own, in the API's shape."""
         kind, _ = NAMES[read.endpoint.partition(".")[0]]
-        query = parse_qs(request.target.partition("?")[2])
+        query = parse_qs(request.target.partition("?")[2], keep_blank_values=True)
+        if unknown := query.keys() - LIST_QUERY:
+            return stated("body", f"the query {sorted(unknown)[0]} is not known here, and cannot be left out of account; leave it out")
         limit = query.get("limit", [str(PAGE_DEFAULT)])[-1]
         if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit) <= PAGE_MAX:
             return stated("body", f"limit must be a whole number from 1 to {PAGE_MAX:,}")

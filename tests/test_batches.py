@@ -140,7 +140,7 @@ def test_what_the_policy_rewrites_is_judged_as_it_is_sent():
 def test_every_file_that_a_batch_names_is_known():
     source = {"type": "document", "source": {"type": "file", "file_id": "file_1"}}
     found = asked(batch({"messages": [{"role": "user", "content": [source]}]}), app=replace(APP, caps={}))
-    assert found.file_ids == {"file_1"}
+    assert found.files == {"file_1"}
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"id": "file_1"}', b'{"id": "msgbatch_../x"}', b'{"id": 5}', b"[" * 100_000])

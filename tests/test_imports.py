@@ -18,7 +18,7 @@ OWN = {
     "modes": set(),
     "dispatch": set(),
     "gate": {
-        "alerts", "answers", "batches", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "offers",
+        "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "offers",
         "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "workspace",
     },
     "workspace": {

@@ -266,3 +266,17 @@ def test_a_large_body_is_read_in_milliseconds():
         reading(raw)
         took.append(time.perf_counter() - began)
     assert min(took) < 0.02  # about 1 ms on an idle machine
+
+
+def test_a_file_is_seen_wherever_it_is_named_but_for_the_echo_of_an_answer():
+    blocks = [
+        {"type": "document", "source": {"type": "file", "file_id": "file_1"}},
+        {"type": "container_upload", "file_id": "file_2"},
+        {"type": "hologram", "file_id": "file_3"},
+        {"type": "text", "text": "x", "file_id": "file_4"},
+        {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image", "source": {"type": "file", "file_id": "file_5"}}]},
+        {"type": "code_execution_result", "content": [{"type": "code_execution_output", "file_id": "file_6"}], "return_code": 0},
+        {"type": "tool_use", "id": "x", "name": "x", "input": {"file_id": "file_7"}},
+    ]
+    found = reading(PLAIN | {"messages": [{"role": "user", "content": blocks}]}).found
+    assert sorted(found.files) == ["file_1", "file_2", "file_3", "file_4", "file_5"]
