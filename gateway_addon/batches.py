@@ -179,7 +179,7 @@ def _judged(app: AppPolicy, prices: Prices, where: str, params: dict[str, Any], 
     bound = quote(read, app, prices, now, batch=True)
     if isinstance(bound, Refusal):
         return _at(where, bound)
-    observed = () if refusal is None else (f"observed:{refusal.code}",)
+    observed: tuple[str, ...] = () if refusal is None else (f"observed:{refusal.code}",)
     cap_nano = app.caps.get("request")
     if cap_nano is not None and bound.total_nano > cap_nano:
         if not observing:

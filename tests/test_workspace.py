@@ -148,6 +148,18 @@ async def test_a_creation_that_fails_is_voided_and_one_whose_answer_is_lost_is_s
             assert (await gw.held_nano(), await gw.spent_nano() > 0) == (0, is_spent), status
 
 
+async def test_without_a_ledger_nothing_is_sent(tmp_path):
+    async with running(tmp_path) as gw:
+        made = await created(gw)
+        before = gw.api.book.requests
+        (tmp_path / "gateway.db").rename(tmp_path / "elsewhere.db")
+        for call in (created(gw), results(gw, made.id), gw.client().messages.batches.list(), gw.client().files.upload(file=b"x")):
+            with pytest.raises(anthropic.ServiceUnavailableError):
+                await call
+        assert gw.api.book.requests == before
+        (tmp_path / "elsewhere.db").rename(tmp_path / "gateway.db")
+
+
 # --- batches: policy
 
 
