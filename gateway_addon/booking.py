@@ -12,7 +12,7 @@ from functools import partial
 from gateway_addon.batches import Results
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Resolution, app_scope
 from gateway_addon.ledger import batches as book
-from gateway_addon.ledger.batches import Batch, ResultRow
+from gateway_addon.ledger.batches import Batch, ResultRow, Settled
 from gateway_addon.pricing import Prices, restored
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1_000  # of one transaction: some milliseconds, which others wait for
 ROWS_WAITING_MAX = 20_000  # some ten megabytes
 
-type Closed = Callable[[Batch, Resolution], None]
+type Closed = Callable[[Batch, Settled, Resolution], None]
 """Hears of a batch that was settled here, the first time."""
 
 
@@ -35,7 +35,7 @@ async def close(ledger: Ledger, batch: Batch, closed: Closed, *, anyway: str | N
     """Settle a batch from the results that were booked; False where some are missing. Raises LedgerUnavailable."""
     resolution = await ledger.keep(partial(book.close, id=batch.id, anyway=anyway, now=now), app_scope(batch.app))
     if resolution is not None and resolution.first:
-        closed(batch, resolution)
+        closed(batch, await ledger.look(partial(book.settled, call_id=batch.call_id)), resolution)
     return resolution is not None
 
 

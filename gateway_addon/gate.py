@@ -43,11 +43,11 @@ from gateway_addon.ledger import (
     app_scope,
     scopes,
 )
-from gateway_addon.ledger.batches import Batch
+from gateway_addon.ledger.batches import Batch, Settled
 from gateway_addon.money import dollars
 from gateway_addon.noise import Noise
 from gateway_addon.offers import offers
-from gateway_addon.passes import Arrived, Ending, Errand, Pass
+from gateway_addon.passes import Arrived, Ending, Errand, Pass, new_call
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, edits, judge
 from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
@@ -150,7 +150,7 @@ class Gate:
         read = reading.read(arrived.endpoint, request)
         if isinstance(read, Refusal):
             return self._refused(app, arrived.token, arrived.endpoint, read, now)
-        call = _call(arrived, read, request, self._entrance)
+        call = new_call(arrived, read, request, self._entrance)
         flags: tuple[str, ...] = ()
         body: bytes | None = None
         if changes := {} if read.shared else edits(app, read, arrived.policy.prices):
@@ -323,10 +323,16 @@ class Gate:
         written.add_done_callback(tell)
         return written
 
-    def batch_closed(self, batch: Batch, resolution: Resolution) -> None:
+    def batch_closed(self, batch: Batch, end: Settled, resolution: Resolution) -> None:
         """A batch was settled by this process, perhaps one that another process had admitted."""
         logger.info("Batch %s of app %s is settled at %s.", batch.id, batch.app, dollars(resolution.spent_nano))
         self._door.settled()
+        if self._on_call is not None:
+            told = record(
+                end.call, "settled", started_at=end.started_at, ended_at=self._clock(), call_id=batch.call_id, outcome=end.outcome,
+                parts=end.parts, spent_nano=resolution.spent_nano,
+            )  # fmt: skip
+            self._on_call(told)
         if resolution.overrun:
             self.tell(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clock()))
 
@@ -425,28 +431,6 @@ def _room_nano(running: Running) -> float:
     """What a running stream may still be granted under its request cap."""
     cap_nano = running.ticket.app.caps.get("request")
     return math.inf if cap_nano is None else cap_nano - running.held_nano
-
-
-def _call(arrived: Arrived, read: Reading, request: Request, entrance: str) -> NewCall:
-    """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents.
-
-    What the client chose freely is masked: a token that was pasted in the wrong place stays out of ledger, log and traces.
-    """
-    model, session, agent = (
-        identity.masked(text) or None
-        for text in (read.model, *("".join(request.header(f"x-claude-code-{name}-id")[:1]) for name in ("session", "agent")))
-    )
-    return NewCall(
-        arrived.app.name,
-        arrived.app.team,
-        arrived.token.id,
-        entrance + arrived.endpoint,
-        model,
-        read.stream,
-        read.max_tokens or None,
-        session_id=session,
-        agent_id=agent,
-    )
 
 
 def _ledger_refusal(error: LedgerUnavailable) -> Refusal:

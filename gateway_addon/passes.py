@@ -3,8 +3,10 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from gateway_addon.identity import masked
 from gateway_addon.ledger import NewCall, Token
 from gateway_addon.policy import AppPolicy, GatewayPolicy
+from gateway_addon.reading import Reading, Request
 from gateway_addon.settlement import EndedBy
 
 
@@ -52,3 +54,25 @@ class Pass:
     errand: Errand = Errand()
     reserved: bool = False
     """The ledger has an open call for it already; else one is written at its end, as free."""
+
+
+def new_call(arrived: Arrived, read: Reading, request: Request, entrance: str) -> NewCall:
+    """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents.
+
+    What the client chose freely is masked: a token that was pasted in the wrong place stays out of ledger, log and traces.
+    """
+    model, session, agent = (
+        masked(text) or None
+        for text in (read.model, *("".join(request.header(f"x-claude-code-{name}-id")[:1]) for name in ("session", "agent")))
+    )
+    return NewCall(
+        arrived.app.name,
+        arrived.app.team,
+        arrived.token.id,
+        entrance + arrived.endpoint,
+        model,
+        read.stream,
+        read.max_tokens or None,
+        session_id=session,
+        agent_id=agent,
+    )

@@ -28,7 +28,7 @@ OWN = {
     "booking": {"batches", "ledger", "pricing"},
     "batches": {"bounds", "ledger", "policy", "pricing", "reading", "refusals", "sentences", "usage"},
     "files": {"reading", "refusals"},
-    "passes": {"ledger", "policy", "settlement"},
+    "passes": {"identity", "ledger", "policy", "reading", "settlement"},
     "offers": {"bounds", "door", "grants", "policy", "reading"},
     "alerts": {"ledger", "money", "policy"},
     "herald": {"alerts", "ledger", "policy"},

@@ -7,6 +7,7 @@ import time
 from functools import partial
 
 import anthropic
+import postgresql
 import pytest
 from gateway import gateway
 from processes import ledgered
@@ -181,9 +182,11 @@ async def open_batches(ledger):
         return batches.open_batches(db), proof.findings(db)
 
 
-async def test_a_killed_gateway_keeps_the_reservation_and_the_next_one_settles_it_once(tmp_path):
+@pytest.mark.parametrize("engine", ["sqlite", pytest.param("postgresql", marks=[pytest.mark.soak, pytest.mark.xdist_group("postgresql")])])
+async def test_a_killed_gateway_keeps_the_reservation_and_the_next_one_settles_it_once(tmp_path, engine):
+    server = postgresql.shared().ledger() if engine == "postgresql" else None
     async with Simulator(behaviour=SLOW) as api:
-        place = ledgered(tmp_path, api.url, {"app": APP}, "timeouts: {drain: 5s, batch_poll: 0.5s}\n")
+        place = ledgered(tmp_path, api.url, {"app": APP}, "timeouts: {drain: 5s, batch_poll: 0.5s}\n", server)
         process, url = await place.serve()
         async with anthropic.AsyncAnthropic(base_url=url, api_key=place.tokens["app"], max_retries=0) as client:
             made = await client.messages.batches.create(requests=REQUESTS)

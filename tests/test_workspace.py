@@ -72,6 +72,19 @@ async def test_a_batch_is_settled_at_what_the_api_billed_for_it(tmp_path):
         assert kept == [("a", haiku), ("b", "claude-sonnet-5"), ("c", haiku), ("d", haiku)]
 
 
+async def test_whoever_listens_to_calls_is_told_of_a_batch_once_when_it_is_settled(tmp_path):
+    told = []
+    async with running(tmp_path, Behaviour(), on_call=told.append) as gw:
+        made = await created(gw, asked("a"), asked("b"))
+        assert told == []
+        await results(gw, made.id)
+        await sound(gw)
+        await results(gw, made.id)
+        [call] = [each for each in told if each["endpoint"] == "batches.create"]
+        assert (call["app"], call["state"], call["spent_nano"], call["model"]) == ("app", "settled", gw.api.book.billed_nano, "claude-haiku-4-5")
+        assert call["output_tokens"] == sum(row.usage.output_tokens for row in gw.api.book.messages())
+
+
 async def test_errored_expired_and_cancelled_entries_cost_nothing(tmp_path):
     async with running(tmp_path, Behaviour()) as gw:
         wishes = ("errored", "expired", "canceled", "succeeded")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from gateway_addon.ledger import belongings, book
 from gateway_addon.ledger.belongings import Belonging
 from gateway_addon.ledger.owners import BATCHES
-from gateway_addon.ledger.values import Outcome, Resolution, Settlement
+from gateway_addon.ledger.values import NewCall, Outcome, Resolution, Settlement
 
 TURN_S = 600.0  # how long a batch is one process's to look at; a download that takes longer is taken up by the next one, harmlessly
 
@@ -116,6 +116,15 @@ class _Sum:
         return self
 
 
+class Settled(NamedTuple):
+    """The call of a settled batch, as whoever listens to calls is told of it."""
+
+    call: NewCall
+    started_at: float
+    outcome: Outcome
+    parts: tuple[_Sum, ...]
+
+
 _COLUMNS = "id, call_id, app, made_at, requests, hour_ttl, prices, status, look_at, failures"
 ADOPT = """
 INSERT INTO batches (id, call_id, app, made_at, requests, hour_ttl, prices, flags, status, look_at)
@@ -143,6 +152,15 @@ FROM batch_usage WHERE call_id = ? AND kind NOT IN ('errored', 'canceled', 'expi
 GROUP BY kind, model, price_row ORDER BY kind, model, price_row
 """
 FLAGS = "SELECT DISTINCT flags FROM batch_usage WHERE call_id = ? AND flags <> '' ORDER BY flags"
+CALL = """
+SELECT app, team, token_id, endpoint, model_asked, quote_nano, session_id, agent_id, started_at,
+  status, model_served, request_id, complete, price_rows, flags, service_tier FROM calls WHERE id = ?
+"""
+PARTS = """
+SELECT kind, model, price_row, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens,
+  cache_write_1h_tokens, cache_write_unsplit_tokens, web_search_requests, nano
+FROM usage WHERE call_id = ? ORDER BY part
+"""
 CLOSE = "UPDATE batches SET look_at = NULL, status = 'ended' WHERE id = ?"
 OPEN = """
 SELECT batches.id, batches.call_id, batches.app, requests, batches.status,
@@ -209,6 +227,15 @@ def close(db: sqlite3.Connection, id: str, *, anyway: str | None = None, now: fl
     resolution = book.settle(db, call_id, settlement, now=now)
     db.execute(CLOSE, (id,))
     return resolution
+
+
+def settled(db: sqlite3.Connection, call_id: int) -> Settled:
+    """What is written of a batch's call now that it is settled."""
+    app, team, token_id, endpoint, model, quote_nano, session, agent, started_at, *ended = db.execute(CALL, (call_id,)).fetchone()
+    status, served, request_id, complete, price_rows, flags, tier = ended
+    call = NewCall(app, team, token_id, endpoint, model, quote_nano=quote_nano, session_id=session, agent_id=agent)
+    outcome = Outcome(status, served, None, request_id, None, bool(complete), price_rows, tuple(flags.split()), tier)
+    return Settled(call, started_at, outcome, tuple(_Sum(*row) for row in db.execute(PARTS, (call_id,)).fetchall()))
 
 
 def open_batches(db: sqlite3.Connection) -> list[OpenBatch]:
