@@ -136,7 +136,7 @@ FIND = f"SELECT {_COLUMNS} FROM batches WHERE id = ?"
 WAITS = "SELECT EXISTS (SELECT 1 FROM batches WHERE look_at <= ?)"
 TAKE = f"""
 UPDATE batches SET look_at = :until
-WHERE id = (SELECT id FROM batches WHERE look_at <= :now ORDER BY look_at LIMIT 1) AND look_at <= :now
+WHERE id = (SELECT id FROM batches WHERE look_at <= :now ORDER BY look_at LIMIT 1)
 RETURNING {_COLUMNS}
 """
 LOOKED = "UPDATE batches SET status = ?, look_at = ?, failures = ? WHERE id = ? AND look_at IS NOT NULL"
