@@ -196,6 +196,8 @@ def test_a_ledger_of_before_takes_batches_once_it_is_opened(tmp_path):
         for table in ("belongings", "price_tables", "batches", "batch_usage"):
             db.execute(f"DROP TABLE {table}")
         db.execute("DELETE FROM _sqlite_migrations WHERE name = 'm003_shared_workspace'")
+    early = CliRunner().invoke(batches_command, ["--ledger", url(path)])
+    assert (early.exit_code, "was made by an earlier version: `gateway init --yes`" in early.output) == (2, True)
     with closing(writing(path)) as db:
         assert batches.open_batches(db) == []
 

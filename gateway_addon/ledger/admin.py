@@ -17,7 +17,7 @@ from gateway_addon.ledger import book, files
 from gateway_addon.ledger.locks import Turnstile, is_dead
 from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.store import driver
-from gateway_addon.ledger.values import Server, Token
+from gateway_addon.ledger.values import LedgerUnavailable, Server, Token
 from gateway_addon.windows import starts
 
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
@@ -77,6 +77,9 @@ def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
             db.execute("BEGIN")
             yield db
     except sqlite3.Error as error:
+        if str(error).startswith("no such table"):
+            sentence = f"the ledger {path} was made by an earlier version: `gateway init --yes`, or the gateway's start, brings it up to date"
+            raise LedgerUnavailable(f"{sentence} ({error})") from error
         if not files.is_of_the_file(error):
             raise
         raise files.unavailable(path, error) from error
