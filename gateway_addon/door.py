@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from gateway_addon.grants import Pace
-from gateway_addon.ledger import Cap, Denied, Ledger, NewCall, RateLimits, Reserved
+from gateway_addon.ledger import Cap, Denied, Ledger, NewCall, RateLimits, Reserved, app_scope
 
 WAIT_S = 2.0  # for budget that is held, not spent
 LOOK_S = 0.05  # another process's settlement makes no sound here
@@ -68,6 +68,17 @@ class Door:
                         return result, offer
                     await self._next_settlement()
         return await attempt()
+
+    async def observe(
+        self, call: NewCall, offers: Sequence[Offer], limits: Sequence[Cap], rates: RateLimits, now: float
+    ) -> tuple[Reserved | Denied, Offer, tuple[str, ...]]:
+        """The same for an app that is only observed: what denies it is its flag, and only the caps that it shares with others hold it."""
+        result, offer = await self.reserve(call, offers, limits, rates, now)
+        if isinstance(result, Reserved):
+            return result, offer, ()
+        shared = [cap for cap in limits if cap.scope != app_scope(call.app)]
+        again, offer = await self.reserve(call, offers, shared, RateLimits(), now)
+        return again, offer, (f"observed:{result.reason}",)
 
     def settled(self) -> None:
         """A settlement of this process is written: whoever waits may look again."""

@@ -40,7 +40,6 @@ from gateway_addon.ledger import (
     Resolution,
     Settlement,
     Token,
-    app_scope,
     scopes,
 )
 from gateway_addon.ledger.batches import Batch, Settled
@@ -208,11 +207,11 @@ class Gate:
         else:
             ways = [offer for offer in ways if offer.hold_nano <= request_cap]
         rates = RateLimits(app.rates.requests_per_minute, app.rates.input_tokens_per_minute, app.rates.concurrent)
-        result, offer = await self._door.reserve(call, ways, limits, rates, now)
-        if isinstance(result, Denied) and app.mode == "observe":  # the caps that it shares with others hold all the same
-            flags = (*flags, f"observed:{result.reason}")
-            shared = [cap for cap in limits if cap.scope != app_scope(app.name)]
-            result, offer = await self._door.reserve(call, ways, shared, RateLimits(), now)
+        if app.mode == "observe":
+            result, offer, observed = await self._door.observe(call, ways, limits, rates, now)
+            flags += observed
+        else:
+            result, offer = await self._door.reserve(call, ways, limits, rates, now)
         if isinstance(result, Denied):
             return denied(result, app, bound, offer.hold_nano)
         prices = arrived.policy.prices

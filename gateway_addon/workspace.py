@@ -21,7 +21,7 @@ from gateway_addon.answers import Answer
 from gateway_addon.booking import Booking, Closed, priced_by
 from gateway_addon.door import Door, Offer
 from gateway_addon.files import file_of, upload_problem
-from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, app_scope, belongings
+from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, belongings
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, NewBatch
 from gateway_addon.ledger.belongings import Belonging, Kind
@@ -99,15 +99,15 @@ class Workspace:
         call = replace(call, model_asked=asked.model, quote_nano=asked.quote_nano)
         # Tokens a minute do not count here: the provider takes its time with a batch, and has other limits for it.
         rates = RateLimits(app.rates.requests_per_minute, None, app.rates.concurrent)
-        limits, offers, flags = caps(policy, app), [Offer(0, asked.quote_nano)], asked.flags
-        result, _ = await self.door.reserve(call, offers, limits, rates, now)
-        if isinstance(result, Denied) and app.mode == "observe":  # the caps that it shares with others hold all the same
-            flags = (*flags, f"observed:{result.reason}")
-            shared = [cap for cap in limits if cap.scope != app_scope(app.name)]
-            result, _ = await self.door.reserve(call, offers, shared, RateLimits(), now)
+        limits, offers = caps(policy, app), [Offer(0, asked.quote_nano)]
+        if app.mode == "observe":
+            result, _, flags = await self.door.observe(call, offers, limits, rates, now)
+            asked = replace(asked, flags=(*asked.flags, *flags))
+        else:
+            result, _ = await self.door.reserve(call, offers, limits, rates, now)
         if isinstance(result, Denied):
             return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), asked.quote_nano)
-        creation = _Creation(self, arrived, call, replace(asked, flags=flags), result, now)
+        creation = _Creation(self, arrived, call, asked, result, now)
         return Pass(arrived, call, now, asked.body, Errand(whole=creation.answered, ended=creation.ended), reserved=True)
 
     async def _errand(self, arrived: Arrived, read: Reading, owned: Belonging, now: float) -> Errand | Refusal:

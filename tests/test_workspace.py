@@ -360,6 +360,16 @@ async def test_an_app_that_is_only_observed_may_use_files_of_before_but_no_other
             await use(theirs)
 
 
+async def test_an_app_that_is_only_observed_makes_a_batch_over_its_cap_and_is_flagged(tmp_path):
+    observed = APP.replace("$100", "$0.0001") + "mode: observe\n"
+    async with running(tmp_path, Behaviour(), apps={"app": observed}) as gw:
+        made = await created(gw, asked("a"))
+        await results(gw, made.id)
+        await sound(gw)
+        flags = await gw.gate.ledger.look(lambda db: db.execute("SELECT flags FROM calls WHERE endpoint = 'batches.create'").fetchall())
+        assert flags == [("observed:quote_over_cap",)]
+
+
 async def test_an_app_whose_policy_names_neither_is_refused_both(tmp_path):
     async with running(tmp_path, apps={"app": "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\n"}) as gw:
         for call in (created(gw), gw.client().messages.batches.list(), gw.client().files.list(), gw.client().files.upload(file=b"x")):

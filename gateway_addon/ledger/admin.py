@@ -78,8 +78,8 @@ def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
             yield db
     except sqlite3.Error as error:
         if str(error).startswith("no such table"):
-            sentence = f"the ledger {path} was made by an earlier version: `gateway init --yes`, or the gateway's start, brings it up to date"
-            raise LedgerUnavailable(f"{sentence} ({error})") from error
+            way_out = "`gateway init --yes`, or the gateway's start, brings it up to date"
+            raise LedgerUnavailable(f"the ledger {path} was made by an earlier version: {way_out} ({error})") from error
         if not files.is_of_the_file(error):
             raise
         raise files.unavailable(path, error) from error
