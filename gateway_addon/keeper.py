@@ -108,8 +108,12 @@ class Keeper:
             answer = await asyncio.to_thread(lambda: opened.enter_context(self._ask(path)))
             _expect(answer.status)
             results = Results(prices, batch.made_at, hour_ttl=batch.hour_ttl, content_encoding=answer.encoding)
+            renew_at = self._clock() + book.TURN_S / 3
             while (rows := await asyncio.to_thread(_some, answer, results)) is not None:
                 await booking.write(self._ledger, batch, rows)
+                if self._clock() >= renew_at:
+                    await self._again(batch, batch.status, book.TURN_S, batch.failures)
+                    renew_at = self._clock() + book.TURN_S / 3
             await booking.write(self._ledger, batch, results.close())
         anyway = "results_unreadable" if batch.failures >= UNREADABLE_TIMES else None
         if not await booking.close(self._ledger, batch, self._closed, anyway=anyway, now=self._clock()):

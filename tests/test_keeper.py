@@ -3,12 +3,10 @@
 import asyncio
 import contextlib
 import json
-import random
 import time
 from functools import partial
 
 import anthropic
-import httpx2
 import postgresql
 import pytest
 from gateway import gateway
@@ -169,6 +167,34 @@ async def test_results_that_break_off_are_read_again(tmp_path):
         assert (await gw.spent_nano(), await gw.held_nano()) == (gw.api.book.billed_nano, 0)
 
 
+class Slow(Fake):
+    """Each piece of the results takes half a turn."""
+
+    clock = [0.0]  # noqa: RUF012
+
+    def read(self, size):
+        self.clock[0] += batches.TURN_S / 2 if self.asked[-1].endswith("/results") else 0
+        return super().read(100)
+
+
+async def test_a_reading_that_takes_long_keeps_its_turn(tmp_path, monkeypatch):
+    lines = b"".join(json.dumps({"custom_id": f"r{number}", "result": {"type": "expired"}}).encode() + b"\n" for number in range(3))
+    fake = Slow(results=(200, lines))
+    async with kept(tmp_path, fake) as (gw, keeper, clock, id):
+        fake.answers["batch"], fake.clock = shown(id, "ended"), clock
+        wrote, turns = keeper._ledger.write, []
+
+        async def watched(write, *scopes):
+            answer = await wrote(write, *scopes)
+            if (found := await line(gw)) is not None:
+                turns.append(found.look_at > clock[0])
+            return answer
+
+        monkeypatch.setattr(keeper._ledger, "write", watched)
+        assert await keeper.look()
+        assert (len(turns) > 3, all(turns), await gw.held_nano()) == (True, True, 0)
+
+
 async def test_a_batch_is_priced_by_the_table_of_its_admission(tmp_path):
     async with kept(tmp_path) as (gw, keeper, _clock, id):
         gw.api.batches.made[id].ends_at = time.time()
@@ -219,52 +245,3 @@ async def test_of_several_keepers_one_asks(tmp_path):
         asked = await asyncio.gather(*(each.look() for each in (keeper, *others)))
         assert sorted(asked) == [False, False, False, True]
         assert await gw.spent_nano() == gw.api.book.billed_nano
-
-
-async def keep_creating(urls, token, made, stop):
-    while not stop.is_set():
-        try:
-            async with anthropic.AsyncAnthropic(base_url=urls[-1], api_key=token, max_retries=0, timeout=20) as client:
-                made.append((await client.messages.batches.create(requests=REQUESTS)).id)
-        except (anthropic.APIError, httpx2.HTTPError):
-            await asyncio.sleep(0.05)
-
-
-@pytest.mark.soak
-async def test_a_gateway_killed_while_batches_are_made_loses_no_spend_and_books_none_twice(tmp_path):
-    chance = random.Random(12)
-    async with Simulator(behaviour=Behaviour(batch_s=0.5, delay_headers_s=0.05)) as api:
-        place = ledgered(tmp_path, api.url, {"app": APP}, "timeouts: {drain: 5s, batch_poll: 0.2s}\n")
-        made, stop = [], asyncio.Event()
-        process, url = await place.serve()
-        urls = [url]
-        callers = [asyncio.ensure_future(keep_creating(urls, place.tokens["app"], made, stop)) for _ in range(4)]
-        for _ in range(10):
-            await asyncio.sleep(chance.uniform(0.5, 1.5))
-            process.kill()
-            await process.wait()
-            process._transport.close()
-            process, url = await place.serve()
-            urls.append(url)
-        stop.set()
-        await asyncio.gather(*callers)
-        async with asyncio.timeout(120):
-            while (await open_batches(place.ledger))[0]:
-                await asyncio.sleep(0.2)
-        process.terminate()
-        await asyncio.wait_for(process.wait(), 30)
-        process._transport.close()
-        for id in api.batches.made:
-            api.batches.find(id)  # those that nobody knows of end, too
-        found, wrong = await open_batches(place.ledger)
-        with admin.reading(place.ledger) as db:
-            owned = {row[0] for row in db.execute("SELECT id FROM belongings").fetchall()}
-            lost = db.execute("SELECT count(*) FROM calls WHERE flags LIKE '%estimated%'").fetchone()[0]
-            exact = db.execute("SELECT sum(nano) FROM batch_usage").fetchone()[0]
-            spent, held = db.execute("SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'app:app' AND window = 'ever'").fetchone()
-    assert (found, wrong, held) == ([], [], 0)
-    assert set(made) <= owned <= set(api.batches.made), "what an app heard of is its own"
-    assert lost > 0, "kills that hit nothing prove nothing"
-    known = sum(row.billed_nano for row in api.book.all() if row.method == "BATCH" and row.target.partition("#")[0] in owned)
-    assert exact == known
-    assert spent >= api.book.billed_nano

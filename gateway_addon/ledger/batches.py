@@ -15,7 +15,7 @@ from gateway_addon.ledger.belongings import Belonging
 from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.values import NewCall, Outcome, Resolution, Settlement
 
-TURN_S = 600.0  # how long a batch is one process's to look at; a download that takes longer is taken up by the next one, harmlessly
+TURN_S = 60.0  # how long a batch is one process's to look at, unless it says that it needs longer: so long a process that dies delays it
 
 
 @dataclass(frozen=True, slots=True)
