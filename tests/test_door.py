@@ -5,7 +5,7 @@ from collections import deque
 from dataclasses import replace
 
 import pytest
-from ledgers import CALL, NOON
+from ledgers import CALL, NOON, Cap
 
 from gateway_addon import door as room
 from gateway_addon.door import Door, Offer
@@ -25,6 +25,7 @@ class Told:
 
     async def reserve(self, call, hold_nano, limits, *, quantum_nano, rates, now):
         self.asked.append((call, hold_nano))
+        self.limits, self.rates = list(limits), rates
         await asyncio.sleep(0)
         return self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
 
@@ -54,6 +55,19 @@ async def test_nobody_waits_for_what_no_settlement_brings_back(denied):
     ledger = Told(denied)
     assert (await come(Door(ledger)))[0] == denied
     assert len(ledger.asked) == 1
+
+
+async def test_an_observed_app_is_held_by_the_caps_alone_that_it_shares_and_is_flagged():
+    own, total = Cap("app:reports", "day", 5), Cap("total", "day", 9)
+    ledger = Told(SPENT, reserved(1))
+    rates = RateLimits(requests_per_minute=1)
+    assert await Door(ledger).observe(CALL, (WHOLE,), (own, total), rates, NOON) == (reserved(1), WHOLE, ("observed:cap_spent",))
+    assert (ledger.limits, ledger.rates) == ([total], RateLimits())
+    ledger = Told(reserved(2))
+    assert await Door(ledger).observe(CALL, (WHOLE,), (own, total), rates, NOON) == (reserved(2), WHOLE, ())
+    assert (ledger.limits, ledger.rates) == ([own, total], rates)
+    ledger = Told(SPENT, HELD)
+    assert (await Door(ledger).observe(CALL, (WHOLE,), (own, total), rates, NOON))[0] == HELD, "what others share holds it, too"
 
 
 async def test_whoever_waits_gets_what_a_settlement_frees():
