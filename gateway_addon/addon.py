@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -21,10 +21,11 @@ from mitmproxy.proxy.layer import NextLayer
 from OpenSSL import SSL
 
 from gateway_addon import inject
-from gateway_addon.answers import Answer, cap_headers, visible_models
-from gateway_addon.gate import Arrived, Gate
+from gateway_addon.answers import Answer, cap_headers
+from gateway_addon.gate import Gate
 from gateway_addon.listener import Certificate
 from gateway_addon.lives import Life, close_forgotten
+from gateway_addon.passes import Arrived, Ending
 from gateway_addon.reading import Request
 from gateway_addon.refusals import Refusal, new_request_id
 from gateway_addon.running import Ticket
@@ -253,6 +254,10 @@ class GatewayAddon:
             life.watch()
             ticket = life.running.ticket
             fields += [(name.encode(), value.encode()) for name, value in cap_headers(ticket.app.name, ticket.standings)]
+        elif life.free is not None and life.free.errand.streamed and response.status_code == 200:
+            life.last_byte_at = self.clock()
+            response.stream = functools.partial(self._chunk, weakref.ref(life))
+            life.watch()
         response.headers.fields = tuple(fields)
 
     def _chunk(self, its_life: weakref.ref[Life], chunk: bytes) -> bytes:
@@ -271,18 +276,26 @@ class GatewayAddon:
             return chunk
 
     @guarded("response")
-    def response(self, flow: http.HTTPFlow) -> None:
+    def response(self, flow: http.HTTPFlow) -> Coroutine[Any, Any, None] | None:
         """The answer is whole. (Also reached by the gateway's own answers: they have nothing to settle.)"""
         life, response = self.lives.get(flow.id), flow.response
         if life is None or response is None:
-            return
+            return None
         body = response.raw_content
         if life.running is not None and body is not None and response.stream is False:
             life.running.feed(body, self.clock())
-        free = life.free.arrived if life.free is not None else None
-        if free is not None and free.endpoint == "models" and response.status_code == 200:
+        errand = life.free.errand if life.free is not None else None
+        if errand is not None and errand.whole is not None and response.stream is False:
+            return self._run_errand(flow, response, errand.whole)
+        self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
+        return None
+
+    async def _run_errand(self, flow: http.HTTPFlow, response: http.Response, errand: Callable[[int, bytes], Awaitable[bytes]]) -> None:
+        content = response.content or b""
+        said = await errand(response.status_code, content)
+        if said != content:
             response.headers.pop("content-encoding", None)
-            response.content = visible_models(free.app, free.policy.prices, response.content or b"")
+            response.content = said
         self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
 
     @guarded("response")
@@ -315,7 +328,7 @@ class GatewayAddon:
         if life.running is not None:
             self.gate.close(life.running, sent=sent, ended_by=ended_by, now=self.clock())
         elif life.free is not None:
-            self.gate.close_free(life.free, life.status, self.clock())
+            self.gate.close_free(life.free, Ending(sent, ended_by, life.status), self.clock())
 
     def fail(self, side: Side, data: Any) -> None:
         """A hook failed: nothing unjudged passes, and nothing that may have been billed is forgotten."""

@@ -68,6 +68,16 @@ def overrun(app: str, model: str, call_id: int, bill: Resolution, now: float) ->
     return Alert("overrun", app_scope(app), f"{model} {int(now) // DAY_S}", sentence, facts)
 
 
+def batch_overrun(app: str, batch_id: str, call_id: int, bill: Resolution, now: float) -> Alert:
+    """The results of a batch cost more than was held for it: its quote was wrong, and somebody should know."""
+    sentence = (
+        f"batch {batch_id} of app {app} cost {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: its quote was "
+        "too low (a batch that is billed otherwise than prices.yaml says?)"
+    )
+    facts: Facts = {"batch": batch_id, "call_id": call_id, "spent_nano": bill.spent_nano, "held_nano": bill.held_nano}
+    return Alert("overrun", app_scope(app), batch_id, sentence, facts)
+
+
 def drift(app: str, asked: str, served: str, call_id: int, now: float) -> Alert:
     """Another model answered an app whose policy demands the one it asks for. Once a day for each pair."""
     sentence = f"app {app} asked for {asked} and {served} answered (call {call_id}): gateway report --by served shows since when"

@@ -28,7 +28,8 @@ IMAGE_TOKENS = 1_568  # the most that an image becomes after it is scaled down
 IMAGE_TOKENS_HIGH_RESOLUTION = 4_784
 TYPED_TOOL_TOKENS = 8_000  # the largest known, a browser toolset, describes itself in about 7,500
 SERVER_LOOP_MAX = 10
-"""How often the provider reads the prompt again for its own tools before it pauses the turn (documented default)."""
+"""How often the provider reads the prompt again for its own tools before it pauses the turn (documented default; in a batch it is more
+often, and nobody says how much)."""
 
 UNRELEASABLE = frozenset(
     {"web_search", "web_fetch", "code_execution", "tool_search", "mcp", "fallbacks", "advisor", "compaction", "thread", "container"}
@@ -93,6 +94,7 @@ class _Terms:
     reading: Reading
     prices: Prices
     now: float
+    batch: bool
 
     def row(self, model: str) -> Row | None:
         return self.prices.row(model, self.now)
@@ -104,7 +106,7 @@ class _Terms:
     def rates(self, row: Row, prompt_tokens: int, *, fast: bool) -> Rates:
         default = "us" if self.app.workspace_geo == "unknown" and row.geo else self.app.workspace_geo
         geo = self.reading.body.get("inference_geo") or (default if row.geo else None)
-        return rates(row, prompt_tokens=prompt_tokens, speed="fast" if fast else None, inference_geo=geo, batch=False)
+        return rates(row, prompt_tokens=prompt_tokens, speed="fast" if fast else None, inference_geo=geo, batch=self.batch)
 
     def input_rate(self, priced: Rates, *, loops: bool) -> tuple[str, Fraction]:
         """The dearest that one token of input can be. The provider's own loops cache the prompt between two turns unasked."""
@@ -115,12 +117,16 @@ class _Terms:
         return "input", priced.input
 
 
-def quote(reading: Reading, app: AppPolicy, prices: Prices, now: float) -> Quote | Refusal:
-    """Bound the cost of a request that `policy.judge` has seen, at the prices of `now` (unix seconds).
+def quote(reading: Reading, app: AppPolicy, prices: Prices, now: float, *, batch: bool = False) -> Quote | Refusal:
+    """Bound the cost of a request that `policy.judge` has seen, at the prices of `now` (unix seconds), in a `batch` at half of them.
 
-    Refuses (`model_unpriced`) where a model that the request can reach has no price: what has no price is never free.
+    Refuses (`model_unpriced`) where a model that the request can reach has no price: what has no price is never free; and in a batch
+    (`feature`) a tool at the provider that does not say how often it may be used: there no pause of the turn bounds it.
     """
-    terms = _Terms(app, reading, prices, now)
+    terms = _Terms(app, reading, prices, now, batch)
+    if batch and (endless := next((use for use in reading.found.uses if _loops(use) and _stated_uses(use) is None), None)):
+        way_out = "give it a max_uses, or send this request as a call of its own"
+        return stated("feature", f"in a batch nothing bounds {endless.feature} ({endless.where}); {way_out}")
     for model, fast in _priced_models(terms):
         if (refusal := _unpriced(terms, model, fast=fast)) is not None:
             return refusal
@@ -169,7 +175,7 @@ def _turns(terms: _Terms, row: Row) -> tuple[int, int]:
     prompt = input_bound(terms.reading, row)
     loops = brought = 0
     for use in terms.reading.found.uses:
-        if use.effect is not Effect.SERVER_TOOL and use.where != "mcp_servers":
+        if not _loops(use):
             continue
         loops += _uses(use)
         per_use = terms.feature(use).tokens_per_use
@@ -178,13 +184,23 @@ def _turns(terms: _Terms, row: Row) -> tuple[int, int]:
     if not loops:
         return prompt, 1
     longest = min(prompt + terms.reading.max_tokens + brought, row.context_tokens)
-    return max(prompt, longest), min(loops, SERVER_LOOP_MAX) + 1
+    return max(prompt, longest), (loops if terms.batch else min(loops, SERVER_LOOP_MAX)) + 1
+
+
+def _loops(use: Use) -> bool:
+    """Whether the provider reads the prompt again for this one."""
+    return use.effect is Effect.SERVER_TOOL or use.where == "mcp_servers"
 
 
 def _uses(use: Use) -> int:
     """How often a tool can be used: as it says (a policy that limits uses demands that), else until the turn is paused."""
+    stated = _stated_uses(use)
+    return SERVER_LOOP_MAX if stated is None else stated
+
+
+def _stated_uses(use: Use) -> int | None:
     stated = use.value.get("max_uses") if isinstance(use.value, dict) else None
-    return stated if type(stated) is int and stated >= 0 else SERVER_LOOP_MAX
+    return stated if type(stated) is int and stated >= 0 else None
 
 
 def _extras(terms: _Terms, row: Row) -> Iterator[tuple[QuotePart, str]]:

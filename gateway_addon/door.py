@@ -8,10 +8,10 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway_addon.grants import Pace
-from gateway_addon.ledger import Cap, Denied, Ledger, NewCall, RateLimits, Reserved
+from gateway_addon.ledger import Cap, Denied, Ledger, NewCall, RateLimits, Reserved, Standing, app_scope
 
 WAIT_S = 2.0  # for budget that is held, not spent
 LOOK_S = 0.05  # another process's settlement makes no sound here
@@ -69,6 +69,27 @@ class Door:
                     await self._next_settlement()
         return await attempt()
 
+    async def observe(
+        self, call: NewCall, offers: Sequence[Offer], limits: Sequence[Cap], rates: RateLimits, now: float, *, caps: bool, its_rates: bool
+    ) -> tuple[Reserved | Denied, Offer, tuple[str, ...]]:
+        """The same where the app's own `caps` or `its_rates` are only observed: also the codes of what they would have said.
+
+        Its own caps are then left out from the first, or a stream's later top-ups would still be judged by them; those that it shares
+        hold all the same. Raises LedgerUnavailable.
+        """
+        own: tuple[Standing, ...] = ()
+        if caps:
+            own = await self._ledger.capped([cap for cap in limits if cap.scope == app_scope(call.app)], now=now)
+            limits = [cap for cap in limits if cap.scope != app_scope(call.app)]
+        codes = dict.fromkeys(code for standing in own if (code := _said(standing, offers[-1].hold_nano)) is not None)
+        result, offer = await self.reserve(call, offers, limits, rates, now)
+        if its_rates and isinstance(result, Denied) and result.reason in ("rate", "concurrency"):
+            codes[result.reason] = None
+            result, offer = await self.reserve(call, offers, limits, RateLimits(), now)
+        if own and isinstance(result, Reserved):
+            result = replace(result, standings=(*result.standings, *own))
+        return result, offer, tuple(codes)
+
     def settled(self) -> None:
         """A settlement of this process is written: whoever waits may look again."""
         self._settled.set()
@@ -77,3 +98,13 @@ class Door:
     async def _next_settlement(self) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._settled.wait(), LOOK_S)
+
+
+def _said(standing: Standing, hold_nano: int) -> str | None:
+    """What a cap would have said to a call."""
+    cap_nano = standing.cap_nano or 0
+    if hold_nano > cap_nano:
+        return "quote_over_cap"
+    if standing.spent_nano + hold_nano > cap_nano:
+        return "cap_spent"
+    return "cap_held" if standing.spent_nano + standing.reserved_nano + hold_nano > cap_nano else None

@@ -8,23 +8,25 @@ takes values, awaits the ledger, and returns values.
     admit    the body is here     policy > quote > reservation; a budget that is only *held* is waited for
     running  the answer streams   input released when its tokens are known, output topped up before it is generated
     close    the call has ended   priced and settled, or voided (settlement.py)
+
+Batches and files are admitted by workspace.py.
 """
 
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from gateway_addon import alerts, identity, reading
-from gateway_addon.answers import Answer, me
+from gateway_addon.answers import Answer, me, visible_models
 from gateway_addon.bounds import Quote, quote
 from gateway_addon.calls import Tell, record
-from gateway_addon.door import Door, Offer
-from gateway_addon.grants import TICK_S, Pace
+from gateway_addon.door import Door
+from gateway_addon.grants import TICK_S
 from gateway_addon.herald import Herald
 from gateway_addon.ledger import (
     Alert,
@@ -36,20 +38,23 @@ from gateway_addon.ledger import (
     RateLimits,
     Resolution,
     Settlement,
-    Standing,
     Token,
-    app_scope,
     scopes,
 )
+from gateway_addon.ledger.batches import Batch, Settled
+from gateway_addon.money import dollars
 from gateway_addon.noise import Noise
+from gateway_addon.offers import offers
 from gateway_addon.origin import origin, within
-from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, caps, edits, judge, observed
+from gateway_addon.passes import Arrived, Ending, Errand, Pass, new_call
+from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, edits, judge, observed
 from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
 from gateway_addon.sentences import cut_sentence, denied, elsewhere, headroom, noisy, over_request_cap, paused
 from gateway_addon.settlement import EndedBy, Void, drifted, settle
+from gateway_addon.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -58,30 +63,6 @@ LOOK_AT_LEASE_S = 0.25
 CUT_CODES = {"budget": "cap_spent", "paused": "app_paused", "adrift": "ledger"}
 READY_FOR_S = 1.0
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
-COMFORT = 50  # `reserve: auto` reserves a stream whole while its quote is at most this part of each of its caps
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """A caller with a good token, at an endpoint that exists, under the policy in force when it came."""
-
-    app: AppPolicy
-    token: Token
-    endpoint: str
-    policy: GatewayPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """Permission to forward a call that costs nothing (count_tokens, models)."""
-
-    arrived: Arrived
-    call: NewCall
-    admitted_at: float
-    body: bytes | None = None
-    """The body to send where the policy rewrote it, as in `Ticket`."""
-    flags: tuple[str, ...] = ()
-    """What the policy did beside letting it pass, as in `Ticket`."""
 
 
 class Gate:
@@ -96,6 +77,7 @@ class Gate:
         `on_call` hears of each call once it has ended and what it cost is written.
         `entrance` stands before the endpoint in each call's row: which door it came by, where there are several.
         """
+        self._entrance = entrance
         self._on_call = on_call
         self.ledger = ledger
         self._clock = clock
@@ -106,7 +88,7 @@ class Gate:
         self._running: dict[Running, Callable[[str], None]] = {}
         self._door = Door(ledger)
         self._herald = herald
-        self._entrance = entrance
+        self.workspace = Workspace(ledger, self._door, clock, self.batch_closed, self._resolve)
         self._heralding: asyncio.Task[None] | None = None
         self._limits_at = -math.inf
         self._top_ups: asyncio.Task[None] | None = None
@@ -171,31 +153,44 @@ class Gate:
         read = reading.read(arrived.endpoint, request)
         if isinstance(read, Refusal):
             return self._refused(app, arrived.token, arrived.endpoint, read, now)
-        call = _call(arrived, read, request, self._entrance)
+        call = new_call(arrived, read, request, self._entrance)
         flags: tuple[str, ...] = ()
         body: bytes | None = None
-        if changes := edits(app, read, arrived.policy.prices):
+        if changes := {} if read.shared else edits(app, read, arrived.policy.prices):
             request, read = reading.edited(arrived.endpoint, request, changes)
             if isinstance(read, Refusal):
                 return self._refused(app, arrived.token, arrived.endpoint, read, now)
             flags, body = tuple(f"edited:{name}" for name in changes), request.body
         refusal = judge(app, read, arrived.policy.prices)
         flags += tuple(f"observed:{code}" for code in observed(app, read, arrived.policy.prices))
-        if refusal is None and read.endpoint != "messages":
-            return Pass(arrived, call, now, body, flags)
-        bound = refusal or quote(read, app, arrived.policy.prices, now)
-        if isinstance(bound, Refusal):
-            self._turned_away(call, bound.code, now)
-            return bound
-        call = replace(call, input_tokens=bound.input_tokens, quote_nano=bound.total_nano)
+        bound = refusal or (quote(read, app, arrived.policy.prices, now) if read.endpoint == "messages" else None)
+        if isinstance(bound, Quote):
+            call = replace(call, input_tokens=bound.input_tokens, quote_nano=bound.total_nano)
         try:
-            decision = await self._reserve(arrived, read, call, bound, now)
+            decision = bound if isinstance(bound, Refusal) else await self._decide(arrived, read, request, call, bound, now)
         except LedgerUnavailable as error:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
             self._turned_away(call, decision.code, now)
-            return decision
-        return replace(decision, flags=(*flags, *decision.flags), body=body)
+        elif isinstance(decision, Ticket):
+            decision = replace(decision, flags=(*flags, *decision.flags), body=body)
+        elif isinstance(decision, Pass):
+            decision = replace(decision, flags=flags, body=decision.body if body is None else body)
+        return decision
+
+    async def _decide(
+        self, arrived: Arrived, read: Reading, request: Request, call: NewCall, bound: Quote | None, now: float
+    ) -> Ticket | Pass | Answer | Refusal:
+        """What becomes of a request that the policy lets through. Raises LedgerUnavailable."""
+        if read.shared:
+            return await self.workspace.admit(arrived, read, request, call, now)
+        if (foreign := await self.workspace.foreign_file(arrived.app, read.found.files)) is not None:
+            return foreign
+        if bound is not None:
+            return await self._reserve(arrived, read, call, bound, now)
+        if read.endpoint == "models":
+            return Pass(arrived, call, now, errand=Errand(whole=partial(_visible, arrived)))
+        return Pass(arrived, call, now)
 
     async def _reserve(self, arrived: Arrived, read: Reading, call: NewCall, bound: Quote, now: float) -> Ticket | Refusal:
         app, limits = arrived.app, caps(arrived.policy, arrived.app)
@@ -207,27 +202,21 @@ class Gate:
             if short is not None:
                 notes["headroom"] = None
         overrun = read.model in await self.ledger.overruns()
-        offers = _offers(bound, app, arrived.policy, read, limits, overrun=overrun, now=now)
-        own: tuple[Standing, ...] = ()
-        if app.observes("caps"):  # those that it shares with others hold all the same
-            own = await self.ledger.capped([cap for cap in limits if cap.scope == app_scope(app.name)], now=now)
-            notes |= dict.fromkeys(_passed(app, own, offers[-1].hold_nano))
-            limits = tuple(cap for cap in limits if cap.scope != app_scope(app.name))
-        else:
-            request_cap = app.caps.get("request", math.inf)
-            if offers[-1].hold_nano > request_cap:
+        ways = offers(bound, app, arrived.policy, read, limits, overrun=overrun, now=now)
+        request_cap, observing = app.caps.get("request", math.inf), app.observes("caps")
+        if not observing:
+            if ways[-1].hold_nano > request_cap:
                 return over_request_cap(app, bound, int(request_cap))
-            offers = [offer for offer in offers if offer.hold_nano <= request_cap]
+            ways = [offer for offer in ways if offer.hold_nano <= request_cap]
+        elif ways[-1].hold_nano > request_cap:
+            notes["quote_over_cap"] = None
         rates = RateLimits(app.rates.requests_per_minute, app.rates.input_tokens_per_minute, app.rates.concurrent)
-        result, offer = await self._door.reserve(call, offers, limits, rates, now)
-        if isinstance(result, Denied) and result.reason in ("rate", "concurrency") and app.observes("rates"):
-            notes[result.reason] = None
-            result, offer = await self._door.reserve(call, offers, limits, RateLimits(), now)
+        result, offer, passed = await self._door.observe(call, ways, limits, rates, now, caps=observing, its_rates=app.observes("rates"))
         if isinstance(result, Denied):
             return denied(result, app, bound, offer.hold_nano)
-        flags, standings = tuple(f"observed:{code}" for code in notes), (*result.standings, *own)
+        flags = tuple(f"observed:{code}" for code in dict.fromkeys((*notes, *passed)))
         prices = arrived.policy.prices
-        return Ticket(result.call_id, call, app, prices, read, bound, offer.granted_tokens, offer.pace, now, standings, flags)
+        return Ticket(result.call_id, call, app, prices, read, bound, offer.granted_tokens, offer.pace, now, result.standings, flags)
 
     # -- running
 
@@ -321,28 +310,49 @@ class Gate:
         self._running.pop(running, None)
         call_id = running.ticket.call_id
         result = settle(running, sent=sent, ended_by=ended_by)
+        end = result.outcome if isinstance(result, Void) else result
+        written = self._resolve(call_id, running.ticket.call, running.ticket.admitted_at, end, now)
         if isinstance(result, Void):
-            written = self.ledger.void(call_id, result.outcome, now=now)
-            self._later(written)
-            written.add_done_callback(partial(self._tell_of, running.ticket, result, now))
             return
-        written = self.ledger.settle(call_id, result, now=now)
-        self._later(written)
         written.add_done_callback(partial(self._look_for_overrun, running, now))
-        written.add_done_callback(partial(self._tell_of, running.ticket, result, now))
         app, served = running.ticket.app, result.outcome.model_served
         if app.served == "exact" and served is not None and drifted(running, served):
             self.tell(alerts.drift(app.name, running.ticket.reading.model, served, call_id, now))
 
-    def _tell_of(self, ticket: Ticket, end: Settlement | Void, now: float, written: "asyncio.Future[Resolution]") -> None:
-        if self._on_call is None or written.cancelled() or written.exception() is not None or not written.result().first:
-            return
-        state, parts = ("settled", end.parts) if isinstance(end, Settlement) else ("voided", ())
-        told = record(
-            ticket.call, state, started_at=ticket.admitted_at, ended_at=now, call_id=ticket.call_id, outcome=end.outcome, parts=parts,
-            spent_nano=written.result().spent_nano,
-        )  # fmt: skip
-        self._on_call(told)
+    def _resolve(
+        self, call_id: int, call: NewCall, started_at: float, end: Settlement | Outcome, now: float
+    ) -> "asyncio.Future[Resolution]":
+        """Settle a call, or void it, given its outcome alone; wake whoever waits for budget, and tell whoever listens."""
+        if isinstance(end, Settlement):
+            written, state, outcome, parts = self.ledger.settle(call_id, end, now=now), "settled", end.outcome, end.parts
+        else:
+            written, state, outcome, parts = self.ledger.void(call_id, end, now=now), "voided", end, ()
+        self._later(written)
+
+        def tell(written: "asyncio.Future[Resolution]") -> None:
+            if self._on_call is None or written.cancelled() or written.exception() is not None or not written.result().first:
+                return
+            spent_nano = written.result().spent_nano
+            told = record(
+                call, state, started_at=started_at, ended_at=now, call_id=call_id, outcome=outcome, parts=parts, spent_nano=spent_nano
+            )
+            self._on_call(told)
+
+        written.add_done_callback(tell)
+        return written
+
+    def batch_closed(self, batch: Batch, end: Settled, resolution: Resolution) -> None:
+        """A batch was settled by this process, perhaps one that another process had admitted."""
+        logger.info("Batch %s of app %s is settled at %s.", batch.id, batch.app, dollars(resolution.spent_nano))
+        self._door.settled()
+        if self._on_call is not None:
+            told = record(
+                end.call, "settled", started_at=end.started_at, ended_at=self._clock(), call_id=batch.call_id, outcome=end.outcome,
+                parts=end.parts, spent_nano=resolution.spent_nano,
+            )  # fmt: skip
+            self._on_call(told)
+        if resolution.overrun:
+            self.tell(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clock()))
 
     def _look_for_overrun(self, running: Running, now: float, written: "asyncio.Future[Resolution]") -> None:
         if not written.cancelled() and written.exception() is None and written.result().overrun:
@@ -356,8 +366,13 @@ class Gate:
         else:
             logger.warning("%s", alert.sentence)
 
-    def close_free(self, free: Pass, status: int | None, now: float) -> None:
-        """Keep a row of a call that cost nothing."""
+    def close_free(self, free: Pass, ending: Ending, now: float) -> None:
+        """A forwarded call without a meter has ended: its errand hears of it, and a row is kept of what cost nothing."""
+        if free.errand.ended is not None:
+            free.errand.ended(ending)
+        if free.reserved:
+            return
+        status = ending.status
         outcome = Outcome(status=status, complete=status is not None, flags=free.flags)
         self.ledger.free(free.call, outcome, now=now)
         if self._on_call is not None:
@@ -427,25 +442,8 @@ class Gate:
             self.tell(alerts.key_refused(arrived.policy.key, now))
 
 
-def _offers(
-    bound: Quote, app: AppPolicy, policy: GatewayPolicy, read: Reading, limits: Iterable[Cap], *, overrun: bool, now: float
-) -> list[Offer]:
-    """The ways to reserve a call, the largest first: whole, in steps, or whole while that is little and in steps when it is not.
-
-    Only a stream can be cut, so only a stream can run on less than its whole quote; and only on a model that keeps its pace.
-    """
-    whole = Offer(read.max_tokens, bound.total_nano)
-    row = policy.prices.row(read.model, now)
-    if not read.stream or app.reserve == "full" or overrun or row is None:
-        return [whole]
-    pace = Pace(row.output_tokens_per_second_max, row.lag_s)
-    if pace.first_tokens >= read.max_tokens:
-        return [whole]
-    first_nano = bound.for_output(pace.first_tokens)
-    steps = Offer(pace.first_tokens, first_nano, pace, bound.for_output(pace.first_tokens + pace.quantum_tokens) - first_nano)
-    smallest_nano = min((cap.amount_nano for cap in limits if cap.window != "request"), default=math.inf)
-    comfortable = app.reserve == "auto" and bound.total_nano * COMFORT <= smallest_nano
-    return [whole, steps] if comfortable else [steps]
+async def _visible(arrived: Arrived, status: int, body: bytes) -> bytes:
+    return visible_models(arrived.app, arrived.policy.prices, body) if status == 200 else body
 
 
 def _room_nano(running: Running) -> float:
@@ -453,42 +451,6 @@ def _room_nano(running: Running) -> float:
     app = running.ticket.app
     cap_nano = None if app.observes("caps") else app.caps.get("request")
     return math.inf if cap_nano is None else cap_nano - running.held_nano
-
-
-def _passed(app: AppPolicy, own: Iterable[Standing], hold_nano: int) -> Iterator[str]:
-    """What the app's own caps would have said to a call, where they are only observed."""
-    if hold_nano > app.caps.get("request", math.inf):
-        yield "quote_over_cap"
-    for standing in own:
-        cap_nano = standing.cap_nano or 0
-        if hold_nano > cap_nano:
-            yield "quote_over_cap"
-        elif standing.spent_nano + hold_nano > cap_nano:
-            yield "cap_spent"
-        elif standing.spent_nano + standing.reserved_nano + hold_nano > cap_nano:
-            yield "cap_held"
-
-
-def _call(arrived: Arrived, read: Reading, request: Request, entrance: str) -> NewCall:
-    """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents.
-
-    What the client chose freely is masked: a token that was pasted in the wrong place stays out of ledger, log and traces.
-    """
-    model, session, agent = (
-        identity.masked(text) or None
-        for text in (read.model, *("".join(request.header(f"x-claude-code-{name}-id")[:1]) for name in ("session", "agent")))
-    )
-    return NewCall(
-        arrived.app.name,
-        arrived.app.team,
-        arrived.token.id,
-        entrance + arrived.endpoint,
-        model,
-        read.stream,
-        read.max_tokens or None,
-        session_id=session,
-        agent_id=agent,
-    )
 
 
 def _ledger_refusal(error: LedgerUnavailable) -> Refusal:

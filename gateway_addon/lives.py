@@ -15,7 +15,8 @@ from mitmproxy import connection, ctx, http
 
 from gateway_addon import inject
 from gateway_addon.answers import Answer, error_event
-from gateway_addon.gate import Arrived, Gate, Pass
+from gateway_addon.gate import Gate
+from gateway_addon.passes import Arrived, Pass
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
 
@@ -41,6 +42,8 @@ class Life:
     free: Pass | None = None
     server: connection.Server | None = None
     status: int | None = None
+    last_byte_at: float = 0.0
+    """Of an answer that passes without a meter."""
     cut_by: float = math.inf
     """When a stream that is being cut closes, its current event complete or not."""
     watchdog: asyncio.TimerHandle | None = None
@@ -55,6 +58,8 @@ class Life:
     def chunk(self, chunk: bytes) -> bytes:
         """Read along with a stream; what it returns goes to the client: the chunk itself, unless the call is being cut."""
         running, now = self.running, self.clock()
+        if running is None:
+            self._passing(chunk, now)
         if running is None or not chunk:
             return chunk
         running.feed(chunk, now)
@@ -78,6 +83,12 @@ class Life:
             self.wire.last_words = self._last_words(running)
         self.close_upstream()
         return chunk[:end]
+
+    def _passing(self, chunk: bytes, now: float) -> None:
+        """An answer without a meter passes as it is; its errand may read along."""
+        self.last_byte_at = now
+        if self.free is not None and self.free.errand.tap is not None and chunk:
+            self.free.errand.tap(chunk)
 
     # -- deadlines
 
@@ -111,6 +122,8 @@ class Life:
         began = running.ticket.admitted_at if running is not None else self.flow.request.timestamp_start
         if not self.wire.sent:
             return [self._timeout(began, "could not be reached", timeouts.connect_s)]
+        if running is None and self.last_byte_at:
+            return [self._timeout(self.last_byte_at, "sent nothing", timeouts.silence_s)]
         if running is None or running.status is None:
             return [self._timeout(began, "began no answer", timeouts.first_byte_s), self._grant_end()]
         return [self._timeout(running.last_byte_at, "sent nothing", timeouts.silence_s), self._grant_end()]

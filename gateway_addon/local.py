@@ -33,7 +33,7 @@ from mitmproxy_rs.local import LocalRedirector
 
 from gateway_addon.addon import GatewayAddon, guarded
 from gateway_addon.answers import Answer
-from gateway_addon.gate import Arrived
+from gateway_addon.passes import Arrived
 from gateway_addon.refusals import Refusal
 from gateway_addon.serve import Settings, on_signal, prepared
 

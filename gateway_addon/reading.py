@@ -26,16 +26,37 @@ ENDPOINTS: dict[tuple[str, str], str] = {
     ("POST", "/v1/messages"): "messages",
     ("POST", "/v1/messages/count_tokens"): "count_tokens",
     ("GET", "/v1/models"): "models",
+    ("POST", "/v1/messages/batches"): "batches.create",
+    ("GET", "/v1/messages/batches"): "batches.list",
+    ("POST", "/v1/files"): "files.upload",
+    ("GET", "/v1/files"): "files.list",
     ("HEAD", "/api/hello"): "hello",
     ("GET", "/api/hello"): "hello",
     ("GET", "/gateway/healthz"): "healthz",
     ("GET", "/gateway/readyz"): "readyz",
     ("GET", "/gateway/me"): "me",
 }
-"""The whole door: every other method and path is refused."""
+"""The whole door, with what has an id in its path (`ITEMS`, models): every other method and path is refused."""
+
+MESSAGES = ("messages", "batch_request")
+"""What has a model generate: a call of its own, and each request inside a batch, which is read and judged as one."""
+
+ITEMS: dict[tuple[str, str], str] = {
+    ("GET", "/v1/messages/batches/{}"): "batches.get",
+    ("DELETE", "/v1/messages/batches/{}"): "batches.delete",
+    ("POST", "/v1/messages/batches/{}/cancel"): "batches.cancel",
+    ("GET", "/v1/messages/batches/{}/results"): "batches.results",
+    ("GET", "/v1/files/{}"): "files.get",
+    ("DELETE", "/v1/files/{}"): "files.delete",
+    ("GET", "/v1/files/{}/content"): "files.content",
+}
+"""Endpoints of one batch or one file, whose id stands where the braces are."""
 
 _MODEL_PATH = re.compile(r"/v1/models/([A-Za-z0-9][A-Za-z0-9._-]{0,199})\Z")
-_QUERY = re.compile(r"[A-Za-z0-9_.\[\]-]+(?:=[A-Za-z0-9_.:+-]*)?(?:&[A-Za-z0-9_.\[\]-]+(?:=[A-Za-z0-9_.:+-]*)?)*\Z")
+_ITEM_PATH = re.compile(r"(/v1/messages/batches/(?=msgbatch_)|/v1/files/(?=file_))((?:msgbatch|file)_[A-Za-z0-9]{1,128})(/[a-z]+)?\Z")
+_PAIR = r"(?:[A-Za-z0-9_.\[\]-]|%5[BbDd])+(?:=[A-Za-z0-9_.:+-]*)?"  # brackets, plain and as some clients write them
+_QUERY = re.compile(rf"{_PAIR}(?:&{_PAIR})*\Z")
+DEEP = "the body is nested too deeply to be read safely; flatten it"
 _KNOWN_FIELDS = {name.casefold(): name for name in UNTYPED[""]}
 
 
@@ -68,6 +89,13 @@ class Reading:
     """An upper bound of the prompt's bytes as any tokenizer may see them: see `_text_bytes`."""
     betas: tuple[str, ...] = ()
     found: Survey = field(default_factory=Survey)
+    item: str = ""
+    """The id in the path, of a batch or a file."""
+
+    @property
+    def shared(self) -> bool:
+        """About what apps make in the workspace that they share: batches and files."""
+        return self.endpoint.startswith(("batches.", "files."))
 
     @property
     def cache_control(self) -> bool:
@@ -80,8 +108,8 @@ class Reading:
         return self.found.hour_ttl
 
 
-class _Unreadable(Exception):
-    """Says why a body has no single reading; becomes a Refusal at the edge of this module."""
+class Unreadable(Exception):
+    """Says why a body has no single reading; becomes a Refusal at the edge of the module that reads it."""
 
 
 def endpoint(method: str, target: str) -> str | Refusal:
@@ -94,9 +122,11 @@ def endpoint(method: str, target: str) -> str | Refusal:
     name = ENDPOINTS.get((method, path))
     if name is None and method == "GET" and _MODEL_PATH.match(path):
         name = "model"
+    if name is None and (item := _ITEM_PATH.match(path)):
+        name = ITEMS.get((method, f"{item[1]}{{}}{item[3] or ''}"))
     if name is None:
         shown = target[:100].encode("ascii", "backslashreplace").decode()
-        return stated("endpoint", f"{method[:20]} {shown} is not served here; this gateway forwards POST /v1/messages and a few reads")
+        return stated("endpoint", f"{method[:20]} {shown} is not served here; this gateway forwards POST /v1/messages and a few more")
     if mark and (not _QUERY.match(query) or any(part.partition("=")[0].casefold() in _KNOWN_FIELDS for part in query.split("&"))):
         return stated("endpoint", f"the query {query[:100]!r} is not served here; {path} takes its fields from the body alone")
     return name
@@ -104,32 +134,51 @@ def endpoint(method: str, target: str) -> str | Refusal:
 
 def read(endpoint: str, request: Request) -> Reading | Refusal:
     """Read a request of a known endpoint, strictly: one Refusal (`body`, `too_large`) for whatever has no single reading."""
-    if endpoint not in ("messages", "count_tokens"):
-        return _read_without_body(endpoint, request)
     if len(request.body) > BODY_BYTES_MAX:
-        return stated("too_large", f"the body has {len(request.body):,} bytes, the API takes {BODY_BYTES_MAX:,}; send less in one request")
+        whose = "API" if endpoint in ("messages", "count_tokens") else "gateway"
+        limits = f"the body has {len(request.body):,} bytes, the {whose} takes {BODY_BYTES_MAX:,}"
+        return stated("too_large", f"{limits}; send less in one request")
+    if endpoint not in ("messages", "count_tokens"):
+        return _read_the_door(endpoint, request)
     try:
-        _plain_json_headers(request)
-        body = _parsed(request.body)
-        found = survey(body)
-        _readable_fields(endpoint, body, found)
-        text_bytes = _text_bytes(request.body, body, found)
-    except (_Unreadable, ValueError) as error:
+        return message(endpoint, parsed(request), request.body, request)
+    except (Unreadable, ValueError) as error:
         return stated("body", f"{error}")
     except RecursionError:
-        return stated("body", "the body is nested too deeply to be read safely; flatten it")
-    found.uses.extend(Use(feature, name, request.header(name)[0]) for name, feature in HEADER_FEATURES.items() if request.header(name))
+        return stated("body", DEEP)
+
+
+def parsed(request: Request) -> dict[str, Any]:
+    """The one JSON object that a request's body is. Raises Unreadable, RecursionError."""
+    _plain_json_headers(request)
+    return _parsed(request.body)
+
+
+def message(endpoint: str, body: dict[str, Any], raw: bytes, request: Request) -> Reading:
+    """Read a message's parameters: the body of a request of its own, or one of a batch's. `raw`: the same as bytes.
+
+    Raises Unreadable, ValueError or RecursionError, with a sentence.
+    """
+    found = survey(body)
+    _readable_fields(endpoint, body, found)
+    text_bytes = _text_bytes(raw, body, found)
+    found.uses.extend(header_uses(request))
     return Reading(
         endpoint=endpoint,
         model=body["model"],
-        max_tokens=body["max_tokens"] if endpoint == "messages" else 0,
+        max_tokens=body["max_tokens"] if endpoint in MESSAGES else 0,
         stream=body.get("stream", False),
         body=body,
-        size=len(request.body),
+        size=len(raw),
         text_bytes=text_bytes,
         betas=betas(request),
         found=found,
     )
+
+
+def header_uses(request: Request) -> list[Use]:
+    """The features that a request asks for in its headers."""
+    return [Use(feature, name, request.header(name)[0]) for name, feature in HEADER_FEATURES.items() if request.header(name)]
 
 
 def betas(request: Request) -> tuple[str, ...]:
@@ -144,39 +193,48 @@ def edited(endpoint: str, request: Request, changes: Mapping[str, Any]) -> tuple
     return changed, read(endpoint, changed)
 
 
-def _read_without_body(endpoint: str, request: Request) -> Reading | Refusal:
-    if request.body:
-        return stated("body", f"{request.method} {request.target.partition('?')[0]} takes no body; send none")
-    match = _MODEL_PATH.match(request.target.partition("?")[0])
-    return Reading(endpoint=endpoint, model=match[1] if match else "", betas=betas(request))
+def _read_the_door(endpoint: str, request: Request) -> Reading | Refusal:
+    """What method, path and headers say. Bodies of other shapes than a message's are read by the rooms that know them."""
+    path = request.target.partition("?")[0]
+    if request.body and endpoint not in ("batches.create", "files.upload"):
+        return stated("body", f"{request.method} {path} takes no body; send none")
+    model, item = _MODEL_PATH.match(path), _ITEM_PATH.match(path)
+    return Reading(
+        endpoint=endpoint,
+        model=model[1] if model else "",
+        item=item[2] if item else "",
+        size=len(request.body),
+        betas=betas(request),
+        found=Survey(uses=header_uses(request)),
+    )
 
 
 def _plain_json_headers(request: Request) -> None:
     """An encoded or re-labelled body has as many readings as decoders: only plain UTF-8 JSON is taken."""
     encodings = [value.strip().casefold() for value in request.header("content-encoding")]
     if any(value not in ("", "identity") for value in encodings):
-        raise _Unreadable(f"the body is encoded ({', '.join(encodings)}) and cannot be judged as it is; send it without content-encoding")
+        raise Unreadable(f"the body is encoded ({', '.join(encodings)}) and cannot be judged as it is; send it without content-encoding")
     types = request.header("content-type")
     if len(types) > 1:
-        raise _Unreadable("content-type is given twice; send it once, as application/json")
+        raise Unreadable("content-type is given twice; send it once, as application/json")
     media_type, _, parameters = (types[0] if types else "application/json").casefold().partition(";")
     if media_type.strip() != "application/json" or parameters.replace(" ", "").replace('"', "") not in ("", "charset=utf-8"):
-        raise _Unreadable(f"content-type is {types[0][:80]!r}; send application/json in UTF-8")
+        raise Unreadable(f"content-type is {types[0][:80]!r}; send application/json in UTF-8")
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
     if raw.startswith(b"\xef\xbb\xbf"):
-        raise _Unreadable("the body begins with a byte order mark; send plain UTF-8 without one")
+        raise Unreadable("the body begins with a byte order mark; send plain UTF-8 without one")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _Unreadable(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from None
+        raise Unreadable(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from None
     try:
         body = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except json.JSONDecodeError as error:
-        raise _Unreadable(f"the body is not JSON: {error.msg} at character {error.pos}; send one JSON object") from None
+        raise Unreadable(f"the body is not JSON: {error.msg} at character {error.pos}; send one JSON object") from None
     if not isinstance(body, dict):
-        raise _Unreadable("the body is not a JSON object; send one, with model, max_tokens and messages")
+        raise Unreadable("the body is not a JSON object; send one, with model, max_tokens and messages")
     return body
 
 
@@ -185,12 +243,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _Unreadable(f"the key {twice[:80]!r} is given twice in one object; parsers disagree on which one counts, send it once")
+        raise Unreadable(f"the key {twice[:80]!r} is given twice in one object; parsers disagree on which one counts, send it once")
     return unique
 
 
 def _constant(name: str) -> Never:
-    raise _Unreadable(f"{name} is not JSON; send a number, a string or null")
+    raise Unreadable(f"{name} is not JSON; send a number, a string or null")
 
 
 def _readable_fields(endpoint: str, body: dict[str, Any], found: Survey) -> None:
@@ -198,26 +256,26 @@ def _readable_fields(endpoint: str, body: dict[str, Any], found: Survey) -> None
     for name in body:
         plain = unicodedata.normalize("NFKC", name).strip().casefold()
         if name not in UNTYPED[""] and plain in _KNOWN_FIELDS:
-            raise _Unreadable(f"the key {name!r} can be taken for {_KNOWN_FIELDS[plain]!r}; spell it exactly so")
+            raise Unreadable(f"the key {name!r} can be taken for {_KNOWN_FIELDS[plain]!r}; spell it exactly so")
     model = body.get("model")
     if not isinstance(model, str) or not model:
-        raise _Unreadable("model must be one non-empty string, like claude-haiku-4-5")
+        raise Unreadable("model must be one non-empty string, like claude-haiku-4-5")
     if not isinstance(body.get("messages"), list):
-        raise _Unreadable("messages must be a list")
+        raise Unreadable("messages must be a list")
     if not isinstance(body.get("tools", []), list):
-        raise _Unreadable("tools must be a list")
+        raise Unreadable("tools must be a list")
     if not isinstance(body.get("stream", False), bool):
-        raise _Unreadable("stream must be true or false")
-    if endpoint == "messages":
+        raise Unreadable("stream must be true or false")
+    if endpoint in MESSAGES:
         _whole_number("max_tokens", body.get("max_tokens"))
     for where, other in found.models:
         if not isinstance(other, str) or not other:
-            raise _Unreadable(f"{where} must be one non-empty string")
+            raise Unreadable(f"{where} must be one non-empty string")
 
 
 def _whole_number(name: str, value: object) -> None:
     if type(value) is not int or not 0 <= value <= MAX_TOKENS_MAX:  # bool is an int to Python, not to the API
-        raise _Unreadable(f"{name} must be a whole number from 0 to {MAX_TOKENS_MAX:,}")
+        raise Unreadable(f"{name} must be a whole number from 0 to {MAX_TOKENS_MAX:,}")
 
 
 def _text_bytes(raw: bytes, body: dict[str, Any], found: Survey) -> int:
@@ -231,5 +289,5 @@ def _text_bytes(raw: bytes, body: dict[str, Any], found: Survey) -> int:
     try:
         normal = unicodedata.normalize("NFKC", json.dumps(body, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
-        raise _Unreadable("the body holds half of a surrogate pair; send whole characters") from None
+        raise Unreadable("the body holds half of a surrogate pair; send whole characters") from None
     return max(len(raw), len(normal)) - found.encoded_bytes

@@ -41,6 +41,8 @@ TABLE: dict[str, Row] = {
     "max_tokens": Row(403, "permission_error", False),
     "requirement": Row(403, "permission_error", False),
     "replay": Row(403, "permission_error", False),
+    "not_found": Row(404, "not_found_error", False),
+    "unsettled": Row(409, "conflict_error", True),
     # how
     "body": Row(400, "invalid_request_error", False),
     "request": Row(400, "invalid_request_error", False),

@@ -4,6 +4,7 @@ Each names the app, the limit with its amounts, and the way out. Knows the ledge
 """
 
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from gateway_addon.bounds import Quote
 from gateway_addon.identity import ISSUE
@@ -17,7 +18,14 @@ from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running
 
 
-def denied(denial: Denied, app: AppPolicy, bound: Quote, granted_nano: int) -> Refusal:
+class BatchQuote(NamedTuple):
+    """The worst case of a whole batch."""
+
+    requests: int
+    total_nano: int
+
+
+def denied(denial: Denied, app: AppPolicy, bound: Quote | BatchQuote, granted_nano: int) -> Refusal:
     """The refusal for what the ledger would not reserve. `granted_nano` is what was asked of it."""
     if denial.standing is not None:
         return _denied_by_cap(denial, denial.standing, app, bound, granted_nano)
@@ -32,7 +40,7 @@ def denied(denial: Denied, app: AppPolicy, bound: Quote, granted_nano: int) -> R
             return Refusal(denial.reason, sentence, denial.retry_after_s)
 
 
-def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, bound: Quote, granted_nano: int) -> Refusal:
+def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, bound: Quote | BatchQuote, granted_nano: int) -> Refusal:
     if denial.reason == "quote_over_cap":
         return Refusal("quote_over_cap", _too_large(app, bound, standing.cap_nano or 0, _cap_name(standing)))
     stands = f"{_stands(standing)}; this call needs {cents(granted_nano)} to start"
@@ -94,11 +102,16 @@ def cut_sentence(running: Running) -> str:
     )
 
 
-def _too_large(app: AppPolicy, bound: Quote, cap_nano: int, cap_name: str) -> str:
-    fits = bound.output_within(cap_nano)
-    way_out = f"The largest max_tokens that fits is {fits:,}." if fits else "Its input alone is too dear: send less."
+def _too_large(app: AppPolicy, bound: Quote | BatchQuote, cap_nano: int, cap_name: str) -> str:
+    if isinstance(bound, BatchQuote):
+        what = f"This batch of {bound.requests:,} requests"
+        way_out = "Send fewer requests in one batch, or ask for fewer max_tokens in each."
+    else:
+        fits = bound.output_within(cap_nano)
+        what = "This call"
+        way_out = f"The largest max_tokens that fits is {fits:,}." if fits else "Its input alone is too dear: send less."
     limit = f"{dollars(cap_nano)}, {app.file}: caps"
-    return f"This call can cost up to {cents(bound.total_nano)}, more than the {cap_name} ({limit}). {way_out}"
+    return f"{what} can cost up to {cents(bound.total_nano)}, more than the {cap_name} ({limit}). {way_out}"
 
 
 def _stands(standing: Standing) -> str:

@@ -33,6 +33,7 @@ from gateway_addon.dispatch import Dispatch
 from gateway_addon.gate import Gate
 from gateway_addon.handling import Handlers, fits
 from gateway_addon.herald import Herald
+from gateway_addon.keeper import Keeper
 from gateway_addon.ledger import Ledger, Server
 from gateway_addon.ledger.files import ledger_path, state_folder
 from gateway_addon.listener import Certificate
@@ -41,6 +42,7 @@ from gateway_addon.modes import reverse
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.reload import Watcher, align, audit_key, saved_by
 from gateway_addon.secret import Secret, keep_fresh
+from gateway_addon.upstream import ask
 from gateway_addon.workers import ListeningLoop, when_the_parent_ends
 
 logger = logging.getLogger(__name__)
@@ -207,7 +209,8 @@ async def assembled(
     refused = asyncio.Event()
     addon = make(gate, key, key_refused=refused.set)
     watcher = Watcher(policies, gate, key)
-    watching = [asyncio.ensure_future(watcher.watch()), asyncio.ensure_future(keep_fresh(key, refused))]
+    keeper = Keeper(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key), gate.batch_closed, time.time)
+    watching = [asyncio.ensure_future(each) for each in (watcher.watch(), keep_fresh(key, refused), keeper.run())]
     try:
         yield policy, key, addon
     finally:

@@ -61,6 +61,8 @@ class Survey:
     uses: list[Use] = field(default_factory=list)
     models: list[tuple[str, Any]] = field(default_factory=list)
     """Other models that the request can reach, as (where, id)."""
+    files: list[str] = field(default_factory=list)
+    """Ids of files at the provider, wherever one is named, in unknown objects and fields too; not those in the echo of an answer."""
     unknown: list[str] = field(default_factory=list)
     """Fields and types that the table does not know, by path."""
 
@@ -97,6 +99,8 @@ def _look_up(node: dict[str, Any], name: str, path: Path, seen: Survey) -> froze
     """Note one object; returns its fields that are free zones. An unknown object has none."""
     kind = _kind(node, name)
     _note_cache(node, path, seen)
+    if "file_id" in node and (kind is None or kind.effect is Effect.OUTSIDE or "file_id" not in kind.fields):
+        seen.files.append(str(node["file_id"]))
     if kind is None:
         seen.unknown.append(f"{_written(path)} (type {node['type']!r})" if "type" in node else f"{_written(path)} (an object)")
         family = _FAMILIES.get(_DATE.sub("", str(node.get("type"))))

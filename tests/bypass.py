@@ -55,6 +55,41 @@ DEAR_ADVISOR = ADVISOR | {"model": "claude-opus-5-5"}
 HEAD = '{"max_tokens":16,"messages":[{"role":"user","content":"hello"}],'
 
 
+ODD_BATCHES = (
+    "/v1/messages/batches/../../files",
+    "/v1/messages/batches/msgbatch_1%2fresults",
+    "/v1/messages/batches/msgbatch_%31",
+    "/v1/messages/batches/msgbatch_1/results/",
+    "/v1/messages/batches/msgbatch_1/results?model=x",
+    "/v1/messages/batches/",
+    "/v1/messages/batches/msgbatch_",
+    "/v1/messages/batches/msgbatch_1/",
+    "/v1/messages/batches//msgbatch_1",
+    "/v1/messages/batches/msgbatch_1/../msgbatch_2",
+    "/v1/messages/batches/msgbatch_1\n",
+    "/v1/messages/batches/MSGBATCH_1",
+    "/v1/messages/batches/file_1",
+    "/v1/messages/batches/msgbatch_1;x",
+    "/v1/messages/batches/msgbatch_1_2",
+    "/v1/messages/batches/msgbatch_1/content",
+    "/v1/messages/batches/msgbatch_" + "1" * 200,
+)
+ODD_FILES = (
+    "/v1/files/file_1/../file_2",
+    "/v1/files/file_1%2fcontent",
+    "/v1/files/../messages/batches/msgbatch_1",
+    "/v1/files/file_1/content/",
+    "/v1/files/%66ile_1",
+    "/v1/files/",
+    "/v1/files/file_",
+    "/v1/files//content",
+    "/v1/files/msgbatch_1",
+    "/v1/files/file_1/results",
+    "/v1/files/file_1.txt",
+)
+"""Spellings of what has an id in its path that are no endpoint, whatever a policy says."""
+
+
 def _inline(tool: Any) -> dict[str, Any]:
     """A tool defined in the middle of a conversation."""
     return {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": tool}}
@@ -85,6 +120,12 @@ def _doors() -> Iterator[Hostile]:
     for target in ("/v1/models/", "/v1/models/..", "/v1/models/a/b", "/v1/models/%2e%2e", "/v1/models/claude-haiku-4-5?model=x"):
         yield Hostile("model path", "endpoint", "GET", target, (), b"")
     yield Hostile("body on a read", "body", "GET", "/v1/models", (), b"{}")
+    for target in ODD_BATCHES[:5]:
+        yield Hostile("batch path", "endpoint", "GET", target, (), b"")
+    for target in ODD_FILES[:5]:
+        yield Hostile("file path", "endpoint", "GET", target, (), b"")
+    for method, target in (("GET", ""), ("POST", "/msgbatch_1/cancel"), ("GET", "/msgbatch_1/results"), ("DELETE", "/msgbatch_1")):
+        yield Hostile("batches that the policy does not name", "endpoint", method, f"/v1/messages/batches{target}", (), b"")
 
 
 def _encodings() -> Iterator[Hostile]:

@@ -1,6 +1,7 @@
 """A gateway for tests: the real addon in a real mitmproxy, in this event loop, in front of the simulated API."""
 
 import asyncio
+import ssl
 import textwrap
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -21,6 +22,9 @@ from gateway_addon.policy import Source, load
 from gateway_addon.secret import Secret
 from gateway_addon.serve import Settings, build
 from gateway_addon.simulator import KEY, Simulator
+
+AUTHORITIES = ssl.create_default_context()
+"""For every client: reading them costs as much as a gateway's start."""
 
 APP = """
 models: {allow: [claude-haiku-4-5, claude-sonnet-5, claude-opus-5-5]}
@@ -52,12 +56,14 @@ class Running:
     clients: AsyncExitStack
 
     def client(self, app: str = "app", **options: Any) -> anthropic.AsyncAnthropic:
-        client = anthropic.AsyncAnthropic(**{"base_url": self.url, "api_key": self.tokens[app], "max_retries": 0, **options})
+        http = {} if "http_client" in options else {"http_client": anthropic.DefaultAsyncHttpxClient(verify=AUTHORITIES)}
+        client = anthropic.AsyncAnthropic(**{"base_url": self.url, "api_key": self.tokens[app], "max_retries": 0, **http, **options})
         self.clients.push_async_callback(client.close)
         return client
 
     def sync_client(self, app: str = "app", **options: Any) -> anthropic.Anthropic:
-        client = anthropic.Anthropic(base_url=self.url, api_key=self.tokens[app], **{"max_retries": 0, **options})
+        http = {} if "http_client" in options else {"http_client": anthropic.DefaultHttpxClient(verify=AUTHORITIES)}
+        client = anthropic.Anthropic(base_url=self.url, api_key=self.tokens[app], **{"max_retries": 0, **http, **options})
         self.clients.callback(client.close)
         return client
 

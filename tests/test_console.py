@@ -15,11 +15,13 @@ from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway_addon.cli.batches import batches as batches_command
 from gateway_addon.cli.console import console as command
 from gateway_addon.cli.report import report
 from gateway_addon.console.app import COOKIE, Console, Policies, build, server
 from gateway_addon.console.login import LINK_S, SESSION_S, Login
 from gateway_addon.console.metrics import _labels
+from gateway_addon.ledger import NewCall, admin, batches, book
 from gateway_addon.workers import bind
 
 CALLS = 2000
@@ -76,6 +78,23 @@ def test_the_desk_and_the_report_tell_the_same(desk):
 def test_spent_held_and_free_make_the_cap(desk):
     for account in (each.month for each in desk.look().apps):
         assert account.spent_nano + account.held_nano + account.free_nano == max(account.cap_nano, account.spent_nano + account.held_nano)
+
+
+def test_open_batches_are_those_that_gateway_batches_lists_and_no_live_calls(tmp_path):
+    console = new_desk(tmp_path, 20)
+    now = time.time()
+    with admin.changing(console.ledger) as db:
+        token = admin.issue_token(db, "reviews", "digest-of-a-token", who="test", now=now)
+        held = book.reserve(db, "somebody", NewCall("reviews", None, token.id, "batches.create"), 5_000_000, (), now=now)
+        batches.adopt(db, batches.NewBatch("msgbatch_1", held.call_id, "reviews", now - 7200, 30, False, "d", "{}", "{}", "canceling", now + 60))
+    seen = console.look()
+    listed = json.loads(CliRunner().invoke(batches_command, ["--ledger", f"sqlite:///{console.ledger}", "--json"]).output)
+    assert [(each.id, each.held_nano, each.requests) for each in seen.batches] == [(each["id"], each["held_nano"], each["requests"]) for each in listed] == [("msgbatch_1", 5_000_000, 30)]
+    assert held.call_id not in {call.call_id for call in seen.live}
+    page = build(console).test_client()
+    page.get(f"/login/{console.login.link}")
+    assert '<tr data-batch="msgbatch_1" data-nano="5000000">' in page.get("/").text
+    assert samples(console)["gateway_open_batches",] == 1
 
 
 def test_a_call_tells_its_bookings_parts_and_price_row(client):

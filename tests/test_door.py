@@ -5,7 +5,7 @@ from collections import deque
 from dataclasses import replace
 
 import pytest
-from ledgers import CALL, NOON
+from ledgers import CALL, NOON, Cap
 
 from gateway_addon import door as room
 from gateway_addon.door import Door, Offer
@@ -20,11 +20,16 @@ WHOLE, FIRST_STEP = Offer(100, 500), Offer(10, 50)
 class Told:
     """A ledger that gives these answers in turn, and then the last one for ever."""
 
-    def __init__(self, *answers):
-        self.answers, self.asked = deque(answers), []
+    def __init__(self, *answers, own=()):
+        self.answers, self.asked, self.own = deque(answers), [], own
+
+    async def capped(self, caps, *, now):
+        assert list(caps) == [OWN]
+        return self.own
 
     async def reserve(self, call, hold_nano, limits, *, quantum_nano, rates, now):
         self.asked.append((call, hold_nano))
+        self.limits, self.rates = list(limits), rates
         await asyncio.sleep(0)
         return self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
 
@@ -54,6 +59,40 @@ async def test_nobody_waits_for_what_no_settlement_brings_back(denied):
     ledger = Told(denied)
     assert (await come(Door(ledger)))[0] == denied
     assert len(ledger.asked) == 1
+
+
+OWN, TOTAL = Cap("app:reports", "day", 1000), Cap("total", "day", 9)
+
+
+@pytest.mark.parametrize(
+    ("spent_nano", "held_nano", "codes"),
+    [(400, 100, ()), (400, 200, ("cap_held",)), (501, 0, ("cap_spent",)), (0, 0, ())],
+)
+async def test_caps_of_its_own_that_are_only_observed_are_said_and_hold_nothing(spent_nano, held_nano, codes):
+    own = DAY._replace(spent_nano=spent_nano, reserved_nano=held_nano)
+    ledger = Told(reserved(1), own=(own,))
+    rates = RateLimits(requests_per_minute=1)
+    result, offer, said = await Door(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), rates, NOON, caps=True, its_rates=False)
+    assert (result, offer, said) == (Reserved(1, (own,)), WHOLE, codes)
+    assert (ledger.limits, ledger.rates) == ([TOTAL], rates)
+
+
+async def test_a_quote_above_an_observed_cap_is_said():
+    ledger = Told(reserved(1), own=(DAY._replace(cap_nano=499),))
+    assert (await Door(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), RateLimits(), NOON, caps=True, its_rates=False))[2] == ("quote_over_cap",)
+
+
+async def test_what_an_observed_app_shares_with_others_holds_it_too():
+    ledger = Told(SPENT, own=())
+    assert (await Door(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), RateLimits(), NOON, caps=True, its_rates=True))[0] == SPENT
+
+
+@pytest.mark.parametrize(("its_rates", "outcome"), [(True, (Reserved(1, ()), ("rate",))), (False, (Denied("rate"), ()))])
+async def test_a_rate_holds_unless_it_is_only_observed(its_rates, outcome):
+    ledger = Told(Denied("rate"), reserved(1))
+    result, _, said = await Door(ledger).observe(CALL, (WHOLE,), (OWN,), RateLimits(1), NOON, caps=False, its_rates=its_rates)
+    assert (result, said) == outcome
+    assert ledger.limits == [OWN]
 
 
 async def test_whoever_waits_gets_what_a_settlement_frees():

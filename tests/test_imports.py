@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "gateway_addon"
 
 OWN = {
     # room: the rooms that it may import. A room that is not here is an edge (commands, launchers), checked by EDGES below.
-    "addon": {"answers", "gate", "inject", "listener", "lives", "reading", "refusals", "running", "settlement"},
-    "lives": {"answers", "gate", "inject", "refusals", "running"},
+    "addon": {"answers", "gate", "inject", "listener", "lives", "passes", "reading", "refusals", "running", "settlement"},
+    "lives": {"answers", "gate", "inject", "passes", "refusals", "running"},
     "inject": {"headers", "refusals"},
     "listener": {"policy"},
     "modes": set(),
@@ -20,9 +20,18 @@ OWN = {
     "handling": {"dispatch"},
     "headers": set(),
     "gate": {
-        "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "origin", "policy", "pricing",
-        "rates", "reading", "refusals", "running", "sentences", "settlement",
+        "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "offers", "origin",
+        "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "workspace",
     },
+    "workspace": {
+        "answers", "batches", "booking", "door", "files", "ledger", "passes", "policy", "pricing", "reading", "refusals", "sentences", "usage",
+    },
+    "keeper": {"batches", "booking", "ledger", "policy"},
+    "booking": {"batches", "ledger", "pricing"},
+    "batches": {"bounds", "ledger", "policy", "pricing", "reading", "refusals", "sentences", "usage"},
+    "files": {"reading", "refusals"},
+    "passes": {"identity", "ledger", "policy", "reading", "settlement"},
+    "offers": {"bounds", "door", "grants", "policy", "reading"},
     "alerts": {"ledger", "money", "policy"},
     "herald": {"alerts", "ledger", "policy"},
     "replay": {"ledger", "policy", "pricing", "reading", "windows"},
@@ -45,7 +54,7 @@ OWN = {
     "simulator": set(),
     **{key: set() for key in ("deployment", "encodings", "fields", "forms", "grants", "money", "noise", "origin", "rates", "refusals", "services", "sse", "windows", "yamlfile")},
 }  # fmt: skip
-EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "otel", "provider", "reload", "secret", "serve", "shim", "workers"}
+EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "otel", "provider", "reload", "secret", "serve", "shim", "upstream", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
 
 ROOMS_OF = {

@@ -6,6 +6,7 @@ import unicodedata
 from typing import Any
 
 import pytest
+from bypass import ODD_BATCHES, ODD_FILES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +48,29 @@ def test_each_endpoint_has_one_spelling(method: str, target: str, name: str):
     assert endpoint(method, target) == name
     other = "POST" if method == "GET" else "GET" if method == "POST" else "PUT"
     assert isinstance(endpoint(other, target), Refusal)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "name", "item"),
+    [
+        ("GET", "/v1/messages/batches/msgbatch_01Ab", "batches.get", "msgbatch_01Ab"),
+        ("DELETE", "/v1/messages/batches/msgbatch_01Ab", "batches.delete", "msgbatch_01Ab"),
+        ("POST", "/v1/messages/batches/msgbatch_01Ab/cancel?beta=true", "batches.cancel", "msgbatch_01Ab"),
+        ("GET", "/v1/messages/batches/msgbatch_01Ab/results", "batches.results", "msgbatch_01Ab"),
+        ("GET", "/v1/files/file_01Ab", "files.get", "file_01Ab"),
+        ("DELETE", "/v1/files/file_01Ab", "files.delete", "file_01Ab"),
+        ("GET", "/v1/files/file_01Ab/content", "files.content", "file_01Ab"),
+    ],
+)
+def test_what_has_an_id_in_its_path_is_read_with_it(method, target, name, item):
+    assert endpoint(method, target) == name
+    assert read(name, Request(method, target, (), b"")).item == item
+    assert isinstance(endpoint("PUT", target), Refusal)
+
+
+@pytest.mark.parametrize("target", [*ODD_BATCHES, *ODD_FILES])
+def test_an_odd_spelling_of_an_id_is_no_endpoint(target):
+    assert all(isinstance(endpoint(method, target), Refusal) for method in ("GET", "POST", "DELETE"))
 
 
 @given(st.text(max_size=40))
@@ -242,3 +266,17 @@ def test_a_large_body_is_read_in_milliseconds():
         reading(raw)
         took.append(time.perf_counter() - began)
     assert min(took) < 0.02  # about 1 ms on an idle machine
+
+
+def test_a_file_is_seen_wherever_it_is_named_but_for_the_echo_of_an_answer():
+    blocks = [
+        {"type": "document", "source": {"type": "file", "file_id": "file_1"}},
+        {"type": "container_upload", "file_id": "file_2"},
+        {"type": "hologram", "file_id": "file_3"},
+        {"type": "text", "text": "x", "file_id": "file_4"},
+        {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image", "source": {"type": "file", "file_id": "file_5"}}]},
+        {"type": "code_execution_result", "content": [{"type": "code_execution_output", "file_id": "file_6"}], "return_code": 0},
+        {"type": "tool_use", "id": "x", "name": "x", "input": {"file_id": "file_7"}},
+    ]
+    found = reading(PLAIN | {"messages": [{"role": "user", "content": blocks}]}).found
+    assert sorted(found.files) == ["file_1", "file_2", "file_3", "file_4", "file_5"]

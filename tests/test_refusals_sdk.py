@@ -131,7 +131,9 @@ CASES = [
     Case("token_address", AUTH, ask(), r"App app may not call from 127\.0\.0\.1 \(.*app\.yaml: addresses\)\.", RICH + "addresses: [10.0.0.0/8]\n"),
     Case("app_unknown", DENIED, of_no_app, r"App ghost has a token but no policy: write policies/apps/ghost\.yaml"),
     Case("app_paused", DENIED, after(admin.pause, scope="app:app", why="runaway loop"), r"app is paused until it is resumed \(runaway loop\).*gateway resume"),
-    Case("endpoint", DENIED, lambda gw: gw.client().messages.batches.list(), r"GET /v1/messages/batches.* is not served here; .*POST /v1/messages"),
+    Case("endpoint", DENIED, lambda gw: gw.client().beta.agents.list(), r"GET /v1/agents.* is not served here; .*POST /v1/messages"),
+    Case("endpoint", DENIED, lambda gw: gw.client().messages.batches.list(), r"App app may not call batches; allowed: messages, count_tokens, models \(.*app\.yaml endpoints\)"),
+    Case("not_found", anthropic.NotFoundError, lambda gw: gw.client().messages.batches.retrieve("msgbatch_01"), r"App app has no message batch 'msgbatch_01' here; it sees those that it made", RICH + "endpoints: [batches]\n"),
     Case("model", DENIED, ask(model="claude-opus-5-5"), r"App app may not use claude-opus-5-5; allowed: claude-haiku-4-5 \(.*app\.yaml models\.allow\)"),
     Case("model", DENIED, ask(model="gpt-9"), r"asks for 'gpt-9' \(model\), which is no known model; allowed: claude-haiku-4-5"),
     Case("feature", DENIED, ask(tools=[SEARCH]), r"may not use web_search \(tools\[0\]\); allowed features: none \(.*app\.yaml features\)"),
@@ -164,6 +166,7 @@ ELSEWHERE = {
     "request": "the SDK's HTTP is well-formed: tests/test_wire.py",
     "replay": "a click in mitmweb: tests/test_addon.py",
     "model_unpriced": "a known model always has a price: tests/test_bounds.py",
+    "unsettled": "a batch has to end first: tests/test_workspace.py",
     "upstream_unreachable": "needs an upstream that is gone: tests/test_endings.py",
 }
 

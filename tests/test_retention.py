@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from ledgers import CALL, ENGINES, Part, Tokens, new_ledger, rows, url, writing
 
 from gateway_addon.cli.prune import prune
-from gateway_addon.ledger import Outcome, Settlement, admin, book, days, evidence, proof, reports, retention
+from gateway_addon.ledger import Outcome, Settlement, admin, batches, book, days, evidence, proof, reports, retention
+from gateway_addon.ledger.batches import NewBatch, ResultRow
 
 NOON = 1_773_144_000.0  # Tuesday 2026-03-10 12:00 UTC
 DAY_S = 86_400
@@ -54,6 +55,10 @@ def fill(db):
         book.free(db, "me", replace(call, endpoint="count_tokens", max_tokens=None), Outcome(status=200), now=now)
         book.noise(db, "token_unknown", now=now)
     book.reserve(db, "me", CALL, 77, [], now=OLD + 5)
+    batch = book.reserve(db, "me", replace(CALL, endpoint="batches.create"), 900, [], now=OLD + 7).call_id
+    batches.adopt(db, NewBatch("msgbatch_1", batch, CALL.app, OLD, 2, False, "digest", "{}", "{}", "ended", OLD + 60))
+    batches.book_results(db, batch, [ResultRow(each, 0, "message", "claude-haiku-4-5", 10, 5, 0, 0, 0, 0, 0, 30, None, "") for each in ("a", "b")])
+    assert batches.close(db, "msgbatch_1", now=OLD + 99).spent_nano == 60
 
 
 def figures(path):
@@ -94,8 +99,9 @@ def test_nothing_that_is_reported_or_judged_changes(path):
     assert figures(path) == before
     assert sound(path)
     left = rows(path, "SELECT count(*), sum(carried) FROM calls WHERE started_at < ?", UNTIL)[0]
-    assert left == (carries + 1, 5 * 67), "the sums, and the call that has no end"
+    assert left == (carries + 1, 5 * 67 + 1), "the sums, and the call that has no end"
     assert rows(path, "SELECT count(*) FROM noise WHERE minute < ? AND minute % 86400 <> 0", UNTIL) == [(0,)]
+    assert rows(path, "SELECT (SELECT count(*) FROM batches), (SELECT count(*) FROM batch_usage)") == [(0, 0)], "of a batch its sum stays"
     pruned(path)
     pruned(path, UNTIL + 3 * DAY_S)
     assert figures(path) == before
@@ -175,11 +181,11 @@ def run(path, *arguments):
 def test_the_command_prunes_says_so_and_leaves_a_trace(path):
     before = figures(path)
     code, said = run(path, "--before", "2026-01-09", "--dry-run")
-    assert (code, said) == (0, "335 calls before 2026-01-09 00:00 would become daily sums; 1 without an end would stay.\n")
+    assert (code, said) == (0, "336 calls before 2026-01-09 00:00 would become daily sums; 1 without an end would stay.\n")
     assert rows(path, "SELECT count(*) FROM calls WHERE carried IS NOT NULL") == [(0,)]
     code, said = run(path, "--before", "2026-01-09")
     assert code == 0
-    assert re.search(r"335 calls before 2026-01-09 00:00 are \d+ rows now\.", said)
+    assert re.search(r"336 calls before 2026-01-09 00:00 are \d+ rows now\.", said)
     assert [action for (action,) in rows(path, "SELECT action FROM audit WHERE action = 'prune'")] == ["prune"]
     assert figures(path) == before
     assert sound(path)

@@ -94,7 +94,7 @@ class TestErrors:
         row = await last_row(api)
         assert [row.header(name) for name in headers] == list(headers.values())
 
-    @pytest.mark.parametrize("path", ["/v1/messages/", "//v1/messages", "/v1/Messages", "/v1/complete", "/v1/files", "/"])
+    @pytest.mark.parametrize("path", ["/v1/messages/", "//v1/messages", "/v1/Messages", "/v1/complete", "/v1/skills", "/v1/files/x/y/z", "/"])
     async def test_an_unknown_path_is_404(self, api, path):
         assert (await post(api, ask(), path=path))[0] == 404
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "web": ("serve", "the same under mitmweb, for looking at flows while debugging"),
     "console": ("console", "the operator's desk: spending, caps, live calls, in a browser"),
     "report": ("report", "what was spent, by whom, on what"),
+    "batches": ("batches", "the message batches that are not settled yet"),
     "explain": ("explain", "what would happen to a request, rule by rule"),
     "replay": ("replay", "hold the recorded calls against tomorrow's policy"),
     "meter": ("meter", "read recorded responses, print usage and cost"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from gateway_addon.console import charts
 from gateway_addon.ledger import Pause, Standing, admin, app_scope, book, days, notes, proof, reports, team_scope
+from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.days import Cached, Day, Days, Reading
 from gateway_addon.ledger.stories import drifted
 from gateway_addon.policy import GatewayPolicy, caps
@@ -91,6 +92,8 @@ class Desk:
     refusals: tuple[tuple[str, int], ...]
     drift: tuple[Drift, ...]
     live: tuple[proof.OpenCall, ...]
+    batches: tuple[OpenBatch, ...]
+    """As `gateway batches` lists them; they are not among the live calls."""
     alerts: tuple[dict[str, Any], ...]
 
 
@@ -106,6 +109,8 @@ def look(db: Reading, policy: GatewayPolicy, memory: Days, ledger: Path, now: fl
     def owner(scope: str) -> Owner:
         return Owner(scope.partition(":")[2] or "all apps", accounts[scope, "day"], accounts[scope, "month"], pauses.get(scope))
 
+    batches = open_batches(db)
+    held_by_batches = {batch.call_id for batch in batches}
     owners = [owner(scope) for scope, window in accounts if window == "day"]
     dearest = sorted(owners, key=lambda each: (-each.month.spent_nano, each.name))
     saved_nano, hit_share = cache_savings([cached for day in month for cached in day.cached], policy.prices, now)
@@ -120,7 +125,8 @@ def look(db: Reading, policy: GatewayPolicy, memory: Days, ledger: Path, now: fl
         hit_share,
         tuple(days.refusals(month)),
         _drift(month),
-        tuple(proof.open_calls(db, admin.obituary(ledger, db), now=now)),
+        tuple(call for call in proof.open_calls(db, admin.obituary(ledger, db), now=now) if call.call_id not in held_by_batches),
+        tuple(batches),
         tuple(reversed(reports.alerts(db, since=month_start, until=now + 1)[-20:])),
     )
 

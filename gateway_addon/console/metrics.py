@@ -44,7 +44,7 @@ def _metrics(seen: Desk, policy_broken: bool) -> Iterator[Metric]:
     ages_s = [call.age_s for call in seen.live]
     yield Metric("build_info", "The version that answers.", [Sample({"version": __version__}, "1")])
     yield Metric("spent_dollars", "Spent in the window so far.", [_of(each, each.spent_nano) for each in accounts])
-    yield Metric("held_dollars", "Held for calls in flight.", [_of(each, each.held_nano) for each in accounts])
+    yield Metric("held_dollars", "Held for calls in flight and open batches.", [_of(each, each.held_nano) for each in accounts])
     capped = [_of(each, each.cap_nano) for each in accounts if each.cap_nano is not None]
     yield Metric("cap_dollars", "The window's cap, raises included. Scopes without a cap have no sample.", capped)
     paused = [Sample({"scope": each.today.scope}, _flag(each.pause)) for each in owners]
@@ -61,6 +61,7 @@ def _metrics(seen: Desk, policy_broken: bool) -> Iterator[Metric]:
     yield Metric("oldest_open_call_seconds", "Age of the oldest call in flight.", _one(max(ages_s, default=0)))
     orphans = sum(not each.alive for each in seen.live)
     yield Metric("orphaned_calls", "Calls in flight whose process is gone: the next start settles them.", _one(orphans))
+    yield Metric("open_batches", "Message batches that are not settled yet.", _one(len(seen.batches)))
     yield Metric("policy_broken", "1 while the policy files on disk cannot be used.", _one(_flag(policy_broken)))
 
 

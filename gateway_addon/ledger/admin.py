@@ -10,16 +10,16 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger import book, files
 from gateway_addon.ledger.locks import Turnstile, is_dead
+from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.schema import is_behind
 from gateway_addon.ledger.store import driver
-from gateway_addon.ledger.values import Server, Token
+from gateway_addon.ledger.values import LedgerUnavailable, Server, Token
 from gateway_addon.windows import starts
 
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
@@ -93,19 +93,22 @@ def reading(path: Path | Server, *, as_it_is: bool = False) -> Iterator[sqlite3.
             files.must_be_here(path, db)
             yield db
     except sqlite3.Error as error:
+        if str(error).startswith("no such table"):
+            way_out = "`gateway init --yes`, or the gateway's start, brings it up to date"
+            raise LedgerUnavailable(f"the ledger {path} was made by an earlier version: {way_out} ({error})") from error
         if not files.is_of_the_file(error):
             raise
         raise files.unavailable(path, error) from error
 
 
 def obituary(path: Path | Server, db: sqlite3.Connection) -> Callable[[str], bool]:
-    """Tells of an owner's name whether its process is gone."""
+    """Tells of an owner's name whether its process is gone. (A batch is held by none: its reservation waits for its results.)"""
     if isinstance(path, Server):
         with driver():
             from gateway_addon.ledger import postgres
-        living = postgres.living(db)
+        living = postgres.living(db) | {BATCHES}
         return lambda owner: owner not in living
-    return partial(is_dead, path)
+    return lambda owner: owner != BATCHES and is_dead(path, owner)
 
 
 def issue_token(

@@ -203,7 +203,7 @@ class Ledger:
 
     async def take_alert(self, *, retry_s: float, give_up_s: float, now: float) -> DueAlert | None:
         """One alert that is due to be sent, for this process alone until it is time to retry. Raises LedgerUnavailable."""
-        if not await self._read(partial(notes.alert_waits, now=now)):
+        if not await self.look(partial(notes.alert_waits, now=now)):
             return None
         take = partial(notes.take_alert, retry_s=retry_s, give_up_s=give_up_s, now=now)
         return cast(DueAlert | None, await self._ask(RECORD, take, frozenset(("alerts",))))
@@ -239,6 +239,18 @@ class Ledger:
         """Run a change of `ledger.admin` in a transaction of its own turn. Raises what it raises, or LedgerUnavailable."""
         return cast(T, await self._ask(RECORD, write, frozenset((EVERYTHING,))))
 
+    async def write[T](self, write: Callable[[sqlite3.Connection], T], *scopes: str) -> T:
+        """Run a small change of `ledger.batches` or `ledger.belongings`, alone in these scopes. Raises LedgerUnavailable."""
+        return cast(T, await self._ask(RECORD, write, frozenset(scopes)))
+
+    def keep[T](self, write: Callable[[sqlite3.Connection], T], *scopes: str) -> "asyncio.Future[T]":
+        """The same, as certain as a settlement: written perhaps later, but written."""
+        return cast("asyncio.Future[T]", self._lasting(write, frozenset(scopes)))
+
+    def hand_over(self, call_id: int) -> None:
+        """A call's reservation is no longer this process's affair."""
+        self._running.pop(call_id, None)
+
     async def ready(self) -> None:
         """Return once the ledger has taken a write. Raises LedgerUnavailable."""
         await self._ask(RECORD, lambda db: None)
@@ -247,29 +259,30 @@ class Ledger:
 
     async def token(self, digest: str) -> Token | None:
         """The token of this SHA-256 (hexadecimal), revoked and expired ones too. Raises LedgerUnavailable."""
-        return await self._read(partial(notes.token, digest=digest))
+        return await self.look(partial(notes.token, digest=digest))
 
     async def standing(self, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
-        return await self._read(partial(book.standing, scopes=scopes, caps=caps, now=self._at(now)))
+        return await self.look(partial(book.standing, scopes=scopes, caps=caps, now=self._at(now)))
 
     async def capped(self, caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """How each of these caps stands. Raises LedgerUnavailable."""
-        return await self._read(partial(book.capped, caps=caps, now=self._at(now)))
+        return await self.look(partial(book.capped, caps=caps, now=self._at(now)))
 
     async def pauses(self, *, now: float) -> tuple[Pause, ...]:
         """The pauses in force. Raises LedgerUnavailable."""
-        return await self._read(partial(notes.pauses, now=self._at(now)))
+        return await self.look(partial(notes.pauses, now=self._at(now)))
 
     async def overruns(self) -> frozenset[str]:
         """Models that passed a grant and are reserved in full until cleared. Raises LedgerUnavailable."""
-        return await self._read(notes.overruns)
+        return await self.look(notes.overruns)
 
     async def upstream_limits(self) -> dict[str, tuple[str, float]]:
         """The upstream's latest rate-limit headers with the time at which each was seen. Raises LedgerUnavailable."""
-        return await self._read(notes.ratelimits)
+        return await self.look(notes.ratelimits)
 
-    async def _read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
+    async def look[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a read of `ledger.batches` or `ledger.belongings`. Raises LedgerUnavailable."""
         return await self._store.read(read)
 
     def _scopes(self, call_id: int) -> frozenset[str]:

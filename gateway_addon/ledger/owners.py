@@ -11,12 +11,16 @@ from collections.abc import Iterable
 from gateway_addon.ledger import book
 from gateway_addon.ledger.values import Ending, Outcome, Resolution, Settlement
 
+BATCHES = "batches"
+"""The owner of a batch's reservation once the provider has taken the batch: no process, so none whose death could sweep it."""
+
 ORPHAN = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "orphan")))
 
 
 def known(db: sqlite3.Connection) -> list[str]:
-    """Every owner that was entered or left something open."""
-    return [owner for (owner,) in db.execute("SELECT id FROM owners UNION SELECT owner FROM calls WHERE state = 'open'").fetchall()]
+    """Every process that was entered as an owner or left something open."""
+    every = "SELECT id FROM owners UNION SELECT owner FROM calls WHERE state = 'open' AND owner <> ?"
+    return [owner for (owner,) in db.execute(every, (BATCHES,)).fetchall()]
 
 
 def resume(db: sqlite3.Connection, ending: Ending) -> Resolution | None:

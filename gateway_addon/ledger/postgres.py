@@ -50,9 +50,9 @@ SCOPES_MAX = 8  # of 100 apps and four gateways, each with 32 calls at once: twi
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # one that goes on while the machine sleeps, where there is one
 
 # In one statement, so at one moment: an owner enters before its first call.
-_DEAD = """
+_DEAD = f"""
 SELECT id FROM owners WHERE lease_until <= extract(epoch FROM clock_timestamp())
-UNION SELECT owner FROM calls WHERE state = 'open' AND owner NOT IN (SELECT id FROM owners)
+UNION SELECT owner FROM calls WHERE state = 'open' AND owner <> '{owners.BATCHES}' AND owner NOT IN (SELECT id FROM owners)
 """
 
 

@@ -12,7 +12,10 @@ FINDINGS_MAX = 20  # of one kind: a broken ledger should not scroll its cause of
 
 @dataclass(frozen=True, slots=True)
 class OpenCall:
-    """A reservation that waits for its call's end. `alive` False: its process is gone, the next start settles it."""
+    """A reservation that waits for its call's end. `alive` False: its process is gone, the next start settles it.
+
+    `owner`: the process, or the batch that waits for its results.
+    """
 
     call_id: int
     app: str
@@ -50,8 +53,9 @@ WHERE left_open <> CASE state WHEN 'open' THEN 1 ELSE 0 END OR left_held < 0 OR 
 """
 
 _OPEN = """
-SELECT calls.id, app, model_asked, sum(reserved_nano) AS held, :now - started_at AS age_s, owner
-FROM calls JOIN entries ON entries.call_id = calls.id WHERE state = 'open' GROUP BY calls.id ORDER BY started_at
+SELECT calls.id, calls.app, model_asked, sum(reserved_nano) AS held, :now - started_at AS age_s, owner, batches.id AS batch
+FROM calls JOIN entries ON entries.call_id = calls.id LEFT JOIN batches ON batches.call_id = calls.id
+WHERE state = 'open' GROUP BY calls.id, batches.id ORDER BY started_at
 """
 
 
@@ -83,6 +87,6 @@ def open_calls(db: sqlite3.Connection, is_dead: Callable[[str], bool], *, now: f
     """Every open reservation, the oldest first; `is_dead` knows of an owner (`admin.obituary`)."""
     rows = db.execute(_OPEN, {"now": now}).fetchall()
     return [
-        OpenCall(call_id, app, model, held_nano, age_s, owner, not is_dead(owner))
-        for call_id, app, model, held_nano, age_s, owner in rows
+        OpenCall(call_id, app, model, held_nano, age_s, f"batch {batch}" if batch else owner, not is_dead(owner))
+        for call_id, app, model, held_nano, age_s, owner, batch in rows
     ]

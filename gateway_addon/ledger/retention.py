@@ -81,7 +81,8 @@ SELECT :carry_id, parts, 'estimate', 0, 0, 0, 0, 0, 0, 0, spent_nano - billed_na
 FROM (SELECT count(*) AS parts, coalesce(sum(nano), 0) AS billed_nano FROM usage WHERE call_id = :carry_id) AS metered
 CROSS JOIN (SELECT spent_nano FROM entries WHERE call_id = :carry_id) AS carry WHERE spent_nano <> billed_nano
 """
-_REMOVE = tuple(f"DELETE FROM {column} IN {_TAKEN}" for column in ("usage WHERE call_id", "entries WHERE call_id", "calls WHERE id"))
+_ROWS_OF_A_CALL = ("usage WHERE call_id", "batch_usage WHERE call_id", "batches WHERE call_id", "entries WHERE call_id", "calls WHERE id")
+_REMOVE = tuple(f"DELETE FROM {column} IN {_TAKEN}" for column in _ROWS_OF_A_CALL)
 
 _NOISY = "SELECT DISTINCT minute - minute % 86400 FROM noise WHERE minute < ? AND minute % 86400 <> 0"
 _NOISE_OF_A_DAY = "FROM noise WHERE minute >= :day AND minute < :day + 86400"

@@ -163,6 +163,33 @@ CREATE VIEW standings AS
   FROM balances;
 """
 
+# What apps make in the workspace that all of them share at the provider. `price_tables` and `batch_usage` are there because a batch is
+# priced by the table of its admission, hours after the process that read it may have ended, and from a file of any length.
+WORKSPACE = """
+CREATE TABLE belongings (   -- whose a batch or a file is, by the provider's id; `object` is the API's own JSON, as last seen
+  id TEXT PRIMARY KEY, kind TEXT NOT NULL CHECK (kind IN ('batch', 'file')), app TEXT NOT NULL,
+  made_at REAL NOT NULL, gone_at REAL, object TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX belongings_of_app ON belongings (app, kind, made_at DESC, id DESC) WHERE gone_at IS NULL;
+
+CREATE TABLE price_tables (digest TEXT PRIMARY KEY, content TEXT NOT NULL) STRICT, WITHOUT ROWID;
+
+CREATE TABLE batches (      -- open while it has a `look_at`: when somebody looks next whether it has ended
+  id TEXT PRIMARY KEY, call_id INTEGER NOT NULL UNIQUE, app TEXT NOT NULL, made_at REAL NOT NULL, requests INTEGER NOT NULL,
+  hour_ttl INTEGER NOT NULL, prices TEXT NOT NULL, flags TEXT NOT NULL, status TEXT NOT NULL,
+  look_at REAL, failures INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+CREATE INDEX batches_to_look_at ON batches (look_at) WHERE look_at IS NOT NULL;
+
+CREATE TABLE batch_usage (  -- what each request of a batch came to, read from its results; they sum to the call's usage when it is settled
+  call_id INTEGER NOT NULL, custom_id TEXT NOT NULL, part INTEGER NOT NULL, kind TEXT NOT NULL, model TEXT,
+  input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cache_read_tokens INTEGER NOT NULL,
+  cache_write_5m_tokens INTEGER NOT NULL, cache_write_1h_tokens INTEGER NOT NULL, cache_write_unsplit_tokens INTEGER NOT NULL,
+  web_search_requests INTEGER NOT NULL, nano INTEGER NOT NULL, price_row TEXT, flags TEXT NOT NULL,
+  PRIMARY KEY (call_id, custom_id, part)
+) STRICT, WITHOUT ROWID;
+"""
+
 
 @migrations()
 def m001_ledger(db: Database) -> None:
@@ -244,6 +271,11 @@ OBSERVED = "CREATE INDEX calls_observed ON calls (started_at) WHERE instr(flags,
 @migrations()
 def m002_views_for_people(db: Database) -> None:
     _run(db, VIEWS)
+
+
+@migrations()
+def m003_shared_workspace(db: Database) -> None:
+    _run(db, WORKSPACE)
 
 
 @migrations()

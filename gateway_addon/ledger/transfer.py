@@ -171,7 +171,7 @@ def _end(
     for table in columns:
         db.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
         db.execute(f"ANALYZE {table}")
-    for table in (table for table, its in columns.items() if "id" in its):
+    for table in (table for table, its in columns.items() if its.get("id") == "INTEGER"):
         db.execute(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), coalesce(max(id), 0) + 1, false) FROM {table}")
     balances = ledger.execute(_BALANCES).fetchall()
     wrong = [*_differences(expected, _figures(db, columns, BYTES_ON_SERVER)), *_unequal(balances, db), *proof.findings(db)]  # type: ignore[arg-type]

@@ -160,7 +160,7 @@ FEATURES: dict[str, Key] = {
         "MCP servers called by the provider",
         {"servers": Key(listing(text()), "patterns of the servers' addresses; without it any server", ())} | _PER_USE,
     ),
-    "files": _feature("images and documents given by url or by file id (their size is not in the body)"),
+    "files": _feature("images and documents given by url, or by the id of a file that the app uploaded (their size is not in the body)"),
     "container": _feature("containers, uploads into them and skills"),
     "compaction": _feature("compaction: the provider summarises the conversation and bills that beside the answer"),
     "thread": _feature("threads: the provider keeps the conversation, so the body no longer shows the prompt"),
@@ -210,7 +210,10 @@ APP: dict[str, Key] = {
     ),
     "team": Key(_NAMES, "the team whose caps it shares (see `teams` in gateway.yaml)", None),
     "endpoints": Key(
-        listing(word("messages", "count_tokens", "models")), "what it may call", ("messages", "count_tokens", "models")
+        listing(word("messages", "count_tokens", "models", "batches", "files")),
+        "what it may call: `batches` (each request of one is judged like a call of its own) and `files` only where named, "
+        "and of them only what the app made itself; `messages, count_tokens, models` unless given",
+        ("messages", "count_tokens", "models"),
     ),
     "features": Key(record(_features, FEATURES), "what it may use beyond plain messages", _features(hour_ttl=True), FEATURES),
     "unknown_fields": Key(word("refuse", "pass"), "request fields and types not known here (new ones may spend)", "refuse"),
@@ -240,7 +243,7 @@ APP: dict[str, Key] = {
         {
             "requests_per_minute": Key(COUNT, "requests a minute", None),
             "input_tokens_per_minute": Key(COUNT, "quoted input tokens a minute", None),
-            "concurrent": Key(COUNT, "calls in flight at once", None),
+            "concurrent": Key(COUNT, "calls in flight at once; a batch is one until it is settled", None),
             "headroom": Key(PERCENT, "stay out of this last share of the shared key's own rate limits", None),
         },
         "how fast it may call",
@@ -258,11 +261,12 @@ _TIMEOUTS = {
     "first_byte": Key(SECONDS, "until the answer begins", 600.0),
     "silence": Key(SECONDS, "between two pieces of an answer", 300.0),
     "drain": Key(SECONDS, "for running calls to end when the gateway is told to stop", 60.0),
+    "batch_poll": Key(SECONDS, "before an open batch is looked at, to be closed where nobody fetches it; longer for older ones", 60.0),
 }
 
 
-def _timeouts(connect: float, first_byte: float, silence: float, drain: float) -> Timeouts:
-    return Timeouts(connect_s=connect, first_byte_s=first_byte, silence_s=silence, drain_s=drain)
+def _timeouts(connect: float, first_byte: float, silence: float, drain: float, batch_poll: float) -> Timeouts:
+    return Timeouts(connect_s=connect, first_byte_s=first_byte, silence_s=silence, drain_s=drain, batch_poll_s=batch_poll)
 
 
 _DEFAULT_TIMEOUTS = {name: key.default for name, key in _TIMEOUTS.items()}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gateway_addon.policy.values import AppPolicy
 from gateway_addon.pricing import Prices
-from gateway_addon.reading import Reading
+from gateway_addon.reading import MESSAGES, Reading
 from gateway_addon.refusals import Refusal, stated
 from gateway_addon.survey import Use
 
@@ -23,6 +23,7 @@ class Verdict(NamedTuple):
     code: str | None = None
 
 
+PROMPTS = (*MESSAGES, "count_tokens")
 _ALWAYS = ("hello", "healthz", "me")
 
 
@@ -45,16 +46,19 @@ def observed(app: AppPolicy, reading: Reading, prices: Prices) -> tuple[str, ...
 def trail(app: AppPolicy, reading: Reading, prices: Prices) -> Iterator[Verdict]:
     """Every rule's verdict, in order. Rules after one that refuses are judged too: `explain` shows them all."""
     yield _endpoint(app, reading)
-    if reading.endpoint in ("messages", "count_tokens", "model"):
+    if reading.endpoint in (*PROMPTS, "model"):
         yield _model(app, reading.model, "model", prices)
-    if reading.endpoint not in ("messages", "count_tokens"):
+    if reading.shared:
+        yield from _features(app, reading)
+        yield from _betas(app, reading)
+    if reading.endpoint not in PROMPTS:
         return
     for where, model in _reachable(app, reading):
         yield _model(app, model, where, prices)
     yield from _unknown(app, reading)
     yield from _features(app, reading)
     yield from _betas(app, reading)
-    if reading.endpoint == "messages":
+    if reading.endpoint in MESSAGES:
         yield from _max_tokens(app, reading)
     yield from _thinking(app, reading)
     yield from _requirements(app, reading)
@@ -66,8 +70,9 @@ def edits(app: AppPolicy, reading: Reading, prices: Prices) -> dict[str, Any]:
     model = _rewritten(app, reading.model, prices)
     if model != reading.model:
         changes["model"] = model
-    if reading.endpoint == "messages" and app.max_tokens and app.max_tokens.over == "clamp" and reading.max_tokens > app.max_tokens.limit:
-        changes["max_tokens"] = app.max_tokens.limit
+    ceiling = app.max_tokens
+    if reading.endpoint in MESSAGES and ceiling and ceiling.over == "clamp" and reading.max_tokens > ceiling.limit:
+        changes["max_tokens"] = ceiling.limit
     return changes
 
 
@@ -90,7 +95,7 @@ def _rewritten(app: AppPolicy, model: str, prices: Prices) -> str:
 
 
 def _endpoint(app: AppPolicy, reading: Reading) -> Verdict:
-    name = "models" if reading.endpoint == "model" else reading.endpoint
+    name = {"model": "models", "batch_request": "batches"}.get(reading.endpoint, reading.endpoint.partition(".")[0])
     if name in app.endpoints or name in _ALWAYS:
         return Verdict("endpoints", f"{name} is open to app {app.name}")
     return Verdict("endpoints", f"app {app.name} may not call {name}; allowed: {_listed(app.endpoints)} ({app.file} endpoints)", "endpoint")

@@ -97,6 +97,7 @@ class Timeouts:
     first_byte_s: float
     silence_s: float
     drain_s: float
+    batch_poll_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,12 @@ class Behaviour:
     hang_up: bool = False
     """Close the connection before any status: for a JSON call when the answer is ready, for a stream when it would begin."""
 
+    # Batches. (A request in one is asked for its behaviour like any other; what it says of time does not matter there.)
+    batch_s: float = 0
+    """How long a batch takes."""
+    batch_result: str = "succeeded"
+    """What becomes of a request in a batch: succeeded, errored, canceled, expired."""
+
     def __post_init__(self) -> None:
         """Raises ValueError for a word that means nothing here."""
         if self.thinking not in THINKING:

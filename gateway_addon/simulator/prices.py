@@ -90,10 +90,11 @@ def billed_nano(model: str, usage: "Usage") -> int:
 
 
 def nano_by_kind(model: str, usage: "Usage") -> dict[str, Fraction]:
-    """What each kind of token costs, and the searches, exactly."""
+    """What each kind of token costs, and the searches, exactly. A batch's tokens cost half."""
     sold = MODELS[model]
     price = sold.long_price if sold.long_price and usage.prompt_tokens > LONG_PROMPT_TOKENS else sold.price
     factor = Fraction(2 if usage.speed == "fast" else 1) * (Fraction(11, 10) if usage.inference_geo == "us" else 1)
+    factor *= Fraction(1, 2) if usage.service_tier == "batch" else 1
     return {
         "input_tokens": usage.input_tokens * price.input * factor,
         "output_tokens": usage.output_tokens * price.output * factor,

@@ -12,8 +12,8 @@ from .prices import MODELS, served_by
 from .prompt import tokens
 
 
-def read_prompt(request: Request) -> tuple[dict[str, Any], str]:
-    """The body and the id of the model that serves it: what a message and a count of tokens have in common."""
+def read_json(request: Request) -> dict[str, Any]:
+    """The body, which is a JSON object."""
     if request.header("anthropic-version") is None:
         raise _invalid("anthropic-version: header is required")
     if request.header("content-encoding") not in (None, "identity"):
@@ -24,6 +24,17 @@ def read_prompt(request: Request) -> tuple[dict[str, Any], str]:
         raise _invalid("The request body is not valid JSON") from None
     if not isinstance(body, dict):
         raise _invalid("The request body must be an object")
+    return body
+
+
+def read_prompt(request: Request) -> tuple[dict[str, Any], str]:
+    """The body and the id of the model that serves it: what a message and a count of tokens have in common."""
+    body = read_json(request)
+    return body, served_model(body)
+
+
+def served_model(body: dict[str, Any]) -> str:
+    """The id of the model that serves a body whose prompt can be read."""
     asked = body.get("model")
     if not isinstance(asked, str) or not asked:
         raise _invalid("model: Field required" if asked is None else "model: Input should be a valid string")
@@ -31,11 +42,11 @@ def read_prompt(request: Request) -> tuple[dict[str, Any], str]:
     if served is None:
         raise ApiError("not_found_error", f"model: {asked}")
     _check_messages(body)
-    return body, served
+    return served
 
 
-def check_message(request: Request, body: dict[str, Any], served: str, *, hostile: bool) -> None:
-    """What a message to be generated has to fulfil beyond that: it has to fit its model."""
+def check_message(size: int, body: dict[str, Any], served: str, *, hostile: bool) -> None:
+    """What a message to be generated, of so many bytes, has to fulfil beyond that: it has to fit its model."""
     model = MODELS[served]
     asked_tokens = body.get("max_tokens")
     if not isinstance(asked_tokens, int) or isinstance(asked_tokens, bool):
@@ -45,7 +56,7 @@ def check_message(request: Request, body: dict[str, Any], served: str, *, hostil
     if asked_tokens > model.output_tokens_max:
         limit = f"{asked_tokens} > {model.output_tokens_max}, which is the maximum allowed number of output tokens for {served}"
         raise _invalid(f"max_tokens: {limit}")
-    prompt_tokens = tokens(body, len(request.body), hostile=hostile)
+    prompt_tokens = tokens(body, size, hostile=hostile)
     if prompt_tokens > model.context_tokens:
         raise _invalid(f"prompt is too long: {prompt_tokens} tokens > {model.context_tokens} maximum")
     if body.get("speed") == "fast" and not model.fast and served != "claude-opus-4-6":

@@ -25,16 +25,18 @@ from typing import Any, Self
 from urllib.parse import parse_qs, unquote
 
 from . import admin
+from .batches import Batches
 from .behaviour import Behaviour, overridden
 from .book import Book, Row, Usage
 from .catalogue import model_info, model_page
 from .delivery import Clock, billed_tokens, deliver_json, deliver_stream
 from .errors import ApiError
+from .files import Files
 from .http import Exchange, Headers, HungUp, Request, serve
 from .messages import Answer
 from .model import answer as generate
 from .prompt import Cache, tokens
-from .reading import check_message, read_prompt
+from .reading import check_message, read_json, read_prompt, served_model
 
 HONEST = Behaviour()
 KEY = "sk-ant-api03-simulated-key-for-tests-and-the-demo"
@@ -66,6 +68,8 @@ class Simulator:
         self._cache = Cache()
         self._run = uuid.uuid4().hex[:12]
         self._numbers = itertools.count(1)
+        self.batches = Batches(self._generate, time.time)
+        self.files = Files(time.time)
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -133,7 +137,7 @@ class Simulator:
         await exchange.answer(200 if known else 404, [JSON], body)
 
     async def _endpoint(self, exchange: Exchange, request_id: str) -> None:
-        """The path table. Batches and files would be further rows of it."""
+        """The path table."""
         request = exchange.request
         path, _, query = request.target.partition("?")
         if path == "/api/hello" and request.method in ("GET", "HEAD"):
@@ -157,8 +161,73 @@ class Simulator:
                 await self._reply(exchange, request_id, 200, json.dumps(model_page(parse_qs(query))).encode())
             case "GET", ["v1", "models", model]:
                 await self._reply(exchange, request_id, 200, json.dumps(model_info(unquote(model))).encode())
+            case "GET", ["v1", "messages", "batches", id, "results"]:
+                await self._results(exchange, request_id, id)
+            case "GET", ["v1", "files", id, "content"]:
+                file = self.files.find(id)
+                await exchange.answer(200, [("content-type", file.mime_type), *self._headers(request_id, self.behaviour)], file.content)
+            case method, ["v1", "messages", "batches", *rest]:
+                await self._reply(exchange, request_id, 200, json.dumps(self._batch(method, rest, request, parse_qs(query))).encode())
+            case method, ["v1", "files", *rest]:
+                await self._reply(exchange, request_id, 200, json.dumps(self._file(method, rest, request, parse_qs(query))).encode())
             case _:
                 raise ApiError("not_found_error", f"Not found: {request.method} {path}")
+
+    def _batch(self, method: str, rest: list[str], request: Request, query: dict[str, list[str]]) -> dict[str, Any]:
+        """What is asked and told of batches as JSON."""
+        match method, rest:
+            case "POST", []:
+                id, server = f"msgbatch_{self._run}{next(self._numbers):012d}", self.behaviour
+                made = self.batches.create(id, read_json(request), lambda params: _behaviour(server, params).batch_result, server.batch_s)
+                return made.object(self.url)
+            case "GET", []:
+                return self.batches.page(query, self.url)
+            case "GET", [id]:
+                return self.batches.find(id).object(self.url)
+            case "DELETE", [id]:
+                return self.batches.delete(id)
+            case "POST", [id, "cancel"]:
+                return self.batches.cancel(id).object(self.url)
+            case _:
+                raise ApiError("not_found_error", f"Not found: {method} {request.target}")
+
+    def _file(self, method: str, rest: list[str], request: Request, query: dict[str, list[str]]) -> dict[str, Any]:
+        """What is asked and told of files as JSON."""
+        match method, rest:
+            case "POST", []:
+                return self.files.upload(f"file_{self._run}{next(self._numbers):012d}", request)
+            case "GET", []:
+                return self.files.page(query)
+            case "GET", [id]:
+                return self.files.find(id).object
+            case "DELETE", [id]:
+                return self.files.delete(id)
+            case _:
+                raise ApiError("not_found_error", f"Not found: {method} {request.target}")
+
+    async def _results(self, exchange: Exchange, request_id: str, id: str) -> None:
+        """The file of a batch's results, line by line."""
+        lines = self.batches.results(id)
+        exchange.cut_after_bytes = self.behaviour.cut_after_bytes
+        headers = [("content-type", "application/x-jsonl"), *self._headers(request_id, self.behaviour)]
+        await exchange.start(200, headers, encoding=_encoding(exchange.request, self.behaviour))
+        for line in lines:
+            await exchange.send(line)
+        await exchange.finish()
+
+    def _generate(self, place: str, params: dict[str, Any]) -> dict[str, Any]:
+        """One request of a batch, as a row of its own in the book."""
+        served = served_model(params)
+        behaviour = replace(_behaviour(self.behaviour, params), service_tier="batch")
+        size = len(json.dumps(params))
+        check_message(size, params, served, hostile=behaviour.hostile)
+        request_id = f"req_{self._run}{next(self._numbers):012d}"
+        self.book.open(Row(request_id, "BATCH", place, (("x-api-key", self.key),), size, "", time.time(), 200, in_flight=False))
+        answer = generate(f"msg_{request_id[4:]}", behaviour.served_model or served, params, size, behaviour, self._cache)
+        self.book.note(request_id, message_id=answer.message_id, model_asked=params["model"], model_served=answer.model)
+        self.book.note(request_id, stop_reason=answer.stop_reason, delivered=True)
+        self.book.bill(request_id, answer.final, answer.iterations)
+        return answer.json()
 
     def _report(self, method: str, path: str, query: dict[str, list[str]]) -> dict[str, Any]:
         """What the organisation's administrators may read."""
@@ -177,7 +246,7 @@ class Simulator:
         stream = body.get("stream") is True
         self.book.note(request_id, model_asked=body["model"], stream=stream)
         behaviour = _behaviour(self.behaviour, body)
-        check_message(request, body, model, hostile=behaviour.hostile)
+        check_message(len(request.body), body, model, hostile=behaviour.hostile)
         await _refuse_as_told(exchange, behaviour, stream)
         answer = generate(f"msg_{request_id[4:]}", behaviour.served_model or model, body, len(request.body), behaviour, self._cache)
         self.book.note(request_id, message_id=answer.message_id, model_served=answer.model, stop_reason=answer.stop_reason)

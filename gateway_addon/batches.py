@@ -1,0 +1,203 @@
+"""Message batches as values: a body that asks for many calls, the object that stands for them, the file of their results. Pure.
+
+Promises that each request of a batch is judged and quoted like a call of its own, at the batch's rates; that what is judged is what is
+sent; and that a result is priced by the table of the batch's admission, or not at all. Knows nothing of ledgers, sockets or clocks.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from gateway_addon.bounds import quote
+from gateway_addon.ledger.batches import ResultRow
+from gateway_addon.policy import AppPolicy, edits, judge, observed
+from gateway_addon.pricing import Prices, cost
+from gateway_addon.reading import DEEP, Reading, Request, Unreadable, message, parsed
+from gateway_addon.refusals import Refusal, stated
+from gateway_addon.sentences import over_request_cap
+from gateway_addon.usage import BatchMeter, BatchResult
+
+REQUESTS_MAX = 100_000
+"""The API's own limit (platform documentation, "Batch processing")."""
+
+_CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}\Z")
+_ID = re.compile(r"msgbatch_[A-Za-z0-9]{1,128}\Z")
+_FREE = ("errored", "canceled", "expired")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A batch as judged. `quote_nano` is the sum of its requests' quotes at batch rates: one reservation."""
+
+    requests: int
+    quote_nano: int
+    model: str | None
+    """None where the requests name several."""
+    hour_ttl: bool
+    files: frozenset[str]
+    """The ids of the files at the provider that its requests name."""
+    flags: tuple[str, ...] = ()
+    """What the policy did to its requests beside admitting them, as on a call of its own."""
+    body: bytes | None = None
+    """The body to send where the policy rewrote some request; None: as it came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """The API's own object of a batch, with its address of the results led back through the gateway."""
+
+    id: str
+    status: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """One request of a batch, judged and quoted."""
+
+    reading: Reading
+    quote_nano: int
+    changes: dict[str, Any]
+    """What the policy rewrites in its parameters."""
+    observed: tuple[str, ...] = ()
+
+
+def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Asked | Refusal:
+    """Read, judge and quote a batch. The first request that would be refused as a call of its own refuses the batch, by its name."""
+    quote_nano, hour_ttl, rewritten = 0, False, False
+    models: set[str] = set()
+    files: set[str] = set()
+    flags: dict[str, None] = {}
+    try:
+        entries = _entries(parsed(request))
+        for where, entry in _named(entries):  # nothing is kept of a request but what adds up: there may be a hundred thousand
+            one = _judged(app, prices, where, entry["params"], request, now)
+            if isinstance(one, Refusal):
+                return one
+            entry["params"] |= one.changes
+            quote_nano, hour_ttl, rewritten = quote_nano + one.quote_nano, hour_ttl or one.reading.hour_ttl, rewritten or bool(one.changes)
+            models.add(one.reading.model)
+            files.update(one.reading.found.files)
+            flags |= dict.fromkeys((*(f"edited:{name}" for name in one.changes), *one.observed))
+    except (Unreadable, ValueError) as error:
+        return stated("body", f"{error}")
+    except RecursionError:
+        return stated("body", DEEP)
+    body = json.dumps({"requests": entries}, ensure_ascii=False, separators=(",", ":")).encode() if rewritten else None
+    model = models.pop() if len(models) == 1 else None
+    return Asked(len(entries), quote_nano, model, hour_ttl, frozenset(files), tuple(flags), body)
+
+
+def object_of(body: bytes) -> Object | None:
+    """The batch that an answer shows; None where it shows none."""
+    try:
+        shown = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(shown, dict) or not isinstance(shown.get("id"), str) or not _ID.match(shown["id"]):
+        return None
+    if isinstance(shown.get("results_url"), str):
+        shown["results_url"] = urlsplit(shown["results_url"]).path  # as it came, it would lead the app past the gateway, token in hand
+    return Object(shown["id"], str(shown.get("processing_status")), json.dumps(shown))
+
+
+class Results:
+    """Prices a results file as it passes. Holds one line at a time.
+
+    A result that cannot be read or priced is left out: the batch then lacks it, and is not settled by its results.
+    """
+
+    def __init__(self, prices: Prices, at: float, *, hour_ttl: bool, content_encoding: str | None = None):
+        self._prices, self._at, self._hour_ttl = prices, at, hour_ttl
+        self._meter = BatchMeter(content_encoding)
+
+    def feed(self, chunk: bytes) -> list[ResultRow]:
+        """The rows of the results that these bytes complete. Never raises on content."""
+        return [row for result in self._meter.feed(chunk) for row in self._rows(result)]
+
+    def close(self) -> list[ResultRow]:
+        """The rows of a last line without its end."""
+        return [row for result in self._meter.close() for row in self._rows(result)]
+
+    def _rows(self, result: BatchResult) -> Iterable[ResultRow]:
+        if result.kind in _FREE:
+            return [ResultRow(result.custom_id, 0, result.kind, None, *(0,) * 7, 0, None, "")]
+        if result.kind != "succeeded":
+            return []
+        bill = cost(self._prices, result.usage, at=self._at, hour_ttl_requested=self._hour_ttl)
+        if bill.nano is None:
+            return []
+        return [
+            ResultRow(
+                result.custom_id, number, part.kind, part.model,
+                part.tokens.input_tokens, part.tokens.output_tokens, part.tokens.cache_read_tokens,
+                part.tokens.cache_write_5m_tokens, part.tokens.cache_write_1h_tokens, part.tokens.cache_write_unsplit_tokens,
+                part.web_searches, part.nano, part.price_row, " ".join(bill.flags),
+            )
+            for number, part in enumerate(bill.parts)
+        ]  # fmt: skip
+
+
+def _entries(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The requests of a batch, each an object with an id of its own. Raises Unreadable."""
+    entries = body.get("requests")
+    if body.keys() != {"requests"} or not isinstance(entries, list) or not entries:
+        raise Unreadable("a batch is one object with requests, a list of at least one, and nothing else")
+    if len(entries) > REQUESTS_MAX:
+        raise Unreadable(f"the batch has {len(entries):,} requests, the API takes {REQUESTS_MAX:,}; send several batches")
+    return entries
+
+
+def _named(entries: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each entry with its place, once it is known to have the right shape and an id that no other has. Raises Unreadable."""
+    known: set[str] = set()
+    for i, entry in enumerate(entries):
+        where = f"requests[{i}]"
+        if not isinstance(entry, dict) or entry.keys() != {"custom_id", "params"} or not isinstance(entry["params"], dict):
+            raise Unreadable(f"{where} must be an object with custom_id and params, and nothing else")
+        custom_id = entry["custom_id"]
+        if not isinstance(custom_id, str) or not _CUSTOM_ID.match(custom_id):
+            raise Unreadable(f"{where}.custom_id must be 1 to 64 letters, digits, - or _")
+        if custom_id in known:
+            raise Unreadable(f"{where}.custom_id {custom_id!r} is given twice; results are told apart by it, so each needs its own")
+        known.add(custom_id)
+        yield f"{where} ({custom_id})", entry
+
+
+def _judged(app: AppPolicy, prices: Prices, where: str, params: dict[str, Any], request: Request, now: float) -> _One | Refusal:
+    """Judge one request as if it came alone. Raises Unreadable, with its place."""
+    read = _read(where, params, request)
+    if changes := edits(app, read, prices):
+        read = _read(where, params | changes, request)
+    refusal = judge(app, read, prices)
+    if refusal is not None:
+        return _at(where, refusal)
+    bound = quote(read, app, prices, now, batch=True)
+    if isinstance(bound, Refusal):
+        return _at(where, bound)
+    passed = observed(app, read, prices)
+    cap_nano = app.caps.get("request")
+    if cap_nano is not None and bound.total_nano > cap_nano:
+        if not app.observes("caps"):
+            return _at(where, over_request_cap(app, bound, cap_nano))
+        passed += ("quote_over_cap",)
+    return _One(read, bound.total_nano, changes, tuple(f"observed:{code}" for code in passed))
+
+
+def _read(where: str, params: dict[str, Any], request: Request) -> Reading:
+    try:
+        read = message("batch_request", params, json.dumps(params, ensure_ascii=False).encode(), request)
+    except UnicodeEncodeError:
+        raise Unreadable(f"{where}.params holds half of a surrogate pair; send whole characters") from None
+    except (Unreadable, ValueError) as error:
+        raise Unreadable(f"{where}.params: {error}") from None
+    if read.stream:
+        raise Unreadable(f"{where}.params.stream must not be true: a batch is not streamed")
+    return read
+
+
+def _at(where: str, refusal: Refusal) -> Refusal:
+    return replace(refusal, sentence=f"{where}: {refusal.sentence}")

@@ -1,0 +1,51 @@
+"""`gateway batches`: what is open, whose it is, what it holds."""
+
+import json
+import time
+
+import click
+from tabulate import tabulate
+
+from gateway_addon.cli.common import ledger_option, says_errors
+from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger.batches import OpenBatch, open_batches
+from gateway_addon.ledger.files import ledger_path
+from gateway_addon.money import cents
+
+
+@click.command(epilog="Example: gateway batches")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@ledger_option
+@says_errors(LedgerUnavailable, ValueError)
+def batches(as_json: bool, ledger: str) -> None:
+    """List the message batches that are not settled yet. A running gateway settles those whose results nobody fetches."""
+    now = time.time()
+    with admin.reading(ledger_path(ledger)) as db:
+        found = open_batches(db)
+    if as_json:
+        click.echo(json.dumps([{**each._asdict(), "age_s": round(now - each.made_at)} for each in found]))
+    elif not found:
+        click.echo("No batch is open.")
+    else:
+        click.echo(tabulate([_shown(each, now) for each in found], headers="keys"))
+
+
+def _shown(batch: OpenBatch, now: float) -> dict[str, object]:
+    return {
+        "app": batch.app,
+        "batch": batch.id,
+        "requests": batch.requests,
+        "held": cents(batch.held_nano),
+        "age": _span(now - batch.made_at),
+        "state": batch.status,
+        "looked at": _next(batch.look_at - now),
+    }
+
+
+def _span(seconds: float) -> str:
+    minutes = int(max(0.0, seconds)) // 60
+    return f"{minutes // 60} h {minutes % 60:02} m" if minutes >= 60 else f"{minutes} m"
+
+
+def _next(seconds: float) -> str:
+    return f"in {seconds:.0f} s" if seconds > 0 else "as soon as a gateway runs"

@@ -1,0 +1,38 @@
+"""Files as values: what an upload must look like, and the API's object of a file. Pure."""
+
+import json
+import re
+from typing import NamedTuple
+
+from gateway_addon.reading import Request
+from gateway_addon.refusals import Refusal, stated
+
+_ID = re.compile(r"file_[A-Za-z0-9]{1,128}\Z")
+
+
+class Object(NamedTuple):
+    """The API's own object of a file."""
+
+    id: str
+    content: str
+
+
+def upload_problem(request: Request) -> Refusal | None:
+    """What keeps an upload from being sent. Its parts are the provider's to read: a file spends nothing, and names nothing of others."""
+    types = request.header("content-type")
+    if len(types) != 1 or not types[0].casefold().startswith("multipart/form-data;"):
+        return stated("body", "a file is uploaded as multipart/form-data; let an SDK or an HTTP client library build the request")
+    if request.header("content-encoding"):
+        return stated("body", "the upload is encoded; send it without content-encoding")
+    return None
+
+
+def file_of(body: bytes) -> Object | None:
+    """The file that an answer shows; None where it shows none."""
+    try:
+        shown = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(shown, dict) or not isinstance(shown.get("id"), str) or not _ID.match(shown["id"]):
+        return None
+    return Object(shown["id"], json.dumps(shown))

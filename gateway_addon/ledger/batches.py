@@ -1,0 +1,258 @@
+"""Message batches: reservations that outlive the process that made them, and the results by which they are settled. Statements only.
+
+Promises that a batch's reservation is nobody's to sweep from the moment at which the batch is known, that what its requests came to is
+booked once each however often and by whomever the results are read, and that it is settled once: at the sum of its results when all
+of them are there, else at what it holds when somebody says that they will never be. Knows nothing of HTTP, policies or prices.
+"""
+
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gateway_addon.ledger import belongings, book
+from gateway_addon.ledger.belongings import Belonging
+from gateway_addon.ledger.owners import BATCHES
+from gateway_addon.ledger.values import NewCall, Outcome, Resolution, Settlement
+
+TURN_S = 60.0  # how long a batch is one process's to look at, unless it says that it needs longer: so long a process that dies delays it
+
+
+@dataclass(frozen=True, slots=True)
+class NewBatch:
+    """A batch that the provider has taken. `flags`: what the policy did to it beside admitting it."""
+
+    id: str
+    call_id: int
+    app: str
+    made_at: float
+    requests: int
+    hour_ttl: bool
+    """A request asked for a cache of an hour: decides the price of writes whose lifetime a result does not say."""
+    prices_digest: str
+    prices: str
+    """The price table of its admission, as text."""
+    content: str
+    """The API's own object."""
+    status: str
+    look_at: float
+    request_id: str | None = None
+    flags: tuple[str, ...] = ()
+
+
+class Batch(NamedTuple):
+    """A batch as the ledger knows it. `look_at` None: it is settled."""
+
+    id: str
+    call_id: int
+    app: str
+    made_at: float
+    requests: int
+    hour_ttl: bool
+    prices_digest: str
+    status: str
+    look_at: float | None
+    failures: int
+
+    @property
+    def open(self) -> bool:
+        return self.look_at is not None
+
+
+class ResultRow(NamedTuple):
+    """One billed part of one request's result, or the one row of a request that cost nothing."""
+
+    custom_id: str
+    part: int
+    kind: str
+    """As the part's (`message`, ...), or `errored`, `canceled`, `expired`."""
+    model: str | None
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_5m_tokens: int
+    cache_write_1h_tokens: int
+    cache_write_unsplit_tokens: int
+    web_searches: int
+    nano: int
+    price_row: str | None
+    flags: str
+
+
+class OpenBatch(NamedTuple):
+    """A line of `gateway batches`."""
+
+    id: str
+    call_id: int
+    app: str
+    requests: int
+    status: str
+    held_nano: int
+    made_at: float
+    results: int
+    """Requests whose result was read so far."""
+    look_at: float
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """The parts of all results of one kind, model and price row: what the ledger takes for a billed part and its tokens."""
+
+    kind: str
+    model: str | None
+    price_row: str | None
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_5m_tokens: int
+    cache_write_1h_tokens: int
+    cache_write_unsplit_tokens: int
+    web_searches: int
+    nano: int
+
+    @property
+    def tokens(self) -> "_Sum":
+        return self
+
+
+class Settled(NamedTuple):
+    """The call of a settled batch, as whoever listens to calls is told of it."""
+
+    call: NewCall
+    started_at: float
+    outcome: Outcome
+    parts: tuple[_Sum, ...]
+
+
+_COLUMNS = "id, call_id, app, made_at, requests, hour_ttl, prices, status, look_at, failures"
+ADOPT = """
+INSERT INTO batches (id, call_id, app, made_at, requests, hour_ttl, prices, flags, status, look_at)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
+"""
+KEEP_PRICES = "INSERT INTO price_tables VALUES (?, ?) ON CONFLICT DO NOTHING"
+HOLD = "UPDATE calls SET owner = ?, status = 200, request_id = ? WHERE id = ? AND state = 'open'"
+FIND = f"SELECT {_COLUMNS} FROM batches WHERE id = ?"
+WAITS = "SELECT EXISTS (SELECT 1 FROM batches WHERE look_at <= ?)"
+TAKE = f"""
+UPDATE batches SET look_at = :until
+WHERE id = (SELECT id FROM batches WHERE look_at <= :now ORDER BY look_at LIMIT 1)
+RETURNING {_COLUMNS}
+"""
+LOOKED = "UPDATE batches SET status = ?, look_at = ?, failures = ? WHERE id = ? AND look_at IS NOT NULL"
+BOOK = f"INSERT INTO batch_usage VALUES ({', '.join('?' * 15)}) ON CONFLICT DO NOTHING"
+CLOSING = """
+SELECT call_id, requests, batches.flags, request_id FROM batches LEFT JOIN calls ON calls.id = call_id WHERE batches.id = ?
+"""
+READ = "SELECT count(DISTINCT custom_id) FROM batch_usage WHERE call_id = ?"
+SUMS = """
+SELECT kind, model, price_row, sum(input_tokens), sum(output_tokens), sum(cache_read_tokens), sum(cache_write_5m_tokens),
+  sum(cache_write_1h_tokens), sum(cache_write_unsplit_tokens), sum(web_search_requests), sum(nano)
+FROM batch_usage WHERE call_id = ? AND kind NOT IN ('errored', 'canceled', 'expired')
+GROUP BY kind, model, price_row ORDER BY kind, model, price_row
+"""
+FLAGS = "SELECT DISTINCT flags FROM batch_usage WHERE call_id = ? AND flags <> '' ORDER BY flags"
+CALL = """
+SELECT app, team, token_id, endpoint, model_asked, quote_nano, session_id, agent_id, started_at,
+  status, model_served, request_id, complete, price_rows, flags, service_tier FROM calls WHERE id = ?
+"""
+PARTS = """
+SELECT kind, model, price_row, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens,
+  cache_write_1h_tokens, cache_write_unsplit_tokens, web_search_requests, nano
+FROM usage WHERE call_id = ? ORDER BY part
+"""
+CLOSE = "UPDATE batches SET look_at = NULL, status = 'ended' WHERE id = ?"
+OPEN = """
+SELECT batches.id, batches.call_id, batches.app, requests, batches.status,
+  (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = batches.call_id),
+  made_at, (SELECT count(DISTINCT custom_id) FROM batch_usage WHERE call_id = batches.call_id), look_at, failures
+FROM batches WHERE look_at IS NOT NULL ORDER BY made_at, batches.id
+"""
+
+
+def adopt(db: sqlite3.Connection, new: NewBatch) -> bool:
+    """The provider has taken a batch: it is the app's, and its reservation no process's. False where the id was known before."""
+    if not belongings.own(db, Belonging(new.id, "batch", new.app, new.made_at, new.content)):
+        return False
+    db.execute(KEEP_PRICES, (new.prices_digest, new.prices))
+    facts = (new.id, new.call_id, new.app, new.made_at, new.requests, new.hour_ttl, new.prices_digest, " ".join(new.flags))
+    db.execute(ADOPT, (*facts, new.status, new.look_at))
+    db.execute(HOLD, (BATCHES, new.request_id, new.call_id))
+    return True
+
+
+def find(db: sqlite3.Connection, id: str) -> Batch | None:
+    rows = db.execute(FIND, (id,)).fetchall()
+    return _batch(rows[0]) if rows else None
+
+
+def prices(db: sqlite3.Connection, digest: str) -> str:
+    """The price table of this digest, as text."""
+    return str(db.execute("SELECT content FROM price_tables WHERE digest = ?", (digest,)).fetchone()[0])
+
+
+def waits(db: sqlite3.Connection, now: float) -> bool:
+    """True where it is time to look at a batch."""
+    return bool(db.execute(WAITS, (now,)).fetchone()[0])
+
+
+def take(db: sqlite3.Connection, now: float) -> Batch | None:
+    """A batch that is due, the caller's alone for a turn: of all processes on the ledger, one asks about it."""
+    rows = db.execute(TAKE, {"now": now, "until": now + TURN_S}).fetchall()
+    return _batch(rows[0]) if rows else None
+
+
+def looked(db: sqlite3.Connection, id: str, status: str, *, look_at: float, failures: int) -> None:
+    """Note what was seen of an open batch, and when to look again."""
+    db.execute(LOOKED, (status, look_at, failures, id))
+
+
+def book_results(db: sqlite3.Connection, call_id: int, rows: Iterable[ResultRow]) -> None:
+    """Keep results as they are read. A row that is there already stays as it is: results never change."""
+    db.executemany(BOOK, [(call_id, *row) for row in rows])
+
+
+def close(db: sqlite3.Connection, id: str, *, anyway: str | None = None, now: float) -> Resolution | None:
+    """Settle a batch at the sum of its results; None where some are still missing.
+
+    `anyway`: they will never come, for this reason: settle at what it holds, `estimated`.
+    """
+    call_id, requests, said, request_id = db.execute(CLOSING, (id,)).fetchone()
+    flags = tuple(str(said).split())
+    whole = db.execute(READ, (call_id,)).fetchone()[0] == requests
+    if not whole and anyway is None:
+        return None
+    estimate = Settlement(None, (), Outcome(200, request_id=request_id, flags=(*flags, f"estimated:{anyway}")))
+    settlement = _summed(db, call_id, request_id, flags) if whole else estimate
+    resolution = book.settle(db, call_id, settlement, now=now)
+    db.execute(CLOSE, (id,))
+    return resolution
+
+
+def settled(db: sqlite3.Connection, call_id: int) -> Settled:
+    """What is written of a batch's call now that it is settled."""
+    app, team, token_id, endpoint, model, quote_nano, session, agent, started_at, *ended = db.execute(CALL, (call_id,)).fetchone()
+    status, served, request_id, complete, price_rows, flags, tier = ended
+    call = NewCall(app, team, token_id, endpoint, model, quote_nano=quote_nano, session_id=session, agent_id=agent)
+    outcome = Outcome(status, served, None, request_id, None, bool(complete), price_rows, tuple(flags.split()), tier)
+    return Settled(call, started_at, outcome, tuple(_Sum(*row) for row in db.execute(PARTS, (call_id,)).fetchall()))
+
+
+def open_batches(db: sqlite3.Connection) -> list[OpenBatch]:
+    """Every batch that is not settled, the oldest first."""
+    return [OpenBatch(*row) for row in db.execute(OPEN).fetchall()]
+
+
+def _summed(db: sqlite3.Connection, call_id: int, request_id: str | None, flags: tuple[str, ...]) -> Settlement:
+    sums = [_Sum(*row) for row in db.execute(SUMS, (call_id,)).fetchall()]
+    more = [flag for (each,) in db.execute(FLAGS, (call_id,)).fetchall() for flag in str(each).split()]
+    served = ", ".join(dict.fromkeys(each.model for each in sums if each.model)) or None
+    price_rows = ", ".join(dict.fromkeys(each.price_row for each in sums if each.price_row)) or None
+    flags = tuple(dict.fromkeys((*flags, *more)))
+    outcome = Outcome(200, served, None, request_id, None, True, price_rows, flags, service_tier="batch")
+    return Settlement(sum(each.nano for each in sums), tuple(sums), outcome)
+
+
+def _batch(row: sqlite3.Row) -> Batch:
+    id, call_id, app, made_at, requests, hour_ttl, prices_digest, status, look_at, failures = row
+    return Batch(id, call_id, app, made_at, requests, bool(hour_ttl), prices_digest, status, look_at, failures)

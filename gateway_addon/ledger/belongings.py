@@ -1,0 +1,99 @@
+"""Whose a batch or a file is, in the workspace that all apps share at the provider. Statements on a given connection.
+
+Promises that an id belongs to one app, the one that made it through the gateway, for good: whoever comes second takes nothing over.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+Kind = Literal["batch", "file"]
+
+
+class Belonging(NamedTuple):
+    """`content` is the API's own JSON object, as it was last seen. Gone: the app had it deleted."""
+
+    id: str
+    kind: Kind
+    app: str
+    made_at: float
+    content: str
+    gone: bool = False
+
+
+class Page(NamedTuple):
+    """A part of an app's list, the newest first."""
+
+    items: tuple[Belonging, ...]
+    more: bool
+
+
+_COLUMNS = "id, kind, app, made_at, object, gone_at IS NOT NULL"
+OWN = "INSERT INTO belongings (id, kind, app, made_at, object) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+FIND = f"SELECT {_COLUMNS} FROM belongings WHERE id = ?"
+OWNERS = "SELECT id, app FROM belongings WHERE gone_at IS NULL AND id IN (SELECT value ->> 0 FROM json_each(:caps) AS each_cap)"
+NEWEST = f"""
+SELECT {_COLUMNS} FROM belongings WHERE app = :app AND kind = :kind AND gone_at IS NULL
+ORDER BY made_at DESC, id DESC LIMIT :limit
+"""
+AFTER = f"""
+SELECT {_COLUMNS} FROM belongings WHERE app = :app AND kind = :kind AND gone_at IS NULL
+  AND (made_at < :made_at OR (made_at = :made_at AND id < :id))
+ORDER BY made_at DESC, id DESC LIMIT :limit
+"""
+BEFORE = f"""
+SELECT {_COLUMNS} FROM belongings WHERE app = :app AND kind = :kind AND gone_at IS NULL
+  AND (made_at > :made_at OR (made_at = :made_at AND id > :id))
+ORDER BY made_at, id LIMIT :limit
+"""
+
+
+def own(db: sqlite3.Connection, belonging: Belonging) -> bool:
+    """Enter what an app has made; False where the id is somebody's already."""
+    return db.execute(OWN, belonging[:5]).rowcount == 1
+
+
+def find(db: sqlite3.Connection, id: str) -> Belonging | None:
+    rows = db.execute(FIND, (id,)).fetchall()
+    return _belonging(rows[0]) if rows else None
+
+
+def owners(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, str]:
+    """The apps of those of these ids that are known and not gone."""
+    rows = db.execute(OWNERS, {"caps": json.dumps([[id] for id in sorted(set(ids))])}).fetchall()
+    return dict(rows)
+
+
+def chosen(db: sqlite3.Connection, app: str, kind: Kind, ids: Iterable[str]) -> tuple[Belonging, ...]:
+    """Those of these ids that are an app's own, in their order."""
+    found = (find(db, id) for id in dict.fromkeys(ids))
+    return tuple(each for each in found if each is not None and (each.app, each.kind, each.gone) == (app, kind, False))
+
+
+def page(
+    db: sqlite3.Connection, app: str, kind: Kind, limit: int, *, after: Belonging | None = None, before: Belonging | None = None
+) -> Page:
+    """At most `limit` of an app's own, the newest, or those next to one of them."""
+    cursor = after or before
+    values = {"app": app, "kind": kind, "limit": limit + 1}
+    if cursor is not None:
+        values |= {"made_at": cursor.made_at, "id": cursor.id}
+    rows = db.execute(NEWEST if cursor is None else AFTER if after else BEFORE, values).fetchall()
+    items = [_belonging(row) for row in rows[:limit]]
+    return Page(tuple(reversed(items)) if before else tuple(items), len(rows) > limit)
+
+
+def seen(db: sqlite3.Connection, id: str, content: str) -> None:
+    """Keep the object as it was just seen."""
+    db.execute("UPDATE belongings SET object = ? WHERE id = ?", (content, id))
+
+
+def gone(db: sqlite3.Connection, id: str, now: float) -> None:
+    """The app had it deleted. Its id stays taken."""
+    db.execute("UPDATE belongings SET gone_at = ? WHERE id = ? AND gone_at IS NULL", (now, id))
+
+
+def _belonging(row: sqlite3.Row) -> Belonging:
+    id, kind, app, made_at, content, gone = row
+    return Belonging(id, kind, app, made_at, content, bool(gone))

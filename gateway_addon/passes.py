@@ -1,0 +1,80 @@
+"""What the gate hands out beside tickets: who has arrived, and permission to forward what is not metered as it runs. Values only."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from gateway_addon.identity import masked
+from gateway_addon.ledger import NewCall, Token
+from gateway_addon.policy import AppPolicy, GatewayPolicy
+from gateway_addon.reading import Reading, Request
+from gateway_addon.settlement import EndedBy
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A caller with a good token, at an endpoint that exists, under the policy in force when it came."""
+
+    app: AppPolicy
+    token: Token
+    endpoint: str
+    policy: GatewayPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a forwarded call ended: `sent` once any of it was handed to the upstream's socket."""
+
+    sent: bool
+    ended_by: EndedBy
+    status: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What else an answer is for, beside being passed on. Each part may be missing."""
+
+    whole: Callable[[int, bytes], Awaitable[bytes]] | None = None
+    """Hears a whole answer (status, body) before its client does, and returns the body that the client gets."""
+    streamed: bool = False
+    """A 200 may be of any length: it passes piece by piece."""
+    tap: Callable[[bytes], None] | None = None
+    """Reads along with what is streamed."""
+    ended: Callable[[Ending], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Permission to forward a call that costs nothing (count_tokens, models), or whose cost is settled later (a batch)."""
+
+    arrived: Arrived
+    call: NewCall
+    admitted_at: float
+    body: bytes | None = None
+    """The body to send where the policy rewrote it, as in `Ticket`."""
+    flags: tuple[str, ...] = ()
+    """What the policy did beside letting it pass, as in `Ticket`."""
+    errand: Errand = Errand()
+    reserved: bool = False
+    """The ledger has an open call for it already; else one is written at its end, as free."""
+
+
+def new_call(arrived: Arrived, read: Reading, request: Request, entrance: str) -> NewCall:
+    """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents.
+
+    What the client chose freely is masked: a token that was pasted in the wrong place stays out of ledger, log and traces.
+    """
+    model, session, agent = (
+        masked(text) or None
+        for text in (read.model, *("".join(request.header(f"x-claude-code-{name}-id")[:1]) for name in ("session", "agent")))
+    )
+    return NewCall(
+        arrived.app.name,
+        arrived.app.team,
+        arrived.token.id,
+        entrance + arrived.endpoint,
+        model,
+        read.stream,
+        read.max_tokens or None,
+        session_id=session,
+        agent_id=agent,
+    )

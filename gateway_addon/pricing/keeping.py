@@ -1,0 +1,55 @@
+"""A price table as text, for what is settled long after its admission: a batch may outlive the process that read the table.
+
+Promises that what is restored prices every answer exactly as the table that was kept: fractions stay fractions.
+"""
+
+import json
+from dataclasses import asdict
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any
+
+from gateway_addon.pricing.values import LongPrompt, Prices, Rates, Row
+
+_FRACTIONS = ("batch", "geo_us", "web_search_nano", "multiplier")
+
+
+def kept(prices: Prices) -> str:
+    """The table as JSON, fractions as text."""
+    table = {
+        "rows": {model: [asdict(row) for row in rows] for model, rows in prices.rows.items()},
+        "starts": dict(prices.starts),
+        "aliases": dict(prices.aliases),
+        "snapshots": dict(prices.snapshots),
+        "checked": prices.checked,
+        "digest": prices.digest,
+    }
+    return json.dumps(table, default=str)
+
+
+def restored(text: str) -> Prices:
+    """The table that `kept` wrote."""
+    table = json.loads(text)
+    return Prices(
+        rows=MappingProxyType({model: tuple(_row(row) for row in rows) for model, rows in table["rows"].items()}),
+        starts=MappingProxyType({model: tuple(starts) for model, starts in table["starts"].items()}),
+        aliases=MappingProxyType(table["aliases"]),
+        snapshots=MappingProxyType(table["snapshots"]),
+        checked=table["checked"],
+        digest=table["digest"],
+    )
+
+
+def _row(values: dict[str, Any]) -> Row:
+    long_prompt, fast = values["long_prompt"], values["fast"]
+    own = {
+        "rates": _rates(values["rates"]),
+        "long_prompt": long_prompt and LongPrompt(long_prompt["above_tokens"], _rates(long_prompt["rates"])),
+        "fast": None if fast is None else Fraction(fast),
+        **{name: Fraction(values[name]) for name in _FRACTIONS},
+    }
+    return Row(**{**values, **own})
+
+
+def _rates(values: dict[str, str]) -> Rates:
+    return Rates(**{kind: Fraction(rate) for kind, rate in values.items()})

@@ -1,0 +1,50 @@
+"""The gateway's own questions to the Claude API, in a thread: for what no app asks about.
+
+An edge: it asks over the network, with the real key, the policy's upstream alone (a redirect is an answer like any other, and not
+followed). Promises that a body which broke off is never taken for a whole one, and that the key is in no error.
+"""
+
+import http.client
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from urllib.parse import urlsplit
+
+TIMEOUT_S = 15
+
+
+class UpstreamSilent(Exception):
+    """The API cannot be asked. The message is a sentence for the log."""
+
+
+class Answer:
+    """The status is here; the body is read piece by piece."""
+
+    def __init__(self, response: http.client.HTTPResponse):
+        self.status = response.status
+        self.encoding = response.getheader("content-encoding")
+        self._response = response
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; none at the end of a whole body. Raises UpstreamSilent where it broke off, or where nobody can tell."""
+        try:
+            piece = self._response.read(size)
+        except (OSError, http.client.HTTPException) as error:
+            raise UpstreamSilent(f"the answer broke off ({type(error).__name__})") from None
+        if not piece and not self._response.chunked and self._response.length != 0:
+            raise UpstreamSilent("the answer broke off before its announced length")
+        return piece
+
+
+@contextmanager
+def ask(upstream: str, path: str, key: Callable[[], str]) -> Iterator[Answer]:
+    """GET a path of the upstream. Raises UpstreamSilent."""
+    parts = urlsplit(upstream)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    headers = {"x-api-key": key(), "anthropic-version": "2023-06-01", "accept-encoding": "identity", "user-agent": "gateway-addon"}
+    with closing(kind(parts.hostname or "", parts.port, timeout=TIMEOUT_S)) as connection:
+        try:
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise UpstreamSilent(f"the Claude API cannot be reached ({type(error).__name__})") from None
+        yield Answer(response)

@@ -1,0 +1,259 @@
+"""The workspace that all apps share at the provider, with each app's own part of it: batches and files.
+
+Promises that an app sees, fetches, cancels and deletes what it made itself, and that anything else is not there for it: neither
+another app's, nor what was made beside this gateway; not one byte of such a request goes out. Lists are answered from the ledger, so no
+page of them shows what others have. A batch is reserved whole before it is sent, and is the app's, durably, before the app hears of it.
+
+A creation whose answer is lost is settled at what it holds: nobody knows its id, so nobody will ever read its results.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qs
+
+from gateway_addon import batches
+from gateway_addon.answers import Answer
+from gateway_addon.booking import Booking, Closed, priced_by
+from gateway_addon.door import Door, Offer
+from gateway_addon.files import file_of, upload_problem
+from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, belongings
+from gateway_addon.ledger import batches as book
+from gateway_addon.ledger.batches import Batch, NewBatch
+from gateway_addon.ledger.belongings import Belonging, Kind
+from gateway_addon.passes import Arrived, Ending, Errand, Pass
+from gateway_addon.policy import AppPolicy, caps
+from gateway_addon.pricing import kept
+from gateway_addon.reading import Reading, Request
+from gateway_addon.refusals import Refusal, stated
+from gateway_addon.sentences import BatchQuote, denied
+from gateway_addon.usage import Meter
+
+logger = logging.getLogger(__name__)
+
+ANSWER_WITHIN_S = 5.0  # how long the app's answer waits for the ledger to have what it says
+PAGE_DEFAULT = 20
+PAGE_MAX = 1_000
+IDS_MAX = 100
+LIST_QUERY = {"after_id", "before_id", "beta", "ids", "ids[]", "limit", "page"}
+NAMES: dict[str, tuple[Kind, str]] = {"batches": ("batch", "message batch"), "files": ("file", "file")}
+
+type Resolve = Callable[[int, NewCall, float, Settlement | Outcome, float], object]
+"""Settles a call, or voids it (given an outcome alone), and tells whoever listens."""
+
+
+@dataclass(slots=True)
+class Workspace:
+    """One process's. `clock` returns unix seconds."""
+
+    ledger: Ledger
+    door: Door
+    clock: Callable[[], float]
+    closed: Closed
+    resolve: Resolve
+
+    async def admit(self, arrived: Arrived, read: Reading, request: Request, call: NewCall, now: float) -> Pass | Answer | Refusal:
+        """Decide about a request that the app's policy lets through. Raises LedgerUnavailable."""
+        match read.endpoint:
+            case "batches.create":
+                return await self._create_batch(arrived, request, call, now)
+            case "files.upload":
+                problem = upload_problem(request)
+                return problem or Pass(arrived, call, now, errand=Errand(whole=partial(self._uploaded, arrived.app.name, now)))
+            case "batches.list" | "files.list":
+                return await self._page(arrived.app, read, request)
+        owned = await self.ledger.look(partial(belongings.find, id=read.item))
+        if owned is None or owned.gone or owned.app != arrived.app.name:
+            return _not_here(arrived.app, read)
+        errand = await self._errand(arrived, read, owned, now)
+        return errand if isinstance(errand, Refusal) else Pass(arrived, call, now, errand=errand)
+
+    async def foreign_file(self, app: AppPolicy, file_ids: Iterable[str]) -> Refusal | None:
+        """The refusal for a file that a request names and that is not the app's. Raises LedgerUnavailable.
+
+        An app that is only observed may use what nobody made through the gateway; what another app made is refused to it as well.
+        """
+        wanted = set(file_ids)
+        owners = await self.ledger.look(partial(belongings.owners, ids=wanted)) if wanted else {}
+        for file_id in sorted(wanted):
+            owner = owners.get(file_id)
+            if owner != app.name and (owner is not None or app.mode == "enforce"):
+                sentence = f"app {app.name} has no file {file_id[:100]!r} here; it may use those that it uploaded through this gateway"
+                return stated("not_found", sentence)
+        return None
+
+    # -- batches
+
+    async def _create_batch(self, arrived: Arrived, request: Request, call: NewCall, now: float) -> Pass | Refusal:
+        app, policy = arrived.app, arrived.policy
+        # up to a hundred thousand requests, so beside the event loop
+        asked = await asyncio.to_thread(batches.judged, app, policy.prices, request, now)
+        if isinstance(asked, Refusal):
+            return asked
+        if (foreign := await self.foreign_file(app, asked.files)) is not None:
+            return foreign
+        call = replace(call, model_asked=asked.model, quote_nano=asked.quote_nano)
+        # Tokens a minute do not count here: the provider takes its time with a batch, and has other limits for it.
+        rates = RateLimits(app.rates.requests_per_minute, None, app.rates.concurrent)
+        limits, offers = caps(policy, app), [Offer(0, asked.quote_nano)]
+        observing, its_rates = app.observes("caps"), app.observes("rates")
+        result, _, passed = await self.door.observe(call, offers, limits, rates, now, caps=observing, its_rates=its_rates)
+        asked = replace(asked, flags=tuple(dict.fromkeys((*asked.flags, *(f"observed:{code}" for code in passed)))))
+        if isinstance(result, Denied):
+            return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), asked.quote_nano)
+        creation = _Creation(self, arrived, call, asked, result, now)
+        return Pass(arrived, call, now, asked.body, errand=Errand(whole=creation.answered, ended=creation.ended), reserved=True)
+
+    async def _errand(self, arrived: Arrived, read: Reading, owned: Belonging, now: float) -> Errand | Refusal:
+        """What the answer about one batch or file of the app's own is for."""
+        match read.endpoint:
+            case "batches.get" | "batches.cancel":
+                return Errand(whole=partial(self._seen, owned))
+            case "batches.results":
+                return await self._results(arrived, read.item)
+            case "batches.delete":
+                batch = await self.ledger.look(partial(book.find, id=read.item))
+                if batch is not None and batch.open:
+                    sentence = f"batch {read.item} is not settled yet; fetch its results first, or wait until the gateway has read them"
+                    return replace(stated("unsettled", sentence), retry_after_s=60)
+                return Errand(whole=partial(self._deleted, read.item, now))
+            case "files.delete":
+                return Errand(whole=partial(self._deleted, read.item, now))
+            case "files.content":
+                return Errand(streamed=True)
+        return Errand()
+
+    async def _results(self, arrived: Arrived, batch_id: str) -> Errand:
+        batch: Batch | None = await self.ledger.look(partial(book.find, id=batch_id))
+        if batch is None or not batch.open:
+            return Errand(streamed=True)
+        prices = await priced_by(self.ledger, batch, arrived.policy.prices)
+        results = batches.Results(prices, batch.made_at, hour_ttl=batch.hour_ttl)
+        booking = Booking(self.ledger, batch, results, self.closed, self.clock)
+
+        def ended(ending: Ending) -> None:
+            booking.ended(whole=ending.ended_by == "whole" and ending.status == 200)
+
+        return Errand(streamed=True, tap=booking.tap, ended=ended)
+
+    async def _seen(self, batch: Belonging, status: int, body: bytes) -> bytes:
+        """The API's object of a batch, as the app may see it."""
+        shown = batches.object_of(body) if status == 200 else None
+        if shown is None or shown.id != batch.id:
+            return body
+        if shown.content != batch.content:
+            await self._kept(partial(belongings.seen, id=batch.id, content=shown.content))
+        return shown.content.encode()
+
+    async def _deleted(self, item: str, now: float, status: int, body: bytes) -> bytes:
+        if status == 200:
+            await self._kept(partial(belongings.gone, id=item, now=now))
+        return body
+
+    # -- files
+
+    async def _uploaded(self, app: str, now: float, status: int, body: bytes) -> bytes:
+        made = file_of(body) if status == 200 else None
+        if made is not None:
+            await self._kept(partial(belongings.own, belonging=Belonging(made.id, "file", app, now, made.content)))
+        return body
+
+    # -- lists
+
+    async def _page(self, app: AppPolicy, read: Reading, request: Request) -> Answer | Refusal:
+        """A page of the app's own, in the API's shape."""
+        kind, _ = NAMES[read.endpoint.partition(".")[0]]
+        query = parse_qs(request.target.partition("?")[2], keep_blank_values=True)
+        if unknown := query.keys() - LIST_QUERY:
+            return stated("body", f"the query {sorted(unknown)[0]} is not known here, and cannot be left out of account; leave it out")
+        limit = query.get("limit", [str(PAGE_DEFAULT)])[-1]
+        if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit) <= PAGE_MAX:
+            return stated("body", f"limit must be a whole number from 1 to {PAGE_MAX:,}")
+        if "ids[]" in query or "ids" in query:
+            ids = (query.get("ids[]", []) + query.get("ids", []))[:IDS_MAX]
+            own = await self.ledger.look(partial(belongings.chosen, app=app.name, kind=kind, ids=ids))
+            return Answer({"data": [json.loads(each.content) for each in own], "next_page": None})
+        after = before = None
+        for name in ("after_id", "before_id", "page"):
+            if name in query:
+                cursor = query[name][-1].removeprefix("page_")
+                found = await self.ledger.look(partial(belongings.find, id=cursor))
+                if found is None or found.app != app.name or found.kind != kind:
+                    return _not_here(app, replace(read, item=cursor[:140]))
+                after, before = (after, found) if name == "before_id" else (found, before)
+        page = await self.ledger.look(partial(belongings.page, app=app.name, kind=kind, limit=int(limit), after=after, before=before))
+        data = [json.loads(each.content) for each in page.items]
+        if kind == "file":
+            more = page.more and bool(page.items)
+            return Answer({"data": data, "next_page": f"page_{page.items[-1].id}" if more else None})
+        ends = {"first_id": page.items[0].id, "last_id": page.items[-1].id} if page.items else {"first_id": None, "last_id": None}
+        return Answer({"data": data, "has_more": page.more, **ends})
+
+    async def _kept(self, write: Callable[[Any], Any]) -> Any:
+        """Have something written before the app is answered. A ledger that is away gets it later, and the app its answer."""
+        try:
+            return await asyncio.wait_for(asyncio.shield(self.ledger.keep(write, "workspace")), ANSWER_WITHIN_S)
+        except TimeoutError:
+            logger.error("The ledger is behind: what an app made or deleted is written down as soon as it is back.")
+            return None
+
+
+class _Creation:
+    """A batch between its reservation and the provider's answer."""
+
+    def __init__(self, workspace: Workspace, arrived: Arrived, call: NewCall, asked: batches.Asked, reserved: Reserved, now: float):
+        self._workspace, self._arrived, self._call, self._asked = workspace, arrived, call, asked
+        self._call_id, self._now = reserved.call_id, now
+        self._handed_over = False
+        self._error_type: str | None = None
+
+    async def answered(self, status: int, body: bytes) -> bytes:
+        """The provider's answer is here whole. From here on a batch that it shows is the app's."""
+        shown = batches.object_of(body) if status == 200 else None
+        if shown is None:
+            self._error_type = _error_type(body)
+            return body
+        app, policy, asked = self._arrived.app, self._arrived.policy, self._asked
+        new = NewBatch(
+            shown.id, self._call_id, app.name, self._now, asked.requests, asked.hour_ttl, policy.prices.digest, kept(policy.prices),
+            shown.content, shown.status, self._now + policy.timeouts.batch_poll_s, flags=asked.flags,
+        )  # fmt: skip
+        self._handed_over = True
+        self._workspace.ledger.hand_over(self._call_id)
+        if await self._workspace._kept(partial(book.adopt, new=new)) is False:
+            logger.error("The provider gave a new batch the id %s, which it gave before.", shown.id)
+            self._handed_over = False
+        return shown.content.encode()
+
+    def ended(self, ending: Ending) -> None:
+        """Resolve the reservation, unless a batch holds it now."""
+        if self._handed_over:
+            return
+        end: Settlement | Outcome
+        flags = self._asked.flags
+        if not ending.sent:
+            end = Outcome(ending.status, flags=(*flags, "not_sent"))
+        elif ending.status is not None and ending.status >= 400 and self._error_type is not None:
+            end = Outcome(ending.status, flags=(*flags, f"upstream:{self._error_type}"), complete=True)
+        else:
+            lost = "no_status" if ending.status is None else "error_unreadable" if ending.status >= 400 else "batch_unknown"
+            end = Settlement(None, (), Outcome(ending.status, flags=(*flags, f"estimated:{lost}")))
+        self._workspace.resolve(self._call_id, self._call, self._now, end, self._workspace.clock())
+
+
+def _error_type(body: bytes) -> str | None:
+    """What the API's error envelope says; None where this is none."""
+    meter = Meter("application/json")
+    meter.feed(body)
+    usage = meter.close()
+    return None if usage.started else usage.error_type
+
+
+def _not_here(app: AppPolicy, read: Reading) -> Refusal:
+    """The same words for what another app made, what was made elsewhere and what never was."""
+    _, what = NAMES[read.endpoint.partition(".")[0]]
+    return stated("not_found", f"app {app.name} has no {what} {read.item!r} here; it sees those that it made through this gateway")

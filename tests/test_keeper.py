@@ -1,0 +1,247 @@
+"""Open batches are looked after: closed where nobody fetches them, by one process at a time, through kills, and whatever the API answers."""
+
+import asyncio
+import contextlib
+import json
+import time
+from functools import partial
+
+import anthropic
+import postgresql
+import pytest
+from gateway import gateway
+from processes import ledgered
+
+from gateway_addon import upstream
+from gateway_addon.keeper import KEPT_FOR_S, PAUSE_MAX_S, Keeper
+from gateway_addon.ledger import admin, batches, proof
+from gateway_addon.policy import load
+from gateway_addon.simulator import KEY, Behaviour, Simulator
+
+APP = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\nendpoints: [batches]\n"
+SLOW = Behaviour(batch_s=60)
+REQUESTS = [
+    {"custom_id": f"r{number}", "params": {"model": "claude-haiku-4-5", "max_tokens": 100, "messages": [{"role": "user", "content": "hello"}]}}
+    for number in range(3)
+]
+
+
+class Fake:
+    """An upstream of which each path has an answer, or an exception."""
+
+    encoding = None
+
+    def __init__(self, **answers):
+        self.answers, self.asked = answers, []
+        self.status, self._body = 200, b""
+
+    @contextlib.contextmanager
+    def __call__(self, path):
+        self.asked.append(path)
+        answer = self.answers["results" if path.endswith("/results") else "batch"]
+        if isinstance(answer, Exception):
+            raise answer
+        self.status, self._body = answer
+        yield self
+
+    def read(self, size):
+        piece, self._body = self._body[:size], self._body[size:]
+        return piece
+
+
+@contextlib.asynccontextmanager
+async def kept(folder, ask=None, behaviour=SLOW):
+    """A gateway with one open batch, a keeper whose clock is `clock[0]`, and the batch's id."""
+    async with Simulator(behaviour=behaviour) as api, gateway(folder, api, {"app": APP}, "timeouts: {batch_poll: 60s}") as gw:
+        made = await gw.client().messages.batches.create(requests=REQUESTS)
+        clock = [time.time() + 61]
+        ask = ask or (lambda path: upstream.ask(api.url, path, lambda: KEY))
+        keeper = Keeper(gw.gate.ledger, lambda: gw.gate.policy, ask, gw.gate.batch_closed, lambda: clock[0])
+        yield gw, keeper, clock, made.id
+
+
+async def line(gw):
+    found = await gw.gate.ledger.look(batches.open_batches)
+    return found[0] if found else None
+
+
+def shown(id, status):
+    return 200, json.dumps({"id": id, "processing_status": status}).encode()
+
+
+async def test_a_batch_that_nobody_fetches_is_closed_at_what_the_api_billed(tmp_path):
+    async with kept(tmp_path) as (gw, keeper, _clock, id):
+        gw.api.batches.made[id].ends_at = time.time()
+        assert await keeper.look()
+        assert not await keeper.look(), "nothing is left to look at"
+        assert (await gw.spent_nano("app:app"), await gw.held_nano()) == (gw.api.book.billed_nano, 0)
+        assert gw.api.book.billed_nano > 0
+        [batch] = [batch async for batch in gw.client().messages.batches.list()]
+        assert (batch.processing_status, batch.request_counts.succeeded) == ("ended", 3), "the list is fresh without anybody asking"
+
+
+async def test_a_batch_that_runs_is_looked_at_less_often_the_older_it_is(tmp_path):
+    async with kept(tmp_path) as (gw, keeper, clock, _id):
+        began = (await line(gw)).made_at
+        pauses = []
+        for age_s in (61, 3600, 80_000):
+            clock[0] = began + age_s
+            assert await keeper.look()
+            pauses.append(round((await line(gw)).look_at - clock[0]))
+        assert pauses == [60, 180, 900]
+        assert (await line(gw)).status == "in_progress"
+
+
+async def test_nobody_is_asked_before_it_is_time(tmp_path):
+    fake = Fake()
+    async with kept(tmp_path, fake) as (_gw, keeper, clock, _id):
+        clock[0] = time.time() + 30
+        assert not await keeper.look()
+        assert fake.asked == []
+
+
+FAILURES = {
+    "an error of the API's": (500, b"{}"),
+    "a rate limit": (429, b"{}"),
+    "a key that is not taken": (401, b"{}"),
+    "a redirect": (302, b""),
+    "another program's page": (200, b"<html>"),
+    "another batch": shown("msgbatch_another", "ended"),
+    "silence": upstream.UpstreamSilent("gone"),
+    "no network": OSError("refused"),
+    "a bug": RuntimeError("a bug"),
+}
+
+
+async def test_after_a_failure_it_is_asked_again_after_longer_and_longer_pauses(tmp_path):
+    fake = Fake()
+    async with kept(tmp_path, fake) as (gw, keeper, clock, id):
+        held = await gw.held_nano()
+        for name, fake.answers["batch"] in FAILURES.items():
+            pauses = []
+            for _ in range(5):
+                assert await keeper.look(), name
+                pauses.append(round((await line(gw)).look_at - clock[0]))
+                clock[0] = (await line(gw)).look_at
+            assert pauses == [120, 240, 480, PAUSE_MAX_S, PAUSE_MAX_S], name
+            assert (await gw.held_nano(), await gw.spent_nano()) == (held, 0), name
+            await gw.gate.ledger.write(partial(batches.looked, id=id, status="in_progress", look_at=clock[0], failures=0))
+
+
+async def test_a_batch_that_the_api_has_no_more_is_settled_at_what_it_held(tmp_path):
+    async with kept(tmp_path, Fake(batch=(404, b"{}"))) as (gw, keeper, _clock, _id):
+        held = await gw.held_nano()
+        assert await keeper.look()
+        assert (await gw.spent_nano(), await gw.held_nano(), await line(gw)) == (held, 0, None)
+
+
+async def test_one_that_fails_for_a_month_is_settled_at_what_it_held(tmp_path):
+    async with kept(tmp_path, Fake(batch=(500, b"{}"))) as (gw, keeper, clock, _id):
+        held = await gw.held_nano()
+        clock[0] += KEPT_FOR_S
+        assert await keeper.look()
+        assert (await gw.spent_nano(), await gw.held_nano(), await line(gw)) == (held, 0, None)
+
+
+@pytest.mark.parametrize("results", [b"", b"junk\n", b'{"custom_id": "r0", "result": {"type": "expired"}}\n'])
+async def test_results_that_lack_some_are_read_again_and_in_the_end_the_batch_is_settled_at_what_it_held(tmp_path, results):
+    fake = Fake(results=(200, results))
+    async with kept(tmp_path, fake) as (gw, keeper, clock, id):
+        fake.answers["batch"] = shown(id, "ended")
+        held = await gw.held_nano()
+        for _ in range(3):
+            assert await keeper.look()
+            clock[0] = (await line(gw)).look_at
+        assert await keeper.look()
+        assert (await gw.spent_nano(), await gw.held_nano(), await line(gw)) == (held, 0, None)
+
+
+async def test_results_that_break_off_are_read_again(tmp_path):
+    async with kept(tmp_path, behaviour=Behaviour(cut_after_bytes=900)) as (gw, keeper, clock, _id):
+        await asyncio.sleep(0.01)
+        assert await keeper.look()
+        assert ((await line(gw)).failures, await gw.spent_nano()) == (1, 0)
+        gw.api.behaviour = Behaviour()
+        clock[0] = (await line(gw)).look_at
+        assert await keeper.look()
+        assert (await gw.spent_nano(), await gw.held_nano()) == (gw.api.book.billed_nano, 0)
+
+
+class Slow(Fake):
+    """Each piece of the results takes half a turn."""
+
+    clock = [0.0]  # noqa: RUF012
+
+    def read(self, size):
+        self.clock[0] += batches.TURN_S / 2 if self.asked[-1].endswith("/results") else 0
+        return super().read(100)
+
+
+async def test_a_reading_that_takes_long_keeps_its_turn(tmp_path, monkeypatch):
+    lines = b"".join(json.dumps({"custom_id": f"r{number}", "result": {"type": "expired"}}).encode() + b"\n" for number in range(3))
+    fake = Slow(results=(200, lines))
+    async with kept(tmp_path, fake) as (gw, keeper, clock, id):
+        fake.answers["batch"], fake.clock = shown(id, "ended"), clock
+        wrote, turns = keeper._ledger.write, []
+
+        async def watched(write, *scopes):
+            answer = await wrote(write, *scopes)
+            if (found := await line(gw)) is not None:
+                turns.append(found.look_at > clock[0])
+            return answer
+
+        monkeypatch.setattr(keeper._ledger, "write", watched)
+        assert await keeper.look()
+        assert (len(turns) > 3, all(turns), await gw.held_nano()) == (True, True, 0)
+
+
+async def test_a_batch_is_priced_by_the_table_of_its_admission(tmp_path):
+    async with kept(tmp_path) as (gw, keeper, _clock, id):
+        gw.api.batches.made[id].ends_at = time.time()
+        dearer = tmp_path / "policies" / "prices.yaml"
+        dearer.write_text("multiplier: 3\n")
+        gw.gate.policy = load(tmp_path / "policies")
+        assert await keeper.look()
+        assert await gw.spent_nano() == gw.api.book.billed_nano
+
+
+async def open_batches(ledger):
+    with admin.reading(ledger) as db:
+        return batches.open_batches(db), proof.findings(db)
+
+
+@pytest.mark.parametrize("engine", ["sqlite", pytest.param("postgresql", marks=[pytest.mark.soak, pytest.mark.xdist_group("postgresql")])])
+async def test_a_killed_gateway_keeps_the_reservation_and_the_next_one_settles_it_once(tmp_path, engine):
+    server = postgresql.shared().ledger() if engine == "postgresql" else None
+    async with Simulator(behaviour=SLOW) as api:
+        place = ledgered(tmp_path, api.url, {"app": APP}, "timeouts: {drain: 5s, batch_poll: 0.5s}\n", server)
+        process, url = await place.serve()
+        async with anthropic.AsyncAnthropic(base_url=url, api_key=place.tokens["app"], max_retries=0) as client:
+            made = await client.messages.batches.create(requests=REQUESTS)
+        process.kill()
+        await process.wait()
+        process._transport.close()
+        [before], _ = await open_batches(place.ledger)
+        async with place.serving(1) as [url]:
+            [after], _ = await open_batches(place.ledger)
+            assert (after.id, after.held_nano) == (before.id, before.held_nano) == (made.id, before.held_nano)
+            api.batches.made[made.id].ends_at = time.time()
+            async with asyncio.timeout(20):
+                while (await open_batches(place.ledger))[0]:
+                    await asyncio.sleep(0.1)
+            async with anthropic.AsyncAnthropic(base_url=url, api_key=place.tokens["app"], max_retries=0) as client:
+                assert len([line async for line in await client.messages.batches.results(made.id)]) == 3
+        found, wrong = await open_batches(place.ledger)
+        with admin.reading(place.ledger) as db:
+            spent, held = db.execute("SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'app:app' AND window = 'ever'").fetchone()
+        assert (found, wrong, spent, held) == ([], [], api.book.billed_nano, 0)
+
+
+async def test_of_several_keepers_one_asks(tmp_path):
+    async with kept(tmp_path) as (gw, keeper, clock, id):
+        gw.api.batches.made[id].ends_at = time.time()
+        fake_clock = clock[0]
+        others = [Keeper(gw.gate.ledger, lambda: gw.gate.policy, partial(upstream.ask, gw.api.url, key=lambda: KEY), gw.gate.batch_closed, lambda: fake_clock) for _ in range(3)]
+        asked = await asyncio.gather(*(each.look() for each in (keeper, *others)))
+        assert sorted(asked) == [False, False, False, True]
+        assert await gw.spent_nano() == gw.api.book.billed_nano
