@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "gateway_addon"
 OWN = {
     # room: the rooms that it may import. A room that is not here is an edge (commands, launchers), checked by EDGES below.
     "addon": {"answers", "gate", "inject", "listener", "lives", "reading", "refusals", "running", "settlement"},
+    "explanation": {"bounds", "ledger", "money", "policy", "reading", "refusals"},
     "lives": {"answers", "gate", "inject", "refusals", "running"},
     "inject": {"refusals"},
     "listener": {"policy"},
@@ -57,7 +58,7 @@ ROOMS_OF = {
     "click": {"cli", "simulator"},
     "flask": {"console"},
     "werkzeug": {"console"},
-    "tabulate": {"cli", "demo"},
+    "tabulate": {"cli", "demo", "explanation"},
 }
 CLOCKS_AND_FILES = {"time", "os", "pathlib", "io", "tempfile", "shutil", "socket", "subprocess"}
 MAY_LOOK_OUTSIDE = {
@@ -65,6 +66,7 @@ MAY_LOOK_OUTSIDE = {
     "addon": "an edge of mitmproxy's: it takes the time at which a flow meets a hook",
     "lives": "the same for deadlines",
     "listener": "looks whether the certificate's files have changed",
+    "explanation": "is given the ledger's place and hands it on",
     "ledger": "keeps a file of its own",
     "policy": "loads a folder of files, in `loading` alone",
     "pricing": "loads prices.yaml, in `loading` alone",
