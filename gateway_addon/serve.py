@@ -22,12 +22,14 @@ from typing import Any
 from mitmproxy import http, options, tls, version
 from mitmproxy.addons import core, errorcheck, next_layer, proxyserver, tlsconfig
 from mitmproxy.master import Master
-from mitmproxy.tools.web.master import WebMaster
 from OpenSSL import SSL
 
 from gateway_addon import otel
 from gateway_addon.addon import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.calls import Record, Tell
+from gateway_addon.debugging.addon import DebugAddon
+from gateway_addon.debugging.closed import OPTIONS
+from gateway_addon.debugging.master import DebugMaster
 from gateway_addon.dispatch import Dispatch, fits
 from gateway_addon.gate import Gate
 from gateway_addon.herald import Herald
@@ -115,7 +117,8 @@ def run(settings: Settings, listener: socket.socket) -> int:
 
 
 async def _run(settings: Settings) -> int:
-    async with prepared(settings) as (policy, addon, master):
+    make = GatewayAddon if settings.web_port is None else partial(DebugAddon, place=ledger_path(settings.ledger))
+    async with prepared(settings, make) as (policy, addon, master):
         on_signal(master.shutdown)
         if settings.parent_fd is not None:
             when_the_parent_ends(settings.parent_fd, master.shutdown)
@@ -198,7 +201,7 @@ async def assembled(
 def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Master:
     """A master with the addon ahead of all others (no other may see a flow before its credential is gone), hardened."""
     opts = options.Options()
-    master: Master = WebMaster(opts) if settings.web_port is not None else LeanMaster(opts)
+    master: Master = DebugMaster(opts, addon) if isinstance(addon, DebugAddon) else LeanMaster(opts)
     master.addons.chain.insert(0, master.addons.register(addon))
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
@@ -207,8 +210,8 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
         "listen_port": settings.port,
     }
     if settings.web_port is not None:
-        own |= {"web_host": "127.0.0.1", "web_port": settings.web_port, "web_password": settings.web_password, "web_open_browser": False}
-        own |= {"store_streamed_bodies": True, "web_columns": ["method", "path", "status", "comment", "size", "time"]}
+        master.addons.get("tlsconfig").__class__ = UpstreamTls
+        own |= OPTIONS | {"web_port": settings.web_port, "web_password": settings.web_password}
     opts.update(**hardened(opts, policy), **own)
     opts.set(*settings.options)
     return master

@@ -91,7 +91,11 @@ def web(
     otel: bool,
     web_port: int,
 ) -> None:
-    """Run the gateway under mitmweb, to look at flows while debugging. It keeps every flow in memory: not for production."""
+    """Run the gateway under mitmweb, to look at flows while debugging, edit them and send them again.
+
+    Each flow says whose it is, what it cost and what is left today; the view `Claude` shows requests by name and streams as their
+    message. It keeps every flow in memory, prompts and answers too: not for production.
+    """
     with _listener(listen, policies, insecure_listen, None) as listener:
         password = secrets.token_urlsafe(24)
         click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")
