@@ -168,5 +168,15 @@ CREATE VIEW standings AS
   FROM balances;
 """
 
-MIGRATIONS = (("m001_ledger", TABLES),)
+SPEND_CALL_BY_CALL = """
+DROP VIEW spend;
+CREATE VIEW spend AS
+  SELECT id AS call, to_timestamp(started_at) AS started, app, team, model_asked, model_served, state, status, refusal,
+    (SELECT '$' || round(coalesce(sum(spent_nano), 0) / 1e9, 6) FROM entries WHERE call_id = calls.id) AS spent,
+    (SELECT '$' || round(coalesce(sum(reserved_nano), 0) / 1e9, 6) FROM entries WHERE call_id = calls.id) AS held,
+    flags, session_id, agent_id
+  FROM calls;
+"""
+
+MIGRATIONS = (("m001_ledger", TABLES), ("m002_spend_call_by_call", SPEND_CALL_BY_CALL))
 """Each runs once, in one transaction; its name is its identity."""

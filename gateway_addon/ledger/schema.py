@@ -163,6 +163,17 @@ CREATE VIEW standings AS
   FROM balances;
 """
 
+# Amounts looked up call by call instead of grouped over all: the newest twenty of 200,000 calls come at once.
+SPEND_CALL_BY_CALL = """
+DROP VIEW spend;
+CREATE VIEW spend AS
+  SELECT id AS call, datetime(started_at, 'unixepoch') AS started, app, team, model_asked, model_served, state, status, refusal,
+    (SELECT printf('$%.6f', total(spent_nano) / 1e9) FROM entries WHERE call_id = calls.id) AS spent,
+    (SELECT printf('$%.6f', total(reserved_nano) / 1e9) FROM entries WHERE call_id = calls.id) AS held,
+    flags, session_id, agent_id
+  FROM calls;
+"""
+
 
 @migrations()
 def m001_ledger(db: Database) -> None:
@@ -172,6 +183,11 @@ def m001_ledger(db: Database) -> None:
 @migrations()
 def m002_views_for_people(db: Database) -> None:
     _run(db, VIEWS)
+
+
+@migrations()
+def m003_spend_call_by_call(db: Database) -> None:
+    _run(db, SPEND_CALL_BY_CALL)
 
 
 def migrate(connection: sqlite3.Connection) -> None:
