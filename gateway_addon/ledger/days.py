@@ -68,7 +68,7 @@ _VERSION = """
 SELECT spent_nano, reserved_nano, open, (SELECT max(id) FROM audit) FROM balances
 WHERE scope = 'total' AND window = 'day' AND window_start = ?
 """
-_NEWEST = "SELECT (SELECT max(id) FROM calls), (SELECT total(calls) FROM noise WHERE minute >= ?)"
+_NEWEST = "SELECT (SELECT max(id) FROM calls), (SELECT coalesce(sum(calls), 0) FROM noise WHERE minute >= ?)"
 _APPS = "SELECT substr(scope, 5) FROM balances WHERE scope LIKE 'app:%' AND window = 'ever' ORDER BY scope"
 
 
