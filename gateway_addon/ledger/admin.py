@@ -20,6 +20,8 @@ from gateway_addon.ledger.store import driver
 from gateway_addon.ledger.values import Server, Token
 from gateway_addon.windows import starts
 
+BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
+
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
 
 ISSUE = "INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
@@ -62,8 +64,16 @@ def changing(path: Path | Server) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
-    """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable."""
+def reading(path: Path | Server, beat: Callable[[], None] = lambda: None) -> Iterator[sqlite3.Connection]:
+    """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable.
+
+    A long statement on a file calls `beat` some times a second, and can be ended by Ctrl-C in between.
+    """
+
+    def step() -> int:
+        beat()
+        return 0
+
     if isinstance(path, Server):
         with driver():
             from gateway_addon.ledger import postgres
@@ -74,9 +84,12 @@ def reading(path: Path | Server) -> Iterator[sqlite3.Connection]:
     try:
         with contextlib.closing(files.reader_connection(path)) as db:
             db.row_factory = sqlite3.Row
+            db.set_progress_handler(step, BEAT_STEPS)
             db.execute("BEGIN")
             yield db
     except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:  # what the driver makes of Ctrl-C in `step`
+            raise KeyboardInterrupt from None
         if not files.is_of_the_file(error):
             raise
         raise files.unavailable(path, error) from error
