@@ -58,6 +58,7 @@ class Settings:
     web_port: int | None = None
     """With a port for its page: run under mitmweb."""
     web_password: str = ""
+    """Its argon2 hash, so that no option shows it."""
     log_json: bool = False
     """Log lines of JSON, one for each call among them."""
     otel: bool = False
