@@ -324,8 +324,12 @@ def test_the_page_renews_itself_and_keeps_what_is_open(desk, window):
     window.goto("/".join(window.url.split("/")[:3]))
     before = window.inner_text(".asof")
     window.locator("#days-table summary").evaluate("each => { each.parentElement.open = true }")
+    window.set_viewport_size({"width": 390, "height": 900})
+    window.locator(".newest").evaluate("each => { each.scrollLeft -= 100 }")
+    moved = window.locator(".newest").evaluate("each => each.scrollLeft")
     window.wait_for_function("before => document.querySelector('.asof').innerText !== before", arg=before)
     assert window.locator("#days-table").get_attribute("open") is not None
+    assert window.locator(".newest").evaluate("each => each.scrollLeft") == moved != 0
 
 
 NEWEST = "SELECT * FROM spend ORDER BY call DESC LIMIT 20"
