@@ -182,10 +182,10 @@ async def test_a_replay_is_admitted_sent_with_the_key_and_billed_to_its_app_once
         book = await api.settled()
         assert await seen.gw.spent_nano("app:app") == book.billed_nano > 0
         with admin.reading(tmp_path / "gateway.db") as db:
-            rows = [tuple(row) for row in db.execute("SELECT app, state, token_id FROM calls ORDER BY id")]
+            rows = [tuple(row) for row in db.execute("SELECT app, state, token_id, flags FROM calls ORDER BY id")]
     assert [row.header("x-api-key") for row in book.messages()] == [KEY] * 4
     assert [(flow["is_replay"], flow["comment"].startswith("app · claude-haiku-4-5 · $")) for flow in again] == [("request", True)] * 2
-    assert rows == [("app", "settled", 1)] * 4
+    assert rows == [("app", "settled", 1, "")] * 2 + [("app", "settled", 1, "replayed")] * 2
     assert not any(secret.encode() in text for secret in (KEY, seen.gw.tokens["app"]) for text in shown)
 
 
@@ -207,7 +207,7 @@ async def test_an_edited_copy_of_a_flow_is_judged_as_it_is_when_it_is_sent(desk)
         await seen.edit(flow, host="127.0.0.9")
         await seen.replay(flow)
         found = next(each for each in await seen.flows(1) if each["id"] == flow["id"])
-        assert "$0.00 (not_sent)" in found["comment"], "nothing of the time before is taken for this one's"
+        assert "$0.00 (replayed, not_sent)" in found["comment"], "nothing of the time before is taken for this one's"
         assert await seen.gw.spent_nano("app:app") == book.billed_nano
 
 

@@ -7,7 +7,7 @@ no secret: what ties it to its caller is a random word that means something to t
 
 import asyncio
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -137,6 +137,8 @@ class DebugAddon(GatewayAddon):
         await super().request(flow)
         if life.running is not None:
             ticket = life.running.ticket
+            if flow.is_replay:
+                life.running.ticket = replace(ticket, flags=(*ticket.flags, "replayed"))
             self._awaited[ticket.call_id] = flow
             flow.comment = _line(arrived.app.name, ticket.reading.model, f"{cents(ticket.quote.total_nano)} at most")
 
