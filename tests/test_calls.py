@@ -38,6 +38,7 @@ async def test_each_call_is_told_once_and_says_what_the_ledger_says(tmp_path):
         labels = {"x-claude-code-session-id": "s1", "x-claude-code-agent-id": "a1"}
         client = gw.client()
         await client.messages.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO, extra_headers=labels)
+        await gw.quiet()  # told once its settlement is written, which may be after the next call's refusal
         with pytest.raises(anthropic.PermissionDeniedError):
             await client.messages.create(model="claude-opus-4-6", max_tokens=50, messages=HELLO)
         with pytest.raises(anthropic.PermissionDeniedError):

@@ -23,7 +23,7 @@ from gateway_addon.cli.report import report
 from gateway_addon.console.app import COOKIE, Console, Policies, build, server
 from gateway_addon.console.login import LINK_S, SESSION_S, Login
 from gateway_addon.console.metrics import _labels
-from gateway_addon.ledger import Ledger, Outcome, Settlement
+from gateway_addon.ledger import Ledger, Outcome, Settlement, admin, reports
 from gateway_addon.ledger.reports import GROUPINGS
 from gateway_addon.workers import bind
 
@@ -100,6 +100,8 @@ async def test_a_ledger_on_either_engine_has_its_pages(tmp_path, engine):
         assert [(each.calls, each.spent_nano) for each in seen.models] == [(2, 3_000_000)]
         assert (len(seen.live), seen.live[0].alive, [each.calls for each in seen.drift]) == (1, True, [1])
         assert dict(seen.refusals) == {"model": 1, "token_unknown": 1}
+        with admin.reading(place) as db:
+            assert [line.key for line in reports.report(db, "token", since=now - 60, until=now + 60).lines] == ["reports #1"]
         client = build(desk).test_client()
         client.get(f"/login/{desk.login.link}")
         listed, told = client.get("/calls?text=MODEL").text, client.get(f"/calls/{held.call_id}").text

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_addon.debugging import contents
@@ -165,6 +165,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
+@settings(max_examples=50)
 @given(st.binary(max_size=300) | values.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_have_a_text(body):
     for content_type in (SSE, JSON, ""):
