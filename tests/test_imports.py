@@ -62,7 +62,7 @@ ROOMS_OF = {
     "click": {"cli", "simulator"},
     "flask": {"console"},
     "werkzeug": {"console"},
-    "tabulate": {"cli", "debugging", "demo", "explanation"},
+    "tabulate": {"cli", "demo", "explanation"},
 }
 CLOCKS_AND_FILES = {"time", "os", "pathlib", "io", "tempfile", "shutil", "socket", "subprocess"}
 MAY_LOOK_OUTSIDE = {

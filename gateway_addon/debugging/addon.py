@@ -7,6 +7,7 @@ no secret: what ties it to its caller is a random word that means something to t
 
 import asyncio
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,6 @@ from weakref import WeakKeyDictionary
 from mitmproxy import command, contentviews, ctx, exceptions, http
 from mitmproxy import flow as mflow
 from mitmproxy.hooks import UpdateHook
-from tabulate import tabulate
 
 from gateway_addon import explanation, identity, inject
 from gateway_addon.addon import GatewayAddon, guarded, judged_request
@@ -195,43 +195,43 @@ class DebugAddon(GatewayAddon):
         bill = cost(self.gate.policy.prices, usage, at=self.clock(), hour_ttl_requested=hour)
         return "cannot be priced" if bill.nano is None else f"{dollars(bill.nano)} at today's prices; not booked by this process"
 
-    # -- commands
+    # -- commands: lists of sentences, because the page's command bar shows a text's line ends as \n
 
     @command.command("gateway.spend")  # type: ignore[untyped-decorator]
-    def spend(self, app: str = "") -> str:
+    def spend(self, app: str = "") -> Sequence[str]:
         """What was spent, is held and is left today and this month: of an app, or of everything."""
         policy = self.gate.policy
         names = [app] if app else sorted(policy.apps)
         known = [policy.apps.get(name) for name in names]
         if None in known:
-            return f"No app {app!r}; there: {', '.join(sorted(policy.apps))}."
+            return [f"No app {app!r}; there: {', '.join(sorted(policy.apps))}."]
         wanted = scopes(app, policy.apps[app].team) if app else ["total", *map(team_scope, policy.teams), *map(app_scope, names)]
         try:
             with admin.reading(self.place) as db:
                 standings = book.standing(db, wanted, all_caps(policy), now=self.clock())
         except LedgerUnavailable as error:
-            return f"The ledger cannot be read: {error}."
-        rows = [_row(each) for each in standings if each.window in ("day", "month")]
-        return tabulate(rows, headers=("who", "window", "spent", "held", "cap", "left"), disable_numparse=True)
+            return [f"The ledger cannot be read: {error}."]
+        return [_standing(each) for each in standings if each.window in ("day", "month")]
 
     @command.command("gateway.explain")  # type: ignore[untyped-decorator]
-    def explain(self, flow: mflow.Flow) -> str:
+    def explain(self, flow: mflow.Flow) -> Sequence[str]:
         """What would happen to this request if it were sent now: every rule, the quote, the caps."""
         caller = self.caller(flow)
         app: AppPolicy | None = self.gate.policy.apps.get(caller.app) if caller else None
         if app is None or not isinstance(flow, http.HTTPFlow):
-            return "No app's token came with this flow while this process ran, so there is no policy to judge it by."
-        return explanation.written(explanation.explain(self.gate.policy, app, judged_request(flow), self.place, self.clock()))
+            return ["No app's token came with this flow while this process ran, so there is no policy to judge it by."]
+        found = explanation.explain(self.gate.policy, app, judged_request(flow), self.place, self.clock())
+        return [" ".join(line.split()) for line in explanation.written(found).splitlines() if line.strip(" -")]
 
 
 def _left_nano(standing: Standing) -> int | None:
     return None if standing.cap_nano is None else standing.cap_nano - standing.spent_nano - standing.reserved_nano
 
 
-def _row(standing: Standing) -> tuple[str, ...]:
-    left, cap = _left_nano(standing), standing.cap_nano
-    amounts = (standing.spent_nano, standing.reserved_nano, cap, left)
-    return (standing.scope, standing.window, *("-" if nano is None else cents(nano) for nano in amounts))
+def _standing(standing: Standing) -> str:
+    left_nano = _left_nano(standing)
+    left = "no cap" if left_nano is None else f"{cents(left_nano)} left of {cents(standing.cap_nano or 0)}"
+    return f"{standing.scope} {standing.window}: {cents(standing.spent_nano)} spent, {cents(standing.reserved_nano)} held, {left}"
 
 
 def _line(*parts: str | None) -> str:
