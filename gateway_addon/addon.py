@@ -183,10 +183,16 @@ class GatewayAddon:
         inject.wire(flow).hang_up = life.body_bytes > UNREAD_BODY_MAX
 
     async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
-        if self.draining:
-            return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
         if flow.is_replay:
             return Refusal("replay", "A replayed flow carries no token. Send the call again from its app.")
+        return await self._at_the_door(flow, headers)
+
+    async def _at_the_door(
+        self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...], digest: str | None = None
+    ) -> Arrived | Answer | Refusal:
+        """`digest`: of the token that was verified before, where the request carries none."""
+        if self.draining:
+            return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
         if flow.client_conn.id not in self.connections:
             return Refusal("internal", FAILED)  # nothing injects here: its `next_layer` hook has failed
         if flow.request.authority or flow.request.scheme not in ("http", "https"):
@@ -196,7 +202,7 @@ class GatewayAddon:
         if self.gate.policy.tls and not flow.client_conn.tls:
             return Refusal("request", "This gateway takes calls over https alone, so that tokens do not cross the network in clear.")
         peer = flow.client_conn.peername[0] if flow.client_conn.peername else ""
-        return await self.gate.arrive(_method(flow.request), flow.request.path, headers, peer, self.clock())
+        return await self.gate.arrive(_method(flow.request), flow.request.path, headers, peer, self.clock(), digest)
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
@@ -205,7 +211,7 @@ class GatewayAddon:
             return
         life = self.lives[flow.id]
         assert life.arrived is not None
-        request = Request(_method(flow.request), flow.request.path, _lowered(flow.request.headers), flow.request.raw_content or b"")
+        request, judged = judged_request(flow), (flow.request.headers.fields, flow.request.raw_content)
         life.admission = asyncio.ensure_future(self.gate.admit(life.arrived, request, self.clock()))
         try:
             decision = await life.admission
@@ -220,15 +226,20 @@ class GatewayAddon:
         else:
             life.free = decision
         if decision.body is not None:
+            flow.request.headers.fields = judged[0]
             flow.request.content = decision.body
-        life.wire.grant, life.wire.on_sent = self._grant(flow, life.arrived), life.watch
+            judged = (flow.request.headers.fields, flow.request.raw_content)
+        life.wire.grant, life.wire.on_sent = self._grant(life.arrived, request, *judged), life.watch
         life.watch()
 
-    def _grant(self, flow: http.HTTPFlow, arrived: Arrived) -> inject.Grant:
-        upstream, request = urlsplit(arrived.policy.upstream), flow.request
+    def _grant(
+        self, arrived: Arrived, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
+    ) -> inject.Grant:
+        """For what was judged, not for what the flow is by now: under mitmweb a person may have edited it meanwhile."""
+        upstream = urlsplit(arrived.policy.upstream)
         secure = upstream.scheme == "https"
         address, credential = (upstream.hostname or "", upstream.port or (443 if secure else 80)), ("x-api-key", self.key())
-        return inject.Grant(address, secure, request.method, request.path, request.headers.fields, request.raw_content, credential)
+        return inject.Grant(address, secure, request.method, request.target, fields, body, credential)
 
     # -- its answer
 
@@ -349,6 +360,11 @@ class GatewayAddon:
             self.connections.pop(data.context.client.id, None)
         elif isinstance(data, server_hooks.ServerConnectionHookData):
             data.server.error = "the gateway failed before the connection was opened"
+
+
+def judged_request(flow: http.HTTPFlow) -> Request:
+    """The request as the gate judges it."""
+    return Request(_method(flow.request), flow.request.path, _lowered(flow.request.headers), flow.request.raw_content or b"")
 
 
 def _method(request: http.Request) -> str:

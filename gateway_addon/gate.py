@@ -78,7 +78,7 @@ class Gate:
         `entrance` stands before the endpoint in each call's row: which door it came by, where there are several.
         """
         self._entrance = entrance
-        self._on_call = on_call
+        self.on_call = on_call
         self.ledger = ledger
         self._clock = clock
         self.policy = policy
@@ -100,9 +100,12 @@ class Gate:
     # -- arrive
 
     async def arrive(
-        self, method: str, target: str, headers: tuple[tuple[str, str], ...], peer: str, now: float
+        self, method: str, target: str, headers: tuple[tuple[str, str], ...], peer: str, now: float, digest: str | None = None
     ) -> Arrived | Answer | Refusal:
-        """Find out who calls which endpoint, from the headers alone. `headers` have lower-case names; `peer` is an IP address."""
+        """Find out who calls which endpoint, from the headers alone. `headers` have lower-case names; `peer` is an IP address.
+
+        `digest`: of the token that a replayed request came with the first time; it must be in force now.
+        """
         endpoint = reading.endpoint(method, target)
         if endpoint == "hello":
             return Answer(None)
@@ -111,7 +114,7 @@ class Gate:
         try:
             if endpoint == "readyz":
                 return await self._readiness(now)
-            token, pauses = await self._token(headers, now), await self.ledger.pauses(now=now)
+            token, pauses = await self._token(headers, digest, now), await self.ledger.pauses(now=now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
         address = origin(peer, headers, self.policy.trusted_proxies)
@@ -133,11 +136,13 @@ class Gate:
             return await self._me(app, now)
         return Arrived(app, token, endpoint, self.policy)
 
-    async def _token(self, headers: tuple[tuple[str, str], ...], now: float) -> Token | Refusal:
-        secret = identity.credential(headers)
-        if isinstance(secret, Refusal):
-            return secret
-        token = await self.ledger.token(identity.digest(secret))
+    async def _token(self, headers: tuple[tuple[str, str], ...], digest: str | None, now: float) -> Token | Refusal:
+        if digest is None:
+            secret = identity.credential(headers)
+            if isinstance(secret, Refusal):
+                return secret
+            digest = identity.digest(secret)
+        token = await self.ledger.token(digest)
         if token is None:
             return Refusal("token_unknown", f"No app has this token: it was issued for another gateway or ledger. {identity.ISSUE}.")
         if code := token.refusal(now):
@@ -330,13 +335,13 @@ class Gate:
         self._later(written)
 
         def tell(written: "asyncio.Future[Resolution]") -> None:
-            if self._on_call is None or written.cancelled() or written.exception() is not None or not written.result().first:
+            if self.on_call is None or written.cancelled() or written.exception() is not None or not written.result().first:
                 return
             spent_nano = written.result().spent_nano
             told = record(
                 call, state, started_at=started_at, ended_at=now, call_id=call_id, outcome=outcome, parts=parts, spent_nano=spent_nano
             )
-            self._on_call(told)
+            self.on_call(told)
 
         written.add_done_callback(tell)
         return written
@@ -345,12 +350,12 @@ class Gate:
         """A batch was settled by this process, perhaps one that another process had admitted."""
         logger.info("Batch %s of app %s is settled at %s.", batch.id, batch.app, dollars(resolution.spent_nano))
         self._door.settled()
-        if self._on_call is not None:
+        if self.on_call is not None:
             told = record(
                 end.call, "settled", started_at=end.started_at, ended_at=self._clock(), call_id=batch.call_id, outcome=end.outcome,
                 parts=end.parts, spent_nano=resolution.spent_nano,
             )  # fmt: skip
-            self._on_call(told)
+            self.on_call(told)
         if resolution.overrun:
             self.tell(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clock()))
 
@@ -375,8 +380,8 @@ class Gate:
         status = ending.status
         outcome = Outcome(status=status, complete=status is not None, flags=free.flags)
         self.ledger.free(free.call, outcome, now=now)
-        if self._on_call is not None:
-            self._on_call(record(free.call, "free", started_at=free.admitted_at, ended_at=now, outcome=outcome))
+        if self.on_call is not None:
+            self.on_call(record(free.call, "free", started_at=free.admitted_at, ended_at=now, outcome=outcome))
 
     def _later(self, written: "asyncio.Future[Any]") -> None:
         """Let whoever waits at the door look again once a settlement is written."""
@@ -406,8 +411,8 @@ class Gate:
 
     def _turned_away(self, call: NewCall, code: str, now: float) -> None:
         self.ledger.refused(call, code, now=now)
-        if self._on_call is not None:
-            self._on_call(record(call, "refused", started_at=now, ended_at=now, refusal=code))
+        if self.on_call is not None:
+            self.on_call(record(call, "refused", started_at=now, ended_at=now, refusal=code))
 
     async def _readiness(self, now: float) -> Answer:
         """For a load balancer: 200 while calls would be taken. Asked at most once a second of the ledger, whoever asks here.

@@ -90,6 +90,11 @@ def wire(flow: http.HTTPFlow) -> Wire:
     return _WIRES.setdefault(flow, Wire())
 
 
+def forget(flow: http.HTTPFlow) -> None:
+    """Begin a flow's record anew: the same flow is sent a second time."""
+    _WIRES.pop(flow, None)
+
+
 def install(top: layer.Layer | None) -> None:
     """Turn every plain HTTP layer under `top` into one whose streams inject (called from the `next_layer` hook)."""
     while top is not None:

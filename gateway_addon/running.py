@@ -35,7 +35,7 @@ class Ticket:
     standings: tuple[Standing, ...] = ()
     """How each of the call's caps stands, its own reservation included."""
     flags: tuple[str, ...] = ()
-    """What the policy did to the call beside admitting it: `edited:FIELD`, `observed:CODE`."""
+    """What was done to the call beside admitting it: `edited:FIELD` and `observed:CODE` by the policy, `replayed` by a person."""
     body: bytes | None = None
     """The body to send where the policy rewrote it (an alias, a clamp); None: as it came."""
 

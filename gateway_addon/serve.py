@@ -23,12 +23,14 @@ from typing import Any
 from mitmproxy import exceptions, http, options, tls, version
 from mitmproxy.addons import core, errorcheck, next_layer, proxyserver, tlsconfig
 from mitmproxy.master import Master
-from mitmproxy.tools.web.master import WebMaster
 from OpenSSL import SSL
 
 from gateway_addon import otel
 from gateway_addon.addon import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.calls import Record, Tell
+from gateway_addon.debugging.addon import DebugAddon
+from gateway_addon.debugging.closed import OPTIONS
+from gateway_addon.debugging.master import DebugMaster
 from gateway_addon.dispatch import Dispatch
 from gateway_addon.gate import Gate
 from gateway_addon.handling import Handlers, fits
@@ -63,6 +65,7 @@ class Settings:
     web_port: int | None = None
     """With a port for its page: run under mitmweb."""
     web_password: str = ""
+    """Its argon2 hash, so that no option shows it."""
     log_json: bool = False
     """Log lines of JSON, one for each call among them."""
     otel: bool = False
@@ -123,7 +126,8 @@ def run(settings: Settings, listener: socket.socket) -> int:
 
 
 async def _run(settings: Settings) -> int:
-    async with prepared(settings) as (policy, addon, master):
+    make = GatewayAddon if settings.web_port is None else partial(DebugAddon, place=ledger_path(settings.ledger))
+    async with prepared(settings, make) as (policy, addon, master):
         on_signal(master.shutdown)
         if settings.parent_fd is not None:
             when_the_parent_ends(settings.parent_fd, master.shutdown)
@@ -224,7 +228,7 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     Raises ValueError for an option that mitmproxy does not have, or that would open a way around the gateway.
     """
     opts = options.Options()
-    master: Master = WebMaster(opts, with_termlog=False) if settings.web_port is not None else LeanMaster(opts)
+    master: Master = DebugMaster(opts, addon) if isinstance(addon, DebugAddon) else LeanMaster(opts)
     master.addons.chain.insert(0, master.addons.register(addon))
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
@@ -234,8 +238,8 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     }
     if settings.web_port is not None:
         logging.getLogger("mitmproxy.tools.web.webaddons").setLevel(logging.ERROR)  # its advice on passwords that last longer than ours
-        own |= {"web_host": "127.0.0.1", "web_port": settings.web_port, "web_password": settings.web_password, "web_open_browser": False}
-        own |= {"store_streamed_bodies": True, "web_columns": ["method", "path", "status", "comment", "size", "time"]}
+        master.addons.get("tlsconfig").__class__ = UpstreamTls
+        own |= OPTIONS | {"web_port": settings.web_port, "web_password": settings.web_password}
     opts.update(**hardened(opts, policy), **own)
     try:
         opts.set(*settings.options)

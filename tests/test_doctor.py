@@ -107,6 +107,15 @@ def test_json_says_the_same(path):
     assert (result.exit_code, len(ledger["findings"])) == (1, 4)
 
 
+def test_long_work_says_how_far_it_is(path, monkeypatch):
+    said = []
+    monkeypatch.setattr("gateway_addon.cli.doctor.status", lambda line="": said.append(line))
+    monkeypatch.setattr(admin, "BEAT_STEPS", 100)
+    examine(path)
+    assert said[0] == "proving the ledger, 0 s"
+    assert said[-1] == "", "it does not stay on the screen"
+
+
 def test_no_ledger_is_a_wrong_use(tmp_path):
     code, output = examine(tmp_path / "none.db")
     assert code == 2

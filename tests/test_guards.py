@@ -96,7 +96,8 @@ async def test_the_wrapper_of_a_hook_keeps_a_failure_from_forwarding(tmp_path, m
             life.free = object()  # what a hook that fails late leaves behind
             from gateway_addon import inject
 
-            inject.wire(flow).grant = self._grant(flow, life.arrived)
+            asked = addon.judged_request(flow)
+            inject.wire(flow).grant = self._grant(life.arrived, asked, flow.request.headers.fields, flow.request.raw_content)
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(addon.GatewayAddon, "request", addon.guarded("request")(failing) if guarded else failing)

@@ -12,6 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "gateway_addon"
 OWN = {
     # room: the rooms that it may import. A room that is not here is an edge (commands, launchers), checked by EDGES below.
     "addon": {"answers", "gate", "inject", "listener", "lives", "passes", "reading", "refusals", "running", "settlement"},
+    "debugging": {
+        "addon", "answers", "calls", "explanation", "gate", "identity", "inject", "ledger", "lives", "money", "passes", "policy", "pricing", "refusals",
+        "settlement", "sse", "usage",
+    },
+    "explanation": {"bounds", "ledger", "money", "policy", "reading", "refusals"},
     "lives": {"answers", "gate", "inject", "passes", "refusals", "running"},
     "inject": {"headers", "refusals"},
     "listener": {"policy"},
@@ -59,7 +64,7 @@ EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "serve", "shim", "views"},
+    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "serve", "shim"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},
@@ -68,7 +73,7 @@ ROOMS_OF = {
     "click": {"cli", "simulator"},
     "flask": {"console"},
     "werkzeug": {"console"},
-    "tabulate": {"cli", "demo"},
+    "tabulate": {"cli", "demo", "explanation"},
 }
 CLOCKS_AND_FILES = {"time", "os", "pathlib", "io", "tempfile", "shutil", "socket", "subprocess"}
 MAY_LOOK_OUTSIDE = {
@@ -76,6 +81,8 @@ MAY_LOOK_OUTSIDE = {
     "addon": "an edge of mitmproxy's: it takes the time at which a flow meets a hook",
     "lives": "the same for deadlines",
     "listener": "looks whether the certificate's files have changed",
+    "debugging": "is given the ledger's place and hands it on",
+    "explanation": "is given the ledger's place and hands it on",
     "ledger": "keeps a file of its own",
     "policy": "loads a folder of files, in `loading` alone",
     "pricing": "loads prices.yaml, in `loading` alone",

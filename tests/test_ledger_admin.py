@@ -1,7 +1,11 @@
 """What a person changes is audited, in one transaction with the change, and in force for the next call."""
 
 import json
+import os
+import signal
 import sqlite3
+import threading
+import time
 from contextlib import closing
 
 import pytest
@@ -21,6 +25,19 @@ def path(tmp_path):
 def db(path):
     with closing(files.writer_connection(path)) as connection:
         yield connection
+
+
+def test_a_long_statement_hears_ctrl_c(path):
+    """The driver would come back from it only at its end."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt), admin.reading(path) as db:
+            db.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000000) SELECT count(*) FROM n").fetchone()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 3
 
 
 def spend(db, nano, at=NOON):

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.parse
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -15,8 +16,10 @@ import pytest
 from gateway import gateway
 from processes import ledgered
 
+from gateway_addon.addon import GatewayAddon
 from gateway_addon.console.app import Console, Policies, build
 from gateway_addon.console.login import Login
+from gateway_addon.debugging.addon import DebugAddon
 from gateway_addon.ledger import copies
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
@@ -65,10 +68,16 @@ async def one_of_each(gw):
 @pytest.mark.parametrize("web", [False, True], ids=["mitmdump", "mitmweb"])
 async def test_neither_key_nor_token_is_in_any_flow_log_or_file(tmp_path, caplog, web):
     settings = {"web_port": 0, "web_password": "x" * 32} if web else {}
-    async with Simulator(behaviour=Behaviour(delay_ms=10)) as api, gateway(tmp_path, api, settings=settings) as gw:
+    make = partial(DebugAddon, place=tmp_path / "gateway.db") if web else GatewayAddon
+
+    def keep_flows(master):
+        if web:
+            master.options.update(save_stream_file=str(tmp_path / "flows"), hardump=str(tmp_path / "flows.har"))
+
+    options = {"settings": settings, "make": make, "prepare": keep_flows}
+    async with Simulator(behaviour=Behaviour(delay_ms=10)) as api, gateway(tmp_path, api, **options) as gw:
         shown = [b""]
         if web:
-            gw.master.options.update(save_stream_file=str(tmp_path / "flows"), hardump=str(tmp_path / "flows.har"))
             gw.master.view.sig_view_add.connect(_watch := (lambda flow: shown.append(repr(flow.get_state()).encode())))
             gw.master.view.sig_view_update.connect(_watch)
         with caplog.at_level(logging.DEBUG):

@@ -4,6 +4,8 @@ import asyncio
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -63,6 +65,7 @@ async def test_what_mitmweb_shows_and_dumps_holds_no_secret_during_a_call_and_af
     async with Simulator(behaviour=Behaviour(delay_ms=40, output_tokens=240)) as api:
         gateways = ledgered(tmp_path, api.url, APPS)
         async with web(tmp_path, gateways) as (_, url, pages):
+            password = pages.headers["authorization"].removeprefix("Bearer ")
             async with httpx2.AsyncClient() as stranger:
                 assert (await stranger.get(f"{pages.base_url}/flows")).status_code == 403
             async with anthropic.AsyncAnthropic(base_url=url, api_key=gateways.tokens["app"], max_retries=0) as client:
@@ -71,6 +74,7 @@ async def test_what_mitmweb_shows_and_dumps_holds_no_secret_during_a_call_and_af
                 shown = [(await pages.get(path)).raise_for_status().content for path in ("/flows", "/flows/dump", "/events", "/options")]
                 assert shown[0].count(b"/v1/messages") >= 2
                 lines = command_lines()
+                assert not any(found_in(where, password) for where in [*shown, *lines])
                 await calls
                 shown += [(await pages.get(path)).raise_for_status().content for path in ("/flows", "/flows/dump", "/events")]
         assert {row.header("x-api-key") for row in (await api.settled()).messages()} == {KEY}
@@ -112,3 +116,12 @@ async def test_an_option_that_opens_a_way_around_is_refused_in_the_page_too(tmp_
                 assert (await pages.put("/options", json={name: value}, headers=allowed)).status_code == 400
                 assert before[name]["value"] in (False, None)
             assert (await pages.get("/options")).json() == before
+
+
+def test_a_page_whose_port_is_taken_is_said_with_the_way_out(tmp_path):
+    gateways = ledgered(tmp_path, "http://127.0.0.1:9", APPS)
+    where = ["--policies", str(tmp_path / "policies"), "--ledger", f"sqlite:///{gateways.ledger}", "--listen", "127.0.0.1:0"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "gateway_addon", "web", "--web-port", str(taken.getsockname()[1]), *where]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=os.environ | {"SIMULATED_KEY": KEY})
+    assert (done.returncode, "Choose another: --web-port PORT" in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr

@@ -85,6 +85,12 @@ def stop(sentence: str, code: int = WRONG_USAGE) -> NoReturn:
     sys.exit(code)
 
 
+def status(line: str = "") -> None:
+    """On a terminal, the one line that says how far long work is; empty: it goes away. Elsewhere nothing."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{line}", nl=False, err=True)
+
+
 def record_path(ledger: str) -> Path:
     """Where the last inventory is kept: beside the ledger's file, or in the project folder where the ledger is elsewhere."""
     on_this_machine = ledger.startswith("sqlite:///") or "://" not in ledger

@@ -9,15 +9,11 @@ import click
 from gateway_addon.cli.common import Address, ledger_option, policies_option, says_errors, stop
 from gateway_addon.console.app import Console, Policies, server
 from gateway_addon.console.login import LINK_S, Login
-from gateway_addon.ledger import LedgerUnavailable, Server, files
+from gateway_addon.ledger import LedgerUnavailable, files
 from gateway_addon.policy import PolicyError
 from gateway_addon.pricing import PriceError
 from gateway_addon.workers import bind
 
-ELSEWHERE = (
-    "The console reads ledgers in a file of this machine, and this one is {0}. gateway report reads both;"
-    " or look at a copy that is a file: --ledger sqlite:///PATH."
-)
 NOT_HERE = (
     "The console shows what everybody spends, so it listens on this machine alone, not on {0}. From another machine, forward its port:"
     " ssh -L 8090:127.0.0.1:8090 HOST"
@@ -41,13 +37,10 @@ def console(listen: tuple[str, int], token_file: Path | None, policies: Path, le
     host, port = listen
     if host != "localhost" and not _loopback(host):
         stop(NOT_HERE.format(host))
-    path = files.ledger_path(ledger)
-    if isinstance(path, Server):
-        stop(ELSEWHERE.format(path))
     token = token_file.read_text().strip() if token_file else None
     if token == "":
         stop(f"{token_file} is empty. Put a long random text in it: openssl rand -hex 32 > {token_file}")
-    desk = Console(path, Policies(policies), Login(time.time()), metrics_token=token)
+    desk = Console(files.ledger_path(ledger), Policies(policies), Login(time.time()), metrics_token=token)
     desk.look()  # the month is read once, before anybody waits for it
     with bind(host, port) as listener:
         serving = server(desk, listener)

@@ -20,6 +20,7 @@ from gateway_addon.cli.common import (
     record_path,
     says_errors,
     shown_path,
+    status,
     stop,
     write_privately,
 )
@@ -170,11 +171,9 @@ def _watch(path: Path | Server, for_s: float) -> int:
             click.echo(f"{at} the provider answered 401 ({told} times since the watch began): is the new key in place?")
         if time.time() - started >= for_s:
             break
-        if sys.stderr.isatty():
-            click.echo(f"\r\033[K{seen.calls:,} calls, {seen.unauthorised} refused", nl=False, err=True)
+        status(f"{seen.calls:,} calls, {seen.unauthorised} refused")
         time.sleep(min(WATCH_EVERY_S, for_s))
-    if sys.stderr.isatty():
-        click.echo("\r\033[K", nl=False, err=True)
+    status()
     if not seen.calls:
         click.echo("No call passed while watching, so the new key is not proved. Make one, or watch longer.")
         return PROBLEM

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from gateway_addon.checkup import Check, check_all, check_disk
-from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors
+from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors, status
 from gateway_addon.ledger import LedgerUnavailable, Server, admin, files, proof
 from gateway_addon.money import dollars
 
@@ -29,7 +29,9 @@ def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
     checks = [check_ledger(path, now=time.time())]
     if not isinstance(path, Server):
         checks.append(check_disk(path))
+    status("" if offline else "asking the upstream")
     checks += check_all(policies, offline=offline)
+    status()
     if as_json:
         click.echo(json.dumps([check._asdict() for check in checks]))
     else:
@@ -39,7 +41,8 @@ def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
 
 def check_ledger(path: Path | Server, *, now: float) -> Check:
     """Recompute the ledger from its entries. Raises LedgerUnavailable where it cannot be read."""
-    with admin.reading(path) as db:
+    began = time.monotonic()
+    with admin.reading(path, lambda: status(f"proving the ledger, {time.monotonic() - began:.0f} s")) as db:
         findings = proof.findings(db)
         running = [] if findings else proof.open_calls(db, admin.obituary(path, db), now=now)
         calls, entries = db.execute("SELECT (SELECT count(*) FROM calls), (SELECT count(*) FROM entries)").fetchone()

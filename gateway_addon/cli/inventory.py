@@ -1,7 +1,6 @@
 """`gateway inventory PATH...`: who uses the Claude API, before anything is moved."""
 
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
-from gateway_addon.cli.common import ledger_option, record_path, shown_path, write_privately
+from gateway_addon.cli.common import ledger_option, record_path, shown_path, status, write_privately
 from gateway_addon.inventory import Consumer, Inventory, Skip, document, inspect, read, shared_keys
 from gateway_addon.inventory.tree import REASONS
 
@@ -55,7 +54,6 @@ def _search(paths: Sequence[Path], *, ignore: bool, history: bool) -> Inventory:
     consumers: list[Consumer] = []
     skipped: list[tuple[str, str]] = []
     files, shown_at = 0, time.monotonic()
-    terminal = sys.stderr.isatty()
     try:
         for item in read(paths, ignore=ignore, history=history):
             if isinstance(item, Skip):
@@ -63,14 +61,13 @@ def _search(paths: Sequence[Path], *, ignore: bool, history: bool) -> Inventory:
                 continue
             files += 1
             consumers += inspect(item.path, item.data)
-            if terminal and time.monotonic() - shown_at > _PROGRESS_S:
+            if time.monotonic() - shown_at > _PROGRESS_S:
                 shown_at = time.monotonic()
-                click.echo(f"\r\033[K{files:,} files, {len(consumers)} consumers", nl=False, err=True)
+                status(f"{files:,} files, {len(consumers)} consumers")
     except KeyboardInterrupt:
         click.echo(f"\nStopped after {files:,} files; nothing was saved.", err=True)
         raise click.exceptions.Exit(130) from None
-    if terminal:
-        click.echo("\r\033[K", nl=False, err=True)
+    status()
     return Inventory(tuple(str(path.resolve()) for path in paths), tuple(consumers), tuple(skipped), files)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
-from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, status, stop
 from gateway_addon.cli.times import duration_s, moment
 from gateway_addon.ledger import LedgerUnavailable, Server, admin, evidence
 from gateway_addon.ledger.evidence import DAY_S, Estimate, Metered
@@ -95,9 +95,9 @@ def _both_sides(path: Path | Server, policy: GatewayPolicy, start: int, end: int
         stop(NO_ADMIN_KEY)
     key = Secret(policy.admin_key, withheld=policy.secret_variables)()
     _take_turn(path)
-    api = AdminApi(policy.upstream, key, _progress)
+    api = AdminApi(policy.upstream, key, lambda pages: status(f"page {pages} of the provider's reports"))
     reported, charged = api.usage(start, end, workspaces), api.cost(start, end, workspaces)
-    _erase()
+    status()
     with admin.reading(path) as db:
         period = {"since": float(start), "until": float(end or now + 1)}
         return Found(reported, charged, evidence.metered(db, **period), evidence.estimates(db, **period))
@@ -110,23 +110,12 @@ def _take_turn(path: Path | Server, sleep: Callable[[float], None] = time.sleep)
         with admin.changing(path) as db:
             wait_s = evidence.claim_poll(db, now=time.time())
         if wait_s <= 0:
-            return _erase()
-        if sys.stderr.isatty():
-            click.echo(f"\r\033[KThe provider takes one poll a minute: {wait_s:.0f} s to go", nl=False, err=True)
-        elif not said:
+            return status()
+        status(f"The provider takes one poll a minute: {wait_s:.0f} s to go")
+        if not said and not sys.stderr.isatty():
             click.echo(f"The provider takes one poll a minute: waiting {wait_s:.0f} s.", err=True)
         said = True
         sleep(min(1.0, wait_s))
-
-
-def _progress(pages: int) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"\r\033[Kpage {pages} of the provider's reports", nl=False, err=True)
-
-
-def _erase() -> None:
-    if sys.stderr.isatty():
-        click.echo("\r\033[K", nl=False, err=True)
 
 
 def _write(path: Path | Server, proved: Sequence[Correction], now: float) -> None:

@@ -1,7 +1,6 @@
 """`gateway replay`: what a new policy would have done to the calls that there were."""
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from tabulate import tabulate
 from gateway_addon import replay as room
 from gateway_addon import windows
 from gateway_addon.cli import times
-from gateway_addon.cli.common import ledger_option, says_errors
+from gateway_addon.cli.common import ledger_option, says_errors, status
 from gateway_addon.ledger import LedgerUnavailable, admin, book, files
 from gateway_addon.ledger.history import recorded
 from gateway_addon.money import cents
@@ -55,13 +54,11 @@ def replay(folder: Path, since: str | None, as_json: bool, ledger: str) -> None:
 
 
 def _with_progress(verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
-    terminal = sys.stderr.isatty()
     for number, verdict in enumerate(verdicts, start=1):
-        if terminal and number % PROGRESS_EVERY == 0:
-            click.echo(f"\r\033[K{number:,} calls", nl=False, err=True)
+        if number % PROGRESS_EVERY == 0:
+            status(f"{number:,} calls")
         yield verdict
-    if terminal:
-        click.echo("\r\033[K", nl=False, err=True)
+    status()
 
 
 def _document(apps: dict[str, Tally], reasons: dict[tuple[str, str], Tally]) -> dict[str, Any]:

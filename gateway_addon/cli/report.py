@@ -82,7 +82,7 @@ def _drift(found: Drift) -> tuple[str, ...]:
 
 def _table(found: Report) -> str:
     if not found.lines:
-        return "No calls yet."
+        return "No calls in this time. The first one needs a token: gateway token issue APP"
     total, before = found.total, {"total": sum(found.before.values())}
     rows = [*(_cells(line, found.before) for line in found.lines), _cells(total, before)]
     rows.insert(-1, [""] * len(rows[0]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from argon2 import PasswordHasher
 
 from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.ledger import LedgerUnavailable
@@ -25,6 +26,10 @@ IN_CLEAR = (
     "Listening on {0} would send the apps' tokens across the network in clear. Give the listener a certificate (tls: in "
     "policies/gateway.yaml), listen on 127.0.0.1, or say --insecure-listen if a proxy in front of it does TLS."
 )
+
+
+FAST = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+"""mitmweb takes argon2 hashes and checks one at each request; a slow one would protect a random password no better."""
 
 
 def _common[F: Callable[..., Any]](command: F) -> F:
@@ -93,12 +98,17 @@ def web(
     otel: bool,
     web_port: int,
 ) -> None:
-    """Run the gateway under mitmweb, to look at flows while debugging. It keeps every flow in memory: not for production."""
+    """Run the gateway under mitmweb, to look at flows while debugging, edit them and send them again.
+
+    Each flow says whose it is, what it cost and what is left today; the view `Claude` shows requests by name and streams as their
+    message. It keeps every flow in memory, prompts and answers too: not for production.
+    """
     with _listener(listen, policies, insecure_listen, None) as listener:
         password = secrets.token_urlsafe(24)
         click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")
+        hashed = FAST.hash(password)
         host, port = listener.getsockname()[:2]
-        _serve(Settings(host, port, policies, ledger, options, web_port, password, log == "json", otel), listener)
+        _serve(Settings(host, port, policies, ledger, options, web_port, hashed, log == "json", otel), listener)
 
 
 SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, OtelMissing, ValueError, OSError)

@@ -22,7 +22,7 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from gateway_addon.console import charts, desk, metrics
 from gateway_addon.console.login import SESSION_S, Login
-from gateway_addon.ledger import LedgerUnavailable, admin, book, stories
+from gateway_addon.ledger import LedgerUnavailable, Server, admin, book, stories
 from gateway_addon.ledger.days import Days, Reading
 from gateway_addon.ledger.days import apps as apps_of
 from gateway_addon.money import cents, dollars
@@ -69,7 +69,7 @@ class Policies:
 class Console:
     """What the pages are made from."""
 
-    ledger: Path
+    ledger: Path | Server
     policies: Policies
     login: Login
     clock: Callable[[], float] = time.time
@@ -143,7 +143,7 @@ def _metrics(console: Console) -> Response:
 def _calls(console: Console) -> Response:
     asked, now = request.args, console.clock()
     filters = {name: asked.get(name, "") for name in ("app", "model", "state", "text")}
-    wanted = stories.Wanted(**filters, before=asked.get("before", type=int))
+    wanted = stories.Wanted(**filters, before=asked.get("before", stories.NEWEST, type=int))
     with admin.reading(console.ledger) as db:
         found, more = stories.search(db, wanted)
         days = console.memory.between(db, now - desk.CHART_DAYS * desk.DAY_S, now)
@@ -152,7 +152,7 @@ def _calls(console: Console) -> Response:
             db,
             calls=found,
             wanted=wanted,
-            newest=filters,
+            newest=filters if wanted.before < stories.NEWEST else None,
             older=filters | {"before": found[-1].id} if more else None,
             apps=sorted({*console.policies().apps, *apps_of(db)}),
             models=sorted({each.asked for day in days for each in day.spending}),

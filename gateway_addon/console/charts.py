@@ -95,8 +95,10 @@ def _marks(series: Sequence[str], shares: Sequence[int], top: int) -> tuple[Mark
 
 
 def _rounded_up(nano: int) -> int:
-    """The next 1, 2, 4, 6 or 8 of a power of ten, so that the scale's quarters are numbers that people say."""
+    """The next number whose quarters are ones that people say: 1, 1.5, 2, 2.5, 3, 4, 5, 6 or 8 of a power of ten."""
+    if nano == 0:
+        return 0
     power = 4
-    while nano > 8 * power:
+    while nano > 80 * power:
         power *= 10
-    return next((each * power for each in (1, 2, 4, 6, 8) if nano <= each * power), 8 * power) if nano else 0
+    return next(each * power for each in (10, 15, 20, 25, 30, 40, 50, 60, 80) if nano <= each * power)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway_addon.console import charts
-from gateway_addon.ledger import Pause, Standing, admin, app_scope, book, days, notes, proof, reports, team_scope
+from gateway_addon.ledger import Pause, Server, Standing, admin, app_scope, book, days, notes, proof, reports, team_scope
 from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.days import Cached, Day, Days, Reading
 from gateway_addon.ledger.stories import drifted
@@ -97,8 +97,8 @@ class Desk:
     alerts: tuple[dict[str, Any], ...]
 
 
-def look(db: Reading, policy: GatewayPolicy, memory: Days, ledger: Path, now: float) -> Desk:
-    """The whole desk at `now`. `ledger`: where the file lies, to tell which processes are alive."""
+def look(db: Reading, policy: GatewayPolicy, memory: Days, ledger: Path | Server, now: float) -> Desk:
+    """The whole desk at `now`. `ledger`: where it lies, to tell which processes are alive."""
     calendar = book.zone(db)
     month_start = starts(now, calendar).month
     found = memory.between(db, min(month_start, now - (CHART_DAYS - 1) * DAY_S), now)

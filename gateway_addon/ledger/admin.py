@@ -22,6 +22,8 @@ from gateway_addon.ledger.store import driver
 from gateway_addon.ledger.values import LedgerUnavailable, Server, Token
 from gateway_addon.windows import starts
 
+BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
+
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
 
 PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (retention.py)
@@ -70,11 +72,17 @@ def changing(path: Path | Server) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(path: Path | Server, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
+def reading(path: Path | Server, beat: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
     """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable.
 
-    An older version's ledger is brought up to date first, unless it is wanted `as_it_is`.
+    A long statement on a file calls `beat` some times a second, and can be ended by Ctrl-C in between. An older version's ledger is
+    brought up to date first, unless it is wanted `as_it_is`.
     """
+
+    def step() -> int:
+        beat()
+        return 0
+
     if isinstance(path, Server):
         with driver():
             from gateway_addon.ledger import postgres
@@ -88,11 +96,14 @@ def reading(path: Path | Server, *, as_it_is: bool = False) -> Iterator[sqlite3.
                 with changing(path):
                     pass
             db.row_factory = sqlite3.Row
+            db.set_progress_handler(step, BEAT_STEPS)
             db.execute("BEGIN")
             files.must_be_a_ledger(path, db)
             files.must_be_here(path, db)
             yield db
     except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:  # what the driver makes of Ctrl-C in `step`
+            raise KeyboardInterrupt from None
         if str(error).startswith("no such table"):
             way_out = "`gateway init --yes`, or the gateway's start, brings it up to date"
             raise LedgerUnavailable(f"the ledger {path} was made by an earlier version: {way_out} ({error})") from error

@@ -168,6 +168,18 @@ CREATE VIEW standings AS
   FROM balances;
 """
 
+SPEND_CALL_BY_CALL = """
+SET LOCAL search_path = gateway;
+
+DROP VIEW spend;
+CREATE VIEW spend AS
+  SELECT id AS call, to_timestamp(started_at) AS started, app, team, model_asked, model_served, state, status, refusal,
+    (SELECT '$' || round(coalesce(sum(spent_nano), 0) / 1e9, 6) FROM entries WHERE call_id = calls.id) AS spent,
+    (SELECT '$' || round(coalesce(sum(reserved_nano), 0) / 1e9, 6) FROM entries WHERE call_id = calls.id) AS held,
+    flags, session_id, agent_id
+  FROM calls;
+"""
+
 RETENTION = """
 SET LOCAL search_path = gateway;
 
@@ -281,6 +293,7 @@ CREATE TABLE batch_usage (
 
 MIGRATIONS = (
     ("m001_ledger", TABLES),
+    ("m002_spend_call_by_call", SPEND_CALL_BY_CALL),
     ("m003_shared_workspace", WORKSPACE),
     ("m004_retention", RETENTION),
     ("m004_days", DAYS),

@@ -29,7 +29,7 @@ _KEY: dict[Grouping, str] = {
       || CASE inference_geo WHEN 'us' THEN ' us' ELSE '' END
       || CASE WHEN service_tier IN ('batch', 'priority') THEN ' ' || service_tier ELSE '' END""",
     "day": "day_start",
-    "token": "calls.app || ' #' || token_id || coalesce(nullif(' ' || tokens.label, ' '), '')",
+    "token": "token_id",
     "agent": "coalesce(agent_id, session_id, '(none)')",
     "refusal": "coalesce(refusal, '')",
 }
@@ -38,23 +38,22 @@ _KEY: dict[Grouping, str] = {
 # turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
 _CHOSEN = "WHERE started_at >= :since AND started_at < :until GROUP BY 1"
 _COUNT = "coalesce(sum(coalesce(carried, 1)) FILTER (WHERE {}), 0)"  # a carry stands for many calls (retention.py)
-_CALLS = "calls LEFT JOIN tokens ON tokens.id = token_id"
 _LINES = f"""
 WITH seen AS (
   SELECT {{key}} AS key, {_COUNT.format("state IN ('open', 'settled', 'voided')")} AS calls,
     {_COUNT.format("state = 'settled'")} AS settled, {_COUNT.format("state = 'refused'")} AS refused,
     {_COUNT.format("' ' || flags LIKE '% estimated%'")} AS estimated, {_COUNT.format("status = 429")} AS upstream_429
-  FROM {_CALLS} {_CHOSEN}),
+  FROM calls {_CHOSEN}),
 money AS (
   SELECT {{key}} AS key, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
-  FROM {_CALLS} CROSS JOIN entries ON entries.call_id = calls.id {_CHOSEN}),
+  FROM calls CROSS JOIN entries ON entries.call_id = calls.id {_CHOSEN}),
 metered AS (
   SELECT {{key}} AS key, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens,
     sum(cache_read_tokens) AS cache_read_tokens,
     sum(cache_write_5m_tokens + cache_write_1h_tokens + cache_write_unsplit_tokens) AS cache_write_tokens,
     sum(web_search_requests) AS web_searches, sum(max_tokens) FILTER (WHERE part = 0) AS max_tokens,
     sum(output_tokens) FILTER (WHERE max_tokens IS NOT NULL) AS limited_output_tokens
-  FROM {_CALLS} CROSS JOIN usage ON usage.call_id = calls.id {_CHOSEN})
+  FROM calls CROSS JOIN usage ON usage.call_id = calls.id {_CHOSEN})
 SELECT key, calls, settled, refused, estimated, upstream_429, coalesce(spent_nano, 0) AS spent_nano, coalesce(held_nano, 0) AS held_nano,
   coalesce(input_tokens, 0) AS input_tokens, coalesce(output_tokens, 0) AS output_tokens,
   coalesce(cache_read_tokens, 0) AS cache_read_tokens, coalesce(cache_write_tokens, 0) AS cache_write_tokens,
@@ -249,7 +248,17 @@ def _sum(key: str, lines: Iterable[Line]) -> Line:
 
 
 def _key(db: sqlite3.Connection, by: Grouping, key: object) -> str:
-    return datetime.fromtimestamp(cast(int, key), zone(db)).strftime("%Y-%m-%d") if by == "day" else str(key)
+    """A group's name for people, said once a group: its rows are many."""
+    match by:
+        case "day":
+            return datetime.fromtimestamp(cast(int, key), zone(db)).strftime("%Y-%m-%d")
+        case "token":
+            return str((db.execute(_TOKEN, (key,)).fetchone() or (f"#{key}",))[0])
+        case _:
+            return str(key)
+
+
+_TOKEN = "SELECT app || ' #' || id || coalesce(nullif(' ' || label, ' '), '') FROM tokens WHERE id = ?"
 
 
 def _line(row: sqlite3.Row, key: str) -> Line:

@@ -163,6 +163,17 @@ CREATE VIEW standings AS
   FROM balances;
 """
 
+# Amounts looked up call by call instead of grouped over all: the newest twenty of 200,000 calls come at once.
+SPEND_CALL_BY_CALL = """
+DROP VIEW spend;
+CREATE VIEW spend AS
+  SELECT id AS call, datetime(started_at, 'unixepoch') AS started, app, team, model_asked, model_served, state, status, refusal,
+    (SELECT printf('$%.6f', total(spent_nano) / 1e9) FROM entries WHERE call_id = calls.id) AS spent,
+    (SELECT printf('$%.6f', total(reserved_nano) / 1e9) FROM entries WHERE call_id = calls.id) AS held,
+    flags, session_id, agent_id
+  FROM calls;
+"""
+
 # What apps make in the workspace that all of them share at the provider. `price_tables` and `batch_usage` are there because a batch is
 # priced by the table of its admission, hours after the process that read it may have ended, and from a file of any length.
 WORKSPACE = """
@@ -271,6 +282,11 @@ OBSERVED = "CREATE INDEX calls_observed ON calls (started_at) WHERE instr(flags,
 @migrations()
 def m002_views_for_people(db: Database) -> None:
     _run(db, VIEWS)
+
+
+@migrations()
+def m002_spend_call_by_call(db: Database) -> None:
+    _run(db, SPEND_CALL_BY_CALL)
 
 
 @migrations()

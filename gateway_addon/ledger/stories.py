@@ -7,6 +7,8 @@ from typing import Literal, get_args
 State = Literal["open", "settled", "voided", "refused", "free"]
 STATES: tuple[State, ...] = get_args(State)
 PAGE = 50
+NEWEST = 2**62
+"""Above every call's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,7 @@ class Wanted:
     model: str = ""
     state: str = ""
     text: str = ""
-    before: int | None = None
+    before: int = NEWEST
     """Only calls older than the one of this number: the next page."""
 
 
@@ -102,8 +104,8 @@ _SEARCH = f"""
 SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id
 WHERE carried IS NULL AND (:app = '' OR calls.app = :app) AND (:model = '' OR :model IN (model_asked, model_served))
   AND (:state = '' OR state = :state)
-  AND (:before IS NULL OR calls.id < :before)
-  AND (:text = '' OR CAST(calls.id AS TEXT) = :text OR {" OR ".join(f"instr(lower({label}), lower(:text))" for label in _LABELS)})
+  AND calls.id < :before
+  AND (:text = '' OR CAST(calls.id AS TEXT) = :text OR {" OR ".join(f"instr(lower({label}), lower(:text)) > 0" for label in _LABELS)})
 ORDER BY calls.id DESC LIMIT {PAGE + 1}
 """
 _ENTRIES = """

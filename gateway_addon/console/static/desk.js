@@ -1,5 +1,5 @@
-// Renews the part of the page marked data-refresh every few seconds, while somebody looks at it. What is open stays open, and
-// nothing moves under the hand of whoever is on an element inside it.
+// Renews the part of the page marked data-refresh every few seconds, while somebody looks at it. What is open stays open, what was
+// scrolled stays there, and nothing moves under the hand of whoever is on an element inside it.
 "use strict";
 
 const EVERY_MS = 4000;
@@ -21,8 +21,10 @@ async function renew() {
   const fresh = page.getElementById(shown.id);
   if (!fresh) return;
   for (const each of shown.querySelectorAll("details[open][id]")) fresh.querySelector(`#${each.id}`)?.setAttribute("open", "");
+  const moved = new Map([...shown.querySelectorAll(".scroll")].map((each) => [each.ariaLabel, each.scrollLeft]));
   document.title = page.title;
   shown.replaceWith(document.adoptNode(fresh));
+  for (const each of fresh.querySelectorAll(".scroll")) each.scrollLeft = moved.get(each.ariaLabel) ?? each.scrollLeft;
 }
 
 setInterval(renew, EVERY_MS);

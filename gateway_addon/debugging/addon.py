@@ -1,0 +1,239 @@
+"""The gateway's addon under mitmweb: says on each flow what the gateway made of it, and judges what a person sends again.
+
+Promises that an edited or replayed flow passes the same admission as any call, as the app whose token came with it the first time and
+only while that token is in force; that it is judged as it is when it is sent, whatever happened to it since; and that a flow carries
+no secret: what ties it to its caller is a random word that means something to this process alone.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from mitmproxy import command, contentviews, ctx, exceptions, http
+from mitmproxy import flow as mflow
+from mitmproxy.hooks import UpdateHook
+
+from gateway_addon import explanation, identity, inject
+from gateway_addon.addon import GatewayAddon, guarded, judged_request
+from gateway_addon.answers import Answer
+from gateway_addon.calls import Record
+from gateway_addon.debugging import contents
+from gateway_addon.debugging.closed import FIXED, LOOKING, NO_SCRIPTS
+from gateway_addon.debugging.view import ClaudeContentview
+from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, app_scope, book, scopes, team_scope
+from gateway_addon.money import cents, dollars
+from gateway_addon.passes import Arrived, Pass
+from gateway_addon.policy import AppPolicy, all_caps, caps
+from gateway_addon.pricing import cost
+from gateway_addon.refusals import Refusal
+from gateway_addon.settlement import EndedBy
+from gateway_addon.usage import Usage
+
+REFUSED = ":no_entry:"
+CALLER = "gateway_caller"
+"""Where a flow's metadata keeps the word for its caller: copied with the flow, so that a duplicate can be replayed too."""
+
+
+class Caller(NamedTuple):
+    digest: str
+    app: str
+
+
+@dataclass(slots=True, eq=False)
+class Admission:
+    """Stands at the end of the chain of addons: whatever another did to a request, interception included, is judged."""
+
+    gateway: "DebugAddon"
+
+    async def request(self, flow: http.HTTPFlow) -> None:
+        if flow.intercepted:
+            ctx.master.addons.trigger(UpdateHook([flow]))
+            await flow.wait_for_resume()
+        await self.gateway.admit(flow)
+
+
+class DebugAddon(GatewayAddon):
+    """`place`: the ledger, for commands that read it."""
+
+    def __init__(self, *arguments: Any, place: Path | Server, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.place = place
+        self.fixed: dict[str, Any] = {}
+        """Options as they were when the proxy was running, where they must stay so."""
+        self.callers: dict[str, Caller] = {}
+        self.booked: WeakKeyDictionary[http.HTTPFlow, Record] = WeakKeyDictionary()
+        self._awaited: dict[int, http.HTTPFlow] = {}
+        self._comments: set[asyncio.Task[None]] = set()
+        self._told, self.gate.on_call = self.gate.on_call, self._ended
+        contentviews.add(ClaudeContentview(self.priced))
+
+    # -- mitmweb's own life
+
+    def configure(self, updated: set[str]) -> None:
+        super().configure(updated)
+        if ctx.options.scripts:
+            raise exceptions.OptionsError(NO_SCRIPTS)
+        for name in updated & self.fixed.keys():
+            if getattr(ctx.options, name) != self.fixed[name]:
+                raise exceptions.OptionsError(FIXED.format(name))
+
+    def running(self) -> None:
+        super().running()
+        self.fixed = {name: getattr(ctx.options, name) for name in ctx.options.keys() - LOOKING}
+
+    # -- a request, perhaps not for the first time
+
+    @guarded("request")
+    async def requestheaders(self, flow: http.HTTPFlow) -> None:
+        flow.marked = flow.comment = ""
+        await super().requestheaders(flow)
+        if flow.is_replay:
+            inject.wire(flow).hang_up = False  # there is no client whose body would have to be read
+
+    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
+        if flow.is_replay:
+            return await self._again(flow) or await super()._arrive(flow, headers)
+        flow.metadata.pop(CALLER, None)
+        arrived = await super()._arrive(flow, headers)
+        secret = identity.credential(headers)
+        if isinstance(arrived, Arrived) and isinstance(secret, str):
+            flow.metadata[CALLER] = self._word(Caller(identity.digest(secret), arrived.app.name))
+        return arrived
+
+    def _word(self, caller: Caller) -> str:
+        """The word for a caller: always the same one, so that there are as many as there are tokens."""
+        known = next((word for word, each in self.callers.items() if each == caller), None)
+        if known is None:
+            known = secrets.token_hex(8)
+            self.callers[known] = caller
+        return known
+
+    def caller(self, flow: mflow.Flow) -> Caller | None:
+        """Whose token came with this flow, or with the one that it is a copy of. None where this process has seen none."""
+        return self.callers.get(str(flow.metadata.get(CALLER)))
+
+    async def _again(self, flow: http.HTTPFlow) -> Arrived | Answer | Refusal | None:
+        """The flow as it is now at the door once more, as its caller."""
+        caller = self.caller(flow)
+        return caller and await self._at_the_door(flow, judged_request(flow).headers, caller.digest)
+
+    @guarded("request")
+    async def request(self, flow: http.HTTPFlow) -> None:
+        """Not yet: `Admission` is last."""
+
+    @guarded("request")
+    async def admit(self, flow: http.HTTPFlow) -> None:
+        life = self.lives.get(flow.id)
+        if flow.response or flow.error or life is None:
+            return
+        arrived = await self._again(flow)
+        if not isinstance(arrived, Arrived):
+            return self.answer(flow, arrived or Refusal("replay", "Nobody's token came with this flow. Send the call from its app."))
+        life.arrived = arrived
+        await super().request(flow)
+        if life.running is not None:
+            ticket = life.running.ticket
+            if flow.is_replay:
+                life.running.ticket = replace(ticket, flags=(*ticket.flags, "replayed"))
+            self._awaited[ticket.call_id] = flow
+            flow.comment = _line(arrived.app.name, ticket.reading.model, f"{cents(ticket.quote.total_nano)} at most")
+
+    # -- what became of it
+
+    def answer(self, flow: http.HTTPFlow, said: Answer | Refusal) -> None:
+        caller = self.caller(flow)
+        if isinstance(said, Refusal):
+            flow.marked = REFUSED
+            refused = f"refused, {said.code}: {said.sentence}"
+            flow.comment = _line(caller and caller.app, contents.model(flow.request.raw_content or b""), refused)
+        super().answer(flow, said)
+
+    def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:
+        life = self.lives.get(flow_id)
+        super().finish(flow_id, ended_by, sent=sent)
+        if life is not None and isinstance(life.free, Pass):
+            life.flow.comment = _line(life.free.arrived.app.name, life.free.arrived.endpoint, "free")
+
+    def _ended(self, call: Record) -> None:
+        """A call's cost is written: it goes on its flow."""
+        if self._told is not None:
+            self._told(call)
+        flow = self._awaited.pop(call["call"], None)
+        if flow is not None:
+            self.booked[flow] = call
+            task = asyncio.ensure_future(self._comment(flow, call))
+            self._comments.add(task)
+            task.add_done_callback(self._comments.discard)
+
+    async def _comment(self, flow: http.HTTPFlow, call: Record) -> None:
+        flags = f" ({', '.join(call['flags'])})" if call["flags"] else ""
+        flow.comment = _line(call["app"], call["model"], f"{cents(call['spent_nano'])}{flags}", await self._left(call["app"]))
+        ctx.master.addons.trigger(UpdateHook([flow]))
+
+    async def _left(self, name: str) -> str:
+        """What the tightest of an app's caps leaves it: more it cannot spend today."""
+        policy = self.gate.policy
+        limits = caps(policy, policy.apps[name]) if name in policy.apps else ()
+        try:
+            standings = await self.gate.ledger.capped(limits, now=self.clock())
+        except LedgerUnavailable:
+            return "what is left is not known"
+        left = [nano for each in standings if (nano := _left_nano(each)) is not None]
+        return f"{cents(max(0, min(left)))} left today" if left else "no cap"
+
+    def priced(self, flow: http.HTTPFlow | None, usage: Usage) -> str:
+        """What an answer cost, for its content view."""
+        call = self.booked.get(flow) if flow is not None else None
+        if call is not None:
+            flags = f" ({', '.join(call['flags'])})" if call["flags"] else ""
+            return f"{dollars(call['spent_nano'])}, booked as call {call['call']}{flags}"
+        hour = flow is not None and b'"1h"' in (flow.request.raw_content or b"")
+        bill = cost(self.gate.policy.prices, usage, at=self.clock(), hour_ttl_requested=hour)
+        return "cannot be priced" if bill.nano is None else f"{dollars(bill.nano)} at today's prices; not booked by this process"
+
+    # -- commands: lists of sentences, because the page's command bar shows a text's line ends as \n
+
+    @command.command("gateway.spend")  # type: ignore[untyped-decorator]
+    def spend(self, app: str = "") -> Sequence[str]:
+        """What was spent, is held and is left today and this month: of an app, or of everything."""
+        policy = self.gate.policy
+        names = [app] if app else sorted(policy.apps)
+        known = [policy.apps.get(name) for name in names]
+        if None in known:
+            return [f"No app {app!r}; there: {', '.join(sorted(policy.apps))}."]
+        wanted = scopes(app, policy.apps[app].team) if app else ["total", *map(team_scope, policy.teams), *map(app_scope, names)]
+        try:
+            with admin.reading(self.place) as db:
+                standings = book.standing(db, wanted, all_caps(policy), now=self.clock())
+        except LedgerUnavailable as error:
+            return [f"The ledger cannot be read: {error}."]
+        return [_standing(each) for each in standings if each.window in ("day", "month")]
+
+    @command.command("gateway.explain")  # type: ignore[untyped-decorator]
+    def explain(self, flow: mflow.Flow) -> Sequence[str]:
+        """What would happen to this request if it were sent now: every rule, the quote, the caps."""
+        caller = self.caller(flow)
+        app: AppPolicy | None = self.gate.policy.apps.get(caller.app) if caller else None
+        if app is None or not isinstance(flow, http.HTTPFlow):
+            return ["No app's token came with this flow while this process ran, so there is no policy to judge it by."]
+        found = explanation.explain(self.gate.policy, app, judged_request(flow), self.place, self.clock())
+        return [" ".join(line.split()) for line in explanation.written(found).splitlines() if line.strip(" -")]
+
+
+def _left_nano(standing: Standing) -> int | None:
+    return None if standing.cap_nano is None else standing.cap_nano - standing.spent_nano - standing.reserved_nano
+
+
+def _standing(standing: Standing) -> str:
+    left_nano = _left_nano(standing)
+    left = "no cap" if left_nano is None else f"{cents(left_nano)} left of {cents(standing.cap_nano or 0)}"
+    return f"{standing.scope} {standing.window}: {cents(standing.spent_nano)} spent, {cents(standing.reserved_nano)} held, {left}"
+
+
+def _line(*parts: str | None) -> str:
+    """`app · model · ...`, without what is not known."""
+    return " · ".join(part for part in parts if part)

@@ -1,0 +1,60 @@
+"""mitmweb's replay button, through the gateway's own layers: a replayed request meets every hook that a call of an app meets.
+
+Promises that a replay can be sent in no other way than by admission (its layers inject, and inject nothing without a grant), that
+it can be cut like any other call, and that one replay runs at a time. mitmproxy's own playback builds bare layers, which would send
+the label in the place of the key.
+"""
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from mitmproxy import ctx, http
+from mitmproxy.addons.clientplayback import ClientPlayback, ReplayHandler
+from mitmproxy.options import Options
+from mitmproxy.proxy import server_hooks
+
+from gateway_addon import inject
+from gateway_addon.lives import Life
+
+logger = logging.getLogger(__name__)
+
+
+class GatedReplay(ReplayHandler):
+    """One replay, on a client connection of its own."""
+
+    def __init__(self, flow: http.HTTPFlow, opts: Options) -> None:
+        super().__init__(flow, opts)
+        flow.client_conn = self.client
+        inject.forget(flow)
+        inject.install(self.layer)
+
+    async def run(self) -> None:
+        with ctx.master.addons.get("proxyserver").register_connection(self.client.id, self):  # so that it can be cut
+            try:
+                await self.replay()
+            finally:
+                await self.handle_hook(server_hooks.ClientDisconnectedHook(self.client))
+
+
+class GatedPlayback(ClientPlayback):
+    connections: MutableMapping[str, Life | None]
+    """The addon's table of connections that inject."""
+
+    async def playback(self) -> None:
+        while True:
+            self.inflight = await self.queue.get()
+            try:
+                replay = GatedReplay(self.inflight, self.options)
+                self.connections[replay.client.id] = None
+                await replay.run()
+            except Exception:
+                logger.exception("A replay failed.")
+            self.queue.task_done()
+            self.inflight = None
+
+
+def gate_replays(playback: Any, connections: MutableMapping[str, Life | None]) -> None:
+    """Make mitmproxy's playback, commands and all, one that sends through the gateway."""
+    playback.__class__ = GatedPlayback
+    playback.connections = connections

@@ -1,0 +1,36 @@
+"""The content view `Claude` of mitmweb: requests and answers of the Messages API as `contents` reads them.
+
+Promises to look at nothing but what mitmweb has stored of a flow. Knows no policy; what an answer cost it is told.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from mitmproxy import contentviews, http
+
+from gateway_addon.debugging import contents
+from gateway_addon.usage import Usage
+
+READABLE = ("application/json", "text/event-stream")
+
+
+class ClaudeContentview(contentviews.Contentview):
+    """`priced` says in a few words what a flow's answer cost."""
+
+    def __init__(self, priced: Callable[[http.HTTPFlow | None, Usage], str]) -> None:
+        self._priced = priced
+
+    def prettify(self, data: bytes, metadata: contentviews.Metadata) -> str:
+        message, flow = metadata.http_message, metadata.flow
+        known = flow if isinstance(flow, http.HTTPFlow) else None
+        if isinstance(message, http.Request):
+            text = contents.request(data)
+        else:
+            text = contents.answer(data, metadata.content_type or "", partial(self._priced, known))
+        return text.replace("\n\n", "\n \n")  # mitmweb shows nothing at all for an empty line
+
+    def render_priority(self, data: bytes, metadata: contentviews.Metadata) -> float:
+        """Ahead of the view for JSON, for what is the Messages API's by its path."""
+        flow = metadata.flow
+        ours = isinstance(flow, http.HTTPFlow) and flow.request.path.startswith("/v1/messages")
+        return 3 if ours and data and (metadata.content_type or "").lower().startswith(READABLE) else -1
