@@ -97,7 +97,7 @@ x-gateway: &gateway
   build:
     context: .
     dockerfile: Containerfile
-    args: {PACKAGES: "psycopg[binary]>=3.2 psycopg-pool>=3.2"}
+    args: {PACKAGES: "psycopg[binary]>=3.3.9 psycopg-pool>=3.2"}
   user: "10001:10001"
   environment:
     GATEWAY_LEDGER: postgresql://gateway@ledger/gateway

@@ -176,7 +176,7 @@ async def test_a_dangerous_option_is_refused_while_running(tmp_path, name):
 
 async def test_a_dangerous_option_is_refused_at_the_start(tmp_path):
     async with Simulator() as api:
-        with pytest.raises(exceptions.OptionsError, match="proxy_debug"):
+        with pytest.raises(ValueError, match="proxy_debug"):
             async with gateway(tmp_path, api, {"app": APP}, settings={"options": ("proxy_debug=true",)}):
                 pass
 

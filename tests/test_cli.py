@@ -122,7 +122,7 @@ def test_the_environment_says_where_things_are_to_every_command_that_asks(name):
         assert options.get("--listen", "GATEWAY_LISTEN") == "GATEWAY_LISTEN"
 
 
-TABLES = {"demo", "check", "token list", "report", "explain", "replay", "prices", "inventory", "cutover", "reconcile", "doctor"}
+TABLES = {"batches", "demo", "check", "token list", "report", "explain", "replay", "prices", "inventory", "cutover", "reconcile", "doctor"}
 
 
 def test_what_prints_a_table_prints_json_too():

@@ -11,7 +11,6 @@ import anthropic
 import httpx2
 import pytest
 from gateway import Running, gateway
-from mitmproxy.exceptions import OptionsError
 from tornado import netutil, tcpserver
 from tornado.ioloop import IOLoop
 
@@ -346,7 +345,7 @@ async def test_the_page_changes_no_option_that_leads_around_the_gateway(desk):
 
 
 async def test_a_script_is_refused_at_the_start_too(tmp_path):
-    with pytest.raises(OptionsError, match="real key"):
+    with pytest.raises(ValueError, match="real key"):
         async with Simulator() as api, gateway(
             tmp_path, api, settings={"web_port": 0, "web_password": PASSWORD, "options": ("scripts=/tmp/any.py",)},
             make=partial(DebugAddon, place=tmp_path / "gateway.db"),

@@ -19,7 +19,7 @@ from gateway_addon.ledger.locks import Turnstile, is_dead
 from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.schema import is_behind
 from gateway_addon.ledger.store import driver
-from gateway_addon.ledger.values import LedgerUnavailable, Server, Token
+from gateway_addon.ledger.values import Server, Token
 from gateway_addon.windows import starts
 
 BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
@@ -104,9 +104,6 @@ def reading(path: Path | Server, beat: Callable[[], None] = lambda: None, *, as_
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:  # what the driver makes of Ctrl-C in `step`
             raise KeyboardInterrupt from None
-        if str(error).startswith("no such table"):
-            way_out = "`gateway init --yes`, or the gateway's start, brings it up to date"
-            raise LedgerUnavailable(f"the ledger {path} was made by an earlier version: {way_out} ({error})") from error
         if not files.is_of_the_file(error):
             raise
         raise files.unavailable(path, error) from error

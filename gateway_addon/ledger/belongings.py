@@ -3,9 +3,9 @@
 Promises that an id belongs to one app, the one that made it through the gateway, for good: whoever comes second takes nothing over.
 """
 
-import json
 import sqlite3
 from collections.abc import Iterable
+from itertools import batched
 from typing import Literal, NamedTuple
 
 Kind = Literal["batch", "file"]
@@ -32,7 +32,8 @@ class Page(NamedTuple):
 _COLUMNS = "id, kind, app, made_at, object, gone_at IS NOT NULL"
 OWN = "INSERT INTO belongings (id, kind, app, made_at, object) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 FIND = f"SELECT {_COLUMNS} FROM belongings WHERE id = ?"
-OWNERS = "SELECT id, app FROM belongings WHERE gone_at IS NULL AND id IN (SELECT value ->> 0 FROM json_each(:caps) AS each_cap)"
+OWNERS = "SELECT id, app FROM belongings WHERE gone_at IS NULL AND id IN ({})"
+AT_ONCE = 500  # ids in a statement
 NEWEST = f"""
 SELECT {_COLUMNS} FROM belongings WHERE app = :app AND kind = :kind AND gone_at IS NULL
 ORDER BY made_at DESC, id DESC LIMIT :limit
@@ -61,8 +62,10 @@ def find(db: sqlite3.Connection, id: str) -> Belonging | None:
 
 def owners(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, str]:
     """The apps of those of these ids that are known and not gone."""
-    rows = db.execute(OWNERS, {"caps": json.dumps([[id] for id in sorted(set(ids))])}).fetchall()
-    return dict(rows)
+    found: dict[str, str] = {}
+    for some in batched(sorted(set(ids)), AT_ONCE):
+        found.update(dict(db.execute(OWNERS.format(", ".join("?" * len(some))), some).fetchall()))
+    return found
 
 
 def chosen(db: sqlite3.Connection, app: str, kind: Kind, ids: Iterable[str]) -> tuple[Belonging, ...]:
