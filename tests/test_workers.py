@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from gateway import APP, write_policies
 from gateway_addon import identity
 from gateway_addon.ledger import admin, files
 from gateway_addon.simulator import KEY, Behaviour, Simulator
-from gateway_addon.workers import cores
+from gateway_addon.workers import ListeningLoop, bind, cores
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -163,6 +164,27 @@ def test_a_gateway_that_cannot_start_says_why_once(tmp_path):
     command = [sys.executable, "-m", "gateway_addon", "serve", *where]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30)
     assert (done.returncode, done.stdout, done.stderr.count("SIMULATED_KEY")) == (2, "", 1), done.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_what_is_said_is_sent_at_once(host):
+    """A head and its body are two pieces: the second must not wait until the client has acknowledged the first."""
+    seen = []
+
+    async def accepted(_, writer):
+        seen.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def meet(listener):
+        server = await asyncio.start_server(accepted, host, 0)
+        reader, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+        await reader.read()
+        writer.close()
+        server.close()
+
+    with bind(host, 0) as listener, asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:
+        runner.run(meet(listener))
+    assert seen == [1]
 
 
 async def test_a_taken_port_is_said_in_a_sentence(tmp_path):
