@@ -16,7 +16,6 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,7 +25,6 @@ from gateway_addon.answers import Answer, me, visible_models
 from gateway_addon.bounds import Quote, quote
 from gateway_addon.calls import Tell, record
 from gateway_addon.door import Door
-from gateway_addon.grants import TICK_S
 from gateway_addon.herald import Herald
 from gateway_addon.ledger import (
     Alert,
@@ -52,15 +50,14 @@ from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
-from gateway_addon.sentences import cut_sentence, denied, elsewhere, headroom, noisy, over_request_cap, paused
+from gateway_addon.sentences import denied, elsewhere, headroom, noisy, over_request_cap, paused
 from gateway_addon.settlement import EndedBy, Void, drifted, settle
+from gateway_addon.streams import Cut, Streams
 from gateway_addon.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 LIMITS_EVERY_S = 1.0  # how often the shared key's limits are written down, however many answers carry them
-LOOK_AT_LEASE_S = 0.25
-CUT_CODES = {"budget": "cap_spent", "paused": "app_paused", "adrift": "ledger"}
 READY_FOR_S = 1.0
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
 
@@ -85,15 +82,12 @@ class Gate:
         self.policy_problem: str | None = None
         """Why the files on disk are not in force, after a reload that failed."""
         self.key_problem: str | None = None
-        self._running: dict[Running, Callable[[str], None]] = {}
+        self.streams = Streams(ledger, clock)
         self._door = Door(ledger)
         self._herald = herald
         self.workspace = Workspace(ledger, self._door, clock, self.batch_closed, self._resolve)
         self._heralding: asyncio.Task[None] | None = None
         self._limits_at = -math.inf
-        self._top_ups: asyncio.Task[None] | None = None
-        self._lookout: asyncio.Task[None] | None = None
-        self._hurry = asyncio.Event()
         self._noise = Noise()
         self._ready_at = -math.inf
 
@@ -225,10 +219,10 @@ class Gate:
 
     # -- running
 
-    def run(self, ticket: Ticket, cut: Callable[[str], None]) -> Running:
+    def run(self, ticket: Ticket, cut: Cut) -> Running:
         """Start to account for an admitted call. `cut` ends it before its time, given the reason (`paused`)."""
         running = Running(ticket)
-        self._running[running] = cut
+        self.streams.running[running] = cut
         return running
 
     def progressed(self, running: Running, now: float) -> None:
@@ -236,83 +230,28 @@ class Gate:
         back_nano = running.release_nano()
         if back_nano:
             self._later(self.ledger.release(running.ticket.call_id, back_nano, now=now))
-        if running.runs_short(now):
-            self._hurry.set()
+        self.streams.look_after(running, now)
 
     def start(self) -> None:
-        """Begin to top running streams up, to cut those of a lost ledger, and to tell alerts, in the running loop."""
-        self._top_ups = asyncio.ensure_future(self._keep_topping_up())
-        self._lookout = asyncio.ensure_future(self._keep_to_the_lease())
+        """Begin to look after running streams, and to tell alerts, in the running loop."""
+        self.streams.start()
         if self._herald is not None:
             self._heralding = asyncio.ensure_future(self._herald.run(lambda: self.policy))
 
     async def stop(self) -> None:
         """Write what is waiting and let the ledger go."""
-        for task in (self._top_ups, self._lookout, self._heralding):
-            if task is not None:
-                task.cancel()
+        self.streams.stop()
+        if self._heralding is not None:
+            self._heralding.cancel()
         if self._herald is not None:
             await self._herald.stop()
         await self.ledger.close()
-
-    async def _keep_topping_up(self) -> None:
-        while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), TICK_S)
-            self._hurry.clear()
-            try:
-                await self.top_up(self._clock())
-                await self._cut_paused(self._clock())
-            except LedgerUnavailable as error:
-                logger.warning("Running streams could not be topped up: %s", error)
-            except Exception:
-                logger.exception("Topping up failed; running streams are cut where their grants end.")
-            await asyncio.sleep(TICK_S / 4)  # however great the hurry: a few writes a second, not one per delta
-
-    async def top_up(self, now: float) -> None:
-        """Ask for more output for every running stream that will need it, in one ledger write. Raises LedgerUnavailable."""
-        short = [(running, tokens) for running in self._running if (tokens := running.wanted_tokens(now))]
-        wanted = [(running, tokens, nano) for running, tokens in short if (nano := running.extension_nano(tokens)) <= _room_nano(running)]
-        if not wanted:
-            return
-        granted = await self.ledger.extend([(running.ticket.call_id, nano) for running, _, nano in wanted], now=now)
-        for (running, tokens, _), ok in zip(wanted, granted, strict=True):
-            if ok:
-                running.granted_tokens += tokens
-
-    async def _cut_paused(self, now: float) -> None:
-        """End the running calls of whoever was paused `--now`. Raises LedgerUnavailable."""
-        paused_now = {pause.scope for pause in await self.ledger.pauses(now=now) if pause.cut}
-        for running, cut in list(self._running.items()) if paused_now else ():
-            if paused_now & set(running.ticket.scopes):
-                cut("paused")
-
-    async def _keep_to_the_lease(self) -> None:
-        """Beside the top-ups, not among them: those wait for the ledger, and this is for when it does not answer."""
-        while True:
-            await asyncio.sleep(LOOK_AT_LEASE_S)
-            try:
-                self._cut_adrift()
-            except Exception:
-                logger.exception("Streams without a ledger could not be cut; it is tried again.")
-
-    def _cut_adrift(self) -> None:
-        """End the running streams whose calls another gateway will settle at what they hold. What does not stream runs to its end:
-        the provider bills it in any case, within what it holds."""
-        adrift = self.ledger.adrift()
-        for running, cut in list(self._running.items()) if adrift else ():
-            if running.ticket.call_id in adrift and running.ticket.call.stream:
-                cut("adrift")
-
-    def cut_refusal(self, running: Running) -> Refusal:
-        """Why the gateway ends a running call."""
-        return Refusal(CUT_CODES[running.cut or "budget"], cut_sentence(running))
 
     # -- close
 
     def close(self, running: Running, *, sent: bool, ended_by: EndedBy, now: float) -> None:
         """Resolve an ended call's reservation. Written for certain, though perhaps after the client has its answer."""
-        self._running.pop(running, None)
+        self.streams.running.pop(running, None)
         call_id = running.ticket.call_id
         result = settle(running, sent=sent, ended_by=ended_by)
         end = result.outcome if isinstance(result, Void) else result
@@ -449,13 +388,6 @@ class Gate:
 
 async def _visible(arrived: Arrived, status: int, body: bytes) -> bytes:
     return visible_models(arrived.app, arrived.policy.prices, body) if status == 200 else body
-
-
-def _room_nano(running: Running) -> float:
-    """What a running stream may still be granted under its request cap."""
-    app = running.ticket.app
-    cap_nano = None if app.observes("caps") else app.caps.get("request")
-    return math.inf if cap_nano is None else cap_nano - running.held_nano
 
 
 def _ledger_refusal(error: LedgerUnavailable) -> Refusal:

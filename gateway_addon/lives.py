@@ -19,6 +19,7 @@ from gateway_addon.gate import Gate
 from gateway_addon.passes import Arrived, Pass
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
+from gateway_addon.streams import cut_refusal
 
 CUT_GRACE_S = 0.1  # how long a cut stream may take to complete its current event
 LOOK_AGAIN_S = 3600.0
@@ -155,13 +156,13 @@ class Life:
             return
         running.cut = why
         if running.meter is None:
-            self.wire.refusal = self.gate.cut_refusal(running)
+            self.wire.refusal = cut_refusal(running)
         elif running.meter.at_event_boundary and not running.encoded:
             self.wire.last_words = self._last_words(running)
         self.close_upstream()
 
     def _last_words(self, running: Running) -> bytes:
-        refusal = self.gate.cut_refusal(running)
+        refusal = cut_refusal(running)
         return error_event(refusal.error_type, refusal.sentence)
 
     def close_upstream(self) -> None:

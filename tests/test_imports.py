@@ -17,7 +17,7 @@ OWN = {
         "settlement", "sse", "usage",
     },
     "explanation": {"bounds", "ledger", "money", "policy", "reading", "refusals"},
-    "lives": {"answers", "gate", "inject", "passes", "refusals", "running"},
+    "lives": {"answers", "gate", "inject", "passes", "refusals", "running", "streams"},
     "inject": {"headers", "refusals"},
     "listener": {"policy"},
     "modes": set(),
@@ -26,8 +26,9 @@ OWN = {
     "headers": set(),
     "gate": {
         "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "offers", "origin",
-        "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "workspace",
+        "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "streams", "workspace",
     },
+    "streams": {"grants", "ledger", "refusals", "running", "sentences"},
     "workspace": {
         "answers", "batches", "booking", "door", "files", "ledger", "passes", "policy", "pricing", "reading", "refusals", "sentences", "usage",
     },

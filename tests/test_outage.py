@@ -204,7 +204,7 @@ async def test_a_gateway_that_cannot_renew_its_lease_cuts_its_streams_before_it_
         whole = asyncio.ensure_future(gw.client().messages.create(
             model="claude-haiku-4-5", max_tokens=800, messages=[{"role": "user", "content": 'simulate: {"tokens_per_s": 280, "output_tokens": 800}'}]
         ))  # fmt: skip
-        await until(lambda: len(gw.gate._running) == 2)
+        await until(lambda: len(gw.gate.streams.running) == 2)
         await asyncio.sleep(0.3)
         [(lease_until,)] = rows(place, "SELECT lease_until FROM owners")
         if way == "stopped":
@@ -238,7 +238,7 @@ async def test_a_gateway_that_was_frozen_beyond_its_lease_cuts_what_it_had_and_g
     """The clock of its own that it would have kept to stood still with it."""
     async with Simulator() as api, gateway(home, api, ledger_url=place.url) as gw:
         running = asyncio.ensure_future(stream(gw, tokens_per_s=200, tokens_per_event=5))
-        await until(lambda: len(gw.gate._running) == 1)
+        await until(lambda: len(gw.gate.streams.running) == 1)
         before = gw.gate.ledger.owner
         with admin.changing(place) as db:
             db.execute("DELETE FROM owners WHERE id = ?", (before,))

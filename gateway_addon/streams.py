@@ -1,0 +1,110 @@
+"""The running calls of one process: topped up before they run out, and ended before their time where they must be.
+
+Promises that output is asked for ahead of need, a few ledger writes a second however many streams run; that a stream whose grant may
+not grow ends where it ends (lives.py holds it to that); and that calls of a lost ledger, or of an app that was paused, are cut. Knows
+the ledger and running calls; nothing of mitmproxy, nor of who may ask for what.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable
+from contextlib import suppress
+
+from gateway_addon.grants import TICK_S
+from gateway_addon.ledger import Ledger, LedgerUnavailable
+from gateway_addon.refusals import Refusal
+from gateway_addon.running import Running
+from gateway_addon.sentences import cut_sentence
+
+logger = logging.getLogger(__name__)
+
+LOOK_AT_LEASE_S = 0.25
+CUT_CODES = {"budget": "cap_spent", "paused": "app_paused", "adrift": "ledger"}
+
+type Cut = Callable[[str], None]
+"""Ends a running call before its time, given the reason: a key of `CUT_CODES`."""
+
+
+class Streams:
+    """`clock` returns unix seconds; it paces top-ups only."""
+
+    def __init__(self, ledger: Ledger, clock: Callable[[], float]):
+        self._ledger = ledger
+        self._clock = clock
+        self.running: dict[Running, Cut] = {}
+        self._hurry = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to top up and to look at the lease, in the running loop."""
+        self._tasks = [asyncio.ensure_future(self._keep_topping_up()), asyncio.ensure_future(self._keep_to_the_lease())]
+
+    def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def look_after(self, running: Running, now: float) -> None:
+        """A running answer showed more: if it will need more than it holds, ask for that soon."""
+        if running.runs_short(now):
+            self._hurry.set()
+
+    async def _keep_topping_up(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), TICK_S)
+            self._hurry.clear()
+            try:
+                await self.top_up(self._clock())
+                await self._cut_paused(self._clock())
+            except LedgerUnavailable as error:
+                logger.warning("Running streams could not be topped up: %s", error)
+            except Exception:
+                logger.exception("Topping up failed; running streams are cut where their grants end.")
+            await asyncio.sleep(TICK_S / 4)  # however great the hurry: a few writes a second, not one per delta
+
+    async def top_up(self, now: float) -> None:
+        """Ask for more output for every running stream that will need it, in one ledger write. Raises LedgerUnavailable."""
+        short = [(running, tokens) for running in self.running if (tokens := running.wanted_tokens(now))]
+        wanted = [(running, tokens, nano) for running, tokens in short if (nano := running.extension_nano(tokens)) <= _room_nano(running)]
+        if not wanted:
+            return
+        granted = await self._ledger.extend([(running.ticket.call_id, nano) for running, _, nano in wanted], now=now)
+        for (running, tokens, _), ok in zip(wanted, granted, strict=True):
+            if ok:
+                running.granted_tokens += tokens
+
+    async def _cut_paused(self, now: float) -> None:
+        """End the running calls of whoever was paused `--now`. Raises LedgerUnavailable."""
+        paused_now = {pause.scope for pause in await self._ledger.pauses(now=now) if pause.cut}
+        for running, cut in list(self.running.items()) if paused_now else ():
+            if paused_now & set(running.ticket.scopes):
+                cut("paused")
+
+    async def _keep_to_the_lease(self) -> None:
+        """Beside the top-ups, not among them: those wait for the ledger, and this is for when it does not answer."""
+        while True:
+            await asyncio.sleep(LOOK_AT_LEASE_S)
+            try:
+                self._cut_adrift()
+            except Exception:
+                logger.exception("Streams without a ledger could not be cut; it is tried again.")
+
+    def _cut_adrift(self) -> None:
+        """End the running streams whose calls another gateway will settle at what they hold. What does not stream runs to its end:
+        the provider bills it in any case, within what it holds."""
+        adrift = self._ledger.adrift()
+        for running, cut in list(self.running.items()) if adrift else ():
+            if running.ticket.call_id in adrift and running.ticket.call.stream:
+                cut("adrift")
+
+
+def cut_refusal(running: Running) -> Refusal:
+    """Why the gateway ends a running call."""
+    return Refusal(CUT_CODES[running.cut or "budget"], cut_sentence(running))
+
+
+def _room_nano(running: Running) -> float:
+    """What a running stream may still be granted under its request cap."""
+    cap_nano = None if running.ticket.app.observes("caps") else running.ticket.app.caps.get("request")
+    return math.inf if cap_nano is None else cap_nano - running.held_nano
