@@ -3,6 +3,8 @@
 What each line is for: https://www.freedesktop.org/software/systemd/man/systemd.exec.html
 """
 
+import shlex
+
 UNIT = """\
 # The gateway as a service. Once:
 #   useradd --system --home-dir /var/lib/gateway gateway
@@ -99,5 +101,6 @@ CMD ["sh", "-c", "python -m gateway_addon init --yes && exec python -O -m gatewa
 
 def systemd(root: str, python: str) -> str:
     """A unit that runs the project in the folder `root` by the interpreter `python`, both absolute paths."""
+    root, python = (path.replace("%", "%%") for path in (root, python))  # a % begins a specifier
     at_home = any(path.startswith(("/home/", "/root/")) for path in (root, python))
-    return UNIT.format(root=root, python=python, home="read-only" if at_home else "yes")
+    return UNIT.format(root=root, python=shlex.quote(python), home="read-only" if at_home else "yes")

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -49,6 +50,17 @@ def test_systemd_takes_the_unit_and_finds_it_hardened(tmp_path):
 def test_a_checkout_at_home_stays_readable_and_no_more(root, home):
     unit = services.systemd(root, f"{root}/.venv/bin/python")
     assert dict(directives(unit))["ProtectHome"] == home
+
+
+@has_systemd
+def test_a_checkout_may_lie_in_a_folder_with_spaces(tmp_path):
+    python = tmp_path / "my gateway" / "100%" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    unit = tmp_path / "gateway.service"
+    unit.write_text(services.systemd(str(python.parent), str(python)))
+    verified = subprocess.run([ANALYZE, "verify", unit], capture_output=True, text=True, timeout=60)
+    assert (verified.returncode, verified.stderr) == (0, "")
 
 
 async def test_the_units_commands_make_a_ledger_and_serve_until_they_are_stopped(tmp_path):
