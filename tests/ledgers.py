@@ -1,5 +1,6 @@
 """Ledgers for tests, on both engines: values of the shapes that the ledger takes, and a ledger with one app's token in it."""
 
+import asyncio
 import os
 import sqlite3
 from contextlib import closing
@@ -84,3 +85,11 @@ def balance(path: Path | Server, scope: str = "app:reports", window: str = "ever
 def die(journal: Journal) -> None:
     """End a journal as its process's death would: the operating system closes the file, and with it the lock."""
     os.close(journal._file)
+
+
+async def until(true, seconds=10):
+    for _ in range(int(seconds / 0.02)):
+        if true():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not come true")

@@ -25,7 +25,7 @@ OWN = {
     "handling": {"dispatch"},
     "headers": set(),
     "gate": {
-        "alerts", "answers", "bounds", "calls", "door", "grants", "herald", "identity", "ledger", "money", "noise", "offers", "origin",
+        "alerts", "answers", "bounds", "calls", "door", "herald", "identity", "ledger", "money", "noise", "offers", "origin",
         "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "streams", "workspace",
     },
     "streams": {"grants", "ledger", "refusals", "running", "sentences"},

@@ -12,7 +12,7 @@ import anthropic
 import postgresql
 import pytest
 from gateway import gateway
-from ledgers import CALL, DAY_CAP, NOON, balance, die, rows, url
+from ledgers import CALL, DAY_CAP, NOON, balance, die, rows, until, url
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin, facade, postgres, proof
 from gateway_addon.ledger.journal import Journal
@@ -53,14 +53,6 @@ def journal_of(place, home, owner):
 def sound(place):
     with admin.reading(place) as db:
         return proof.findings(db) == []
-
-
-async def until(true, seconds=10):
-    for _ in range(int(seconds / 0.02)):
-        if true():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not come true")
 
 
 async def refused(ledger, text):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import postgresql
 import psycopg
 import pytest
-from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, url
+from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, until, url
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, book, files, pgsession, postgres, proof
 
@@ -37,14 +37,6 @@ async def refused(ledger, text):
     with pytest.raises(LedgerUnavailable, match=text):
         await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
     return time.monotonic() - began
-
-
-async def until(true, seconds=10):
-    for _ in range(int(seconds / 0.02)):
-        if true():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not come true")
 
 
 # --- failure is refusal, quickly
