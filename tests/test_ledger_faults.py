@@ -64,8 +64,8 @@ def broken_disk(monkeypatch):
 
 async def reconnect(ledger):
     """Make the writer open a new connection on its next turn."""
-    ledger._writer._db.close()
-    ledger._writer._db = None
+    ledger._line.writer._db.close()
+    ledger._line.writer._db = None
 
 
 async def refused(ledger, text):

@@ -56,7 +56,7 @@ def replaced(ledger, path):
 
 
 def _reconnect(ledger):
-    writer = ledger._writer
+    writer = ledger._line.writer
     if writer._db is not None:
         writer._db.close()
         writer._db = None

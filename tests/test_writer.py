@@ -1,12 +1,10 @@
 """The writer's thread, on a store made for the test: what shares a commit, and what is told of it when one fails."""
 
-from contextlib import nullcontext
-
 import pytest
 
 from gateway_addon.ledger.store import EVERYTHING
-from gateway_addon.ledger.values import LedgerUnavailable
 from gateway_addon.ledger.writer import Operation, Writer, apart
+from tests.stores import Store
 
 
 def scoped(*scopes):
@@ -32,53 +30,6 @@ def test_a_commit_holds_few_scopes_and_what_has_one_in_common_is_in_one(scopes, 
     assert [[" ".join(sorted(each.scopes)) for each in group] for group in apart(operations, scopes_max)] == groups
 
 
-class Down(Exception):
-    """The store's own failure."""
-
-
-class Store:
-    """Rows in a list. `fails`: what happens at each commit from the first on; `carried out` is a commit in doubt that took place."""
-
-    errors = (Down,)
-    journal = None
-
-    def __init__(self, *fails, scopes_max=1):
-        self.rows, self.tried, self.scopes_max = [], [], scopes_max
-        self._fails, self._commits, self._begun = iter(fails), 0, []
-        self.in_transaction = False
-
-    still = hang_up = close = lambda self: None
-    connect = lambda self: self  # noqa: E731
-    turn = lambda self: nullcontext()  # noqa: E731
-
-    def begin(self, db, scopes):
-        self._begun = []
-        self.tried.append("".join(sorted(scopes)))
-
-    def stamp(self, db, number):
-        self._number = number
-
-    def commit(self, db):
-        fail = next(self._fails, "")
-        if fail in ("", "carried out"):
-            self.rows += self._begun
-            self._commits = self._number
-        if fail:
-            raise Down(fail)
-
-    def commits(self, db):
-        return self._commits
-
-    def unavailable(self, error):
-        return LedgerUnavailable(f"{error}")
-
-    def is_its_own(self, error):
-        return isinstance(error, Down)
-
-    def is_busy(self, error):
-        return False
-
-
 def written(store, *names, broken=()):
     """Give a writer operations, a name each and a scope of that name; in capitals they are lasting. Returns what each was told."""
     told = {name: [] for name in names}
@@ -88,7 +39,7 @@ def written(store, *names, broken=()):
             raise ValueError(name)
         store._begun.append(name)
 
-    def deliver(answers):
+    def deliver(answers, dealt_with):
         for answer in answers:
             answer.operation.tell(answer.value)
 

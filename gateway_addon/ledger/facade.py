@@ -5,7 +5,6 @@ refused with `LedgerUnavailable` within `timeout_s` where it cannot be written. 
 """
 
 import asyncio
-import concurrent.futures
 import logging
 import sqlite3
 import sys
@@ -19,6 +18,7 @@ from typing import Literal, NamedTuple, Self, cast
 
 from gateway_addon.ledger import book, files, notes, owners
 from gateway_addon.ledger.filestore import FileStore
+from gateway_addon.ledger.line import Line
 from gateway_addon.ledger.store import EVERYTHING, Store, driver
 from gateway_addon.ledger.values import (
     Alert,
@@ -39,7 +39,7 @@ from gateway_addon.ledger.values import (
     Token,
     app_scope,
 )
-from gateway_addon.ledger.writer import Answer, Operation, Writer
+from gateway_addon.ledger.writer import Operation
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Ledger:
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, _Held] = {}
-        self._writer = Writer(store, self._deliver, *((self._on_the_loop,) if store.near else ()))
+        self._line = Line(store)
         self._letting_go = False
         self._heart: asyncio.Future[None] | None = None
 
@@ -87,7 +87,7 @@ class Ledger:
             await asyncio.to_thread(files.create, path)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         ledger = cls(_store(path, timeout_s), timeout_s)
-        ledger._writer.start()
+        ledger._line.start()
         try:
             if ledger._store.heartbeat_s:
                 await ledger.ready()  # only the server knows which ledger this is, and so which journals are its own
@@ -102,11 +102,10 @@ class Ledger:
         """Write what is waiting, then let go. What is still open then is settled by the next sweep."""
         if self._heart is not None:
             self._heart.cancel()
-        if not await asyncio.to_thread(self._writer.stop, timeout_s):
+        if not await self._line.stop(timeout_s):
             kept = self._store.journal
             then = f"writes them from {kept}" if kept is not None else "settles these calls at what they hold"
             log.error("the ledger %s did not take the last settlements; the next start %s", self._store, then)
-        await asyncio.sleep(0)  # the last batch's answers
         await self._store.close()
 
     @property
@@ -303,23 +302,25 @@ class Ledger:
             except LedgerUnavailable as error:
                 log.debug("no sign of life could be given: %s", error)
 
-    # the way to the writer's thread and back
+    # the way to the writer and back
 
     async def _ask(self, rank: int, apply: Change, scopes: frozenset[str] = frozenset(), instead: Change | None = None) -> object:
         future: asyncio.Future[object] = self._loop.create_future()
         tell = partial(self._tell, future)
-        self._writer.put(Operation(apply, rank, scopes, instead=instead, wanted=lambda: not future.done(), tell=tell))
+        self._line.put(Operation(apply, rank, scopes, instead=instead, wanted=lambda: not future.done(), tell=tell))
+        too_late = self._loop.call_later(self._timeout_s, self._give_up, future)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await future
-        except TimeoutError:
-            self._disown(future)
-            raise LedgerUnavailable(
-                f"the ledger {self._store} did not answer within {self._timeout_s:g} s: it is slow or another process holds it"
-            ) from None
+            return await future
         except asyncio.CancelledError:
             self._disown(future)
             raise
+        finally:
+            too_late.cancel()
+
+    def _give_up(self, future: asyncio.Future[object]) -> None:
+        if not future.done():
+            sentence = f"the ledger {self._store} did not answer within {self._timeout_s:g} s: it is slow or another process holds it"
+            future.set_exception(LedgerUnavailable(sentence))
 
     def _disown(self, future: asyncio.Future[object]) -> None:
         """The answer came, but its caller had gone in the same instant."""
@@ -330,39 +331,16 @@ class Ledger:
         future: asyncio.Future[object] = self._loop.create_future()
         instead = partial(book.end, ending=replace(record, settlement=UNSTORABLE)) if record and record.kind == "settle" else None
         tell = partial(self._tell, future)
-        self._writer.put(Operation(apply, RESOLVE, scopes, lasting=True, patient=True, instead=instead, record=record, tell=tell))
+        self._line.put(Operation(apply, RESOLVE, scopes, lasting=True, patient=True, instead=instead, record=record, tell=tell))
         return future
 
     def _record(self, apply: Change, *scopes: str) -> None:
-        full = self._writer.waiting >= BACKLOG_MAX
+        full = self._line.waiting >= BACKLOG_MAX
         if full and not self._letting_go:
             log.error("the ledger %s is behind: refused and free calls are not recorded until it catches up", self._store)
         self._letting_go = full
         if not full:
-            self._writer.put(Operation(apply, RECORD, frozenset(scopes), patient=True))
-
-    def _deliver(self, answers: Sequence[Answer]) -> None:
-        """On the writer's thread: wake the loop once for the whole batch."""
-        try:
-            self._loop.call_soon_threadsafe(_tell_all, answers)
-        except RuntimeError:
-            log.debug("the loop ended before %d answers of the ledger", len(answers))
-
-    def _on_the_loop(self, work: Callable[[], list[Answer]]) -> list[Answer]:
-        """On the writer's thread: have the loop run the statements, between the lock and the commit that this thread waits for."""
-        outcome: concurrent.futures.Future[list[Answer]] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(work())
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        try:
-            self._loop.call_soon_threadsafe(run)
-        except RuntimeError:  # the loop has ended: what is left is this thread's alone
-            return work()
-        return outcome.result()
+            self._line.put(Operation(apply, RECORD, frozenset(scopes), patient=True))
 
     def _tell(self, future: asyncio.Future[object], answer: object) -> None:
         if future.done():
@@ -392,8 +370,3 @@ def _store(place: Path | Server, timeout_s: float) -> Store:
 
 def _touched(app: str, caps: Sequence[Cap]) -> frozenset[str]:
     return frozenset((app_scope(app), *(cap.scope for cap in caps)))
-
-
-def _tell_all(answers: Sequence[Answer]) -> None:
-    for answer in answers:
-        answer.operation.tell(answer.value)

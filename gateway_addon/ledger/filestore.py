@@ -52,6 +52,7 @@ class FileStore:
                 enter = "INSERT INTO owners (id, pid, host, started_at) VALUES (?, ?, ?, ?)"
                 db.execute(enter, (self.owner, os.getpid(), socket.gethostname(), time.time()))
                 self._enrolled = True
+            db.execute("PRAGMA busy_timeout = 0")  # a batch may begin on the loop, which waits for nobody; the thread tries again by itself
         except BaseException:
             db.close()
             raise
@@ -65,6 +66,9 @@ class FileStore:
 
     def turn(self) -> AbstractContextManager[None]:
         return self._turnstile.turn()
+
+    def turn_now(self) -> Callable[[], None] | None:
+        return self._turnstile.turn_now()
 
     def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
         db.execute("BEGIN IMMEDIATE")

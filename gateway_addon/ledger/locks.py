@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -43,7 +43,19 @@ class Turnstile:
         try:
             yield
         finally:
-            fcntl.flock(self._write, fcntl.LOCK_UN)
+            self._leave()
+
+    def turn_now(self) -> Callable[[], None] | None:
+        """A turn that is free at this moment, with nobody ahead: taken, until the function that is returned is called."""
+        if not _free(self._turn):
+            return None
+        try:
+            return self._leave if _free(self._write) else None
+        finally:
+            fcntl.flock(self._turn, fcntl.LOCK_UN)
+
+    def _leave(self) -> None:
+        fcntl.flock(self._write, fcntl.LOCK_UN)
 
     def close(self) -> None:
         os.close(self._turn)
@@ -72,12 +84,9 @@ def is_dead(ledger: Path, owner: str) -> bool:
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return _free(file)
     finally:
         os.close(file)
-    return True
 
 
 def living(ledger: Path) -> list[str]:
@@ -93,6 +102,15 @@ def bury(ledger: Path, owner: str) -> None:
 
 def _owner_path(ledger: Path, owner: str) -> Path:
     return folder(ledger) / f"owner-{owner}"
+
+
+def _free(file: int) -> bool:
+    """Take a lock that nobody holds."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _open(path: Path) -> int:

@@ -197,6 +197,9 @@ class ServerStore:
     def turn(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def turn_now(self) -> None:
+        return None
+
     def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
         _begin(cast(Connection, db), scopes)
 

@@ -65,6 +65,9 @@ class Store(Protocol):
     def turn(self) -> AbstractContextManager[None]:
         """The writer's turn among the processes, taken before `begin`."""
 
+    def turn_now(self) -> Callable[[], None] | None:
+        """The same where it is to be had without waiting, and what ends it; None where it is not, as on a server."""
+
     def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
         """Begin a transaction that may judge and change the balances of `scopes`, alone in each of them until its commit."""
 

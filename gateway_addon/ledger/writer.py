@@ -56,6 +56,19 @@ class Answer(NamedTuple):
     value: object
 
 
+class Begun(NamedTuple):
+    """A batch whose statements have run, in a turn that was free: what is left is to make it durable, and to end the turn."""
+
+    db: sqlite3.Connection
+    answers: list[Answer]
+    leave: Callable[[], None]
+
+
+type Deliver = Callable[[Sequence[Answer], int | None], None]
+"""Takes answers, on the writer's thread. With a number: all that was handed over up to the so-manieth is dealt with, nothing is kept or
+in doubt, and the thread waits for more."""
+
+
 type Compute = Callable[[Callable[[], list[Answer]]], list[Answer]]
 """Runs a batch's statements and returns their answers. They run where the answers are wanted, on the event loop: SQLite lets go of the
 interpreter at every step, and a thread that has to win it back from a busy loop each time costs both of them more than all the
@@ -63,18 +76,15 @@ statements do (measured: 0.84 ms a call against 0.41). What can wait for a disk 
 
 
 class Writer:
-    """Start with `start`, hand over with `put`, end with `stop`. `deliver` is called on the writer's thread, once a batch."""
+    """Start with `start`, hand over with `put`, end with `stop`."""
 
-    def __init__(
-        self,
-        store: Store,
-        deliver: Callable[[Sequence[Answer]], None],
-        compute: Compute = lambda work: work(),
-    ) -> None:
+    def __init__(self, store: Store, deliver: Deliver, compute: Compute = lambda work: work()) -> None:
         self._store = store
         self._deliver = deliver
         self._compute = compute
-        self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Operation | Begun | None] = queue.SimpleQueue()
+        self._taken = 0
+        self._begun: Begun | None = None
         self._db: sqlite3.Connection | None = None
         self._commits = 0
         self._doubt: tuple[int, list[Answer]] | None = None
@@ -84,13 +94,33 @@ class Writer:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, operation: Operation) -> None:
-        self._queue.put(operation)
+    def put(self, work: Operation | Begun) -> None:
+        self._queue.put(work)
 
     @property
     def waiting(self) -> int:
         """Operations not yet taken up."""
         return self._queue.qsize()
+
+    def begin(self, operations: Sequence[Operation]) -> Begun | None:
+        """Run a batch's statements here and now, while the thread waits for work and has nothing left to do: to be `put`, next.
+
+        None where anything stands in the way: another writer's turn, a connection to be made, a failure. That is the thread's affair.
+        """
+        db, leave = self._db, None
+        try:
+            leave = self._store.turn_now() if db is not None else None
+            if db is None or leave is None:
+                return None
+            self._store.still()
+            return Begun(db, self._statements(db, sorted(operations, key=_rank), lambda work: work()), leave)
+        except BaseException as error:
+            if leave is not None:
+                leave()
+            if not isinstance(error, Exception):
+                raise
+            log.debug("a batch could not begin on the loop; the writer's thread takes it over", exc_info=True)
+            return None
 
     def stop(self, timeout_s: float) -> bool:
         """Write what is waiting and end; False where that took longer (the thread goes on, the sweep will settle the rest)."""
@@ -104,11 +134,17 @@ class Writer:
         while not stopping or kept:
             arrived, stop = self._take(wait_s=self._backoff_s() if kept or stopping else None)
             stopping = stopping or stop
+            begun, self._begun = self._begun, None
+            if begun is not None:
+                kept = self._finish(begun)
+                continue
             if kept or self._failures:
                 self._record(kept + arrived)
             kept = self._one_by_one(apart(kept + arrived, self._store.scopes_max))
             if not kept and self._store.journal is not None:
                 self._store.journal.clear()
+            if not kept and not self._failures and self._doubt is None and self._queue.empty():
+                self._deliver((), self._taken)
         self._disconnect()
         self._store.hang_up()
 
@@ -132,6 +168,10 @@ class Writer:
         try:
             found = self._queue.get(timeout=wait_s) if wait_s != 0 else self._queue.get_nowait()
             while found is not None:
+                self._taken += 1
+                if isinstance(found, Begun):
+                    self._begun = found
+                    return False
                 taken.append(found)
                 if len(taken) >= BATCH_MAX:
                     return False
@@ -155,7 +195,7 @@ class Writer:
 
     def _attempt(self, operations: list[Operation]) -> list[Operation]:
         """Write the operations that are still wanted and tell their answers; returns those to be tried again."""
-        operations = sorted((each for each in operations if each.lasting or each.wanted()), key=lambda each: each.rank)
+        operations = sorted((each for each in operations if each.lasting or each.wanted()), key=_rank)
         if not operations and self._doubt is None:
             return []
         try:
@@ -170,7 +210,21 @@ class Writer:
         self._failures = 0
         if answers is None:
             return self._one_by_one([[operation] for operation in operations])
-        self._deliver(answers)
+        self._deliver(answers, None)
+        return []
+
+    def _finish(self, begun: Begun) -> list[Operation]:
+        """Make durable what was begun on the loop, and end its turn; returns what is to be tried again."""
+        try:
+            try:
+                self._make_durable(begun.db, begun.answers)
+            finally:
+                begun.leave()
+        except self._store.errors as error:
+            kept = self._failed([answer.operation for answer in begun.answers], error)
+            self._deliver((), None)  # so that what waits on the loop comes here, and is told of the failure too
+            return kept
+        self._deliver(begun.answers, self._taken)
         return []
 
     def _connection(self) -> sqlite3.Connection:
@@ -203,21 +257,28 @@ class Writer:
         return self._transaction(db, operations)
 
     def _commit(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Answer]:
+        answers = self._statements(db, operations, self._compute)
+        self._make_durable(db, answers)
+        return answers
+
+    def _statements(self, db: sqlite3.Connection, operations: Sequence[Operation], compute: Compute) -> list[Answer]:
         self._store.begin(db, frozenset[str]().union(*(operation.scopes for operation in operations)))
         try:
-            answers = self._compute(lambda: [Answer(operation, operation.apply(db)) for operation in operations])
+            answers = compute(lambda: [Answer(operation, operation.apply(db)) for operation in operations])
             self._store.stamp(db, self._commits + 1)
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
         self._commits += 1
+        return answers
+
+    def _make_durable(self, db: sqlite3.Connection, answers: list[Answer]) -> None:
         try:
             self._store.commit(db)
         except BaseException:
             self._doubt = (self._commits, answers)
             raise
-        return answers
 
     def _resolve_doubt(self, db: sqlite3.Connection, operations: list[Operation]) -> list[Operation]:
         """After a commit that ended in an error: if it took place after all its answers hold, and none of it is done again."""
@@ -228,7 +289,7 @@ class Writer:
         self._doubt = None
         if commits is None or commits < number:
             return operations
-        self._deliver(answers)
+        self._deliver(answers, None)
         written = {id(answer.operation) for answer in answers}
         return [each for each in operations if id(each) not in written]
 
@@ -241,7 +302,7 @@ class Writer:
         if self._failures == 0:
             log.error("%s", told)
         self._failures += 1
-        self._deliver([Answer(each, told) for each in operations if not each.lasting])
+        self._deliver([Answer(each, told) for each in operations if not each.lasting], None)
         time.sleep(0.01)  # a failing store must not be asked as fast as a processor can ask
         return [each for each in operations if each.lasting]
 
@@ -251,6 +312,10 @@ class Writer:
         if new and self._store.journal is not None and self._store.journal.keep([each.record for each in new if each.record]):
             for each in new:
                 each.recorded = True
+
+
+def _rank(operation: Operation) -> int:
+    return operation.rank
 
 
 def apart(operations: list[Operation], scopes_max: int | None) -> list[list[Operation]]:

@@ -1,0 +1,135 @@
+"""The line between the event loop and the writer's thread, where the operations of one moment gather for one durable commit.
+
+Promises that the loop waits for nobody. On a store that is near, a batch begins on the loop itself: its statements run there, in a turn
+that is free at that moment, and only the commit goes to the thread. Where the turn is not free, or anything fails, the operations go to
+the thread whole, for it has the patience, and so does all that follows until it has nothing left to do. A lone call so costs one
+hand-over to the thread and one back, instead of one for each lock and statement, and each of them costs more than the statements do.
+Knows nothing of what the operations mean, nor of files and servers.
+"""
+
+import asyncio
+import concurrent.futures
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from gateway_addon.ledger.store import Store
+from gateway_addon.ledger.writer import BATCH_MAX, CROWD, GATHER_S, LINGER_S, Answer, Begun, Operation, Writer
+
+log = logging.getLogger(__name__)
+
+
+class Line:
+    """Made on the loop whose operations it takes. `start` it, `put` operations in, `stop` it."""
+
+    def __init__(self, store: Store) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._near = store.near
+        self.writer = Writer(store, self._deliver, *((self._on_the_loop,) if store.near else ()))
+        self._thread: Literal["rests", "commits", "works"] = "rests" if store.near else "works"
+        self._given = 0
+        self._waiting: list[Operation] = []
+        self._beginning: asyncio.Handle | None = None
+        self._soon = False
+        """What waits begins in the loop's next turn, or has a crowd's moment left; else it lingers."""
+
+    def start(self) -> None:
+        self.writer.start()
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Write what is waiting and end; False where that took longer."""
+        self._near = False
+        self._to_the_thread()
+        ended = await asyncio.to_thread(self.writer.stop, timeout_s)
+        await asyncio.sleep(0)  # the last batch's answers
+        return ended
+
+    @property
+    def waiting(self) -> int:
+        """Operations not yet taken up."""
+        return len(self._waiting) + self.writer.waiting
+
+    def put(self, operation: Operation) -> None:
+        if self._thread == "works":
+            self._hand_over(operation)
+            return
+        self._waiting.append(operation)
+        if self._thread == "rests":
+            self._plan(operation.patient)
+
+    # from the loop to the thread
+
+    def _plan(self, patient: bool) -> None:
+        """Begin soon where somebody waits, in a moment where nobody does."""
+        if self._soon or (patient and self._beginning is not None):
+            return
+        if self._beginning is not None:
+            self._beginning.cancel()
+        self._soon = not patient
+        self._beginning = self._loop.call_later(LINGER_S, self._begin) if patient else self._loop.call_soon(self._gather)
+
+    def _gather(self) -> None:
+        if len(self._waiting) >= CROWD:
+            self._beginning = self._loop.call_later(GATHER_S, self._begin)
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._beginning, self._soon = None, False
+        wanted = [operation for operation in self._waiting if operation.lasting or operation.wanted()]
+        self._waiting = wanted[BATCH_MAX:]
+        begun = self.writer.begin(wanted[:BATCH_MAX]) if wanted else None
+        if begun is not None:
+            self._thread = "commits"
+            self._hand_over(begun)
+        elif wanted:
+            self._waiting = wanted
+            self._to_the_thread()
+
+    def _to_the_thread(self) -> None:
+        self._thread = "works"
+        if self._beginning is not None:
+            self._beginning.cancel()
+        self._beginning, self._soon = None, False
+        waiting, self._waiting = self._waiting, []
+        for operation in waiting:
+            self._hand_over(operation)
+
+    def _hand_over(self, work: Operation | Begun) -> None:
+        self._given += 1
+        self.writer.put(work)
+
+    # from the thread to the loop
+
+    def _deliver(self, answers: Sequence[Answer], dealt_with: int | None) -> None:
+        """On the thread: wake the loop once for the whole batch."""
+        try:
+            self._loop.call_soon_threadsafe(self._hear, answers, dealt_with)
+        except RuntimeError:
+            log.debug("the loop ended before %d answers of the ledger", len(answers))
+
+    def _hear(self, answers: Sequence[Answer], dealt_with: int | None) -> None:
+        for answer in answers:
+            answer.operation.tell(answer.value)
+        if dealt_with == self._given and self._near:
+            self._thread = "rests"
+            if self._waiting:
+                self._plan(all(operation.patient for operation in self._waiting))
+        elif self._thread == "commits":
+            self._to_the_thread()
+
+    def _on_the_loop(self, work: Callable[[], list[Answer]]) -> list[Answer]:
+        """On the thread: have the loop run the statements, between the lock and the commit that this thread waits for."""
+        outcome: concurrent.futures.Future[list[Answer]] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        try:
+            self._loop.call_soon_threadsafe(run)
+        except RuntimeError:  # the loop has ended: what is left is this thread's alone
+            return work()
+        return outcome.result()

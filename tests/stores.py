@@ -1,0 +1,60 @@
+"""A store of a list's rows, whose commits fail as a test wishes: for what the ledger promises of any store."""
+
+from contextlib import nullcontext
+
+from gateway_addon.ledger.values import LedgerUnavailable
+
+
+class Down(Exception):
+    """The store's own failure."""
+
+
+class Store:
+    """Rows in a list. `fails`: what happens at each commit from the first on; `carried out` is a commit in doubt that took place.
+
+    `free`: whether the turn is to be had without waiting, from the first time that it is asked for on (then it always is).
+    """
+
+    errors = (Down,)
+    journal = None
+    near = True
+
+    def __init__(self, *fails, scopes_max=1, free=()):
+        self._free = iter(free)
+        self.rows, self.tried, self.scopes_max = [], [], scopes_max
+        self._fails, self._commits, self._begun = iter(fails), 0, []
+        self.in_transaction = False
+
+    still = hang_up = close = lambda self: None
+    connect = lambda self: self  # noqa: E731
+    turn = lambda self: nullcontext()  # noqa: E731
+
+    def turn_now(self):
+        return (lambda: None) if next(self._free, True) else None
+
+    def begin(self, db, scopes):
+        self._begun = []
+        self.tried.append("".join(sorted(scopes)))
+
+    def stamp(self, db, number):
+        self._number = number
+
+    def commit(self, db):
+        fail = next(self._fails, "")
+        if fail in ("", "carried out"):
+            self.rows += self._begun
+            self._commits = self._number
+        if fail:
+            raise Down(fail)
+
+    def commits(self, db):
+        return self._commits
+
+    def unavailable(self, error):
+        return LedgerUnavailable(f"{error}")
+
+    def is_its_own(self, error):
+        return isinstance(error, Down)
+
+    def is_busy(self, error):
+        return False
