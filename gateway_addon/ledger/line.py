@@ -31,7 +31,7 @@ class Line:
         self._waiting: list[Operation] = []
         self._beginning: asyncio.Handle | None = None
         self._soon = False
-        """What waits begins in the loop's next turn, or has a crowd's moment left; else it lingers."""
+        """What waits begins in the loop's next turns; else it lingers."""
 
     def start(self) -> None:
         self.writer.start()
@@ -66,11 +66,16 @@ class Line:
         if self._beginning is not None:
             self._beginning.cancel()
         self._soon = not patient
-        self._beginning = self._loop.call_later(LINGER_S, self._begin) if patient else self._loop.call_soon(self._gather)
+        if patient:
+            self._beginning = self._loop.call_later(LINGER_S, self._begin)
+        else:
+            self._beginning = self._loop.call_soon(self._gather, 0, self._loop.time() + GATHER_S)
 
-    def _gather(self) -> None:
-        if len(self._waiting) >= CROWD:
-            self._beginning = self._loop.call_later(GATHER_S, self._begin)
+    def _gather(self, found: int, until: float) -> None:
+        """Let a crowd grow for as long as each turn of the loop brings more of it, but never wait while the loop has nothing to do."""
+        now_found = len(self._waiting)
+        if now_found >= CROWD and now_found > found and self._loop.time() < until:
+            self._beginning = self._loop.call_soon(self._gather, now_found, until)
         else:
             self._begin()
 
