@@ -2,7 +2,7 @@
 
 Promises that the loop waits for nobody. On a store that is near, a batch begins on the loop itself: its statements run there, in a turn
 that is free at that moment, and only the commit goes to the thread. Where the turn is not free, or anything fails, the operations go to
-the thread whole, for it has the patience, and so does all that follows until it has nothing left to do. A lone call so costs one
+the thread whole, for it has the patience, and while it fails so does all that follows. A lone call so costs one
 hand-over to the thread and one back, instead of one for each lock and statement, and each of them costs more than the statements do.
 Knows nothing of what the operations mean, nor of files and servers.
 """
@@ -17,6 +17,8 @@ from gateway_addon.ledger.store import Store
 from gateway_addon.ledger.writer import BATCH_MAX, CROWD, GATHER_S, LINGER_S, Answer, Begun, Operation, Writer
 
 log = logging.getLogger(__name__)
+
+TRY_S, TRIES = 0.001, 10  # for a turn that is not free
 
 
 class Line:
@@ -79,17 +81,20 @@ class Line:
         else:
             self._begin()
 
-    def _begin(self) -> None:
+    def _begin(self, tries: int = 0) -> None:
         self._beginning, self._soon = None, False
-        wanted = [operation for operation in self._waiting if operation.lasting or operation.wanted()]
-        self._waiting = wanted[BATCH_MAX:]
-        begun = self.writer.begin(wanted[:BATCH_MAX]) if wanted else None
-        if begun is not None:
-            self._thread = "commits"
-            self._hand_over(begun)
-        elif wanted:
-            self._waiting = wanted
-            self._to_the_thread()
+        self._waiting = [operation for operation in self._waiting if operation.lasting or operation.wanted()]
+        if not self._waiting:
+            return
+        leave = self.writer.turn_now()
+        if leave is None and tries < TRIES:  # another process's turn is short; the thread would have to get in line for it
+            self._beginning, self._soon = self._loop.call_later(TRY_S, self._begin, tries + 1), True
+            return
+        batch, self._waiting = self._waiting[:BATCH_MAX], self._waiting[BATCH_MAX:]
+        begun = self.writer.begin(batch, leave) if leave is not None else None
+        self._thread = "commits"
+        for work in batch if begun is None else [begun]:
+            self._hand_over(work)
 
     def _to_the_thread(self) -> None:
         self._thread = "works"
@@ -120,7 +125,7 @@ class Line:
             self._thread = "rests"
             if self._waiting:
                 self._plan(all(operation.patient for operation in self._waiting))
-        elif self._thread == "commits":
+        elif self.writer.failing and self._thread == "commits":
             self._to_the_thread()
 
     def _on_the_loop(self, work: Callable[[], list[Answer]]) -> list[Answer]:

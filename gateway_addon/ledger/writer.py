@@ -102,25 +102,34 @@ class Writer:
         """Operations not yet taken up."""
         return self._queue.qsize()
 
-    def begin(self, operations: Sequence[Operation]) -> Begun | None:
-        """Run a batch's statements here and now, while the thread waits for work and has nothing left to do: to be `put`, next.
-
-        None where anything stands in the way: another writer's turn, a connection to be made, a failure. That is the thread's affair.
-        """
-        db, leave = self._db, None
+    def turn_now(self) -> Callable[[], None] | None:
+        """A turn for `begin`, where one is to be had without waiting and the thread waits for work: to be ended by calling it."""
         try:
-            leave = self._store.turn_now() if db is not None else None
-            if db is None or leave is None:
-                return None
+            return self._store.turn_now() if self._db is not None else None
+        except self._store.errors:
+            log.debug("the turn could not be asked for; the writer's thread will say why", exc_info=True)
+            return None
+
+    def begin(self, operations: Sequence[Operation], leave: Callable[[], None]) -> Begun | None:
+        """Run a batch's statements here and now, in a turn of `turn_now`: to be `put`, next.
+
+        None where anything stands in the way; the turn has ended then, and the batch is the thread's affair.
+        """
+        assert self._db is not None
+        try:
             self._store.still()
-            return Begun(db, self._statements(db, sorted(operations, key=_rank), lambda work: work()), leave)
+            return Begun(self._db, self._statements(self._db, sorted(operations, key=_rank), lambda work: work()), leave)
         except BaseException as error:
-            if leave is not None:
-                leave()
+            leave()
             if not isinstance(error, Exception):
                 raise
             log.debug("a batch could not begin on the loop; the writer's thread takes it over", exc_info=True)
             return None
+
+    @property
+    def failing(self) -> bool:
+        """The last attempt failed: the thread is to have all there is, to tell those who wait and keep what must last."""
+        return self._failures > 0
 
     def stop(self, timeout_s: float) -> bool:
         """Write what is waiting and end; False where that took longer (the thread goes on, the sweep will settle the rest)."""
@@ -221,9 +230,7 @@ class Writer:
             finally:
                 begun.leave()
         except self._store.errors as error:
-            kept = self._failed([answer.operation for answer in begun.answers], error)
-            self._deliver((), None)  # so that what waits on the loop comes here, and is told of the failure too
-            return kept
+            return self._failed([answer.operation for answer in begun.answers], error)
         self._deliver(begun.answers, self._taken)
         return []
 
