@@ -4,22 +4,34 @@ Promises the answers of mitmproxy's own class, which lower-cases and decodes by 
 gateway.
 """
 
+from collections import defaultdict
 from typing import Any
 
 from mitmproxy import http
 
 
 class Headers(http.Headers):
+    _sorted: tuple[object, dict[bytes, list[bytes]]] = (None, {})
+    """The fields as they were when they were last looked through, and their values by name in lower case."""
+
+    def _values(self, name: str | bytes) -> list[bytes]:
+        fields, values = self._sorted
+        if fields is not self.fields:
+            values = defaultdict(list)
+            for field, value in self.fields:
+                values[field.lower()].append(value)
+            self._sorted = self.fields, values
+        return values.get((name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")).lower(), [])
+
     def get_all(self, name: str | bytes) -> list[str]:
-        wanted = (name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")).lower()
-        return [value.decode("utf-8", "surrogateescape") for field, value in self.fields if field.lower() == wanted]
+        return [value.decode("utf-8", "surrogateescape") for value in self._values(name)]
 
     def get(self, key: str | bytes, default: Any = None) -> Any:
-        values = self.get_all(key)
-        return ", ".join(values) if values else default
+        values = self._values(key)
+        return b", ".join(values).decode("utf-8", "surrogateescape") if values else default
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str | bytes) and bool(self.get_all(key))
+        return isinstance(key, str | bytes) and bool(self._values(key))
 
 
 def quicken(message: http.Message) -> None:

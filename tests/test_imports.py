@@ -21,6 +21,7 @@ OWN = {
     "inject": {"headers", "refusals"},
     "listener": {"policy"},
     "modes": set(),
+    "options": set(),
     "dispatch": set(),
     "handling": {"dispatch"},
     "headers": set(),
@@ -65,7 +66,7 @@ EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "serve", "shim"},
+    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "options", "serve", "shim"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},
