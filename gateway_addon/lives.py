@@ -94,16 +94,24 @@ class Life:
     # -- deadlines
 
     def watch(self) -> None:
-        """Look at the deadlines now, and again when the nearest one is due."""
-        self.rest()
+        """Look at the deadlines now, and again when the nearest one is due, or before: most calls end long before their first one, and
+        a deadline that moves away is left to the look that was arranged for the nearer one."""
         if self.ended:
             return
-        now = self.clock()
+        now, loop = self.clock(), asyncio.get_running_loop()
         due, expire = min(self._deadlines(), key=lambda deadline: deadline[0])
         if now >= due:
+            self.rest()
             expire()
-        else:
-            self.watchdog = asyncio.get_running_loop().call_later(min(due - now, LOOK_AGAIN_S), self.watch)
+            return
+        look_at = loop.time() + min(due - now, LOOK_AGAIN_S)
+        if self.watchdog is None or self.watchdog.when() > look_at:
+            self.rest()
+            self.watchdog = loop.call_at(look_at, self._look)
+
+    def _look(self) -> None:
+        self.watchdog = None
+        self.watch()
 
     def rest(self) -> None:
         """Stop watching."""

@@ -14,7 +14,7 @@ class Options(options.Options):
     def __getattr__(self, name: str) -> Any:
         option = self.__dict__["_options"].get(name)
         if option is None:
-            return super().__getattr__(name)
+            raise AttributeError(f"No such option: {name}")
         value = option._default if option.value is optmanager.unset else option.value
         return value if type(value) in READ_AS_THEY_ARE else option.current()
 
