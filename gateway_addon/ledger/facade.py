@@ -330,7 +330,7 @@ class Ledger:
 
     def _lasting(self, apply: Change, scopes: frozenset[str], record: Ending | None = None) -> asyncio.Future[object]:
         future: asyncio.Future[object] = self._loop.create_future()
-        instead = partial(book.end, ending=replace(record, settlement=UNSTORABLE)) if record and record.kind == "settle" else None
+        instead = partial(_end_unstorable, ending=record) if record and record.kind == "settle" else None
         tell = partial(self._tell, future)
         self._line.put(Operation(apply, RESOLVE, scopes, lasting=True, patient=True, instead=instead, record=record, tell=tell))
         return future
@@ -371,3 +371,7 @@ def _store(place: Path | Server, timeout_s: float) -> Store:
 
 def _touched(app: str, caps: Sequence[Cap]) -> frozenset[str]:
     return frozenset((app_scope(app), *(cap.scope for cap in caps)))
+
+
+def _end_unstorable(db: sqlite3.Connection, ending: Ending) -> Resolution:
+    return book.end(db, replace(ending, settlement=UNSTORABLE))
