@@ -173,14 +173,17 @@ class GatewayAddon:
         arrived = await self._arrive(flow, headers)
         life.body_bytes = _announced(flow.request.headers)
         if isinstance(arrived, Arrived):
-            held_bytes = sum(each.body_bytes for each in self.lives.values()) - life.body_bytes
-            arrived = self.gate.crowded(arrived, life.body_bytes, held_bytes, self.clock()) or arrived
+            arrived = self.gate.crowded(arrived, life.body_bytes, self._held_bytes, self.clock()) or arrived
         if isinstance(arrived, Arrived):
             life.arrived = arrived
             flow.request.headers["x-api-key"] = f"app:{arrived.app.name}"  # a label for people; the wire copy gets the key
             return
         self.answer(flow, arrived)
         inject.wire(flow).hang_up = life.body_bytes > UNREAD_BODY_MAX
+
+    def _held_bytes(self) -> int:
+        """Of all bodies in flight, as announced."""
+        return sum(each.body_bytes for each in self.lives.values())
 
     async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
         if flow.is_replay:
