@@ -54,6 +54,18 @@ def _chosen(top: Any) -> Any:
     return top
 
 
+class Settled:
+    """mitmproxy's options for one connection, each looked up once: it copies the value at every look, twenty times a call."""
+
+    def __init__(self, options: Any):
+        self._options = options
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._options, name)
+        setattr(self, name, value)
+        return value
+
+
 class Handlers:
     """The addon that gives each new connection its handler, before its first event."""
 
@@ -74,6 +86,7 @@ class Handler(ProxyConnectionHandler):
         """Go on in this way with a connection that has had no event yet."""
         handler.__class__ = cls
         handler.arrived, handler.at_work, handler.hooks = deque(), False, handler.master.addons
+        handler.layer.context.options = Settled(handler.layer.context.options)
 
     async def server_event(self, event: events.Event) -> None:
         self.arrived.append(event)

@@ -221,6 +221,10 @@ class ApiProtocolError(ResponseProtocolError):
 class ApiHttp1Server(Http1Server):
     """mitmproxy's HTTP/1 server with its own errors (400, 413, 502, in HTML) said in the API's shape, and a bounded head."""
 
+    def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
+        """Without the bookkeeping of a layer that waits for answers: this one asks nothing."""
+        return self._handle_event(event)
+
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
         if not self.conn.state & connection.ConnectionState.CAN_WRITE:
             return  # one answer was given and the connection closed behind it: a second one would be taken for the next request's
