@@ -182,7 +182,8 @@ class GatewayAddon:
         inject.wire(flow).hang_up = life.body_bytes > UNREAD_BODY_MAX
 
     def _held_bytes(self) -> int:
-        return sum(life.body_bytes for life in self.lives.values())
+        """Of all bodies in flight, as announced."""
+        return sum(each.body_bytes for each in self.lives.values())
 
     async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
         if flow.is_replay:

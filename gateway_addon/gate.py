@@ -333,16 +333,16 @@ class Gate:
 
     # -- answers of the gateway's own
 
-    def crowded(self, arrived: Arrived, body_bytes: int, all_bytes: Callable[[], int], now: float) -> Refusal | None:
+    def crowded(self, arrived: Arrived, body_bytes: int, held_bytes: Callable[[], int], now: float) -> Refusal | None:
         """A body for which there is no memory beside those held is refused before it is read; small ones always find room.
 
-        `all_bytes`: of the bodies in flight, this one among them.
+        `held_bytes` counts all bodies in flight, this one among them; it is asked for a large body alone.
         """
         limit = arrived.policy.bodies_in_flight
-        if body_bytes <= SMALL_BODY or (held_bytes := all_bytes() - body_bytes) + body_bytes <= limit:
+        if body_bytes <= SMALL_BODY or (all_bytes := held_bytes()) <= limit:
             return None
         sentence = (
-            f"The gateway holds {held_bytes:,} bytes of requests in flight and takes {limit:,} at once (bodies_in_flight); "
+            f"The gateway holds {all_bytes - body_bytes:,} bytes of requests in flight and takes {limit:,} at once (bodies_in_flight); "
             f"this one has up to {body_bytes:,}. Send it again in a moment."
         )
         return self._refused(arrived.app, arrived.token, arrived.endpoint, Refusal("crowded", sentence, retry_after_s=1), now)

@@ -61,14 +61,16 @@ class Progress:
     """When visible content last arrived; at first, when the request was sent."""
     hidden_tokens: int = 0
     seen: Seen = field(default_factory=Seen)
+    uninterrupted: bool = False
+    """The text or tool block that was open when content last arrived is still the last one."""
 
     def observe(self, seen: Seen, now: float) -> None:
-        """Take note of what a chunk showed."""
+        """Take note of what a chunk showed. A block that opens in a chunk of its own shows nothing of the time before it."""
+        self.uninterrupted = self.uninterrupted and seen.blocks == self.seen.blocks
         if seen.content_events > self.seen.content_events:
-            uninterrupted = self.seen.visible_open and seen.blocks == self.seen.blocks
-            if self.may_think and not uninterrupted:
+            if self.may_think and not self.uninterrupted:
                 self.hidden_tokens += self.pace.tokens_in(now - self.content_at)
-            self.content_at = now
+            self.content_at, self.uninterrupted = now, seen.visible_open
         self.seen = seen
 
     def tokens_at(self, now: float) -> int:

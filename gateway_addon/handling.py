@@ -14,8 +14,9 @@ from collections.abc import Awaitable
 from typing import Any
 
 from mitmproxy import connection, ctx
-from mitmproxy.proxy import commands, events
+from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.commands import ConnectionCommand, OpenConnection, RequestWakeup, SendData, StartHook
+from mitmproxy.proxy.layers import modes
 from mitmproxy.proxy.mode_servers import ProxyConnectionHandler
 from mitmproxy.proxy.server import ConnectionHandler, ConnectionIO
 from mitmproxy.utils import asyncio_utils
@@ -31,6 +32,7 @@ PARTS = {
     "handle_hook": ["self", "hook"],
 }
 """What is overridden or stood on here, with its parameters."""
+CHOOSERS = (layer.NextLayer, modes.ReverseProxy)
 
 
 def fits(handler: type = ConnectionHandler) -> bool:
@@ -40,6 +42,16 @@ def fits(handler: type = ConnectionHandler) -> bool:
         return list(inspect.signature(getattr(handler, name, lambda: None)).parameters)
 
     return dispatch.fits() and all(parameters(name) == known for name, known in PARTS.items())
+
+
+def _chosen(top: Any) -> Any:
+    """The first layer that does something with events: those above have chosen it, and now only pass them on."""
+    while type(top) in CHOOSERS:
+        choice = vars(top).get("layer" if type(top) is layer.NextLayer else "child_layer")
+        if choice is None or top._paused or getattr(top._handle_event, "__self__", None) is not choice:
+            break
+        top = choice
+    return top
 
 
 class Handlers:
@@ -76,6 +88,8 @@ class Handler(ProxyConnectionHandler):
 
     def _take(self, event: events.Event) -> None:
         self.timeout_watchdog.register_activity()
+        if type(self.layer) in CHOOSERS:
+            self.layer = _chosen(self.layer)
         try:
             for command in self.layer.handle_event(event):
                 if isinstance(command, StartHook):

@@ -37,6 +37,7 @@ from mitmproxy.proxy.layers.http import (
 
 from gateway_addon.headers import Headers, quicken
 from gateway_addon.refusals import Refusal, new_request_id
+from gateway_addon.relay import Direct
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def install(top: layer.Layer | None) -> None:
         top = getattr(top, "child_layer", None)
 
 
-class InjectLayer(HttpLayer):
+class InjectLayer(Direct):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if isinstance(event, events.Start) and self.context.client.alpn in (None, b"http/1.1", b"http/1.0"):
             self.connections.setdefault(self.context.client, ApiHttp1Server(self.context.fork()))
@@ -220,9 +221,15 @@ class ApiProtocolError(ResponseProtocolError):
 class ApiHttp1Server(Http1Server):
     """mitmproxy's HTTP/1 server with its own errors (400, 413, 502, in HTML) said in the API's shape, and a bounded head."""
 
+    def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
+        """Without the bookkeeping of a layer that waits for answers: this one asks nothing."""
+        return self._handle_event(event)
+
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
         if not self.conn.state & connection.ConnectionState.CAN_WRITE:
             return  # one answer was given and the connection closed behind it: a second one would be taken for the next request's
+        if isinstance(event, ResponseData) and not event.data:
+            return  # an empty chunk would end the body, as if it were whole
         if isinstance(event, ResponseProtocolError) and not self.response:
             refusal = event.refusal if isinstance(event, ApiProtocolError) else _said_by_mitmproxy(event)
             if refusal is not None:

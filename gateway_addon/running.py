@@ -54,6 +54,8 @@ class Running:
     fixed_nano: int = 0
     """What is held beside output: the bound of the input and of declared features, or the exact input once it is known."""
     output_rate: Fraction = Fraction(0)
+    input_known: bool = False
+    """`message_start` has been looked at: what was held for the input in excess has gone back, if there was any."""
     meter: Meter | None = None
     encoded: bool = False
     """The answer's bytes are compressed: nothing can be put between them."""
@@ -112,9 +114,11 @@ class Running:
 
         With the prompt's length known its price tier is known too, so output already granted may turn out cheaper as well.
         """
-        quote = self.ticket.quote
-        if not quote.releasable or self.meter is None or not self.meter.started or self.fixed_nano != quote.for_output(0):
+        if self.input_known or not self.ticket.quote.releasable or self.meter is None or not self.meter.started:
             return 0
+        self.input_known = True
+        if self.meter.complete:
+            return 0  # the whole answer came at once: it is settled in a moment
         usage = self.meter.usage_so_far()
         row = self.ticket.prices.row(usage.model or "", self.ticket.admitted_at)
         exact = self._input_cost_nano(usage)

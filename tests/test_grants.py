@@ -56,6 +56,16 @@ def test_without_hidden_thinking_in_the_bound_it_would_be_passed():
     assert passed
 
 
+def test_a_chunk_proves_no_more_in_parts_than_whole():
+    """Twenty seconds of thinking that is not shown, then text: the block's opening and its first words together, or one after the other."""
+    opening, words = Seen(0, 1, 0, True, 0), Seen(10, 1, 1, True, 0)
+    for parts in [(words,), (opening, words)]:
+        progress = Progress(PACE, 10**9, True, content_at=1000.0)
+        for each in parts:
+            progress.observe(each, 1020.0)
+        assert progress.tokens_at(1020.0) == 10 + BLOCK_TOKENS + PACE.tokens_in(20 + PACE.lag_s)
+
+
 @pytest.mark.parametrize("granted", [0, 100, 2_000, 4_400, 100_000])
 @pytest.mark.parametrize("shown", [Seen(), Seen(1_000, 2, 5, True, 0), Seen(0, 0, 0, False, 9_000)])
 def test_the_moment_at_which_a_grant_ends_is_the_moment_at_which_the_bound_passes_it(granted, shown):

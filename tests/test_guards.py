@@ -132,7 +132,7 @@ async def test_what_is_released_at_message_start_depends_on_an_input_that_cannot
     """Server tools raise the input after `message_start`: released on its word, the call would cost more than it holds."""
     policy = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $50}\nfeatures: {web_search: {max_uses: 3}}\n"
     body = HELLO | {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 3}], "stream": True}
-    behaviour = Behaviour(late_input_tokens=60_000, output_tokens=40)
+    behaviour = Behaviour(late_input_tokens=60_000, output_tokens=40, delay_ms=5)
 
     async def overruns(folder) -> bool:
         folder.mkdir()

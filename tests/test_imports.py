@@ -18,13 +18,14 @@ OWN = {
     },
     "explanation": {"bounds", "ledger", "money", "policy", "reading", "refusals"},
     "lives": {"answers", "gate", "inject", "passes", "refusals", "running", "streams"},
-    "inject": {"headers", "refusals"},
+    "inject": {"headers", "refusals", "relay"},
     "listener": {"policy"},
     "modes": set(),
     "options": set(),
     "dispatch": set(),
     "handling": {"dispatch"},
     "headers": set(),
+    "relay": {"dispatch"},
     "gate": {
         "alerts", "answers", "bounds", "calls", "door", "herald", "identity", "ledger", "money", "noise", "offers", "origin",
         "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "streams", "workspace",
@@ -66,7 +67,7 @@ EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "options", "serve", "shim"},
+    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "options", "relay", "serve", "shim"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},

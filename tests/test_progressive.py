@@ -8,6 +8,7 @@ import time
 import anthropic
 import pytest
 from gateway import gateway
+from upstreams import chunked, event, upstream
 
 from gateway_addon.ledger import admin
 from gateway_addon.simulator import Behaviour, Simulator
@@ -55,6 +56,19 @@ async def test_a_hello_of_claude_codes_size_holds_cents_after_its_first_event(tm
             await stream.get_final_message()
         await gw.quiet()
         assert await gw.spent_nano() == (await api.settled()).billed_nano
+
+
+@pytest.mark.parametrize(("at_once", "written"), [(True, ["reserve", "settle"]), (False, ["reserve", "release", "settle"])])
+async def test_what_is_held_for_the_input_goes_back_once_and_not_at_all_where_the_answer_is_whole(tmp_path, at_once, written):
+    """The settlement of a whole answer follows at once: one write of the ledger is enough."""
+    opening = {"id": "msg_1", "type": "message", "model": "claude-haiku-4-5", "usage": {"input_tokens": 9, "output_tokens": 1}}
+    rest = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 24}) + event("message_stop")
+    body = chunked(event("message_start", message=opening), event("ping"), rest, more="connection: close\r\n")
+    ask = {"model": "claude-haiku-4-5", "max_tokens": 100, "messages": [{"role": "user", "content": "Hello"}]}
+    async with upstream(body, piece_bytes=None if at_once else 200) as api, gateway(tmp_path, None, upstream=api.url) as gw:
+        await events(gw, ask)
+        await gw.quiet()
+    assert [kind for (kind,) in rows(tmp_path, "SELECT kind FROM entries ORDER BY id")] == written
 
 
 async def test_eight_agents_work_side_by_side_under_five_dollars_a_day(tmp_path):

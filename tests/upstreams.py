@@ -18,8 +18,11 @@ class Upstream:
 
 
 @asynccontextmanager
-async def upstream(answer: bytes = b"", *, then: str = "close") -> AsyncIterator[Upstream]:
-    """Accept calls; answer each request's first bytes with `answer`, and then `close`, or stay `silent` until the caller leaves."""
+async def upstream(answer: bytes = b"", *, then: str = "close", piece_bytes: int | None = None) -> AsyncIterator[Upstream]:
+    """Accept calls; answer each request's first bytes with `answer`, and then `close`, or stay `silent` until the caller leaves.
+
+    `piece_bytes`: the answer goes out in pieces of this size.
+    """
     made, tasks = Upstream(), set()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -31,7 +34,9 @@ async def upstream(answer: bytes = b"", *, then: str = "close") -> AsyncIterator
                 made.received += data
                 if b"\r\n\r\n" in made.received and not answered:
                     answered = True
-                    writer.write(answer)
+                    for at in range(0, len(answer), size := piece_bytes or len(answer) or 1):
+                        writer.write(answer[at : at + size])
+                        await asyncio.sleep(0)
                     if then == "close":
                         break
         made.closed_at.append(time.monotonic())
@@ -53,6 +58,12 @@ def answer(status: int, content_type: str, body: bytes, *, announce: int | None 
     length = len(body) if announce is None else announce
     head = f"HTTP/1.1 {status} x\r\ncontent-type: {content_type}\r\ncontent-length: {length}\r\nrequest-id: req_raw\r\n\r\n"
     return head.encode() + body
+
+
+def chunked(*pieces: bytes, more: str = "", end: bytes = b"0\r\n\r\n") -> bytes:
+    """A whole answer with a chunked event stream; `more`: further header lines."""
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n{more}\r\n"
+    return head.encode() + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + end
 
 
 def message(model: str = "claude-haiku-4-5", **usage: int) -> bytes:

@@ -70,6 +70,11 @@ class Meter:
         return self._draft.started
 
     @property
+    def complete(self) -> bool:
+        """A stop reason was seen: nothing that is billed follows."""
+        return self._draft.complete
+
+    @property
     def error_type(self) -> str | None:
         return self._draft.error_type
 

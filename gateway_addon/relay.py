@@ -1,0 +1,186 @@
+"""The way of a stream's bytes from the upstream's socket to the app's, in as few steps as there are pieces that arrive.
+
+mitmproxy takes each chunk of a chunked body through all of its layers alone, and an event of a stream is a chunk: twenty calls deep,
+five option look-ups, one write. Here all whole chunks of what arrived are one piece, and a piece of a running stream goes through the
+stream's tap to the app's socket at once. Promises the same bytes in the same order, nothing held beyond what arrived with it, and the
+same end of a body, in the releases that it was written beside; in any other mitmproxy's own way stays (`fits`). Knows nothing of the
+gateway.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import h11
+from h11._readers import ChunkedReader
+from h11._receivebuffer import ReceiveBuffer
+from mitmproxy import connection
+from mitmproxy.proxy import commands, events, layer
+from mitmproxy.proxy.layers.http import (
+    Http1Client,
+    Http1Server,
+    HttpClient,
+    HttpLayer,
+    HttpStream,
+    ReceiveHttp,
+    RegisterHttpConnection,
+    ResponseData,
+)
+
+from gateway_addon import dispatch
+
+READER = {"_bytes_in_chunk": 0, "_bytes_to_discard": b"", "_reading_trailer": False}
+"""What h11's reader of a chunked body keeps between two calls, and how it begins."""
+PARTS: dict[tuple[type, str], list[str]] = {
+    (ChunkedReader, "__call__"): ["self", "buf"],
+    (Http1Client, "read_body"): ["self", "event"],
+    (Http1Server, "send"): ["self", "event"],
+    (HttpStream, "state_stream_response_body"): ["self", "event"],
+    (HttpLayer, "event_to_child"): ["self", "child", "event"],
+    (HttpLayer, "register_connection"): ["self", "command"],
+}
+"""What is overridden or stood on here, with its parameters."""
+
+OPEN = connection.ConnectionState.OPEN
+_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})\r\n")
+
+
+def fits(reader: Callable[[], object] = ChunkedReader) -> bool:
+    """Whether mitmproxy and h11 are still those that are stood in for."""
+
+    def parameters(owner: type, name: str) -> list[str]:
+        return list(inspect.signature(getattr(owner, name, lambda: None)).parameters)
+
+    return dispatch.fits() and vars(reader()) == READER and all(parameters(*part) == known for part, known in PARTS.items())
+
+
+FITS = fits()
+
+
+class Chunks(ChunkedReader):
+    """h11's reader of a chunked body, which takes whole chunks that are there together for one."""
+
+    def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:
+        if not buf:
+            return None
+        content, end = self._whole(bytes(buf))
+        if not end:
+            return super().__call__(buf)  # a part of a chunk, the body's end, or something odd
+        buf.maybe_extract_at_most(end)
+        self._bytes_to_discard = b""
+        return h11.Data(data=content)
+
+    def content(self, data: bytes) -> bytes | None:
+        """What is in these bytes, if they begin and end between two chunks; else None, and none of them is taken."""
+        content, end = self._whole(data)
+        if end != len(data):
+            return None
+        self._bytes_to_discard = b""
+        return content
+
+    def _whole(self, there: bytes) -> tuple[bytes, int]:
+        """The content of the whole chunks that these bytes begin with, and where they end: at 0 if there is none."""
+        if self._bytes_in_chunk or self._reading_trailer or not there.startswith(self._bytes_to_discard):
+            return b"", 0
+        at, pieces = len(self._bytes_to_discard), []
+        while (head := _SIZE.match(there, at)) and (size := int(head[1], 16)) and there.startswith(b"\r\n", head.end() + size):
+            pieces.append(there[head.end() : head.end() + size])
+            at = head.end() + size + 2
+        return b"".join(pieces), at if pieces else 0
+
+
+class Relay(Http1Client):
+    """mitmproxy's HTTP/1 client, which hands the bytes of a running stream to the app's connection itself."""
+
+    streams: Mapping[int, HttpStream]
+    app: connection.Client
+    framed: tuple[int, bool]
+    """The last stream that ran, and whether the app gets it in chunks."""
+
+    @classmethod
+    def take_over(cls, client: Any, top: HttpLayer) -> None:
+        """Go on in this way with a client that has sent nothing yet."""
+        client.__class__ = cls
+        client.streams, client.app, client.framed = top.streams, top.context.client, (0, False)
+
+    def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
+        """Without the bookkeeping of a layer that waits for answers: this one asks nothing."""
+        if type(event) is events.DataReceived and (sent := self.at_once(event.data)) is not None:
+            return _each(sent)
+        return self._handle_event(event)
+
+    def at_once(self, data: bytes) -> tuple[commands.SendData, ...] | None:
+        """Whole chunks of a running stream, on their way to the app; None where it takes more than that, and nothing was taken."""
+        stream = self._running()
+        if stream is None or self.buf or type(self.body_reader) is not Chunks or self.state != self.read_body:
+            return None
+        content = self.body_reader.content(data)
+        return None if content is None else self._handed_on(stream, content)
+
+    def read_body(self, event: events.Event) -> layer.CommandGenerator[None]:
+        if type(self.body_reader) is ChunkedReader:
+            self.body_reader.__class__ = Chunks
+        for command in super().read_body(event):
+            if type(command) is ReceiveHttp and type(command.event) is ResponseData and (stream := self._running()):
+                yield from self._handed_on(stream, command.event.data)
+            else:
+                yield command
+
+    def _running(self) -> HttpStream | None:
+        """The stream whose body passes as it comes, while it does; None: mitmproxy's layers know what to do."""
+        stream = self.streams.get(self.stream_id or 0)
+        if stream is None or stream._paused or stream.server_state != stream.state_stream_response_body:
+            return None
+        return stream if self.app.state is OPEN and stream.flow.response and callable(stream.flow.response.stream) else None
+
+    def _handed_on(self, stream: HttpStream, data: bytes) -> tuple[commands.SendData, ...]:
+        """What the stream's tap makes of some bytes, on its way to the app."""
+        response: Any = stream.flow.response
+        if self.framed[0] != stream.stream_id:
+            self.framed = stream.stream_id, "chunked" in response.headers.get("transfer-encoding", "").lower()
+        said = response.stream(data)
+        piece = said if isinstance(said, bytes) else b"".join(said)
+        if not piece:
+            return ()  # an empty chunk would end the body
+        return (commands.SendData(self.app, b"%x\r\n%b\r\n" % (len(piece), piece) if self.framed[1] else piece),)
+
+
+def _each(sent: tuple[commands.SendData, ...]) -> layer.CommandGenerator[None]:
+    yield from sent
+
+
+class Direct(HttpLayer):
+    """mitmproxy's HTTP layer, which takes what arrives on a connection to that connection's own layer without asking what else it is.
+
+    Also without the bookkeeping of a layer that waits for answers: those below it wait, this one does not.
+    """
+
+    def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
+        if not FITS:
+            return super().handle_event(event)
+        if type(event) is events.DataReceived and (own := self.connections.get(event.connection)):
+            if type(own) is Relay and (sent := own.at_once(event.data)) is not None:
+                return _each(sent)
+            return self.event_to_child(own, event)
+        return self._handle_event(event)  # type: ignore[no-any-return]
+
+    def register_connection(self, command: RegisterHttpConnection) -> layer.CommandGenerator[None]:
+        install(self, command.connection)
+        yield from super().register_connection(command)
+
+
+def install(top: HttpLayer, server: connection.Connection) -> None:
+    """Let a connection to the upstream that was just made work in this way."""
+    below: Any = top.connections.get(server)
+    above: Any = None
+    while below is not None and type(below) is not HttpClient:
+        above, below = below, getattr(below, "child_layer", None)
+    client: Any = getattr(below, "child_layer", None)
+    if type(client) is not Http1Client or not FITS or top.context.options.store_streamed_bodies:
+        return
+    Relay.take_over(client, top)
+    if above is None:
+        top.connections[server] = client  # `HttpClient` has opened the connection and does nothing more
+    else:
+        above.child_layer = client
