@@ -3,15 +3,19 @@
 import asyncio
 import gzip
 import json
+import ssl
 
 import h11
+import httpx2
 import pytest
 from gateway import gateway
 from h11._readers import ChunkedReader
 from h11._receivebuffer import ReceiveBuffer
+from sealed import sealed
 from upstreams import chunked, event, upstream
 
 from gateway_addon import relay
+from gateway_addon.simulator import Behaviour
 
 START = event("message_start", message={"id": "msg_1", "type": "message", "model": "claude-haiku-4-5", "usage": {"input_tokens": 9, "output_tokens": 1}})
 BLOCK = event("content_block_start", index=0, content_block={"type": "text", "text": ""})
@@ -225,3 +229,24 @@ async def test_a_compressed_stream_passes_as_it_came(tmp_path):
         assert payload(await call(gw)) == packed
         await gw.quiet()
         assert await gw.spent_nano() == 9 * 1000 + 24 * 5000
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["short", "long"])
+async def test_a_stream_passes_over_tls_on_both_sides(tmp_path, monkeypatch, known):
+    monkeypatch.setattr(relay, "FITS", known)
+    handed_on, taken = relay.Relay._handed_on, []
+    monkeypatch.setattr(relay.Relay, "_handed_on", lambda self, stream, data: taken.append(data) or handed_on(self, stream, data))
+    async with sealed(tmp_path, behaviour=Behaviour(output_tokens=40, delay_ms=1)) as far:
+        policy = f"tls: {{cert: {far.ca}, key: {far.ca.with_suffix('.key')}}}\n"
+        trusting = {"options": (f"ssl_verify_upstream_trusted_ca={far.ca}",)}
+        async with gateway(tmp_path, far.api, upstream=far.url, policy=policy, settings=trusting) as gw:
+            async with httpx2.AsyncClient(verify=ssl.create_default_context(cafile=far.ca)) as client:
+                headers = {"x-api-key": gw.tokens["app"], "anthropic-version": "2023-06-01"}
+                answer = await client.post(f"https://127.0.0.1:{gw.port}/v1/messages", headers=headers, content=ASK)
+            await gw.quiet()
+            [billed] = (await far.api.settled()).messages()
+            assert await gw.spent_nano() == billed.billed_nano
+    assert answer.text.count("event: content_block_delta") > 3
+    assert answer.text.endswith('data: {"type": "message_stop"}\n\n')
+    assert bool(taken) is known
+    assert answer.content.endswith(b"".join(taken)), "what arrived with the head went before it"
