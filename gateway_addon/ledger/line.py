@@ -2,9 +2,9 @@
 
 Promises that the loop waits for nobody. On a store that is near, a batch begins on the loop itself: its statements run there, in a turn
 that is free at that moment, and only the commit goes to the thread. Where the turn is not free, or anything fails, the operations go to
-the thread whole, for it has the patience, and while it fails so does all that follows. A lone call so costs one
-hand-over to the thread and one back, instead of one for each lock and statement, and each of them costs more than the statements do.
-Knows nothing of what the operations mean, nor of files and servers.
+the thread whole, for it has the patience, and while it fails so does all that follows. A lone call so costs one hand-over to the thread
+and one back, instead of one for each lock and statement, and each of them costs more than the statements do. Knows nothing of what the
+operations mean, nor of files and servers.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ class Line:
 
     def __init__(self, store: Store) -> None:
         self._loop = asyncio.get_running_loop()
-        self._near = store.near
+        self._begins_here = store.near
         self.writer = Writer(store, self._deliver, *((self._on_the_loop,) if store.near else ()))
         self._thread: Literal["rests", "commits", "works"] = "rests" if store.near else "works"
         self._given = 0
@@ -40,7 +40,7 @@ class Line:
 
     async def stop(self, timeout_s: float) -> bool:
         """Write what is waiting and end; False where that took longer."""
-        self._near = False
+        self._begins_here = False
         self._to_the_thread()
         ended = await asyncio.to_thread(self.writer.stop, timeout_s)
         await asyncio.sleep(0)  # the last batch's answers
@@ -121,7 +121,7 @@ class Line:
     def _hear(self, answers: Sequence[Answer], dealt_with: int | None) -> None:
         for answer in answers:
             answer.operation.tell(answer.value)
-        if dealt_with == self._given and self._near:
+        if dealt_with == self._given and self._begins_here:
             self._thread = "rests"
             if self._waiting:
                 self._plan(all(operation.patient for operation in self._waiting))
