@@ -36,7 +36,10 @@ class ListeningLoop(asyncio.SelectorEventLoop):
         if self._listener is None:
             return await super().create_server(protocol_factory, host, port, **options)
         listener, self._listener = self._listener, None
-        return await super().create_server(protocol_factory, sock=listener, backlog=BACKLOG, **options)
+        # asyncio accepts as many as `backlog` at each turn: of many that come at once the first worker to wake would take all.
+        server = await super().create_server(protocol_factory, sock=listener, backlog=1, **options)
+        listener.listen(BACKLOG)
+        return server
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -8,7 +8,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import anthropic
@@ -197,3 +198,29 @@ async def test_a_taken_port_is_said_in_a_sentence(tmp_path):
         done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, env=os.environ | {"SIMULATED_KEY": KEY})
         assert done.returncode == 2
         assert done.stderr.startswith(f"Cannot listen on {listen} (Address already in use). Is another gateway running? Choose")
+
+
+def test_of_many_that_come_at_once_a_worker_takes_one_at_each_turn_and_keeps_none_waiting():
+    """Else the first worker to wake would take them all, and keep them: clients hold on to their connections."""
+    listener = bind("127.0.0.1", 0)
+    taken: list[int] = []
+
+    async def run(clients: list[socket.socket]) -> list[int]:
+        server = await asyncio.get_running_loop().create_server(lambda: taken.append(1) or asyncio.Protocol(), "ignored", 1)
+        for client in clients:
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        counts = [0]
+        async with asyncio.timeout(0.9):  # a connection that the queue has no room for tries again after a second
+            while len(taken) < len(clients):
+                await asyncio.sleep(0)
+                counts.append(len(taken))
+        for client in clients:
+            client.close()
+        server.close()
+        await asyncio.sleep(0.05)
+        return counts
+
+    with ExitStack() as stack, asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:
+        counts = runner.run(run([stack.enter_context(socket.socket()) for _ in range(64)]))
+    assert max(after - before for before, after in pairwise(counts)) == 1

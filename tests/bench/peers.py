@@ -57,7 +57,7 @@ class Peer:
 def started(name: str, folder: Path, upstream: str, core: int | None) -> Iterator[Peer]:
     """A peer by its name, on one core (None: wherever it likes), in front of an upstream's address, until the block ends."""
     folder.mkdir(parents=True)
-    port, token = _free_port(), "none"
+    port, token, workers = _free_port(), "none", 0
     bin_folder = Path(sys.executable).parent
     if name == "direct":
         yield Peer(name, int(upstream.rpartition(":")[2]))
@@ -82,6 +82,8 @@ def started(name: str, folder: Path, upstream: str, core: int | None) -> Iterato
         if core is not None:
             os.sched_setaffinity(process.pid, {core})
         _wait(port, folder / "log")
+        while len(list(folder.glob("gateway.db-locks/owner-*"))) < workers:  # the first listens before the others have begun
+            time.sleep(0.1)
         yield Peer(name, port, process.pid, token, gateway=name.startswith("gateway"))
     finally:
         process.terminate()
