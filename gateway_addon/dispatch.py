@@ -7,7 +7,7 @@ written beside; in any other the walk stays (`fits`). Knows nothing of the gatew
 
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mitmproxy import exceptions, flow, hooks, version
@@ -28,12 +28,17 @@ PARTS = {
 
 def fits(manager: type = AddonManager, release: str = version.VERSION) -> bool:
     """Whether mitmproxy's manager is still the one that `Dispatch` stands in for."""
+    return release.startswith(RELEASES) and has(manager, PARTS)
+
+
+def has(owner: type, parts: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a class still has these methods, each with these parameters."""
 
     def parameters(name: str) -> list[str] | None:
-        part = getattr(manager, name, None)
+        part = getattr(owner, name, None)
         return list(inspect.signature(part).parameters) if callable(part) else None
 
-    return release.startswith(RELEASES) and all(parameters(name) == known for name, known in PARTS.items())
+    return all(parameters(name) == known for name, known in parts.items())
 
 
 class Dispatch(AddonManager):

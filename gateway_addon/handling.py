@@ -7,7 +7,6 @@ same commands, hooks and order as mitmproxy's own handler, in the releases that 
 """
 
 import asyncio
-import inspect
 import logging
 from collections import deque
 from collections.abc import Awaitable
@@ -37,11 +36,7 @@ CHOOSERS = (layer.NextLayer, modes.ReverseProxy)
 
 def fits(handler: type = ConnectionHandler) -> bool:
     """Whether mitmproxy's handler, and its manager of addons, are still the ones that are stood in for."""
-
-    def parameters(name: str) -> list[str]:
-        return list(inspect.signature(getattr(handler, name, lambda: None)).parameters)
-
-    return dispatch.fits() and all(parameters(name) == known for name, known in PARTS.items())
+    return dispatch.fits() and dispatch.has(handler, PARTS)
 
 
 def _chosen(top: Any) -> Any:

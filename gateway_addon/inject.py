@@ -35,9 +35,9 @@ from mitmproxy.proxy.layers.http import (
     SendHttp,
 )
 
+from gateway_addon import relay
 from gateway_addon.headers import Headers, quicken
 from gateway_addon.refusals import Refusal, new_request_id
-from gateway_addon.relay import Direct
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def install(top: layer.Layer | None) -> None:
         top = getattr(top, "child_layer", None)
 
 
-class InjectLayer(Direct):
+class InjectLayer(relay.Direct):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if isinstance(event, events.Start) and self.context.client.alpn in (None, b"http/1.1", b"http/1.0"):
             self.connections.setdefault(self.context.client, ApiHttp1Server(self.context.fork()))
@@ -222,8 +222,8 @@ class ApiHttp1Server(Http1Server):
     """mitmproxy's HTTP/1 server with its own errors (400, 413, 502, in HTML) said in the API's shape, and a bounded head."""
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        """Without the bookkeeping of a layer that waits for answers: this one asks nothing."""
-        return self._handle_event(event)
+        """Without the bookkeeping of a layer that waits for answers: this one asks nothing, in the releases that are known."""
+        return self._handle_event(event) if relay.FITS else super().handle_event(event)
 
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
         if not self.conn.state & connection.ConnectionState.CAN_WRITE:

@@ -7,7 +7,6 @@ same end of a body, in the releases that it was written beside; in any other mit
 gateway.
 """
 
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,13 +31,12 @@ from gateway_addon import dispatch
 
 READER = {"_bytes_in_chunk": 0, "_bytes_to_discard": b"", "_reading_trailer": False}
 """What h11's reader of a chunked body keeps between two calls, and how it begins."""
-PARTS: dict[tuple[type, str], list[str]] = {
-    (ChunkedReader, "__call__"): ["self", "buf"],
-    (Http1Client, "read_body"): ["self", "event"],
-    (Http1Server, "send"): ["self", "event"],
-    (HttpStream, "state_stream_response_body"): ["self", "event"],
-    (HttpLayer, "event_to_child"): ["self", "child", "event"],
-    (HttpLayer, "register_connection"): ["self", "command"],
+PARTS: dict[type, dict[str, list[str]]] = {
+    ChunkedReader: {"__call__": ["self", "buf"]},
+    Http1Client: {"read_body": ["self", "event"]},
+    Http1Server: {"send": ["self", "event"]},
+    HttpStream: {"state_stream_response_body": ["self", "event"]},
+    HttpLayer: {"event_to_child": ["self", "child", "event"], "register_connection": ["self", "command"]},
 }
 """What is overridden or stood on here, with its parameters."""
 
@@ -48,11 +46,7 @@ _SIZE = re.compile(rb"([0-9a-fA-F]{1,8})\r\n")
 
 def fits(reader: Callable[[], object] = ChunkedReader) -> bool:
     """Whether mitmproxy and h11 are still those that are stood in for."""
-
-    def parameters(owner: type, name: str) -> list[str]:
-        return list(inspect.signature(getattr(owner, name, lambda: None)).parameters)
-
-    return dispatch.fits() and vars(reader()) == READER and all(parameters(*part) == known for part, known in PARTS.items())
+    return dispatch.fits() and vars(reader()) == READER and all(dispatch.has(owner, parts) for owner, parts in PARTS.items())
 
 
 FITS = fits()
