@@ -112,7 +112,9 @@ class Line:
     # from the thread to the loop
 
     def _deliver(self, answers: Sequence[Answer], dealt_with: int | None) -> None:
-        """On the thread: wake the loop once for the whole batch."""
+        """On the thread: wake the loop once for the whole batch, and for its mere rest where that lets a batch begin there."""
+        if not answers and not self._begins_here:
+            return
         try:
             self._loop.call_soon_threadsafe(self._hear, answers, dealt_with)
         except RuntimeError:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 from gateway_addon.ledger.store import EVERYTHING, Store
@@ -65,8 +66,8 @@ class Begun(NamedTuple):
 
 
 type Deliver = Callable[[Sequence[Answer], int | None], None]
-"""Takes answers, on the writer's thread. With a number: all that was handed over up to the so-manieth is dealt with, nothing is kept or
-in doubt, and the thread waits for more."""
+"""Takes answers, on the writer's thread. With a number: of what was handed over so many are dealt with, nothing is kept or in doubt, and
+the thread waits for more."""
 
 
 type Compute = Callable[[Callable[[], list[Answer]]], list[Answer]]
@@ -75,10 +76,17 @@ interpreter at every step, and a thread that has to win it back from a busy loop
 statements do (measured: 0.84 ms a call against 0.41). What can wait for a disk or a lock stays on this thread."""
 
 
+def _here(work: Callable[[], list[Answer]]) -> list[Answer]:
+    return work()
+
+
+_rank = attrgetter("rank")
+
+
 class Writer:
     """Start with `start`, hand over with `put`, end with `stop`."""
 
-    def __init__(self, store: Store, deliver: Deliver, compute: Compute = lambda work: work()) -> None:
+    def __init__(self, store: Store, deliver: Deliver, compute: Compute = _here) -> None:
         self._store = store
         self._deliver = deliver
         self._compute = compute
@@ -118,7 +126,7 @@ class Writer:
         assert self._db is not None
         try:
             self._store.still()
-            return Begun(self._db, self._statements(self._db, sorted(operations, key=_rank), lambda work: work()), leave)
+            return Begun(self._db, self._statements(self._db, sorted(operations, key=_rank), _here), leave)
         except BaseException as error:
             leave()
             if not isinstance(error, Exception):
@@ -319,10 +327,6 @@ class Writer:
         if new and self._store.journal is not None and self._store.journal.keep([each.record for each in new if each.record]):
             for each in new:
                 each.recorded = True
-
-
-def _rank(operation: Operation) -> int:
-    return operation.rank
 
 
 def apart(operations: list[Operation], scopes_max: int | None) -> list[list[Operation]]:
