@@ -9,13 +9,14 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from ledgers import until
+from stores import Store
 
 from gateway_addon.ledger import LedgerUnavailable, files
 from gateway_addon.ledger.filestore import FileStore
 from gateway_addon.ledger.line import Line
 from gateway_addon.ledger.locks import folder
 from gateway_addon.ledger.writer import Begun, Operation
-from tests.stores import Store
 
 
 class Asked:
@@ -31,10 +32,8 @@ class Asked:
             self._store._begun.append(self.name)
         return "written"
 
-    async def answer(self, timeout_s=5.0):
-        async with asyncio.timeout(timeout_s):
-            while not self.told:
-                await asyncio.sleep(0.001)
+    async def answer(self):
+        await until(lambda: self.told)
         return self.told[0]
 
 
@@ -54,140 +53,103 @@ async def ready(store):
     first = Asked(store, "first")
     line.put(first.operation)
     await first.answer()
-    while line._thread != "rests":
-        await asyncio.sleep(0.001)
+    await until(lambda: line._thread == "rests")
     return line
 
 
-def test_a_lone_operation_is_handed_over_once_with_its_statements_run_on_the_loop():
-    async def run():
-        store = Store(scopes_max=None)
-        line = await ready(store)
-        with handed_over(line) as given:
-            asked = Asked(store)
+@pytest.mark.parametrize("count", [1, 30])
+async def test_what_arrives_in_one_turn_of_the_loop_is_handed_over_once_with_its_statements_run_there(count):
+    store = Store(scopes_max=None)
+    line = await ready(store)
+    with handed_over(line) as given:
+        every = [Asked(store, f"{number}") for number in range(count)]
+        for asked in every:
             line.put(asked.operation)
-            assert await asked.answer() == "written"
-        assert given == [Begun]
-        assert asked.threads == [threading.main_thread()]
-        assert await line.stop(5)
-
-    asyncio.run(run())
+        assert await asyncio.gather(*(asked.answer() for asked in every)) == ["written"] * count
+    assert given == [Begun]
+    assert [asked.threads for asked in every] == [[threading.main_thread()]] * count
+    assert await line.stop(5)
 
 
-def test_what_arrives_in_one_turn_of_the_loop_or_during_a_commit_shares_the_next():
-    async def run():
-        store = Store(scopes_max=None)
-        line = await ready(store)
-        with handed_over(line) as given:
-            many = [Asked(store, f"{number}") for number in range(30)]
-            for asked in many:
-                line.put(asked.operation)
-            await asyncio.gather(*(asked.answer() for asked in many))
-        assert given == [Begun]
-        assert await line.stop(5)
-
-    asyncio.run(run())
-
-
-def test_what_nobody_waits_for_lingers_to_share_a_commit_and_is_written_by_itself_all_the_same():
-    async def run():
-        store = Store(scopes_max=None)
-        line = await ready(store)
-        with handed_over(line) as given:
-            settled, reserved = Asked(store, "settled", lasting=True, patient=True), Asked(store, "reserved")
-            line.put(settled.operation)
-            await asyncio.sleep(0)
-            assert given == []
-            line.put(reserved.operation)
-            await asyncio.gather(settled.answer(), reserved.answer())
-            assert given == [Begun]
-            alone = Asked(store, "alone", lasting=True, patient=True)
-            line.put(alone.operation)
-            await alone.answer()
-        assert given == [Begun, Begun]
-        last = Asked(store, "last", lasting=True, patient=True)
-        line.put(last.operation)
-        assert await line.stop(5)
-        assert store.rows == ["first", "settled", "reserved", "alone", "last"]
-
-    asyncio.run(run())
-
-
-def test_what_its_caller_has_left_before_it_began_is_not_written():
-    async def run():
-        store = Store(scopes_max=None)
-        line = await ready(store)
-        left = Asked(store, "left", wanted=lambda: False)
-        line.put(left.operation)
-        lasting = Asked(store, "lasting", wanted=lambda: False, lasting=True)
-        line.put(lasting.operation)
-        await lasting.answer()
-        assert await line.stop(5)
-        assert (store.rows, left.told, left.threads) == (["first", "lasting"], [], [])
-
-    asyncio.run(run())
-
-
-def test_a_commit_that_fails_brings_what_waits_on_the_loop_to_the_thread_and_all_are_told():
-    """In the thread's hands a failure is told at once, and what must last is kept until it is written."""
-
-    async def run():
-        store = Store("", "down", "down", scopes_max=None)
-        line = await ready(store)
-        gone, kept = Asked(store, "gone"), Asked(store, "kept", lasting=True)
-        line.put(gone.operation)
-        line.put(kept.operation)
+async def test_what_nobody_waits_for_lingers_to_share_a_commit_and_is_written_by_itself_all_the_same():
+    store = Store(scopes_max=None)
+    line = await ready(store)
+    with handed_over(line) as given:
+        settled, reserved = Asked(store, "settled", lasting=True, patient=True), Asked(store, "reserved")
+        line.put(settled.operation)
         await asyncio.sleep(0)
-        while_it_commits = Asked(store, "while it commits")
-        line.put(while_it_commits.operation)
-        assert isinstance(await gone.answer(), LedgerUnavailable)
-        assert isinstance(await while_it_commits.answer(), LedgerUnavailable)
-        assert await kept.answer() == "written"
-        while line._thread != "rests":
-            await asyncio.sleep(0.001)
-        again = Asked(store, "again")
-        line.put(again.operation)
-        assert await again.answer() == "written"
-        assert await line.stop(5)
-        assert store.rows == ["first", "kept", "again"]
-
-    asyncio.run(run())
+        assert given == []
+        line.put(reserved.operation)
+        await asyncio.gather(settled.answer(), reserved.answer())
+        assert given == [Begun]
+        alone = Asked(store, "alone", lasting=True, patient=True)
+        line.put(alone.operation)
+        await alone.answer()
+    assert given == [Begun, Begun]
+    last = Asked(store, "last", lasting=True, patient=True)
+    line.put(last.operation)
+    assert await line.stop(5)
+    assert store.rows == ["first", "settled", "reserved", "alone", "last"]
 
 
-def test_the_thread_rests_only_once_it_has_dealt_with_all_that_it_was_given():
+async def test_what_its_caller_has_left_before_it_began_is_not_written():
+    store = Store(scopes_max=None)
+    line = await ready(store)
+    left = Asked(store, "left", wanted=lambda: False)
+    line.put(left.operation)
+    lasting = Asked(store, "lasting", wanted=lambda: False, lasting=True)
+    line.put(lasting.operation)
+    await lasting.answer()
+    assert await line.stop(5)
+    assert (store.rows, left.told, left.threads) == (["first", "lasting"], [], [])
+
+
+async def test_a_commit_that_fails_brings_what_waits_on_the_loop_to_the_thread_and_all_are_told():
+    """In the thread's hands a failure is told at once, and what must last is kept until it is written."""
+    store = Store("", "down", "down", scopes_max=None)
+    line = await ready(store)
+    gone, kept = Asked(store, "gone"), Asked(store, "kept", lasting=True)
+    line.put(gone.operation)
+    line.put(kept.operation)
+    await asyncio.sleep(0)
+    while_it_commits = Asked(store, "while it commits")
+    line.put(while_it_commits.operation)
+    assert isinstance(await gone.answer(), LedgerUnavailable)
+    assert isinstance(await while_it_commits.answer(), LedgerUnavailable)
+    assert await kept.answer() == "written"
+    await until(lambda: line._thread == "rests")
+    again = Asked(store, "again")
+    line.put(again.operation)
+    assert await again.answer() == "written"
+    assert await line.stop(5)
+    assert store.rows == ["first", "kept", "again"]
+
+
+async def test_the_thread_rests_only_once_it_has_dealt_with_all_that_it_was_given():
     """Its word that it rests may cross what is on the way to it: the connection would be used from both sides."""
-
-    async def run():
-        line = Line(Store(free=[False], scopes_max=None))
-        asked = Asked(Store(), "on its way")
-        line._to_the_thread()
-        line.put(asked.operation)
-        line._hear((), 0)
-        assert line._thread == "works"
-        line._hear((), 1)
-        assert line._thread == "rests"
-
-    asyncio.run(run())
+    line = Line(Store(free=[False], scopes_max=None))
+    asked = Asked(Store(), "on its way")
+    line._to_the_thread()
+    line.put(asked.operation)
+    line._hear((), 0)
+    assert line._thread == "works"
+    line._hear((), 1)
+    assert line._thread == "rests"
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_operation_is_told_once_and_the_truth_however_turns_and_commits_fall_out(seed):
+async def test_every_operation_is_told_once_and_the_truth_however_turns_and_commits_fall_out(seed):
     chance = random.Random(seed)
     fails = [chance.choice(["", "", "", "down", "carried out"]) for _ in range(40)]
     free = [chance.random() < 0.7 for _ in range(40)]
-
-    async def run():
-        store = Store(*fails, scopes_max=None, free=free)
-        line = Line(store)
-        line.start()
-        every = [Asked(store, f"{number}", lasting=chance.random() < 0.5, patient=chance.random() < 0.3) for number in range(40)]
-        for asked in every:
-            line.put(asked.operation)
-            await asyncio.sleep(chance.choice([0, 0, 0.001, 0.012]))
-        assert await line.stop(20)
-        return store, every
-
-    store, every = asyncio.run(run())
+    store = Store(*fails, scopes_max=None, free=free)
+    line = Line(store)
+    line.start()
+    every = [Asked(store, f"{number}", lasting=chance.random() < 0.5, patient=chance.random() < 0.3) for number in range(40)]
+    for asked in every:
+        line.put(asked.operation)
+        await asyncio.sleep(chance.choice([0, 0, 0.001, 0.012]))
+    assert await line.stop(20)
     assert [len(asked.told) for asked in every if asked.operation.lasting] == [1] * sum(asked.operation.lasting for asked in every)
     assert len(store.rows) == len(set(store.rows)), "written twice"
     for asked in every:
@@ -224,24 +186,19 @@ def a_shell_that_takes_no_turn(path):
 
 
 @pytest.mark.parametrize("holding", [another_writers_turn, a_shell_that_takes_no_turn])
-def test_the_loop_goes_round_while_another_holds_the_ledger(tmp_path, holding):
+async def test_the_loop_goes_round_while_another_holds_the_ledger(tmp_path, holding):
     path = tmp_path / "gateway.db"
     files.create(path)
-
-    async def run():
-        store = FileStore(path)
-        line = await ready(store)
-        asked = Asked(store)
-        with holding(path):
-            line.put(asked.operation)
-            pause_s, _ = await longest_pause_s(asyncio.sleep(0.3))
-            assert asked.told == []
-        pause_too_s, answer = await longest_pause_s(asked.answer())
-        assert answer == "written"
-        assert max(pause_s, pause_too_s) < 0.2
-        while line._thread != "rests":  # and the thread gives it back
-            await asyncio.sleep(0.001)
-        assert await line.stop(5)
-        await store.close()
-
-    asyncio.run(run())
+    store = FileStore(path)
+    line = await ready(store)
+    asked = Asked(store)
+    with holding(path):
+        line.put(asked.operation)
+        pause_s, _ = await longest_pause_s(asyncio.sleep(0.3))
+        assert asked.told == []
+    pause_too_s, answer = await longest_pause_s(asked.answer())
+    assert answer == "written"
+    assert max(pause_s, pause_too_s) < 0.2
+    await until(lambda: line._thread == "rests")  # and the thread gives it back
+    assert await line.stop(5)
+    await store.close()

@@ -1,10 +1,10 @@
 """The writer's thread, on a store made for the test: what shares a commit, and what is told of it when one fails."""
 
 import pytest
+from stores import Store
 
 from gateway_addon.ledger.store import EVERYTHING
 from gateway_addon.ledger.writer import Operation, Writer, apart
-from tests.stores import Store
 
 
 def scoped(*scopes):

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,9 +81,8 @@ def started(name: str, folder: Path, upstream: str, core: int | None) -> Iterato
     try:
         if core is not None:
             os.sched_setaffinity(process.pid, {core})
-        _wait(port, folder / "log")
-        while len(list(folder.glob("gateway.db-locks/owner-*"))) < workers:  # the first listens before the others have begun
-            time.sleep(0.1)
+        # A gateway's first worker listens before the others have begun.
+        _wait(lambda: _listens(port) and len(list(folder.glob("gateway.db-locks/owner-*"))) >= workers, folder / "log")
         yield Peer(name, port, process.pid, token, gateway=name.startswith("gateway"))
     finally:
         process.terminate()
@@ -111,10 +110,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(port: int, log: Path) -> None:
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _wait(ready: Callable[[], bool], log: Path) -> None:
     for _ in range(200):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        if ready():
+            return
         time.sleep(0.1)
     raise SystemExit(f"A peer of the benchmark did not start:\n{log.read_text()}")
