@@ -87,6 +87,12 @@ def die(journal: Journal) -> None:
     os.close(journal._file)
 
 
+def reconnect(ledger):
+    """Make the writer open a new connection on its next turn. The old one is let go of, not closed: a commit may still be at work on it,
+    though what it wrote can be read already."""
+    ledger._line.writer._db = None
+
+
 async def until(true, seconds=10):
     for _ in range(int(seconds / 0.02)):
         if true():

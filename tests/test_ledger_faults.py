@@ -8,7 +8,7 @@ import time
 from contextlib import closing
 
 import pytest
-from ledgers import CALL, DAY_CAP, NOON, balance, new_ledger, rows
+from ledgers import CALL, DAY_CAP, NOON, balance, new_ledger, reconnect, rows
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin, files, writer
 
@@ -62,12 +62,6 @@ def broken_disk(monkeypatch):
     return switch
 
 
-async def reconnect(ledger):
-    """Make the writer open a new connection on its next turn."""
-    ledger._line.writer._db.close()
-    ledger._line.writer._db = None
-
-
 async def refused(ledger, text):
     start = time.monotonic()
     with pytest.raises(LedgerUnavailable, match=text):
@@ -88,7 +82,7 @@ FAULTS = [
 @pytest.mark.parametrize("statement", ["BEGIN", "\nINSERT INTO calls", "INSERT INTO entries", "COMMIT"])
 async def test_a_failing_disk_refuses_at_once_keeps_the_settlement_and_recovers(ledger, path, broken_disk, code, text, statement):
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
-    await reconnect(ledger)
+    reconnect(ledger)
     broken_disk.update(statement=statement.strip(), error=disk_error(code))
     settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
     assert await refused(ledger, text) < 0.4
@@ -104,7 +98,7 @@ async def test_after_a_commit_in_doubt_the_truth_is_looked_up(ledger, path, brok
     """An error at COMMIT may come after the frames are on disk. The settlement is written once; a reservation answered as refused is
     given back."""
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
-    await reconnect(ledger)
+    reconnect(ledger)
     broken_disk.update(statement="COMMIT", error=disk_error(), after=carried_out)
     settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
     await refused(ledger, "reports an error")

@@ -8,7 +8,7 @@ import time
 import anthropic
 import pytest
 from gateway import gateway
-from ledgers import rows
+from ledgers import reconnect, rows
 from test_ledger_faults import Broken, disk_error
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, files
@@ -22,7 +22,7 @@ def disk_says(code, ledger, path):
     """The disk answers each write with an error of SQLite's."""
     real = files.writer_connection
     files.writer_connection = lambda path: Broken(real(path), "COMMIT", disk_error(code))
-    _reconnect(ledger)
+    reconnect(ledger)
     try:
         yield
     finally:
@@ -53,13 +53,6 @@ def replaced(ledger, path):
     yield
     for part, kept in away:
         os.replace(kept, part)
-
-
-def _reconnect(ledger):
-    writer = ledger._line.writer
-    if writer._db is not None:
-        writer._db.close()
-        writer._db = None
 
 
 FAULTS = {
@@ -115,7 +108,7 @@ async def test_a_damaged_ledger_is_refused_with_an_instruction_and_nothing_is_fo
         with path.open("r+b") as file:  # in place: every page but the first
             file.seek(4096)
             file.write(os.urandom(path.stat().st_size - 4096))
-        _reconnect(gw.gate.ledger)
+        reconnect(gw.gate.ledger)
         with pytest.raises(anthropic.InternalServerError) as refused:
             await gw.client().messages.create(**HELLO)
         assert refused.value.response.headers["x-gateway-refusal"] == "ledger"
