@@ -236,7 +236,7 @@ async def test_a_stream_passes_over_tls_on_both_sides(tmp_path, monkeypatch, kno
     monkeypatch.setattr(relay, "FITS", known)
     handed_on, taken = relay.Relay._handed_on, []
     monkeypatch.setattr(relay.Relay, "_handed_on", lambda self, stream, data: taken.append(data) or handed_on(self, stream, data))
-    async with sealed(tmp_path, behaviour=Behaviour(output_tokens=40, delay_ms=1)) as far:
+    async with sealed(tmp_path, behaviour=Behaviour(output_tokens=100, delay_ms=30)) as far:
         policy = f"tls: {{cert: {far.ca}, key: {far.ca.with_suffix('.key')}}}\n"
         trusting = {"options": (f"ssl_verify_upstream_trusted_ca={far.ca}",)}
         async with gateway(tmp_path, far.api, upstream=far.url, policy=policy, settings=trusting) as gw:
