@@ -28,9 +28,6 @@ from OpenSSL import SSL
 from gateway_addon import otel
 from gateway_addon.addon import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.calls import Record, Tell
-from gateway_addon.debugging.addon import DebugAddon
-from gateway_addon.debugging.closed import OPTIONS
-from gateway_addon.debugging.master import DebugMaster
 from gateway_addon.dispatch import Dispatch
 from gateway_addon.gate import Gate
 from gateway_addon.handling import Handlers, fits
@@ -127,8 +124,7 @@ def run(settings: Settings, listener: socket.socket) -> int:
 
 
 async def _run(settings: Settings) -> int:
-    make = GatewayAddon if settings.web_port is None else partial(DebugAddon, place=ledger_path(settings.ledger))
-    async with prepared(settings, make) as (policy, addon, master):
+    async with prepared(settings, chosen(settings)) as (policy, addon, master):
         on_signal(master.shutdown)
         if settings.parent_fd is not None:
             when_the_parent_ends(settings.parent_fd, master.shutdown)
@@ -144,6 +140,15 @@ async def _run(settings: Settings) -> int:
         spare_the_collector()
         await master.run()
     return 0
+
+
+def chosen(settings: Settings) -> Callable[..., GatewayAddon]:
+    """What makes the addon. mitmweb and its web server, 8 MB in each worker, are loaded only for those who asked for its page."""
+    if settings.web_port is None:
+        return GatewayAddon
+    from gateway_addon.debugging.addon import DebugAddon
+
+    return partial(DebugAddon, place=ledger_path(settings.ledger))
 
 
 def spare_the_collector() -> None:
@@ -229,18 +234,25 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     Raises ValueError for an option that mitmproxy does not have, or that would open a way around the gateway.
     """
     opts = made()
-    master: Master = DebugMaster(opts, addon) if isinstance(addon, DebugAddon) else LeanMaster(opts)
-    master.addons.chain.insert(0, master.addons.register(addon))
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
         "mode": [reverse(policy.upstream)],
         "listen_host": settings.host,
         "listen_port": settings.port,
     }
-    if settings.web_port is not None:
-        logging.getLogger("mitmproxy.tools.web.webaddons").setLevel(logging.ERROR)  # its advice on passwords that last longer than ours
+    if settings.web_port is None:
+        master: Master = LeanMaster(opts)
+    else:
+        from gateway_addon.debugging import closed
+        from gateway_addon.debugging.addon import DebugAddon
+        from gateway_addon.debugging.master import DebugMaster
+
+        assert isinstance(addon, DebugAddon), "chosen() makes one for these settings"
+        master = DebugMaster(opts, addon)
         master.addons.get("tlsconfig").__class__ = UpstreamTls
-        own |= OPTIONS | {"web_port": settings.web_port, "web_password": settings.web_password}
+        logging.getLogger("mitmproxy.tools.web.webaddons").setLevel(logging.ERROR)  # its advice on passwords that last longer than ours
+        own |= closed.OPTIONS | {"web_port": settings.web_port, "web_password": settings.web_password}
+    master.addons.chain.insert(0, master.addons.register(addon))
     opts.update(**hardened(opts, policy), **own)
     try:
         opts.set(*settings.options)

@@ -10,6 +10,7 @@ import anthropic
 import httpx2
 import postgresql
 import pytest
+from gateway import AUTHORITIES
 from processes import ledgered
 
 from gateway_addon.ledger import admin, history
@@ -29,7 +30,8 @@ async def caller(url, token, chance, said: Counter):
     tokens, stream, leaves = chance.randint(50, 2_000), chance.random() < 0.5, chance.random() < 0.3
     simulate = json.dumps({"tokens_per_s": 350, "after_disconnect_s": 0.3, "tokens_per_event": 20})
     body = {"model": MODEL, "max_tokens": tokens, "messages": [{"role": "user", "content": f"simulate: {simulate}"}]}
-    async with anthropic.AsyncAnthropic(base_url=url, api_key=token, max_retries=0, timeout=60) as client:
+    http = anthropic.DefaultAsyncHttpxClient(verify=AUTHORITIES)
+    async with anthropic.AsyncAnthropic(base_url=url, api_key=token, http_client=http, max_retries=0, timeout=60) as client:
         try:
             async with asyncio.timeout(chance.uniform(0.05, 2.0) if leaves else None):
                 if stream:

@@ -58,12 +58,12 @@ def billed(api):
 
 
 async def a_stream_comes_through_while_the_api_is_still_sending(nginx, gateways, api):
-    quick, api.behaviour = api.behaviour, Behaviour(delay_ms=25, output_tokens=60)
+    quick, api.behaviour = api.behaviour, Behaviour(delay_ms=80, output_tokens=200)  # two seconds: a loaded machine takes its time to look
     async with client(nginx, gateways.tokens["app"], max_retries=0) as app, app.messages.stream(**ASK) as stream:
         async for _ in stream:
             assert api.book.in_flight == 1, "the first event is here, the last is not yet made"
             break
-        assert (await stream.get_final_message()).usage.output_tokens == 60
+        assert (await stream.get_final_message()).usage.output_tokens == 200
     api.behaviour = quick
 
 

@@ -1,6 +1,8 @@
 """Who may know whom: the rooms of gateway_addon/ import each other in one direction, and each outside library has its rooms."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -170,3 +172,10 @@ def test_the_simulated_api_shares_nothing_with_what_it_checks():
     for path, room in modules():
         if room == "simulator":
             assert rooms_of(path, room) == set()
+
+
+def test_a_gateway_in_production_loads_nothing_that_only_looks_at_flows():
+    code = "import sys, gateway_addon.cli.serve; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "gateway_addon.serve" in loaded
+    assert {"tornado", "mitmproxy.tools", "gateway_addon.debugging", "tabulate"} & set(loaded) == set()
