@@ -61,6 +61,8 @@ class Handlers:
 class Handler(ProxyConnectionHandler):
     arrived: deque[events.Event]
     hooks: dispatch.Dispatch
+    hooking: set[asyncio.Task[None]]
+    """Hooks that wait for something: held here, since the loop holds its tasks weakly."""
     at_work: bool
     """Somebody takes what has arrived. (There is one thread, but a task begins as soon as it is made, in the middle of an event.)"""
 
@@ -68,7 +70,7 @@ class Handler(ProxyConnectionHandler):
     def take_over(cls, handler: Any) -> None:
         """Go on in this way with a connection that has had no event yet."""
         handler.__class__ = cls
-        handler.arrived, handler.at_work, handler.hooks = deque(), False, handler.master.addons
+        handler.arrived, handler.at_work, handler.hooks, handler.hooking = deque(), False, handler.master.addons, set()
 
     async def server_event(self, event: events.Event) -> None:
         self.arrived.append(event)
@@ -119,8 +121,10 @@ class Handler(ProxyConnectionHandler):
     def _hook(self, hook: StartHook) -> None:
         rest = self.hooks.begin(hook)
         if rest is not None:
-            name, peer = f"handle_hook({hook.name})", self.client.peername
-            asyncio_utils.create_task(self._rest_of(hook, rest), name=name, keep_ref=True, client=peer)
+            task = asyncio.Task(self._rest_of(hook, rest), loop=asyncio.get_running_loop(), name=hook.name, eager_start=True)
+            if not task.done():
+                self.hooking.add(task)
+                task.add_done_callback(self.hooking.discard)
         elif hook.blocking:
             self.arrived.append(events.HookCompleted(hook))
 

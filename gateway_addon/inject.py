@@ -20,12 +20,10 @@ from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.layers.http import (
     DropStream,
     ErrorCode,
-    Http1Server,
     HttpErrorHook,
     HttpEvent,
     HttpLayer,
     HttpRequestHeadersHook,
-    HttpStream,
     RequestHeaders,
     RequestProtocolError,
     ResponseData,
@@ -35,7 +33,7 @@ from mitmproxy.proxy.layers.http import (
     SendHttp,
 )
 
-from gateway_addon import relay
+from gateway_addon import relay, whole
 from gateway_addon.headers import Headers, quicken
 from gateway_addon.refusals import Refusal, new_request_id
 
@@ -112,10 +110,11 @@ class InjectLayer(relay.Direct):
 
     def make_stream(self, stream_id: int) -> layer.CommandGenerator[None]:
         stream = self.streams[stream_id] = InjectStream(self.context.fork(), stream_id)
+        stream.top = self
         yield from self.event_to_child(stream, events.Start())
 
 
-class InjectStream(HttpStream):
+class InjectStream(whole.Stream):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if isinstance(event, ResponseHeaders):
             quicken(event.response)
@@ -218,7 +217,7 @@ class ApiProtocolError(ResponseProtocolError):
         self.refusal = refusal
 
 
-class ApiHttp1Server(Http1Server):
+class ApiHttp1Server(whole.Server):
     """mitmproxy's HTTP/1 server with its own errors (400, 413, 502, in HTML) said in the API's shape, and a bounded head."""
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:

@@ -27,7 +27,7 @@ from mitmproxy.proxy.layers.http import (
     ResponseData,
 )
 
-from gateway_addon import dispatch
+from gateway_addon import dispatch, whole
 
 READER = {"_bytes_in_chunk": 0, "_bytes_to_discard": b"", "_reading_trailer": False}
 """What h11's reader of a chunked body keeps between two calls, and how it begins."""
@@ -84,7 +84,7 @@ class Chunks(ChunkedReader):
         return b"".join(pieces), at if pieces else 0
 
 
-class Relay(Http1Client):
+class Relay(whole.Client):
     """mitmproxy's HTTP/1 client, which hands the bytes of a running stream to the app's connection itself."""
 
     streams: Mapping[int, HttpStream]

@@ -20,14 +20,15 @@ OWN = {
     },
     "explanation": {"bounds", "ledger", "money", "policy", "reading", "refusals"},
     "lives": {"answers", "gate", "inject", "passes", "refusals", "running", "streams"},
-    "inject": {"headers", "refusals", "relay"},
+    "inject": {"headers", "refusals", "relay", "whole"},
     "listener": {"policy"},
     "modes": set(),
     "options": set(),
     "dispatch": set(),
     "handling": {"dispatch"},
     "headers": set(),
-    "relay": {"dispatch"},
+    "relay": {"dispatch", "whole"},
+    "whole": {"dispatch", "headers"},
     "gate": {
         "alerts", "answers", "bounds", "calls", "door", "herald", "identity", "ledger", "money", "noise", "offers", "origin",
         "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "streams", "workspace",
@@ -69,7 +70,7 @@ EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "options", "relay", "serve", "shim"},
+    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "options", "relay", "serve", "shim", "whole"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},
@@ -85,6 +86,7 @@ MAY_LOOK_OUTSIDE = {
     # not an edge, and why it may touch the clock or files all the same
     "addon": "an edge of mitmproxy's: it takes the time at which a flow meets a hook",
     "lives": "the same for deadlines",
+    "whole": "takes the time at which a message came, as mitmproxy does",
     "listener": "looks whether the certificate's files have changed",
     "debugging": "is given the ledger's place and hands it on",
     "explanation": "is given the ledger's place and hands it on",
