@@ -155,6 +155,7 @@ class GatewayAddon:
         """Whoever waits at the door for a client that has left stops waiting."""
         life = self.connections.pop(client.id, None)
         if life is not None and life.admission is not None:
+            life.left = True
             life.admission.cancel()
         close_forgotten(client)
 
@@ -215,13 +216,16 @@ class GatewayAddon:
         life = self.lives[flow.id]
         assert life.arrived is not None
         request, judged = judged_request(flow), (flow.request.headers.fields, flow.request.raw_content)
-        life.admission = asyncio.ensure_future(self.gate.admit(life.arrived, request, self.clock()))
+        life.admission = asyncio.current_task()
         try:
-            decision = await life.admission
+            decision = await self.gate.admit(life.arrived, request, self.clock())
         except asyncio.CancelledError:
-            if not life.admission.cancelled():
+            if life.admission is None or not life.left:
                 raise
+            life.admission.uncancel()
             return self.answer(flow, Refusal("draining", "The client left before the call was admitted."))
+        finally:
+            life.admission = None
         if isinstance(decision, Answer | Refusal):
             return self.answer(flow, decision)
         if isinstance(decision, Ticket):

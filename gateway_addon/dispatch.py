@@ -5,6 +5,7 @@ time. Promises the same calls in the same order with the same treatment of excep
 written beside; in any other the walk stays (`fits`). Knows nothing of the gateway.
 """
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ class Dispatch(AddonManager):
     def __init__(self, master: Any):
         super().__init__(master)  # type: ignore[no-untyped-call]
         self._found: dict[str, list[Callable[..., Any]]] = {}
+        self._fields: dict[str, list[str]] = {}
 
     def register(self, addon: Any) -> Any:
         self._found.clear()
@@ -63,6 +65,13 @@ class Dispatch(AddonManager):
             self._found[event.name] = found
         return found
 
+    def _arguments(self, event: hooks.Hook) -> list[Any]:
+        """What mitmproxy's own `args` says, without asking what a dataclass is each time."""
+        names = self._fields.get(event.name)
+        if names is None:
+            names = self._fields[event.name] = [field.name for field in dataclasses.fields(event)]  # type: ignore[arg-type]
+        return [getattr(event, name) for name in names]
+
     async def handle_lifecycle(self, event: hooks.Hook) -> None:
         if (rest := self.begin(event)) is not None:
             await rest
@@ -73,11 +82,12 @@ class Dispatch(AddonManager):
 
     def begin(self, event: hooks.Hook) -> Awaitable[None] | None:
         """Start a hook of a connection or flow; None where every addon is done with it already, else what is left to await."""
-        arguments = event.args()
+        arguments = self._arguments(event)
         rest = self._call(event, arguments)
-        if not isinstance(arguments[0], flow.Flow) or not self._hooks(update := hooks.UpdateHook([arguments[0]])):
+        if self._found.get(hooks.UpdateHook.name) == [] or not isinstance(arguments[0], flow.Flow):
             return rest
-        return self._and_update(rest, update)
+        update = hooks.UpdateHook([arguments[0]])
+        return self._and_update(rest, update) if self._hooks(update) else rest
 
     async def _and_update(self, rest: Awaitable[None] | None, update: hooks.UpdateHook) -> None:
         if rest is not None:

@@ -33,6 +33,7 @@ from gateway_addon.ledger import (
     LedgerUnavailable,
     NewCall,
     Outcome,
+    Pause,
     RateLimits,
     Resolution,
     Settlement,
@@ -50,7 +51,7 @@ from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running, Ticket
-from gateway_addon.sentences import denied, elsewhere, headroom, noisy, over_request_cap, paused
+from gateway_addon.sentences import denied, elsewhere, headroom, in_force, noisy, over_request_cap, paused
 from gateway_addon.settlement import EndedBy, Void, drifted, settle
 from gateway_addon.streams import Cut, Streams
 from gateway_addon.workspace import Workspace
@@ -108,7 +109,7 @@ class Gate:
         try:
             if endpoint == "readyz":
                 return await self._readiness(now)
-            token, pauses = await self._token(headers, digest, now), await self.ledger.pauses(now=now)
+            token, pauses = await self._token(headers, digest, now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
         address = origin(peer, headers, self.policy.trusted_proxies)
@@ -130,19 +131,17 @@ class Gate:
             return await self._me(app, now)
         return Arrived(app, token, endpoint, self.policy)
 
-    async def _token(self, headers: tuple[tuple[str, str], ...], digest: str | None, now: float) -> Token | Refusal:
+    async def _token(
+        self, headers: tuple[tuple[str, str], ...], digest: str | None, now: float
+    ) -> tuple[Token | Refusal, tuple[Pause, ...]]:
+        """Whose token this is, or why it is none, and what is paused."""
         if digest is None:
             secret = identity.credential(headers)
             if isinstance(secret, Refusal):
-                return secret
+                return secret, ()
             digest = identity.digest(secret)
-        token = await self.ledger.token(digest)
-        if token is None:
-            return Refusal("token_unknown", f"No app has this token: it was issued for another gateway or ledger. {identity.ISSUE}.")
-        if code := token.refusal(now):
-            word = "revoked" if code == "token_revoked" else "expired"
-            return Refusal(code, f"Token {token.label or token.id} of app {token.app} is {word}. {identity.ISSUE}.")
-        return token
+        token, pauses = await self.ledger.knock(digest, now=now)
+        return in_force(token, now), pauses
 
     # -- admit
 

@@ -14,11 +14,11 @@ from typing import Any
 from mitmproxy import connection, ctx, http
 
 from gateway_addon import inject
-from gateway_addon.answers import Answer, error_event
+from gateway_addon.answers import error_event
 from gateway_addon.gate import Gate
 from gateway_addon.passes import Arrived, Pass
 from gateway_addon.refusals import Refusal
-from gateway_addon.running import Running, Ticket
+from gateway_addon.running import Running
 from gateway_addon.streams import cut_refusal
 
 CUT_GRACE_S = 0.1  # how long a cut stream may take to complete its current event
@@ -38,7 +38,10 @@ class Life:
     arrived: Arrived | None = None
     body_bytes: int = 0
     """Of the request, as announced by its headers."""
-    admission: "asyncio.Task[Ticket | Pass | Answer | Refusal] | None" = None
+    admission: "asyncio.Task[None] | None" = None
+    """Who waits for this call to be admitted, while somebody does."""
+    left: bool = False
+    """The client went while it waited."""
     running: Running | None = None
     free: Pass | None = None
     server: connection.Server | None = None

@@ -6,6 +6,7 @@ and of its list only the part that they wrote.
 
 import ipaddress
 from collections.abc import Collection
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 FORWARDED_FOR = "x-forwarded-for"
@@ -31,6 +32,7 @@ def within(address: str | Address, networks: Collection[Network]) -> bool:
     return any(at in network for network in networks)
 
 
+@lru_cache(1024)  # the few that call, again and again
 def _parsed(text: str) -> Address | None:
     """An address, or None. IPv4 in IPv6's clothes (a listener on `::`) is IPv4."""
     try:

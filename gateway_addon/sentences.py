@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gateway_addon.bounds import Quote
 from gateway_addon.identity import ISSUE
-from gateway_addon.ledger import Denied, Pause, Standing
+from gateway_addon.ledger import Denied, Pause, Standing, Token
 from gateway_addon.money import cents, dollars
 from gateway_addon.noise import FAILURES_PER_MINUTE
 from gateway_addon.origin import FORWARDED_FOR
@@ -23,6 +23,16 @@ class BatchQuote(NamedTuple):
 
     requests: int
     total_nano: int
+
+
+def in_force(token: Token | None, now: float) -> Token | Refusal:
+    """The token that was found, or what to say of one that is none."""
+    if token is None:
+        return Refusal("token_unknown", f"No app has this token: it was issued for another gateway or ledger. {ISSUE}.")
+    if code := token.refusal(now):
+        word = "revoked" if code == "token_revoked" else "expired"
+        return Refusal(code, f"Token {token.label or token.id} of app {token.app} is {word}. {ISSUE}.")
+    return token
 
 
 def denied(denial: Denied, app: AppPolicy, bound: Quote | BatchQuote, granted_nano: int) -> Refusal:

@@ -313,9 +313,9 @@ async def test_a_request_edited_while_it_waits_at_the_door_is_not_sent(desk):
                 await asyncio.sleep(0.01)
         second = asyncio.ensure_future(seen.gw.client().messages.create(**ASK))
         async with asyncio.timeout(10):
-            while not [life for life in seen.gw.addon.lives.values() if life.admission and not life.admission.done()]:
+            while not [life for life in seen.gw.addon.lives.values() if life.admission]:
                 await asyncio.sleep(0.01)
-        waiting = next(life.flow for life in seen.gw.addon.lives.values() if life.admission and not life.admission.done())
+        waiting = next(life.flow for life in seen.gw.addon.lives.values() if life.admission)
         await seen.edit({"id": waiting.id}, content=json.dumps(ASK | {"max_tokens": 4000}))
         await first
         with pytest.raises(anthropic.APIStatusError, match="changed after it was admitted"):

@@ -261,6 +261,11 @@ class Ledger:
         """The token of this SHA-256 (hexadecimal), revoked and expired ones too. Raises LedgerUnavailable."""
         return await self.look(partial(notes.token, digest=digest))
 
+    async def knock(self, digest: str, *, now: float) -> tuple[Token | None, tuple[Pause, ...]]:
+        """That token, and the pauses in force, in one look: what the door asks for each request. Raises LedgerUnavailable."""
+        at = self._at(now)
+        return await self.look(lambda db: (notes.token(db, digest), notes.pauses(db, at)))
+
     async def standing(self, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
         return await self.look(partial(book.standing, scopes=scopes, caps=caps, now=self._at(now)))
