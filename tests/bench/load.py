@@ -52,7 +52,7 @@ class Caller(asyncio.Protocol):
             if end < 0:
                 return
             head = bytes(self.answer[:end]).lower()
-            _, found, rest = head.partition(b"content-length:")
+            _, found, rest = head.partition(b"\r\ncontent-length:")
             self.whole = end + 4 + int(rest.split(b"\r\n")[0]) if found else 0
             self.body_at = end + 4
         if not self.first and len(self.answer) > self.body_at:
@@ -62,7 +62,7 @@ class Caller(asyncio.Protocol):
 
     def ended(self) -> None:
         now = time.perf_counter()
-        good = self.answer.startswith(b"HTTP/1.1 200") and (self.whole or b"message_stop" in self.answer)
+        good = self.answer.startswith(b"HTTP/1.1 200") and (b"message_stop" if b"text/event-stream" in self.answer else b'"usage"') in self.answer
         if good:
             self.seen.append((now - self.began, self.first - self.began))
         else:
