@@ -1,6 +1,6 @@
 """Callers in a closed loop: each sends its next call when its last one was answered whole. Prints what it saw as JSON.
 
-    python load.py '{"port": 8080, "token": "...", "body": "json", "callers": 64, "seconds": 3, "reconnect": false}'
+    python load.py '{"port": 8080, "credential": "x-api-key: ...", "body": "json", "callers": 64, "seconds": 3, "reconnect": false}'
 """
 
 import asyncio
@@ -74,10 +74,10 @@ class Caller(asyncio.Protocol):
             self.transport.close()
 
 
-async def main(port: int, token: str, body: str, callers: int, seconds: float, reconnect: bool) -> dict[str, object]:
+async def main(port: int, credential: str, body: str, callers: int, seconds: float, reconnect: bool) -> dict[str, object]:
     loop = asyncio.get_running_loop()
     content = BODIES[body]
-    head = f"POST /v1/messages HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\nanthropic-version: 2023-06-01\r\nx-api-key: {token}\r\n"
+    head = f"POST /v1/messages HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\nanthropic-version: 2023-06-01\r\n{credential}\r\n"
     request = f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
     seen: list[tuple[float, float]] = []
     faults: list[str] = []

@@ -1,4 +1,4 @@
-"""What stands between the callers and the API: nothing, bare mitmdump, the gateway, nginx where it is installed."""
+"""What stands between the callers and the API: nothing, bare mitmdump, the gateway, and of the others those that are installed."""
 
 import os
 import shutil
@@ -6,14 +6,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import official
 
 from gateway_addon import identity
 from gateway_addon.ledger import admin, files
 
+PROGRAMS = {"nginx": "nginx", "litellm": "litellm", "official": "claude"}
+"""The peers that are not the project's own, by their programs' names."""
+
+START_S = 120  # LiteLLM takes seven seconds of a core of its own, and several times that of one that is shared
+NONE = "x-api-key: none"
 APP = "models: {allow: ['claude-*']}\ncaps: {day: $1000000, month: $1000000}\n"
 NGINX = """
 daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
@@ -23,6 +30,13 @@ http {{ access_log off; keepalive_requests 10000000; client_body_buffer_size 1m;
   server {{ listen 127.0.0.1:{port}; client_max_body_size 33m;
     location / {{ proxy_pass http://api; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; }} }} }}
 """
+LITELLM = """
+model_list: [{{model_name: claude-sonnet-4-5, litellm_params: {{model: anthropic/claude-sonnet-4-5, api_key: bench-key, api_base: "{upstream}"}}}}]
+general_settings: {{master_key: sk-bench}}
+litellm_settings: {{json_logs: true, request_timeout: 600}}
+"""
+# As its guide for production says; and its prices are those that it came with, not fetched.
+LITELLM_VARIABLES = {"LITELLM_MODE": "PRODUCTION", "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,65 +46,98 @@ class Peer:
     name: str
     port: int
     pid: int | None = None
-    token: str = "none"
-    gateway: bool = False
-
-    def pids(self) -> list[int]:
-        """The process and its children's children."""
-        if self.pid is None:
-            return []
-        found = [self.pid]
-        for pid in found:
-            for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-                found += [int(child) for child in listing.read_text().split()]
-        return found
+    credential: str = NONE
+    """A header's line."""
+    database: int | None = None
+    """Its database server, which works for nobody else."""
 
     def cpu_s(self) -> float:
-        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.pids()]
-        return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+        return sum(_ticks(pid) for pid in [*_family(self.pid), *_family(self.database)]) / os.sysconf("SC_CLK_TCK")
 
     def memory_mb(self) -> float:
-        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids()) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        """Without the database server's: its processes share most of theirs, and each would count it."""
+        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in _family(self.pid)) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _family(pid: int | None) -> list[int]:
+    """The process and its children's children."""
+    found = [] if pid is None else [pid]
+    for each in found:
+        for listing in Path(f"/proc/{each}/task").glob("*/children"):
+            with suppress(OSError):  # it has ended
+                found += [int(child) for child in listing.read_text().split()]
+    return found
+
+
+def _pin(pid: int | None, core: int) -> None:
+    for each in _family(pid):
+        with suppress(OSError):  # it has ended
+            os.sched_setaffinity(each, {core})
+
+
+def _ticks(pid: int) -> int:
+    """With those of the children that have ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0  # it has ended, and its parent's hold its own
+    return sum(int(field) for field in fields[11:15])
+
+
+def programs(said: Mapping[str, str]) -> dict[str, str]:
+    """By peer: the program of each that can be started, where it was said to be or on the PATH."""
+    found = {name: shutil.which(said.get(name, program)) for name, program in PROGRAMS.items()}
+    return {name: path for name, path in found.items() if path and (name != "official" or official.possible())}
 
 
 @contextmanager
-def started(name: str, folder: Path, upstream: str, core: int | None) -> Iterator[Peer]:
+def started(name: str, folder: Path, upstream: str, core: int | None, program: str = "") -> Iterator[Peer]:
     """A peer by its name, on one core (None: wherever it likes), in front of an upstream's address, until the block ends."""
     folder.mkdir(parents=True)
-    port, token, workers = _free_port(), "none", 0
-    bin_folder = Path(sys.executable).parent
     if name == "direct":
         yield Peer(name, int(upstream.rpartition(":")[2]))
         return
-    environment = os.environ | {"BENCH_KEY": "bench-key"}
+    port, database = _free_port(), None
+    with ExitStack() as stack:
+        environment = os.environ | {"BENCH_KEY": "bench-key"}
+        if name == "litellm":
+            environment |= LITELLM_VARIABLES
+        elif name == "official":
+            environment |= official.variables(folder)
+            database = stack.enter_context(official.surroundings(folder, port, upstream))
+        command, credential = _command(name, folder, port, upstream, program)
+        log = stack.enter_context(open(folder / "log", "wb"))
+        process = subprocess.Popen(command if core is None else ["taskset", "-c", str(core), *command], stdout=log, stderr=log, env=environment)
+        stack.callback(_stop, process)
+        if core is not None:
+            _pin(database, core)
+        _wait(process, lambda: _listens(port) and _workers(folder) >= _wanted(name), folder / "log")
+        if name == "official":
+            official.cap(port)
+        yield Peer(name, port, process.pid, credential, database)
+
+
+def _command(name: str, folder: Path, port: int, upstream: str, program: str) -> tuple[list[str], str]:
+    """How a peer is started, its files being written, and its credential."""
+    bin_folder = Path(sys.executable).parent
     if name == "mitmdump":
         command = [str(bin_folder / "mitmdump"), "--mode", f"reverse:{upstream}", "--listen-host", "127.0.0.1", "-p", str(port), "-q", "--set", f"confdir={folder}"]
-        command += ["--set", "ssl_insecure=true"]
-    elif name == "nginx":
+        return [*command, "--set", "ssl_insecure=true"], NONE
+    if name == "nginx":
         (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=port, upstream=upstream.rpartition(":")[2]))
-        command = [shutil.which("nginx") or "nginx", "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
-    else:
-        workers = int(name.partition("x")[2] or 1)
-        token = _policies(folder, upstream)
-        where = ["--listen", f"127.0.0.1:{port}", "--policies", str(folder / "policies"), "--ledger", f"sqlite:///{folder / 'gateway.db'}"]
-        command = [sys.executable, "-O", "-m", "gateway_addon", "serve", *where, "--workers", str(workers)]
-        if upstream.startswith("https:"):
-            command += ["--set", f"ssl_verify_upstream_trusted_ca={folder.parent / 'upstream.pem'}"]
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    try:
-        if core is not None:
-            os.sched_setaffinity(process.pid, {core})
-        # A gateway's first worker listens before the others have begun.
-        _wait(lambda: _listens(port) and len(list(folder.glob("gateway.db-locks/owner-*"))) >= workers, folder / "log")
-        yield Peer(name, port, process.pid, token, gateway=name.startswith("gateway"))
-    finally:
-        process.terminate()
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        return [program, "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")], NONE
+    if name == "litellm":
+        (folder / "litellm.yaml").write_text(LITELLM.format(upstream=upstream))
+        where = ["--config", str(folder / "litellm.yaml"), "--host", "127.0.0.1", "--port", str(port)]
+        return [program, *where, "--num_workers", "1", "--telemetry", "False"], "x-api-key: sk-bench"
+    if name == "official":
+        return [program, "gateway", "--config", str(folder / "official.yaml")], official.credential(port)
+    token = _policies(folder, upstream)
+    where = ["--listen", f"127.0.0.1:{port}", "--policies", str(folder / "policies"), "--ledger", f"sqlite:///{folder / 'gateway.db'}"]
+    command = [sys.executable, "-O", "-m", "gateway_addon", "serve", *where, "--workers", str(_wanted(name))]
+    if upstream.startswith("https:"):
+        command += ["--set", f"ssl_verify_upstream_trusted_ca={folder.parent / 'upstream.pem'}"]
+    return command, f"x-api-key: {token}"
 
 
 def _policies(folder: Path, upstream: str) -> str:
@@ -115,9 +162,29 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _wait(ready: Callable[[], bool], log: Path) -> None:
-    for _ in range(200):
+def _wanted(name: str) -> int:
+    """The workers in a gateway's name: `gatewayx2`."""
+    return int(name.partition("x")[2] or 1) if name.startswith("gateway") else 0
+
+
+def _workers(folder: Path) -> int:
+    """A gateway's first worker listens before the others have begun."""
+    return len(list(folder.glob("gateway.db-locks/owner-*")))
+
+
+def _wait(process: subprocess.Popen[bytes], ready: Callable[[], bool], log: Path) -> None:
+    until = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < until:
         if ready():
             return
         time.sleep(0.1)
     raise SystemExit(f"A peer of the benchmark did not start:\n{log.read_text()}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
