@@ -20,11 +20,12 @@ from mitmproxy.proxy.mode_servers import ProxyConnectionHandler
 from mitmproxy.proxy.server import ConnectionHandler, ConnectionIO
 from mitmproxy.utils import asyncio_utils
 
-from gateway_addon import dispatch
+from gateway_addon import dispatch, intake
 
 PARTS = {
     "server_event": ["self", "event"],
     "drain_writers": ["self"],
+    "handle_connection": ["self", "connection"],
     "open_connection": ["self", "command"],
     "close_connection": ["self", "connection", "half_close"],
     "wakeup": ["self", "request"],
@@ -72,7 +73,18 @@ class Handler(ProxyConnectionHandler):
         handler.__class__ = cls
         handler.arrived, handler.at_work, handler.hooks, handler.hooking = deque(), False, handler.master.addons, set()
 
+    async def handle_connection(self, connection: connection.Connection) -> None:
+        io = self.transports[connection]
+        first = intake.install(self, connection, io.reader, io.writer)
+        if first:
+            self.take(events.DataReceived(connection, first))
+        await super().handle_connection(connection)
+
     async def server_event(self, event: events.Event) -> None:
+        self.take(event)
+
+    def take(self, event: events.Event) -> None:
+        """Carry on with what has arrived; what comes of it at once is carried on too."""
         self.arrived.append(event)
         if self.at_work:
             return
@@ -134,9 +146,14 @@ class Handler(ProxyConnectionHandler):
         if hook.blocking:
             await self.server_event(events.HookCompleted(hook))
 
+    @property
+    def congested(self) -> bool:
+        """Somebody is slow to take what was written."""
+        return any(
+            io.writer is not None and (not isinstance(io.writer, asyncio.StreamWriter) or io.writer.transport.get_write_buffer_size())
+            for io in self.transports.values()
+        )
+
     async def drain_writers(self) -> None:
-        """Wait for slow readers, where there are any."""
-        for io in self.transports.values():
-            if io.writer is not None and (not isinstance(io.writer, asyncio.StreamWriter) or io.writer.transport.get_write_buffer_size()):
-                await super().drain_writers()  # type: ignore[no-untyped-call]
-                return
+        if self.congested:
+            await super().drain_writers()  # type: ignore[no-untyped-call]
