@@ -254,34 +254,37 @@ class Gate:
         call_id = running.ticket.call_id
         result = settle(running, sent=sent, ended_by=ended_by)
         end = result.outcome if isinstance(result, Void) else result
-        written = self._resolve(call_id, running.ticket.call, running.ticket.admitted_at, end, now)
+        self._resolve(call_id, running.ticket.call, running.ticket.admitted_at, end, now, partial(self._look_for_overrun, running, now))
         if isinstance(result, Void):
             return
-        written.add_done_callback(partial(self._look_for_overrun, running, now))
         app, served = running.ticket.app, result.outcome.model_served
         if app.served == "exact" and served is not None and drifted(running, served):
             self.tell(alerts.drift(app.name, running.ticket.reading.model, served, call_id, now))
 
     def _resolve(
-        self, call_id: int, call: NewCall, started_at: float, end: Settlement | Outcome, now: float
-    ) -> "asyncio.Future[Resolution]":
-        """Settle a call, or void it, given its outcome alone; wake whoever waits for budget, and tell whoever listens."""
+        self, call_id: int, call: NewCall, started_at: float, end: Settlement | Outcome, now: float,
+        hear: Callable[[Resolution], None] = lambda resolution: None,
+    ) -> "asyncio.Future[Resolution]":  # fmt: skip
+        """Settle a call, or void it, given its outcome alone; once that is written, wake whoever waits for budget, and tell whoever
+        listens."""
         if isinstance(end, Settlement):
             written, state, outcome, parts = self.ledger.settle(call_id, end, now=now), "settled", end.outcome, end.parts
         else:
             written, state, outcome, parts = self.ledger.void(call_id, end, now=now), "voided", end, ()
-        self._later(written)
 
-        def tell(written: "asyncio.Future[Resolution]") -> None:
-            if self.on_call is None or written.cancelled() or written.exception() is not None or not written.result().first:
+        def told(written: "asyncio.Future[Resolution]") -> None:
+            self._wake(written)
+            if written.cancelled() or written.exception() is not None:
                 return
-            spent_nano = written.result().spent_nano
-            told = record(
-                call, state, started_at=started_at, ended_at=now, call_id=call_id, outcome=outcome, parts=parts, spent_nano=spent_nano
-            )
-            self.on_call(told)
+            resolution = written.result()
+            if self.on_call is not None and resolution.first:
+                self.on_call(record(
+                    call, state, started_at=started_at, ended_at=now, call_id=call_id, outcome=outcome, parts=parts,
+                    spent_nano=resolution.spent_nano,
+                ))  # fmt: skip
+            hear(resolution)
 
-        written.add_done_callback(tell)
+        written.add_done_callback(told)
         return written
 
     def batch_closed(self, batch: Batch, end: Settled, resolution: Resolution) -> None:
@@ -297,10 +300,10 @@ class Gate:
         if resolution.overrun:
             self.tell(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clock()))
 
-    def _look_for_overrun(self, running: Running, now: float, written: "asyncio.Future[Resolution]") -> None:
-        if not written.cancelled() and written.exception() is None and written.result().overrun:
+    def _look_for_overrun(self, running: Running, now: float, resolution: Resolution) -> None:
+        if resolution.overrun:
             ticket = running.ticket
-            self.tell(alerts.overrun(ticket.app.name, ticket.reading.model, ticket.call_id, written.result(), now))
+            self.tell(alerts.overrun(ticket.app.name, ticket.reading.model, ticket.call_id, resolution, now))
 
     def tell(self, alert: Alert) -> None:
         """Let a person hear of something. Never waits."""

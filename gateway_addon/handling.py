@@ -62,7 +62,7 @@ class Handlers:
 class Handler(ProxyConnectionHandler):
     arrived: deque[events.Event]
     hooks: dispatch.Dispatch
-    hooking: set[asyncio.Task[None]]
+    hooking: set[asyncio.Task[None] | None]
     """Hooks that wait for something: held here, since the loop holds its tasks weakly."""
     at_work: bool
     """Somebody takes what has arrived. (There is one thread, but a task begins as soon as it is made, in the middle of an event.)"""
@@ -136,15 +136,17 @@ class Handler(ProxyConnectionHandler):
             task = asyncio.Task(self._rest_of(hook, rest), loop=asyncio.get_running_loop(), name=hook.name, eager_start=True)
             if not task.done():
                 self.hooking.add(task)
-                task.add_done_callback(self.hooking.discard)
         elif hook.blocking:
             self.arrived.append(events.HookCompleted(hook))
 
     async def _rest_of(self, hook: StartHook, rest: Awaitable[None]) -> None:
-        with self.timeout_watchdog.disarm():
-            await rest
+        try:
+            with self.timeout_watchdog.disarm():
+                await rest
+        finally:
+            self.hooking.discard(asyncio.current_task())
         if hook.blocking:
-            await self.server_event(events.HookCompleted(hook))
+            self.take(events.HookCompleted(hook))
 
     @property
     def congested(self) -> bool:

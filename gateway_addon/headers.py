@@ -14,6 +14,24 @@ class Headers(http.Headers):
     _sorted: tuple[object, dict[bytes, list[bytes]]] = (None, {})
     """The fields as they were when they were last looked through, and their values by name in lower case."""
 
+    @classmethod
+    def of(cls, fields: tuple[tuple[bytes, bytes], ...]) -> "Headers":
+        """Headers of fields that are known to be bytes: without a check of each."""
+        made = cls.__new__(cls)
+        made.fields = fields
+        return made
+
+    def __setitem__(self, key: str | bytes, value: str | bytes) -> None:
+        name, content = (each if isinstance(each, bytes) else each.encode("utf-8", "surrogateescape") for each in (key, value))
+        lower, fields, known = name.lower(), [], False
+        for field in self.fields:
+            if field[0].lower() != lower:
+                fields.append(field)
+            elif not known:
+                fields.append((field[0], content))
+                known = True
+        self.fields = tuple(fields) if known else (*fields, (name, content))
+
     def _values(self, name: str | bytes) -> list[bytes]:
         fields, values = self._sorted
         if fields is not self.fields:

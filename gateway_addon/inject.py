@@ -109,16 +109,18 @@ class InjectLayer(relay.Direct):
         yield from super()._handle_event(event)
 
     def make_stream(self, stream_id: int) -> layer.CommandGenerator[None]:
-        stream = self.streams[stream_id] = InjectStream(self.context.fork(), stream_id)
+        own = copy.copy(self.context)  # as its `fork`, which makes up a server's connection first, and drops it
+        own.layers = [*own.layers]
+        stream = self.streams[stream_id] = InjectStream(own, stream_id)
         stream.top = self
         yield from self.event_to_child(stream, events.Start())
 
 
 class InjectStream(whole.Stream):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        if isinstance(event, ResponseHeaders):
+        if type(event) is ResponseHeaders:
             quicken(event.response)
-        elif isinstance(event, RequestHeaders):
+        elif type(event) is RequestHeaders:
             quicken(event.request)
         elif isinstance(event, RequestProtocolError | ResponseProtocolError):
             record = wire(self.flow)
@@ -130,7 +132,7 @@ class InjectStream(whole.Stream):
                 command = generator.send(reply)
             except StopIteration:
                 return
-            if isinstance(command, SendHttp):
+            if type(command) is SendHttp:
                 if isinstance(command.event, RequestHeaders) and command.connection is not self.context.client:
                     request = self._granted(command.event.request, command.connection)
                     if request is None:
@@ -144,9 +146,9 @@ class InjectStream(whole.Stream):
                         yield SendHttp(ResponseData(self.stream_id, words), self.context.client)
                     command.event = self._ending(command.event)
             reply = yield command
-            if isinstance(command, DropStream):
+            if type(command) is DropStream:
                 self._let_go()
-            elif isinstance(command, HttpRequestHeadersHook) and wire(self.flow).hang_up and self.flow.response:
+            elif type(command) is HttpRequestHeadersHook and wire(self.flow).hang_up and self.flow.response:
                 generator.close()
                 yield from self._answer_and_close(self.flow.response)
                 return
@@ -265,7 +267,7 @@ def _wire_copy(request: http.Request, name: str, secret: str) -> http.Request:
     sent.data = copy.copy(request.data)
     replaced = name.encode()
     fields = [field for field in request.headers.fields if (lower := field[0].lower()) != replaced and lower not in HOP_HEADERS]
-    sent.data.headers = Headers([*fields, (replaced, secret.encode())])
+    sent.data.headers = Headers.of((*fields, (replaced, secret.encode())))
     return sent
 
 

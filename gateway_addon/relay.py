@@ -17,6 +17,8 @@ from h11._receivebuffer import ReceiveBuffer
 from mitmproxy import connection
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.layers.http import (
+    DropStream,
+    GetHttpConnection,
     Http1Client,
     Http1Server,
     HttpClient,
@@ -24,7 +26,9 @@ from mitmproxy.proxy.layers.http import (
     HttpStream,
     ReceiveHttp,
     RegisterHttpConnection,
+    RequestHeaders,
     ResponseData,
+    SendHttp,
 )
 
 from gateway_addon import dispatch, whole
@@ -158,6 +162,33 @@ class Direct(HttpLayer):
                 return _each(sent)
             return self.event_to_child(own, event)
         return self._handle_event(event)  # type: ignore[no-any-return]
+
+    def event_to_child(self, child: Any, event: events.Event) -> layer.CommandGenerator[None]:
+        return self._to_child(child, event) if FITS else super().event_to_child(child, event)
+
+    def _to_child(self, child: Any, event: events.Event) -> layer.CommandGenerator[None]:
+        """As mitmproxy does, which asks of each command all that it is not before it finds what it is."""
+        for command in child.handle_event(event):
+            kind = type(command)
+            if kind is not commands.SendData and (command.blocking or kind is commands.RequestWakeup):
+                self.command_sources[command] = child
+            if kind is ReceiveHttp:
+                if isinstance(command.event, RequestHeaders):
+                    yield from self.make_stream(command.event.stream_id)
+                if (stream := self.streams.get(command.event.stream_id)) is not None:  # else it is over already
+                    yield from self._to_child(stream, command.event)
+            elif kind is SendHttp:
+                yield from self._to_child(self.connections[command.connection], command.event)
+            elif kind is DropStream:
+                self.streams.pop(command.stream_id, None)
+            elif kind is GetHttpConnection:
+                yield from self.get_connection(command)
+            elif kind is RegisterHttpConnection:
+                yield from self.register_connection(command)
+            else:
+                if isinstance(command, commands.OpenConnection):
+                    self.connections[command.connection] = child
+                yield command
 
     def register_connection(self, command: RegisterHttpConnection) -> layer.CommandGenerator[None]:
         install(self, command.connection)

@@ -86,7 +86,7 @@ def request(data: bytes) -> tuple[http.Request, bytes] | None:
     head = _REQUEST.match(data)
     if head is None or (fields := _plain(head[2])) is None or not _is_length(fields, len(data) - head.end()):
         return None
-    made = http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", Headers(fields), None, None, time.time(), None)
+    made = http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", Headers.of(fields), None, None, time.time(), None)
     return made, data[head.end() :]
 
 
@@ -95,7 +95,7 @@ def answer(data: bytes) -> tuple[http.Response, bytes] | None:
     head = _ANSWER.match(data)
     if head is None or head[1] in _BODILESS or (fields := _plain(head[3])) is None or not _is_length(fields, len(data) - head.end()):
         return None
-    made = http.Response(b"HTTP/1.1", int(head[1]), head[2], Headers(fields), None, None, time.time(), None)
+    made = http.Response(b"HTTP/1.1", int(head[1]), head[2], Headers.of(fields), None, None, time.time(), None)
     return made, data[head.end() :]
 
 

@@ -21,6 +21,14 @@ def test_a_lookup_answers_as_mitmproxys_own(fields, name):
     assert bytes(ours) == bytes(theirs)
 
 
+@given(FIELDS, NAMES, st.one_of(st.binary(max_size=4), st.text(max_size=4)))
+def test_a_field_is_set_as_mitmproxys_own_sets_it(fields, name, value):
+    ours, theirs = Headers.of(tuple(fields)), http.Headers(fields)
+    ours[name] = value
+    theirs[name] = value
+    assert ours.fields == theirs.fields
+
+
 @pytest.mark.parametrize("change", [lambda h: h.__setitem__("a", "2"), lambda h: h.pop("a", None), lambda h: h.add("A", "3"), lambda h: h.set_all("a", ["4"])])
 def test_a_change_is_seen_by_the_next_lookup(change):
     ours, theirs = Headers([(b"a", b"1"), (b"A", b"9")]), http.Headers([(b"a", b"1"), (b"A", b"9")])

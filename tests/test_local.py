@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 from gateway import APP, Running, gateway, write_policies
 from ledgers import rows
-from processes import ledgered
+from processes import START_S, ledgered
 from sealed import Sealed, sealed
 
 from gateway_addon import local
@@ -312,7 +312,7 @@ async def test_a_proxy_without_a_command_says_how_to_come_and_ends_on_ctrl_c(tmp
     async with sealed(tmp_path) as far:
         ledgered(tmp_path, far.url, {"app": APP})
         async with started(tmp_path, far, "--listen", "127.0.0.1:0") as process:
-            lines = [(await asyncio.wait_for(process.stdout.readline(), 30)).decode() for _ in range(4)]
+            lines = [(await asyncio.wait_for(process.stdout.readline(), START_S)).decode() for _ in range(4)]
             process.send_signal(signal.SIGINT)
             _, errors = await asyncio.wait_for(process.communicate(), 30)
         assert process.returncode == 0
@@ -331,7 +331,7 @@ async def test_ctrl_c_reaches_the_command_which_decides(tmp_path):
     async with sealed(tmp_path) as far:
         ledgered(tmp_path, far.url, {"app": APP})
         async with started(tmp_path, far, "--app", "app", "--", sys.executable, "-c", code) as process:
-            assert await asyncio.wait_for(process.stdout.readline(), 30) == b"up\n"
+            assert await asyncio.wait_for(process.stdout.readline(), START_S) == b"up\n"
             for each in (process.pid, child_of(process.pid)):  # a terminal sends it to the whole group
                 os.kill(each, signal.SIGINT)
             await asyncio.wait_for(process.communicate(), 30)

@@ -15,6 +15,7 @@ import httpx2
 import pytest
 from click.testing import CliRunner
 from gateway import write_policies
+from processes import START_S
 from test_shim import free_port
 
 from gateway_addon import services
@@ -77,7 +78,7 @@ async def test_the_units_commands_make_a_ledger_and_serve_until_they_are_stopped
         ready = await asyncio.create_subprocess_exec(*commands[0], env=own, cwd="/", stdout=asyncio.subprocess.DEVNULL)
         assert await ready.wait() == 0
         running = await asyncio.create_subprocess_exec(*commands[1], env=own, cwd="/", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
-        assert (await asyncio.wait_for(running.stdout.readline(), 20)).startswith(b"gateway")
+        assert (await asyncio.wait_for(running.stdout.readline(), START_S)).startswith(b"gateway")
         async with httpx2.AsyncClient() as client:
             assert (await client.get(f"http://127.0.0.1:{port}/gateway/healthz")).json()["status"] == "ok"
         running.terminate()

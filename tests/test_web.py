@@ -12,7 +12,7 @@ from pathlib import Path
 
 import anthropic
 import httpx2
-from processes import ledgered
+from processes import START_S, ledgered
 from test_secrets import command_lines, found_in
 from test_shim import free_port
 
@@ -35,7 +35,7 @@ async def web(folder: Path, gateways, *options: str):
     try:
         said = ""
         while "\ngateway " not in said:
-            line = (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
+            line = (await asyncio.wait_for(process.stdout.readline(), START_S)).decode()
             assert line, (folder / "log").read_text()
             said += line
         address, password = re.search(r"mitmweb +(http://127\.0\.0\.1:\d+)/\?token=(\S+)", said).groups()
