@@ -305,8 +305,13 @@ class GatewayAddon:
         errand = life.free.errand if life.free is not None else None
         if errand is not None and errand.whole is not None and response.stream is False:
             return self._run_errand(flow, response, errand.whole)
-        self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
+        # What the call cost is worked out while the client reads its answer, and before anything else that comes.
+        asyncio.get_running_loop().call_soon(self.after_response, flow)
         return None
+
+    @guarded("response")
+    def after_response(self, flow: http.HTTPFlow) -> None:
+        self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
 
     async def _run_errand(self, flow: http.HTTPFlow, response: http.Response, errand: Callable[[int, bytes], Awaitable[bytes]]) -> None:
         content = response.content or b""

@@ -148,7 +148,7 @@ async def test_a_failure_while_settling_leaves_the_call_held(tmp_path, monkeypat
         monkeypatch.setattr(Gate, "close", fails)
         assert b"end_turn" in await ask(gw, stream=False)
         assert await gw.held_nano() > 0, "the next start settles it at its grant"
-    assert "failed in its response hook" in caplog.text
+    assert "failed in its after_response hook" in caplog.text
 
 
 async def test_a_failure_while_a_failure_is_handled_sends_nothing_either(tmp_path, monkeypatch):
