@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from types import CoroutineType
 from typing import Any
 
 from mitmproxy import exceptions, flow, hooks, version
@@ -40,6 +41,10 @@ def has(owner: type, parts: Mapping[str, Sequence[str]]) -> bool:
         return list(inspect.signature(part).parameters) if callable(part) else None
 
     return all(parameters(name) == known for name, known in parts.items())
+
+
+def _waits(result: object) -> bool:
+    return type(result) is CoroutineType or inspect.isawaitable(result)
 
 
 class Dispatch(AddonManager):
@@ -107,7 +112,7 @@ class Dispatch(AddonManager):
             except Exception:
                 logger.exception("Addon error in %s", event.name)
             else:
-                if result is not None and inspect.isawaitable(result):
+                if result is not None and _waits(result):
                     return self._awaited(event, arguments, result, functions)
         return None
 
@@ -117,7 +122,7 @@ class Dispatch(AddonManager):
         """From the first addon that has to be awaited on."""
         while True:
             try:
-                if result is not None and inspect.isawaitable(result):
+                if result is not None and _waits(result):
                     await result
                 function = next(functions, None)
                 if function is None:

@@ -170,7 +170,7 @@ class Gate:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
             self._turned_away(call, decision.code, now)
-        elif isinstance(decision, Ticket):
+        elif isinstance(decision, Ticket) and (flags or body is not None):
             decision = replace(decision, flags=(*flags, *decision.flags), body=body)
         elif isinstance(decision, Pass):
             decision = replace(decision, flags=flags, body=decision.body if body is None else body)

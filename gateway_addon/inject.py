@@ -139,7 +139,7 @@ class InjectStream(whole.Stream):
                         generator.close()
                         yield from self._refuse_to_send()
                         return
-                    command.event = dataclasses.replace(command.event, request=request)
+                    command.event.request = request
                 elif isinstance(command.event, ResponseProtocolError) and command.connection is self.context.client:
                     words = wire(self.flow).last_words
                     if words is not None:

@@ -57,6 +57,7 @@ PARTS: dict[type, dict[str, list[str]]] = {
         "start_response_stream": ["self"],
         "send_response": ["self", "already_streamed"],
     },
+    layer.Layer: {"handle_event": _EVENT},
     HttpLayer: {"event_to_child": ["self", "child", "event"], "get_connection": ["self", "event", "reuse"]},
 }
 """What is overridden or stood on here, with its parameters."""
@@ -143,6 +144,10 @@ def body_bytes_max(context: Context) -> int:
     return 1 << 30 if limit is None else limit
 
 
+def _nothing() -> layer.CommandGenerator[None]:
+    yield from ()
+
+
 class Server(Http1Server):
     """mitmproxy's side towards the client."""
 
@@ -211,6 +216,36 @@ class Stream(HttpStream):
     """What happens between the two."""
 
     top: HttpLayer
+
+    def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
+        """As every layer of mitmproxy's: a blocking command pauses it, and what comes meanwhile waits. In one generator, not in three."""
+        if not FITS:
+            return super().handle_event(event)
+        paused = self._paused
+        if paused is None:
+            return self._run(self._handle_event(event), None)
+        if isinstance(event, events.CommandCompleted) and event.command is paused.command:
+            self._paused = None
+            return self._run(paused.generator, event.reply)
+        self._paused_event_queue.append(event)
+        return _nothing()
+
+    def _run(self, generator: layer.CommandGenerator[None], reply: Any) -> layer.CommandGenerator[None]:
+        while True:
+            try:
+                command = generator.send(reply)
+                while command.blocking is not True:
+                    yield command
+                    command = next(generator)
+            except StopIteration:
+                if self._paused or not self._paused_event_queue:
+                    return
+                generator, reply = self._handle_event(self._paused_event_queue.popleft()), None
+            else:
+                command.blocking = self
+                self._paused = layer.Paused(command, generator)
+                yield command
+                return
 
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if type(event) is WholeRequest:
