@@ -10,8 +10,9 @@ from contextlib import closing
 import month
 import pytest
 from ledgers import Cap, Part
+from processes import ledgered
 
-from gateway_addon.ledger import Ledger, NewCall, Settlement, admin, book, files, reports, rollups
+from gateway_addon.ledger import Ledger, NewCall, Settlement, admin, book, files, proof, reports, rollups
 
 APP = month.APPS[4]
 CALL = NewCall(APP, "content", 5, model_asked="claude-haiku-4-5", max_tokens=100)
@@ -60,6 +61,12 @@ def test_a_call_and_a_kept_months_report_take_no_more_steps_in_a_large_ledger(tm
         assert Steps(db).of(lambda: rollups._missing(db, "app", **period, now=now)) < 500, "it does not look for the days call by call"
 
 
+def test_the_ledgers_made_for_these_tests_are_sound(tmp_path):
+    month.make(tmp_path / "made.db", 5_000, until=time.time())
+    with admin.reading(tmp_path / "made.db") as db:
+        assert proof.findings(db) == []
+
+
 async def latencies(path) -> tuple[float, float]:
     """The median and the 99th percentile of 1,600 admissions by eight callers."""
     ledger, taken = await Ledger.open(f"sqlite:///{path}"), []
@@ -76,28 +83,36 @@ async def latencies(path) -> tuple[float, float]:
     return statistics.median(taken), statistics.quantiles(taken, n=100)[98]
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("calls", [5_000_000])
-async def test_admission_a_months_report_and_start_up_by_the_clock(tmp_path, calls):
-    now, rounds = time.time(), {}
-    for name, made in (("empty", 1), ("large", calls)):
-        month.make(tmp_path / f"{name}.db", made, until=now, days=365)
-    for _ in range(5):
-        for name in ("empty", "large"):
-            rounds.setdefault(name, []).append(await latencies(tmp_path / f"{name}.db"))
-    median, slow = (
-        statistics.median(each[part] for each in rounds["large"]) / statistics.median(each[part] for each in rounds["empty"]) for part in (0, 1)
-    )
-    path, began = tmp_path / "large.db", time.perf_counter()
-    await (await Ledger.open(f"sqlite:///{path}")).close()
-    opened_s = time.perf_counter() - began
-    rollups.keep(path, "app", since=now - 30 * DAY_S, until=now, now=now)
+async def start_s(gateways) -> float:
+    """From the command to its first line."""
     began = time.perf_counter()
-    with admin.reading(path) as db:
+    process, _ = await gateways.serve()
+    took = time.perf_counter() - began
+    process.terminate()
+    await asyncio.wait_for(process.wait(), 30)
+    process._transport.close()
+    return took
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("calls", [10_000_000])
+async def test_admission_a_months_report_and_start_up_by_the_clock(tmp_path, calls):
+    now, rounds, large, empty = time.time(), {}, tmp_path / "gateway.db", tmp_path / "empty.db"
+    for path, made in ((empty, 1), (large, calls)):
+        month.make(path, made, until=now, days=365)
+    for _ in range(5):
+        for path in (empty, large):
+            rounds.setdefault(path, []).append(await latencies(path))
+    median, slow = (statistics.median(each[part] for each in rounds[large]) / statistics.median(each[part] for each in rounds[empty]) for part in (0, 1))
+    gateways = ledgered(tmp_path, "http://127.0.0.1:9", {"app": "models: {allow: [claude-haiku-4-5]}\n"})
+    started_s = min([await start_s(gateways) for _ in range(3)])
+    rollups.keep(large, "app", since=now - 30 * DAY_S, until=now, now=now)
+    began = time.perf_counter()
+    with admin.reading(large) as db:
         reports.report(db, "app", since=now - 30 * DAY_S, until=now)
     report_s = time.perf_counter() - began
-    print(f"{calls:,} calls: p50 {median:.2f}x, p99 {slow:.2f}x, opened in {opened_s:.2f} s, month in {report_s:.2f} s", file=sys.stderr)
+    print(f"{calls:,} calls: p50 {median:.2f}x, p99 {slow:.2f}x, started in {started_s:.2f} s, month in {report_s:.2f} s", file=sys.stderr)
     assert median <= 1.25
     assert slow <= 1.25
-    assert opened_s < 2
+    assert started_s < 2
     assert report_s < 1

@@ -13,7 +13,7 @@ from sqlite_utils.migrations import Migrations
 migrations = Migrations("gateway_ledger")
 
 # A call counts in each of these scopes and windows, capped or not: a cap added at noon knows the morning.
-_FRAMES = "\nUNION ALL\n".join(
+FRAMES = "\nUNION ALL\n".join(
     f"SELECT id AS call_id, {scope} AS scope, '{window}' AS window, {start} AS window_start FROM calls{where}"
     for scope, where in (("'total'", ""), ("'app:' || app", ""), ("'team:' || team", " WHERE team IS NOT NULL"))
     for window, start in (("day", "day_start"), ("week", "week_start"), ("month", "month_start"), ("ever", "0"))
@@ -117,7 +117,7 @@ CREATE TABLE noise (        -- requests without a valid token: counted, not stor
 ) STRICT, WITHOUT ROWID;
 
 CREATE VIEW call_frames AS
-{_FRAMES};
+{FRAMES};
 
 CREATE TRIGGER calls_reserve AFTER INSERT ON calls WHEN NEW.state = 'open' BEGIN
   INSERT INTO entries (call_id, at, kind, reserved_nano, quantum_nano, open)
