@@ -14,7 +14,9 @@ from gateway_addon.ledger.values import LedgerUnavailable, Server
 
 SCHEME = "sqlite:///"
 SERVER_SCHEMES = ("postgresql://", "postgres://")
-CACHE_KIB = 16 * 1024  # the upper pages of every index of a ledger of millions of calls
+# What calls come back to: 1 MiB where twelve apps call, 8 where a thousand do in turn (measured: 4 MiB cost 0.2 reads a call more than 16,
+# from the system's memory, and no time). A larger cache fills with what was written once: rows of ended calls, in every worker.
+CACHE_KIB = 4 * 1024
 MOVED_TO = "moved_to"  # the setting of a file whose ledger is on a server since
 BUSY_MS = 500  # for writers that take no turn (a person's sqlite3 shell, a backup); the gateway's own take turns and never meet
 
