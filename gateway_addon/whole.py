@@ -72,6 +72,7 @@ _ANSWER = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([!-~]++(?: [!-~]++)*+)\r\n"
 _LENGTH = re.compile(rb"[1-9][0-9]{0,8}")
 _BODILESS = (b"204", b"304")
 _FRAMING = frozenset({b"transfer-encoding", b"connection", b"expect", b"upgrade", b"trailer"})
+_KEPT = (b"connection", b"keep-alive")
 
 
 def fits() -> bool:
@@ -108,7 +109,7 @@ def _plain(block: bytes) -> Fields | None:
         field, lower = (name, value.strip()), name.lower()
         if lower == b"content-length":
             lengths += 1
-        elif lower in _FRAMING and field[1].lower() != b"keep-alive":
+        elif lower in _FRAMING and (lower, field[1].lower()) != _KEPT:
             return None
         fields.append(field)
     return tuple(fields) if lengths == 1 else None
@@ -121,7 +122,7 @@ def _is_length(fields: Fields, found: int) -> bool:
 
 def stays(message: http.Message) -> bool:
     """Whether the connection stays open behind this message, as one that arrived whole says, whatever was made of it since."""
-    return all(name.lower() not in _FRAMING or value == b"keep-alive" for name, value in message.headers.fields)
+    return all((lower := name.lower()) not in _FRAMING or (lower, value.lower()) == _KEPT for name, value in message.headers.fields)
 
 
 @dataclass
