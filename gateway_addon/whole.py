@@ -11,6 +11,7 @@ gateway.
 import re
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 from mitmproxy import connection, http
@@ -136,7 +137,7 @@ class WholeAnswer(ResponseHeaders):
 
 
 def body_bytes_max(context: Context) -> int:
-    """How large a request may be that is taken whole; 0 where mitmproxy is asked for more than to forward it."""
+    """How large a body may be that is taken whole; 0 where mitmproxy is asked for more than to forward it."""
     options: Options = context.options
     asks_more = options.store_streamed_bodies or options.stream_large_bodies or options.keep_host_header
     if not FITS or asks_more or not isinstance(context.client.proxy_mode, ReverseMode):
@@ -190,12 +191,19 @@ class Server(Http1Server):
 class Client(Http1Client):
     """mitmproxy's side towards the upstream."""
 
+    @cached_property
+    def whole_bytes_max(self) -> int:
+        return body_bytes_max(self.context)
+
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if type(event) is events.DataReceived and self.request_done and not self.buf and self.state == self.read_headers:
             found = answer(event.data)
-            if found is not None and self.request is not None and self.request.data.method == b"POST" and stays(self.request):
+            if found is not None and len(found[1]) <= self.whole_bytes_max and self._asked_plainly():
                 return self._received(*found)
         return super()._handle_event(event)
+
+    def _asked_plainly(self) -> bool:
+        return self.request is not None and self.request.data.method == b"POST" and stays(self.request)
 
     def _received(self, response: http.Response, content: bytes) -> layer.CommandGenerator[None]:
         assert self.stream_id is not None
