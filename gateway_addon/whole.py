@@ -87,7 +87,7 @@ FITS = fits()
 def request(data: bytes) -> tuple[http.Request, bytes] | None:
     """A POST that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
     head = _REQUEST.match(data)
-    if head is None or (fields := _plain(head[2])) is None or not _is_length(fields, len(data) - head.end()):
+    if head is None or not _is_plain(fields := _fields(head[2])) or not _is_length(fields, len(data) - head.end()):
         return None
     made = http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", Headers.of(fields), None, None, time.time(), None)
     return made, data[head.end() :]
@@ -96,24 +96,28 @@ def request(data: bytes) -> tuple[http.Request, bytes] | None:
 def answer(data: bytes) -> tuple[http.Response, bytes] | None:
     """An answer that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
     head = _ANSWER.match(data)
-    if head is None or head[1] in _BODILESS or (fields := _plain(head[3])) is None or not _is_length(fields, len(data) - head.end()):
+    if head is None or head[1] in _BODILESS:
+        return None
+    if not _is_plain(fields := _fields(head[3])) or not _is_length(fields, len(data) - head.end()):
         return None
     made = http.Response(b"HTTP/1.1", int(head[1]), head[2], Headers.of(fields), None, None, time.time(), None)
     return made, data[head.end() :]
 
 
-def _plain(block: bytes) -> Fields | None:
-    """The header fields, where a content-length and nothing else says where the message ends, and its connection stays open."""
-    fields, lengths = [], 0
-    for line in block.split(b"\r\n")[:-1]:
-        name, _, value = line.partition(b":")
-        field, lower = (name, value.strip()), name.lower()
-        if lower == b"content-length":
+def _fields(block: bytes) -> Fields:
+    parted = [line.partition(b":") for line in block.split(b"\r\n")[:-1]]
+    return tuple([(name, value.strip()) for name, _, value in parted])
+
+
+def _is_plain(fields: Fields) -> bool:
+    """Whether a content-length and nothing else says where the message ends, and its connection stays open."""
+    lengths = 0
+    for name, value in fields:
+        if (lower := name.lower()) == b"content-length":
             lengths += 1
-        elif lower in _FRAMING and (lower, field[1].lower()) != _KEPT:
-            return None
-        fields.append(field)
-    return tuple(fields) if lengths == 1 else None
+        elif lower in _FRAMING and (lower, value.lower()) != _KEPT:
+            return False
+    return lengths == 1
 
 
 def _is_length(fields: Fields, found: int) -> bool:
@@ -123,7 +127,7 @@ def _is_length(fields: Fields, found: int) -> bool:
 
 def stays(message: http.Message) -> bool:
     """Whether the connection stays open behind this message, as one that arrived whole says, whatever was made of it since."""
-    return all((lower := name.lower()) not in _FRAMING or (lower, value.lower()) == _KEPT for name, value in message.headers.fields)
+    return message.data.http_version == b"HTTP/1.1" and _is_plain(message.headers.fields)
 
 
 @dataclass
