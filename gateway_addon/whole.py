@@ -179,8 +179,9 @@ class Server(Http1Server):
         return self._sent(event) if plain else self._in_parts(event)
 
     def _in_parts(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
-        for part in (ResponseHeaders(event.stream_id, event.response), ResponseData(event.stream_id, event.content)):
-            yield from super().send(part)
+        yield from super().send(ResponseHeaders(event.stream_id, event.response))
+        if event.content:  # an empty chunk would end the body
+            yield from super().send(ResponseData(event.stream_id, event.content))
         yield from super().send(ResponseEndOfMessage(event.stream_id))
 
     def _sent(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
@@ -297,8 +298,9 @@ class Stream(HttpStream):
         if self._takes_whole(server) and stays(flow.request):
             yield SendHttp(WholeRequest(self.stream_id, flow.request, False, content=content), server)
             return
-        for part in (RequestHeaders(self.stream_id, flow.request, False), RequestData(self.stream_id, content)):
-            yield SendHttp(part, server)
+        yield SendHttp(RequestHeaders(self.stream_id, flow.request, not content), server)
+        if content:
+            yield SendHttp(RequestData(self.stream_id, content), server)
         yield SendHttp(RequestEndOfMessage(self.stream_id), server)
 
     def _connected(self) -> bool:
