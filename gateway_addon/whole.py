@@ -55,6 +55,7 @@ PARTS: dict[type, dict[str, list[str]]] = {
         "state_done": ["self", "_"],
         "check_killed": ["self", "emit_error_hook"],
         "make_server_connection": ["self"],
+        "start_request_stream": ["self"],
         "start_response_stream": ["self"],
         "send_response": ["self", "already_streamed"],
     },
@@ -279,6 +280,9 @@ class Stream(HttpStream):
         yield HttpRequestHeadersHook(flow)
         if (yield from self.check_killed(True)):
             return
+        if flow.request.stream:  # an addon wants it sent before it is judged
+            yield from self._as_it_comes(event.content)
+            return
         self.server_state = self.state_wait_for_response_headers
         flow.request.timestamp_end = time.time()
         flow.request.data.content = event.content
@@ -302,6 +306,12 @@ class Stream(HttpStream):
         if content:
             yield SendHttp(RequestData(self.stream_id, content), server)
         yield SendHttp(RequestEndOfMessage(self.stream_id), server)
+
+    def _as_it_comes(self, content: bytes) -> layer.CommandGenerator[None]:
+        yield from self.start_request_stream()
+        self.server_state = self.state_wait_for_response_headers
+        for part in (RequestData(self.stream_id, content), RequestEndOfMessage(self.stream_id)):
+            yield from self.client_state(part)
 
     def _connected(self) -> bool:
         """Take the connection to the upstream that is there and rests, if there is one."""
