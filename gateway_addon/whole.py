@@ -265,9 +265,16 @@ class Stream(HttpStream):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if type(event) is WholeRequest:
             return self._request(event)
-        if type(event) is WholeAnswer and self.server_state == self.state_wait_for_response_headers:
-            return self._answer(event)
+        if type(event) is WholeAnswer:
+            known = isinstance(self.top.connections.get(self.context.client), Server)
+            return self._answer(event) if known and self.server_state == self.state_wait_for_response_headers else self._in_parts(event)
         return cast(layer.CommandGenerator[None], super()._handle_event(event))
+
+    def _in_parts(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
+        """An answer for somebody who knows of none that is whole."""
+        yield from super()._handle_event(ResponseHeaders(self.stream_id, event.response))
+        yield from super()._handle_event(ResponseData(self.stream_id, event.content))
+        yield from super()._handle_event(ResponseEndOfMessage(self.stream_id))
 
     def _request(self, event: WholeRequest) -> layer.CommandGenerator[None]:
         address, tls = self.context.server.address, self.context.server.tls
