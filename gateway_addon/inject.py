@@ -104,7 +104,7 @@ def install(top: layer.Layer | None) -> None:
 
 class InjectLayer(relay.Direct):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        if isinstance(event, events.Start) and self.context.client.alpn in (None, b"http/1.1", b"http/1.0"):
+        if isinstance(event, events.Start) and self.context.client.alpn != b"h2":  # none, none in common, or HTTP/1
             self.connections.setdefault(self.context.client, ApiHttp1Server(self.context.fork()))
         yield from super()._handle_event(event)
 
