@@ -51,7 +51,8 @@ PARTS: dict[type, dict[str, list[str]]] = {
     Http1Server: dict.fromkeys(("_handle_event", "send", "wait", "read_headers"), _EVENT),
     Http1Client: dict.fromkeys(("_handle_event", "send", "read_headers"), _EVENT),
     HttpStream: {
-        **dict.fromkeys(("_handle_event", "state_wait_for_response_headers", "state_stream_response_body"), _EVENT),
+        **dict.fromkeys(("_handle_event", "state_wait_for_response_headers"), _EVENT),
+        **dict.fromkeys(("state_consume_response_body", "state_stream_response_body"), _EVENT),
         "state_done": ["self", "_"],
         "check_killed": ["self", "emit_error_hook"],
         "make_server_connection": ["self"],
@@ -350,6 +351,7 @@ class Stream(HttpStream):
             yield from self.state_stream_response_body(ResponseData(self.stream_id, event.content))
             yield from self.state_stream_response_body(ResponseEndOfMessage(self.stream_id))
             return
+        self.server_state = self.state_consume_response_body
         flow.response.data.content = event.content
         flow.response.timestamp_end = time.time()
         yield HttpResponseHook(flow)

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway import gateway
+from mitmproxy import ctx
+from mitmproxy.proxy.layer import NextLayer
+from mitmproxy.proxy.layers.http import HttpLayer
+from mitmproxy.proxy.layers.http._http1 import Http1Connection
 from test_endings import calls
 
 POLICY = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\nreserve: full\nmax_tokens: {limit: 100, over: clamp}\n"
@@ -64,8 +68,23 @@ class Other:
 
     async def later(self, done, hook, flow):
         await done
+        self.noted.append((hook, states()))
         self.called("", flow)
-        self.noted[-1] = (hook, *self.noted[-1][1:])
+
+
+def states() -> list[Any]:
+    """Where mitmproxy's own layers are, of each connection and each call, while there is nothing to do."""
+    found: list[Any] = []
+    for handler in ctx.master.addons.get("proxyserver").connections.values():
+        top = handler.layer
+        while not isinstance(top, HttpLayer):
+            top = top.layer if isinstance(top, NextLayer) else top.child_layer
+        for end in top.connections.values():
+            if isinstance(end, Http1Connection):
+                said = (end.request_done, end.response_done, end.request is None, end.response is None)
+                found.append((end.state.__name__, end.stream_id, *said, bytes(end.buf)))
+        found += [(each, stream.client_state.__name__, stream.server_state.__name__) for each, stream in top.streams.items()]
+    return found
 
 
 def plain(data: bytes) -> bytes:
@@ -100,6 +119,8 @@ class Stage:
             received, closed = await talk(self)
             await self.gw.quiet()
             await beat()
+            while ctx.master.addons.get("proxyserver").connections:
+                await asyncio.sleep(0.01)
         self.gw.master.options.update(**usual)
         self.other.do = None
         return Outcome(plain(received), closed, plain(self.api.received), self.other.noted, calls(self.gw.folder)[calls_before:])
@@ -131,6 +152,8 @@ def talk(*pieces: bytes, tls=None):
                         async with asyncio.timeout(0.02):
                             more = await reader.read(65_536)
                             received, closed, idle = received + more, not more, 0
+                if not piece:
+                    stage.other.noted.append(states())
             return received, closed
 
     return talking
