@@ -51,7 +51,7 @@ class Api:
 class Other:
     """Another addon, which does something in one hook, and notes what there is to see in each."""
 
-    at, do = "", None
+    at, do, flow = "", None, None
 
     def __init__(self):
         self.noted = []
@@ -64,6 +64,7 @@ class Other:
             return self.later(done, hook, flow)
         said = flow.response and (flow.response.status_code, flow.response.timestamp_end is None, flow.response.raw_content)
         sent = (flow.request.headers.fields, flow.request.raw_content, flow.request.timestamp_end is None, flow.request.url)
+        self.flow = flow
         self.noted.append((hook, plain(repr((sent, said, flow.live, flow.error and flow.error.msg)).encode())))
 
     async def later(self, done, hook, flow):
@@ -123,6 +124,7 @@ class Stage:
                 await asyncio.sleep(0.01)
         self.gw.master.options.update(**usual)
         self.other.do = None
+        self.other.noted.append(self.other.flow and self.other.flow.live)
         return Outcome(plain(received), closed, plain(self.api.received), self.other.noted, calls(self.gw.folder)[calls_before:])
 
 

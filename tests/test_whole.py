@@ -21,7 +21,7 @@ from sealed import certificate
 from stages import HOOKS, beat, length_of, plain, staged, talk
 from upstreams import answer, chunked, event, message
 
-from gateway_addon import inject, whole
+from gateway_addon import inject, relay, whole
 
 TOP = b"POST /v1/messages?beta=true HTTP/1.1\r\n"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -166,10 +166,10 @@ def taken(monkeypatch):
     return counts
 
 
-def to_chunks(flow):
-    flow.response.headers.pop("content-length")
-    flow.response.headers["transfer-encoding"] = "chunked"
-    flow.response.raw_content = b""
+def in_chunks(flow):
+    said = flow.response or flow.request
+    said.headers["transfer-encoding"], said.raw_content = "chunked", b""
+    del said.headers["content-length"]
 
 
 def elsewhere(flow):
@@ -209,11 +209,13 @@ SCENARIOS: dict[str, tuple[Any, ...]] = {
     **{f"an addon that answers in {hook}": (talk(asked(), b"", asked()), [SAID], (hook, lambda flow: setattr(flow, "response", TEAPOT.copy())), {}, (2, int(at > 1))) for at, hook in enumerate(HOOKS[:4])},
     "an addon that edits a request": (talk(asked()), [SAID], ("request", lambda flow: setattr(flow.request, "text", "hi")), {}, (1, 0)),
     "an addon that passes a request on as it comes": (talk(asked()), [SAID], ("requestheaders", lambda flow: setattr(flow.request, "stream", True)), {}, (1, 0)),
+    "an addon that kills what is refused": (talk(asked(b"{}")), [], ("responseheaders", lambda flow: flow.kill()), {}, (1, 0)),
+    "an addon that asks in chunks": (talk(asked()), [SAID], ("requestheaders", in_chunks), {}, (1, 0)),
     "an addon that ends the connections": (talk(asked()), [SAID], ("requestheaders", lambda flow: flow.request.headers.add("connection", "close")), {}, BOTH),
     "an addon that asks as HTTP/1.0": (talk(asked()), [SAID], ("request", lambda flow: setattr(flow.request, "http_version", "HTTP/1.0")), {}, (1, 0)),
     "an addon that edits an answer": (talk(asked()), [SAID], ("response", lambda flow: setattr(flow.response, "text", "hi")), {}, BOTH),
     "an addon that empties an answer": (talk(asked()), [SAID], ("response", lambda flow: setattr(flow.response, "content", b"")), {}, BOTH),
-    "an addon that empties an answer and sends it in chunks": (talk(asked()), [SAID], ("response", to_chunks), {}, BOTH),
+    "an addon that empties an answer and sends it in chunks": (talk(asked()), [SAID], ("response", in_chunks), {}, BOTH),
     "an addon that takes the length away": (talk(asked()), [SAID], ("response", lambda flow: flow.response.headers.__delitem__("content-length")), {}, BOTH),
     "an addon that ends the client's connection": (talk(asked()), [SAID], ("response", lambda flow: flow.response.headers.add("connection", "close")), {}, BOTH),
     "an addon that answers as HTTP/1.0": (talk(asked()), [SAID], ("response", lambda flow: setattr(flow.response, "http_version", "HTTP/1.0")), {}, BOTH),
@@ -298,11 +300,13 @@ async def test_a_message_means_the_same_wherever_it_is_cut(stage, taken):
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_clients_side_that_knows_of_no_whole_answers_gets_them_in_parts(stage, taken, monkeypatch):
+@pytest.mark.parametrize(("owner", "name", "value", "expected"), [(inject, "ApiHttp1Server", Http1Server, [2, 4]), (relay, "FITS", False, [4, 2])])
+async def test_a_side_that_knows_of_no_whole_messages_gets_them_in_parts(stage, taken, monkeypatch, owner, name, value, expected):
     usual = await stage.outcome(talk(asked(), b"", asked()), [SAID, SAID])
-    monkeypatch.setattr(inject, "ApiHttp1Server", Http1Server)
-    assert usual == await stage.outcome(talk(asked(), b"", asked()), [SAID, SAID])
-    assert taken == [2, 4]
+    monkeypatch.setattr(owner, name, value)
+    short = await stage.outcome(talk(asked(), b"", asked()), [SAID, SAID])
+    assert (short.received, short.reached) == (usual.received, usual.reached)
+    assert taken == expected
 
 
 async def test_it_is_so_over_tls_too(tmp_path, taken, monkeypatch):
