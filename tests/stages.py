@@ -36,7 +36,7 @@ class Api:
     received = b""
 
     async def talk(self, reader, writer):
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
+        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 self.received += head + await reader.readexactly(length_of(head))
@@ -45,7 +45,6 @@ class Api:
                 for piece in self.answers.pop(0):
                     writer.write(piece if isinstance(piece, bytes) else await piece())
                     await beat()
-        writer.close()
 
 
 class Other:
@@ -130,11 +129,12 @@ class Stage:
 
 @asynccontextmanager
 async def staged(folder, tls=None, **more):
-    api, other = Api(), Other()
+    api, other, before = Api(), Other(), {name: value for name, value in vars(ctx).items() if name in ("master", "options")}
     async with await asyncio.start_server(api.talk, "127.0.0.1", 0, ssl=tls) as server:
         url = f"{'https' if tls else 'http'}://localhost:{server.sockets[0].getsockname()[1]}"
         async with gateway(folder, None, {"app": POLICY}, upstream=url, prepare=lambda master: master.addons.add(other), **more) as gw:
             yield Stage(gw, api, other)
+    vars(ctx).update(before)  # mitmproxy knows of one master, the last: one that was there before would not find its own way out
 
 
 def talk(*pieces: bytes, tls=None):
