@@ -61,6 +61,13 @@ def test_a_call_and_a_kept_months_report_take_no_more_steps_in_a_large_ledger(tm
         assert Steps(db).of(lambda: rollups._missing(db, "app", **period, now=now)) < 500, "it does not look for the days call by call"
 
 
+def test_a_new_app_comes_into_force_without_a_look_through_the_ledger(tmp_path):
+    month.make(tmp_path / "made.db", 2_000, until=time.time())
+    with closing(files.writer_connection(tmp_path / "made.db")) as db:
+        assert Steps(db).of(lambda: admin.align(db, "UTC", {"new": "content"}, who="test", now=time.time())) < 100
+        assert not admin.align(db, "UTC", {"new": "content"}, who="test", now=time.time()), "it is settled"
+
+
 def test_the_ledgers_made_for_these_tests_are_sound(tmp_path):
     month.make(tmp_path / "made.db", 5_000, until=time.time())
     with admin.reading(tmp_path / "made.db") as db:

@@ -19,7 +19,7 @@ from gateway_addon.ledger.locks import Turnstile, is_dead
 from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.schema import is_behind
 from gateway_addon.ledger.store import driver
-from gateway_addon.ledger.values import Server, Token
+from gateway_addon.ledger.values import Server, Token, app_scope
 from gateway_addon.windows import starts
 
 BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
@@ -224,21 +224,25 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
     """Make the ledger's calendar and the apps' teams those of the policy; True if anything changed.
 
     Past calls move with their app and their day: windows are computed anew and the balances from the entries, in this one
-    transaction. It reads the whole ledger, so it runs when a policy comes into force, never on a call.
+    transaction. It reads the whole ledger, so it runs when a policy comes into force, never on a call; for an app that is new, whose
+    calls could move nothing, it reads none of it.
     """
     settings = dict(db.execute("SELECT name, value FROM settings").fetchall())
     zone_before = settings["zone"]
     moved = {app: team for app, team in teams.items() if settings.get(f"team:{app}") != (team or "")}
     if zone_before == zone and not moved:
         return False
+    booked = {app for app in moved if db.execute(book.EVER_BOOKED, (app_scope(app),)).fetchall()}
     for app, team in moved.items():
         keep_setting(db, f"team:{app}", team or "")
-        db.execute("UPDATE calls SET team = ? WHERE app = ? AND team IS DISTINCT FROM ?", (team, app, team))
+        if app in booked:
+            db.execute("UPDATE calls SET team = ? WHERE app = ? AND team IS DISTINCT FROM ?", (team, app, team))
     if zone_before != zone:
         db.execute("UPDATE settings SET value = ? WHERE name = 'zone'", (zone,))
         _move_windows(db, ZoneInfo(zone))
         db.execute("DELETE FROM kept_days")  # they were days of the other calendar
-    rebuild_balances(db)
+    if booked or zone_before != zone:
+        rebuild_balances(db)
     before = {"zone": zone_before, "teams": {app: settings.get(f"team:{app}") for app in moved}}
     audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)
     return True

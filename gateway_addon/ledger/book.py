@@ -153,6 +153,8 @@ BALANCES_FROM_ENTRIES = """
   FROM entries JOIN call_frames USING (call_id) GROUP BY scope, window, window_start
 """
 
+EVER_BOOKED = "SELECT 1 FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
+
 CLEAR_BALANCES = "DELETE FROM balances"
 FILL_BALANCES = (
     f"INSERT INTO balances (scope, window, window_start, spent_nano, reserved_nano, quantum_nano, open) {BALANCES_FROM_ENTRIES}"
