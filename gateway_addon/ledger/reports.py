@@ -36,7 +36,8 @@ _KEY: dict[Grouping, str] = {
 
 # Each table is summed by key on its own: a row per call would have to be kept for the whole period. CROSS JOIN keeps SQLite from
 # turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
-_CHOSEN = "WHERE started_at >= :since AND started_at < :until GROUP BY 1"
+_CHOSEN = "WHERE started_at >= :since AND started_at < :until {only} GROUP BY 1"
+_REFUSED = "AND state = 'refused'"  # they have no entries: what they are grouped by needs no look at those of the other calls
 _COUNT = "coalesce(sum(coalesce(carried, 1)) FILTER (WHERE {}), 0)"  # a carry stands for many calls (retention.py)
 _LINES = f"""
 WITH seen AS (
@@ -196,7 +197,7 @@ def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | 
     """The configuration that cost most; None where nothing was spent."""
     asked = "CASE WHEN carried IS NULL THEN max_tokens END"  # of a carry it is a sum
     key = f"calls.app || ' ' || coalesce(CAST({asked} AS TEXT), '-') || ' ' || coalesce(model_asked, '(none)')"
-    query = _LINES.format(key=key, order="spent_nano DESC")
+    query = _LINES.format(key=key, order="spent_nano DESC", only="")
     lines = [_line(row, row["key"]) for row in db.execute(query, {"since": since, "until": until}).fetchall()]
     if not lines or lines[0].spent_nano == 0:
         return None
@@ -239,7 +240,8 @@ def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> 
 
 def of_calls(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[Line]:
     """The calls admitted in a span, each of them read."""
-    rows = db.execute(_LINES.format(key=_KEY[by], order="key"), {"since": since, "until": until}).fetchall()
+    query = _LINES.format(key=_KEY[by], order="key", only=_REFUSED if by == REFUSAL else "")
+    rows = db.execute(query, {"since": since, "until": until}).fetchall()
     return [_line(row, _key(db, by, row["key"])) for row in rows]
 
 
