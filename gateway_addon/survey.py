@@ -79,7 +79,8 @@ def survey(body: dict[str, Any]) -> Survey:
         if depth > DEPTH_MAX:
             raise ValueError(f"the body is nested deeper than {DEPTH_MAX} levels at {_written(path)[:80]}")
         if isinstance(node, list):
-            stack.extend([(item, name, (path, i), depth + 1) for i, item in enumerate(node) if isinstance(item, _NESTED)])
+            walked = ((i, item) for i, item in enumerate(node) if isinstance(item, _NESTED) and not _is_plain_text(item, name, seen))
+            stack.extend([(item, name, (path, i), depth + 1) for i, item in walked])
             continue
         free = _look_up(node, name, path, seen)
         for key, value in node.items():
@@ -93,6 +94,18 @@ def survey(body: dict[str, Any]) -> Survey:
 
 
 _NESTED = (dict, list)
+
+
+def _is_plain_text(item: Any, name: str, seen: Survey) -> bool:
+    """Whether this is a message or a block of mere text, as most are: it is counted here, and has nothing to be walked."""
+    if type(item) is not dict or len(item) != 2:
+        return False
+    if name == "messages":
+        return type(item.get("role")) is str and type(item.get("content")) is str
+    if name == "content" and item.get("type") == "text" and type(item.get("text")) is str:
+        seen.blocks += 1
+        return True
+    return False
 
 
 def _look_up(node: dict[str, Any], name: str, path: Path, seen: Survey) -> frozenset[str]:

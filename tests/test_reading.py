@@ -4,12 +4,14 @@ import json
 import time
 import unicodedata
 from typing import Any
+from unittest import mock
 
 import pytest
 from bypass import ODD_BATCHES, ODD_FILES
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gateway_addon import survey
 from gateway_addon.fields import Effect
 from gateway_addon.reading import BODY_BYTES_MAX, Reading, Request, edited, endpoint, read
 from gateway_addon.refusals import Refusal
@@ -280,3 +282,22 @@ def test_a_file_is_seen_wherever_it_is_named_but_for_the_echo_of_an_answer():
     ]
     found = reading(PLAIN | {"messages": [{"role": "user", "content": blocks}]}).found
     assert sorted(found.files) == ["file_1", "file_2", "file_3", "file_4", "file_5"]
+
+
+TEXTS = st.one_of(st.text(max_size=3), st.none(), st.just([]))
+TEXT_LIKE = st.one_of(
+    st.fixed_dictionaries({"role": TEXTS, "content": TEXTS}, optional={"file_id": TEXTS, "odd": TEXTS}),
+    st.fixed_dictionaries({"type": st.sampled_from(["text", "image", "tool_use", 1]), "text": TEXTS}, optional={"ttl": TEXTS}),
+    st.just({"type": "text", "cache_control": {"type": "ephemeral", "ttl": "1h"}}),
+)
+FIELDS = st.sampled_from(["messages", "content", "system", "tools", "file_id", "odd"])
+BODIES = st.dictionaries(FIELDS, st.lists(st.recursive(TEXT_LIKE, lambda inner: st.dictionaries(FIELDS, st.lists(inner, max_size=3), max_size=3)), max_size=3), max_size=3)
+
+
+@settings(deadline=None)
+@example({"messages": [{"role": "user", "content": [{"type": "image", "file_id": "f"}]}]})
+@given(BODIES)
+def test_what_is_passed_over_as_mere_text_would_have_told_nothing(body):
+    with mock.patch.object(survey, "_is_plain_text", return_value=False):
+        walked = survey.survey(body)
+    assert survey.survey(body) == walked
