@@ -36,12 +36,12 @@ from mitmproxy.proxy.layers.http import (
 from gateway_addon import relay, whole
 from gateway_addon.headers import Headers, quicken
 from gateway_addon.refusals import Refusal, new_request_id
+from gateway_addon.whole import HEAD_BYTES_MAX
 
 logger = logging.getLogger(__name__)
 
 NOT_WELL_FORMED = "The request is not well-formed HTTP/1.1, so it was not judged. Use an HTTP client library to build it."
 HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade"})
-HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; mitmproxy itself has no limit
 
 
 def nothing() -> None:

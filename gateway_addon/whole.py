@@ -72,6 +72,7 @@ type Fields = tuple[tuple[bytes, bytes], ...]
 _FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n\0]*+\r\n)++)\r\n"
 _REQUEST = re.compile(rb"POST (/[!-~]*+) HTTP/1\.1\r\n" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([!-~]++(?: [!-~]++)*+)\r\n" + _FIELDS)
+HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; mitmproxy itself has no limit
 _LENGTH = re.compile(rb"[1-9][0-9]{0,8}")
 _BODILESS = (b"204", b"304")
 _FRAMING = frozenset({b"transfer-encoding", b"connection", b"expect", b"upgrade", b"trailer"})
@@ -89,7 +90,9 @@ FITS = fits()
 def request(data: bytes) -> tuple[http.Request, bytes] | None:
     """A POST that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
     head = _REQUEST.match(data)
-    if head is None or not _is_plain(fields := _fields(head[2])) or not _is_length(fields, len(data) - head.end()):
+    if head is None or head.end() > HEAD_BYTES_MAX:
+        return None
+    if not _is_plain(fields := _fields(head[2])) or not _is_length(fields, len(data) - head.end()):
         return None
     made = http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", Headers.of(fields), None, None, time.time(), None)
     return made, data[head.end() :]

@@ -133,6 +133,14 @@ def test_a_head_of_awkward_bytes_costs_no_more_than_its_length(unit, end):
         assert min(timeit.repeat(lambda data=data: (whole.request(data), whole.answer(data)), timer=time.process_time, number=1, repeat=3)) < 0.25
 
 
+@pytest.mark.parametrize(("size", "taken"), [(whole.HEAD_BYTES_MAX, True), (whole.HEAD_BYTES_MAX + 1, False)])
+def test_a_head_over_the_limit_is_not_taken_whole(size, taken):
+    rest = TOP + LENGTH + b"a: \r\n\r\n"
+    head = TOP + LENGTH + b"a: " + b"x" * (size - len(rest)) + b"\r\n\r\n"
+    assert len(head) == size
+    assert (whole.request(head + b"hi") is not None) is taken
+
+
 # Through a gateway, in both ways.
 
 ASK = b'{"model": "claude-haiku-4-5", "max_tokens": 64, "messages": [{"role": "user", "content": "Hello"}]}'
