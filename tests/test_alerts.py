@@ -251,10 +251,10 @@ async def ask(gw):
 async def test_an_app_that_spends_is_told_of_once_by_the_highest_threshold_and_its_calls_do_not_wait(tmp_path):
     with hook() as (address, bodies):
         async with Simulator(behaviour=Behaviour(output_tokens=100)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
-            herald = herald_of(gw.gate.ledger, address)
+            herald = herald_of(gw.gate.ledger, address, retry_s=60)
             await ask(gw)
             await gw.quiet()
-            for each in (herald, herald_of(gw.gate.ledger, address), herald):  # another process, or this one after a restart
+            for each in (herald, herald_of(gw.gate.ledger, address, retry_s=60), herald):  # another process, or this one after a restart
                 await each.look(gw.gate.policy)
             await until(herald, gw.gate.policy, lambda: bodies)
             assert [(body["kind"], body["scope"], body["threshold_percent"]) for body in bodies] == [("threshold", "app:app", 20)]

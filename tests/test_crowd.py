@@ -1,6 +1,7 @@
 """Many callers, several gateways, one cap: it is never passed, and what it allows can be used."""
 
 import asyncio
+import gc
 import json
 import random
 import time
@@ -68,6 +69,7 @@ async def two_hundred_callers(tmp_path, seed, *, gateway_count, ledger=None):
             await asyncio.gather(*(caller(chance.choice(urls), gateways.tokens["app"], chance, said) for _ in range(200)))
             async with asyncio.timeout(20):
                 book = await api.settled()
+        gc.collect()  # those sockets go here, where they are passed over, and not in the middle of another test
         rows = {row.request_id: row for row in book.messages()}
         with admin.reading(gateways.ledger) as db:
             calls, levels, wrong = history.forwarded(db), history.high_water(db), findings(db)
