@@ -284,7 +284,7 @@ def _text_bytes(raw: bytes, body: dict[str, Any], found: Survey) -> int:
     A byte-level tokenizer makes no more tokens than bytes; one that applies NFKC first (Anthropic's published one of 2023 did)
     sees more of them for a few characters: U+FDFA has 3 bytes, or 6 as `\\ufdfa`, and becomes 33.
     """
-    if raw.isascii() and b"\\u" not in raw:
+    if raw.isascii() and (b"\\" not in raw or b"\\u" not in raw):  # one byte is found thirty times as fast as two
         return len(raw) - found.encoded_bytes
     try:
         normal = unicodedata.normalize("NFKC", json.dumps(body, ensure_ascii=False)).encode()
