@@ -136,6 +136,16 @@ def test_a_change_of_team_takes_the_apps_past_along(db, path):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_an_app_that_was_only_refused_takes_its_past_along_too(tmp_path, engine):
+    ledger = new_ledger(tmp_path, engine)
+    with admin.changing(ledger) as db:
+        book.refused(db, "me", CALL, "model", now=NOON)
+    with admin.changing(ledger) as db:
+        assert admin.align(db, "UTC", {"reports": "editors"}, who="gateway", now=NOON)
+    assert rows(ledger, "SELECT team FROM calls") == [("editors",)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_policy_is_kept_once_with_what_is_different(tmp_path, engine):
     with admin.changing(new_ledger(tmp_path, engine)) as db:
         assert admin.keep_policy(db, "d1", {"gateway.yaml": "caps: {day: $1}\n"}, who="ann", now=NOON)

@@ -24,6 +24,7 @@ from gateway_addon.windows import starts
 
 BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
 
+EVER_CALLED = "SELECT 1 FROM tokens WHERE app = ? AND last_used_at IS NOT NULL"  # by refused calls too, of which no balance tells
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
 
 PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (retention.py)
@@ -235,7 +236,7 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
     booked = {app for app in moved if db.execute(book.EVER_BOOKED, (app_scope(app),)).fetchall()}
     for app, team in moved.items():
         keep_setting(db, f"team:{app}", team or "")
-        if app in booked:
+        if app in booked or db.execute(EVER_CALLED, (app,)).fetchall():
             db.execute("UPDATE calls SET team = ? WHERE app = ? AND team IS DISTINCT FROM ?", (team, app, team))
     if zone_before != zone:
         db.execute("UPDATE settings SET value = ? WHERE name = 'zone'", (zone,))
