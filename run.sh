@@ -8,9 +8,7 @@ set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 venv="$root/.venv"
-# Bytecode is kept in .venv, whatever the environment says of it: without it (pip makes none for -O) each start compiles everything, 2.6 s.
-unset PYTHONDONTWRITEBYTECODE
-export PYTHONPYCACHEPREFIX="$venv/bytecode"
+unset PYTHONDONTWRITEBYTECODE  # pip makes no bytecode for -O: where it may not be kept, each start compiles everything anew, 2.6 s
 
 # Executes each candidate: a name on the PATH may be a shim that finds no version behind it.
 find_python() {
