@@ -92,7 +92,7 @@ def request(data: bytes) -> tuple[http.Request, bytes] | None:
     head = _REQUEST.match(data)
     if head is None or head.end() > HEAD_BYTES_MAX:
         return None
-    if not _is_plain(fields := _fields(head[2])) or not _is_length(fields, len(data) - head.end()):
+    if not _is_framed(fields := _fields(head[2]), len(data) - head.end()):
         return None
     made = http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", Headers.of(fields), None, None, time.time(), None)
     return made, data[head.end() :]
@@ -101,9 +101,7 @@ def request(data: bytes) -> tuple[http.Request, bytes] | None:
 def answer(data: bytes) -> tuple[http.Response, bytes] | None:
     """An answer that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
     head = _ANSWER.match(data)
-    if head is None or head[1] in _BODILESS:
-        return None
-    if not _is_plain(fields := _fields(head[3])) or not _is_length(fields, len(data) - head.end()):
+    if head is None or head[1] in _BODILESS or not _is_framed(fields := _fields(head[3]), len(data) - head.end()):
         return None
     made = http.Response(b"HTTP/1.1", int(head[1]), head[2], Headers.of(fields), None, None, time.time(), None)
     return made, data[head.end() :]
@@ -114,25 +112,26 @@ def _fields(block: bytes) -> Fields:
     return tuple([(name, value.strip()) for name, _, value in parted])
 
 
-def _is_plain(fields: Fields) -> bool:
-    """Whether a content-length and nothing else says where the message ends, and its connection stays open."""
-    lengths = 0
+def _is_framed(fields: Fields, content_bytes: int) -> bool:
+    """Whether a message ends behind so many bytes of content."""
+    length = _length(fields)
+    return length is not None and _LENGTH.fullmatch(length) is not None and int(length) == content_bytes
+
+
+def _length(fields: Fields) -> bytes | None:
+    """The content-length, where it and nothing else says where the message ends, and the connection stays open."""
+    lengths = []
     for name, value in fields:
         if (lower := name.lower()) == b"content-length":
-            lengths += 1
+            lengths.append(value)
         elif lower in _FRAMING and (lower, value.lower()) != _KEPT:
-            return False
-    return lengths == 1
-
-
-def _is_length(fields: Fields, found: int) -> bool:
-    value = next(value for name, value in fields if name.lower() == b"content-length")
-    return _LENGTH.fullmatch(value) is not None and int(value) == found
+            return None
+    return lengths[0] if len(lengths) == 1 else None
 
 
 def stays(message: http.Message) -> bool:
     """Whether the connection stays open behind this message, as one that arrived whole says, whatever was made of it since."""
-    return message.data.http_version == b"HTTP/1.1" and _is_plain(message.headers.fields)
+    return message.data.http_version == b"HTTP/1.1" and _length(message.headers.fields) is not None
 
 
 @dataclass
