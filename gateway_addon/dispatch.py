@@ -82,7 +82,7 @@ class Dispatch(AddonManager):
             await rest
 
     async def trigger_event(self, event: hooks.Hook) -> None:
-        if (rest := self._call(event, event.args())) is not None:
+        if (rest := self._call(event, self._arguments(event))) is not None:
             await rest
 
     def begin(self, event: hooks.Hook) -> Awaitable[None] | None:

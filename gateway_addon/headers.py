@@ -10,6 +10,10 @@ from typing import Any
 from mitmproxy import http
 
 
+def _bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+
+
 class Headers(http.Headers):
     _sorted: tuple[object, dict[bytes, list[bytes]]] = (None, {})
     """The fields as they were when they were last looked through, and their values by name in lower case."""
@@ -22,7 +26,7 @@ class Headers(http.Headers):
         return made
 
     def __setitem__(self, key: str | bytes, value: str | bytes) -> None:
-        name, content = (each if isinstance(each, bytes) else each.encode("utf-8", "surrogateescape") for each in (key, value))
+        name, content = _bytes(key), _bytes(value)
         lower, fields, known = name.lower(), [], False
         for field in self.fields:
             if field[0].lower() != lower:
@@ -39,7 +43,7 @@ class Headers(http.Headers):
             for field, value in self.fields:
                 values[field.lower()].append(value)
             self._sorted = self.fields, values
-        return values.get((name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")).lower(), [])
+        return values.get(_bytes(name).lower(), [])
 
     def get_all(self, name: str | bytes) -> list[str]:
         return [value.decode("utf-8", "surrogateescape") for value in self._values(name)]
