@@ -216,13 +216,14 @@ class GatewayAddon:
         life = self.lives[flow.id]
         assert life.arrived is not None
         request, judged = judged_request(flow), (flow.request.headers.fields, flow.request.raw_content)
-        life.admission = asyncio.current_task()
+        task = life.admission = asyncio.current_task()
+        assert task is not None
         try:
             decision = await self.gate.admit(life.arrived, request, self.clock())
         except asyncio.CancelledError:
-            if life.admission is None or not life.left:
+            if not life.left:
                 raise
-            life.admission.uncancel()
+            task.uncancel()
             return self.answer(flow, Refusal("draining", "The client left before the call was admitted."))
         finally:
             life.admission = None

@@ -79,7 +79,7 @@ def survey(body: dict[str, Any]) -> Survey:
         if depth > DEPTH_MAX:
             raise ValueError(f"the body is nested deeper than {DEPTH_MAX} levels at {_written(path)[:80]}")
         if isinstance(node, list):
-            walked = ((i, item) for i, item in enumerate(node) if isinstance(item, _NESTED) and not _is_plain_text(item, name, seen))
+            walked = ((i, item) for i, item in enumerate(node) if isinstance(item, _NESTED) and not _passed_over(item, name, seen))
             stack.extend([(item, name, (path, i), depth + 1) for i, item in walked])
             continue
         free = _look_up(node, name, path, seen)
@@ -96,8 +96,8 @@ def survey(body: dict[str, Any]) -> Survey:
 _NESTED = (dict, list)
 
 
-def _is_plain_text(item: Any, name: str, seen: Survey) -> bool:
-    """Whether this is a message or a block of mere text, as most are: it is counted here, and has nothing to be walked."""
+def _passed_over(item: Any, name: str, seen: Survey) -> bool:
+    """Count a message or block of mere text, as most are, without walking it; False for anything else."""
     if type(item) is not dict or len(item) != 2:
         return False
     if name == "messages":

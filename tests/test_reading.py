@@ -298,6 +298,6 @@ BODIES = st.dictionaries(FIELDS, st.lists(st.recursive(TEXT_LIKE, lambda inner: 
 @example({"messages": [{"role": "user", "content": [{"type": "image", "file_id": "f"}]}]})
 @given(BODIES)
 def test_what_is_passed_over_as_mere_text_would_have_told_nothing(body):
-    with mock.patch.object(survey, "_is_plain_text", return_value=False):
+    with mock.patch.object(survey, "_passed_over", return_value=False):
         walked = survey.survey(body)
     assert survey.survey(body) == walked
