@@ -29,11 +29,11 @@ from gateway_addon.herald import Herald
 from gateway_addon.ledger import (
     Alert,
     Denied,
+    Knock,
     Ledger,
     LedgerUnavailable,
     NewCall,
     Outcome,
-    Pause,
     RateLimits,
     Resolution,
     Settlement,
@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 LIMITS_EVERY_S = 1.0  # how often the shared key's limits are written down, however many answers carry them
 READY_FOR_S = 1.0
+KNOWN_FOR_S = 1.0  # what the ledger said at the headers, for a body that took its time it is asked anew
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
 
 
@@ -109,7 +110,7 @@ class Gate:
         try:
             if endpoint == "readyz":
                 return await self._readiness(now)
-            token, pauses = await self._token(headers, digest, now)
+            token, found = await self._knock(headers, digest, now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
         address = origin(peer, headers, self.policy.trusted_proxies)
@@ -118,7 +119,7 @@ class Gate:
             self.ledger.noise(noise.code, now=now)
             return noise
         app = self.policy.apps.get(token.app)
-        if app is not None and (pause := next((each for each in pauses if each.scope in scopes(app.name, app.team)), None)):
+        if app is not None and (pause := next((each for each in found.pauses if each.scope in scopes(app.name, app.team)), None)):
             return self._refused(app, token, str(endpoint), paused(pause), now)
         if app is None:
             sentence = f"App {token.app} has a token but no policy: write policies/apps/{token.app}.yaml (gateway init shows one)."
@@ -129,19 +130,17 @@ class Gate:
             return self._refused(app, token, str(endpoint), elsewhere(app, address, headers), now)
         if endpoint == "me":
             return await self._me(app, now)
-        return Arrived(app, token, endpoint, self.policy)
+        return Arrived(app, token, endpoint, self.policy, now, found.overruns)
 
-    async def _token(
-        self, headers: tuple[tuple[str, str], ...], digest: str | None, now: float
-    ) -> tuple[Token | Refusal, tuple[Pause, ...]]:
-        """Whose token this is, or why it is none, and what is paused."""
+    async def _knock(self, headers: tuple[tuple[str, str], ...], digest: str | None, now: float) -> tuple[Token | Refusal, Knock]:
+        """Whose token this is, or why it is none, beside all that the ledger said."""
         if digest is None:
             secret = identity.credential(headers)
             if isinstance(secret, Refusal):
-                return secret, ()
+                return secret, Knock()
             digest = identity.digest(secret)
-        token, pauses = await self.ledger.knock(digest, now=now)
-        return in_force(token, now), pauses
+        found = await self.ledger.knock(digest, now=now)
+        return in_force(found.token, now), found
 
     # -- admit
 
@@ -199,8 +198,8 @@ class Gate:
                 return headroom(app, short)
             if short is not None:
                 notes["headroom"] = None
-        overrun = read.model in await self.ledger.overruns()
-        ways = offers(bound, app, arrived.policy, read, limits, overrun=overrun, now=now)
+        known = arrived.overruns if now - arrived.at < KNOWN_FOR_S else await self.ledger.overruns()
+        ways = offers(bound, app, arrived.policy, read, limits, overrun=read.model in known, now=now)
         request_cap, observing = app.caps.get("request", math.inf), app.observes("caps")
         if not observing:
             if ways[-1].hold_nano > request_cap:

@@ -18,6 +18,9 @@ class Arrived:
     token: Token
     endpoint: str
     policy: GatewayPolicy
+    at: float
+    overruns: frozenset[str]
+    """Models that are reserved in full, as the ledger said then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ async def test_a_removed_file_refuses_and_the_same_file_put_back_recovers(ledger
     path.rename(path.with_name("away.db"))
     await refused(ledger, "was removed while the gateway runs")
     with pytest.raises(LedgerUnavailable, match="was removed"):
-        await ledger.token("d1")
+        await ledger.knock("d1", now=NOON)
     settled = ledger.settle(held.call_id, Settlement(60), now=NOON)
     assert not path.exists(), "nothing makes a new ledger"
     path.with_name("away.db").rename(path)
@@ -177,7 +177,7 @@ async def test_a_replaced_file_refuses(ledger, path):
     files.create(path)
     await refused(ledger, "was replaced while the gateway runs")
     with pytest.raises(LedgerUnavailable, match="was replaced"):
-        await ledger.token("d1")
+        await ledger.knock("d1", now=NOON)
 
 
 async def test_a_damaged_file_says_what_to_do(tmp_path):

@@ -76,17 +76,17 @@ async def back(read, seconds=10):
 async def test_a_server_that_crashes_refuses_at_once_and_takes_the_settlement_once_when_it_is_back(server, place, home):
     ledger = await Ledger.open(url(place), now=NOON)
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
-    assert (await ledger.token("d1")).app == "reports"
+    assert (await ledger.knock("d1", now=NOON)).token.app == "reports"
     await asyncio.to_thread(server.stop)
     settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
     assert await refused(ledger, "gives no connection|shutting down") < 2.5
     with pytest.raises(LedgerUnavailable):
-        await ledger.token("d1")
+        await ledger.knock("d1", now=NOON)
     await until(lambda: len(journals(home)) == 1)
     await asyncio.to_thread(server.start)
     assert (await asyncio.wait_for(settled, 10)).first
     assert isinstance(await ledger.reserve(CALL, 800, DAY_CAP, now=NOON), Reserved)
-    assert (await back(partial(ledger.token, "d1"))).app == "reports"
+    assert (await back(partial(ledger.knock, "d1", now=NOON))).token.app == "reports"
     assert balance(place) == (200, 800, 1)
     assert journals(home) == []
     await ledger.close()

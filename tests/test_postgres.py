@@ -60,16 +60,16 @@ async def test_a_server_that_falls_silent_with_the_connection_open_is_given_up_a
     async with postgresql.Relay(postgresql.shared()) as relay:
         ledger = await Ledger.open(relay.url(server), timeout_s=0.6, now=NOON)
         held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
-        assert (await ledger.token("d1")).app == "reports"
+        assert (await ledger.knock("d1", now=NOON)).token.app == "reports"
         relay.silent = True
         settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
         assert await refused(ledger, "did not answer within 0.6 s") < 1
         with pytest.raises(LedgerUnavailable, match="did not answer within"):
-            await ledger.token("d1")
+            await ledger.knock("d1", now=NOON)
         await asyncio.sleep(pgsession.SILENCE_S)  # the threads that hang in it give up too
         relay.silent = False
         assert (await asyncio.wait_for(settled, 10)).first
-        assert (await ledger.token("d1")).app == "reports"
+        assert (await ledger.knock("d1", now=NOON)).token.app == "reports"
         await ledger.close()
     assert balance(server) == (200, 0, 0)
 

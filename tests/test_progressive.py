@@ -10,6 +10,7 @@ import pytest
 from gateway import gateway
 from upstreams import chunked, event, upstream
 
+from gateway_addon import gate
 from gateway_addon.ledger import admin
 from gateway_addon.simulator import Behaviour, Simulator
 
@@ -165,6 +166,27 @@ async def test_a_pause_now_ends_streams_in_flight_with_a_reason(tmp_path):
             await gw.client().messages.create(**big(kilobytes=0, max_tokens=100))
         await gw.quiet()
         assert await gw.spent_nano() >= (await api.settled()).billed_nano > 0
+
+
+async def test_a_model_that_was_held_back_while_a_body_was_still_coming_is_reserved_whole(tmp_path, monkeypatch):
+    """What the ledger said at the headers is not what it says when a slow body is here at last."""
+    monkeypatch.setattr(gate, "KNOWN_FOR_S", 0.05)
+    body = json.dumps(big(kilobytes=0, max_tokens=300_000) | {"stream": True}).encode()
+    async with Simulator() as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+        head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {gw.tokens['app']}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        writer.write(head.encode())
+        async with asyncio.timeout(10):
+            while not any(life.arrived for life in gw.addon.lives.values()):
+                await asyncio.sleep(0.01)
+        with admin.changing(tmp_path / "gateway.db") as db:
+            db.execute("INSERT INTO overruns VALUES ('claude-opus-5-5', 1, 0, 1)")
+        await asyncio.sleep(0.06)
+        writer.write(body)
+        answer = await asyncio.wait_for(reader.read(-1), 10)
+        writer.close()
+    assert b"429" in answer.partition(b"\r\n")[0]
+    assert b"largest max_tokens" in answer
 
 
 async def test_a_bill_above_its_grant_is_posted_in_full_flagged_and_the_model_reserved_whole(tmp_path, caplog):

@@ -26,6 +26,7 @@ from gateway_addon.ledger.values import (
     Denied,
     DueAlert,
     Ending,
+    Knock,
     LedgerUnavailable,
     NewCall,
     Outcome,
@@ -36,7 +37,6 @@ from gateway_addon.ledger.values import (
     Server,
     Settlement,
     Standing,
-    Token,
     app_scope,
 )
 from gateway_addon.ledger.writer import Operation
@@ -257,14 +257,9 @@ class Ledger:
 
     # reads, on the request's path
 
-    async def token(self, digest: str) -> Token | None:
-        """The token of this SHA-256 (hexadecimal), revoked and expired ones too. Raises LedgerUnavailable."""
-        return await self.look(partial(notes.token, digest=digest))
-
-    async def knock(self, digest: str, *, now: float) -> tuple[Token | None, tuple[Pause, ...]]:
-        """That token, and the pauses in force, in one look: what the door asks for each request. Raises LedgerUnavailable."""
-        at = self._at(now)
-        return await self.look(lambda db: (notes.token(db, digest), notes.pauses(db, at)))
+    async def knock(self, digest: str, *, now: float) -> Knock:
+        """Whose token has this SHA-256 (hexadecimal), and what else the door asks for each request. Raises LedgerUnavailable."""
+        return await self.look(partial(notes.knock, digest=digest, now=self._at(now)))
 
     async def standing(self, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""

@@ -3,16 +3,34 @@
 import json
 import sqlite3
 from collections.abc import Mapping
+from operator import attrgetter
 
-from gateway_addon.ledger.values import Alert, DueAlert, Pause, Token
+from gateway_addon.ledger.values import Alert, DueAlert, Knock, Pause, Token
 
-TOKEN = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens WHERE digest = ?"
+# In one statement, because every request asks for all of it, and a look costs more by the statement than by the row.
+KNOCK = """
+SELECT 'token' AS what, id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens WHERE digest = ?
+UNION ALL
+SELECT 'pause', cut, scope, why, since, until, NULL, NULL FROM pauses WHERE until IS NULL OR until > ?
+UNION ALL
+SELECT 'overrun', NULL, model, NULL, NULL, NULL, NULL, NULL FROM overruns
+"""
 PAUSES = "SELECT scope, since, until, why, cut FROM pauses WHERE until IS NULL OR until > ? ORDER BY scope"
 
 
-def token(db: sqlite3.Connection, digest: str) -> Token | None:
-    rows = db.execute(TOKEN, (digest,)).fetchall()
-    return Token(*rows[0]) if rows else None
+def knock(db: sqlite3.Connection, digest: str, now: float) -> Knock:
+    token: Token | None = None
+    pauses: list[Pause] = []
+    models: list[str] = []
+    for what, *row in db.execute(KNOCK, (digest, now)).fetchall():
+        if what == "token":
+            token = Token(*row)
+        elif what == "pause":
+            cut, scope, why, since, until, *_ = row
+            pauses.append(Pause(scope, since, until, why, bool(cut)))
+        else:
+            models.append(row[1])
+    return Knock(token, tuple(sorted(pauses, key=attrgetter("scope"))), frozenset(models))
 
 
 def pauses(db: sqlite3.Connection, now: float) -> tuple[Pause, ...]:

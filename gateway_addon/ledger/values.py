@@ -247,6 +247,18 @@ class Pause:
     """Calls in flight are ended too."""
 
 
+@dataclass(frozen=True, slots=True)
+class Knock:
+    """What the door asks of the ledger about a request."""
+
+    token: Token | None = None
+    """Revoked and expired ones too."""
+    pauses: tuple[Pause, ...] = ()
+    """All that are in force."""
+    overruns: frozenset[str] = frozenset()
+    """Models that passed a grant and are reserved in full until cleared."""
+
+
 type Facts = Mapping[str, str | int | float | None]
 
 AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "policy"]
