@@ -13,7 +13,6 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from mitmproxy import connection, ctx, exceptions, http, tls
 from mitmproxy.proxy import server_hooks
@@ -177,7 +176,8 @@ class GatewayAddon:
             arrived = self.gate.crowded(arrived, life.body_bytes, self._held_bytes, self.clock()) or arrived
         if isinstance(arrived, Arrived):
             life.arrived = arrived
-            flow.request.headers["x-api-key"] = f"app:{arrived.app.name}"  # a label for people; the wire copy gets the key
+            label = (b"x-api-key", f"app:{arrived.app.name}".encode())  # for people; the wire copy gets the key
+            flow.request.headers.fields = (*flow.request.headers.fields, label)
             return
         self.answer(flow, arrived)
         inject.wire(flow).hang_up = life.body_bytes > UNREAD_BODY_MAX
@@ -237,17 +237,16 @@ class GatewayAddon:
             flow.request.headers.fields = judged[0]
             flow.request.content = decision.body
             judged = (flow.request.headers.fields, flow.request.raw_content)
-        life.wire.grant, life.wire.on_sent = self._grant(life.arrived, request, *judged), life.watch
+        record = life.wire
+        record.grant, record.on_sent = self._grant(life.arrived, request, *judged), life.watch
         life.watch()
 
     def _grant(
         self, arrived: Arrived, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
     ) -> inject.Grant:
         """For what was judged, not for what the flow is by now: under mitmweb a person may have edited it meanwhile."""
-        upstream = urlsplit(arrived.policy.upstream)
-        secure = upstream.scheme == "https"
-        address, credential = (upstream.hostname or "", upstream.port or (443 if secure else 80)), ("x-api-key", self.key())
-        return inject.Grant(address, secure, request.method, request.target, fields, body, credential)
+        address, secure = inject.address(arrived.policy.upstream)
+        return inject.Grant(address, secure, request.method, request.target, fields, body, ("x-api-key", self.key()))
 
     # -- its answer
 

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from gateway_addon.fields import Effect
-from gateway_addon.money import dollars
+from gateway_addon.money import dollars, rounded_up
 from gateway_addon.policy import AppPolicy, Feature
 from gateway_addon.pricing import Prices, Rates, Row, rates
 from gateway_addon.reading import Reading
@@ -51,7 +51,7 @@ class QuotePart(NamedTuple):
         """For people, and only written out where somebody reads it: each call is quoted, few quotes are read."""
         if self.kind == "each":
             return f"{dollars(round(self.nano_each))} each"
-        return f"{self.kind} {dollars(math.ceil(self.nano_each * 1_000_000))}/MTok"
+        return f"{self.kind} {dollars(rounded_up(self.nano_each, 1_000_000))}/MTok"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Quote:
 
     @property
     def output_nano(self) -> int:
-        return math.ceil(self.output_tokens * self.output_rate)
+        return rounded_up(self.output_rate, self.output_tokens)
 
     @property
     def total_nano(self) -> int:
@@ -79,7 +79,7 @@ class Quote:
 
     def for_output(self, tokens: int) -> int:
         """Nano-dollars for the whole input, the extras and this many tokens of output, rounded up."""
-        return self.input_nano + self.extra_nano + math.ceil(tokens * self.output_rate)
+        return self.input_nano + self.extra_nano + rounded_up(self.output_rate, tokens)
 
     def output_within(self, amount_nano: int) -> int:
         """The largest `max_tokens` with which this request would fit an amount; 0 where its input alone does not."""
@@ -257,7 +257,7 @@ def _call(
 
 def _part(name: str, tokens: int, label: str, rate: Fraction) -> QuotePart:
     """One line, rounded up. A thousand nano-dollars per token is a dollar per million tokens."""
-    return QuotePart(name, tokens, label, rate, math.ceil(tokens * rate))
+    return QuotePart(name, tokens, label, rate, rounded_up(rate, tokens))
 
 
 def _fast(body: Mapping[str, Any]) -> bool:

@@ -8,11 +8,12 @@ mitmproxy writes a request in `HttpStream`, which reads `flow.request`. The subc
 command that carries it to the wire. `install` puts it in place by the public `next_layer` hook.
 """
 
-import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from mitmproxy import connection, flow, http
@@ -41,6 +42,7 @@ from gateway_addon.whole import HEAD_BYTES_MAX
 logger = logging.getLogger(__name__)
 
 NOT_WELL_FORMED = "The request is not well-formed HTTP/1.1, so it was not judged. Use an HTTP client library to build it."
+BROKEN = (RequestProtocolError, ResponseProtocolError)
 HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade"})
 
 
@@ -61,6 +63,14 @@ class Grant:
     body: bytes | None
     credential: tuple[str, str] = dataclasses.field(repr=False)
     """Header name and secret. Kept out of every repr, so out of every traceback and log."""
+
+
+@functools.lru_cache(16)
+def address(upstream: str) -> tuple[tuple[str, int], bool]:
+    """An upstream's host and port, and whether it speaks TLS."""
+    parts = urlsplit(upstream)
+    secure = parts.scheme == "https"
+    return (parts.hostname or "", parts.port or (443 if secure else 80)), secure
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -86,7 +96,10 @@ _WIRES: "WeakKeyDictionary[http.HTTPFlow, Wire]" = WeakKeyDictionary()
 
 def wire(flow: http.HTTPFlow) -> Wire:
     """The wire record of a flow, made on first use; it lives exactly as long as its flow."""
-    return _WIRES.setdefault(flow, Wire())
+    record = _WIRES.get(flow)
+    if record is None:
+        record = _WIRES[flow] = Wire()
+    return record
 
 
 def forget(flow: http.HTTPFlow) -> None:
@@ -109,7 +122,7 @@ class InjectLayer(relay.Direct):
         yield from super()._handle_event(event)
 
     def make_stream(self, stream_id: int) -> layer.CommandGenerator[None]:
-        own = copy.copy(self.context)  # as its `fork`, which makes up a server's connection first, and drops it
+        own = _twin(self.context)  # as its `fork`, which makes up a server's connection first, and drops it
         own.layers = [*own.layers]
         stream = self.streams[stream_id] = InjectStream(own, stream_id)
         stream.top = self
@@ -122,7 +135,7 @@ class InjectStream(whole.Stream):
             quicken(event.response)
         elif type(event) is RequestHeaders:
             quicken(event.request)
-        elif isinstance(event, RequestProtocolError | ResponseProtocolError):
+        elif isinstance(event, BROKEN):
             record = wire(self.flow)
             record.broken_by = record.broken_by or ("client" if isinstance(event, RequestProtocolError) else "upstream")
         generator = super()._handle_event(event)
@@ -263,12 +276,19 @@ def _wire_copy(request: http.Request, name: str, secret: str) -> http.Request:
 
     A shallow copy by hand: `request.copy()` takes every field apart and checks its type, a tenth of all that a call costs here.
     """
-    sent = copy.copy(request)
-    sent.data = copy.copy(request.data)
+    sent = _twin(request)
+    sent.data = _twin(request.data)
     replaced = name.encode()
     fields = [field for field in request.headers.fields if (lower := field[0].lower()) != replaced and lower not in HOP_HEADERS]
     sent.data.headers = Headers.of((*fields, (replaced, secret.encode())))
     return sent
+
+
+def _twin[T](thing: T) -> T:
+    """A shallow copy, as `copy.copy` makes it by way of pickle's protocol."""
+    made = object.__new__(type(thing))
+    made.__dict__.update(thing.__dict__)
+    return made
 
 
 def _said_by_mitmproxy(event: ResponseProtocolError) -> Refusal | None:

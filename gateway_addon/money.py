@@ -4,6 +4,7 @@ Promises that no amount ever passes through a float. Knows nothing of models, ca
 """
 
 import re
+from fractions import Fraction
 
 NANO_PER_DOLLAR = 1_000_000_000
 AMOUNT_NANO_MAX = 2**62  # about 4.6 billion dollars: sums of two still fit the ledger's signed 64-bit integers
@@ -24,6 +25,11 @@ def parse_nano(text: str | int) -> int:
     if nano > AMOUNT_NANO_MAX:
         raise ValueError(f"{text!r} is more than the ledger can hold (${AMOUNT_NANO_MAX // NANO_PER_DOLLAR:,})")
     return nano
+
+
+def rounded_up(rate_nano: Fraction, count: int) -> int:
+    """So many at an exact rate, rounded up to a whole nano-dollar. (Without a fraction for the product: they are slow to make.)"""
+    return -(-rate_nano.numerator * count // rate_nano.denominator)
 
 
 def dollars(nano: int, decimals_min: int = 2) -> str:

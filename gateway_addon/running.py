@@ -11,6 +11,7 @@ from fractions import Fraction
 from gateway_addon.bounds import Quote
 from gateway_addon.grants import Pace, Progress, Seen
 from gateway_addon.ledger import NewCall, Standing, scopes
+from gateway_addon.money import rounded_up
 from gateway_addon.policy import AppPolicy
 from gateway_addon.pricing import Prices, cost, rates
 from gateway_addon.reading import Reading
@@ -84,7 +85,7 @@ class Running:
         return self.fixed_nano + self.output_nano(self.granted_tokens)
 
     def output_nano(self, tokens: int) -> int:
-        return math.ceil(self.output_rate * tokens)
+        return rounded_up(self.output_rate, tokens)
 
     def answered(self, status: int, content_type: str, content_encoding: str | None, request_id: str | None, now: float) -> None:
         """The upstream's status and headers arrived."""
@@ -126,7 +127,7 @@ class Running:
             return 0
         per_token = rates(row, prompt_tokens=usage.tokens.prompt_tokens, speed=usage.speed, inference_geo=usage.inference_geo, batch=False)
         held_nano = self.held_nano
-        if exact + math.ceil(per_token.output * self.granted_tokens) >= held_nano:
+        if exact + rounded_up(per_token.output, self.granted_tokens) >= held_nano:
             return 0
         self.fixed_nano, self.output_rate = exact, per_token.output
         return held_nano - self.held_nano

@@ -51,7 +51,7 @@ OWN = {
     "calls": {"ledger"},
     "door": {"grants", "ledger"},
     "settlement": {"ledger", "pricing", "running", "usage"},
-    "running": {"bounds", "grants", "ledger", "policy", "pricing", "reading", "usage"},
+    "running": {"bounds", "grants", "ledger", "money", "policy", "pricing", "reading", "usage"},
     "sentences": {"bounds", "identity", "ledger", "money", "noise", "origin", "policy", "rates", "refusals", "running"},
     "bounds": {"fields", "money", "policy", "pricing", "reading", "refusals", "survey"},
     "policy": {"money", "pricing", "reading", "refusals", "survey", "yamlfile"},

@@ -1,10 +1,12 @@
 """Amounts: read from what people write, kept as whole nano-dollars, written back without losing any."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_addon.money import AMOUNT_NANO_MAX, cents, dollars, parse_nano
+from gateway_addon.money import AMOUNT_NANO_MAX, cents, dollars, parse_nano, rounded_up
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,11 @@ def test_decimals_can_be_dropped_or_kept():
 @given(st.integers(0, AMOUNT_NANO_MAX))
 def test_what_is_written_is_read_back_as_the_same_amount(nano):
     assert parse_nano(dollars(nano)) == nano
+
+
+@given(st.fractions(0, 10**6, max_denominator=10**9), st.integers(0, 10**9))
+def test_what_so_many_cost_is_rounded_up_once(rate_nano, count):
+    assert rounded_up(rate_nano, count) == math.ceil(rate_nano * count)
 
 
 @given(st.integers(10_000_000 - AMOUNT_NANO_MAX, AMOUNT_NANO_MAX - 10_000_000))

@@ -41,7 +41,13 @@ class Rates:
             (self.cache_write_1h, tokens.cache_write_1h_tokens),
             (self.cache_write_1h if hour_ttl else self.cache_write_5m, tokens.cache_write_unsplit_tokens),
         )
-        return sum((rate * count for rate, count in billed if count), Fraction(0))  # most kinds are absent, and fractions are slow
+        whole, rest = 0, Fraction(0)
+        for rate, count in billed:
+            if count and rate.denominator == 1:
+                whole += rate.numerator * count  # nearly all prices are whole, and fractions are slow
+            elif count:
+                rest += rate * count
+        return whole + rest
 
 
 @dataclass(frozen=True, slots=True)
