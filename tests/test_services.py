@@ -100,6 +100,22 @@ def test_the_container_copies_what_there_is_and_runs_commands_that_exist():
             pass
 
 
+def test_the_container_brings_the_bytecode_of_both_its_commands(tmp_path):
+    (tmp_path / "gateway_addon").mkdir()
+    (tmp_path / "gateway_addon" / "__init__.py").touch()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "os.py").touch()
+    [command] = re.findall(r"^RUN (python -m compileall (?:.*\\\n)*.*)", services.CONTAINERFILE, re.MULTILINE)
+    where = re.search(r"\$\((python -c '(.+?)')\)", command)
+    assert subprocess.check_output([sys.executable, "-c", where[2]], text=True).strip() == str(Path(os.__file__).parent)
+    command = command.replace(where[0], "lib").replace("python -m", f"{shlex.quote(sys.executable)} -m")
+    done = subprocess.run(["sh", "-ec", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    version = f"cpython-{sys.version_info.major}{sys.version_info.minor}"
+    made = {path.name for path in tmp_path.rglob("*.pyc")}
+    assert made == {f"{name}.{version}{kind}.pyc" for name in ("__init__", "os") for kind in ("", ".opt-1")}
+
+
 @pytest.mark.parametrize("option", ["--systemd", "--container", "--compose", "--nginx"])
 def test_printing_a_service_writes_nothing(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
