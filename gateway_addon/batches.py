@@ -18,7 +18,7 @@ from gateway_addon.pricing import Prices, cost
 from gateway_addon.reading import DEEP, Reading, Request, Unreadable, message, parsed
 from gateway_addon.refusals import Refusal, stated
 from gateway_addon.sentences import over_request_cap
-from gateway_addon.usage import BatchMeter, BatchResult
+from gateway_addon.usage import BatchMeter, BatchResult, json_object
 
 REQUESTS_MAX = 100_000
 """The API's own limit (platform documentation, "Batch processing")."""
@@ -93,15 +93,12 @@ def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Aske
 
 def object_of(body: bytes) -> Object | None:
     """The batch that an answer shows; None where it shows none."""
-    try:
-        shown = json.loads(body)
-    except (ValueError, RecursionError):
+    shown = json_object(body)
+    if shown is None or not _ID.match(str(shown.get("id"))):
         return None
-    if not isinstance(shown, dict) or not isinstance(shown.get("id"), str) or not _ID.match(shown["id"]):
-        return None
-    if isinstance(shown.get("results_url"), str):
-        shown["results_url"] = urlsplit(shown["results_url"]).path  # as it came, it would lead the app past the gateway, token in hand
-    return Object(shown["id"], str(shown.get("processing_status")), json.dumps(shown))
+    if isinstance(address := shown.get("results_url"), str):
+        shown["results_url"] = urlsplit(address).path  # as it came, it would lead the app past the gateway, token in hand
+    return Object(str(shown["id"]), str(shown.get("processing_status")), json.dumps(shown))
 
 
 class Results:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from gateway_addon.reading import Request
 from gateway_addon.refusals import Refusal, stated
+from gateway_addon.usage import json_object
 
 _ID = re.compile(r"file_[A-Za-z0-9]{1,128}\Z")
 
@@ -29,10 +30,7 @@ def upload_problem(request: Request) -> Refusal | None:
 
 def file_of(body: bytes) -> Object | None:
     """The file that an answer shows; None where it shows none."""
-    try:
-        shown = json.loads(body)
-    except (ValueError, RecursionError):
+    shown = json_object(body)
+    if shown is None or not _ID.match(str(shown.get("id"))):
         return None
-    if not isinstance(shown, dict) or not isinstance(shown.get("id"), str) or not _ID.match(shown["id"]):
-        return None
-    return Object(shown["id"], json.dumps(shown))
+    return Object(str(shown["id"]), json.dumps(shown))

@@ -41,7 +41,7 @@ OWN = {
     "keeper": {"batches", "booking", "ledger", "policy"},
     "booking": {"batches", "ledger", "pricing"},
     "batches": {"bounds", "ledger", "policy", "pricing", "reading", "refusals", "sentences", "usage"},
-    "files": {"reading", "refusals"},
+    "files": {"reading", "refusals", "usage"},
     "passes": {"identity", "ledger", "policy", "reading", "settlement"},
     "offers": {"bounds", "door", "grants", "policy", "reading"},
     "alerts": {"ledger", "money", "policy"},

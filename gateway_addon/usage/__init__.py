@@ -5,7 +5,7 @@ batch.py those of a batch's results. None of it knows prices.
 """
 
 from gateway_addon.usage.batch import BatchMeter, BatchResult
-from gateway_addon.usage.meter import Meter
+from gateway_addon.usage.meter import Meter, json_object
 from gateway_addon.usage.values import Part, Tokens, Usage
 
-__all__ = ["BatchMeter", "BatchResult", "Meter", "Part", "Tokens", "Usage"]
+__all__ = ["BatchMeter", "BatchResult", "Meter", "Part", "Tokens", "Usage", "json_object"]
