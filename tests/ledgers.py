@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
@@ -60,6 +61,13 @@ def new_ledger(folder: Path, engine: str = "sqlite") -> Path | Server:
     with admin.changing(path) as db:
         admin.issue_token(db, "reports", "d1", who="test", now=NOON)
     return path
+
+
+def copied(ledger: Path | Server, folder: Path) -> Path | Server:
+    """The same ledger once more, for a test to change: what takes long to fill is filled once. Nobody may have it open."""
+    if isinstance(ledger, Server):
+        return Server(postgresql.shared().database(like=ledger.url.partition("@/")[2].partition("?")[0]))
+    return Path(shutil.copy(ledger, folder / "gateway.db"))
 
 
 def url(path: Path | Server) -> str:

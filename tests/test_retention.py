@@ -11,7 +11,7 @@ from dataclasses import replace
 import psycopg
 import pytest
 from click.testing import CliRunner
-from ledgers import CALL, ENGINES, Part, Tokens, new_ledger, rows, url, writing
+from ledgers import CALL, ENGINES, Part, Tokens, copied, new_ledger, rows, url, writing
 
 from gateway_addon.cli.prune import prune
 from gateway_addon.ledger import Outcome, Settlement, admin, batches, book, days, evidence, proof, reports, retention
@@ -26,12 +26,17 @@ ANSWER = Outcome(status=200, model_served="claude-haiku-4-5", stop_reason="end_t
 REFUSED = (sqlite3.IntegrityError, psycopg.errors.IntegrityConstraintViolation)
 
 
-@pytest.fixture(params=ENGINES)
-def path(tmp_path, request):
-    found = new_ledger(tmp_path, request.param)
+@pytest.fixture(scope="module", params=ENGINES)
+def filled(tmp_path_factory, request):
+    found = new_ledger(tmp_path_factory.mktemp("filled"), request.param)
     with admin.changing(found) as db:
         fill(db)
     return found
+
+
+@pytest.fixture
+def path(tmp_path, filled):
+    return copied(filled, tmp_path)
 
 
 def fill(db):

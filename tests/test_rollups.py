@@ -4,7 +4,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from ledgers import CALL, ENGINES, NOON, Part, new_ledger, rows, writing
+from ledgers import CALL, ENGINES, NOON, Part, copied, new_ledger, rows, writing
 
 from gateway_addon.ledger import Outcome, Settlement, admin, book, reports, retention, rollups
 
@@ -13,15 +13,20 @@ SINCE, UNTIL = NOON - 5 * DAY_S, NOON
 GROUPINGS = [by for by in reports.GROUPINGS if by != "agent"]
 
 
-@pytest.fixture(params=ENGINES)
-def path(tmp_path, request):
-    found = new_ledger(tmp_path, request.param)
+@pytest.fixture(scope="module", params=ENGINES)
+def filled(tmp_path_factory, request):
+    found = new_ledger(tmp_path_factory.mktemp("filled"), request.param)
     with admin.changing(found) as db:
         for number in range(60):
             call = replace(CALL, model_asked=("claude-haiku-4-5", "claude-sonnet-5")[number % 2])
             spend(db, NOON - number * DAY_S / 4, 10 + number, call)
             book.refused(db, "me", call, ("rate", "cap_spent")[number % 2], now=NOON - number * DAY_S / 4)
     return found
+
+
+@pytest.fixture
+def path(tmp_path, filled):
+    return copied(filled, tmp_path)
 
 
 def spend(db, now, nano=10, call=CALL):
