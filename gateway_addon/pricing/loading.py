@@ -9,6 +9,7 @@ import hashlib
 import re
 from datetime import UTC, date, datetime
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -72,18 +73,23 @@ def load(path: Path | None = None, override_path: Path | None = None, upstream: 
     upstream, of which that of `upstream` holds. Raises PriceError.
     """
     files = [(path or SHIPPED, _SHIPPED_KEYS)] + ([(override_path, _OVERRIDE_KEYS)] if override_path else [])
-    digest = hashlib.sha256()
+    contents = tuple(("/".join(file.parts[-2:]), _content(file), known) for file, known in files)
+    return _read(contents, upstream if override_path else LISTED_BY)
+
+
+@lru_cache(maxsize=4)
+def _read(files: tuple[tuple[str, bytes, tuple[str, ...]], ...], upstream: str) -> Prices:
+    """The table that these bytes are, read once: not anew whenever a policy is saved."""
     documents = []
     try:
-        for file, known in files:
-            content = _content(file)
-            digest.update(content)
-            spot = Spot("/".join(file.parts[-2:]))
-            document = entries(compose(spot.file, content.decode()), spot, known)
+        for file, content, known in files:
+            spot = Spot(file)
+            document = entries(compose(file, content.decode()), spot, known)
             documents.append({key: _Entry(node, spot.at(key)) for key, (_, node) in document.items()})
             if known is _SHIPPED_KEYS and (missing := [key for key in known if key not in document]):
                 raise spot.error(None, f"{missing[0]} is missing: the table itself needs it, an override does not")
-        return _table(documents[0], documents[1] if override_path else {}, upstream, digest.hexdigest())
+        digest = hashlib.sha256(b"".join(content for _, content, _ in files)).hexdigest()
+        return _table(documents[0], documents[1] if len(documents) > 1 else {}, upstream, digest)
     except FileError as error:
         raise PriceError(str(error)) from None
 
