@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+from ledgers import new_file
 from mitmproxy.master import Master
 
 from gateway_addon import identity
@@ -110,8 +111,8 @@ async def gateway(
     """Run a gateway with these apps (policy texts by name) until the block ends. `prepare` may change its options first."""
     apps = {"app": APP} if apps is None else apps
     policies = write_policies(folder / "policies", upstream or api.url, apps, policy)
-    url = ledger_url or f"sqlite:///{folder / 'gateway.db'}"
-    ledger = await Ledger.open(url, create=ledger_url is None)
+    url = ledger_url or f"sqlite:///{new_file(folder)}"
+    ledger = await Ledger.open(url)
     tokens = {}
     for app in apps:
         tokens[app] = identity.mint()

@@ -4,8 +4,10 @@ import asyncio
 import os
 import shutil
 import sqlite3
+import tempfile
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import postgresql
@@ -51,13 +53,24 @@ DAY_CAP = [Cap("app:reports", "day", 1000)]
 ENGINES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.xdist_group("postgresql"))]
 
 
+@cache
+def _empty_file() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        files.create(path := Path(folder) / "gateway.db")
+        return path.read_bytes()
+
+
+def new_file(folder: Path) -> Path:
+    """The folder's ledger, an empty one if it has none. Its tables are made once: that takes longer than what most tests do with them."""
+    path = folder / "gateway.db"
+    if not path.exists():
+        path.write_bytes(_empty_file())
+    return path
+
+
 def new_ledger(folder: Path, engine: str = "sqlite") -> Path | Server:
     """An empty ledger with one token (id 1) of the app `reports`."""
-    if engine == "postgresql":
-        path = postgresql.shared().ledger()
-    else:
-        path = folder / "gateway.db"
-        files.create(path)
+    path = postgresql.shared().ledger() if engine == "postgresql" else new_file(folder)
     with admin.changing(path) as db:
         admin.issue_token(db, "reports", "d1", who="test", now=NOON)
     return path

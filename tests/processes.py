@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway import write_policies
-from ledgers import url
+from ledgers import new_file, url
 
 from gateway_addon import identity
-from gateway_addon.ledger import Server, admin, files
+from gateway_addon.ledger import Server, admin
 from gateway_addon.simulator import KEY
 
 START_S = 60  # a start takes one; machines that are twenty times too busy have been seen
@@ -70,9 +70,8 @@ class Ledgered:
 def ledgered(
     folder: Path, upstream: str, apps: Mapping[str, str], policy: str = "timeouts: {drain: 5s}\n", ledger: Server | None = None
 ) -> Ledgered:
-    place = ledger or folder / "gateway.db"
     write_policies(folder / "policies", upstream, apps, policy)
-    files.create(place)
+    place = ledger or new_file(folder)
     tokens = {app: identity.mint() for app in apps}
     with admin.changing(place) as db:
         for app, token in tokens.items():
