@@ -6,7 +6,6 @@ watcher reloads or a failed edit unloads. This is an edge: it reads files, the c
 
 import asyncio
 import gc
-import ipaddress
 import logging
 import os
 import resource
@@ -266,14 +265,6 @@ def hardened(opts: options.Options, policy: GatewayPolicy) -> dict[str, Any]:
     longest_s = max(policy.timeouts.first_byte_s, policy.timeouts.silence_s) + 60
     wanted = REQUIRED_OPTIONS | {"body_size_limit": str(BODY_BYTES_MAX), "tcp_timeout": int(longest_s)}
     return {name: value for name, value in wanted.items() if name in opts}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether what is sent to this host stays on the machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def on_signal(stop: Callable[[], None]) -> None:

@@ -21,7 +21,8 @@ from gateway_addon.logs import mask
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import SecretUnavailable
-from gateway_addon.serve import assembled, hardened, is_loopback
+from gateway_addon.serve import assembled, hardened
+from gateway_addon.workers import is_loopback
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ however it ends: they watch a pipe that only it holds. An edge: it starts proces
 """
 
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
@@ -56,6 +57,14 @@ def bind(host: str, port: int) -> socket.socket:
         problem = f"Cannot listen on {host}:{port} ({error.strerror}). Is another gateway running? Choose another port with --listen."
         raise OSError(problem) from None
     return listener
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is sent to this host stays on the machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def cores() -> int:
