@@ -58,7 +58,7 @@ def test_a_call_and_a_kept_months_report_take_no_more_steps_in_a_large_ledger(tm
         rollups.keep(path, "app", **period, now=now)
         assert steps.of(lambda: reports.report(db, "app", **period)) < by_calls / 5
     with admin.reading(path) as db:
-        assert Steps(db).of(lambda: rollups._missing(db, "app", **period, now=now)) < 500, "it does not look for the days call by call"
+        assert Steps(db).of(lambda: list(rollups.missing(db, "app", **period, now=now))) < 500, "it does not look for the days call by call"
 
 
 def test_a_new_app_comes_into_force_without_a_look_through_the_ledger(tmp_path):

@@ -118,3 +118,48 @@ def test_a_day_that_changes_while_it_is_summed_is_not_kept(path, monkeypatch):
         rollups.keep(path, "app", since=SINCE, until=UNTIL, now=NOON)
     assert kept(path) == 8
     assert told(path) == of_calls(path)
+
+
+def claimed(path, now=NOON, **how):
+    with admin.reading(path) as db:
+        wanted = list(rollups.missing(db, "app", 0, NOON, NOON))
+    with admin.changing(path) as db:
+        return rollups.claim(db, wanted, now=now, **how)
+
+
+def summed(path, spans):
+    with admin.reading(path) as db:
+        return [(span, rollups.lines(db, span)) for span in spans]
+
+
+def put(path, found, claimed_at):
+    with admin.changing(path) as db:
+        return [rollups.put(db, span, lines, claimed_at=claimed_at) for span, lines in found]
+
+
+def test_a_claim_that_another_took_over_keeps_nothing_even_where_the_day_changed_in_between(path):
+    stale = summed(path, claimed(path))
+    with admin.changing(path) as db:
+        spend(db, NOON - 2 * DAY_S)
+    fresh = summed(path, claimed(path, NOON + 1))
+    assert put(path, stale, NOON) == [False] * len(stale)
+    assert put(path, fresh, NOON + 1) == [True] * len(fresh)
+    assert told(path) == of_calls(path)
+
+
+@pytest.mark.parametrize("change", ["a zone", "an open call"])
+def test_what_is_no_closed_day_any_more_is_not_claimed(path, change):
+    with admin.reading(path) as db:
+        wanted = list(rollups.missing(db, "app", 0, NOON, NOON))
+    with admin.changing(path) as db:
+        if change == "a zone":
+            admin.align(db, "Asia/Tokyo", {}, who="test", now=NOON)
+        else:
+            book.reserve(db, "me", CALL, 100, [], now=NOON - 20 * DAY_S)
+        assert rollups.claim(db, wanted, now=NOON) == []
+
+
+def test_whoever_claims_alone_lets_others_finish_unless_they_are_gone(path):
+    days = claimed(path)
+    assert claimed(path, NOON + rollups.TURN_S - 1, alone=True) == []
+    assert claimed(path, NOON + rollups.TURN_S + 1, alone=True) == days

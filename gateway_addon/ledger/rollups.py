@@ -1,12 +1,13 @@
 """Reports of closed days, kept, so that a month costs what its days cost and not what its calls do.
 
 Promises that a kept day is what its calls say: whatever changes a day strikes it off in the same transaction (triggers: a call of that
-day, a correction of one), and what is struck off is summed again for the next report. A day is kept once an hour has passed since its
-end and no call of it is open.
+day, a correction of one), and what is struck off is summed again. A day is kept once an hour has passed since its end and no call of it
+is open. Whoever sums a day claims it first, under the moment of the claim, and what was summed is kept only if that claim still stands.
 """
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import tzinfo
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from gateway_addon.ledger.values import Server
 from gateway_addon.windows import next_start, starts
 
 SETTLED_DOWN_S = 3600  # refused calls are written a moment after they came
+TURN_S = 300  # a claim that is older is that of a process which died, or was stopped
 
 
 class Span(NamedTuple):
@@ -30,52 +32,83 @@ class Span(NamedTuple):
 _OLDEST_OPEN = "SELECT min(+started_at) FROM calls WHERE state = 'open'"  # the plus keeps SQLite from seeking it among all calls
 _FIRST = "SELECT min(started_at) FROM calls"
 _KNOWN = "SELECT day_start, grouping FROM kept_days WHERE ready = 1 AND day_start >= ? AND day_start < ?"
-_CLAIM = "INSERT INTO kept_days (day_start, day_end, grouping, ready) VALUES (?, ?, ?, 0) ON CONFLICT DO NOTHING"
-_STANDS = "SELECT 1 FROM kept_days WHERE day_start = ? AND day_end = ? AND grouping = ? AND ready = 0"
+_AT_WORK = "SELECT 1 FROM kept_days WHERE ready < ? LIMIT 1"
+_CLAIM = """
+INSERT INTO kept_days (day_start, day_end, grouping, ready) VALUES (?, ?, ?, ?)
+ON CONFLICT (day_start, grouping) DO UPDATE SET day_end = excluded.day_end, ready = excluded.ready WHERE kept_days.ready <= 0
+"""
+_CLAIMED = "SELECT day_start, day_end, grouping FROM kept_days WHERE ready = ? ORDER BY day_start, grouping"
+_READY = "UPDATE kept_days SET ready = 1 WHERE day_start = ? AND day_end = ? AND grouping = ? AND ready = ?"
 _FORGET = "DELETE FROM kept_lines WHERE day_start = ? AND grouping = ?"
 _KEEP = f"INSERT INTO kept_lines (day_start, grouping, {', '.join(Line.__slots__)}) VALUES (?, ?{', ?' * len(Line.__slots__)})"
-_READY = "UPDATE kept_days SET ready = 1 WHERE day_start = ? AND grouping = ?"
 
 
 def keep(path: Path | Server, by: reports.By, *, since: float, until: float, now: float) -> None:
-    """Sum the closed days that a report of this period will ask for and that nobody has kept yet. Raises LedgerUnavailable.
-
-    A day is claimed, summed, and kept only if the claim still stands: whatever came between has struck it off.
-    """
+    """Sum the closed days that a report of this period will ask for and that nobody has kept yet. Raises LedgerUnavailable."""
     with admin.reading(path) as db:
-        wanted = _missing(db, by, since - (until - since), until, now)
+        wanted = list(missing(db, by, since - (until - since), until, now))
     if not wanted:
         return
     with admin.changing(path) as db:
-        db.executemany(_CLAIM, [(span.start, span.end, span.grouping) for span in wanted])
+        claimed = claim(db, wanted, now=now)
     with admin.reading(path) as db:
-        summed = [(span, reports.of_calls(db, span.grouping, span.start, span.end)) for span in wanted]
+        summed = [(span, lines(db, span)) for span in claimed]
     with admin.changing(path) as db:
-        for span, lines in summed:
-            _keep(db, span, lines)
+        for span, found in summed:
+            put(db, span, found, claimed_at=now)
 
 
-def _missing(db: sqlite3.Connection, by: reports.By, since: float, until: float, now: float) -> list[Span]:
-    calendar = zone(db)
+def missing(db: sqlite3.Connection, by: reports.By, since: float, until: float, now: float) -> Iterator[Span]:
+    """The closed days from `since` to `until` that nobody has kept yet, the newest first."""
     first = db.execute(_FIRST).fetchone()[0]
     if first is None or by == "agent":  # as many lines as sessions: not worth keeping
-        return []
-    oldest_open = db.execute(_OLDEST_OPEN).fetchone()[0]
-    closed = min(until, now - SETTLED_DOWN_S, oldest_open or now)
-    known = {tuple(row) for row in db.execute(_KNOWN, (int(since), int(until))).fetchall()}
-    found: list[Span] = []
-    start = starts(max(since, first), calendar).day
-    while (end := next_start("day", start, calendar) or start) <= closed:
-        if start >= since:
-            found += [Span(start, end, grouping) for grouping in (by, REFUSAL) if (start, grouping) not in known]
-        start = end
-    return found
-
-
-def _keep(db: sqlite3.Connection, span: Span, lines: Sequence[Line]) -> None:
-    if db.execute(_STANDS, (span.start, span.end, span.grouping)).fetchone() is None:
         return
+    known = {tuple(row) for row in db.execute(_KNOWN, (int(since), int(until))).fetchall()}
+    calendar = zone(db)
+    end = starts(min(until, _closed(db, now)), calendar).day
+    while end > first and (start := starts(end - 1, calendar).day) >= since:
+        yield from (Span(start, end, grouping) for grouping in (by, REFUSAL) if (start, grouping) not in known)
+        end = start
+
+
+def claim(db: sqlite3.Connection, spans: Sequence[Span], *, now: float, alone: bool = False) -> list[Span]:
+    """Those of these days that are still closed and not kept, now this caller's to sum. Inside a write transaction on everything.
+
+    A claim takes the place of another's, whose sums will not be kept then. `alone`: not while somebody else is at work.
+    """
+    if alone and db.execute(_AT_WORK, (_claim(now - TURN_S),)).fetchone() is not None:
+        return []
+    closed, calendar = _closed(db, now), zone(db)
+    sound = [each for each in spans if each.end <= closed and (each.start, each.end) == _day(each.start, calendar)]
+    db.executemany(_CLAIM, [(*span, _claim(now)) for span in sound])
+    return [Span(*row) for row in db.execute(_CLAIMED, (_claim(now),)).fetchall()]
+
+
+def lines(db: sqlite3.Connection, span: Span) -> list[Line]:
+    """A day's report from its calls."""
+    return reports.of_calls(db, span.grouping, span.start, span.end)
+
+
+def put(db: sqlite3.Connection, span: Span, found: Sequence[Line], *, claimed_at: float) -> bool:
+    """Keep what was summed; False where the claim stands no longer: the day has changed since, or is another's to sum."""
+    if db.execute(_READY, (*span, _claim(claimed_at))).rowcount == 0:
+        return False
     db.execute(_FORGET, (span.start, span.grouping))
-    figures = [[getattr(line, name) for name in Line.__slots__] for line in lines]
+    figures = [[getattr(line, name) for name in Line.__slots__] for line in found]
     db.executemany(_KEEP, [(span.start, span.grouping, *each) for each in figures])
-    db.execute(_READY, (span.start, span.grouping))
+    return True
+
+
+def _claim(at: float) -> int:
+    """What `ready` is of a day that was claimed at this moment: a younger claim is less, a kept day more."""
+    return -int(at * 1_000_000)
+
+
+def _closed(db: sqlite3.Connection, now: float) -> float:
+    """The time before which no call is open and none will be added."""
+    return min(now - SETTLED_DOWN_S, db.execute(_OLDEST_OPEN).fetchone()[0] or now)
+
+
+def _day(start: int, calendar: tzinfo) -> tuple[int, int | None]:
+    """The day that holds an instant, as the calendar has it now."""
+    return starts(start, calendar).day, next_start("day", start, calendar)

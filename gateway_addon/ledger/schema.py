@@ -258,7 +258,7 @@ END;
 
 # Whatever changes a day's report strikes the day off; no day is kept while a call of it is open, so a settlement need not.
 DAYS = """
-CREATE TABLE kept_days (    -- days whose sums are kept for reports, by what they are grouped by; `ready` 0: being summed (rollups.py)
+CREATE TABLE kept_days (    -- days whose sums are kept for reports, by their grouping; `ready` 1, or less: being summed (rollups.py)
   day_start INTEGER NOT NULL, grouping TEXT NOT NULL, day_end INTEGER NOT NULL, ready INTEGER NOT NULL, PRIMARY KEY (day_start, grouping)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE kept_lines (   -- a line of such a day's report; counts only while its day is in `kept_days`
