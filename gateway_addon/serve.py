@@ -27,6 +27,7 @@ from OpenSSL import SSL
 from gateway_addon import otel
 from gateway_addon.addon import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.calls import Record, Tell
+from gateway_addon.daybook import Daybook
 from gateway_addon.dispatch import Dispatch
 from gateway_addon.gate import Gate
 from gateway_addon.handling import Handlers, fits
@@ -219,7 +220,8 @@ async def assembled(
     addon = make(gate, key, key_refused=refused.set)
     watcher = Watcher(policies, gate, key)
     keeper = Keeper(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key), gate.batch_closed, time.time)
-    watching = [asyncio.ensure_future(each) for each in (watcher.watch(), keep_fresh(key, refused), keeper.run())]
+    daybook = Daybook(ledger, time.time)
+    watching = [asyncio.ensure_future(each) for each in (watcher.watch(), keep_fresh(key, refused), keeper.run(), daybook.run())]
     try:
         yield policy, key, addon
     finally:

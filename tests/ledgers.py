@@ -103,6 +103,23 @@ def balance(path: Path | Server, scope: str = "app:reports", window: str = "ever
     return found[0] if found else (0, 0, 0)
 
 
+class Steps:
+    """Counts the work of a connection's statements, in tens of virtual instructions."""
+
+    def __init__(self, db: sqlite3.Connection):
+        self.count = 0
+        db.set_progress_handler(self._step, 10)
+
+    def _step(self) -> int:
+        self.count += 1
+        return 0
+
+    def of(self, work) -> int:
+        before = self.count
+        work()
+        return self.count - before
+
+
 def die(journal: Journal) -> None:
     """End a journal as its process's death would: the operating system closes the file, and with it the lock."""
     os.close(journal._file)

@@ -41,6 +41,7 @@ OWN = {
         "answers", "batches", "booking", "door", "files", "ledger", "passes", "policy", "pricing", "reading", "refusals", "sentences", "usage",
     },
     "keeper": {"batches", "booking", "ledger", "policy"},
+    "daybook": {"ledger"},
     "booking": {"batches", "ledger", "pricing"},
     "batches": {"bounds", "ledger", "policy", "pricing", "reading", "refusals", "sentences", "usage"},
     "files": {"reading", "refusals", "usage"},

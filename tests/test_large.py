@@ -9,7 +9,7 @@ from contextlib import closing
 
 import month
 import pytest
-from ledgers import Cap, Part
+from ledgers import Cap, Part, Steps
 from processes import ledgered
 
 from gateway_addon.ledger import Ledger, NewCall, Settlement, admin, book, files, proof, reports, rollups
@@ -18,23 +18,6 @@ APP = month.APPS[4]
 CALL = NewCall(APP, "content", 5, model_asked="claude-haiku-4-5", max_tokens=100)
 CAPS = [Cap(f"app:{APP}", "day", 10**15), Cap("total", "month", 10**15), Cap("team:content", "ever", 10**15)]
 DAY_S = 86_400
-
-
-class Steps:
-    """Counts the work of a connection's statements, in tens of virtual instructions."""
-
-    def __init__(self, db: sqlite3.Connection):
-        self.count = 0
-        db.set_progress_handler(self._step, 10)
-
-    def _step(self) -> int:
-        self.count += 1
-        return 0
-
-    def of(self, work) -> int:
-        before = self.count
-        work()
-        return self.count - before
 
 
 def a_call(db, now):

@@ -67,7 +67,8 @@ class _Held(NamedTuple):
 class Ledger:
     """Made by `open`, in the process that uses it (after a fork) and on the loop that uses it."""
 
-    def __init__(self, store: Store, timeout_s: float) -> None:
+    def __init__(self, place: Path | Server, store: Store, timeout_s: float) -> None:
+        self.place = place
         self._store = store
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
@@ -85,7 +86,7 @@ class Ledger:
         path = files.ledger_path(url)
         if create:
             await asyncio.to_thread(files.create, path)
-        ledger = cls(_store(path, timeout_s), timeout_s)
+        ledger = cls(path, _store(path, timeout_s), timeout_s)
         if not ledger._store.near:
             sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         ledger._line.start()
@@ -240,7 +241,7 @@ class Ledger:
         return cast(T, await self._ask(RECORD, write, frozenset((EVERYTHING,))))
 
     async def write[T](self, write: Callable[[sqlite3.Connection], T], *scopes: str) -> T:
-        """Run a small change of `ledger.batches` or `ledger.belongings`, alone in these scopes. Raises LedgerUnavailable."""
+        """Run a small change of another room of the ledger's, alone in these scopes. Raises LedgerUnavailable."""
         return cast(T, await self._ask(RECORD, write, frozenset(scopes)))
 
     def keep[T](self, write: Callable[[sqlite3.Connection], T], *scopes: str) -> "asyncio.Future[T]":

@@ -1,0 +1,60 @@
+"""Keeps the reports of closed days without being asked, so that a person's first report of a month is as quick as the second.
+
+Promises that of all processes on a ledger one sums at a time (the ledger says whose turn it is), that calls do not feel it (a day is summed
+in a thread that only reads; the writer takes a claim and a day's few lines), that it leaves nine tenths of a processor to others, and that
+it ends at once when it is cancelled. What a kept day is, and when one is closed, is the ledger's to say (rollups.py).
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from gateway_addon.ledger import Ledger, LedgerUnavailable, apart, rollups
+from gateway_addon.ledger.reports import By
+
+logger = logging.getLogger(__name__)
+
+BY: By = "app"  # what `gateway report` is grouped by where nothing else is said; with it come the refusals of every report
+LOOK_EVERY_S = 60.0
+PAUSE_S = 1.0  # after each day, at least
+REST = 9  # times as long as the day has taken
+
+
+class Daybook:
+    """One process's. `clock` returns unix seconds."""
+
+    def __init__(self, ledger: Ledger, clock: Callable[[], float]) -> None:
+        self._ledger, self._clock = ledger, clock
+        self._problem: str | None = None
+
+    async def run(self) -> None:
+        """Keep days until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                await self.catch_up()
+                self._problem = None
+            except LedgerUnavailable as error:
+                if self._problem is None:
+                    logger.warning("Closed days are summed later, or by the next report: %s.", error)
+                self._problem = str(error)
+            except Exception:
+                logger.exception("Summing closed days failed; it is tried again.")
+
+    async def catch_up(self) -> None:
+        """Keep day by day, the newest first, until none is left or another process is at work. Raises LedgerUnavailable."""
+        began_at = self._clock()
+        while await self.keep():
+            await asyncio.sleep(max(PAUSE_S, REST * (self._clock() - began_at)))
+            began_at = self._clock()
+
+    async def keep(self) -> bool:
+        """Keep the newest closed day that nobody has kept; False where there is none, or another is at work. Raises LedgerUnavailable."""
+        now = self._clock()
+        span = await apart.read(self._ledger.place, lambda db: next(rollups.missing(db, BY, 0, now, now), None))
+        if span is None or not await self._ledger.change(partial(rollups.claim, spans=[span], now=now, alone=True)):
+            return False
+        found = await apart.read(self._ledger.place, partial(rollups.lines, span=span))
+        await self._ledger.write(partial(rollups.put, span=span, found=found, claimed_at=now), "days")
+        return True

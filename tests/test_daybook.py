@@ -1,0 +1,238 @@
+"""Closed days are kept without anybody asking: by one process at a time, once, and at no cost to the calls that are served meanwhile."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+
+import month
+import pytest
+from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, Steps, new_ledger, rows, until, url
+from processes import ledgered
+
+from gateway_addon import daybook
+from gateway_addon.daybook import Daybook
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Outcome, Settlement, admin, apart, book, reports, rollups
+from gateway_addon.serve import assembled
+from gateway_addon.simulator import KEY
+
+DAY_S = 86_400
+PERIOD = {"since": NOON - 3 * DAY_S, "until": NOON}
+FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    for pause in ("LOOK_EVERY_S", "PAUSE_S", "REST"):
+        monkeypatch.setattr(daybook, pause, 0.01)
+
+
+@pytest.fixture(params=ENGINES)
+def path(tmp_path, request):
+    found = new_ledger(tmp_path, request.param)
+    with admin.changing(found) as db:
+        for number in range(24):
+            spend(db, NOON - number * DAY_S / 4, 10 + number)
+            book.refused(db, "me", CALL, "rate", now=NOON - number * DAY_S / 4)
+    return found
+
+
+def spend(db, now, nano=10, call=CALL):
+    call_id = book.reserve(db, "me", call, 100, [], now=now).call_id
+    book.settle(db, call_id, Settlement(nano, (Part(nano),), Outcome(status=200)), now=now)
+
+
+@contextlib.asynccontextmanager
+async def kept_by(path, now=NOON):
+    ledger = await Ledger.open(url(path), now=now)
+    try:
+        yield Daybook(ledger, lambda: now)
+    finally:
+        await ledger.close()
+
+
+def kept(path):
+    """Groupings by day, the oldest first."""
+    found = rows(path, "SELECT day_start, grouping FROM kept_days WHERE ready = 1 ORDER BY 1, 2")
+    return [int((NOON - start) // DAY_S) for start, grouping in found if grouping == "app" and (start, "refusal") in found]
+
+
+def told(path):
+    with admin.reading(path) as db:
+        return reports.report(db, "app", **PERIOD)
+
+
+async def test_each_closed_day_is_kept_without_anybody_asking_for_a_report(path):
+    before = told(path)
+    async with kept_by(path) as days:
+        running = asyncio.ensure_future(days.run())
+        await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
+        running.cancel()
+    assert told(path) == before
+
+
+async def test_the_newest_day_is_kept_first(path):
+    async with kept_by(path) as days:
+        for _ in range(2 * 3):
+            assert await days.keep()
+    assert kept(path) == [3, 2, 1]
+
+
+async def test_a_day_with_an_open_call_is_kept_once_the_call_has_ended(path):
+    with admin.changing(path) as db:
+        open_id = book.reserve(db, "batches", CALL, 100, [], now=NOON - 3 * DAY_S).call_id
+    async with kept_by(path) as days:
+        await days.catch_up()
+        assert kept(path) == [6, 5, 4]
+        with admin.changing(path) as db:
+            book.settle(db, open_id, Settlement(7), now=NOON)
+        await days.catch_up()
+    assert kept(path) == [6, 5, 4, 3, 2, 1]
+
+
+async def test_a_day_that_is_struck_off_is_kept_anew(path):
+    async with kept_by(path) as days:
+        await days.catch_up()
+        with admin.changing(path) as db:
+            spend(db, NOON - 2 * DAY_S, 500)
+        after = told(path)
+        assert kept(path) == [6, 5, 4, 3, 1]
+        await days.catch_up()
+    assert kept(path) == [6, 5, 4, 3, 2, 1]
+    assert told(path) == after
+
+
+async def test_of_several_gateways_one_sums_at_a_time_and_no_day_twice(path, monkeypatch):
+    summed, at_work, together = Counter(), [], []
+
+    def slowly(db, span, lines=rollups.lines):
+        at_work.append(span)
+        together.append(len(at_work))
+        time.sleep(0.02)
+        at_work.remove(span)
+        summed[span] += 1
+        return lines(db, span)
+
+    monkeypatch.setattr(rollups, "lines", slowly)
+    async with kept_by(path) as one, kept_by(path) as two, kept_by(path) as three:
+        running = [asyncio.ensure_future(each.run()) for each in (one, two, three)]
+        await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
+        for each in running:
+            each.cancel()
+    assert set(summed.values()) == {1}
+    assert (len(summed), max(together)) == (12, 1)
+
+
+@contextlib.contextmanager
+def hanging(monkeypatch):
+    """A sum that takes as long as the block."""
+    began, may_end = threading.Event(), threading.Event()
+
+    def hang(db, span):
+        began.set()
+        may_end.wait(20)
+        return []
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rollups, "lines", hang)
+        yield began
+        may_end.set()
+
+
+async def test_calls_are_admitted_and_settled_while_a_day_is_summed(path, monkeypatch):
+    with hanging(monkeypatch) as began:
+        async with kept_by(path) as days:
+            summing = asyncio.ensure_future(days.keep())
+            await until(began.is_set)
+            for _ in range(3):
+                held = await days._ledger.reserve(CALL, 30, DAY_CAP, now=NOON)
+                assert (await days._ledger.settle(held.call_id, Settlement(10, (Part(10),)), now=NOON)).first
+            summing.cancel()
+
+
+def test_the_end_of_a_gateway_does_not_wait_for_a_sum(path, monkeypatch):
+    with hanging(monkeypatch) as began:
+
+        async def serve_for_a_moment():
+            async with kept_by(path) as days:
+                running = asyncio.ensure_future(days.run())
+                await until(began.is_set)
+                running.cancel()
+
+        began_at = time.monotonic()
+        asyncio.run(serve_for_a_moment())
+        assert time.monotonic() - began_at < 10, "the sum takes twenty seconds"
+
+
+@pytest.mark.parametrize("path", ["sqlite"], indirect=True)
+async def test_a_files_sum_ends_with_whoever_wanted_it(path):
+    forever = asyncio.ensure_future(apart.read(path, lambda db: db.execute(FOREVER).fetchone()))
+    await asyncio.sleep(0.1)
+    forever.cancel()
+    await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "ledger-apart"])
+
+
+async def test_a_store_that_fails_is_said_once_and_tried_again(path, monkeypatch, caplog):
+    failures, read = [LedgerUnavailable("the disk is slow")] * 5, apart.read
+
+    async def failing(*arguments):
+        if failures:
+            raise failures.pop()
+        return await read(*arguments)
+
+    monkeypatch.setattr(apart, "read", failing)
+    async with kept_by(path) as days:
+        running = asyncio.ensure_future(days.run())
+        await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
+        running.cancel()
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == ["Closed days are summed later, or by the next report: the disk is slow."]
+
+
+async def test_a_day_takes_two_short_turns_however_many_calls_it_had(tmp_path, monkeypatch):
+    turns = []
+
+    def counted(work):
+        def run(db, *arguments, **named):
+            answers = []
+            turns[-1].append(Steps(db).of(lambda: answers.append(work(db, *arguments, **named))))
+            return answers[0]
+
+        return run
+
+    for name in ("claim", "put"):
+        monkeypatch.setattr(rollups, name, counted(getattr(rollups, name)))
+    for calls in (1_000, 20_000):
+        month.make(tmp_path / f"{calls}.db", calls, until=NOON, days=3)
+        async with kept_by(tmp_path / f"{calls}.db") as days:
+            turns.append([])
+            before = days._ledger._line._given
+            await days.catch_up()
+            operations = days._ledger._line._given - before
+        assert len(turns[-1]) == 2 * 2 * 3 == operations, "a claim and its lines, for each day's apps and its refusals"
+    assert max(turns[1]) <= max(turns[0]) * 1.05 < 300, "of ten instructions: some hundredths of a millisecond"
+
+
+async def test_a_first_report_reads_the_days_that_were_kept_for_it(tmp_path):
+    path = tmp_path / "gateway.db"
+    month.make(path, 10_000, until=NOON)
+    period = {"since": NOON - 10 * DAY_S, "until": NOON}
+    with admin.reading(path) as db:
+        by_calls = Steps(db).of(lambda: reports.report(db, "app", **period))
+    async with kept_by(path) as days:
+        await days.catch_up()
+    with admin.reading(path) as db:
+        assert list(rollups.missing(db, "app", 0, NOON, NOON)) == [], "nothing is left for the first report to sum"
+        assert Steps(db).of(lambda: reports.report(db, "app", **period)) < by_calls / 5
+
+
+async def test_a_running_gateway_keeps_days(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIMULATED_KEY", KEY)
+    place = ledgered(tmp_path, "http://127.0.0.1:9", {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\n"})
+    with admin.changing(place.ledger) as db:
+        spend(db, time.time() - 2 * DAY_S, call=replace(CALL, app="app"))
+    async with assembled(place.folder / "policies", url(place.ledger)):
+        await until(lambda: len(kept(place.ledger)) == 1)
