@@ -90,7 +90,7 @@ async def test_admission_a_months_report_and_start_up_by_the_clock(tmp_path, cal
         for path in (empty, large):
             rounds.setdefault(path, []).append(await latencies(path))
     median, slow = (statistics.median(each[part] for each in rounds[large]) / statistics.median(each[part] for each in rounds[empty]) for part in (0, 1))
-    gateways = ledgered(tmp_path, "http://127.0.0.1:9", {"app": "models: {allow: [claude-haiku-4-5]}\n"})
+    gateways = ledgered(tmp_path, "http://127.0.0.1:9", {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\n"})
     started_s = min([await start_s(gateways) for _ in range(3)])
     rollups.keep(large, "app", since=now - 30 * DAY_S, until=now, now=now)
     began = time.perf_counter()
