@@ -12,7 +12,7 @@ from ledgers import CALL, DAY_CAP, NOON, Part, new_ledger, rows
 from upstreams import upstream
 
 from gateway_addon.cli.doctor import doctor
-from gateway_addon.ledger import Outcome, Settlement, admin, book, files
+from gateway_addon.ledger import Outcome, Settlement, admin, balances, book, files, schema
 from gateway_addon.ledger.locks import OwnerLock
 from gateway_addon.simulator import KEY, Simulator
 
@@ -80,6 +80,19 @@ def test_every_lie_is_named(path, sql, finding):
     assert finding in output, output
 
 
+@pytest.mark.parametrize("part", ["'total' AS scope, 'week'", "'app:' || app AS scope, 'month'", "'team:' || team AS scope, 'day'"])
+def test_a_trigger_that_forgets_a_balance_is_found_out(path, part):
+    """What the doctor holds the balances against knows nothing of the view by which they are kept."""
+    [forgetful] = [each for each in schema.FRAMES.split("\nUNION ALL\n") if part in each]
+    with closing(files.writer_connection(path)) as db:
+        db.execute("DROP VIEW call_frames")
+        db.execute(f"CREATE VIEW call_frames AS {schema.FRAMES.replace(forgetful, forgetful + (' AND 0' if 'WHERE' in forgetful else ' WHERE 0'))}")
+        held = book.reserve(db, "gone", CALL, 300, DAY_CAP, now=NOON)
+        book.settle(db, held.call_id, Settlement(50, (Part(50),)), now=NOON)
+    code, output = examine(path)
+    assert (code, output.count("the entries say")) == (1, 1), output
+
+
 def test_open_reservations_are_listed_with_age_and_owner(path):
     lock = OwnerLock(path)
     with closing(files.writer_connection(path)) as db:
@@ -96,7 +109,7 @@ def test_open_reservations_are_listed_with_age_and_owner(path):
 def test_balances_can_be_computed_anew(path):
     damage(path, "DELETE FROM balances")
     with admin.changing(path) as db:
-        admin.rebuild_balances(db)
+        balances.rebuild(db)
     assert examine(path)[0] == 0
 
 

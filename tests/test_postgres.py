@@ -11,7 +11,20 @@ import psycopg
 import pytest
 from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, until, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, book, files, pgsession, postgres, proof
+from gateway_addon.ledger import (
+    Ledger,
+    LedgerUnavailable,
+    Reserved,
+    Server,
+    Settlement,
+    admin,
+    balances,
+    book,
+    files,
+    pgsession,
+    postgres,
+    proof,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -222,5 +235,5 @@ def test_a_common_cap_is_judged_by_one_at_a_time(server):
 
 
 def test_every_spelling_is_of_something_that_the_ledger_says():
-    said = "".join((book.RESERVE, book.STANDINGS, book.CLEAR_BALANCES, book.FILL_BALANCES))
+    said = "".join((book.RESERVE, book.STANDINGS, balances.CLEAR, balances.FILL))
     assert [ours for ours, _ in pgsession.SPELLED if ours not in said] == []

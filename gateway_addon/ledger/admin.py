@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from gateway_addon.ledger import book, files
+from gateway_addon.ledger import balances, book, files
 from gateway_addon.ledger.locks import Turnstile, is_dead
 from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.schema import is_behind
@@ -243,7 +243,7 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
         _move_windows(db, ZoneInfo(zone))
         db.execute("DELETE FROM kept_days")  # they were days of the other calendar
     if booked or zone_before != zone:
-        rebuild_balances(db)
+        balances.rebuild(db)
     before = {"zone": zone_before, "teams": {app: settings.get(f"team:{app}") for app in moved}}
     audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)
     return True
@@ -294,12 +294,6 @@ def policy_changes(db: sqlite3.Connection, limit: int) -> list[PolicyChange]:
 def _diff(name: str, before: str, after: str) -> str:
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), f"{name} before", f"{name} after", n=1, lineterm="")
     return "".join(f"{line}\n" for line in lines)
-
-
-def rebuild_balances(db: sqlite3.Connection) -> None:
-    """Compute the balances anew from the entries."""
-    db.execute(book.CLEAR_BALANCES)
-    db.execute(book.FILL_BALANCES)
 
 
 def keep_setting(db: sqlite3.Connection, name: str, value: str) -> None:

@@ -146,19 +146,7 @@ INSERT INTO overruns (model, call_id, at, over_nano) SELECT coalesce(model_asked
 FROM calls WHERE id = :call_id ON CONFLICT DO NOTHING
 """
 
-# From the entries alone; a test and `gateway doctor` hold it against what the trigger kept.
-BALANCES_FROM_ENTRIES = """
-  SELECT scope, window, window_start, sum(spent_nano) AS spent_nano, sum(reserved_nano) AS reserved_nano,
-    sum(quantum_nano) AS quantum_nano, sum(entries.open) AS open
-  FROM entries JOIN call_frames USING (call_id) GROUP BY scope, window, window_start
-"""
-
 EVER_BOOKED = "SELECT 1 FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
-
-CLEAR_BALANCES = "DELETE FROM balances"
-FILL_BALANCES = (
-    f"INSERT INTO balances (scope, window, window_start, spent_nano, reserved_nano, quantum_nano, open) {BALANCES_FROM_ENTRIES}"
-)
 
 OPEN_OF_OWNER = "SELECT id FROM calls WHERE owner = ? AND state = 'open' ORDER BY id"
 

@@ -19,7 +19,7 @@ from psycopg.adapt import Dumper, Loader
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.numeric import Int8Dumper
 
-from gateway_addon.ledger import book
+from gateway_addon.ledger import balances, book
 from gateway_addon.ledger.values import LedgerUnavailable, Server
 
 SESSION = {
@@ -46,18 +46,15 @@ _ITS_BALANCE = """LEFT JOIN LATERAL (
     SELECT sum(spent_nano) AS spent_nano, sum(reserved_nano) AS reserved_nano, sum(quantum_nano) AS quantum_nano, sum(open) AS open
     FROM app_balances AS kept WHERE kept.window = cap.window AND kept.window_start = cap.window_start
       AND (cap.scope = 'total' OR cap.scope = 'app:' || kept.app OR cap.scope = 'team:' || kept.team)) AS balance ON true"""
-_FILL_BALANCES = """
+_FILL_BALANCES = f"""
 INSERT INTO app_balances (window, window_start, app, team, spent_nano, reserved_nano, quantum_nano, open)
-SELECT framed.window, framed.window_start, app, coalesce(team, ''),
-  sum(spent_nano), sum(reserved_nano), sum(entries.quantum_nano), sum(open)
-FROM entries JOIN calls ON calls.id = call_id
-CROSS JOIN LATERAL (VALUES ('day', day_start), ('week', week_start), ('month', month_start), ('ever', 0)) AS framed (window, window_start)
-GROUP BY 1, 2, 3, 4"""
+SELECT window, {balances.WINDOW_STARTS}, app, coalesce(team, ''), sum(spent_nano), sum(reserved_nano), sum(quantum_nano), sum(open)
+FROM ({balances.SUMS}) AS sums CROSS JOIN {balances.EACH_WINDOW} GROUP BY 1, 2, 3, 4"""
 
 SPELLED = (
     (book.ITS_BALANCE, _ITS_BALANCE),
-    (book.CLEAR_BALANCES, "DELETE FROM app_balances"),
-    (book.FILL_BALANCES, _FILL_BALANCES),
+    (balances.CLEAR, "DELETE FROM app_balances"),
+    (balances.FILL, _FILL_BALANCES),
 )
 SPELLED_BY_PATTERN = (
     (re.compile(r"\bwindow\b"), '"window"'),

@@ -4,7 +4,7 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gateway_addon.ledger.book import BALANCES_FROM_ENTRIES
+from gateway_addon.ledger import balances
 from gateway_addon.money import dollars
 
 FINDINGS_MAX = 20  # of one kind: a broken ledger should not scroll its cause off the screen
@@ -30,7 +30,7 @@ class OpenCall:
 _BALANCES = f"""
 SELECT scope, window, window_start, sum(kept * spent_nano) AS kept_spent, sum((1 - kept) * spent_nano) AS spent,
   sum(kept * reserved_nano) AS kept_reserved, sum((1 - kept) * reserved_nano) AS reserved
-FROM (SELECT 1 AS kept, * FROM balances UNION ALL SELECT 0, * FROM ({BALANCES_FROM_ENTRIES}) AS summed) AS both_ways
+FROM (SELECT 1 AS kept, * FROM balances UNION ALL SELECT 0, * FROM ({balances.FROM_ENTRIES}) AS summed) AS both_ways
 GROUP BY scope, window, window_start
 HAVING count(*) <> 2 OR min(spent_nano) <> max(spent_nano) OR min(reserved_nano) <> max(reserved_nano)
   OR min(quantum_nano) <> max(quantum_nano) OR min(open) <> max(open)

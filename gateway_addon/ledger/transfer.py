@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psycopg
 
-from gateway_addon.ledger import admin, book, files, pgsession, postgres, proof
+from gateway_addon.ledger import admin, balances, files, pgsession, postgres, proof
 from gateway_addon.ledger.locks import Turnstile, living
 from gateway_addon.ledger.pgschema import MIGRATIONS
 from gateway_addon.ledger.values import LedgerUnavailable, Server
@@ -167,14 +167,14 @@ def _end(
     for table in columns.keys() - OF_CALLS.keys():
         db.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
         _pour(ledger, db, table, columns[table])
-    db.execute(book.FILL_BALANCES)
+    db.execute(balances.FILL)
     for table in columns:
         db.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
         db.execute(f"ANALYZE {table}")
     for table in (table for table, its in columns.items() if its.get("id") == "INTEGER"):
         db.execute(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), coalesce(max(id), 0) + 1, false) FROM {table}")
-    balances = ledger.execute(_BALANCES).fetchall()
-    wrong = [*_differences(expected, _figures(db, columns, BYTES_ON_SERVER)), *_unequal(balances, db), *proof.findings(db)]  # type: ignore[arg-type]
+    summed = ledger.execute(_BALANCES).fetchall()
+    wrong = [*_differences(expected, _figures(db, columns, BYTES_ON_SERVER)), *_unequal(summed, db), *proof.findings(db)]  # type: ignore[arg-type]
     if wrong:
         db.execute("ROLLBACK")
         db.execute(f"DROP SCHEMA {UNFINISHED} CASCADE")
@@ -186,8 +186,8 @@ def _end(
     db.execute(f"ALTER SCHEMA {UNFINISHED} RENAME TO gateway")
     db.execute("SET LOCAL search_path = gateway")
     admin.moved(db, str(source), None, who=who, now=now)  # type: ignore[arg-type]
-    spent_nano = sum(row[3] for row in balances if row[:2] == ("total", "ever"))
-    return Proof(expected, len(balances), spent_nano, kept)
+    spent_nano = sum(row[3] for row in summed if row[:2] == ("total", "ever"))
+    return Proof(expected, len(summed), spent_nano, kept)
 
 
 def _columns(ledger: sqlite3.Connection) -> Columns:
