@@ -21,7 +21,6 @@ from gateway_addon.simulator import KEY
 
 DAY_S = 86_400
 PERIOD = {"since": NOON - 3 * DAY_S, "until": NOON}
-FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
 
 @pytest.fixture(autouse=True)
@@ -165,14 +164,6 @@ def test_the_end_of_a_gateway_does_not_wait_for_a_sum(path, monkeypatch):
         began_at = time.monotonic()
         asyncio.run(serve_for_a_moment())
         assert time.monotonic() - began_at < 10, "the sum takes twenty seconds"
-
-
-@pytest.mark.parametrize("path", ["sqlite"], indirect=True)
-async def test_a_files_sum_ends_with_whoever_wanted_it(path):
-    forever = asyncio.ensure_future(apart.read(path, lambda db: db.execute(FOREVER).fetchone()))
-    await asyncio.sleep(0.1)
-    forever.cancel()
-    await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "ledger-apart"])
 
 
 async def test_a_store_that_fails_is_said_once_and_tried_again(path, monkeypatch, caplog):

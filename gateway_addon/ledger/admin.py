@@ -221,12 +221,18 @@ def clear_overrun(db: sqlite3.Connection, model: str, *, who: str, why: str = ""
     return True
 
 
+def is_aligned(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None]) -> bool:
+    """Whether the ledger's calendar and the apps' teams are those of the policy."""
+    settings = dict(db.execute("SELECT name, value FROM settings").fetchall())
+    return settings["zone"] == zone and all(settings.get(f"team:{app}") == (team or "") for app, team in teams.items())
+
+
 def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *, who: str, now: float) -> bool:
     """Make the ledger's calendar and the apps' teams those of the policy; True if anything changed.
 
     Past calls move with their app and their day: windows are computed anew and the balances from the entries, in this one
-    transaction. It reads the whole ledger, so it runs when a policy comes into force, never on a call; for an app that is new, whose
-    calls could move nothing, it reads none of it.
+    transaction. It reads the whole ledger, so it runs when a policy comes into force, never on a call, and in a running gateway apart
+    from its loop (apart.py); for an app that is new, whose calls could move nothing, it reads none of it.
     """
     settings = dict(db.execute("SELECT name, value FROM settings").fetchall())
     zone_before = settings["zone"]

@@ -33,6 +33,17 @@ async def read[T](place: Path | Server, work: Callable[[sqlite3.Connection], T])
     return await _apart(whole)
 
 
+async def change[T](place: Path | Server, work: Callable[[sqlite3.Connection], T]) -> T:
+    """Run a change alone in the ledger, in its turn and however long it takes: calls find the ledger held meanwhile. One whose caller is
+    cancelled may still be written. Raises what it raises, or LedgerUnavailable."""
+
+    def whole(_: Gone) -> T:
+        with admin.changing(place) as db:
+            return work(db)
+
+    return await _apart(whole)
+
+
 async def _apart[T](work: Callable[[Gone], T]) -> T:
     """Not in the loop's own threads: the loop's end waits for those."""
     loop = asyncio.get_running_loop()

@@ -1,0 +1,108 @@
+"""Long work on a ledger is done apart: the loop serves on, the gateway's own limits do not end it, and it ends with whoever wanted it."""
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import pytest
+from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, balance, new_ledger, until, url
+
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, apart, balances, book, proof
+from gateway_addon.reload import align
+
+FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+EDITORS = SimpleNamespace(apps={"reports": SimpleNamespace(team="editors")}, timezone="UTC", digest="d", texts={})
+TIMEOUT_S = 0.3
+
+
+@pytest.fixture(params=ENGINES)
+def path(tmp_path, request, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = new_ledger(tmp_path, request.param)
+    with admin.changing(found) as db:
+        book.settle(db, book.reserve(db, "me", CALL, 100, [], now=NOON).call_id, Settlement(100, (Part(100),)), now=NOON)
+    return found
+
+
+@pytest.fixture
+async def ledger(path):
+    opened = await Ledger.open(url(path), now=NOON, timeout_s=TIMEOUT_S)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def long(monkeypatch):
+    """A move that takes until `may_end` is set."""
+    began, may_end, rebuild = threading.Event(), threading.Event(), balances.rebuild
+
+    def waiting(db):
+        began.set()
+        assert may_end.wait(20)
+        rebuild(db)
+
+    monkeypatch.setattr(balances, "rebuild", waiting)
+    yield began, may_end
+    may_end.set()
+
+
+async def test_while_past_calls_move_the_loop_serves_and_calls_that_end_are_settled_afterwards(ledger, path, long):
+    began, may_end = long
+    held = await ledger.reserve(CALL, 30, DAY_CAP, now=NOON)
+    moving = asyncio.ensure_future(align(ledger, EDITORS, "ana"))
+    await until(began.is_set)
+    assert await ledger.token("d1") is not None
+    with pytest.raises(LedgerUnavailable):
+        await ledger.reserve(CALL, 30, DAY_CAP, now=NOON)
+    settled = ledger.settle(held.call_id, Settlement(10, (Part(10),)), now=NOON)
+    await asyncio.sleep(2 * TIMEOUT_S)
+    assert (moving.done(), settled.done()) == (False, False), "neither is given up for taking longer than a call may wait"
+    may_end.set()
+    await moving
+    assert (await settled).first
+    assert balance(path, "team:editors") == (110, 0, 0)
+    assert isinstance(await ledger.reserve(CALL, 30, DAY_CAP, now=NOON), Reserved)
+    with admin.reading(path) as db:
+        assert proof.findings(db) == []
+
+
+async def test_of_several_gateways_one_moves_the_calls_and_the_others_wait_for_it(path, ledger, long):
+    began, may_end = long
+    other = await Ledger.open(url(path), now=NOON)
+    moving = [asyncio.ensure_future(align(each, EDITORS, "ana")) for each in (ledger, other)]
+    await until(began.is_set)
+    may_end.set()
+    await asyncio.gather(*moving)
+    await other.close()
+    with admin.reading(path) as db:
+        assert [row[0] for row in db.execute("SELECT count(*) FROM audit WHERE action = 'align'").fetchall()] == [1]
+
+
+async def test_where_nothing_moves_no_turn_is_taken(ledger, monkeypatch):
+    await align(ledger, EDITORS, "ana")
+    monkeypatch.delattr(apart, "change")
+    await align(ledger, EDITORS, "ana")
+
+
+@pytest.mark.parametrize("path", ["postgresql"], indirect=True)
+async def test_a_server_does_not_end_a_move_for_taking_longer_than_a_call_may(ledger, path):
+    assert isinstance(path, Server)
+    await apart.change(path, lambda db: db.execute("SELECT pg_sleep(2)"))
+
+
+@pytest.mark.parametrize("path", ["sqlite"], indirect=True)
+async def test_a_files_long_statement_ends_with_whoever_wanted_it(path):
+    forever = asyncio.ensure_future(apart.read(path, lambda db: db.execute(FOREVER).fetchone()))
+    await asyncio.sleep(0.1)
+    forever.cancel()
+    await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "ledger-apart"])
+
+
+async def test_what_the_work_raises_is_raised_and_leaves_nothing_behind(path):
+    def half(db):
+        db.execute("UPDATE settings SET value = 'Asia/Tokyo' WHERE name = 'zone'")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await apart.change(path, half)
+    assert await apart.read(path, lambda db: str(book.zone(db))) == "UTC"
