@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing
+from zoneinfo import ZoneInfo
 
 import pytest
 from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, Part, balance, new_ledger, rows
@@ -14,6 +15,7 @@ from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
 from gateway_addon.ledger import Denied, Ledger, Outcome, Settlement, admin, book, copies, files, proof, reports, schema
+from gateway_addon.windows import starts
 
 
 @pytest.fixture
@@ -123,6 +125,19 @@ def test_a_change_of_zone_moves_past_calls_and_running_ones(db, path):
     book.void(db, held.call_id, Outcome(), now=late)
     assert proof.findings(db) == []
     assert not admin.align(db, "Europe/Berlin", {"reports": "batch"}, who="gateway", now=late), "nothing left to change"
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/Santiago", "America/Havana", "Australia/Lord_Howe", "Asia/Beirut", "Pacific/Apia"])
+def test_a_change_of_zone_counts_each_call_in_the_windows_of_its_time(path, zone):
+    """Over a year, at odd hours and right at each day's ends, where clocks change too."""
+    year = [NOON + 86_400 * day + 3600 * (day % 24) for day in range(366)]
+    with admin.changing(path) as db:
+        for at in [*year, *(starts(each, ZoneInfo(zone)).day + beside for each in year for beside in (-1, 0, 0.5))]:
+            book.refused(db, "me", CALL, "model", now=at)
+        assert admin.align(db, zone, {}, who="gateway", now=NOON)
+    found = rows(path, "SELECT started_at, day_start, week_start, month_start FROM calls")
+    assert len(found) == 4 * 366
+    assert [row for row in found if row[1:] != tuple(starts(row[0], ZoneInfo(zone))[:3])] == []
 
 
 def test_a_change_of_team_takes_the_apps_past_along(db, path):
