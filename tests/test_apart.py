@@ -12,7 +12,7 @@ from gateway_addon.reload import align
 
 FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 EDITORS = SimpleNamespace(apps={"reports": SimpleNamespace(team="editors")}, timezone="UTC", digest="d", texts={})
-TIMEOUT_S = 0.3
+TIMEOUT_S = 1.0
 
 
 @pytest.fixture(params=ENGINES)
