@@ -70,7 +70,7 @@ case "${1:-serve}" in
     prepare requirements.lock tests/requirements.lock
     cd "$root"
     # The whole suite mostly waits for clocks and sockets: four processes of it share two cores well. What is asked for by name runs in one.
-    if [ $# -eq 1 ]; then set -- test -n 4; fi
+    if [ $# -eq 1 ]; then set -- test -n 4 --dist worksteal; fi
     exec "$venv/bin/python" -m pytest "${@:2}"
     ;;
   bench)
