@@ -82,7 +82,8 @@ class Postgres:
         self._databases += 1
         name = f"test_{os.getpid()}_{self._databases}"
         with psycopg.connect(self.url("postgres"), autocommit=True) as db:
-            db.execute(f"CREATE DATABASE {name} TEMPLATE {like}".encode())
+            by_file = "STRATEGY FILE_COPY" if db.info.server_version >= 150_000 else ""  # a quarter of the time; older servers know no other way
+            db.execute(f"CREATE DATABASE {name} TEMPLATE {like} {by_file}".encode())
         return self.url(name)
 
     @cached_property
