@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anthropic
+import httpx2
 import pytest
-from processes import ledgered
+from processes import START_S, ledgered
 from test_secrets import found_in
 
 from gateway_addon.simulator import KEY, Simulator
@@ -70,6 +71,13 @@ async def listens(process, folder: Path) -> None:
     raise AssertionError((folder / "printed").read_text())
 
 
+async def in_place(port: int) -> None:
+    """mitmdump listens a moment before the gateway is in it; what comes then is refused."""
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client, asyncio.timeout(START_S):
+        while (await client.get("/gateway/readyz")).status_code != 200:
+            await asyncio.sleep(0.05)
+
+
 async def test_a_mitmdump_of_ones_own_admits_refuses_caps_and_fails_closed_whatever_happens_to_the_script(tmp_path):
     script, port = tmp_path / "script.py", free_port()
     script.write_text(SCRIPT)
@@ -79,6 +87,7 @@ async def test_a_mitmdump_of_ones_own_admits_refuses_caps_and_fails_closed_whate
         listen = ["--listen-host", "127.0.0.1", "--listen-port", str(port)]
         async with mitmdump(tmp_path, gateways, f"reverse:{api.url}", *listen, *files, "--set", "http2=true", script=script) as process:
             await listens(process, tmp_path)
+            await in_place(port)
 
             async def ask(app: str = "app", **more):
                 async with anthropic.AsyncAnthropic(base_url=f"http://127.0.0.1:{port}", api_key=gateways.tokens[app], max_retries=0) as client:
