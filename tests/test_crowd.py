@@ -26,6 +26,13 @@ DOLLAR = 1_000_000_000
 MODEL = "claude-haiku-4-5"
 
 
+@pytest.fixture(autouse=True)
+def collected():
+    """Once nothing of the test is left, its loop neither, those sockets go here, where they are passed over: not in the middle of another."""
+    yield
+    gc.collect()
+
+
 async def caller(url, token, chance, said: Counter):
     """One call in one of the ways in which apps call, a third of them broken off by the caller."""
     tokens, stream, leaves = chance.randint(50, 2_000), chance.random() < 0.5, chance.random() < 0.3
@@ -69,7 +76,6 @@ async def two_hundred_callers(tmp_path, seed, *, gateway_count, ledger=None):
             await asyncio.gather(*(caller(chance.choice(urls), gateways.tokens["app"], chance, said) for _ in range(200)))
             async with asyncio.timeout(20):
                 book = await api.settled()
-        gc.collect()  # those sockets go here, where they are passed over, and not in the middle of another test
         rows = {row.request_id: row for row in book.messages()}
         with admin.reading(gateways.ledger) as db:
             calls, levels, wrong = history.forwarded(db), history.high_water(db), findings(db)

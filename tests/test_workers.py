@@ -106,7 +106,7 @@ async def test_workers_end_with_their_supervisor_however_it_ends(tmp_path):
 
 
 async def test_by_default_each_core_has_a_worker_and_a_call_in_flight_outlives_the_signal(tmp_path):
-    async with Simulator(behaviour=Behaviour(delay_ms=30, output_tokens=20)) as api:
+    async with Simulator(behaviour=Behaviour(delay_ms=100, output_tokens=20)) as api:
         with serving(tmp_path, api.url) as (process, url, token):
             if (count := min(cores(), 4)) > 1:
                 await until(lambda: len(workers(process)) == count)
