@@ -34,19 +34,18 @@ def found_in(where: bytes, secret: str) -> bool:
     return any(form in where for form in forms)
 
 
-def command_lines() -> list[bytes]:
-    """The arguments of every process, where the system shows them."""
-    return [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-
-
-def environments(group: int) -> list[bytes]:
-    """The environments of a process and of all that it started, where the system shows them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+def of_family(name: str, group: int) -> list[bytes]:
+    """A file (`cmdline`, `environ`) of a process and of all that came of it, where the system shows them. (Others are of other tests.)"""
+    parents, found = {}, []
+    for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            parent = int(path.with_name("stat").read_text().rpartition(")")[2].split()[1])
-            if group in (parent, int(path.parent.name)):
-                found.append(path.read_bytes())
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    for each in parents:
+        above: int | None = each
+        while above is not None and above != group:
+            above = parents.get(above)
+        with suppress(OSError):
+            found += [Path(f"/proc/{each}/{name}").read_bytes()] if above == group else []
     return found
 
 
@@ -99,7 +98,7 @@ async def test_neither_key_nor_token_is_in_any_flow_log_or_file(tmp_path, caplog
 
 
 async def test_neither_key_nor_token_is_in_the_process_table_or_in_what_serve_prints(tmp_path):
-    """Neither in the arguments of any process nor in the environment of the gateway's own, where its key is in a file."""
+    """Neither in the arguments of the gateway's processes nor in their environment, where its key is in a file."""
     async with Simulator() as api:
         gateways = ledgered(tmp_path, api.url, {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n"})
         (tmp_path / "key").write_text(KEY)
@@ -110,7 +109,7 @@ async def test_neither_key_nor_token_is_in_the_process_table_or_in_what_serve_pr
             headers = {"x-api-key": gateways.tokens["app"], "anthropic-version": "2023-06-01"}
             assert (await http.post("/v1/messages", headers=headers, json=HELLO)).status_code == 200
             await http.post("/v1/messages", headers={"x-api-key": gateways.tokens["app"][:-3]}, json=HELLO)
-        lines = [*command_lines(), *(around := environments(process.pid))]
+        lines = [*of_family("cmdline", process.pid), *(around := of_family("environ", process.pid))]
         process.terminate()
         printed = await process.stdout.read()
         await process.wait()

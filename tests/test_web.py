@@ -13,7 +13,7 @@ from pathlib import Path
 import anthropic
 import httpx2
 from processes import START_S, ledgered
-from test_secrets import command_lines, found_in
+from test_secrets import found_in, of_family
 from test_shim import free_port
 
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -64,7 +64,7 @@ async def read_to_its_end(client) -> None:
 async def test_what_mitmweb_shows_and_dumps_holds_no_secret_during_a_call_and_after(tmp_path):
     async with Simulator(behaviour=Behaviour(delay_ms=40, output_tokens=240)) as api:
         gateways = ledgered(tmp_path, api.url, APPS)
-        async with web(tmp_path, gateways) as (_, url, pages):
+        async with web(tmp_path, gateways) as (process, url, pages):
             password = pages.headers["authorization"].removeprefix("Bearer ")
             async with httpx2.AsyncClient() as stranger:
                 assert (await stranger.get(f"{pages.base_url}/flows")).status_code == 403
@@ -73,7 +73,7 @@ async def test_what_mitmweb_shows_and_dumps_holds_no_secret_during_a_call_and_af
                 await in_flight(api, 2)
                 shown = [(await pages.get(path)).raise_for_status().content for path in ("/flows", "/flows/dump", "/events", "/options")]
                 assert shown[0].count(b"/v1/messages") >= 2
-                lines = command_lines()
+                assert (lines := of_family("cmdline", process.pid))
                 assert not any(found_in(where, password) for where in [*shown, *lines])
                 await calls
                 shown += [(await pages.get(path)).raise_for_status().content for path in ("/flows", "/flows/dump", "/events")]
