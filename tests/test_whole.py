@@ -14,9 +14,11 @@ from h11._receivebuffer import ReceiveBuffer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mitmproxy import http
+from mitmproxy.connection import ConnectionState, Server
 from mitmproxy.net.http import http1
 from mitmproxy.net.http.validate import validate_headers
-from mitmproxy.proxy.layers.http import Http1Server, HTTPMode, validate_request
+from mitmproxy.proxy import events
+from mitmproxy.proxy.layers.http import Http1Client, Http1Server, HTTPMode, validate_request
 from mitmproxy.proxy.mode_specs import ProxyMode
 from sealed import certificate
 from stages import HOOKS, beat, length_of, plain, staged, talk
@@ -356,3 +358,59 @@ def test_messages_are_taken_whole_only_where_what_this_stands_on_is_known(monkey
                 assert not whole.fits(), name
     monkeypatch.setattr(whole.dispatch, "RELEASES", "12.1.")
     assert not whole.fits()
+
+
+def bare(kind, **facts):
+    """A layer of this kind with nothing but what is asked of it here."""
+    layer = kind.__new__(kind)
+    vars(layer).update(facts)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"request_done": False}, False),
+        ({"request": None}, False),
+        ({"request": http.Request.make("HEAD", "http://x/", headers={"content-length": "2"})}, False),
+        ({"request": http.Request.make("POST", "http://x/", headers={"transfer-encoding": "chunked"})}, False),
+        ({"whole_bytes_max": 1}, False),
+        ({"buf": bytearray(b"HTTP/1.1")}, False),
+        ({"state": Http1Client.done}, False),
+    ],
+)
+def test_an_answer_is_taken_whole_only_behind_a_plain_request_that_has_been_sent(monkeypatch, change, taken):
+    """What keeps it so is not reached through a gateway, which forwards nothing else."""
+    asked = http.Request.make("POST", "http://x/", b"hi")
+    client = bare(whole.Client, request=asked, request_done=True, whole_bytes_max=2, buf=bytearray())
+    vars(client).update({"state": client.read_headers} | change)
+    monkeypatch.setattr(whole.Client, "_received", lambda self, *found: "whole")
+    monkeypatch.setattr(Http1Client, "_handle_event", lambda self, event: "in parts")
+    assert client._handle_event(events.DataReceived(None, OK + LENGTH + b"\r\nhi")) == ("whole" if taken else "in parts")
+
+
+@pytest.mark.parametrize(
+    ("change", "plain"),
+    [
+        ({}, True),
+        ({"request_done": False}, False),
+        ({"request": None}, False),
+        ({"request": http.Request.make("POST", "http://x/", headers={"connection": "close", "content-length": "2"})}, False),
+    ],
+)
+def test_an_answer_is_sent_whole_only_to_a_client_that_has_said_all_and_stays(monkeypatch, change, plain):
+    server = bare(whole.Server, **({"request": http.Request.make("POST", "http://x/", b"hi"), "request_done": True} | change))
+    monkeypatch.setattr(whole.Server, "_sent", lambda self, event: "whole")
+    monkeypatch.setattr(whole.Server, "_in_parts", lambda self, event: "in parts")
+    assert server.send(whole.WholeAnswer(1, http.Response.make(200, b"hi"), content=b"hi")) == ("whole" if plain else "in parts")
+
+
+@pytest.mark.parametrize(("change", "taken"), [({}, True), ({"error": "broken"}, False), ({"state": ConnectionState.CLOSED}, False), ({"waits": True}, False)])
+def test_a_listed_connection_that_is_not_ready_is_left_to_mitmproxy(change, taken):
+    server = Server(address=("x", 80))
+    server.state, server.error = change.get("state", ConnectionState.OPEN), change.get("error")
+    flow = SimpleNamespace(request=http.Request.make("POST", "http://x/"), server_conn=Server(address=("x", 80)))
+    top = SimpleNamespace(connections={server: None}, waiting_for_establishment={server: []} if "waits" in change else {})
+    stream = bare(whole.Stream, flow=flow, top=top, context=SimpleNamespace(server=None))
+    assert (stream._connected(), flow.server_conn is server) == (taken, taken)
