@@ -14,7 +14,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,38 +41,13 @@ from gateway_addon.options import made
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.reload import Watcher, align, audit_key, saved_by
 from gateway_addon.secret import Secret, keep_fresh
+from gateway_addon.settings import Settings
 from gateway_addon.upstream import ask
 from gateway_addon.workers import ListeningLoop, when_the_parent_ends
 
 logger = logging.getLogger(__name__)
 
 COLLECT_AFTER = 20_000  # objects made and not yet gone: those of a hundred calls in flight
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a command line says about where to listen and where things are."""
-
-    host: str
-    port: int
-    policies: Path
-    ledger: str
-    options: tuple[str, ...] = ()
-    """`K=V` for mitmproxy."""
-    web_port: int | None = None
-    """With a port for its page: run under mitmweb."""
-    web_password: str = ""
-    """Its argon2 hash, so that no option shows it."""
-    log_json: bool = False
-    """Log lines of JSON, one for each call among them."""
-    otel: bool = False
-    """Send a span for each call."""
-    parent_fd: int | None = None
-    """Set in a worker: the pipe that tells when the supervisor has ended."""
-    ready_fd: int | None = None
-    """Set in the first worker: the pipe by which the supervisor learns that this one listens."""
-    tell: Callable[[str], None] = field(default=partial(print, flush=True))
-    """Says one line to the person who started it."""
 
 
 class UpstreamTls(tlsconfig.TlsConfig):

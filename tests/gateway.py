@@ -21,7 +21,8 @@ from gateway_addon.gate import Gate
 from gateway_addon.ledger import Ledger, admin
 from gateway_addon.policy import Source, load
 from gateway_addon.secret import Secret
-from gateway_addon.serve import Settings, build
+from gateway_addon.serve import build
+from gateway_addon.settings import Settings
 from gateway_addon.simulator import KEY, Simulator
 
 AUTHORITIES = ssl.create_default_context()

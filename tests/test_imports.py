@@ -69,7 +69,7 @@ OWN = {
     "simulator": set(),
     **{key: set() for key in ("deployment", "encodings", "fields", "forms", "grants", "money", "noise", "origin", "rates", "refusals", "services", "sse", "windows", "yamlfile")},
 }  # fmt: skip
-EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "otel", "provider", "reload", "secret", "serve", "shim", "upstream", "workers"}
+EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "otel", "provider", "reload", "secret", "serve", "settings", "shim", "upstream", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
 
 ROOMS_OF = {

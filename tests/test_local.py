@@ -29,7 +29,8 @@ from gateway_addon.cli import local as command
 from gateway_addon.ledger import admin
 from gateway_addon.local import CA_FILE, ENTRANCE, LocalAddon, intercepting
 from gateway_addon.policy import load
-from gateway_addon.serve import Settings, build
+from gateway_addon.serve import build
+from gateway_addon.settings import Settings
 from gateway_addon.simulator import KEY, Simulator
 
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 40, "messages": [{"role": "user", "content": "Say hello."}]}

@@ -20,7 +20,7 @@ from gateway_addon.local import capture_problem, run
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import SecretUnavailable
-from gateway_addon.serve import Settings
+from gateway_addon.settings import Settings
 from gateway_addon.workers import ListeningLoop, bind
 
 PORT = 8082

@@ -17,6 +17,7 @@ from gateway_addon.otel import OtelMissing
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import SecretUnavailable
+from gateway_addon.settings import Settings
 from gateway_addon.workers import bind, cores, is_loopback, supervise
 
 WORKERS_MAX = 4  # by default: the ledger's file takes one writer at a time
@@ -69,9 +70,12 @@ def serve(
 ) -> None:
     """Run the gateway: a reverse proxy that admits, caps, meters and records every call to the Claude API."""
     with _listener(listen, policies, insecure_listen, socket_fd) as listener:
-        if workers == 1 or socket_fd is not None:
-            _serve(listener, policies, ledger, options, log, otel, parent_fd=parent_fd, ready_fd=ready_fd)
         host, port = listener.getsockname()[:2]
+        if workers == 1 or socket_fd is not None:
+            own = Settings(
+                host, port, policies, ledger, options, log_json=log == "json", otel=otel, parent_fd=parent_fd, ready_fd=ready_fd
+            )  # fmt: skip
+            _serve(own, listener)
         os.environ["GATEWAY_LEDGER"] = ledger  # not an argument, which everybody on the machine can read: it may hold a password
         arguments = ["--listen", f"{host}:{port}", "--policies", str(policies)]
         arguments += [word for option in options for word in ("--set", option)]
@@ -102,7 +106,9 @@ def web(
     with _listener(listen, policies, insecure_listen, None) as listener:
         password = secrets.token_urlsafe(24)
         click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")
-        _serve(listener, policies, ledger, options, log, otel, web_port=web_port, web_password=FAST.hash(password))
+        hashed = FAST.hash(password)
+        host, port = listener.getsockname()[:2]
+        _serve(Settings(host, port, policies, ledger, options, web_port, hashed, log == "json", otel), listener)
 
 
 SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, OtelMissing, ValueError, OSError)
@@ -119,13 +125,10 @@ def _listener(listen: tuple[str, int], policies: Path, insecure: bool, socket_fd
 
 
 @SAY
-def _serve(
-    listener: socket.socket, policies: Path, ledger: str, options: tuple[str, ...], log: str, otel: bool, **more: Any
-) -> NoReturn:
-    from gateway_addon.serve import Settings, run  # here: a supervisor need not pay for mitmproxy's start-up
+def _serve(settings: Settings, listener: socket.socket) -> NoReturn:
+    from gateway_addon.serve import run  # here: a supervisor need not pay for mitmproxy's start-up
 
-    host, port = listener.getsockname()[:2]
     try:
-        raise SystemExit(run(Settings(host, port, policies, ledger, options, log_json=log == "json", otel=otel, **more), listener))
+        raise SystemExit(run(settings, listener))
     except SecretUnavailable as error:
         stop(NO_KEY.format(error))
