@@ -223,8 +223,8 @@ def clear_overrun(db: sqlite3.Connection, model: str, *, who: str, why: str = ""
 
 def is_aligned(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None]) -> bool:
     """Whether the ledger's calendar and the apps' teams are those of the policy."""
-    settings = dict(db.execute("SELECT name, value FROM settings").fetchall())
-    return settings["zone"] == zone and all(settings.get(f"team:{app}") == (team or "") for app, team in teams.items())
+    settings = _settings(db)
+    return settings["zone"] == zone and not _moved(settings, teams)
 
 
 def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *, who: str, now: float) -> bool:
@@ -234,9 +234,8 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
     transaction. It reads the whole ledger, so it runs when a policy comes into force, never on a call, and in a running gateway apart
     from its loop (apart.py); for an app that is new, whose calls could move nothing, it reads none of it.
     """
-    settings = dict(db.execute("SELECT name, value FROM settings").fetchall())
-    zone_before = settings["zone"]
-    moved = {app: team for app, team in teams.items() if settings.get(f"team:{app}") != (team or "")}
+    settings = _settings(db)
+    zone_before, moved = settings["zone"], _moved(settings, teams)
     if zone_before == zone and not moved:
         return False
     booked = {app for app in moved if db.execute(book.EVER_BOOKED, (app_scope(app),)).fetchall()}
@@ -300,6 +299,15 @@ def policy_changes(db: sqlite3.Connection, limit: int) -> list[PolicyChange]:
 def _diff(name: str, before: str, after: str) -> str:
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), f"{name} before", f"{name} after", n=1, lineterm="")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _settings(db: sqlite3.Connection) -> dict[str, str]:
+    return dict(db.execute("SELECT name, value FROM settings").fetchall())
+
+
+def _moved(settings: Mapping[str, str], teams: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The apps whose team is another now."""
+    return {app: team for app, team in teams.items() if settings.get(f"team:{app}") != (team or "")}
 
 
 def keep_setting(db: sqlite3.Connection, name: str, value: str) -> None:

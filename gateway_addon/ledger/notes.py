@@ -7,15 +7,16 @@ from operator import attrgetter
 
 from gateway_addon.ledger.values import Alert, DueAlert, Knock, Pause, Token
 
+IN_FORCE = "FROM pauses WHERE until IS NULL OR until > ?"
 # In one statement, because every request asks for all of it, and a look costs more by the statement than by the row.
-KNOCK = """
+KNOCK = f"""
 SELECT 'token' AS what, id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens WHERE digest = ?
 UNION ALL
-SELECT 'pause', cut, scope, why, since, until, NULL, NULL FROM pauses WHERE until IS NULL OR until > ?
+SELECT 'pause', cut, scope, why, since, until, NULL, NULL {IN_FORCE}
 UNION ALL
 SELECT 'overrun', NULL, model, NULL, NULL, NULL, NULL, NULL FROM overruns
 """
-PAUSES = "SELECT scope, since, until, why, cut FROM pauses WHERE until IS NULL OR until > ? ORDER BY scope"
+PAUSES = f"SELECT scope, since, until, why, cut {IN_FORCE} ORDER BY scope"
 
 
 def knock(db: sqlite3.Connection, digest: str, now: float) -> Knock:
