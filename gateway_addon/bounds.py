@@ -207,7 +207,7 @@ def _extras(terms: _Terms, row: Row) -> Iterator[tuple[QuotePart, str]]:
     """What is billed beside the answer itself: (line, price row) each."""
     for use in terms.reading.found.uses:
         if use.feature == "web_search" and use.is_tool:
-            nano = math.ceil(_uses(use) * row.web_search_nano * row.multiplier)
+            nano = rounded_up(row.web_search_nano * row.multiplier, _uses(use))
             yield QuotePart(f"web searches ({use.where})", _uses(use), "each", row.web_search_nano, nano), row.name
         elif use.feature == "compaction":
             fast = _fast(terms.reading.body)

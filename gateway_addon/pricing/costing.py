@@ -8,7 +8,7 @@ is the sum of its parts. The one place of modifiers is `rates`, which quoting us
 import math
 from dataclasses import dataclass, replace
 
-from gateway_addon.money import dollars
+from gateway_addon.money import dollars, rounded_up
 from gateway_addon.pricing.values import Prices, Rates, Row
 from gateway_addon.usage import Part, Tokens, Usage
 
@@ -106,7 +106,7 @@ def cost(prices: Prices, usage: Usage, *, at: float, hour_ttl_requested: bool) -
         if row is None:
             unpriced = True
         else:
-            nano = math.ceil(row.web_search_nano * row.multiplier * usage.web_search_requests)
+            nano = rounded_up(row.web_search_nano * row.multiplier, usage.web_search_requests)
             parts.append(PricedPart("web_search", None, Tokens(), usage.web_search_requests, nano, None))
     if usage.iterations and not unpriced and not usage.refused_before_output:
         _compare_top_level(_nano(row, usage.tokens, usage, hour_ttl_requested), parts, flags)
