@@ -26,7 +26,8 @@ class Daybook:
 
     def __init__(self, ledger: Ledger, clock: Callable[[], float]) -> None:
         self._ledger, self._clock = ledger, clock
-        self._problem: str | None = None
+        self._said = False
+        """Somebody was told that the ledger is not to be had, since it last was."""
 
     async def run(self) -> None:
         """Keep days until cancelled."""
@@ -34,11 +35,11 @@ class Daybook:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
                 await self.catch_up()
-                self._problem = None
+                self._said = False
             except LedgerUnavailable as error:
-                if self._problem is None:
+                if not self._said:
                     logger.warning("Closed days are summed later, or by the next report: %s.", error)
-                self._problem = str(error)
+                self._said = True
             except Exception:
                 logger.exception("Summing closed days failed; it is tried again.")
 
