@@ -13,7 +13,7 @@ from pathlib import Path
 import postgresql
 import pytest
 
-from gateway_addon.ledger import NewCall, Server, admin, files, postgres
+from gateway_addon.ledger import NewCall, Outcome, Server, Settlement, admin, book, files, postgres
 from gateway_addon.ledger.journal import Journal
 
 NOON = 1_773_144_000.0  # Tuesday 2026-03-10 12:00 UTC
@@ -95,6 +95,13 @@ def writing(path: Path | Server) -> sqlite3.Connection:
 def rows(path: Path | Server, sql: str, *values: object) -> list[tuple]:
     with closing(postgres.connect(path) if isinstance(path, Server) else sqlite3.connect(path)) as db:
         return db.execute(sql, values).fetchall()
+
+
+def spend(db: sqlite3.Connection, now: float, nano: int = 10, call: NewCall = CALL) -> int:
+    """Book a call that came to so much. Returns its number."""
+    call_id = book.reserve(db, "me", call, 100, [], now=now).call_id
+    book.settle(db, call_id, Settlement(nano, (Part(nano),), Outcome(status=200)), now=now)
+    return call_id
 
 
 def balance(path: Path | Server, scope: str = "app:reports", window: str = "ever") -> tuple[int, int, int]:

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import month
 import pytest
-from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, Steps, new_ledger, rows, until, url
+from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, Steps, new_ledger, rows, spend, until, url
 from processes import ledgered
 
 from gateway_addon import daybook
 from gateway_addon.daybook import Daybook
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Outcome, Settlement, admin, apart, book, reports, rollups
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, admin, apart, book, reports, rollups
 from gateway_addon.serve import assembled
 from gateway_addon.simulator import KEY
 
@@ -37,11 +37,6 @@ def path(tmp_path, request):
             spend(db, NOON - number * DAY_S / 4, 10 + number)
             book.refused(db, "me", CALL, "rate", now=NOON - number * DAY_S / 4)
     return found
-
-
-def spend(db, now, nano=10, call=CALL):
-    call_id = book.reserve(db, "me", call, 100, [], now=now).call_id
-    book.settle(db, call_id, Settlement(nano, (Part(nano),), Outcome(status=200)), now=now)
 
 
 @contextlib.asynccontextmanager

@@ -4,9 +4,9 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from ledgers import CALL, ENGINES, NOON, Part, copied, new_ledger, rows, writing
+from ledgers import CALL, ENGINES, NOON, copied, new_ledger, rows, spend, writing
 
-from gateway_addon.ledger import Outcome, Settlement, admin, book, reports, retention, rollups
+from gateway_addon.ledger import Settlement, admin, book, reports, retention, rollups
 
 DAY_S = 86_400
 SINCE, UNTIL = NOON - 5 * DAY_S, NOON
@@ -27,12 +27,6 @@ def filled(tmp_path_factory, request):
 @pytest.fixture
 def path(tmp_path, filled):
     return copied(filled, tmp_path)
-
-
-def spend(db, now, nano=10, call=CALL):
-    call_id = book.reserve(db, "me", call, 100, [], now=now).call_id
-    book.settle(db, call_id, Settlement(nano, (Part(nano),), Outcome(status=200)), now=now)
-    return call_id
 
 
 def told(path):
