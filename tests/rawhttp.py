@@ -63,3 +63,21 @@ def events(body: bytes) -> list[dict]:
 async def last_row(api: Simulator) -> Row:
     """The book's row for the latest request, once it is final."""
     return (await api.settled()).all()[-1]
+
+
+async def send(gw, data: bytes, *, finish: bool = False) -> bytes:
+    """Everything that comes back until the gateway closes, or is silent for a moment after a whole answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+    answer = b""
+    try:
+        writer.write(data)
+        if finish:
+            writer.write_eof()
+        await writer.drain()
+        while chunk := await asyncio.wait_for(reader.read(65536), 10 if not answer else 0.03):
+            answer += chunk
+    except (TimeoutError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+    return answer

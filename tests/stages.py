@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from call_rows import calls
 from gateway import gateway
 from mitmproxy import ctx
 from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers.http import HttpLayer
 from mitmproxy.proxy.layers.http._http1 import Http1Connection
-from test_endings import calls
 
 POLICY = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\nreserve: full\nmax_tokens: {limit: 100, over: clamp}\n"
 HOOKS = ("requestheaders", "request", "responseheaders", "response", "error")

@@ -1,67 +1,18 @@
 """The worst case of a request, worked by hand, and proved never to be below what the answer costs."""
 
-import json
 import math
-from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quotes import NOW, PRICES, app, content, quoted, reading
 
 from gateway_addon import pricing
-from gateway_addon.bounds import Quote, input_bound, quote
-from gateway_addon.policy import AppPolicy
-from gateway_addon.policy.loading import parse_app
-from gateway_addon.reading import Reading, Request, read
+from gateway_addon.bounds import input_bound, quote
 from gateway_addon.refusals import Refusal
 from gateway_addon.usage import Part, Tokens, Usage
-
-PRICES = pricing.load(None, None)
-NOW = datetime(2026, 11, 23, tzinfo=UTC).timestamp()
-EVERYTHING = """
-models: {allow: ['claude-*']}
-caps: unlimited
-unknown_fields: pass
-features:
-  web_search: {max_uses: 5, tokens_per_use: 10k}
-  web_fetch: {max_uses: 5}
-  code_execution: true
-  tool_search: true
-  mcp: {tokens_per_use: 1k}
-  files: true
-  container: true
-  compaction: true
-  thread: true
-  advisor: {max_uses: 3}
-  fallbacks: {default: [claude-haiku-4-5]}
-  fast: true
-  inference_geo: true
-"""
-
-
-def app(geo: str = "global", text: str = EVERYTHING) -> AppPolicy:
-    return parse_app("policies/apps/tester.yaml", text, PRICES, {}, workspace_geo=geo)
-
-
-def reading(**body: Any) -> Reading:
-    plain = {"model": "claude-haiku-4-5", "max_tokens": 1000, "messages": [{"role": "user", "content": "hello"}]}
-    raw = json.dumps(plain | body, separators=(",", ":"), ensure_ascii=False).encode()
-    found = read("messages", Request("POST", "/v1/messages", (), raw))
-    assert isinstance(found, Reading), found
-    return found
-
-
-def quoted(found: Reading, geo: str = "global", text: str = EVERYTHING) -> Quote:
-    bound = quote(found, app(geo, text), PRICES, NOW)
-    assert isinstance(bound, Quote), bound
-    return bound
-
-
-def content(*blocks: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": list(blocks)}]}
-
 
 BASE64 = {"type": "base64", "media_type": "x", "data": "A" * 4_000}
 SEARCH = {"type": "web_search_20250305", "name": "web_search"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from ledgers import ENGINES, Part, new_ledger, url
-from test_inventory import KEY, write
+from village import KEY, write
 
 from gateway_addon import identity
 from gateway_addon.cli import cutover as command

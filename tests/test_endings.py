@@ -3,45 +3,17 @@
 import asyncio
 import contextlib
 import sqlite3
-from typing import NamedTuple
 
 import anthropic
 import pytest
+from call_rows import calls
 from gateway import gateway
-from upstreams import answer, event, message, upstream
+from upstreams import START, answer, event, message, upstream
 
 from gateway_addon.simulator import Behaviour, Simulator
 
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 120, "messages": [{"role": "user", "content": "Say hello."}]}
 APPS = {"app": "models: {allow: [claude-haiku-4-5, claude-sonnet-5]}\ncaps: {day: $100}\nreserve: full\n"}
-OPENING = {"id": "msg_1", "type": "message", "model": "claude-haiku-4-5", "usage": {"input_tokens": 9, "output_tokens": 1}}
-START = event("message_start", message=OPENING)
-ROWS = """
-  SELECT state, flags, grant_nano, sum(kind IN ('settle', 'void')), sum(spent_nano)
-  FROM calls JOIN entries ON call_id = calls.id GROUP BY calls.id ORDER BY calls.id
-"""
-
-
-class Call(NamedTuple):
-    state: str
-    flags: list[str]
-    grant_nano: int
-    resolutions: int
-    spent_nano: int
-
-    @property
-    def reason(self) -> str:
-        """Why it is an estimate, the one reason; empty if it is none."""
-        reasons = [flag for flag in self.flags if flag.startswith("estimated:")]
-        assert len(reasons) <= 1
-        return reasons[0] if reasons else ""
-
-
-def calls(folder) -> list[Call]:
-    """The ledger's rows, each with its entries."""
-    with contextlib.closing(sqlite3.connect(folder / "gateway.db")) as db:
-        rows = db.execute(ROWS).fetchall()
-    return [Call(state, flags.split(), *numbers) for state, flags, *numbers in rows]
 
 
 async def ask(gw, *, stream: bool = False, leave_after: int | None = None, **more) -> bytes | Exception:

@@ -8,6 +8,7 @@ import time
 from contextlib import closing
 
 import pytest
+from broken_disk import Broken, disk_error
 from ledgers import CALL, DAY_CAP, NOON, balance, new_ledger, reconnect, rows
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin, files, writer
@@ -23,29 +24,6 @@ async def ledger(path):
     opened = await Ledger.open(f"sqlite:///{path}", timeout_s=0.6, now=NOON)
     yield opened
     await opened.close()
-
-
-class Broken:
-    """A connection of which one statement fails as the disk would make it fail; `after`: though it was carried out."""
-
-    def __init__(self, db, statement, error, *, after=False):
-        self._db, self._statement, self._error, self._after = db, statement, error, after
-
-    def __getattr__(self, name):
-        return getattr(self._db, name)
-
-    def execute(self, sql, *values):
-        if sql.strip().startswith(self._statement):
-            if self._after:
-                self._db.execute(sql, *values)
-            raise self._error
-        return self._db.execute(sql, *values)
-
-
-def disk_error(code=sqlite3.SQLITE_IOERR, text="disk I/O error"):
-    error = sqlite3.OperationalError(text)
-    error.sqlite_errorcode = code
-    return error
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import anthropic
 import pytest
 import yaml
 from click.testing import CliRunner
+from pasting import claude_code, cron, dotenv, systemd
 from processes import Ledgered
-from test_forms import claude_code, cron, dotenv, systemd
-from test_inventory import KEY, VILLAGE, build_village
+from village import KEY, VILLAGE, build_village
 
 from gateway_addon import forms
 from gateway_addon.cli import main

@@ -7,9 +7,9 @@ import time
 
 import anthropic
 import pytest
+from broken_disk import Broken, disk_error
 from gateway import gateway
 from ledgers import reconnect, rows
-from test_ledger_faults import Broken, disk_error
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, files
 from gateway_addon.simulator import Behaviour, Simulator

@@ -1,13 +1,10 @@
 """The real key and the tokens, hunted for in everything that shows, stores or passes flows on."""
 
 import asyncio
-import base64
 import logging
 import subprocess
 import sys
 import time
-import urllib.parse
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import httpx2
 import pytest
 from gateway import gateway
 from processes import ledgered
+from secret_hunt import found_in, of_family
 
 from gateway_addon.addon import GatewayAddon
 from gateway_addon.console.app import Console, Policies, build
@@ -24,29 +22,6 @@ from gateway_addon.ledger import copies
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 200, "messages": [{"role": "user", "content": "hi"}]}
-
-
-def found_in(where: bytes, secret: str) -> bool:
-    """Raw, in base64 at any offset, or percent-encoded."""
-    forms = {secret.encode(), urllib.parse.quote(secret, safe="").encode()}
-    for offset in range(3):
-        forms.add(base64.b64encode(b"\0" * offset + secret.encode())[4:-4])
-    return any(form in where for form in forms)
-
-
-def of_family(name: str, group: int) -> list[bytes]:
-    """A file (`cmdline`, `environ`) of a process and of all that came of it, where the system shows them. (Others are of other tests.)"""
-    parents, found = {}, []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    for each in parents:
-        above: int | None = each
-        while above is not None and above != group:
-            above = parents.get(above)
-        with suppress(OSError):
-            found += [Path(f"/proc/{each}/{name}").read_bytes()] if above == group else []
-    return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:

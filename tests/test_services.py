@@ -15,8 +15,7 @@ import httpx2
 import pytest
 from click.testing import CliRunner
 from gateway import write_policies
-from processes import START_S
-from test_shim import free_port
+from processes import START_S, free_port
 
 from gateway_addon import services
 from gateway_addon.cli import main

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from ledgers import CALL
-from test_bounds import NOW, PRICES, app, quoted, reading
+from quotes import NOW, PRICES, app, quoted, reading
 from upstreams import event, message
 
 from gateway_addon.ledger import Settlement

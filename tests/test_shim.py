@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,8 +10,8 @@ from pathlib import Path
 import anthropic
 import httpx2
 import pytest
-from processes import START_S, ledgered
-from test_secrets import found_in
+from processes import START_S, free_port, ledgered
+from secret_hunt import found_in
 
 from gateway_addon.simulator import KEY, Simulator
 
@@ -34,12 +33,6 @@ async def failing(self, arrived, request, now):
 
 gate.Gate.admit = failing
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @asynccontextmanager

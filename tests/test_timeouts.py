@@ -6,9 +6,9 @@ from contextlib import closing
 
 import anthropic
 import pytest
+from call_rows import calls
 from gateway import gateway
-from test_endings import START, calls
-from upstreams import upstream
+from upstreams import START, upstream
 
 from gateway_addon.simulator import Behaviour, Simulator
 

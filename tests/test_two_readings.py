@@ -18,7 +18,7 @@ from gateway import gateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledgers import rows
-from test_wire import send
+from rawhttp import send
 
 from gateway_addon.reading import Reading, Request, read
 from gateway_addon.simulator import Simulator

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import anthropic
 import httpx2
-from processes import START_S, ledgered
-from test_secrets import found_in, of_family
-from test_shim import free_port
+from processes import START_S, free_port, ledgered
+from secret_hunt import found_in, of_family
 
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 

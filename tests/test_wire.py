@@ -7,29 +7,11 @@ import json
 import pytest
 from bypass import HOSTILE, PLAIN, POLICY, Hostile
 from gateway import gateway
-from rawhttp import split_answer
+from rawhttp import send, split_answer
 
 from gateway_addon.simulator import Simulator
 
 BODY = json.dumps(PLAIN).encode()
-
-
-async def send(gw, data: bytes, *, finish: bool = False) -> bytes:
-    """Everything that comes back until the gateway closes, or is silent for a moment after a whole answer."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
-    answer = b""
-    try:
-        writer.write(data)
-        if finish:
-            writer.write_eof()
-        await writer.drain()
-        while chunk := await asyncio.wait_for(reader.read(65536), 10 if not answer else 0.03):
-            answer += chunk
-    except (TimeoutError, ConnectionError):
-        pass
-    finally:
-        writer.close()
-    return answer
 
 
 def request(row, token: str) -> bytes:

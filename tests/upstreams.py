@@ -75,3 +75,7 @@ def message(model: str = "claude-haiku-4-5", **usage: int) -> bytes:
 
 def event(kind: str, **fields: object) -> bytes:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+
+
+OPENING = {"id": "msg_1", "type": "message", "model": "claude-haiku-4-5", "usage": {"input_tokens": 9, "output_tokens": 1}}
+START = event("message_start", message=OPENING)

@@ -1,0 +1,55 @@
+"""A policy that allows everything, requests, and their quotes."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from gateway_addon import pricing
+from gateway_addon.bounds import Quote, quote
+from gateway_addon.policy import AppPolicy
+from gateway_addon.policy.loading import parse_app
+from gateway_addon.reading import Reading, Request, read
+
+PRICES = pricing.load(None, None)
+NOW = datetime(2026, 11, 23, tzinfo=UTC).timestamp()
+EVERYTHING = """
+models: {allow: ['claude-*']}
+caps: unlimited
+unknown_fields: pass
+features:
+  web_search: {max_uses: 5, tokens_per_use: 10k}
+  web_fetch: {max_uses: 5}
+  code_execution: true
+  tool_search: true
+  mcp: {tokens_per_use: 1k}
+  files: true
+  container: true
+  compaction: true
+  thread: true
+  advisor: {max_uses: 3}
+  fallbacks: {default: [claude-haiku-4-5]}
+  fast: true
+  inference_geo: true
+"""
+
+
+def app(geo: str = "global", text: str = EVERYTHING) -> AppPolicy:
+    return parse_app("policies/apps/tester.yaml", text, PRICES, {}, workspace_geo=geo)
+
+
+def reading(**body: Any) -> Reading:
+    plain = {"model": "claude-haiku-4-5", "max_tokens": 1000, "messages": [{"role": "user", "content": "hello"}]}
+    raw = json.dumps(plain | body, separators=(",", ":"), ensure_ascii=False).encode()
+    found = read("messages", Request("POST", "/v1/messages", (), raw))
+    assert isinstance(found, Reading), found
+    return found
+
+
+def quoted(found: Reading, geo: str = "global", text: str = EVERYTHING) -> Quote:
+    bound = quote(found, app(geo, text), PRICES, NOW)
+    assert isinstance(bound, Quote), bound
+    return bound
+
+
+def content(*blocks: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(blocks)}]}
