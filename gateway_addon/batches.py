@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from gateway_addon.bounds import quote
 from gateway_addon.ledger.batches import ResultRow
+from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, edits, judge, observed
 from gateway_addon.pricing import Prices, cost
 from gateway_addon.reading import DEEP, Reading, Request, Unreadable, message, parsed
@@ -98,7 +99,7 @@ def object_of(body: bytes) -> Object | None:
         return None
     if isinstance(address := shown.get("results_url"), str):
         shown["results_url"] = urlsplit(address).path  # as it came, it would lead the app past the gateway, token in hand
-    return Object(str(shown["id"]), str(shown.get("processing_status")), json.dumps(shown))
+    return Object(str(shown["id"]), safe_name(str(shown.get("processing_status"))), json.dumps(shown))
 
 
 class Results:

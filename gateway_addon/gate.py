@@ -42,6 +42,7 @@ from gateway_addon.ledger import (
 )
 from gateway_addon.ledger.batches import Batch, Settled
 from gateway_addon.money import dollars
+from gateway_addon.names import safe_name
 from gateway_addon.noise import Noise
 from gateway_addon.offers import offers
 from gateway_addon.origin import origin, within
@@ -382,7 +383,7 @@ class Gate:
 
     def upstream_headers(self, arrived: Arrived, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
         """Keep what the upstream says of the shared key's limits; say so where it does not take the key."""
-        limits = {name: value for name, value in headers if name.startswith("anthropic-ratelimit-")}
+        limits = {safe_name(name): safe_name(value) for name, value in headers if name.startswith("anthropic-ratelimit-")}
         if limits and (status == 429 or now - self._limits_at >= LIMITS_EVERY_S):
             self._limits_at = now
             self.ledger.ratelimits(limits, now=now)

@@ -3,8 +3,8 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from gateway_addon.identity import masked
 from gateway_addon.ledger import NewCall, Token
+from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy
 from gateway_addon.reading import Reading, Request
 from gateway_addon.settlement import EndedBy
@@ -62,12 +62,9 @@ class Pass:
 
 
 def new_call(arrived: Arrived, read: Reading, request: Request, entrance: str) -> NewCall:
-    """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents.
-
-    What the client chose freely is masked: a token that was pasted in the wrong place stays out of ledger, log and traces.
-    """
+    """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents."""
     model, session, agent = (
-        masked(text) or None
+        safe_name(text) or None
         for text in (read.model, *("".join(request.header(f"x-claude-code-{name}-id")[:1]) for name in ("session", "agent")))
     )
     return NewCall(

@@ -12,6 +12,7 @@ from gateway_addon.bounds import Quote
 from gateway_addon.grants import Pace, Progress, Seen
 from gateway_addon.ledger import NewCall, Standing, scopes
 from gateway_addon.money import rounded_up
+from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy
 from gateway_addon.pricing import Prices, cost, rates
 from gateway_addon.reading import Reading
@@ -89,7 +90,8 @@ class Running:
 
     def answered(self, status: int, content_type: str, content_encoding: str | None, request_id: str | None, now: float) -> None:
         """The upstream's status and headers arrived."""
-        self.status, self.request_id, self.first_byte_at, self.last_byte_at = status, request_id, now, now
+        self.status, self.first_byte_at, self.last_byte_at = status, now, now
+        self.request_id = safe_name(request_id) if request_id else None
         self.encoded = content_encoding not in (None, "", "identity")
         self.meter = Meter(content_type, content_encoding)
 

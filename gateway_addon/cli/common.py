@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import click
 
+from gateway_addon.names import printable
+
 FINE, PROBLEM, WRONG_USAGE = 0, 1, 2
 
 
@@ -113,5 +115,4 @@ def write_privately(path: Path, text: str) -> None:
 def shown_path(path: str) -> str:
     """As short as it can be typed here; a file's name is not trusted to move the terminal's cursor."""
     below = os.path.relpath(path)
-    shorter = path if below.startswith("..") else below
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in shorter)
+    return printable(path if below.startswith("..") else below)

@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import cast
 
@@ -18,6 +18,7 @@ from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, admin, book, files, reports, rollups
 from gateway_addon.ledger.reports import By, Drift, Line, Notable, Report
 from gateway_addon.money import cents, dollars
+from gateway_addon.names import safe_name
 
 _HEADINGS = ("calls", "spent", "held", "mean", "cache hits", "out/max", "refused", "change")
 
@@ -50,11 +51,27 @@ def report(by: str, since: str | None, notable: bool, alerts: bool, as_json: boo
         if alerts:
             _show_alerts(reports.alerts(db, since=start, until=now), as_json, as_csv)
         elif notable:
-            found = reports.notable(db, since=start, until=now)
+            found = _notable(reports.notable(db, since=start, until=now))
             click.echo(json.dumps(found and asdict(found)) if as_json else _sentences(found, start))
         else:
-            drifts = reports.drifts(db, since=start, until=now) if by == "served" else []
-            _show(reports.report(db, cast(By, by), since=start, until=now), drifts, as_json, as_csv)
+            drifts = [_named(each) for each in reports.drifts(db, since=start, until=now)] if by == "served" else []
+            _show(_report(reports.report(db, cast(By, by), since=start, until=now)), drifts, as_json, as_csv)
+
+
+# An older gateway kept names as they came: escapes for the terminal, megabytes.
+
+
+def _report(found: Report) -> Report:
+    before = {safe_name(key): spent_nano for key, spent_nano in found.before.items()}
+    return replace(found, lines=tuple(replace(line, key=safe_name(line.key)) for line in found.lines), before=before)
+
+
+def _named(drift: Drift) -> Drift:
+    return replace(drift, asked=safe_name(drift.asked), served=safe_name(drift.served))
+
+
+def _notable(found: Notable | None) -> Notable | None:
+    return found and replace(found, model=safe_name(found.model), line=replace(found.line, key=safe_name(found.line.key)))
 
 
 def _show(found: Report, drifts: list[Drift], as_json: bool, as_csv: bool) -> None:

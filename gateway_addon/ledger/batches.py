@@ -14,6 +14,7 @@ from gateway_addon.ledger import belongings, book
 from gateway_addon.ledger.belongings import Belonging
 from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.values import NewCall, Outcome, Resolution, Settlement
+from gateway_addon.names import safe_name
 
 TURN_S = 60.0  # how long a batch is one process's to look at, unless it says that it needs longer: so long a process that dies delays it
 
@@ -246,7 +247,7 @@ def open_batches(db: sqlite3.Connection) -> list[OpenBatch]:
 def _summed(db: sqlite3.Connection, call_id: int, request_id: str | None, flags: tuple[str, ...]) -> Settlement:
     sums = [_Sum(*row) for row in db.execute(SUMS, (call_id,)).fetchall()]
     more = [flag for (each,) in db.execute(FLAGS, (call_id,)).fetchall() for flag in str(each).split()]
-    served = ", ".join(dict.fromkeys(each.model for each in sums if each.model)) or None
+    served = safe_name(", ".join(dict.fromkeys(each.model for each in sums if each.model))) or None
     price_rows = ", ".join(dict.fromkeys(each.price_row for each in sums if each.price_row)) or None
     flags = tuple(dict.fromkeys((*flags, *more)))
     outcome = Outcome(200, served, None, request_id, None, True, price_rows, flags, service_tier="batch")

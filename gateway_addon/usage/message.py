@@ -5,9 +5,11 @@ The rules, each learnt from recorded responses (reference: platform documentatio
 - service tier, speed, region and the 5m/1h split come with the first usage object only, and are kept;
 - a count that is not a whole number >= 0 is not understood: the usage is then unreadable, never guessed;
 - the served model is the message's, unless a fallback block or a fallback_message iteration names another;
-- unknown keys, blocks and iteration kinds are no error.
+- unknown keys, blocks and iteration kinds are no error;
+- a name is the provider's to choose, and is kept as names are (names.py).
 """
 
+from gateway_addon.names import safe_name
 from gateway_addon.usage.values import Part, Tokens, Usage
 
 _COUNT_MAX = 10**12  # no call comes near; what is larger could overflow the ledger's integers
@@ -105,7 +107,8 @@ class Draft:
     def error(self, envelope: dict[str, object]) -> None:
         """The API's error envelope, as a whole body or as an event in mid-stream."""
         error = envelope.get("error")
-        self.error_type = (_name(error.get("type")) if isinstance(error, dict) else None) or "error"
+        said = (_name(error.get("type")) if isinstance(error, dict) else None) or "error"
+        self.error_type = said.replace(" ", "_")  # it becomes one of a call's flags, which spaces part
 
     def usage(self) -> Usage:
         """What has been seen so far, as a value."""
@@ -185,9 +188,8 @@ class Draft:
             self.code_executed = True
 
 
-
 def _name(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return safe_name(value) if isinstance(value, str) and value else None
 
 
 def _tokens(counts: dict[str, int]) -> Tokens:

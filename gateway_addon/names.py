@@ -1,0 +1,26 @@
+"""Names that somebody else chose (a client's model, session and agent; an answer's model, stop reason, tier and request id), as they
+are kept and shown. Pure.
+
+Promises one rule for all of them: at most `NAME_CHARS_MAX` characters, with a visible end where more was cut off; nothing that a
+terminal obeys, a line cannot hold or a database refuses; and no token that was pasted in the wrong place. The work is bounded by
+that length, however long a name came.
+"""
+
+from gateway_addon.identity import masked
+
+NAME_CHARS_MAX = 200
+"""Longer than any id of the API's (64 characters) or of Claude Code's (36)."""
+
+
+def safe_name(text: str) -> str:
+    """Return a name as it may be kept: itself, for every name that is meant well."""
+    shown = masked(printable(text[:NAME_CHARS_MAX]))
+    return shown if len(text) <= NAME_CHARS_MAX >= len(shown) else f"{shown[: NAME_CHARS_MAX - 1]}…"
+
+
+def printable(text: str) -> str:
+    """Return a text with a mark in place of each character that is not to be seen: control characters, escapes, NUL, marks that turn
+    the direction of writing, and the halves of surrogate pairs that stand for bytes which are no UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
