@@ -8,8 +8,8 @@ import os
 import sqlite3
 from pathlib import Path
 
-from gateway_addon.ledger.schema import migrate
-from gateway_addon.ledger.store import driver
+from gateway_addon.ledger.schema import APPLIED, known, migrate
+from gateway_addon.ledger.store import driver, must_be_known
 from gateway_addon.ledger.values import LedgerUnavailable, Server
 
 SCHEME = "sqlite:///"
@@ -149,9 +149,10 @@ def is_busy(error: Exception) -> bool:
 
 
 def must_be_a_ledger(path: Path, db: sqlite3.Connection) -> None:
-    """Raises LedgerUnavailable where the file is another program's."""
-    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchall():
+    """Raises LedgerUnavailable where the file is another program's, or its tables are a newer gateway's."""
+    if len(db.execute("SELECT 1 FROM sqlite_master WHERE name IN ('entries', '_sqlite_migrations')").fetchall()) < 2:
         raise LedgerUnavailable(f"{path} is another program's file, not a ledger: name yours with --ledger; `gateway init` makes one")
+    must_be_known(path, (name for (name,) in db.execute(APPLIED).fetchall()), known())
 
 
 def moved_to(db: sqlite3.Connection) -> str | None:

@@ -13,9 +13,11 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from gateway_addon.ledger import files, owners
+from gateway_addon.ledger import files, owners, schema
 from gateway_addon.ledger.locks import OwnerLock, Turnstile, bury, is_dead
 from gateway_addon.ledger.values import LedgerUnavailable
+
+STAMP = f"UPDATE owners SET commits = ? WHERE id = ? AND (SELECT count(*) FROM ({schema.APPLIED})) <= ?"
 
 
 class FileStore:
@@ -74,7 +76,8 @@ class FileStore:
         db.execute("BEGIN IMMEDIATE")
 
     def stamp(self, db: sqlite3.Connection, number: int) -> None:
-        db.execute("UPDATE owners SET commits = ? WHERE id = ?", (number, self.owner))
+        if db.execute(STAMP, (number, self.owner, len(schema.known()))).rowcount == 0:
+            files.must_be_a_ledger(self.path, db)
 
     def commit(self, db: sqlite3.Connection) -> None:
         db.execute("COMMIT")

@@ -67,11 +67,12 @@ SPELLED_BY_PATTERN = (
     (re.compile(r"(?<![:\w]):([a-z_]\w*)"), r"%(\1)s"),
 )
 
+BEHIND = "the ledger on {at} is an older version's: `gateway init` brings it up to date"
 _SENTENCES = {
     # by SQLSTATE, or its first two characters
     "25006": "the ledger's server {at} is read-only (a standby?): point --ledger at the primary",
     "42P01": "the database on {at} has no ledger: `gateway init` makes one",
-    "42703": "the ledger on {at} is an older version's: `gateway init` brings it up to date",
+    "42703": BEHIND,
     "3F000": "the database on {at} has no ledger: `gateway init` makes one",
     "42501": "the ledger's user on {at} lacks a privilege",
     "53100": "the disk of the ledger's server {at} is full: free some space, the gateway goes on by itself",

@@ -28,6 +28,7 @@ from gateway_addon.ledger import owners
 from gateway_addon.ledger.journal import Journal, Left, left_behind
 from gateway_addon.ledger.pgschema import MIGRATIONS
 from gateway_addon.ledger.pgsession import (
+    BEHIND,
     PATIENT,
     Connection,
     Limited,
@@ -39,7 +40,7 @@ from gateway_addon.ledger.pgsession import (
     settle_in,
     unavailable,
 )
-from gateway_addon.ledger.store import EVERYTHING
+from gateway_addon.ledger.store import EVERYTHING, must_be_known
 from gateway_addon.ledger.values import LedgerUnavailable, Server
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def create(server: Server, zone: str = "UTC") -> None:
             db.raw.execute("SELECT pg_advisory_xact_lock(hashtext('gateway ledger'))")  # two `gateway init` at once
             exists = db.raw.execute("SELECT to_regclass('gateway.migrations') IS NOT NULL").fetchall()[0][0]
             done = {name for (name,) in db.raw.execute("SELECT name FROM gateway.migrations")} if exists else set()
+            must_be_known(server, done, (name for name, _ in MIGRATIONS))
             for name, script in MIGRATIONS:
                 if name not in done:
                     db.raw.execute(script.encode())
@@ -78,6 +80,7 @@ def changing(server: Server) -> Iterator[sqlite3.Connection]:
     try:
         with contextlib.closing(connect(server, PATIENT)) as db:
             _begin(db, (EVERYTHING,))
+            _must_fit(server, db)
             yield cast(sqlite3.Connection, db)
             db.execute("COMMIT")
     except psycopg.Error as error:
@@ -93,6 +96,7 @@ def reading(server: Server) -> Iterator[sqlite3.Connection]:
         with contextlib.closing(connect(server, PATIENT)) as db:
             db.raw.row_factory = named_rows
             db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            _must_fit(server, db)
             yield cast(sqlite3.Connection, db)
     except psycopg.Error as error:
         if not is_its_own(error):
@@ -117,6 +121,15 @@ def _begin(db: Connection, scopes: Collection[str]) -> None:
         if len(db.execute(held, (wanted,)).fetchall()) < len(wanted):
             db.execute("INSERT INTO turns SELECT unnest(CAST(? AS text[])) ON CONFLICT DO NOTHING", (wanted,))
             db.execute(held, (wanted,))
+
+
+def _must_fit(server: Server, db: Connection) -> None:
+    """Refuse tables of another version, older or newer: a server's ledger has gateways of its own, so `gateway init` alone changes them."""
+    applied = {name for (name,) in db.execute("SELECT name FROM migrations").fetchall()}
+    known = {name for name, _ in MIGRATIONS}
+    must_be_known(server, applied, known)
+    if known - applied:
+        raise LedgerUnavailable(BEHIND.format(at=server))
 
 
 class ServerStore:
@@ -164,6 +177,7 @@ class ServerStore:
     def connect(self) -> sqlite3.Connection:
         db = connect(self._server, kind=Limited)
         try:
+            _must_fit(self._server, db)
             if self._name is None:
                 self._enrol(db)
         except BaseException:
@@ -207,11 +221,12 @@ class ServerStore:
         asked_at, self._lease_from = time.time(), time.clock_gettime(_CLOCK)
         renew = """
         UPDATE owners SET commits = ?, lease_until = extract(epoch FROM clock_timestamp()) + ?
-        WHERE id = ? AND lease_until > extract(epoch FROM clock_timestamp())
+        WHERE id = ? AND lease_until > extract(epoch FROM clock_timestamp()) AND (SELECT count(*) FROM migrations) <= ?
         RETURNING lease_until
         """
-        rows = db.execute(renew, (number, LEASE_S, self._name)).fetchall()
+        rows = db.execute(renew, (number, LEASE_S, self._name, len(MIGRATIONS))).fetchall()
         if not rows:
+            _must_fit(self._server, cast(Connection, db))
             self._name = None
             raise LedgerUnavailable(
                 f"this gateway was out of touch with {self._server} for more than {LEASE_S:g} s: its calls were settled at what they held"

@@ -2,7 +2,7 @@
 
 Promises, whatever code writes: no entry without its balances (a trigger books both in one statement), no open call without its
 reservation (the call's row writes the entry), no call resolved twice (a unique index), no entry or audit row changed or removed.
-Each migration is a function whose name is its identity; it runs once, in one transaction.
+Each migration is a function whose name is its identity; it runs once, and all that are due run in one transaction.
 """
 
 import sqlite3
@@ -11,6 +11,7 @@ from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
 migrations = Migrations("gateway_ledger")
+APPLIED = "SELECT name FROM _sqlite_migrations WHERE migration_set = 'gateway_ledger'"
 
 # A call counts in each of these scopes and windows, capped or not: a cap added at noon knows the morning.
 FRAMES = "\nUNION ALL\n".join(
@@ -314,16 +315,23 @@ def m005_observed(db: Database) -> None:
     _run(db, OBSERVED)
 
 
+def known() -> list[str]:
+    """List the migrations of this version, by name."""
+    return [migration.name for migration in migrations._migrations]
+
+
 def is_behind(connection: sqlite3.Connection) -> bool:
     """True for an older version's ledger, and for what is no ledger at all."""
     return bool(migrations.pending(Database(connection, execute_plugins=False)))
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the tables up to date. Raises sqlite3.Error where the file cannot be written."""
-    db = Database(connection, execute_plugins=False)
-    if migrations.pending(db):
-        migrations.apply(db)
+    """Bring the tables up to date, in one transaction however many versions they are behind. Raises sqlite3.Error."""
+    if not is_behind(connection):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    with connection:
+        migrations.apply(Database(connection, execute_plugins=False))  # of two processes, the second finds it done
 
 
 def _run(db: Database, script: str) -> None:

@@ -6,12 +6,13 @@ connection is made, how writers take turns, what a commit is stamped with, which
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 from gateway_addon.ledger.journal import Journal, Left
-from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.ledger.values import LedgerUnavailable, Server
 
 EVERYTHING = "*"
 """Among the scopes of an operation: it may touch any row, nothing else may write beside it."""
@@ -24,6 +25,16 @@ def driver() -> Iterator[None]:
         yield
     except ImportError as error:
         raise LedgerUnavailable(f"a ledger on PostgreSQL needs its driver: pip install 'gateway-addon[postgres]' ({error})") from error
+
+
+def must_be_known(ledger: Path | Server, applied: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a ledger whose tables a newer gateway has changed: this version's statements do not keep its rules.
+
+    Both are names of migrations. Raises LedgerUnavailable.
+    """
+    if newer := sorted(set(applied) - set(known)):
+        sentence = f"the ledger {ledger} is a newer gateway's ({', '.join(newer)} changed its tables): update this gateway, then restart it"
+        raise LedgerUnavailable(sentence)
 
 
 class Store(Protocol):
@@ -72,7 +83,8 @@ class Store(Protocol):
         """Begin a transaction that may judge and change the balances of `scopes`, alone in each of them until its commit."""
 
     def stamp(self, db: sqlite3.Connection, number: int) -> None:
-        """Note, inside the transaction, that this owner commits for the `number`th time. Raises LedgerUnavailable if it may not."""
+        """Note, inside the transaction, that this owner commits for the `number`th time. Raises LedgerUnavailable if it may not:
+        its lease ran out, or a newer gateway has changed the tables since."""
 
     def commit(self, db: sqlite3.Connection) -> None:
         """Make the transaction durable."""
