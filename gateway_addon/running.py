@@ -123,6 +123,8 @@ class Running:
         if self.meter.complete:
             return 0  # the whole answer came at once: it is settled in a moment
         usage = self.meter.usage_so_far()
+        if not usage.prompt_known:
+            return 0
         row = self.ticket.prices.row(usage.model or "", self.ticket.admitted_at)
         exact = self._input_cost_nano(usage)
         if row is None or exact is None:

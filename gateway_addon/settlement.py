@@ -65,7 +65,7 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
 
     def estimated(reason: str) -> Settlement:
         """Exact input plus the output grant where the answer began and its input cannot have grown since; else the whole grant."""
-        if usage is not None and usage.started and usage.readable and ticket.quote.releasable:
+        if usage is not None and usage.started and usage.prompt_known and ticket.quote.releasable:
             bound = priced(usage.assuming_output(running.granted_tokens))
             if bound.nano is not None and bound.nano <= running.held_nano:
                 return Settlement(bound.nano, bound.parts, outcome(f"estimated:{reason}", *bound.flags, price_rows=bound.price_rows))

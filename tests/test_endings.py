@@ -115,6 +115,32 @@ async def test_a_refusal_before_any_output_is_free(tmp_path):
         assert (await api.settled()).billed_nano == 0
 
 
+SHAPES = [
+    {"whole_start": True, "tool_use": True},
+    {"whole_start": True, "input_tokens": 0, "output_tokens": 0},
+    {"opening_usage": "absent"},
+    {"opening_usage": "zeroes"},
+    {"closing_zeroes": True, "cache_read_tokens": 300},
+    {"iterations": ({"type": "compaction", "input_tokens": 60_385, "output_tokens": 522},),},
+]
+
+
+async def test_each_shape_of_a_whole_stream_is_booked_exactly(tmp_path):
+    """Whatever holds the usage: message_start, message_delta, both, or iterations; none leaves an overrun or an estimate."""
+    policy = {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\nfeatures: {compaction: true}\nreserve: progressive\n"}
+    edits = {"context_management": {"edits": [{"type": "compact_20260112"}]}}
+    async with Simulator() as api, gateway(tmp_path, api, policy) as gw:
+        for shape in SHAPES:
+            api.behaviour = Behaviour(**{"output_tokens": 40} | shape)
+            more = {"extra_body": edits} if "iterations" in shape else {}
+            await ask(gw, stream=True, **more, tools=[{"name": "note", "input_schema": {"type": "object"}}])
+        await gw.quiet()
+        await api.settled()
+        for shape, call, row in zip(SHAPES, calls(tmp_path), api.book.messages(), strict=True):
+            assert (shape, call.spent_nano, call.flags) == (shape, row.billed_nano, [])
+        assert await gw.held_nano() == 0
+
+
 async def test_a_stream_that_the_upstream_cuts_at_any_event_is_settled_at_no_less_than_its_bill(tmp_path):
     async with Simulator(behaviour=Behaviour(output_tokens=40)) as api, gateway(tmp_path, api, APPS) as gw:
         whole = await ask(gw, stream=True)

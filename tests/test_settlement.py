@@ -19,6 +19,13 @@ START = event("message_start", message=OPENING)
 ENDING = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 7}) + event("message_stop")
 ERROR = event("error", error={"type": "overloaded_error", "message": "x"})
 DECLINED = {"type": "message", "content": [], "stop_reason": "refusal", "usage": {"input_tokens": 9, "output_tokens": 0}}
+UNTOLD = event("message_start", message=OPENING | {"usage": None})
+ZEROES = event("message_start", message=OPENING | {"usage": {"input_tokens": 0, "output_tokens": 0}})
+LATE = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"input_tokens": 9, "output_tokens": 7}) + event("message_stop")
+FALLING = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"input_tokens": 0, "output_tokens": 7}) + event("message_stop")
+CALLS = {"content": [{"type": "tool_use", "id": "toolu_1", "name": "roll", "input": {}}], "stop_reason": "tool_use"}
+WHOLE_START = event("message_start", message=OPENING | CALLS | {"usage": {"input_tokens": 9, "output_tokens": 7}}) + event("message_stop")
+UNBILLED_START = event("message_start", message=OPENING | CALLS | {"usage": {"input_tokens": 0, "output_tokens": 0}}) + event("message_stop")
 REFUSED = json.dumps(OPENING | DECLINED).encode()
 EXACT = 9 * 1_000 + 7 * 5_000  # nine tokens in and seven out, at Haiku 4.5's prices
 BOUND = 9 * 1_000 + GRANTED * 5_000
@@ -60,6 +67,13 @@ def streamed(body):
         (streamed(START + ENDING), "whole", EXACT, None),
         (streamed(START + ENDING), "client", EXACT, None),
         (call(200, REFUSED), "whole", 0, None),
+        (streamed(WHOLE_START), "whole", EXACT, None),
+        (streamed(UNBILLED_START), "whole", 0, None),
+        (streamed(UNTOLD + LATE), "whole", EXACT, None),
+        (streamed(ZEROES + LATE), "whole", EXACT, None),
+        (streamed(START + FALLING), "whole", EXACT, None),
+        (streamed(UNTOLD), "client", ALL, "estimated:usage_unreadable"),
+        (streamed(ZEROES), "client", ALL, "estimated:cut"),
     ],
 )  # fmt: skip
 def test_an_ending_is_settled_by_its_row(running, ended_by, cost_nano, flag):
@@ -69,6 +83,21 @@ def test_an_ending_is_settled_by_its_row(running, ended_by, cost_nano, flag):
     assert [each for each in found.outcome.flags if each.startswith("estimated:")] == ([flag] if flag else [])
     assert found.outcome.complete is (flag is None)
     assert sum(part.nano for part in found.parts) == (cost_nano or 0)
+
+
+@pytest.mark.parametrize(("body", "released"), [(START, True), (UNTOLD, False), (ZEROES, False), (WHOLE_START, False)])
+def test_input_is_released_once_the_prompt_is_told(body, released):
+    """A release on zeroes would leave nothing for the input that the last event brings."""
+    assert (streamed(body).release_nano() > 0) is released
+
+
+def test_a_whole_start_of_a_looping_request_is_exact():
+    """Programmatic tool calls run code, so nothing of such a request is released before its end; this is its end."""
+    running = streamed(WHOLE_START)
+    running.ticket = replace(running.ticket, quote=replace(running.ticket.quote, releasable=False))
+    found = settle(running, sent=True, ended_by="whole")
+    assert isinstance(found, Settlement)
+    assert (found.cost_nano, found.outcome.complete) == (EXACT, True)
 
 
 @pytest.mark.parametrize("running", [call(), call(200, message()), call(500, ENVELOPE)])

@@ -156,6 +156,31 @@ class TestMessages:
         assert "cache_creation" not in delta["usage"]
         assert stop == {"type": "message_stop"}
 
+    @pytest.mark.parametrize(
+        ("wish", "opened", "closed"),
+        [
+            ({"opening_usage": "absent"}, None, 100),
+            ({"opening_usage": "zeroes"}, 0, 100),
+            ({"closing_zeroes": True}, 100, 0),
+        ],
+    )
+    async def test_the_prompt_may_be_told_at_one_end_only(self, api, wish, opened, closed):
+        _, _, body = await post(api, ask(stream=True, simulate={"input_tokens": 100, "output_tokens": 9, **wish}))
+        start, *_, delta, _ = events(body)
+        usage = start["message"]["usage"]
+        assert (usage and usage["input_tokens"], delta["usage"]["input_tokens"]) == (opened, closed)
+        assert delta["usage"]["output_tokens"] == 9
+        assert (await last_row(api)).usage.input_tokens == 100
+
+    async def test_a_message_may_come_whole_in_its_start(self, api, client):
+        body = ask(simulate={"whole_start": True, "tool_use": True, "input_tokens": 9, "output_tokens": 40}, tools=[{"name": "note", "input_schema": {"type": "object"}}])
+        _, _, raw = await post(api, body | {"stream": True})
+        assert [event["type"] for event in events(raw)] == ["message_start", "message_stop"]
+        async with client.messages.stream(**body) as stream:
+            streamed = await stream.get_final_message()
+        whole = await client.messages.create(**body)
+        assert (streamed.stop_reason, streamed.usage, len(streamed.content)) == ("tool_use", whole.usage, len(whole.content))
+
     async def test_hidden_thinking_is_billed_and_not_shown(self, api, client):
         message = await client.messages.create(**ask(simulate={"thinking": "hidden", "thinking_tokens": 900, "output_tokens": 1000}))
         assert (message.content[0].thinking, len(message.content[1].text)) == ("", 400)

@@ -64,14 +64,25 @@ def of_json(**changes: object) -> Usage:
     return read(message(**changes), "application/json")
 
 
-# How running totals merge: the last number wins, null and absent keep, nothing is added.
+# How running totals merge: the highest number holds, null and absent keep, nothing is added.
+BOTH = [{"type": "compaction", "input_tokens": 60_385, "output_tokens": 522}, {"type": "message", "input_tokens": 612, "output_tokens": 0}]
 MERGES = [
-    ("delta overwrites output", {}, [{"output_tokens": 7}], Tokens(10, 7)),
-    ("delta overwrites input", {}, [{"input_tokens": 404_500, "output_tokens": 7}], Tokens(404_500, 7)),
-    ("delta may lower", {"input_tokens": 60_385}, [{"input_tokens": 612, "output_tokens": 0}], Tokens(612, 0)),
+    ("a delta replaces the placeholder of the output", {}, [{"output_tokens": 7}], Tokens(10, 7)),
+    ("input grows", {}, [{"input_tokens": 404_500, "output_tokens": 7}], Tokens(404_500, 7)),
+    ("beside iterations totals may fall", {"input_tokens": 60_385}, [{"input_tokens": 612, "output_tokens": 0, "iterations": BOTH}], Tokens(612, 0)),
+    ("an empty list of iterations lets nothing fall", {}, [{"input_tokens": 0, "output_tokens": 7, "iterations": []}], Tokens(10, 7)),
+    ("the placeholder of the output may fall", {"output_tokens": 3}, [{"output_tokens": 0}], Tokens(10, 0)),
+    ("a reported output never falls", {}, [{"output_tokens": 9}, {"output_tokens": 0}], Tokens(10, 9)),
+    ("a lower input never lowers", {"input_tokens": 60_385}, [{"input_tokens": 612, "output_tokens": 7}], Tokens(60_385, 7)),
     ("null keeps", {"cache_read_input_tokens": 5}, [{"input_tokens": None, "cache_read_input_tokens": None}], Tokens(10, 1, 5)),
-    ("zero overwrites", {"cache_read_input_tokens": 5}, [{"cache_read_input_tokens": 0, "output_tokens": 7}], Tokens(10, 7, 0)),
-    ("three deltas: the last wins", {}, [{"output_tokens": 3}, {"output_tokens": 5}, {"output_tokens": 9}], Tokens(10, 9)),
+    ("a zero never erases", {"cache_read_input_tokens": 5}, [{"cache_read_input_tokens": 0, "output_tokens": 7}], Tokens(10, 7, 5)),
+    (
+        "a zero split never erases",
+        {"cache_creation_input_tokens": 9, "cache_creation": {"ephemeral_5m_input_tokens": 5, "ephemeral_1h_input_tokens": 4}},
+        [{"cache_creation_input_tokens": 0, "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}}],
+        Tokens(10, 1, 0, 5, 4, 0),
+    ),
+    ("three deltas: the last is the highest", {}, [{"output_tokens": 3}, {"output_tokens": 5}, {"output_tokens": 9}], Tokens(10, 9)),
     ("a delta without usage keeps", {}, [{"output_tokens": 7}, None], Tokens(10, 7)),
     ("no delta usage at all", {}, [None], Tokens(10, 1)),
     (
@@ -91,12 +102,69 @@ MERGES = [
 
 
 @pytest.mark.parametrize(("opening", "totals", "tokens"), [row[1:] for row in MERGES], ids=[row[0] for row in MERGES])
-def test_running_totals_overwrite_and_never_add(opening: dict[str, object], totals: list[dict[str, object] | None], tokens: Tokens) -> None:
+def test_counts_are_cumulative(opening: dict[str, object], totals: list[dict[str, object] | None], tokens: Tokens) -> None:
     body = start(**opening) + b"".join(delta(usage=usage) for usage in totals) + STOP
     usage = read(body)
     assert usage.tokens == tokens
     assert usage.readable
     assert usage.complete
+
+
+@pytest.mark.parametrize("opening", [None, {}, {"input_tokens": 0, "output_tokens": 0}], ids=["none", "empty", "zeroes"])
+def test_usage_may_come_only_in_the_delta(opening: dict[str, int] | None) -> None:
+    beginning = event("message_start", message={"id": "msg_1", "type": "message", "model": "claude-opus-5-5", "content": [], "usage": opening})
+    whole = {"input_tokens": 10, "output_tokens": 7, "cache_read_input_tokens": 5, "server_tool_use": {"web_search_requests": 2}}
+    for size in (None, 1, 7):
+        usage = read(beginning + block() + text("Hi") + CLOSE + delta(usage=whole) + STOP, size=size)
+        assert (usage.tokens, usage.web_search_requests) == (Tokens(10, 7, 5), 2)
+        assert usage.readable
+        assert usage.complete
+        assert usage.notes == ()
+    assert not read(beginning + block() + text("Hi")).prompt_known, "cut before its delta, it has told nothing"
+
+
+def test_searches_are_cumulative_beside_iterations_too() -> None:
+    first, second = ({"output_tokens": 1, "iterations": BOTH, "server_tool_use": {"web_search_requests": n}} for n in (3, 0))
+    assert read(start() + delta(usage=first) + delta(usage=second) + STOP).web_search_requests == 3
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        [],
+        BOTH[:1],
+        [entry | {"input_tokens": 0, "output_tokens": 0} for entry in BOTH],
+        [{**BOTH[0], "input_tokens": 1}, {**BOTH[1], "output_tokens": None}],
+    ],
+    ids=["empty", "shorter", "zeroes", "lower"],
+)
+def test_iterations_are_cumulative(later: list[dict[str, object]]) -> None:
+    readable = all(entry["output_tokens"] is not None for entry in later)
+    usage = read(start() + delta(usage={"output_tokens": 1, "iterations": BOTH}) + delta(usage={"iterations": later}) + STOP)
+    assert [(part.kind, part.tokens) for part in usage.iterations] == [("compaction", Tokens(60_385, 522)), ("message", Tokens(612, 0))]
+    assert usage.readable is readable
+
+
+CALL = {"type": "tool_use", "id": "toolu_1", "name": "roll", "input": {}, "caller": {"type": "code_execution_20250825", "tool_id": "srvtoolu_1"}}
+
+
+@pytest.mark.parametrize("counts", [{"input_tokens": 0, "output_tokens": 0}, {"input_tokens": 10, "output_tokens": 7}], ids=["unbilled", "billed"])
+def test_a_message_start_may_be_the_whole_message(counts: dict[str, int]) -> None:
+    """Programmatic tool calls, as recorded: what the code asks for comes in one piece, and nothing is generated for it."""
+    whole = json.loads(message(content=[CALL], stop_reason="tool_use", container={"id": "container_1"}, usage=counts))
+    body = event("message_start", message=whole) + STOP
+    as_json = read(json.dumps(whole).encode(), "application/json")
+    for cut in (len(body), len(body) - len(STOP), len(body) - len(STOP) - 2):
+        for size in (None, 1, 7):
+            assert read(body[:cut], size=size) == as_json
+    assert (as_json.complete, as_json.readable, as_json.stop_reason, as_json.code_executed) == (True, True, "tool_use", True)
+    assert as_json.tokens == Tokens(**counts)
+
+
+def test_a_refusal_that_comes_whole_is_free_only_without_content() -> None:
+    for content, free in (([], True), ([{"type": "text", "text": "I"}], False)):
+        whole = json.loads(message(content=content, stop_reason="refusal"))
+        assert read(event("message_start", message=whole) + STOP).refused_before_output is free
 
 
 # How an answer can end: (bytes, content type) -> started, readable, complete, error_type. The table in usage/meter.py, executed.

@@ -15,6 +15,7 @@ from .prices import MODELS
 
 MAGIC = "simulate:"
 THINKING = (None, "off", "hidden", "summarised", "full")
+OPENING_USAGE = (None, "absent", "zeroes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,12 @@ class Behaviour:
     """off, hidden (no text, but billed), summarised (an eighth of the text), full. None: as the request's `thinking` says."""
     thinking_tokens: int | None = None
     """None: half of the output."""
+    opening_usage: str | None = None
+    """`absent` or `zeroes`: message_start tells nothing of the prompt, only message_delta does. None: both tell it."""
+    closing_zeroes: bool = False
+    """message_delta tells the prompt's counts as zeroes."""
+    whole_start: bool = False
+    """message_start is the whole message, and only message_stop follows: how programmatic tool calls come."""
     tool_use: bool = False
     """Call the request's first tool even where `tool_choice` does not force it."""
     served_model: str | None = None
@@ -96,6 +103,8 @@ class Behaviour:
         """Raises ValueError for a word that means nothing here."""
         if self.thinking not in THINKING:
             raise ValueError(f"thinking: {self.thinking!r} is none of {THINKING}")
+        if self.opening_usage not in OPENING_USAGE:
+            raise ValueError(f"opening_usage: {self.opening_usage!r} is none of {OPENING_USAGE}")
         if self.encoding is not None and self.encoding not in ENCODERS:
             raise ValueError(f"encoding: {self.encoding!r} is none of {', '.join(ENCODERS)}")
         for model in (self.served_model, *(part.get("model") for part in self.iterations)):

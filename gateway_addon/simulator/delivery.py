@@ -95,7 +95,12 @@ def _error_is_due(behaviour: Behaviour, count: int, tokens: int, answer: Answer)
 
 async def _paced(exchange: Exchange, answer: Answer, behaviour: Behaviour, clock: Clock) -> AsyncIterator[tuple[int, bytes]]:
     """Each event when it is due, with the tokens generated for it and before it; pings while nothing is."""
-    yield 0, answer.opening()
+    if behaviour.whole_start:
+        await exchange.pause(sum(step_s(step, behaviour) for step in answer.steps()) + behaviour.ahead_s - clock.elapsed_s())
+        for piece in answer.whole():
+            yield answer.final.output_tokens, piece
+        return
+    yield 0, answer.opening(behaviour.opening_usage)
     silent_until_s = behaviour.delay_headers_s + behaviour.say_nothing_s
     await exchange.pause(silent_until_s - clock.elapsed_s())
     tokens, generated_s = 0, 0.0
@@ -108,5 +113,5 @@ async def _paced(exchange: Exchange, answer: Answer, behaviour: Behaviour, clock
         tokens += step.tokens
         if step.event is not None:
             yield tokens, step.event
-    for last in answer.closing():
+    for last in answer.closing(zeroes=behaviour.closing_zeroes):
         yield tokens, last

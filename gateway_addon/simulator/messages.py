@@ -7,7 +7,7 @@ Pure: no clock, no socket. The order of a stream, which is what a meter must und
     message_delta                       the stop reason; usage as a running total, which replaces and is never added
     message_stop
 
-`ping` and `error` may stand anywhere.
+`ping` and `error` may stand anywhere. A message that comes whole is a message_start with its content and stop reason, and message_stop.
 """
 
 import json
@@ -79,20 +79,31 @@ class Answer:
         content = [block.whole for block in self.blocks]
         return self._message(content, self.stop_reason, _opening_usage(self.start) | self._closing_usage())
 
-    def opening(self) -> bytes:
-        """message_start. Its `output_tokens` is a placeholder, neither a floor nor a count."""
-        return event("message_start", message=self._message([], None, _opening_usage(self.start) | {"output_tokens": 1}))
+    def opening(self, told: str | None = None) -> bytes:
+        """Return message_start. Its `output_tokens` is a placeholder, neither a floor nor a count.
+
+        `told`: what it says of the prompt, as `Behaviour.opening_usage`.
+        """
+        usage = _opening_usage(self.start if told is None else Usage()) | {"output_tokens": 1}
+        return event("message_start", message=self._message([], None, None if told == "absent" else usage))
+
+    def whole(self) -> Iterator[bytes]:
+        """Yield the stream of a message that comes in one piece."""
+        yield event("message_start", message=self.json())
+        yield event("message_stop")
 
     def steps(self) -> Iterator[Step]:
         """All that lies between the opening and the closing. Can be walked again and again."""
         for index, block in enumerate(self.blocks):
             yield from block.steps(index, self.tokens_per_event)
 
-    def closing(self) -> Iterator[bytes]:
-        yield event("message_delta", delta={"stop_reason": self.stop_reason, "stop_sequence": None}, usage=self._closing_usage())
+    def closing(self, *, zeroes: bool = False) -> Iterator[bytes]:
+        """Yield the end of a stream. `zeroes`: it tells nothing of the prompt any more."""
+        usage = self._closing_usage() | (_prompt_usage(Usage()) if zeroes else {})
+        yield event("message_delta", delta={"stop_reason": self.stop_reason, "stop_sequence": None}, usage=usage)
         yield event("message_stop")
 
-    def _message(self, content: list[dict[str, Any]], stop_reason: str | None, usage: dict[str, Any]) -> dict[str, Any]:
+    def _message(self, content: list[dict[str, Any]], stop_reason: str | None, usage: dict[str, Any] | None) -> dict[str, Any]:
         return {
             "id": self.message_id,
             "type": "message",

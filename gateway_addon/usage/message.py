@@ -1,13 +1,19 @@
 """The rules by which JSON objects of the Messages API add up to one `Usage`. Pure; never raises on content.
 
 The rules, each learnt from recorded responses (reference: platform documentation, "Streaming messages" and "Usage"):
-- message_delta counts are running totals: the last number wins, null or absent keeps what was there, nothing is added up;
+- counts are running totals: the highest that was said holds, so that a zero or null in a later event never erases it, and nothing is
+  added up; but beside `iterations`, which are the bill, the top level speaks of the last turn alone, and may fall;
+- the `output_tokens` of a message_start are a placeholder, neither a floor nor a count: the first later number replaces them;
+- usage may come with message_start, with message_delta, or with both;
+- a message_start with a stop reason is the whole message (programmatic tool calls): content and usage are in it, no delta follows;
 - service tier, speed, region and the 5m/1h split come with the first usage object only, and are kept;
 - a count that is not a whole number >= 0 is not understood: the usage is then unreadable, never guessed;
 - the served model is the message's, unless a fallback block or a fallback_message iteration names another;
 - unknown keys, blocks and iteration kinds are no error;
 - a name is the provider's to choose, and is kept as names are (names.py).
 """
+
+from typing import NamedTuple
 
 from gateway_addon.names import safe_name
 from gateway_addon.usage.values import Part, Tokens, Usage
@@ -21,16 +27,28 @@ _NESTED_COUNTS = {
 _NAMES = ("service_tier", "speed", "inference_geo")
 
 
+class _Iteration(NamedTuple):
+    """One entry of `usage.iterations`, as far as it has been counted."""
+
+    kind: str
+    model: str | None
+    counts: dict[str, int]
+
+    def part(self) -> Part:
+        return Part(self.kind, self.model, _tokens(self.counts))
+
+
 class Draft:
     """One answer as far as it has been seen: takes the objects in the order in which they come."""
 
-    __slots__ = ("_asked", "_counts", "_iterations", "_names", "_notes", "_served", "_unreadable", "code_executed", "complete",
-                 "error_type", "fallback", "has_content", "message_id", "started", "stop_reason")  # fmt: skip
+    __slots__ = ("_asked", "_counts", "_iterations", "_names", "_notes", "_output_is_placeholder", "_served", "_unreadable",
+                 "code_executed", "complete", "error_type", "fallback", "has_content", "message_id", "started", "stop_reason")  # fmt: skip
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self._names: dict[str, str] = {}
-        self._iterations: tuple[Part, ...] = ()
+        self._output_is_placeholder = False
+        self._iterations: list[_Iteration] = []
         self._asked: str | None = None
         self._served: str | None = None
         self._unreadable = False
@@ -57,16 +75,16 @@ class Draft:
         self.note(sentence)
 
     def message_start(self, message: object) -> None:
-        """A stream's opening. A second one (seen from a middleman) overwrites like every later object does."""
+        """Take a stream's opening, which may be the whole message. A second one, seen from a middleman, adds what it says."""
         if not isinstance(message, dict):
             return self.not_understood("message_start carries no message")
         if self.started:
             self.note("message_start came twice")
-        self.started = True
-        self._asked = _name(message.get("model")) or self._asked
-        self.message_id = _name(message.get("id")) or self.message_id
-        self._container(message)
-        self._usage(message.get("usage"))
+        placeholder = self._output_is_placeholder or not self.started
+        self._open(message)
+        self._output_is_placeholder = placeholder
+        if _name(message.get("stop_reason")):
+            self._finish(message)
 
     def message_delta(self, event: dict[str, object]) -> None:
         """A stream's running totals. Some carry no usage at all, which keeps what was there."""
@@ -93,8 +111,20 @@ class Draft:
             self.code_executed = True
 
     def message(self, message: dict[str, object]) -> None:
-        """A whole JSON answer."""
-        self.message_start(message)
+        """Take a whole JSON answer."""
+        self._open(message)
+        self._finish(message)
+
+    def _open(self, message: dict[str, object]) -> None:
+        self.started = True
+        self._asked = _name(message.get("model")) or self._asked
+        self.message_id = _name(message.get("id")) or self.message_id
+        self._container(message)
+        if message.get("usage") is not None:
+            self._usage(message["usage"])
+
+    def _finish(self, message: dict[str, object]) -> None:
+        """Take the content and the stop reason of a message that is whole."""
         content = message.get("content")
         if isinstance(content, list):
             for block in content:
@@ -102,6 +132,7 @@ class Draft:
         else:
             self.has_content = True  # not the shape that we know: do not take it for a refusal that is free
         self.stop_reason = _name(message.get("stop_reason"))
+        self._output_is_placeholder = False
         self.complete = True
 
     def error(self, envelope: dict[str, object]) -> None:
@@ -114,10 +145,12 @@ class Draft:
         """What has been seen so far, as a value."""
         counts = self._counts
         readable = not self._unreadable and "input_tokens" in counts and "output_tokens" in counts
+        if self.started and self.complete and not counts:
+            self.note("the answer carries no usage object")
         return Usage(
             model=self._served or self._asked,
             tokens=_tokens(counts),
-            iterations=self._iterations,
+            iterations=tuple(each.part() for each in self._iterations),
             web_search_requests=counts.get("web_search_requests", 0),
             web_fetch_requests=counts.get("web_fetch_requests", 0),
             code_execution_requests=counts.get("code_execution_requests", 0),
@@ -139,8 +172,11 @@ class Draft:
 
     def _usage(self, usage: object) -> None:
         if not isinstance(usage, dict):
-            return self.not_understood("the answer carries no usage object")
-        self._counts.update(self._numbers(usage, "usage"))
+            return self.not_understood("usage is not an object")
+        said = self._numbers(usage, "usage")
+        fall = set(_COUNTS) if usage.get("iterations") else {"output_tokens"} if self._output_is_placeholder else set()
+        self._counts = _highest(self._counts, said) | {name: said[name] for name in fall & said.keys()}
+        self._output_is_placeholder = self._output_is_placeholder and "output_tokens" not in said
         for name in _NAMES:
             if value := _name(usage.get(name)):
                 self._names[name] = value
@@ -154,16 +190,17 @@ class Draft:
     def _take_iterations(self, entries: object) -> None:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             return self.not_understood("usage.iterations is not a list of objects")
-        parts = []
         for index, entry in enumerate(entries):
             counts = self._numbers(entry, f"usage.iterations[{index}]")
             if "input_tokens" not in counts or "output_tokens" not in counts:
                 self.not_understood(f"usage.iterations[{index}] lacks its token counts")
             kind = _name(entry.get("type")) or "unknown"
             model = _name(entry.get("model")) or (None if kind == "advisor_message" else self._asked)
-            parts.append(Part(kind, model, _tokens(counts)))
-        self._iterations = tuple(parts)
-        fallbacks = [part for part in parts if part.kind == "fallback_message"]
+            before = self._iterations[index : index + 1]
+            if before and (before[0].kind, before[0].model) == (kind, model):
+                counts = _highest(before[0].counts, counts)
+            self._iterations[index : index + 1] = [_Iteration(kind, model, counts)]
+        fallbacks = [each for each in self._iterations if each.kind == "fallback_message"]
         if fallbacks:
             self.fallback = True
             self._served = fallbacks[-1].model or self._served
@@ -190,6 +227,11 @@ class Draft:
 
 def _name(value: object) -> str | None:
     return safe_name(value) if isinstance(value, str) and value else None
+
+
+def _highest(before: dict[str, int], said: dict[str, int]) -> dict[str, int]:
+    """Merge two states of the same running totals."""
+    return before | {name: max(count, before.get(name, 0)) for name, count in said.items()}
 
 
 def _tokens(counts: dict[str, int]) -> Tokens:

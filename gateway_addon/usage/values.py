@@ -67,6 +67,11 @@ class Usage:
     """The output count is an assumption (`assuming_output`), not the provider's."""
     notes: tuple[str, ...] = ()
 
+    @property
+    def prompt_known(self) -> bool:
+        """The tokens of the prompt were told. Zeroes are not: no prompt has none, and some message_start leaves them to the end."""
+        return self.readable and self.tokens.prompt_tokens > 0
+
     def assuming_output(self, output_tokens: int) -> "Usage":
         """The same answer, taken to have at least `output_tokens`: how a cut stream is settled at its grant."""
         missing = max(0, output_tokens - self.tokens.output_tokens)
