@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Literal
 
 from mitmproxy import connection, ctx, exceptions, http, tls
@@ -19,7 +19,7 @@ from mitmproxy.proxy import server_hooks
 from mitmproxy.proxy.layer import NextLayer
 from OpenSSL import SSL
 
-from gateway_addon import inject
+from gateway_addon import header_filter, inject
 from gateway_addon.answers import Answer, cap_headers
 from gateway_addon.gate import Gate
 from gateway_addon.listener import Certificate
@@ -35,10 +35,9 @@ logger = logging.getLogger(__name__)
 UNREAD_BODY_MAX = 64 * 1024  # what is read of a body whose answer is already decided; beyond it the connection is closed
 BODY_BYTES_MAX = 33 * 1024 * 1024  # a little above the API's own 32 MB, so that its limit is refused with its own sentence
 REPLACED = frozenset({b"x-api-key", b"authorization", b"proxy-authorization", b"accept-encoding", b"x-forwarded-for"})
-"""Request headers that end here: credentials, and where in the operator's own network a call came from."""
+"""Request headers that no flow shows: credentials, and where in the operator's own network a call came from."""
 IDENTITY = (b"accept-encoding", b"identity")  # compression would delay the first tokens of a stream
-ACCOUNT_HEADERS = (b"anthropic-ratelimit-", b"anthropic-priority-", b"anthropic-organization-id", b"anthropic-workspace-id")
-"""Response headers about the account that all apps share: no app's business."""
+DROPS_TOLD_MAX = 1_000  # header names whose first drop is logged: an app may make them up without end
 REQUIRED_OPTIONS: dict[str, Any] = {
     "proxy_debug": False,  # prints the bytes of the wire, the key among them
     "ssl_insecure": False,  # would hand the key to anybody who answers
@@ -98,6 +97,7 @@ class GatewayAddon:
         self.certificate = Certificate()
         self.draining = False
         self.on_running: Callable[[], None] = lambda: None
+        self.drops_told: set[bytes] = set()
         self.lives: dict[str, Life] = {}
         self.connections: dict[str, Life | None] = {}
         """By client connection that injects: the life of its current flow. HTTP/1 has one at a time."""
@@ -165,7 +165,7 @@ class GatewayAddon:
         """Take the credential off the flow before anything can show it, and find out who calls."""
         headers = _lowered(flow.request.headers)
         kept = [field for field in flow.request.headers.fields if field[0].lower() not in REPLACED]
-        flow.request.headers.fields = (*kept, IDENTITY)
+        flow.request.headers.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
         flow.request.stream = False
         life = self.lives[flow.id] = Life(flow, self.gate, self.clock)
         if flow.client_conn.id in self.connections:
@@ -246,7 +246,20 @@ class GatewayAddon:
     ) -> inject.Grant:
         """For what was judged, not for what the flow is by now: under mitmweb a person may have edited it meanwhile."""
         address, secure = inject.address(arrived.policy.upstream)
-        return inject.Grant(address, secure, request.method, request.target, fields, body, ("x-api-key", self.key()))
+        leaving, dropped = header_filter.leaving(fields, arrived.policy.pass_headers)
+        self._tell_of_drops(arrived.app.name, dropped)
+        return inject.Grant(address, secure, request.method, request.target, fields, leaving, body, ("x-api-key", self.key()))
+
+    def _tell_of_drops(self, app: str, names: Iterable[bytes]) -> None:
+        """Log the first drop of each header name: who misses it upstream finds out here why."""
+        for name in names:
+            if name not in self.drops_told and len(self.drops_told) < DROPS_TOLD_MAX:
+                self.drops_told.add(name)
+                shown = name[:100].decode("ascii", "backslashreplace")
+                logger.info(
+                    "The request header %s (app %s) is not sent on: the Claude API does not know it. "
+                    "If it shall leave all the same: pass_headers: [%s] in gateway.yaml.", shown, app, shown,
+                )  # fmt: skip
 
     # -- its answer
 
@@ -260,7 +273,8 @@ class GatewayAddon:
         self.gate.upstream_headers(life.arrived, response.status_code, lowered, self.clock())
         if response.status_code == 401:
             self.key_refused()
-        fields = [field for field in response.headers.fields if not field[0].lower().startswith(ACCOUNT_HEADERS)]
+        fields = header_filter.coming_in(response.headers.fields)
+        response.data.reason = header_filter.plain_reason(response.data.reason)
         if life.running is not None:
             known = dict(lowered)
             content_type = known.get("content-type", "")
@@ -271,12 +285,12 @@ class GatewayAddon:
                 response.stream = functools.partial(self._chunk, weakref.ref(life))
             life.watch()
             ticket = life.running.ticket
-            fields += [(name.encode(), value.encode()) for name, value in cap_headers(ticket.app.name, ticket.standings)]
+            fields += tuple((name.encode(), value.encode()) for name, value in cap_headers(ticket.app.name, ticket.standings))
         elif life.free is not None and life.free.errand.streamed and response.status_code == 200:
             life.last_byte_at = self.clock()
             response.stream = functools.partial(self._chunk, weakref.ref(life))
             life.watch()
-        response.headers.fields = tuple(fields)
+        response.headers.fields = fields
 
     def _chunk(self, its_life: weakref.ref[Life], chunk: bytes) -> bytes:
         """The stream's tap. It must not raise: mitmproxy would drop the chunk.

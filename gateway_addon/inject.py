@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from mitmproxy import connection, flow, http
+from mitmproxy.net.http import url
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.layers.http import (
     DropStream,
@@ -43,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 NOT_WELL_FORMED = "The request is not well-formed HTTP/1.1, so it was not judged. Use an HTTP client library to build it."
 BROKEN = (RequestProtocolError, ResponseProtocolError)
-HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade"})
+BODY_METHODS = ("POST", "PUT", "PATCH")
+"""Methods whose requests state a length even where they have no body (RFC 9110, section 8.6)."""
 
 
 def nothing() -> None:
@@ -60,6 +62,8 @@ class Grant:
     path: str
     fields: tuple[tuple[bytes, bytes], ...]
     """The headers as judged."""
+    leaving: tuple[tuple[bytes, bytes], ...]
+    """Those of them that the API gets, beside what the gateway writes itself: host, length and credential."""
     body: bytes | None
     credential: tuple[str, str] = dataclasses.field(repr=False)
     """Header name and secret. Kept out of every repr, so out of every traceback and log."""
@@ -185,7 +189,7 @@ class InjectStream(whole.Stream):
             return None
         record.sent = True
         record.on_sent()
-        return _wire_copy(request, *grant.credential)
+        return _wire_copy(request, grant)
 
     def _refuse_to_send(self) -> layer.CommandGenerator[None]:
         logger.error("A request reached the wire without a grant, or changed after it was admitted; it was not sent.")
@@ -271,16 +275,17 @@ class ApiHttp1Server(whole.Server):
         self.state = self.done
 
 
-def _wire_copy(request: http.Request, name: str, secret: str) -> http.Request:
-    """The request with the real credential and without what concerns one hop alone (RFC 9110, section 7.6.1).
+def _wire_copy(request: http.Request, grant: Grant) -> http.Request:
+    """Copy the request with the real credential, in the gateway's own framing, without what stays here.
 
     A shallow copy by hand: `request.copy()` takes every field apart and checks its type, a tenth of all that a call costs here.
     """
     sent = _twin(request)
     sent.data = _twin(request.data)
-    replaced = name.encode()
-    fields = [field for field in request.headers.fields if (lower := field[0].lower()) != replaced and lower not in HOP_HEADERS]
-    sent.data.headers = Headers.of((*fields, (replaced, secret.encode())))
+    name, secret = grant.credential
+    host = url.hostport("https" if grant.tls else "http", *grant.address)
+    framing = ((b"content-length", b"%d" % len(grant.body or b"")),) if grant.body or grant.method in BODY_METHODS else ()
+    sent.data.headers = Headers.of(((b"host", host.encode()), *grant.leaving, *framing, (name.encode(), secret.encode())))
     return sent
 
 

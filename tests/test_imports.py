@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "gateway_addon"
 
 OWN = {
     # room: the rooms that it may import. A room that is not here is an edge (commands, launchers), checked by EDGES below.
-    "addon": {"answers", "gate", "inject", "listener", "lives", "passes", "reading", "refusals", "running", "settlement"},
+    "addon": {"answers", "gate", "header_filter", "inject", "listener", "lives", "passes", "reading", "refusals", "running", "settlement"},
     "debugging": {
         "addon", "answers", "calls", "explanation", "gate", "identity", "inject", "ledger", "lives", "money", "passes", "policy", "pricing", "refusals",
         "settlement", "sse", "usage",
@@ -30,6 +30,7 @@ OWN = {
     "handling": {"dispatch", "intake"},
     "intake": set(),
     "headers": set(),
+    "header_filter": set(),
     "relay": {"dispatch", "whole"},
     "whole": {"dispatch", "headers"},
     "gate": {
@@ -57,7 +58,7 @@ OWN = {
     "running": {"bounds", "grants", "ledger", "money", "names", "policy", "pricing", "reading", "usage"},
     "sentences": {"bounds", "identity", "ledger", "money", "noise", "origin", "policy", "rates", "refusals", "running"},
     "bounds": {"fields", "money", "policy", "pricing", "reading", "refusals", "survey"},
-    "policy": {"money", "pricing", "reading", "refusals", "survey", "yamlfile"},
+    "policy": {"header_filter", "money", "pricing", "reading", "refusals", "survey", "yamlfile"},
     "pricing": {"money", "usage", "yamlfile"},
     "moving": {"inventory", "ledger"},
     "reconcile": {"ledger", "money", "pricing", "usage"},

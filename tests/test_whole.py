@@ -221,7 +221,7 @@ SCENARIOS: dict[str, tuple[Any, ...]] = {
     "an addon that edits a request": (talk(asked()), [SAID], ("request", lambda flow: setattr(flow.request, "text", "hi")), {}, (1, 0)),
     "an addon that passes a request on as it comes": (talk(asked()), [SAID], ("requestheaders", lambda flow: setattr(flow.request, "stream", True)), {}, (1, 0)),
     "an addon that kills what is refused": (talk(asked(b"{}")), [], ("responseheaders", lambda flow: flow.kill()), {}, (1, 0)),
-    "an addon that asks in chunks": (talk(asked()), [SAID], ("requestheaders", in_chunks), {}, (1, 0)),
+    "an addon that asks in chunks": (talk(asked()), [SAID], ("requestheaders", in_chunks), {}, BOTH),
     "an addon that ends the connections": (talk(asked()), [SAID], ("requestheaders", lambda flow: flow.request.headers.add("connection", "close")), {}, BOTH),
     "an addon that asks as HTTP/1.0": (talk(asked()), [SAID], ("request", lambda flow: setattr(flow.request, "http_version", "HTTP/1.0")), {}, (1, 0)),
     "an addon that edits an answer": (talk(asked()), [SAID], ("response", lambda flow: setattr(flow.response, "text", "hi")), {}, BOTH),

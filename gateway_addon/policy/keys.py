@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from gateway_addon.header_filter import OWN
 from gateway_addon.policy.kinds import (
     AMOUNT,
     BOOLEAN,
@@ -71,6 +72,15 @@ def _proxy(value: str) -> Any:
     if network.prefixlen == 0:
         raise ValueError(f"{value} is everybody: every caller could name an address of his own; write where the proxy is")
     return network
+
+
+def _header(value: str) -> str:
+    name = value.lower()
+    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", name) is None:
+        raise ValueError(f"{value!r} is not the name of a header; write one like x-trace-id")
+    if name.encode() in OWN:
+        raise ValueError(f"{value!r} is written by the gateway itself, or ends here; leave it out")
+    return name
 
 
 def _zone(value: str) -> str:
@@ -299,6 +309,11 @@ GATEWAY: dict[str, Key] = {
     ),
     "trusted_proxies": Key(
         listing(_PROXY), "proxies in front: whom they saw (X-Forwarded-For) is taken for the caller; nobody's word unless given", ()
+    ),
+    "pass_headers": Key(
+        listing(parsed(_header, {"type": "string"}, "a header's name")),
+        "request headers that are sent on beside those that the Claude API knows; no others unless given",
+        (),
     ),
     "alerts": ALERTS,
 }

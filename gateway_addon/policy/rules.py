@@ -48,10 +48,9 @@ def trail(app: AppPolicy, reading: Reading, prices: Prices) -> Iterator[Verdict]
     yield _endpoint(app, reading)
     if reading.endpoint in (*PROMPTS, "model"):
         yield _model(app, reading.model, "model", prices)
-    if reading.shared:
+    if reading.endpoint not in PROMPTS:  # they bring features along in their headers
         yield from _features(app, reading)
         yield from _betas(app, reading)
-    if reading.endpoint not in PROMPTS:
         return
     for where, model in _reachable(app, reading):
         yield _model(app, model, where, prices)

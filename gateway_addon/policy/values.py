@@ -158,6 +158,8 @@ class GatewayPolicy:
     """Bytes. What keeps many large requests at once from taking all of the machine's memory."""
     tls: Tls | None
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...]
+    pass_headers: tuple[str, ...]
+    """Request headers that leave beside those that the API knows, in lower case."""
     alerts: Alerts
     workspace_geo: Literal["global", "us", "unknown"]
     apps: Mapping[str, AppPolicy]
