@@ -1,14 +1,14 @@
-"""Every command of the README, run in order in an empty folder, with the simulated API in the real one's place."""
+"""Every command of the README, run in order in a clone of the repository, with the simulated API in the real one's place."""
 
 import asyncio
 import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from checkouts import clone
 
 from gateway_addon.policy.reference import reference
 from gateway_addon.simulator import KEY, Simulator
@@ -16,13 +16,7 @@ from gateway_addon.simulator import KEY, Simulator
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python|yaml|text)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
-RUN_SH = """#!/usr/bin/env bash
-# The project's own run.sh, without the environment that it prepares: this test's interpreter has it. The demo has its own test.
-[ "$1" = test ] || [ "$1" = demo ] && exit 0
-"{python}" -m gateway_addon "$@" || exit $?
-[ "$1" = init ] && sed -i "s#^upstream:.*#upstream: $SIMULATED_URL#" "$GATEWAY_POLICIES/gateway.yaml"
-exit 0
-"""
+HAVE_TESTS_OF_THEIR_OWN = ("./run.sh demo\n", "./run.sh test\n")
 
 
 def test_the_reference_of_every_key_is_the_one_that_validates_them():
@@ -57,29 +51,33 @@ async def reachable(port: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-async def test_every_command_works_in_order_in_an_empty_folder(tmp_path):
-    port = free_port()
-    (tmp_path / "run.sh").write_text(RUN_SH.format(python=sys.executable))
-    (tmp_path / "run.sh").chmod(0o755)
-    here = {"GATEWAY_POLICIES": f"{tmp_path}/policies", "GATEWAY_LEDGER": f"sqlite:///{tmp_path}/gateway.db"}
-    root = str(Path(__file__).parent.parent)
+async def test_every_command_works_in_order_in_a_clone(tmp_path):
+    """As somebody types them: nothing is set that no line of the README exports, but the address and the upstream."""
+    port, root = free_port(), clone(tmp_path)
     async with Simulator() as api:
-        environment = os.environ | here | {"SIMULATED_URL": api.url, "GATEWAY_LISTEN": f"127.0.0.1:{port}", "PYTHONPATH": root}
-        exported, server, ran = {}, None, 0
+        policy = root / "policies" / "gateway.yaml"
+        policy.write_text(policy.read_text().replace("upstream: https://api.anthropic.com", f"upstream: {api.url}"))
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ANTHROPIC_", "GATEWAY_")) and name != "TOKEN"}
+        environment = inherited | {"GATEWAY_LISTEN": f"127.0.0.1:{port}"}
+        server, ran = None, 0
         for language, block in BLOCKS:
             text = block.replace("127.0.0.1:8080", f"127.0.0.1:{port}").replace("sk-ant-your-real-key", KEY)
-            if language in ("yaml", "text"):
+            for line in HAVE_TESTS_OF_THEIR_OWN:
+                text = text.replace(line, "")
+            if language in ("yaml", "text") or not text:
                 continue
             if text.strip() == "./run.sh serve":
-                server = subprocess.Popen(["./run.sh", "serve"], cwd=tmp_path, env=environment | exported, stdout=subprocess.DEVNULL, start_new_session=True)
+                server = subprocess.Popen(["./run.sh", "serve"], cwd=root, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
                 await reachable(port)
                 continue
-            command = ["bash", "-ec", f"{text}\nset +x; env > .after; echo TOKEN=$TOKEN >> .after"] if language == "bash" else [sys.executable, "-c", text]
-            done = await asyncio.to_thread(subprocess.run, command, cwd=tmp_path, env=environment | exported, capture_output=True, text=True, timeout=60)
+            after = tmp_path / "after"
+            command = ["bash", "-ec", f"{text}\nenv -0 > '{after}'"] if language == "bash" else [root / ".venv/bin/python", "-c", text]
+            done = await asyncio.to_thread(subprocess.run, command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+            if done.returncode != 0 and server is not None:
+                os.killpg(server.pid, 15)
             assert done.returncode == 0, (text, done.stdout[-2000:], done.stderr[-2000:])
             if language == "bash":
-                after = dict(line.split("=", 1) for line in (tmp_path / ".after").read_text().splitlines() if "=" in line)
-                exported |= {name: after[name] for name in ("TOKEN", "ANTHROPIC_API_KEY") if after.get(name)}
+                environment |= dict(line.split("=", 1) for line in after.read_text().split("\0") if "=" in line)
             ran += 1
         os.killpg(server.pid, 15)
         server.wait(10)

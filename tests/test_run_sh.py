@@ -1,35 +1,13 @@
 """`./run.sh`, from any folder, with spaces in the path, twice at the same time, and without a Python that will do."""
 
-import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-
-def checkout(folder: Path) -> Path:
-    """A copy of the project whose environment is this one, its locks stamped as installed."""
-    root = folder / "a project"
-    root.mkdir()
-    shutil.copy(ROOT / "run.sh", root / "run.sh")
-    shutil.copytree(ROOT / "gateway_addon", root / "gateway_addon", ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "tests").mkdir()
-    for lock in ("requirements.lock", "tests/requirements.lock"):
-        shutil.copy(ROOT / lock, root / lock)
-    (root / ".venv" / "bin").mkdir(parents=True)
-    wrapper = root / ".venv" / "bin" / "python"
-    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH="{root}" exec "{sys.executable}" "$@"\n')
-    wrapper.chmod(0o755)
-    for lock in ("requirements.lock", "tests/requirements.lock"):
-        digest = hashlib.sha256((root / lock).read_bytes()).hexdigest()
-        (root / ".venv" / f"installed-{lock.replace('/', '-')}").write_text(f"{digest} {root}")
-    return root
+from checkouts import clone
 
 
 def run(root: Path, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,21 +15,21 @@ def run(root: Path, *arguments: str, cwd: Path, **environment: str) -> subproces
 
 
 def test_it_runs_from_any_folder_with_spaces_in_the_path_and_installs_nothing_twice(tmp_path):
-    root = checkout(tmp_path)
+    root = clone(tmp_path)
     done = run(root, "prices", "--json", cwd=Path("/"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "claude-haiku-4-5" in done.stdout
 
 
 def test_two_at_the_same_time_do_not_meet(tmp_path):
-    root = checkout(tmp_path)
+    root = clone(tmp_path)
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: run(root, "--version", cwd=tmp_path), range(2)))
     assert [done.returncode for done in both] == [0, 0]
 
 
 def test_without_a_suitable_python_it_says_what_to_install(tmp_path):
-    root = checkout(tmp_path)
+    root = clone(tmp_path)
     shutil.rmtree(root / ".venv")
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -70,7 +48,7 @@ def test_without_a_suitable_python_it_says_what_to_install(tmp_path):
 
 @pytest.mark.soak
 def test_a_fresh_checkout_prepares_itself_and_again_only_when_the_lock_changes(tmp_path):
-    root = checkout(tmp_path)
+    root = clone(tmp_path)
     shutil.rmtree(root / ".venv")
     first = run(root, "--version", cwd=tmp_path)
     assert first.returncode == 0

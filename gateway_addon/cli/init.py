@@ -10,7 +10,7 @@ import click
 
 from gateway_addon import deployment, services
 from gateway_addon.cli.common import ledger_option, policies_option, project_folder, says_errors
-from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.ledger import LedgerUnavailable, Server
 from gateway_addon.ledger.files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.policy import PolicyError, load
@@ -68,23 +68,23 @@ def init(
             raise click.UsageError("One text at a time: each is for a file of its own.")
         click.echo(asked[0], nl=False)
         return
-    has_gateway, has_apps = (policies / "gateway.yaml").exists(), any((policies / "apps").glob("*.yaml"))
+    place, has_gateway = ledger_path(ledger), (policies / "gateway.yaml").exists()
+    wants_app = app is not None or not any((policies / "apps").glob("*.yaml")) or _is_new_clone(policies, place)
     name, month_nano, key = _name(app or "app"), parse_nano("$20"), _source("env ANTHROPIC_API_KEY")
     if not yes:
-        if app is None and not has_apps:
+        if app is None and wants_app:
             name = click.prompt("What is your first app called?", default=name, value_proc=_name)
-        if not has_apps or app is not None:
+        if wants_app:
             month_nano = click.prompt("What may it spend in a month?", default=dollars(month_nano, 0), value_proc=_amount)
         if not has_gateway:
             where = "Where is the real API key (env NAME, file PATH, or command PROGRAM ARGUMENT...)?"
             key = click.prompt(where, default="env ANTHROPIC_API_KEY", value_proc=_source)
     texts = {policies / "gateway.yaml": GATEWAY.format(key=key, total=dollars(2 * month_nano, 0))}
-    if not has_apps or app is not None:
+    if wants_app:
         texts[policies / "apps" / f"{name}.yaml"] = APP.format(app=name, day=dollars(month_nano // 10, 0), month=dollars(month_nano, 0))
     (policies / "apps").mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         _write(path, text)
-    place = ledger_path(ledger)
     if isinstance(place, Path) and place.exists():
         click.echo(f"kept   {place}")
     else:
@@ -92,8 +92,13 @@ def init(
             place.parent.mkdir(parents=True, exist_ok=True)
         create(place, load(policies).timezone)
         click.echo(f"{'wrote' if isinstance(place, Path) else 'ready'}  {place}")
-    first = name if app is not None or not has_apps else sorted(load(policies).apps)[0]
+    first = name if wants_app else sorted(load(policies).apps)[0]
     click.echo(f"\nNext: gateway token issue {first}   then: gateway serve")
+
+
+def _is_new_clone(policies: Path, ledger: Path | Server) -> bool:
+    """True where only the examples of the repository are there. (A service runs `init --yes` at each start, on policies of its own.)"""
+    return policies == project_folder() / "policies" and isinstance(ledger, Path) and not ledger.exists()
 
 
 def _write(path: Path, text: str) -> None:

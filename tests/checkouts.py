@@ -1,0 +1,27 @@
+"""The project as a person has it who cloned the repository, with this environment in the place of the one that run.sh would install."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def clone(folder: Path) -> Path:
+    """A clone in `folder`, in a path with a space: each file that git knows or would take, as it is in the working tree."""
+    root = folder / "a project"
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
+        if name and (ROOT / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    (root / ".venv" / "bin").mkdir(parents=True)
+    wrapper = root / ".venv" / "bin" / "python"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH="{root}" exec "{sys.executable}" "$@"\n')
+    wrapper.chmod(0o755)
+    for lock in ("requirements.lock", "tests/requirements.lock"):
+        digest = hashlib.sha256((root / lock).read_bytes()).hexdigest()
+        (root / ".venv" / f"installed-{lock.replace('/', '-')}").write_text(f"{digest} {root}")
+    return root
