@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import certifi  # brought by mitmproxy: the authorities that the gateway itself trusts
 
+from gateway_addon.ledger import access
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import Secret, SecretUnavailable
@@ -57,6 +58,15 @@ def check_all(policies: Path, *, offline: bool, clock: Callable[[], float] = tim
     if offline:
         return [*checks, Check("key", [f"{_source(policy)}; not tried (--offline)"], [])]
     return [*checks, *_asked(policy, key, clock)]
+
+
+def check_files(ledger: Path, policies: Path) -> Check:
+    """Who may open the ledger's files, against what the policy says; against the strictest where it says nothing that can be read."""
+    try:
+        mode = load(policies).ledger_mode
+    except (PolicyError, PriceError):
+        mode = access.PRIVATE
+    return Check("files", [f"the ledger's have the mode {mode:04o} at most, as ledger_mode says"], access.exposed(ledger, mode))
 
 
 def check_disk(ledger: Path) -> Check:

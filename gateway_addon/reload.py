@@ -14,7 +14,7 @@ from pathlib import Path
 from gateway_addon.alerts import policy_broken
 from gateway_addon.gate import Gate
 from gateway_addon.inventory import consumers
-from gateway_addon.ledger import Ledger, LedgerUnavailable, admin, apart
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Server, access, admin, apart
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import Secret, SecretUnavailable
@@ -100,11 +100,14 @@ class Watcher:
 
 
 async def align(ledger: Ledger, policy: GatewayPolicy, who: str) -> None:
-    """A policy comes into force: bring the ledger's calendar and the apps' teams in line, and audit what changed, by `who`.
+    """A policy comes into force: bring the ledger's files, its calendar and the apps' teams in line, and audit what changed, by `who`.
 
     Where past calls move, that may take minutes: it is waited for apart, and this gateway goes on by the policy that it has.
     Raises LedgerUnavailable.
     """
+    if not isinstance(ledger.place, Server):
+        for sentence in access.restrict(ledger.place, policy.ledger_mode):
+            logger.warning("%s.", sentence)
     teams, now = {name: app.team for name, app in policy.apps.items()}, time.time()
     if not await ledger.look(partial(admin.is_aligned, zone=policy.timezone, teams=teams)):
         await apart.change(ledger.place, partial(admin.align, zone=policy.timezone, teams=teams, who=who, now=now))

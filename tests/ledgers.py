@@ -64,6 +64,7 @@ def new_file(folder: Path) -> Path:
     """The folder's ledger, an empty one if it has none. Its tables are made once: that takes longer than what most tests do with them."""
     path = folder / "gateway.db"
     if not path.exists():
+        path.touch(mode=0o600)
         path.write_bytes(_empty_file())
     return path
 

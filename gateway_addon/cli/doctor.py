@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gateway_addon.checkup import Check, check_all, check_disk
+from gateway_addon.checkup import Check, check_all, check_disk, check_files
 from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors, status
 from gateway_addon.ledger import LedgerUnavailable, Server, admin, files, proof
 from gateway_addon.money import dollars
@@ -28,7 +28,7 @@ def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
     path = files.ledger_path(ledger)
     checks = [check_ledger(path, now=time.time())]
     if not isinstance(path, Server):
-        checks.append(check_disk(path))
+        checks += [check_files(path, policies), check_disk(path)]
     status("" if offline else "asking the upstream")
     checks += check_all(policies, offline=offline)
     status()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from gateway_addon.ledger import balances, book, files
+from gateway_addon.ledger import access, balances, book, files
 from gateway_addon.ledger.locks import Turnstile, is_dead
 from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.schema import is_behind
@@ -54,6 +54,7 @@ def changing(path: Path | Server) -> Iterator[sqlite3.Connection]:
             yield db
         return
     files.identity(path)
+    access.must_be_allowed(path)
     try:
         turnstile = Turnstile(path)
     except OSError as error:
@@ -91,6 +92,8 @@ def reading(path: Path | Server, beat: Callable[[], None] = lambda: None, *, as_
             yield db
         return
     files.identity(path)
+    if not as_it_is:
+        access.must_be_allowed(path, reading=True)
     try:
         with contextlib.closing(files.reader_connection(path)) as db:
             if not as_it_is and is_behind(db):
@@ -103,10 +106,13 @@ def reading(path: Path | Server, beat: Callable[[], None] = lambda: None, *, as_
             files.must_be_here(path, db)
             yield db
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:  # what the driver makes of Ctrl-C in `step`
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_INTERRUPT:  # what the driver makes of Ctrl-C in `step`
             raise KeyboardInterrupt from None
         if not files.is_of_the_file(error):
             raise
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and (shut := access.shut(path)) is not None:
+            raise shut from error
         raise files.unavailable(path, error) from error
 
 
@@ -117,7 +123,14 @@ def obituary(path: Path | Server, db: sqlite3.Connection) -> Callable[[str], boo
             from gateway_addon.ledger import postgres
         living = postgres.living(db) | {BATCHES}
         return lambda owner: owner not in living
-    return lambda owner: owner != BATCHES and is_dead(path, owner)
+
+    def gone(owner: str) -> bool:
+        try:
+            return owner != BATCHES and is_dead(path, owner)
+        except PermissionError as error:  # a group may read the ledger, not the locks beside it
+            raise access.closed(path) from error
+
+    return gone
 
 
 def issue_token(

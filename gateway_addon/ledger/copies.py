@@ -10,12 +10,11 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from gateway_addon.ledger import admin, files, proof
+from gateway_addon.ledger import access, admin, files, proof
+from gateway_addon.ledger.access import BESIDE
 from gateway_addon.ledger.locks import Turnstile, living
 from gateway_addon.ledger.schema import migrate
 from gateway_addon.ledger.values import LedgerUnavailable
-
-BESIDE = ("", "-wal", "-shm")  # SQLite's own files of one database
 
 
 def backup(ledger: Path, copy: Path) -> int:
@@ -27,6 +26,8 @@ def backup(ledger: Path, copy: Path) -> int:
         raise ValueError(f"{copy} exists already, and a backup is not written over: name another file, with the date in it")
     if not copy.absolute().parent.is_dir():
         raise ValueError(f"the folder {copy.absolute().parent} does not exist: make it, or name another file")
+    files.identity(ledger)
+    access.must_be_allowed(ledger, reading=True)
     with _unfinished(copy) as unfinished:
         calls = _proved_copy(ledger, unfinished)
         os.replace(unfinished, copy)
@@ -42,6 +43,8 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, Path | None]:
         raise ValueError(f"the folder {ledger.absolute().parent} does not exist: make it, or name another ledger with --ledger")
     if not copy.exists():
         raise ValueError(f"there is no backup at {copy}")
+    if ledger.exists():
+        access.must_be_allowed(ledger)
     turnstile = Turnstile(ledger)
     try:
         with turnstile.turn(), _unfinished(ledger) as unfinished:

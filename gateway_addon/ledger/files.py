@@ -4,10 +4,12 @@ Promises that only `create` makes a file, that every connection has the same set
 sentence that names the file and the way out. SQLite and its locks need a local filesystem.
 """
 
+import contextlib
 import os
 import sqlite3
 from pathlib import Path
 
+from gateway_addon.ledger import access
 from gateway_addon.ledger.schema import APPLIED, known, migrate
 from gateway_addon.ledger.store import driver, must_be_known
 from gateway_addon.ledger.values import LedgerUnavailable, Server
@@ -18,6 +20,7 @@ SERVER_SCHEMES = ("postgresql://", "postgres://")
 # from the system's memory, and no time). A larger cache fills with what was written once: rows of ended calls, in every worker.
 CACHE_KIB = 4 * 1024
 MOVED_TO = "moved_to"  # the setting of a file whose ledger is on a server since
+WAL_KEPT_BYTES_MAX = 64 * 2**20  # a log that a long read made grow is cut back to this when it begins anew
 BUSY_MS = 500  # for writers that take no turn (a person's sqlite3 shell, a backup); the gateway's own take turns and never meet
 
 _SENTENCES = {
@@ -74,7 +77,9 @@ def create(path: Path | Server, zone: str = "UTC") -> None:
     if not path.parent.is_dir():
         raise LedgerUnavailable(f"the folder {path.parent} does not exist: make it, then make the ledger again")
     try:
-        db = _open(path, "rwc")
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, access.PRIVATE))
+        db = _open(path, "rw")
         try:
             if db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall():
                 must_be_a_ledger(path, db)
@@ -83,7 +88,7 @@ def create(path: Path | Server, zone: str = "UTC") -> None:
             db.execute("INSERT INTO settings VALUES ('zone', ?) ON CONFLICT DO NOTHING", (zone,))
         finally:
             db.close()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise unavailable(path, error) from error
 
 
@@ -93,6 +98,8 @@ def identity(path: Path) -> Identity:
         status = path.stat()
     except FileNotFoundError:
         raise LedgerUnavailable(f"there is no ledger at {path}: `gateway init` makes one, or name yours with --ledger") from None
+    except PermissionError as error:
+        raise access.closed(path) from error
     except OSError as error:
         raise LedgerUnavailable(f"the ledger {path} cannot be read: {error.strerror}") from error
     return status.st_dev, status.st_ino
@@ -118,6 +125,7 @@ def writer_connection(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
+        db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES_MAX}").fetchall()
         migrate(db)
     except BaseException:
         db.close()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from gateway_addon.ledger import files, owners, schema
+from gateway_addon.ledger import access, files, owners, schema
 from gateway_addon.ledger.locks import OwnerLock, Turnstile, bury, is_dead
 from gateway_addon.ledger.values import LedgerUnavailable
 
@@ -34,6 +34,7 @@ class FileStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known = files.identity(path)
+        access.must_be_allowed(path)
         self._lock = OwnerLock(path)
         self._turnstile = Turnstile(path)
         self._reader: sqlite3.Connection | None = None

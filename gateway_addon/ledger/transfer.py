@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psycopg
 
-from gateway_addon.ledger import admin, balances, files, pgsession, postgres, proof
+from gateway_addon.ledger import access, admin, balances, files, pgsession, postgres, proof
 from gateway_addon.ledger.locks import Turnstile, living
 from gateway_addon.ledger.pgschema import MIGRATIONS
 from gateway_addon.ledger.values import LedgerUnavailable, Server
@@ -89,6 +89,7 @@ def move(source: Path, target: Server, *, who: str, now: float, tell: Callable[[
 def _held(source: Path) -> Iterator[sqlite3.Connection]:
     """The file's ledger, with its write lock: gateways that would start have to wait, and then find it moved."""
     files.identity(source)
+    access.must_be_allowed(source)
     try:
         turnstile = Turnstile(source)
     except OSError as error:

@@ -83,6 +83,15 @@ def _header(value: str) -> str:
     return name
 
 
+_MODES = {"0600": 0o600, "0640": 0o640}  # in a schema also as numbers: so YAML reads them
+
+
+def _mode(value: str) -> int:
+    if value not in _MODES:
+        raise ValueError(f"{value!r} cannot be the ledger's mode: who else may write it, or lock it, stops every call; write 0600 or 0640")
+    return _MODES[value]
+
+
 def _zone(value: str) -> str:
     try:
         ZoneInfo(value)
@@ -103,6 +112,7 @@ SOURCE = one_of(
 )
 _UPSTREAM = parsed(_upstream, {"type": "string", "format": "uri"}, "an https address")
 _ZONE = parsed(_zone, {"type": "string"}, "a time zone")
+_MODE = parsed(_mode, {"enum": [*_MODES, *_MODES.values()]}, "`0600` or `0640`")
 _NETWORK = parsed(ipaddress.ip_network, {"type": "string"}, "a network (`10.0.0.0/8`)")
 _PROXY = parsed(_proxy, {"type": "string"}, "a network (`10.0.0.0/8`)")
 _PATTERN = text(r"[A-Za-z0-9][A-Za-z0-9._:*?@-]*", "a model id or a pattern like claude-haiku-4-5*")
@@ -314,6 +324,9 @@ GATEWAY: dict[str, Key] = {
         listing(parsed(_header, {"type": "string"}, "a header's name")),
         "request headers that are sent on beside those that the Claude API knows; no others unless given",
         (),
+    ),
+    "ledger_mode": Key(
+        _MODE, "who may open a ledger that is a file: `0640` lets its group read it while a gateway runs, `0600` unless given", 0o600
     ),
     "alerts": ALERTS,
 }

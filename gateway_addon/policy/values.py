@@ -156,6 +156,8 @@ class GatewayPolicy:
     timeouts: Timeouts
     bodies_in_flight: int
     """Bytes. What keeps many large requests at once from taking all of the machine's memory."""
+    ledger_mode: int
+    """Permission bits of a ledger's files."""
     tls: Tls | None
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...]
     pass_headers: tuple[str, ...]
