@@ -8,11 +8,13 @@ policy; it knows the shape of the API, not who may use it.
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
 from gateway_addon.fields import HEADER_FEATURES, UNTYPED
+from gateway_addon.nfkc import nfkc_growth
 from gateway_addon.refusals import Refusal, stated
 from gateway_addon.survey import Survey, Use, survey
 
@@ -58,6 +60,7 @@ _PAIR = r"(?:[A-Za-z0-9_.\[\]-]|%5[BbDd])+(?:=[A-Za-z0-9_.:+-]*)?"  # brackets, 
 _QUERY = re.compile(rf"{_PAIR}(?:&{_PAIR})*\Z")
 DEEP = "the body is nested too deeply to be read safely; flatten it"
 _KNOWN_FIELDS = {name.casefold(): name for name in UNTYPED[""]}
+_KNOWN_FIELD_CHARACTERS_MAX = max(map(len, _KNOWN_FIELDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +244,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise Unreadable(f"the key {twice[:80]!r} is given twice in one object; parsers disagree on which one counts, send it once")
     return unique
 
@@ -254,9 +256,8 @@ def _constant(name: str) -> Never:
 def _readable_fields(endpoint: str, body: dict[str, Any], found: Survey) -> None:
     """The fields that everything else rests on have one type each, and no other key looks like one of them."""
     for name in body:
-        plain = unicodedata.normalize("NFKC", name).strip().casefold()
-        if name not in UNTYPED[""] and plain in _KNOWN_FIELDS:
-            raise Unreadable(f"the key {name!r} can be taken for {_KNOWN_FIELDS[plain]!r}; spell it exactly so")
+        if name not in UNTYPED[""] and (known := _taken_for(name)) is not None:
+            raise Unreadable(f"the key {name[:80]!r} can be taken for {known!r}; spell it exactly so")
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise Unreadable("model must be one non-empty string, like claude-haiku-4-5")
@@ -273,21 +274,29 @@ def _readable_fields(endpoint: str, body: dict[str, Any], found: Survey) -> None
             raise Unreadable(f"{where} must be one non-empty string")
 
 
+def _taken_for(name: str) -> str | None:
+    """The field of a request that somebody may read in a key. NFKC never makes a shorter name of plain letters, so a long one is none."""
+    name = name.strip()
+    if len(name) > _KNOWN_FIELD_CHARACTERS_MAX:
+        return None
+    return _KNOWN_FIELDS.get(unicodedata.normalize("NFKC", name).strip().casefold())
+
+
 def _whole_number(name: str, value: object) -> None:
     if type(value) is not int or not 0 <= value <= MAX_TOKENS_MAX:  # bool is an int to Python, not to the API
         raise Unreadable(f"{name} must be a whole number from 0 to {MAX_TOKENS_MAX:,}")
 
 
 def _text_bytes(raw: bytes, body: dict[str, Any], found: Survey) -> int:
-    """The larger of the bytes as sent and the bytes after NFKC, without the base64 of images and PDFs.
+    """The larger of the bytes as sent and the most that they can have after NFKC, without the base64 of images and PDFs.
 
     A byte-level tokenizer makes no more tokens than bytes; one that applies NFKC first (Anthropic's published one of 2023 did)
     sees more of them for a few characters: U+FDFA has 3 bytes, or 6 as `\\ufdfa`, and becomes 33.
     """
-    if raw.isascii() and (b"\\" not in raw or b"\\u" not in raw):  # one byte is found thirty times as fast as two
-        return len(raw) - found.encoded_bytes
-    try:
-        normal = unicodedata.normalize("NFKC", json.dumps(body, ensure_ascii=False)).encode()
-    except UnicodeEncodeError:
-        raise Unreadable("the body holds half of a surrogate pair; send whole characters") from None
-    return max(len(raw), len(normal)) - found.encoded_bytes
+    text = raw
+    if b"\\" in raw and b"\\u" in raw:  # one byte is found thirty times as fast as two
+        try:
+            text = json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Unreadable("the body holds half of a surrogate pair; send whole characters") from None
+    return max(len(raw), len(text) + nfkc_growth(text)) - found.encoded_bytes

@@ -62,14 +62,14 @@ OWN = {
     "pricing": {"money", "usage", "yamlfile"},
     "moving": {"inventory", "ledger"},
     "reconcile": {"ledger", "money", "pricing", "usage"},
-    "reading": {"fields", "refusals", "survey"},
+    "reading": {"fields", "nfkc", "refusals", "survey"},
     "survey": {"fields"},
     "usage": {"encodings", "names", "sse"},
     "ledger": {"money", "names", "windows"},
     "names": {"identity"},
     "identity": {"refusals"},
     "simulator": set(),
-    **{key: set() for key in ("deployment", "encodings", "fields", "forms", "grants", "money", "noise", "origin", "rates", "refusals", "services", "sse", "windows", "yamlfile")},
+    **{key: set() for key in ("deployment", "encodings", "fields", "forms", "grants", "money", "nfkc", "noise", "origin", "rates", "refusals", "services", "sse", "windows", "yamlfile")},
 }  # fmt: skip
 EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "otel", "provider", "reload", "secret", "serve", "settings", "shim", "upstream", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
