@@ -20,7 +20,7 @@ from mitmproxy.proxy.layer import NextLayer
 from OpenSSL import SSL
 
 from gateway_addon import header_filter, inject
-from gateway_addon.answers import Answer, cap_headers
+from gateway_addon.answers import Answer, cap_headers, edited_header
 from gateway_addon.gate import Gate
 from gateway_addon.listener import Certificate
 from gateway_addon.lives import Life, close_forgotten
@@ -285,11 +285,13 @@ class GatewayAddon:
                 response.stream = functools.partial(self._chunk, weakref.ref(life))
             life.watch()
             ticket = life.running.ticket
-            fields += tuple((name.encode(), value.encode()) for name, value in cap_headers(ticket.app.name, ticket.standings))
-        elif life.free is not None and life.free.errand.streamed and response.status_code == 200:
-            life.last_byte_at = self.clock()
-            response.stream = functools.partial(self._chunk, weakref.ref(life))
-            life.watch()
+            fields += _encoded([*edited_header(ticket.edited), *cap_headers(ticket.app.name, ticket.standings)])
+        elif life.free is not None:
+            fields += _encoded(edited_header(life.free.edited))
+            if life.free.errand.streamed and response.status_code == 200:
+                life.last_byte_at = self.clock()
+                response.stream = functools.partial(self._chunk, weakref.ref(life))
+                life.watch()
         response.headers.fields = fields
 
     def _chunk(self, its_life: weakref.ref[Life], chunk: bytes) -> bytes:
@@ -407,6 +409,10 @@ def _announced(headers: http.Headers) -> int:
 
 def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:
     return tuple([(_text(name.lower()), _text(value)) for name, value in headers.fields])
+
+
+def _encoded(headers: Iterable[tuple[str, str]]) -> tuple[tuple[bytes, bytes], ...]:
+    return tuple((name.encode(), value.encode()) for name, value in headers)
 
 
 def _text(raw: bytes) -> str:

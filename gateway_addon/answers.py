@@ -7,6 +7,7 @@ from typing import Any
 
 from gateway_addon.ledger import Standing, app_scope
 from gateway_addon.money import dollars
+from gateway_addon.names import NAME_CHARS_MAX, safe_name
 from gateway_addon.policy import AppPolicy, may_use
 from gateway_addon.pricing import Prices
 
@@ -39,6 +40,22 @@ def cap_headers(app: str, standings: Sequence[Standing]) -> list[tuple[str, str]
     """`x-gateway-cap-WINDOW`: how the app's own caps stood when its call was admitted, the call's reservation included."""
     own = [standing for standing in standings if standing.scope == app_scope(app) and standing.cap_nano is not None]
     return [(f"x-gateway-cap-{standing.window}", _header(standing)) for standing in own]
+
+
+def edited_text(changes: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Return what the policy changed in a body as the value of `x-gateway-edited`: `max_tokens=32000 (asked 64000)`; "" for nothing."""
+    return ", ".join(f"{name}={_ascii(value)} (asked {_ascii(asked.get(name))})" for name, value in changes.items())
+
+
+def edited_header(text: str) -> list[tuple[str, str]]:
+    """Return the header of an answer whose call the policy edited; none where it did not."""
+    return [("x-gateway-edited", text)] if text else []
+
+
+def _ascii(value: Any) -> str:
+    """As a header's value can hold it, whatever a client put in the place of a name or a number."""
+    shown = safe_name(value) if isinstance(value, str) else json.dumps(value)[:NAME_CHARS_MAX]
+    return shown.encode("ascii", "backslashreplace").decode()
 
 
 def error_event(error_type: str, sentence: str) -> bytes:

@@ -45,6 +45,11 @@ class Asked:
     body: bytes | None = None
     """The body to send where the policy rewrote some request; None: as it came."""
 
+    @property
+    def edited(self) -> list[str]:
+        """The fields that the policy rewrote in some request."""
+        return [flag.removeprefix("edited:") for flag in self.flags if flag.startswith("edited:")]
+
 
 @dataclass(frozen=True, slots=True)
 class Object:

@@ -14,7 +14,8 @@ from gateway_addon import reading
 from gateway_addon.bounds import Quote, quote
 from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, book
 from gateway_addon.money import dollars
-from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, Verdict, caps, edits, trail
+from gateway_addon.offers import rewritten
+from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, Verdict, caps, trail
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 
@@ -22,7 +23,7 @@ from gateway_addon.refusals import Refusal
 def explain(policy: GatewayPolicy, app: AppPolicy, request: Request, ledger: Path | Server, now: float) -> dict[str, Any]:
     """Everything that admission would find out about a request to /v1/messages, as plain data."""
     read = reading.read("messages", request)
-    changes = edits(app, read, policy.prices) if isinstance(read, Reading) else {}
+    changes = rewritten(app, policy.prices, read, overrun=False, now=now) if isinstance(read, Reading) else {}
     if changes:
         request, read = reading.edited("messages", request, changes)
     explanation: dict[str, Any] = {"app": app.name, "rewritten": changes, "rules": [], "quote": None, "caps": [], "observed": []}

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from gateway_addon import alerts, identity, reading
-from gateway_addon.answers import Answer, me, visible_models
+from gateway_addon.answers import Answer, edited_text, me, visible_models
 from gateway_addon.bounds import Quote, quote
 from gateway_addon.calls import Tell, record
 from gateway_addon.door import Door
@@ -44,10 +44,10 @@ from gateway_addon.ledger.batches import Batch, Settled
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
 from gateway_addon.noise import Noise
-from gateway_addon.offers import offers
+from gateway_addon.offers import offers, rewritten
 from gateway_addon.origin import origin, within
 from gateway_addon.passes import Arrived, Ending, Errand, Pass, new_call
-from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, edits, judge, observed
+from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, judge, observed
 from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
@@ -154,7 +154,8 @@ class Gate:
         call = new_call(arrived, read, request, self._entrance)
         flags: tuple[str, ...] = ()
         body: bytes | None = None
-        if changes := {} if read.shared else edits(app, read, arrived.policy.prices):
+        asked, overrun = read.body, read.model in arrived.overruns
+        if changes := {} if read.shared else rewritten(app, arrived.policy.prices, read, overrun=overrun, now=now):
             request, read = reading.edited(arrived.endpoint, request, changes)
             if isinstance(read, Refusal):
                 return self._refused(app, arrived.token, arrived.endpoint, read, now)
@@ -171,9 +172,10 @@ class Gate:
         if isinstance(decision, Refusal):
             self._turned_away(call, decision.code, now)
         elif isinstance(decision, Ticket) and (flags or body is not None):
-            decision = replace(decision, flags=(*flags, *decision.flags), body=body)
+            decision = replace(decision, flags=(*flags, *decision.flags), body=body, edited=edited_text(changes, asked))
         elif isinstance(decision, Pass):
-            decision = replace(decision, flags=flags, body=decision.body if body is None else body)
+            edited = edited_text(changes, asked) or decision.edited
+            decision = replace(decision, flags=flags, body=decision.body if body is None else body, edited=edited)
         return decision
 
     async def _decide(

@@ -54,6 +54,8 @@ class Pass:
     admitted_at: float
     body: bytes | None = None
     """The body to send where the policy rewrote it, as in `Ticket`."""
+    edited: str = ""
+    """What was rewritten, as in `Ticket`; of a batch the names of the fields, whichever of its requests it was in."""
     flags: tuple[str, ...] = ()
     """What the policy did beside letting it pass, as in `Ticket`."""
     errand: Errand = Errand()

@@ -40,6 +40,8 @@ class Ticket:
     """What was done to the call beside admitting it: `edited:FIELD` and `observed:CODE` by the policy, `replayed` by a person."""
     body: bytes | None = None
     """The body to send where the policy rewrote it (an alias, a clamp); None: as it came."""
+    edited: str = ""
+    """What was rewritten, as its answer says (answers.py)."""
 
     @property
     def scopes(self) -> tuple[str, ...]:

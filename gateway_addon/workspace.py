@@ -106,7 +106,8 @@ class Workspace:
         if isinstance(result, Denied):
             return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), asked.quote_nano)
         creation = _Creation(self, arrived, call, asked, result, now)
-        return Pass(arrived, call, now, asked.body, errand=Errand(whole=creation.answered, ended=creation.ended), reserved=True)
+        errand = Errand(whole=creation.answered, ended=creation.ended)
+        return Pass(arrived, call, now, asked.body, edited=", ".join(asked.edited), errand=errand, reserved=True)
 
     async def _errand(self, arrived: Arrived, read: Reading, owned: Belonging, now: float) -> Errand | Refusal:
         """What the answer about one batch or file of the app's own is for."""

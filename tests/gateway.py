@@ -17,6 +17,7 @@ from mitmproxy.master import Master
 
 from gateway_addon import identity
 from gateway_addon.addon import GatewayAddon
+from gateway_addon.cli import init
 from gateway_addon.gate import Gate
 from gateway_addon.ledger import Ledger, admin
 from gateway_addon.policy import Source, load
@@ -32,6 +33,9 @@ APP = """
 models: {allow: [claude-haiku-4-5, claude-sonnet-5, claude-opus-5-5]}
 caps: {day: $100}
 """
+
+FIRST = init.APP.format(app="app", day="$2", month="$20")
+"""The policy that `gateway init --yes` writes."""
 
 
 def write_policies(folder: Path, upstream: str, apps: Mapping[str, str], gateway: str = "") -> Path:

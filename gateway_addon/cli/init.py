@@ -39,11 +39,12 @@ APP = """\
 models:
   allow: [claude-haiku-4-5, claude-sonnet-5]
 
-# The largest answer it may ask for. A bug that asks for more is refused before it costs anything.
-max_tokens: 8192
+# The largest answer. Many clients ask for the longest that the model can write; `clamp` sends their call with this limit instead (its
+# answer says so: x-gateway-edited), `refuse` refuses it. A stream is held piece by piece and keeps the limit that it asked for.
+max_tokens: {{limit: 32000, over: clamp}}
 
 # `request` stops the one call that is too large, `day` the loop that runs all night, `month` the slow leak.
-caps: {{request: $0.50, day: {day}, month: {month}}}
+caps: {{request: $1, day: {day}, month: {month}}}
 """
 
 

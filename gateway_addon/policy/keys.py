@@ -205,7 +205,12 @@ def _features(**named: bool | Feature) -> Mapping[str, Feature]:
 
 _LIMIT = {
     "limit": Key(COUNT, "the largest `max_tokens` that a request may ask for"),
-    "over": Key(word("refuse", "clamp"), "what happens to a request that asks for more; `clamp` rewrites its body", "refuse"),
+    "over": Key(
+        word("refuse", "clamp"),
+        "what happens to a request that asks for more; `clamp` rewrites its body (`x-gateway-edited` on its answer says so), but for a "
+        "stream that is held in steps",
+        "refuse",
+    ),
 }
 _MAX_TOKENS = either(Kind(lambda node, spot: MaxTokens(COUNT.read(node, spot)), COUNT.schema, COUNT.written), record(MaxTokens, _LIMIT))
 

@@ -197,8 +197,12 @@ def _max_tokens(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
         return
     limit = app.max_tokens.limit
     for where, asked in (("max_tokens", reading.max_tokens), *_fallback_values(reading, "max_tokens")):
-        if asked is not None and (type(asked) is not int or asked > limit):
+        if where == "max_tokens" and app.max_tokens.over == "clamp" and reading.max_tokens > limit:
+            yield Verdict("max_tokens", f"{asked:,} is above {limit:,}, and passes: a stream that is held in steps is not clamped")
+        elif asked is not None and (type(asked) is not int or asked > limit):
             sentence = f"app {app.name} may ask for at most {limit:,} tokens of output, not {asked!r:.40} ({where}); lower it"
+            if where == "max_tokens":
+                sentence += f", or have the gateway lower it by max_tokens: {{limit: {limit}, over: clamp}}"
             yield Verdict("max_tokens", f"{sentence} ({app.file} max_tokens)", "max_tokens")
         else:
             yield Verdict("max_tokens", f"{where} is within {limit:,}")
