@@ -114,6 +114,24 @@ class Running:
             self.usage = self.meter.close()
         return self.usage
 
+    @property
+    def elapsed_s(self) -> float:
+        """How long after it was let go the last of the answer arrived."""
+        return self.last_byte_at - self.ticket.admitted_at
+
+    def declared(self) -> Pace | None:
+        """Return the declared constants of the model that was asked; None where the table has lost it."""
+        row = self.ticket.prices.row(self.ticket.reading.model, self.ticket.admitted_at)
+        return None if row is None else Pace(row.output_tokens_per_second_max, row.lag_s)
+
+    def unseen_nano(self) -> int | None:
+        """Return what an answer that showed nothing can have cost by its last byte; None where only all that is held is a bound."""
+        pace = self.declared()
+        if pace is None or not self.ticket.quote.releasable or self.ticket.app.reserve == "full":
+            return None
+        tokens = pace.tokens_in(self.elapsed_s + pace.lag_s)
+        return self.fixed_nano + self.output_nano(min(tokens, self.granted_tokens))
+
     def release_nano(self) -> int:
         """What can go back now that `message_start` has reported the input: once, and only for a request whose input cannot grow.
 

@@ -6,8 +6,12 @@ it used, and otherwise keeps an upper bound, flagged `estimated` with the reason
     the call ended                                              | it is
     ------------------------------------------------------------|----------------------------------------------------------
     before its request reached the upstream (connect, DNS, TLS) | voided
-    with status >= 400 and the API's error envelope             | voided
-    with status >= 400 and anything else                        | settled at the grant, estimated:error_unreadable
+    with the API's error first, whatever its status             | voided
+    the same, later than `lag_s`, where the provider may loop   | settled at the grant, estimated:late_error
+    with a status that only an edge makes (EDGE_REFUSALS)       | voided
+    with one that an edge makes on its own or for a lost origin | within 2 s voided, assumed_unbilled
+    (EDGE_BREAKS), without the envelope                         | later settled at what can be by then, estimated:edge
+    with any other status >= 400                                | settled at the grant, estimated:error_unreadable
     lost between request and status (cut, timeout)              | settled at the grant, estimated:no_status
     with an answer that reports its whole usage                 | settled at its exact cost
     the same, by a model without a price                        | settled at the grant, estimated:model_unpriced
@@ -27,6 +31,11 @@ from gateway_addon.ledger import Outcome, Settlement
 from gateway_addon.pricing import Cost, cost
 from gateway_addon.running import Running
 from gateway_addon.usage import Usage
+
+EDGE_BREAKS = frozenset({502, 503, 520, 522})
+"""Statuses that an edge makes when it cannot reach the origin, and also when the origin broke off after it took the request."""
+EDGE_UNBILLED_S = 2.0
+"""How soon such a status must come to be taken for a request that the origin never took (assumed)."""
 
 EndedBy = Literal["whole", "client", "upstream", "gateway"]
 
@@ -78,9 +87,15 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
         return Void(outcome("not_sent"))
     if running.status is None:
         return estimated("no_status")
+    if usage is not None and (why := usage.unbilled(running.status)) is not None:
+        if usage.error_type is not None and _may_have_looped(running):
+            return estimated("late_error")
+        return Void(outcome(why, complete=ended_by == "whole"))
+    if running.status in EDGE_BREAKS and not (usage and usage.started):
+        if running.elapsed_s <= EDGE_UNBILLED_S:
+            return Void(outcome("assumed_unbilled"))
+        return Settlement(running.unseen_nano(), (), outcome("estimated:edge"))
     if running.status >= 400:
-        if usage is not None and usage.error_type is not None and not usage.started:
-            return Void(outcome(f"upstream:{usage.error_type}", complete=ended_by == "whole"))
         return estimated("error_unreadable")
     if usage is None or not usage.readable:
         return estimated("usage_unreadable")
@@ -92,3 +107,9 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
     if bill.nano is None:
         return estimated("model_unpriced")
     return Settlement(bill.nano, bill.parts, outcome(*bill.flags, complete=True, price_rows=bill.price_rows))
+
+
+def _may_have_looped(running: Running) -> bool:
+    """Whether turns of the provider's own can have been billed before its error came."""
+    pace = running.declared()
+    return not running.ticket.quote.releasable and (pace is None or running.elapsed_s > pace.lag_s)

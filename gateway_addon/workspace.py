@@ -210,13 +210,13 @@ class _Creation:
         self._workspace, self._arrived, self._call, self._asked = workspace, arrived, call, asked
         self._call_id, self._now = reserved.call_id, now
         self._handed_over = False
-        self._error_type: str | None = None
+        self._unbilled: str | None = None
 
     async def answered(self, status: int, body: bytes) -> bytes:
         """The provider's answer is here whole. From here on a batch that it shows is the app's."""
         shown = batches.object_of(body) if status == 200 else None
         if shown is None:
-            self._error_type = _error_type(body)
+            self._unbilled = _unbilled(status, body)
             return body
         app, policy, asked = self._arrived.app, self._arrived.policy, self._asked
         new = NewBatch(
@@ -238,20 +238,19 @@ class _Creation:
         flags = self._asked.flags
         if not ending.sent:
             end = Outcome(ending.status, flags=(*flags, "not_sent"))
-        elif ending.status is not None and ending.status >= 400 and self._error_type is not None:
-            end = Outcome(ending.status, flags=(*flags, f"upstream:{self._error_type}"), complete=True)
+        elif self._unbilled is not None:
+            end = Outcome(ending.status, flags=(*flags, self._unbilled), complete=True)
         else:
             lost = "no_status" if ending.status is None else "error_unreadable" if ending.status >= 400 else "batch_unknown"
             end = Settlement(None, (), Outcome(ending.status, flags=(*flags, f"estimated:{lost}")))
         self._workspace.resolve(self._call_id, self._call, self._now, end, self._workspace.clock())
 
 
-def _error_type(body: bytes) -> str | None:
-    """What the API's error envelope says; None where this is none."""
+def _unbilled(status: int, body: bytes) -> str | None:
+    """Return why an answer proves that no batch was made, as a call's flag; None where it does not."""
     meter = Meter("application/json")
     meter.feed(body)
-    usage = meter.close()
-    return None if usage.started else usage.error_type
+    return meter.close().unbilled(status)
 
 
 def _not_here(app: AppPolicy, read: Reading) -> Refusal:

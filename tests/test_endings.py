@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import sqlite3
+from dataclasses import replace
 
 import anthropic
 import pytest
@@ -10,7 +11,8 @@ from call_rows import calls
 from gateway import gateway
 from upstreams import START, answer, event, message, upstream
 
-from gateway_addon.simulator import Behaviour, Simulator
+from gateway_addon import settlement
+from gateway_addon.simulator import Behaviour, Simulator, delivery
 
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 120, "messages": [{"role": "user", "content": "Say hello."}]}
 APPS = {"app": "models: {allow: [claude-haiku-4-5, claude-sonnet-5]}\ncaps: {day: $100}\nreserve: full\n"}
@@ -20,7 +22,7 @@ async def ask(gw, *, stream: bool = False, leave_after: int | None = None, **mor
     """The bytes of an answer, or how it failed. `leave_after`: hang up after so many events."""
     received = b""
     try:
-        async with gw.client().messages.with_streaming_response.create(**ASK, stream=stream, **more) as said:
+        async with gw.client().messages.with_streaming_response.create(**(ASK | more), stream=stream) as said:
             if leave_after == 0:
                 return b""
             async for chunk in said.iter_bytes():
@@ -36,7 +38,11 @@ ENDINGS = [
     # (what, the upstream's answer, stream, state, flag, exact spend: "nothing", "grant" or None for anything up to the grant)
     ("an error envelope", answer(529, "application/json", b'{"type":"error","error":{"type":"overloaded_error","message":"x"}}'), False,
      "voided", "upstream:overloaded_error", "nothing"),
-    ("an error page", answer(502, "text/html", b"<html>Bad gateway</html>"), False, "settled", "estimated:error_unreadable", "grant"),
+    ("an error page", answer(504, "text/html", b"<html>Timed out</html>"), False, "settled", "estimated:error_unreadable", "grant"),
+    ("an edge's refusal", answer(429, "text/html", b"<html>Slow down</html>"), False, "voided", "edge:429", "nothing"),
+    ("an edge that found no origin", answer(502, "text/html", b"<html>Bad gateway</html>"), False, "voided", "assumed_unbilled", "nothing"),
+    ("an error envelope with 200", answer(200, "application/json", b'{"type":"error","error":{"type":"overloaded_error","message":"x"}}'),
+     False, "voided", "upstream:overloaded_error", "nothing"),
     ("an error without a body", answer(500, "application/json", b""), False, "settled", "estimated:error_unreadable", "grant"),
     ("an error envelope cut short", answer(500, "application/json", b'{"type":"error","error":{"type":', announce=99), False,
      "settled", "estimated:error_unreadable", "grant"),
@@ -57,7 +63,9 @@ ENDINGS = [
     ("pings only", answer(200, "text/event-stream", event("ping") * 3), True, "settled", "estimated:usage_unreadable", "grant"),
     ("a stream that ends after its start", answer(200, "text/event-stream", START), True, "settled", "estimated:cut", None),
     ("an error event at the start", answer(200, "text/event-stream", event("error", error={"type": "api_error", "message": "x"})), True,
-     "settled", "estimated:usage_unreadable", "grant"),
+     "voided", "upstream:api_error", "nothing"),
+    ("an error event behind a ping", answer(200, "text/event-stream", event("ping") + event("error", error={"type": "api_error"})), True,
+     "voided", "upstream:api_error", "nothing"),
     ("an error event after the start",
      answer(200, "text/event-stream", START + event("error", error={"type": "overloaded_error", "message": "x"})), True,
      "settled", "estimated:stream_error", None),
@@ -104,6 +112,49 @@ async def test_a_refusal_by_the_api_costs_nothing_and_passes_unchanged(tmp_path,
         await gw.quiet()
         assert {(call.state, call.resolutions, call.spent_nano) for call in calls(tmp_path)} == {("voided", 1, 0)}
         assert (await gw.spent_nano(), await gw.held_nano(), api.book.billed_nano) == (0, 0, 0)
+
+
+FIRST = [
+    (True, {"error": "overloaded_error", "error_after_events": 0}),
+    (True, {"error": "overloaded_error", "error_after_events": 1, "ping_first": True}),
+    (False, {"error": "overloaded_error", "status": 200}),
+    (True, {"error": "overloaded_error", "status": 200}),
+]
+
+
+async def test_a_storm_of_errors_that_come_first_spends_nothing(tmp_path):
+    """Each once kept its whole grant, so that an overloaded provider used an app's day up."""
+    policy = {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $0.50}\n"}
+    async with Simulator() as api, gateway(tmp_path, api, policy) as gw:
+        for _ in range(5):
+            for stream, wishes in FIRST:
+                api.behaviour = Behaviour(**wishes)
+                await ask(gw, stream=stream, max_tokens=20_000)
+        await gw.quiet()
+        assert {(call.state, *call.flags) for call in calls(tmp_path)} == {("voided", "upstream:overloaded_error")}
+        assert (len(calls(tmp_path)), await gw.spent_nano(), (await api.settled()).billed_nano) == (20, 0, 0)
+        api.behaviour = Behaviour()
+        assert isinstance(await ask(gw, max_tokens=20_000), bytes), "the app's day is untouched"
+
+
+async def test_an_edge_that_lost_the_api_late_is_booked_at_no_less_than_its_bill(tmp_path, monkeypatch):
+    """A third of those calls were taken by the API all the same, and ran until the edge gave up."""
+    monkeypatch.setattr(delivery, "EDGE_LATE_S", 0.2)
+    monkeypatch.setattr(settlement, "EDGE_UNBILLED_S", 0.2)
+    policy = {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\n"}
+    async with Simulator(behaviour=Behaviour(hostile=True, tokens_per_s=300)) as api, gateway(tmp_path, api, policy) as gw:
+        for status, delay_s in ((502, 0.0), (502, 0.4), (520, 0.4), (530, 0.4)):
+            api.behaviour = replace(api.behaviour, edge=status, delay_headers_s=delay_s)
+            await asyncio.gather(*(ask(gw, stream=stream, max_tokens=20_000) for stream in (False, True, False)))
+        await gw.quiet()
+        billed = [row.billed_nano for row in (await api.settled()).messages()]
+        found = calls(tmp_path)
+        assert [call.flags for call in found[:3]] == [["assumed_unbilled"]] * 3
+        assert [call.flags for call in found[9:]] == [["edge:530"]] * 3
+        assert all("estimated:edge" in call.flags and 0 < call.spent_nano < call.grant_nano for call in found[3:9])
+        assert sum(nano > 0 for nano in billed) == 2
+        assert min(call.spent_nano for call in found[3:9]) >= max(billed), "each is booked as if it were the dearest"
+        assert await gw.held_nano() == 0
 
 
 async def test_a_refusal_before_any_output_is_free(tmp_path):

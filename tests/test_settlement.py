@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 from ledgers import CALL
 from quotes import NOW, PRICES, app, quoted, reading
 from upstreams import event, message
 
+from gateway_addon.cli.meter import meter
 from gateway_addon.ledger import Settlement
 from gateway_addon.running import Running, Ticket
 from gateway_addon.settlement import Void, settle
@@ -32,13 +34,14 @@ BOUND = 9 * 1_000 + GRANTED * 5_000
 ALL = None  # the whole grant
 
 
-def call(status=None, body=b"", content_type="application/json", model="claude-haiku-4-5"):
-    asked = reading(model=model, max_tokens=GRANTED)
-    ticket = Ticket(1, CALL, app(), PRICES, asked, quoted(asked), GRANTED, None, NOW)
+def call(status=None, body=b"", content_type="application/json", model="claude-haiku-4-5", *, after_s=2.0, granted=GRANTED, **more):
+    """A call whose answer had arrived as far as `body` by `after_s`."""
+    asked = reading(model=model, max_tokens=granted, **more)
+    ticket = Ticket(1, CALL, app(), PRICES, asked, quoted(asked), granted, None, NOW)
     running = Running(ticket)
     if status is not None:
         running.answered(status, content_type, None, "req_1", NOW + 1)
-        running.feed(body, NOW + 2)
+        running.feed(body, NOW + after_s)
     return running
 
 
@@ -53,7 +56,9 @@ def streamed(body):
         (call(), "client", ALL, "estimated:no_status"),
         (call(), "gateway", ALL, "estimated:no_status"),
         (call(500, b""), "whole", ALL, "estimated:error_unreadable"),
-        (call(502, b"<html>"), "whole", ALL, "estimated:error_unreadable"),
+        (call(504, b"<html>"), "whole", ALL, "estimated:error_unreadable"),
+        (call(524, b"<html>"), "whole", ALL, "estimated:error_unreadable"),
+        (call(400, b"<html>"), "whole", ALL, "estimated:error_unreadable"),
         (call(500, ENVELOPE[:-9]), "upstream", ALL, "estimated:error_unreadable"),
         (call(500, message()), "whole", BOUND, "estimated:error_unreadable"),
         (call(200, b"junk"), "whole", ALL, "estimated:usage_unreadable"),
@@ -107,11 +112,86 @@ def test_what_was_never_sent_costs_nothing(running):
     assert found.outcome.flags == ("not_sent",)
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 529])
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500, 502, 504, 529])
 def test_the_apis_own_refusal_gives_everything_back(status):
-    found = settle(call(status, ENVELOPE), sent=True, ended_by="whole")
+    found = settle(call(status, ENVELOPE, after_s=99), sent=True, ended_by="whole")
     assert isinstance(found, Void)
     assert (found.outcome.status, found.outcome.flags) == (status, ("upstream:overloaded_error",))
+
+
+def metered(status, body, content_type):
+    """What `gateway meter` says of the same bytes, in nano-dollars."""
+    row = {"content_type": content_type, "status": status, "body": body.decode(), "request": {"max_tokens": GRANTED}}
+    said = CliRunner().invoke(meter, ["--jsonl"], input=json.dumps(row))
+    return json.loads(said.stdout)["cost_nano"]
+
+
+SEARCH = {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 2}]}
+STREAM = "text/event-stream"
+FIRST = [
+    (ERROR, STREAM),
+    (event("ping") + ERROR, STREAM),
+    (event("ping") * 3 + ERROR, STREAM),
+    (ENVELOPE, "application/json"),
+    (ENVELOPE, STREAM),
+    (ERROR, "application/json"),
+]
+
+
+@pytest.mark.parametrize(("body", "content_type"), FIRST, ids=["bare", "ping", "pings", "json", "json as a stream", "stream as json"])
+def test_an_answer_that_is_an_error_first_is_void(body, content_type):
+    """However late; unless the provider may have worked before, which no request without its own tools lets it."""
+    assert metered(200, body, content_type) == 0
+    for more, after_s, void in (({}, 0.5, True), ({}, 99, True), (SEARCH, 0.5, True), (SEARCH, 99, False)):
+        found = settle(call(200, body, content_type, after_s=after_s, **more), sent=True, ended_by="whole")
+        assert isinstance(found, Void) is void, (more, after_s)
+        if not void:
+            assert (found.cost_nano, found.outcome.flags) == (ALL, ("estimated:late_error",))
+        else:
+            assert found.outcome.flags == ("upstream:overloaded_error",)
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>blocked</html>", b'{"detail":"blocked"}'])
+@pytest.mark.parametrize("status", [403, 413, 429, 521, 523, 525, 526, 530])
+def test_a_status_that_only_an_edge_makes_is_void(status, body):
+    found = settle(call(status, body, "text/html", after_s=99), sent=True, ended_by="whole")
+    assert isinstance(found, Void)
+    assert found.outcome.flags == (f"edge:{status}",)
+    assert metered(status, body, "text/html") == 0
+
+
+@pytest.mark.parametrize("status", [502, 503, 520, 522])
+def test_an_edge_that_broke_is_void_soon_and_bounded_later(status):
+    """Later it may be that the origin broke off after it took the request, so what can have been generated by then is booked."""
+    page, most = b"<html>", 64_000
+    quote, pace = call(granted=most).ticket.quote, call().declared()
+    soon = settle(call(status, page, "text/html", after_s=2.0, granted=most), sent=True, ended_by="whole")
+    assert isinstance(soon, Void)
+    assert soon.outcome.flags == ("assumed_unbilled",)
+    later = settle(call(status, page, "text/html", after_s=2.1, granted=most), sent=True, ended_by="whole")
+    assert isinstance(later, Settlement)
+    assert later.cost_nano == quote.for_output(pace.tokens_in(2.1 + pace.lag_s)) < quote.total_nano
+    assert later.outcome.flags == ("estimated:edge",)
+    much_later = settle(call(status, page, "text/html", after_s=600, granted=most), sent=True, ended_by="whole")
+    assert isinstance(much_later, Settlement)
+    assert much_later.cost_nano == quote.total_nano, "never more than the grant"
+    assert metered(status, page, "text/html") is None
+
+
+@pytest.mark.parametrize(("reserve", "more"), [("full", {}), ("auto", SEARCH)], ids=["reserve full", "may loop"])
+def test_an_edge_that_broke_later_keeps_the_grant_where_no_rate_bounds_it(reserve, more):
+    running = call(502, b"<html>", "text/html", after_s=2.1, **more)
+    running.ticket = replace(running.ticket, app=replace(running.ticket.app, reserve=reserve))
+    found = settle(running, sent=True, ended_by="whole")
+    assert isinstance(found, Settlement)
+    assert (found.cost_nano, found.outcome.flags) == (ALL, ("estimated:edge",))
+
+
+@pytest.mark.parametrize("status", [429, 502])
+def test_an_answer_behind_an_edges_status_is_not_void(status):
+    found = settle(call(status, message(), after_s=0.1), sent=True, ended_by="whole")
+    assert isinstance(found, Settlement)
+    assert "estimated:error_unreadable" in found.outcome.flags
 
 
 def test_a_cut_of_the_gateways_own_names_its_reason():

@@ -20,7 +20,7 @@ import zstandard
 from mitmproxy.certs import CertStore
 from rawhttp import MODEL, ask, events, head, last_row, post, raw
 
-from gateway_addon.simulator import KEY, Behaviour, Row, Simulator
+from gateway_addon.simulator import KEY, Behaviour, Row, Simulator, delivery
 from gateway_addon.simulator.errors import STATUS
 
 
@@ -137,6 +137,36 @@ class TestErrors:
     async def test_the_error_can_come_after_any_event(self, api, count):
         _, _, answer = await post(api, ask(stream=True, simulate={"error": "api_error", "error_after_events": count}))
         assert [event["type"] for event in events(answer)].index("error") == count == len(events(answer)) - 1
+
+    @pytest.mark.parametrize("ping_first", [False, True])
+    async def test_an_error_first_bills_nothing(self, api, ping_first):
+        wishes = {"error": "overloaded_error", "error_after_events": int(ping_first), "ping_first": ping_first}
+        status, _, answer = await post(api, ask(stream=True, simulate=wishes))
+        assert (status, [event["type"] for event in events(answer)]) == (200, ["ping"] * ping_first + ["error"])
+        row = await last_row(api)
+        assert (row.billed_nano, row.delivered) == (0, True)
+
+    async def test_a_late_error_bills_the_turns_before_it(self, api, monkeypatch):
+        monkeypatch.setattr(delivery, "LOOPS_AFTER_S", 0.05)
+        wishes = {"error": "overloaded_error", "error_after_events": 0, "delay_headers_s": 0.1, "web_searches": 2}
+        await post(api, ask(stream=True, simulate=wishes))
+        assert (await last_row(api)).billed_nano > 0
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_an_error_may_come_with_a_status_of_200(self, api, stream):
+        status, _, answer = await post(api, ask(stream=stream, simulate={"error": "overloaded_error", "status": 200}))
+        assert (status, json.loads(answer)["error"]["type"]) == (200, "overloaded_error")
+        assert (await last_row(api)).billed_nano == 0
+
+    async def test_an_edge_bills_a_third_of_the_calls_that_it_loses_late(self, api, monkeypatch):
+        monkeypatch.setattr(delivery, "EDGE_LATE_S", 0.05)
+        billed = {}
+        for status, delay_s in ((502, 0.0), (502, 0.06), (429, 0.06)):
+            for _ in range(6):
+                got, headers, answer = await post(api, ask(simulate={"edge": status, "delay_headers_s": delay_s}))
+                assert (got, headers["content-type"], answer[:6]) == (status, "text/html", b"<html>")
+                billed[status, delay_s] = billed.get((status, delay_s), 0) + ((await last_row(api)).billed_nano > 0)
+        assert list(billed.values()) == [0, 2, 0]
 
     async def test_a_json_call_gets_the_error_as_its_status(self, api):
         assert (await post(api, ask(simulate={"error": "rate_limit_error"})))[0] == 429

@@ -150,11 +150,13 @@ async def test_a_creation_that_fails_is_voided_and_one_whose_answer_is_lost_is_s
     async def fail(simulator, exchange, request_id):
         if status is None:
             exchange.hang_up()
+        if status == 521:
+            return await exchange.answer(521, [("content-type", "text/html")], b"<html>")
         raise ApiError.of_status(status, None)
 
     async with running(tmp_path) as gw:
         monkeypatch.setattr(Simulator, "_endpoint", fail)
-        for status, is_spent in ((529, False), (400, False), (None, True)):
+        for status, is_spent in ((529, False), (400, False), (521, False), (None, True)):
             with pytest.raises(anthropic.APIError):
                 await created(gw)
             await gw.quiet()

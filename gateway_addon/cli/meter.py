@@ -59,7 +59,8 @@ def _answer(number: int, row: dict[str, Any], prices: Prices, default_at: float)
         raise ValueError(f"line {number}: its body is not base64") from None
     usage = _read(body, str(row.get("content_type") or ""), row.get("content_encoding"))
     at = _unix(row["at"]) if row.get("at") else default_at
-    return _printed(usage, _cost(usage, row.get("request"), prices, at))
+    status = row["status"] if type(row.get("status")) is int else None
+    return _printed(usage, _cost(usage, row.get("request"), prices, at, status))
 
 
 def _read(body: bytes, content_type: str, content_encoding: str | None) -> Usage:
@@ -68,13 +69,13 @@ def _read(body: bytes, content_type: str, content_encoding: str | None) -> Usage
     return reader.close()
 
 
-def _cost(usage: Usage, request: object, prices: Prices, at: float) -> Cost:
+def _cost(usage: Usage, request: object, prices: Prices, at: float, status: int | None = None) -> Cost:
     """The exact cost of a whole answer; of one that broke off, the most it can have cost where the request says that."""
     body = request if isinstance(request, dict) else {}
     if usage.started and not usage.complete and type(body.get("max_tokens")) is int:
         usage = usage.assuming_output(body["max_tokens"])
     hour_ttl = _asks_for_an_hour(body)
-    known = cost(prices, usage, at=at, hour_ttl_requested=hour_ttl)
+    known = cost(prices, usage, at=at, hour_ttl_requested=hour_ttl, status=status)
     return Cost(None, known.parts, known.flags, known.notes) if "incomplete" in known.flags else known
 
 

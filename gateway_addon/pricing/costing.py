@@ -13,7 +13,7 @@ from gateway_addon.pricing.values import Prices, Rates, Row
 from gateway_addon.usage import Part, Tokens, Usage
 
 FLAGS = {
-    "error": "the API answered with an error: nothing is billed",
+    "error": "the API, or an edge in front of it, answered with an error before any work: nothing is billed",
     "unreadable": "the answer's usage was not found or not understood: the cost cannot be derived from it",
     "incomplete": "the answer broke off: its output is a floor, not the bill",
     "estimated": "the output is assumed, not reported: an upper bound",
@@ -79,13 +79,14 @@ def rates(row: Row, *, prompt_tokens: int, speed: str | None, inference_geo: str
     return tier if factor == 1 else tier.times(factor)
 
 
-def cost(prices: Prices, usage: Usage, *, at: float, hour_ttl_requested: bool) -> Cost:
+def cost(prices: Prices, usage: Usage, *, at: float, hour_ttl_requested: bool, status: int | None = None) -> Cost:
     """What the answer cost at the prices of `at` (unix seconds). Never raises; what cannot be priced has `nano` None.
 
     `hour_ttl_requested`: the request asked for a 1h cache anywhere, which decides writes whose lifetime is not reported.
+    `status`: of the answer, where it is known.
     """
     flags: dict[str, str] = {}
-    if usage.error_type is not None and not usage.started:
+    if usage.unbilled(status):
         return Cost(0, (), ("error",), (FLAGS["error"],))
     if not usage.readable:
         return Cost(None, (), ("unreadable",), (FLAGS["unreadable"],))

@@ -12,6 +12,11 @@ from .behaviour import Behaviour
 from .http import Exchange, Headers
 from .messages import PING, Answer, Step, event
 
+LOOPS_AFTER_S = 1.0
+"""How long the API works before its own turns are billed in spite of an error."""
+EDGE_LOST = (502, 503, 520, 522)
+EDGE_LATE_S = 2.0
+
 
 class Clock:
     """Seconds since the request arrived."""
@@ -49,6 +54,22 @@ def billed_tokens(answer: Answer, behaviour: Behaviour, elapsed_s: float) -> int
     return generated_tokens(answer.steps(), behaviour, elapsed_s + behaviour.after_disconnect_s)
 
 
+def billed_before_an_error(answer: Answer, behaviour: Behaviour, elapsed_s: float) -> int | None:
+    """The output that is billed of a stream that begins with an error; None: nothing at all, as without turns of the API's own."""
+    looped = answer.final.web_searches > 0 or bool(answer.iterations)
+    return generated_tokens(answer.steps(), behaviour, elapsed_s) if looped and elapsed_s > LOOPS_AFTER_S else None
+
+
+async def deliver_page(exchange: Exchange, behaviour: Behaviour, clock: Clock) -> bool:
+    """Answer as an edge does. Returns whether it lost an API that may be at work; raises HungUp."""
+    assert behaviour.edge is not None
+    await exchange.pause(behaviour.delay_headers_s - clock.elapsed_s())
+    late = behaviour.edge in EDGE_LOST and clock.elapsed_s() > EDGE_LATE_S
+    page = f"<html><body><h1>{behaviour.edge}</h1></body></html>".encode()
+    await exchange.answer(behaviour.edge, [("content-type", "text/html")], page)
+    return late
+
+
 async def deliver_json(exchange: Exchange, answer: Answer, behaviour: Behaviour, headers: Headers, encoding: str, clock: Clock) -> int:
     """Send the answer whole, when it is whole. Returns the output tokens to bill; raises HungUp."""
     whole_s = sum(step_s(step, behaviour) for step in answer.steps())
@@ -60,10 +81,12 @@ async def deliver_json(exchange: Exchange, answer: Answer, behaviour: Behaviour,
     return answer.final.output_tokens
 
 
-async def deliver_stream(exchange: Exchange, answer: Answer, behaviour: Behaviour, headers: Headers, encoding: str, clock: Clock) -> int:
+async def deliver_stream(
+    exchange: Exchange, answer: Answer, behaviour: Behaviour, headers: Headers, encoding: str, clock: Clock
+) -> int | None:
     """Send the answer as events while it is generated, up to its end or to the behaviour's error, with which generation ends as well.
 
-    Returns the output tokens to bill; raises HungUp.
+    Returns the output tokens to bill, None where nothing is billed; raises HungUp.
     """
     await exchange.pause(behaviour.delay_headers_s - clock.elapsed_s())
     if behaviour.hang_up:
@@ -76,7 +99,7 @@ async def deliver_stream(exchange: Exchange, answer: Answer, behaviour: Behaviou
             message = behaviour.error.removesuffix("_error").capitalize()
             await exchange.send(event("error", error={"type": behaviour.error, "message": message}))
             await exchange.finish()
-            return tokens
+            return tokens if count > behaviour.ping_first else billed_before_an_error(answer, behaviour, clock.elapsed_s())
         if count == behaviour.cut_after_events:
             exchange.hang_up()
         await exchange.send(sent)
@@ -95,6 +118,8 @@ def _error_is_due(behaviour: Behaviour, count: int, tokens: int, answer: Answer)
 
 async def _paced(exchange: Exchange, answer: Answer, behaviour: Behaviour, clock: Clock) -> AsyncIterator[tuple[int, bytes]]:
     """Each event when it is due, with the tokens generated for it and before it; pings while nothing is."""
+    if behaviour.ping_first:
+        yield 0, PING
     if behaviour.whole_start:
         await exchange.pause(sum(step_s(step, behaviour) for step in answer.steps()) + behaviour.ahead_s - clock.elapsed_s())
         for piece in answer.whole():

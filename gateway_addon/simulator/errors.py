@@ -29,9 +29,9 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
     @classmethod
-    def of_status(cls, status: int, retry_after_s: int | None) -> "ApiError":
-        """The error that the API sends with `status`."""
-        kind = TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    def of_status(cls, status: int, retry_after_s: int | None, kind: str | None = None) -> "ApiError":
+        """Return the error that the API sends with `status`."""
+        kind = kind or TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
         return cls(kind, MESSAGES.get(status, f"The simulated API was asked for {status}"), status=status, retry_after_s=retry_after_s)
 
     @property

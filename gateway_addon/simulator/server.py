@@ -29,7 +29,7 @@ from .batches import Batches
 from .behaviour import Behaviour, overridden
 from .book import Book, Row, Usage
 from .catalogue import model_info, model_page
-from .delivery import Clock, billed_tokens, deliver_json, deliver_stream
+from .delivery import Clock, billed_tokens, deliver_json, deliver_page, deliver_stream
 from .errors import ApiError
 from .files import Files
 from .http import Exchange, Headers, HungUp, Request, serve
@@ -68,6 +68,8 @@ class Simulator:
         self._cache = Cache()
         self._run = uuid.uuid4().hex[:12]
         self._numbers = itertools.count(1)
+        self._lost = itertools.count()
+        """The calls that an edge lost late."""
         self.batches = Batches(self._generate, time.time)
         self.files = Files(time.time)
         self._connections: set[asyncio.Task[None]] = set()
@@ -253,14 +255,18 @@ class Simulator:
         exchange.cut_after_bytes = behaviour.cut_after_bytes
         headers, encoding = self._headers(request_id, behaviour), _encoding(request, behaviour)
         deliver = deliver_stream if stream else deliver_json
-        output_tokens = 0
+        output_tokens: int | None = None
         try:
-            output_tokens = await deliver(exchange, answer, behaviour, headers, encoding, clock)
+            if behaviour.edge is None:
+                output_tokens = await deliver(exchange, answer, behaviour, headers, encoding, clock)
+            elif await deliver_page(exchange, behaviour, clock) and next(self._lost) % 3 == 0:
+                output_tokens = billed_tokens(answer, behaviour, clock.elapsed_s())
         except (HungUp, asyncio.CancelledError):
             output_tokens = billed_tokens(answer, behaviour, clock.elapsed_s())
             raise
         finally:
-            self.book.bill(request_id, _used(answer, output_tokens), answer.iterations)
+            if output_tokens is not None:
+                self.book.bill(request_id, _used(answer, output_tokens), answer.iterations)
 
     async def _reply(self, exchange: Exchange, request_id: str, status: int, body: bytes, headers: Headers | None = None) -> None:
         """An answer without a model in it: nothing of it is billed."""
@@ -303,7 +309,7 @@ async def _refuse_as_told(exchange: Exchange, behaviour: Behaviour, stream: bool
     """The errors that come before any work. A stream's own `error` comes in its middle instead."""
     if behaviour.status is not None:
         await exchange.pause(behaviour.delay_headers_s)
-        raise ApiError.of_status(behaviour.status, behaviour.retry_after_s)
+        raise ApiError.of_status(behaviour.status, behaviour.retry_after_s, behaviour.error)
     if behaviour.error is not None and not stream:
         raise ApiError(behaviour.error, "The simulated API was asked to fail", retry_after_s=behaviour.retry_after_s)
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+EDGE_REFUSALS = frozenset({403, 413, 429, 521, 523, 525, 526, 530})
+"""Statuses by which an edge in front of the API says, without the API's error envelope, that a request never reached it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -71,6 +74,17 @@ class Usage:
     def prompt_known(self) -> bool:
         """The tokens of the prompt were told. Zeroes are not: no prompt has none, and some message_start leaves them to the end."""
         return self.readable and self.tokens.prompt_tokens > 0
+
+    def unbilled(self, status: int | None) -> str | None:
+        """Return why an answer with this status proves that the provider did no work, as a call's flag; None where it does not.
+
+        Whatever the status: an error envelope that is the whole answer, or a stream's first event, before which only pings came.
+        """
+        if self.started:
+            return None
+        if self.error_type is not None:
+            return f"upstream:{self.error_type}"
+        return f"edge:{status}" if status in EDGE_REFUSALS else None
 
     def assuming_output(self, output_tokens: int) -> "Usage":
         """The same answer, taken to have at least `output_tokens`: how a cut stream is settled at its grant."""
