@@ -1,7 +1,12 @@
 """Backups: one consistent moment while gateways write, and nothing put in a living ledger's place."""
 
 import asyncio
+import fcntl
+import shutil
 import sqlite3
+import subprocess
+import sys
+import tempfile
 import time
 from contextlib import closing
 
@@ -10,7 +15,7 @@ from click.testing import CliRunner
 from ledgers import CALL, Part, balance, new_ledger, rows
 
 from gateway_addon.cli.backup import backup, restore
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, admin, copies, proof
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, access, admin, copies, files, proof
 
 
 def run(command, file, ledger):
@@ -114,3 +119,141 @@ def test_a_backup_goes_where_nothing_is(tmp_path, name, sentence):
     assert code == 2
     assert sentence in output
     assert (tmp_path / "there.db").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["gateway.db-wal", "gateway.db-shm", "x.db-journal"])
+def test_a_backup_is_not_given_the_name_of_a_log(tmp_path, name):
+    code, output = run(backup, tmp_path / name, new_ledger(tmp_path))
+    assert (code, (tmp_path / name).exists()) == (2, False)
+    assert "is how SQLite calls a part of another database" in output
+
+
+@pytest.mark.parametrize("left", ["-wal", "-journal"])
+def test_nothing_is_made_beside_the_log_of_another_database(tmp_path, left):
+    path = new_ledger(tmp_path)
+    for name, make in (("copy.db", copies.backup), ("new.db", lambda _, new: files.create(new))):
+        (log := tmp_path / f"{name}{left}").write_text("frames")
+        with pytest.raises(LedgerUnavailable, match="is left of another database"):
+            make(path, tmp_path / name)
+        assert (log.read_text(), (tmp_path / name).exists()) == ("frames", False)
+
+
+def test_what_a_killed_backup_left_is_gone_after_the_next_one(tmp_path):
+    """Its own alone: not that of one that is still at work, nor a file that is only called alike."""
+    path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
+    left, living, alike = tmp_path / ".copy.db.4711", tmp_path / ".copy.db.4712", tmp_path / ".copy.db.notes"
+    for each in (left, left.with_name(left.name + "-wal"), living, alike):
+        each.touch()
+    with living.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        copies.backup(path, copy)
+    assert sorted(each.name for each in tmp_path.glob(".*")) == [".copy.db.4712", ".copy.db.notes"]
+
+
+# A restore that is killed. The old ledger's last change is in its log alone, as a gateway that was killed leaves it.
+
+
+def torn(folder) -> None:
+    """A folder with such a ledger, `gateway.db`, and a backup that was made before the change, `copy.db`."""
+    path = new_ledger(folder)
+    copies.backup(path, folder / "copy.db")
+    with closing(files.writer_connection(path)) as db:
+        db.execute("PRAGMA wal_autocheckpoint = 0")
+        admin.pause(db, "app:reports", why="in the log", who="test", now=1.0)
+        (folder / "as-killed").mkdir()
+        for beside in access.BESIDE:
+            shutil.copy(f"{path}{beside}", folder / "as-killed" / f"gateway.db{beside}")
+    for each in (folder / "as-killed").iterdir():
+        each.replace(folder / each.name)
+    (folder / "as-killed").rmdir()
+
+
+def whole(path) -> bool:
+    """Whether a database, with its log, is the old ledger and has its last change. Looks at a copy: opening it changes files."""
+    with tempfile.TemporaryDirectory() as place:
+        for beside in ("", "-wal"):
+            if (part := path.with_name(path.name + beside)).exists():
+                shutil.copy(part, f"{place}/x{beside}")
+        with closing(sqlite3.connect(f"{place}/x")) as db:
+            return db.execute("SELECT why FROM pauses").fetchall() == [("in the log",)]
+
+
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+from gateway_addon.ledger import copies
+
+folder, steps = Path(sys.argv[1]), 0
+DURABLE = ("os.link", "os.rename", "os.remove")
+
+def die(event, arguments):
+    global steps
+    if event in DURABLE and "gateway.db" in str(arguments[0]):
+        steps -= 1
+        if steps == 0:
+            os._exit(9)
+
+for n in range(1, 30):
+    shutil.copytree(folder / "torn", folder / str(n))
+    child = os.fork()
+    if child == 0:
+        steps = n
+        sys.addaudithook(die)
+        copies.restore(folder / str(n) / "copy.db", folder / str(n) / "gateway.db", now=1.0)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+        break
+print(n)
+"""
+
+
+def test_a_restore_that_is_killed_at_any_step_loses_nothing(tmp_path):
+    """Killed before each link, rename and removal: the name holds the whole old ledger, or the new one, or nothing that a gateway
+    would open; the old one is whole somewhere; and the next restore ends well."""
+    (tmp_path / "torn").mkdir()
+    torn(tmp_path / "torn")
+    made = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=True)
+    steps = int(made.stdout)
+    assert steps > 6  # a link, two renames and a removal of what was there, the new one's rename, its leftovers
+    seen = set()
+    for n in range(1, steps):
+        folder = tmp_path / str(n)
+        path, asides = folder / "gateway.db", list(folder.glob("gateway.db.before-1"))
+        state = "none" if not path.exists() else "old" if not asides else "new"
+        seen.add(state)
+        assert whole(path if state == "old" else asides[0]), (n, state)
+        if state == "new":
+            assert rows(path, "SELECT count(*) FROM pauses") == [(0,)], n
+        assert run(restore, folder / "copy.db", path)[0] == 0
+        assert rows(path, "SELECT count(*) FROM pauses") == [(0,)], n
+        assert not list(folder.glob(".gateway.db*")), n
+        assert any(whole(each) for each in folder.glob("gateway.db.before-*") if not each.name.endswith(("-wal", "-shm"))), n
+    assert seen == {"old", "none", "new"}
+
+
+def test_a_log_that_stayed_when_its_database_went_is_not_played_into_the_next(tmp_path):
+    """As after `mv gateway.db elsewhere`, or a restore of an older version that was killed between its renames."""
+    torn(tmp_path)
+    path = tmp_path / "gateway.db"
+    path.rename(tmp_path / "elsewhere.db")
+    code, output = run(restore, tmp_path / "copy.db", path)
+    assert code == 0, output
+    assert rows(path, "SELECT count(*) FROM pauses") == [(0,)]
+    assert [each.name[-4:] for each in tmp_path.glob("gateway.db.before-*")] != []
+
+
+def test_what_stands_in_its_place_is_proved_and_not_what_was_copied(tmp_path, monkeypatch):
+    """With the log left where it is, SQLite would show the old ledger under the new one's name, and `restore` called that proved."""
+    torn(tmp_path)
+    path, real = tmp_path / "gateway.db", copies._aside
+    monkeypatch.setattr(copies, "_aside", lambda ledger, tag: real(ledger, tag) if tag.startswith("unsound") else [])
+    with pytest.raises(LedgerUnavailable, match=r"what was restored is not sound and is now .*gateway.db.unsound-1"):
+        copies.restore(tmp_path / "copy.db", path, now=1.0)
+    assert not path.exists()
+
+
+def test_a_restored_ledger_keeps_a_log_from_its_first_moment(tmp_path):
+    path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
+    copies.backup(path, copy)
+    copies.restore(copy, path, now=1.0)
+    assert rows(path, "PRAGMA journal_mode") == [("wal",)]

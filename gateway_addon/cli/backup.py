@@ -30,6 +30,6 @@ def restore(file: Path, ledger: str) -> None:
     path = files.file_path(ledger)
     calls, kept = copies.restore(file, path, now=time.time())
     click.echo(f"{path}: {calls:,} calls, proved.")
-    if kept is not None:
-        click.echo(f"What was there before is now {kept}.")
+    if kept:
+        click.echo(f"What was there before is now {kept[0]}.")
     click.echo("It knows nothing of what was spent after the backup: gateway reconcile finds that, gateway adjust books it.")

@@ -1,41 +1,56 @@
 """Copies of a ledger: one consistent moment of it while gateways write, proved before it is trusted; and the way back.
 
 Promises that a copy is whole or not there, that nothing is put in the place of a ledger that a gateway uses or of one that is
-sound by a copy that is not, and that what was in its place is kept beside it.
+sound by a copy that is not, and that what was in its place is kept beside it; all of it through a kill at any moment.
 """
 
 import contextlib
+import fcntl
+import glob
 import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 from gateway_addon.ledger import access, admin, files, proof
-from gateway_addon.ledger.access import BESIDE
 from gateway_addon.ledger.locks import Turnstile, living
 from gateway_addon.ledger.schema import migrate
 from gateway_addon.ledger.values import LedgerUnavailable
+
+LOGS = ("-wal", "-journal")
+"""What SQLite appends to a database's name for changes that are not in it yet: it plays them into whatever has that name."""
+
+type Figures = tuple[int, ...]
+
+_FIGURES = """
+SELECT (SELECT count(*) FROM calls), (SELECT count(*) FROM entries), (SELECT coalesce(sum(spent_nano), 0) FROM entries),
+  (SELECT count(*) FROM audit), (SELECT coalesce(max(id), 0) FROM audit)
+"""
 
 
 def backup(ledger: Path, copy: Path) -> int:
     """Copy one moment of a ledger to a file of its own, for this user's eyes; returns its number of calls.
 
-    Readers do not stop writers, so a running gateway goes on. Raises LedgerUnavailable, ValueError where `copy` exists.
+    Readers do not stop writers, so a running gateway goes on. Raises LedgerUnavailable, ValueError where `copy` cannot be made.
     """
+    if copy.name.endswith((*LOGS, "-shm")):
+        raise ValueError(f"{copy} is how SQLite calls a part of another database, and could be taken for one: name another file")
     if copy.exists():
         raise ValueError(f"{copy} exists already, and a backup is not written over: name another file, with the date in it")
     if not copy.absolute().parent.is_dir():
         raise ValueError(f"the folder {copy.absolute().parent} does not exist: make it, or name another file")
+    files.must_have_no_log(copy)
     files.identity(ledger)
     access.must_be_allowed(ledger, reading=True)
     with _unfinished(copy) as unfinished:
-        calls = _proved_copy(ledger, unfinished)
+        calls, *_ = _proved_copy(ledger, unfinished)
         os.replace(unfinished, copy)
+        _sync(copy.absolute().parent)
     return calls
 
 
-def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, Path | None]:
-    """Put a proved copy in a ledger's place; returns its calls, and where the ledger that was there is now.
+def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
+    """Put a proved copy in a ledger's place; returns its calls, and where the files that were there are now.
 
     Raises LedgerUnavailable where a gateway uses that ledger, or where the copy is not sound; ValueError where there is none.
     """
@@ -53,51 +68,121 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, Path | None]:
                     f"the ledger {ledger} is in use by {', '.join(users)}: stop the gateway, then restore. (Its counts of what was spent"
                     " would be lost under it.)"
                 )
-            calls = _proved_copy(copy, unfinished)
-            kept = _aside(ledger, now) if ledger.exists() else None
+            figures = _proved_copy(copy, unfinished, log=True)
+            kept = _aside(ledger, f"before-{int(now)}")
             os.replace(unfinished, ledger)
-        with contextlib.closing(files.writer_connection(ledger)) as db:  # brings an older one up to date
-            db.execute("PRAGMA journal_mode = WAL")
+            _sync(ledger.absolute().parent)
+            _prove_in_place(ledger, figures, kept, now)
     except sqlite3.Error as error:
         raise files.unavailable(ledger, error) from error
     finally:
         turnstile.close()
-    return calls, kept
+    return figures[0], kept
 
 
-def _proved_copy(source: Path, target: Path) -> int:
+def _proved_copy(source: Path, target: Path, *, log: bool = False) -> Figures:
+    """Copy a ledger into one file, with nothing of it beside. `log`: one that will keep a write-ahead log, as gateways need it."""
     with admin.reading(source, as_it_is=True) as db:
         files.must_be_a_ledger(source, db)
         with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as written:
             db.backup(written)
-            written.execute("PRAGMA journal_mode = DELETE")  # one file, with nothing of it in a log beside it
+            written.execute("PRAGMA journal_mode = DELETE")
             migrate(written)
             if findings := proof.findings(written):
                 raise LedgerUnavailable(f"{source} is not a sound ledger, so no copy of it was put anywhere: {'; '.join(findings)}")
-            calls: int = written.execute("SELECT count(*) FROM calls").fetchone()[0]
-            return calls
+            if log:
+                written.execute("PRAGMA journal_mode = WAL")
+            return _figures(written)
+
+
+def _prove_in_place(ledger: Path, expected: Figures, kept: list[Path], now: float) -> None:
+    """Open what stands in the ledger's place, as a gateway would, and take it away again where it is not what was copied."""
+    try:
+        with contextlib.closing(files.writer_connection(ledger)) as db:
+            findings = proof.findings(db) or ([] if _figures(db) == expected else ["it is another ledger than the backup"])
+    except sqlite3.Error as error:
+        findings = [f"{error}"]
+    if findings:
+        [unsound, *_] = _aside(ledger, f"unsound-{int(now)}")
+        before = f", what was there before is {', '.join(map(str, kept))}" if kept else ""
+        raise LedgerUnavailable(f"what was restored is not sound and is now {unsound}{before}: {'; '.join(findings)}")
+
+
+def _figures(db: sqlite3.Connection) -> Figures:
+    [row] = db.execute(_FIGURES).fetchall()
+    return tuple(row)
 
 
 @contextlib.contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    """A private, empty file beside `path` that is gone afterwards, unless it has been renamed."""
+    """A private, empty file beside `path` that is gone afterwards, unless it has been renamed. Those of processes that were killed go."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        for left in path.absolute().parent.glob(f".{glob.escape(path.name)}.[0-9]*"):
+            if left.suffix[1:].isdigit() and _is_left(left):
+                _remove(left)
+        file = _locked_new(unfinished)
     except OSError as error:
         sentence = f"{path.absolute().parent} cannot be written to ({error.strerror}): choose a folder that you can write to"
         raise ValueError(sentence) from error
     try:
         yield unfinished
     finally:
-        for beside in (*BESIDE, "-journal"):
-            unfinished.with_name(unfinished.name + beside).unlink(missing_ok=True)
+        _remove(unfinished)
+        os.close(file)
 
 
-def _aside(ledger: Path, now: float) -> Path:
-    """Rename a ledger with SQLite's own files of it, so that it can still be opened."""
-    kept = ledger.with_name(f"{ledger.name}.before-{int(now)}")
-    for beside in BESIDE:
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(ledger.with_name(ledger.name + beside), kept.with_name(kept.name + beside))
-    return kept
+def _locked_new(path: Path) -> int:
+    """A file of this process's, by a lock. Between its making and its lock another process may take it for one that was left: once more."""
+    while True:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, access.PRIVATE)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file).st_nlink:
+            return file
+        os.close(file)
+
+
+def _is_left(unfinished: Path) -> bool:
+    """Whether its process is gone, and its lock with it."""
+    try:
+        with open(unfinished, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError, PermissionError):
+        return False
+    return True
+
+
+def _remove(unfinished: Path) -> None:
+    for beside in ("", *LOGS, "-shm"):
+        unfinished.with_name(unfinished.name + beside).unlink(missing_ok=True)
+
+
+def _aside(ledger: Path, tag: str) -> list[Path]:
+    """Rename a ledger with SQLite's own files of it, so that it can still be opened; returns what they are now.
+
+    Its log is under the new name before the database is, and under the old one until the database has left it: a kill in between
+    leaves the ledger whole under one of the two names, and at worst a log alone under the other, which the next restore takes away. A
+    database under the old name without its log would have lost what it had spent, and a log under it would be played into the next one.
+    """
+    kept = [(ledger.with_name(ledger.name + beside), ledger.with_name(f"{ledger.name}.{tag}{beside}")) for beside in ("", *LOGS, "-shm")]
+    found = [(old, new) for old, new in kept if old.exists()]
+    for old, new in found:
+        if old.name.endswith(LOGS):
+            with contextlib.suppress(OSError):  # a filesystem without links: then it follows the database
+                os.link(old, new)
+    for old, new in found:
+        if new.exists() and new.samefile(old):
+            old.unlink()  # to rename one link of a file to the other does nothing
+        else:
+            os.replace(old, new)
+    _sync(ledger.absolute().parent)
+    return [new for _, new in found]
+
+
+def _sync(folder: Path) -> None:
+    """Make renames last through a power cut."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

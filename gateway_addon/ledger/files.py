@@ -77,6 +77,8 @@ def create(path: Path | Server, zone: str = "UTC") -> None:
     if not path.parent.is_dir():
         raise LedgerUnavailable(f"the folder {path.parent} does not exist: make it, then make the ledger again")
     try:
+        if not path.exists():
+            must_have_no_log(path)
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, access.PRIVATE))
         db = _open(path, "rw")
@@ -90,6 +92,13 @@ def create(path: Path | Server, zone: str = "UTC") -> None:
             db.close()
     except (sqlite3.Error, OSError) as error:
         raise unavailable(path, error) from error
+
+
+def must_have_no_log(path: Path) -> None:
+    """Raises LedgerUnavailable where a database that has left this name has left its log: SQLite would play it into the next one."""
+    for log in (path.with_name(path.name + "-wal"), path.with_name(path.name + "-journal")):
+        if log.exists():
+            raise LedgerUnavailable(f"{log} is left of another database, and holds its last changes: move it to where that one is now")
 
 
 def identity(path: Path) -> Identity:
