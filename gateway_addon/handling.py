@@ -20,12 +20,10 @@ from mitmproxy.proxy.mode_servers import ProxyConnectionHandler
 from mitmproxy.proxy.server import ConnectionHandler, ConnectionIO
 from mitmproxy.utils import asyncio_utils
 
-from gateway_addon import dispatch, intake
+from gateway_addon import dispatch
 
 PARTS = {
     "server_event": ["self", "event"],
-    "drain_writers": ["self"],
-    "handle_connection": ["self", "connection"],
     "open_connection": ["self", "command"],
     "close_connection": ["self", "connection", "half_close"],
     "wakeup": ["self", "request"],
@@ -72,13 +70,6 @@ class Handler(ProxyConnectionHandler):
         """Go on in this way with a connection that has had no event yet."""
         handler.__class__ = cls
         handler.arrived, handler.at_work, handler.hooks, handler.hooking = deque(), False, handler.master.addons, set()
-
-    async def handle_connection(self, connection: connection.Connection) -> None:
-        io = self.transports[connection]
-        first = intake.install(self, connection, io.reader, io.writer)
-        if first:
-            self.take(events.DataReceived(connection, first))
-        await super().handle_connection(connection)
 
     async def server_event(self, event: events.Event) -> None:
         self.take(event)
@@ -147,15 +138,3 @@ class Handler(ProxyConnectionHandler):
             self.hooking.discard(asyncio.current_task())
         if hook.blocking:
             self.take(events.HookCompleted(hook))
-
-    @property
-    def congested(self) -> bool:
-        """Somebody is slow to take what was written."""
-        return any(
-            io.writer is not None and (not isinstance(io.writer, asyncio.StreamWriter) or io.writer.transport.get_write_buffer_size())
-            for io in self.transports.values()
-        )
-
-    async def drain_writers(self) -> None:
-        if self.congested:
-            await super().drain_writers()  # type: ignore[no-untyped-call]

@@ -27,8 +27,7 @@ OWN = {
     "modes": set(),
     "options": set(),
     "dispatch": set(),
-    "handling": {"dispatch", "intake"},
-    "intake": set(),
+    "handling": {"dispatch"},
     "headers": set(),
     "header_filter": set(),
     "relay": {"dispatch", "whole"},
@@ -76,7 +75,7 @@ EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "intake", "listener", "lives", "local", "modes", "options", "relay", "serve", "shim", "whole"},
+    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "options", "relay", "serve", "shim", "whole"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},

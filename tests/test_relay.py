@@ -1,6 +1,7 @@
 """A stream's bytes on their short way: the same to the byte as on mitmproxy's long one, however they arrive, and none held back."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import ssl
@@ -250,3 +251,45 @@ async def test_a_stream_passes_over_tls_on_both_sides(tmp_path, monkeypatch, kno
     assert answer.text.endswith('data: {"type": "message_stop"}\n\n')
     assert bool(taken) is known
     assert answer.content.endswith(b"".join(taken)), "what arrived with the head went before it"
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["short", "long"])
+async def test_a_client_that_stops_reading_stops_the_upstream(tmp_path, monkeypatch, known):
+    """No more is held than some reads, however often the client takes a little and stops again: counted in bytes."""
+    monkeypatch.setattr(relay, "FITS", known)
+    piece = chunked(event("content_block_delta", index=0, delta={"type": "text_delta", "text": "x" * 32_000})).partition(b"\r\n\r\n")[2][:-5]
+    said_bytes = 0
+
+    async def talk(reader, writer):
+        nonlocal said_bytes
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(chunked(START, BLOCK, end=b""))
+        with contextlib.suppress(ConnectionError):
+            while said_bytes < 64 << 20:
+                writer.write(piece)
+                await writer.drain()
+                said_bytes += len(piece)
+        writer.close()
+
+    async def stalled() -> int:
+        """What the gateway holds once the upstream can send no more."""
+        before, same = -1, 0
+        while same < 5:
+            same = same + 1 if said_bytes == before else 0
+            before = said_bytes
+            await asyncio.sleep(0.02)
+        ways = [way for handler in gw.master.addons.get("proxyserver").connections.values() for way in handler.transports.values()]
+        return sum(len(way.reader._buffer) + way.writer.transport.get_write_buffer_size() for way in ways)
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with gateway(tmp_path, None, upstream=url) as gw, asyncio.timeout(20):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gw.port, limit=1024)
+            with contextlib.closing(writer):
+                writer.write(request(gw))
+                for _ in range(4):
+                    assert await stalled() < 512 * 1024
+                    stopped_at = said_bytes
+                    while said_bytes == stopped_at:  # the kernel's own buffers come first
+                        await reader.read(65_536)
+            await gw.quiet()
