@@ -37,7 +37,6 @@ from gateway_addon.ledger.files import ledger_path, state_folder
 from gateway_addon.listener import Certificate
 from gateway_addon.logs import call_line, say_plainly
 from gateway_addon.modes import reverse
-from gateway_addon.options import made
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.reload import Watcher, align, audit_key, saved_by
 from gateway_addon.secret import Secret, keep_fresh
@@ -208,7 +207,7 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
 
     Raises ValueError for an option that mitmproxy does not have, or that would open a way around the gateway.
     """
-    opts = made()
+    opts = options.Options()
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
         "mode": [reverse(policy.upstream)],

@@ -25,7 +25,6 @@ OWN = {
     "inject": {"headers", "refusals", "relay", "whole"},
     "listener": {"policy"},
     "modes": set(),
-    "options": set(),
     "dispatch": set(),
     "handling": {"dispatch"},
     "headers": set(),
@@ -75,7 +74,7 @@ EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "options", "relay", "serve", "shim", "whole"},
+    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "relay", "serve", "shim", "whole"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},
