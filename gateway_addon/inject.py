@@ -36,7 +36,6 @@ from mitmproxy.proxy.layers.http import (
 )
 
 from gateway_addon import relay, whole
-from gateway_addon.headers import Headers, quicken
 from gateway_addon.refusals import Refusal, new_request_id
 from gateway_addon.whole import HEAD_BYTES_MAX
 
@@ -135,11 +134,7 @@ class InjectLayer(relay.Direct):
 
 class InjectStream(whole.Stream):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        if type(event) is ResponseHeaders:
-            quicken(event.response)
-        elif type(event) is RequestHeaders:
-            quicken(event.request)
-        elif isinstance(event, BROKEN):
+        if isinstance(event, BROKEN):
             record = wire(self.flow)
             record.broken_by = record.broken_by or ("client" if isinstance(event, RequestProtocolError) else "upstream")
         generator = super()._handle_event(event)
@@ -285,7 +280,7 @@ def _wire_copy(request: http.Request, grant: Grant) -> http.Request:
     name, secret = grant.credential
     host = url.hostport("https" if grant.tls else "http", *grant.address)
     framing = ((b"content-length", b"%d" % len(grant.body or b"")),) if grant.body or grant.method in BODY_METHODS else ()
-    sent.data.headers = Headers.of(((b"host", host.encode()), *grant.leaving, *framing, (name.encode(), secret.encode())))
+    sent.data.headers = http.Headers(((b"host", host.encode()), *grant.leaving, *framing, (name.encode(), secret.encode())))
     return sent
 
 

@@ -44,7 +44,6 @@ from mitmproxy.proxy.mode_specs import ReverseMode
 from mitmproxy.utils import human
 
 from gateway_addon import dispatch
-from gateway_addon.headers import Headers
 
 _EVENT = ["self", "event"]
 PARTS: dict[type, dict[str, list[str]]] = {
@@ -94,7 +93,7 @@ def request(data: bytes) -> tuple[http.Request, bytes] | None:
         return None
     if not _is_framed(fields := _fields(head[2]), len(data) - head.end()):
         return None
-    made = http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", Headers.of(fields), None, None, time.time(), None)
+    made = http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", http.Headers(fields), None, None, time.time(), None)
     return made, data[head.end() :]
 
 
@@ -103,7 +102,7 @@ def answer(data: bytes) -> tuple[http.Response, bytes] | None:
     head = _ANSWER.match(data)
     if head is None or head[1] in _BODILESS or not _is_framed(fields := _fields(head[3]), len(data) - head.end()):
         return None
-    made = http.Response(b"HTTP/1.1", int(head[1]), head[2], Headers.of(fields), None, None, time.time(), None)
+    made = http.Response(b"HTTP/1.1", int(head[1]), head[2], http.Headers(fields), None, None, time.time(), None)
     return made, data[head.end() :]
 
 

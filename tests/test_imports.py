@@ -22,15 +22,14 @@ OWN = {
     },
     "explanation": {"bounds", "ledger", "money", "offers", "policy", "reading", "refusals"},
     "lives": {"answers", "gate", "inject", "passes", "refusals", "running", "streams"},
-    "inject": {"headers", "refusals", "relay", "whole"},
+    "inject": {"refusals", "relay", "whole"},
     "listener": {"policy"},
     "modes": set(),
     "dispatch": set(),
     "handling": {"dispatch"},
-    "headers": set(),
     "header_filter": set(),
     "relay": {"dispatch", "whole"},
-    "whole": {"dispatch", "headers"},
+    "whole": {"dispatch"},
     "gate": {
         "alerts", "answers", "bounds", "calls", "door", "herald", "identity", "ledger", "money", "names", "noise", "offers", "origin",
         "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "streams", "workspace",
@@ -74,7 +73,7 @@ EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "headers", "inject", "listener", "lives", "local", "modes", "relay", "serve", "shim", "whole"},
+    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "inject", "listener", "lives", "local", "modes", "relay", "serve", "shim", "whole"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},
