@@ -7,9 +7,9 @@ declare. Pure arithmetic over a reading, a policy and a price row. Facts: platfo
 bytes + 350.
 """
 
-import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from gateway_addon.fields import Effect
 from gateway_addon.money import dollars, rounded_up
 from gateway_addon.policy import AppPolicy, Feature
 from gateway_addon.pricing import Prices, Rates, Row, rates
-from gateway_addon.reading import Reading
+from gateway_addon.reading import MAX_TOKENS_MAX, Reading
 from gateway_addon.refusals import Refusal, stated
 from gateway_addon.survey import Use
 
@@ -30,6 +30,10 @@ TYPED_TOOL_TOKENS = 8_000  # the largest known, a browser toolset, describes its
 SERVER_LOOP_MAX = 10
 """How often the provider reads the prompt again for its own tools before it pauses the turn (documented default; in a batch it is more
 often, and nobody says how much)."""
+CODE_SINCE = "20260209"
+"""From this version on, searches and fetches run code between two of them, in turns that `max_uses` does not count."""
+TURNS_SUMMED = 1_000
+"""Turns after these (in a batch, with an absurd `max_uses`) are taken to read the whole context window."""
 
 UNRELEASABLE = frozenset(
     {"web_search", "web_fetch", "code_execution", "tool_search", "mcp", "fallbacks", "advisor", "compaction", "thread", "container"}
@@ -55,35 +59,93 @@ class QuotePart(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Quote:
-    """The worst case of one request. Input and extras are fixed; output grows with what is granted."""
+class Turns:
+    """How often one request has its model run: once, and again after each use of a tool at the provider.
 
-    input_tokens: int
-    output_tokens: int
-    input_nano: int
-    extra_nano: int
+    `max_tokens` binds each turn, and each turn reads all that the turns before it wrote and brought, up to the context window.
+    """
+
+    count: int
+    prompt_tokens: int
+    max_tokens: int
+    context_tokens: int
+    brought: tuple[tuple[int, int], ...] = ()
+    """The uses between the turns, as (tokens that one brings, how many such), the largest first. At least one in each gap."""
+    uncounted: bool = False
+    """Code may run in turns that no `max_uses` counts, so that only the loop's own maximum bounds them."""
+
+    @property
+    def output_tokens(self) -> int:
+        return self.count * self.max_tokens
+
+    def input_tokens(self, written_tokens: int) -> int:
+        """The prompts of all turns together, where all of them wrote at most `written_tokens`.
+
+        Uses that are more than the gaps come in the first of them, because then most turns read what they brought.
+        """
+        more = max(0, sum(uses for _, uses in self.brought) - (self.count - 1))
+        tokens = self.prompt_tokens
+        for turn in range(1, min(self.count, TURNS_SUMMED)):
+            prompt = self.prompt_tokens + min(turn * self.max_tokens, written_tokens) + self._brought_tokens(turn + more)
+            tokens += self._window(prompt)
+        return tokens + max(0, self.count - TURNS_SUMMED) * self._window(self.context_tokens)
+
+    def _window(self, prompt_tokens: int) -> int:
+        """A prompt of a later turn: no longer than the window, unless the bound of the first one already is."""
+        return max(self.prompt_tokens, min(prompt_tokens, self.context_tokens))
+
+    def _brought_tokens(self, uses: int) -> int:
+        tokens = 0
+        for each, count in self.brought:
+            tokens += each * min(uses, count)
+            uses -= min(uses, count)
+        return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """The worst case of one request. The extras are fixed; output grows with what is granted, and what later turns read grows with it."""
+
+    turns: Turns
+    input_rate: Fraction
+    """Nano-dollars per token of input and of output, exactly, at the dearest tier that the request can reach."""
     output_rate: Fraction
-    """Nano-dollars per output token, exactly, at the dearest tier that the request can reach."""
+    extra_nano: int
     parts: tuple[QuotePart, ...]
     price_rows: tuple[str, ...]
     releasable: bool
     """The input that `message_start` reports is exact, so the input part of a reservation can become its price then."""
+    terms: "_Terms" = field(repr=False, compare=False)
 
     @property
-    def output_nano(self) -> int:
-        return rounded_up(self.output_rate, self.output_tokens)
+    def input_tokens(self) -> int:
+        return self.turns.input_tokens(self.output_tokens)
+
+    @property
+    def output_tokens(self) -> int:
+        return self.turns.output_tokens
+
+    @property
+    def prompt_nano(self) -> int:
+        """Nano-dollars for the input as it is sent, read once."""
+        return rounded_up(self.input_rate, self.turns.prompt_tokens)
+
+    @property
+    def by_itself(self) -> tuple[str, ...]:
+        """The features by which the provider may spend more than the input and one `max_tokens`."""
+        return tuple(dict.fromkeys(use.feature for use in self.terms.reading.found.uses if use.feature in UNRELEASABLE))
 
     @property
     def total_nano(self) -> int:
         return self.for_output(self.output_tokens)
 
     def for_output(self, tokens: int) -> int:
-        """Nano-dollars for the whole input, the extras and this many tokens of output, rounded up."""
-        return self.input_nano + self.extra_nano + rounded_up(self.output_rate, tokens)
+        """Nano-dollars for the extras, this many tokens of output in all turns, and the prompts that can then be read, rounded up."""
+        return rounded_up(self.input_rate, self.turns.input_tokens(tokens)) + self.extra_nano + rounded_up(self.output_rate, tokens)
 
     def output_within(self, amount_nano: int) -> int:
-        """The largest `max_tokens` with which this request would fit an amount; 0 where its input alone does not."""
-        return max(0, math.floor((amount_nano - self.input_nano - self.extra_nano) / self.output_rate))
+        """The largest `max_tokens` with which this request would fit an amount; 0 where none does."""
+        return max(0, bisect_right(range(MAX_TOKENS_MAX + 1), amount_nano, key=lambda tokens: _bound(self.terms, tokens).total_nano) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +157,8 @@ class _Terms:
     prices: Prices
     now: float
     batch: bool
+    max_tokens: int
+    """Those that the request asks for, or would ask for."""
 
     def row(self, model: str) -> Row | None:
         return self.prices.row(model, self.now)
@@ -123,34 +187,45 @@ def quote(reading: Reading, app: AppPolicy, prices: Prices, now: float, *, batch
     Refuses (`model_unpriced`) where a model that the request can reach has no price: what has no price is never free; and in a batch
     (`feature`) a tool at the provider that does not say how often it may be used: there no pause of the turn bounds it.
     """
-    terms = _Terms(app, reading, prices, now, batch)
-    if batch and (endless := next((use for use in reading.found.uses if _loops(use) and _stated_uses(use) is None), None)):
-        way_out = "give it a max_uses, or send this request as a call of its own"
-        return stated("feature", f"in a batch nothing bounds {endless.feature} ({endless.where}); {way_out}")
+    terms = _Terms(app, reading, prices, now, batch, reading.max_tokens)
+    if batch and (endless := next((use for use in reading.found.uses if _loops(use) and not _bounded(use)), None)):
+        counted = 'a max_uses and allowed_callers: ["direct"]' if _runs_code(endless) else "a max_uses"
+        way_out = f"give it {counted}, or send this request as a call of its own"
+        return stated("feature", f"in a batch nothing bounds the turns of {endless.feature} ({endless.where}); {way_out}")
     for model, fast in _priced_models(terms):
         if (refusal := _unpriced(terms, model, fast=fast)) is not None:
             return refusal
+    return _bound(terms, reading.max_tokens)
+
+
+def _bound(terms: _Terms, max_tokens: int) -> Quote:
+    """The quote of a request whose models all have a price, if it asked for `max_tokens`."""
+    terms = replace(terms, max_tokens=max_tokens)
+    reading = terms.reading
     row = terms.row(reading.model)
     assert row is not None, "the request's own model is the first of those that were looked up"
-    per_turn, turns = _turns(terms, row)
-    priced = terms.rates(row, per_turn * turns, fast=_fast(reading.body))
-    label, rate = terms.input_rate(priced, loops=turns > 1)
-    name = "input" if turns == 1 else f"input, read up to {turns} times"
+    turns = _turns(terms, row, max_tokens)
+    input_tokens = turns.input_tokens(turns.output_tokens)
+    priced = terms.rates(row, input_tokens, fast=_fast(reading.body))
+    label, rate = terms.input_rate(priced, loops=turns.count > 1)
     extras = tuple(_extras(terms, row))
     parts = (
-        _part(name, per_turn * turns, label, rate),
-        _part("output (max_tokens)", reading.max_tokens, "output", priced.output),
+        _part("input" if turns.count == 1 else f"input, read up to {turns.count} times", input_tokens, label, rate),
+        _part(
+            "output (max_tokens)" if turns.count == 1 else f"output (max_tokens, {turns.count} times)",
+            turns.output_tokens, "output", priced.output,
+        ),
         *(part for part, _ in extras),
-    )
+    )  # fmt: skip
     return Quote(
-        input_tokens=per_turn * turns,
-        output_tokens=reading.max_tokens,
-        input_nano=parts[0].nano,
-        extra_nano=sum(part.nano for part, _ in extras),
+        turns=turns,
+        input_rate=rate,
         output_rate=priced.output,
+        extra_nano=sum(part.nano for part, _ in extras),
         parts=parts,
         price_rows=tuple(dict.fromkeys([row.name, *(name for _, name in extras)])),
         releasable=not reading.found.unknown and not any(use.feature in UNRELEASABLE for use in reading.found.uses),
+        terms=terms,
     )
 
 
@@ -170,21 +245,20 @@ def input_bound(reading: Reading, row: Row) -> int:
     return max(tokens, row.context_tokens) if outside else tokens
 
 
-def _turns(terms: _Terms, row: Row) -> tuple[int, int]:
-    """(the longest prompt of a turn, how many turns). Each turn reads all earlier output and results, up to the context window."""
+def _turns(terms: _Terms, row: Row, max_tokens: int) -> Turns:
+    """The turns of one attempt at the request, by the model of a price row."""
     prompt = input_bound(terms.reading, row)
-    loops = brought = 0
-    for use in terms.reading.found.uses:
-        if not _loops(use):
-            continue
-        loops += _uses(use)
-        per_use = terms.feature(use).tokens_per_use
-        if use.feature != "tool_search":  # what a tool search finds is in the body already
-            brought += row.context_tokens if per_use is None else _uses(use) * per_use
-    if not loops:
-        return prompt, 1
-    longest = min(prompt + terms.reading.max_tokens + brought, row.context_tokens)
-    return max(prompt, longest), (loops if terms.batch else min(loops, SERVER_LOOP_MAX)) + 1
+    loops = [use for use in terms.reading.found.uses if _loops(use)]
+    uses = sum(map(_uses, loops)) if all(map(_bounded, loops)) else SERVER_LOOP_MAX
+    brought = sorted(((_brought_tokens(terms, use, row), _uses(use)) for use in loops), reverse=True)
+    return Turns(
+        count=(uses if terms.batch else min(uses, SERVER_LOOP_MAX)) + 1,
+        prompt_tokens=prompt,
+        max_tokens=max_tokens,
+        context_tokens=row.context_tokens,
+        brought=tuple(brought),
+        uncounted=any(map(_runs_code, loops)),
+    )
 
 
 def _loops(use: Use) -> bool:
@@ -192,10 +266,26 @@ def _loops(use: Use) -> bool:
     return use.effect is Effect.SERVER_TOOL or use.where == "mcp_servers"
 
 
+def _bounded(use: Use) -> bool:
+    """Whether the tool's own `max_uses` bounds the turns that come of it."""
+    return _stated_uses(use) is not None and not _runs_code(use)
+
+
+def _runs_code(use: Use) -> bool:
+    """Whether code may run between two uses of a tool: in turns that nobody counts, until the loop is paused."""
+    callers = use.value.get("allowed_callers") if isinstance(use.value, dict) else None
+    if use.feature not in ("web_search", "web_fetch"):
+        return use.feature in ("code_execution", "mcp")
+    return callers != ["direct"] and (callers is not None or use.value["type"].rpartition("_")[2] >= CODE_SINCE)
+
+
 def _uses(use: Use) -> int:
-    """How often a tool can be used: as it says (a policy that limits uses demands that), else until the turn is paused."""
+    """How often a tool can be used, code that runs in between included: as it says (a policy that limits uses demands that), else
+    until the turn is paused."""
     stated = _stated_uses(use)
-    return SERVER_LOOP_MAX if stated is None else stated
+    if stated is None or _runs_code(use):
+        return max(SERVER_LOOP_MAX, stated or 0)
+    return stated
 
 
 def _stated_uses(use: Use) -> int | None:
@@ -203,12 +293,21 @@ def _stated_uses(use: Use) -> int | None:
     return stated if type(stated) is int and stated >= 0 else None
 
 
+def _brought_tokens(terms: _Terms, use: Use, row: Row) -> int:
+    """What one use brings into the prompts of later turns: as the operator says, else a whole context window."""
+    if use.feature == "tool_search":  # what it finds is in the body already
+        return 0
+    declared = terms.feature(use).tokens_per_use
+    return row.context_tokens if declared is None else declared
+
+
 def _extras(terms: _Terms, row: Row) -> Iterator[tuple[QuotePart, str]]:
     """What is billed beside the answer itself: (line, price row) each."""
     for use in terms.reading.found.uses:
         if use.feature == "web_search" and use.is_tool:
-            nano = rounded_up(row.web_search_nano * row.multiplier, _uses(use))
-            yield QuotePart(f"web searches ({use.where})", _uses(use), "each", row.web_search_nano, nano), row.name
+            searches = SERVER_LOOP_MAX if (stated := _stated_uses(use)) is None else stated
+            nano = rounded_up(row.web_search_nano * row.multiplier, searches)
+            yield QuotePart(f"web searches ({use.where})", searches, "each", row.web_search_nano, nano), row.name
         elif use.feature == "compaction":
             fast = _fast(terms.reading.body)
             yield from _call(terms, f"compaction ({use.where})", row, row.context_tokens, row.output_tokens_max, fast=fast)
@@ -233,10 +332,10 @@ def _fallbacks(terms: _Terms, use: Use) -> Iterator[tuple[QuotePart, str]]:
         row = terms.row(attempt["model"])
         if row is not None:
             stated = attempt.get("max_tokens")
-            output = stated if type(stated) is int else terms.reading.max_tokens
-            per_turn, turns = _turns(terms, row)
+            turns = _turns(terms, row, stated if type(stated) is int else terms.max_tokens)
             fast = _fast({**terms.reading.body, **attempt})
-            yield from _call(terms, f"fallback to {attempt['model']}", row, per_turn * turns, output, fast=fast)
+            input_tokens = turns.input_tokens(turns.output_tokens)
+            yield from _call(terms, f"fallback to {attempt['model']}", row, input_tokens, turns.output_tokens, fast=fast)
 
 
 def _attempts(terms: _Terms, use: Use) -> list[Mapping[str, Any]]:

@@ -121,4 +121,5 @@ def written(explanation: dict[str, Any]) -> str:
 def _fits(cap: dict[str, Any]) -> str:
     if cap["fits"]:
         return "fits"
-    return f"too large; max_tokens {cap['largest_max_tokens']:,} would fit" if cap["largest_max_tokens"] else "too large, its input alone"
+    largest = cap["largest_max_tokens"]
+    return f"too large; max_tokens {largest:,} would fit" if largest else "too large, whatever its max_tokens"

@@ -21,7 +21,7 @@ def offers(
 
     Only a stream can be cut, so only a stream can run on less than its whole quote; and only on a model that keeps its pace.
     """
-    whole = Offer(read.max_tokens, bound.total_nano)
+    whole = Offer(bound.output_tokens, bound.total_nano)
     pace = _pace(app, policy.prices, read, read.model, overrun=overrun, now=now)
     if pace is None:
         return [whole]

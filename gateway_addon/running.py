@@ -30,7 +30,7 @@ class Ticket:
     reading: Reading
     quote: Quote
     granted_tokens: int
-    """Output tokens covered by the reservation: `max_tokens` unless the call runs on a progressive one."""
+    """Output tokens covered by the reservation: all that its turns may write, unless the call runs on a progressive one."""
     pace: Pace | None
     """None: reserved whole."""
     admitted_at: float
@@ -55,9 +55,8 @@ class Running:
     ticket: Ticket
     progress: Progress | None = None
     granted_tokens: int = 0
-    fixed_nano: int = 0
-    """What is held beside output: the bound of the input and of declared features, or the exact input once it is known."""
-    output_rate: Fraction = Fraction(0)
+    exact: tuple[int, Fraction] | None = None
+    """The exact price of the input, once it is known, and of a token of output at the tier that the prompt then has."""
     input_known: bool = False
     """`message_start` has been looked at: what was held for the input in excess has gone back, if there was any."""
     meter: Meter | None = None
@@ -74,21 +73,23 @@ class Running:
     def __post_init__(self) -> None:
         ticket = self.ticket
         self.granted_tokens = ticket.granted_tokens
-        self.fixed_nano = ticket.quote.for_output(0)
-        self.output_rate = ticket.quote.output_rate
         self.last_byte_at = ticket.admitted_at
         if ticket.pace is not None:
             thinking = ticket.reading.body.get("thinking")
             may_think = not (isinstance(thinking, dict) and thinking.get("type") == "disabled")
-            self.progress = Progress(ticket.pace, ticket.reading.max_tokens, may_think, content_at=ticket.admitted_at)
+            self.progress = Progress(ticket.pace, ticket.quote.output_tokens, may_think, content_at=ticket.admitted_at)
 
     @property
     def held_nano(self) -> int:
         """What the ledger holds for this call: exact or bounded input, and the output granted so far."""
-        return self.fixed_nano + self.output_nano(self.granted_tokens)
+        return self._bound_nano(self.granted_tokens)
 
-    def output_nano(self, tokens: int) -> int:
-        return rounded_up(self.output_rate, tokens)
+    def _bound_nano(self, tokens: int) -> int:
+        """What this call can cost with so many tokens of output."""
+        if self.exact is None:
+            return self.ticket.quote.for_output(tokens)
+        input_nano, output_rate = self.exact
+        return input_nano + rounded_up(output_rate, tokens)
 
     def answered(self, status: int, content_type: str, content_encoding: str | None, request_id: str | None, now: float) -> None:
         """The upstream's status and headers arrived."""
@@ -130,7 +131,7 @@ class Running:
         if pace is None or not self.ticket.quote.releasable or self.ticket.app.reserve == "full":
             return None
         tokens = pace.tokens_in(self.elapsed_s + pace.lag_s)
-        return self.fixed_nano + self.output_nano(min(tokens, self.granted_tokens))
+        return self._bound_nano(min(tokens, self.granted_tokens))
 
     def release_nano(self) -> int:
         """What can go back now that `message_start` has reported the input: once, and only for a request whose input cannot grow.
@@ -153,7 +154,7 @@ class Running:
         held_nano = self.held_nano
         if exact + rounded_up(per_token.output, self.granted_tokens) >= held_nano:
             return 0
-        self.fixed_nano, self.output_rate = exact, per_token.output
+        self.exact = exact, per_token.output
         return held_nano - self.held_nano
 
     def wanted_tokens(self, now: float) -> int:
@@ -165,7 +166,7 @@ class Running:
 
     def extension_nano(self, tokens: int) -> int:
         """What `tokens` more of output cost to hold."""
-        return self.output_nano(self.granted_tokens + tokens) - self.output_nano(self.granted_tokens)
+        return self._bound_nano(self.granted_tokens + tokens) - self.held_nano
 
     def covers(self, now: float) -> bool:
         """False once the provider may have generated more than is held: the call must be cut now."""

@@ -117,9 +117,15 @@ def _too_large(app: AppPolicy, bound: Quote | BatchQuote, cap_nano: int, cap_nam
         what = f"This batch of {bound.requests:,} requests"
         way_out = "Send fewer requests in one batch, or ask for fewer max_tokens in each."
     else:
-        fits = bound.output_within(cap_nano)
         what = "This call"
-        way_out = f"The largest max_tokens that fits is {fits:,}." if fits else "Its input alone is too dear: send less."
+        if fits := bound.output_within(cap_nano):
+            way_out = f"The largest max_tokens that fits is {fits:,}."
+        elif bound.prompt_nano > cap_nano or not bound.by_itself:
+            way_out = "Its input alone is too dear: send less."
+        else:
+            directly = ', called directly only (allowed_callers: ["direct"])' if bound.turns.uncounted else ""
+            what_loops = f"What the provider may do by itself is too dear ({', '.join(bound.by_itself)})"
+            way_out = f"{what_loops}: leave it out, or allow fewer uses (max_uses){directly}."
     limit = f"{dollars(cap_nano)}, {app.file}: caps"
     return f"{what} can cost up to {cents(bound.total_nano)}, more than the {cap_name} ({limit}). {way_out}"
 

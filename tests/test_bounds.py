@@ -1,6 +1,7 @@
 """The worst case of a request, worked by hand, and proved never to be below what the answer costs."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from quotes import NOW, PRICES, app, content, quoted, reading
 
 from gateway_addon import pricing
-from gateway_addon.bounds import input_bound, quote
+from gateway_addon.bounds import Quote, input_bound, quote
 from gateway_addon.refusals import Refusal
 from gateway_addon.usage import Part, Tokens, Usage
 
@@ -75,50 +76,122 @@ def test_the_rate_is_the_dearest_that_the_request_can_reach(
     model: str, body: dict[str, Any], geo: str, input_rate: int, output_rate: int
 ):
     bound = quoted(reading(model=model, **body), geo)
-    assert bound.input_nano == bound.input_tokens * input_rate
-    assert (bound.output_rate, bound.output_nano) == (output_rate, 1_000 * output_rate)
-    assert bound.total_nano == bound.input_nano + bound.output_nano
+    assert (bound.input_rate, bound.output_rate) == (input_rate, output_rate)
+    assert bound.total_nano == bound.input_tokens * input_rate + 1_000 * output_rate
     assert (bound.extra_nano, bound.releasable) == (0, True)
 
 
 def test_a_stream_is_held_by_the_token_and_a_cap_knows_what_would_fit():
     bound = quoted(reading(max_tokens=100))
-    assert bound.for_output(0) == bound.input_nano
-    assert bound.for_output(40) == bound.input_nano + 40 * 5_000
+    assert bound.for_output(40) == bound.for_output(0) + 40 * 5_000
     assert bound.output_within(bound.for_output(40)) == 40
     assert bound.output_within(bound.for_output(41) - 1) == 40
     assert bound.output_within(0) == 0
 
 
-def test_tools_at_the_provider_read_the_prompt_again_with_what_they_found():
+def test_each_turn_writes_max_tokens_and_reads_the_turns_before_it():
     found = reading(tools=[SEARCH | {"max_uses": 3}])
     row = PRICES.row("claude-haiku-4-5", NOW)
     assert row is not None
-    one = input_bound(found, row) + 1_000 + 3 * 10_000  # the prompt, all output, three results of 10k
     bound = quoted(found)
-    assert bound.input_tokens == 4 * one  # read at first, and after each search
-    assert bound.input_nano == 4 * one * 1_250  # the provider caches between two turns
-    assert bound.extra_nano == 3 * 10_000_000  # $10 per 1,000 searches
+    assert bound.output_tokens == 4 * 1_000  # at first, and after each search
+    assert bound.input_tokens == 4 * input_bound(found, row) + (1 + 2 + 3) * (1_000 + 10_000)  # what was written, results of 10k
+    assert bound.for_output(0) == (4 * input_bound(found, row) + (1 + 2 + 3) * 10_000) * 1_250 + 3 * 10_000_000
+    assert bound.total_nano == bound.input_tokens * 1_250 + 4_000 * 5_000 + 3 * 10_000_000  # cached between turns; $10 per 1,000 searches
     assert not bound.releasable
 
 
+DIRECT = {"allowed_callers": ["direct"]}
+
+
 @pytest.mark.parametrize(
-    ("body", "input_tokens"),
+    ("tools", "turns"),
     [
-        ({"tools": [{"type": "web_fetch_20250910", "name": "web_fetch", "max_uses": 2}]}, 3 * 200_000),
-        ({"tools": [{"type": "code_execution_20250825", "name": "code_execution"}]}, 11 * 200_000),
-        ({"tools": [SEARCH | {"max_uses": 5}, {"type": "code_execution_20250825", "name": "code_execution"}]}, 11 * 200_000),
+        ([SEARCH | {"max_uses": 3}], 4),
+        ([SEARCH | {"max_uses": 0}], 1),
+        ([SEARCH | {"max_uses": 2}, {"type": "web_fetch_20250910", "name": "web_fetch", "max_uses": 1}], 4),
+        ([SEARCH | {"max_uses": 99}], 11),
+        ([SEARCH | {"max_uses": 3, "type": "web_search_20260209"}], 11),
+        ([SEARCH | {"max_uses": 3, "type": "web_search_20260318"}], 11),
+        ([SEARCH | {"max_uses": 3, "type": "web_search_20270101"}], 11),
+        ([SEARCH | {"max_uses": 3, "type": "web_search_20260209"} | DIRECT], 4),
+        ([SEARCH | {"max_uses": 3, "allowed_callers": ["direct", "code_execution_20260120"]}], 11),
+        ([SEARCH | {"max_uses": 3, "allowed_callers": None}], 4),
+        ([SEARCH | {"max_uses": 3}, {"type": "code_execution_20250825", "name": "code_execution"}], 11),
+        ([SEARCH | {"max_uses": 3}, {"type": "tool_search_tool_bm25", "name": "tool_search_tool_bm25"}], 11),
+        ([{"type": "mcp_toolset", "mcp_server_name": "m"}], 11),
     ],
 )
-def test_a_tool_without_a_declared_size_fills_the_context_window_each_time(body: dict[str, Any], input_tokens: int):
-    assert quoted(reading(**body)).input_tokens == input_tokens
+def test_max_uses_bounds_turns_only_where_no_code_runs(tools: list[dict[str, Any]], turns: int):
+    """Else the loop's own maximum does: the provider reads the prompt again ten times before it pauses the turn."""
+    assert quoted(reading(tools=tools)).output_tokens == turns * 1_000
 
 
-def test_a_tool_search_reads_the_body_again_and_brings_nothing_from_outside():
+def test_uses_beyond_the_turns_bring_their_results_at_once():
+    """Twelve searches in ten gaps: the worst is three of them in the first."""
+    found = reading(model="claude-opus-5-5", tools=[SEARCH | {"max_uses": 12}])
+    row = PRICES.row("claude-opus-5-5", NOW)
+    assert row is not None
+    assert quoted(found).input_tokens == 11 * input_bound(found, row) + 55 * 1_000 + sum(range(3, 13)) * 10_000
+
+
+@pytest.mark.parametrize(
+    ("tools", "windows"),
+    [
+        ([{"type": "web_fetch_20250910", "name": "web_fetch", "max_uses": 2}], 2),
+        ([{"type": "code_execution_20250825", "name": "code_execution"}], 10),
+        ([SEARCH | {"max_uses": 5}, {"type": "code_execution_20250825", "name": "code_execution"}], 10),
+    ],
+)
+def test_a_tool_without_a_declared_size_fills_the_window_each_time(tools: list[dict[str, Any]], windows: int):
+    found = reading(tools=tools)
+    row = PRICES.row("claude-haiku-4-5", NOW)
+    assert row is not None
+    assert quoted(found).input_tokens == input_bound(found, row) + windows * 200_000
+
+
+def test_a_tool_search_brings_nothing_from_outside():
     found = reading(tools=[{"type": "tool_search_tool_bm25", "name": "tool_search_tool_bm25"}])
     row = PRICES.row("claude-haiku-4-5", NOW)
     assert row is not None
-    assert quoted(found).input_tokens == 11 * (input_bound(found, row) + 1_000)
+    assert quoted(found).input_tokens == 11 * input_bound(found, row) + 55 * 1_000
+
+
+@pytest.mark.parametrize(
+    ("tool", "refused"),
+    [
+        (SEARCH | {"max_uses": 3}, None),
+        (SEARCH | {"max_uses": 3, "type": "web_search_20260209"} | DIRECT, None),
+        (SEARCH, "give it a max_uses, or"),
+        (SEARCH | {"max_uses": 3, "type": "web_search_20260209"}, 'give it a max_uses and allowed_callers: ["direct"], or'),
+    ],
+)
+def test_a_batch_refuses_a_tool_whose_turns_nothing_bounds(tool: dict[str, Any], refused: str | None):
+    """Nobody says how often the loop of a batch reads the prompt again."""
+    bound = quote(reading(tools=[tool]), app(), PRICES, NOW, batch=True)
+    if refused is None:
+        assert isinstance(bound, Quote)
+        assert bound.output_tokens == 4 * 1_000
+    else:
+        assert isinstance(bound, Refusal)
+        assert refused in bound.sentence
+
+
+@pytest.mark.parametrize("max_uses", [10**4, 10**9])
+def test_an_absurd_number_of_uses_costs_a_batch_no_time(max_uses: int):
+    bound = quote(reading(tools=[SEARCH | {"max_uses": max_uses}]), app(), PRICES, NOW, batch=True)
+    assert isinstance(bound, Quote)
+    assert bound.turns.count == max_uses + 1
+    assert bound.input_tokens <= (max_uses + 1) * 200_000
+
+
+@pytest.mark.parametrize("more", [{}, {"tools": [SEARCH | {"max_uses": 3}]}, {"fallbacks": [{"model": "claude-sonnet-5"}]}])
+def test_the_largest_max_tokens_that_fits_is_just_that(more: dict[str, Any]):
+    """Also where later turns read what earlier ones wrote, and where a fallback writes as much again."""
+    found = reading(**more)
+    for amount_nano in (quoted(replace(found, max_tokens=500)).total_nano, 200_000_000, 999_999_999):
+        fits = quoted(found).output_within(amount_nano)
+        assert quoted(replace(found, max_tokens=fits)).total_nano <= amount_nano < quoted(replace(found, max_tokens=fits + 1)).total_nano
 
 
 def test_an_advisor_is_quoted_as_calls_of_its_own():
@@ -208,16 +281,21 @@ def test_no_answer_to_a_plain_request_costs_more_than_its_quote(
     assert cost.nano <= bound.total_nano
 
 
-@given(st.integers(0, 3), st.integers(0, 60_000), st.integers(0, 30_000), st.integers(0, 1000))
+@given(st.integers(0, 5), st.integers(0, 30_000), st.lists(st.tuples(st.integers(0, 1_000), st.integers(0, 10_000)), max_size=5))
 @settings(max_examples=200, derandomize=True, deadline=None)
-def test_no_answer_with_web_searches_costs_more_than_its_quote(searches: int, prompt: int, result: int, output: int):
+def test_no_answer_with_searches_costs_more_than_its_quote(max_uses: int, prompt: int, turns: list[tuple[int, int]]):
     """One turn for each search and one more, each reading all before it; a result is as large as the operator said, or less."""
-    found = reading(system="a" * prompt, tools=[SEARCH | {"max_uses": 3}])
+    found = reading(system="a" * prompt, tools=[SEARCH | {"max_uses": max_uses}])
     bound = quoted(found)
-    brought = min(result, 10_000)
-    turns = [Tokens(found.size + i * brought, output // (searches + 1), cache_write_5m_tokens=16 * i) for i in range(searches + 1)]
-    parts = tuple(Part("message", found.model, tokens) for tokens in turns)
+    tokens, read = [], found.size
+    for output, result in [*turns[:max_uses], (1_000, 0)]:
+        tokens.append(Tokens(0, output, cache_write_5m_tokens=read))
+        read += output + result
+    parts = tuple(Part("message", found.model, each) for each in tokens)
+    searches = len(turns[:max_uses])
     usage = Usage(model=found.model, iterations=parts, web_search_requests=searches, readable=True, complete=True, started=True)
     cost = pricing.cost(PRICES, usage, at=NOW, hour_ttl_requested=False)
     assert cost.nano is not None
     assert cost.nano <= bound.total_nano
+    written = sum(output for output, _ in turns[:max_uses]) + 1_000
+    assert cost.nano <= bound.for_output(written), "a grant of no more than was written covers it as well"

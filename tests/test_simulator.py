@@ -13,7 +13,7 @@ from rawhttp import MODEL, ask, events, last_row, post
 
 from gateway_addon import simulator
 from gateway_addon.simulator import KEY, Behaviour, Simulator, Usage
-from gateway_addon.simulator.delivery import generated_tokens
+from gateway_addon.simulator.delivery import made
 from gateway_addon.simulator.messages import Step
 from gateway_addon.simulator.prices import MODELS, billed_nano
 
@@ -90,13 +90,13 @@ class TestGeneration:
         ("elapsed_s", "tokens"), [(0, 0), (0.5, 5), (1, 10), (6, 60), (10.99, 109), (11, 110), (12, 120), (99, 120)]
     )
     def test_a_hidden_step_is_generated_bit_by_bit(self, elapsed_s, tokens):
-        assert generated_tokens(self.STEPS, Behaviour(tokens_per_s=10), elapsed_s) == tokens
+        assert made(self.STEPS, Behaviour(tokens_per_s=10), elapsed_s).tokens == tokens
 
     def test_without_a_pace_all_is_generated_at_once(self):
-        assert generated_tokens(self.STEPS, Behaviour(), 0) == 120
+        assert made(self.STEPS, Behaviour(), 0).tokens == 120
 
     def test_a_delay_comes_before_each_delta(self):
-        assert [generated_tokens(self.STEPS, Behaviour(delay_ms=1000), at) for at in (0.99, 1, 2, 3)] == [9, 10, 110, 120]
+        assert [made(self.STEPS, Behaviour(delay_ms=1000), at).tokens for at in (0.99, 1, 2, 3)] == [9, 10, 110, 120]
 
 
 class TestMessages:

@@ -36,6 +36,11 @@ class Behaviour:
     """The same for cache writes: they raise the total, while the 5m/1h split on the wire stays what `message_start` said."""
     web_searches: int = 0
     """Each one is 2,000 late input tokens more."""
+    turns: int | None = None
+    """How often the model runs, each time with the request's whole `max_tokens` to write, reading all that was written and found before.
+    None: as often as the request's tools at the provider let a hostile one; else once."""
+    result_tokens: int = 2_000
+    """What one use of a tool brings into the prompts of all later turns."""
     iterations: tuple[dict[str, Any], ...] = ()
     """Parts billed beside the message: {"type": "compaction", "model"?: ..., "input_tokens": 60385, "output_tokens": 522}."""
 
@@ -66,6 +71,8 @@ class Behaviour:
     """None: everything is generated at once."""
     delay_ms: float = 0
     """A pause of the generation before each delta."""
+    turn_s: float = 0
+    """How long a further turn takes before its first token: the tool runs, the prompt is read."""
     tokens_per_event: int = 8
     ahead_s: float = 0
     """By how much generation runs ahead of delivery."""

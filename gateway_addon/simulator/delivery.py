@@ -6,11 +6,12 @@ behind. A client that hangs up stops delivery at once and generation only `after
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Iterable
 
 from .behaviour import Behaviour
 from .http import Exchange, Headers
-from .messages import PING, Answer, Step, event
+from .messages import PING, Answer, Made, Step, event
 
 LOOPS_AFTER_S = 1.0
 """How long the API works before its own turns are billed in spite of an error."""
@@ -30,34 +31,35 @@ class Clock:
 
 def step_s(step: Step, behaviour: Behaviour) -> float:
     """How long one step takes to generate."""
+    if step.reads:
+        return behaviour.turn_s
     if not step.tokens:
         return 0
     return behaviour.delay_ms / 1000 + (step.tokens / behaviour.tokens_per_s if behaviour.tokens_per_s else 0)
 
 
-def generated_tokens(steps: Iterable[Step], behaviour: Behaviour, elapsed_s: float) -> int:
-    """How many tokens exist when generation has run for `elapsed_s`. A step that is under way counts in proportion."""
-    tokens, clock_s = 0, 0.0
+def made(steps: Iterable[Step], behaviour: Behaviour, elapsed_s: float) -> Made:
+    """How much exists when generation has run for `elapsed_s`. A step that is under way counts in proportion, a turn once it has begun."""
+    so_far, clock_s = Made(), 0.0
     for step in steps:
         duration_s = step_s(step, behaviour)
         if clock_s + duration_s > elapsed_s:
-            return tokens + int(step.tokens * (elapsed_s - clock_s) / duration_s)
+            share = int(step.tokens * (elapsed_s - clock_s) / duration_s)
+            return so_far.and_then(Step(share, None))
         clock_s += duration_s
-        tokens += step.tokens
-    return tokens
+        so_far = so_far.and_then(step)
+    return so_far
 
 
-def billed_tokens(answer: Answer, behaviour: Behaviour, elapsed_s: float) -> int:
-    """The output that is billed when somebody hung up `elapsed_s` after the request."""
-    if behaviour.overrun:
-        return answer.final.output_tokens
-    return generated_tokens(answer.steps(), behaviour, elapsed_s + behaviour.after_disconnect_s)
+def billed(answer: Answer, behaviour: Behaviour, elapsed_s: float) -> Made:
+    """How much is billed when somebody hung up `elapsed_s` after the request."""
+    return made(answer.steps(), behaviour, math.inf if behaviour.overrun else elapsed_s + behaviour.after_disconnect_s)
 
 
-def billed_before_an_error(answer: Answer, behaviour: Behaviour, elapsed_s: float) -> int | None:
-    """The output that is billed of a stream that begins with an error; None: nothing at all, as without turns of the API's own."""
+def billed_before_an_error(answer: Answer, behaviour: Behaviour, elapsed_s: float) -> Made | None:
+    """What is billed of a stream that begins with an error; None: nothing at all, as without turns of the API's own."""
     looped = answer.final.web_searches > 0 or bool(answer.iterations)
-    return generated_tokens(answer.steps(), behaviour, elapsed_s) if looped and elapsed_s > LOOPS_AFTER_S else None
+    return made(answer.steps(), behaviour, elapsed_s) if looped and elapsed_s > LOOPS_AFTER_S else None
 
 
 async def deliver_page(exchange: Exchange, behaviour: Behaviour, clock: Clock) -> bool:
@@ -70,36 +72,36 @@ async def deliver_page(exchange: Exchange, behaviour: Behaviour, clock: Clock) -
     return late
 
 
-async def deliver_json(exchange: Exchange, answer: Answer, behaviour: Behaviour, headers: Headers, encoding: str, clock: Clock) -> int:
-    """Send the answer whole, when it is whole. Returns the output tokens to bill; raises HungUp."""
+async def deliver_json(exchange: Exchange, answer: Answer, behaviour: Behaviour, headers: Headers, encoding: str, clock: Clock) -> Made:
+    """Send the answer whole, when it is whole. Returns what is billed; raises HungUp."""
     whole_s = sum(step_s(step, behaviour) for step in answer.steps())
     await exchange.pause(max(behaviour.delay_headers_s, whole_s + behaviour.ahead_s) - clock.elapsed_s())
     if behaviour.hang_up:
         exchange.hang_up()
     body = json.dumps(answer.json()).encode()
     await exchange.answer(200, [("content-type", "application/json"), *headers], body, encoding=encoding)
-    return answer.final.output_tokens
+    return made(answer.steps(), behaviour, math.inf)
 
 
 async def deliver_stream(
     exchange: Exchange, answer: Answer, behaviour: Behaviour, headers: Headers, encoding: str, clock: Clock
-) -> int | None:
+) -> Made | None:
     """Send the answer as events while it is generated, up to its end or to the behaviour's error, with which generation ends as well.
 
-    Returns the output tokens to bill, None where nothing is billed; raises HungUp.
+    Returns what is billed, None where nothing is; raises HungUp.
     """
     await exchange.pause(behaviour.delay_headers_s - clock.elapsed_s())
     if behaviour.hang_up:
         exchange.hang_up()
     stream = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache")]
     await exchange.start(200, [*stream, *headers], encoding=encoding)
-    count, tokens = 0, 0
-    async for tokens, sent in _paced(exchange, answer, behaviour, clock):
-        if behaviour.error is not None and _error_is_due(behaviour, count, tokens, answer):
+    count, so_far = 0, Made()
+    async for so_far, sent in _paced(exchange, answer, behaviour, clock):
+        if behaviour.error is not None and _error_is_due(behaviour, count, so_far.tokens, answer):
             message = behaviour.error.removesuffix("_error").capitalize()
             await exchange.send(event("error", error={"type": behaviour.error, "message": message}))
             await exchange.finish()
-            return tokens if count > behaviour.ping_first else billed_before_an_error(answer, behaviour, clock.elapsed_s())
+            return so_far if count > behaviour.ping_first else billed_before_an_error(answer, behaviour, clock.elapsed_s())
         if count == behaviour.cut_after_events:
             exchange.hang_up()
         await exchange.send(sent)
@@ -107,7 +109,7 @@ async def deliver_stream(
     if count == behaviour.cut_after_events:
         exchange.hang_up()
     await exchange.finish()
-    return answer.final.output_tokens
+    return so_far
 
 
 def _error_is_due(behaviour: Behaviour, count: int, tokens: int, answer: Answer) -> bool:
@@ -116,27 +118,27 @@ def _error_is_due(behaviour: Behaviour, count: int, tokens: int, answer: Answer)
     return count > 0 and tokens * 2 >= answer.final.output_tokens
 
 
-async def _paced(exchange: Exchange, answer: Answer, behaviour: Behaviour, clock: Clock) -> AsyncIterator[tuple[int, bytes]]:
-    """Each event when it is due, with the tokens generated for it and before it; pings while nothing is."""
+async def _paced(exchange: Exchange, answer: Answer, behaviour: Behaviour, clock: Clock) -> AsyncIterator[tuple[Made, bytes]]:
+    """Each event when it is due, with what was made for it and before it; pings while nothing is."""
     if behaviour.ping_first:
-        yield 0, PING
+        yield Made(), PING
     if behaviour.whole_start:
         await exchange.pause(sum(step_s(step, behaviour) for step in answer.steps()) + behaviour.ahead_s - clock.elapsed_s())
         for piece in answer.whole():
-            yield answer.final.output_tokens, piece
+            yield made(answer.steps(), behaviour, math.inf), piece
         return
-    yield 0, answer.opening(behaviour.opening_usage)
+    yield Made(), answer.opening(behaviour.opening_usage)
     silent_until_s = behaviour.delay_headers_s + behaviour.say_nothing_s
     await exchange.pause(silent_until_s - clock.elapsed_s())
-    tokens, generated_s = 0, 0.0
+    so_far, generated_s = Made(), 0.0
     for step in answer.steps():
         generated_s += step_s(step, behaviour)
         while (wait_s := generated_s + behaviour.ahead_s - clock.elapsed_s()) > 0:
             await exchange.pause(min(wait_s, behaviour.ping_s))
             if wait_s > behaviour.ping_s:
-                yield tokens, PING
-        tokens += step.tokens
+                yield so_far, PING
+        so_far = so_far.and_then(step)
         if step.event is not None:
-            yield tokens, step.event
+            yield so_far, step.event
     for last in answer.closing(zeroes=behaviour.closing_zeroes):
-        yield tokens, last
+        yield so_far, last

@@ -12,7 +12,7 @@ Pure: no clock, no socket. The order of a stream, which is what a meter must und
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .book import Iteration, Usage
@@ -34,6 +34,21 @@ class Step(NamedTuple):
 
     tokens: int
     event: bytes | None
+    reads: int = 0
+    """The tokens of the prompt that is read again before it, where a further turn of the provider's own loop begins here."""
+    searches: int = 0
+    """How many web searches were made for that turn."""
+
+
+class Made(NamedTuple):
+    """How much of an answer exists: output, prompts read again, searches made."""
+
+    tokens: int = 0
+    reads: int = 0
+    searches: int = 0
+
+    def and_then(self, step: Step) -> "Made":
+        return Made(self.tokens + step.tokens, self.reads + step.reads, self.searches + step.searches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +61,12 @@ class Block:
     delta: str = "text_delta"
     key: str = "text"
     spelled: str = ""
+    again: Step | None = None
+    """The further turn that begins with this block."""
 
     def steps(self, index: int, tokens_per_event: int) -> Iterator[Step]:
+        if self.again is not None:
+            yield self.again
         yield Step(0, event("content_block_start", index=index, content_block=self.opening))
         if index == 0:
             yield Step(0, PING)
@@ -74,6 +93,19 @@ class Answer:
     final: Usage
     iterations: tuple[Iteration, ...] = ()
     tokens_per_event: int = 8
+    reread: str = "input_tokens"
+    """The kind of tokens that a prompt is billed as when it is read again."""
+
+    def used(self, made: Made) -> Usage:
+        """What is billed of the answer when so much of it was made, and nothing more."""
+        unmade = sum(step.reads for step in self.steps()) - made.reads
+        return replace(
+            self.final,
+            output_tokens=made.tokens,
+            thinking_tokens=min(made.tokens, self.final.thinking_tokens),
+            web_searches=self.final.web_searches - sum(step.searches for step in self.steps()) + made.searches,
+            **{self.reread: getattr(self.final, self.reread) - unmade},
+        )
 
     def json(self) -> dict[str, Any]:
         content = [block.whole for block in self.blocks]
@@ -176,9 +208,9 @@ def tool_use(tool_id: str, name: str, tokens: int, bytes_per_token: int) -> Bloc
     return Block(tokens, opening, opening | {"input": given}, "input_json_delta", "partial_json", json.dumps(given))
 
 
-def web_search(tool_id: str) -> tuple[Block, Block]:
-    """A search on the server's side, and what it found. Its cost is in the usage: late input, and one more request."""
-    use: dict[str, Any] = {"type": "server_tool_use", "id": tool_id, "name": "web_search", "input": {}}
-    found: dict[str, Any] = {"type": "web_search_tool_result", "tool_use_id": tool_id, "content": []}
+def server_tool(tool_id: str, name: str = "web_search") -> tuple[Block, Block]:
+    """A use of a tool on the server's side, and what it brought. Its cost is in the usage: late input, and one more request."""
+    use: dict[str, Any] = {"type": "server_tool_use", "id": tool_id, "name": name, "input": {}}
+    found: dict[str, Any] = {"type": f"{name}_tool_result", "tool_use_id": tool_id, "content": []}
     query = {"query": "what does it cost"}
     return Block(0, use, use | {"input": query}, "input_json_delta", "partial_json", json.dumps(query)), Block(0, found, found)

@@ -27,13 +27,13 @@ from urllib.parse import parse_qs, unquote
 from . import admin
 from .batches import Batches
 from .behaviour import Behaviour, overridden
-from .book import Book, Row, Usage
+from .book import Book, Row
 from .catalogue import model_info, model_page
-from .delivery import Clock, billed_tokens, deliver_json, deliver_page, deliver_stream
+from .delivery import Clock, billed, deliver_json, deliver_page, deliver_stream
 from .errors import ApiError
 from .files import Files
 from .http import Exchange, Headers, HungUp, Request, serve
-from .messages import Answer
+from .messages import Made
 from .model import answer as generate
 from .prompt import Cache, tokens
 from .reading import check_message, read_json, read_prompt, served_model
@@ -255,18 +255,18 @@ class Simulator:
         exchange.cut_after_bytes = behaviour.cut_after_bytes
         headers, encoding = self._headers(request_id, behaviour), _encoding(request, behaviour)
         deliver = deliver_stream if stream else deliver_json
-        output_tokens: int | None = None
+        used: Made | None = None
         try:
             if behaviour.edge is None:
-                output_tokens = await deliver(exchange, answer, behaviour, headers, encoding, clock)
+                used = await deliver(exchange, answer, behaviour, headers, encoding, clock)
             elif await deliver_page(exchange, behaviour, clock) and next(self._lost) % 3 == 0:
-                output_tokens = billed_tokens(answer, behaviour, clock.elapsed_s())
+                used = billed(answer, behaviour, clock.elapsed_s())
         except (HungUp, asyncio.CancelledError):
-            output_tokens = billed_tokens(answer, behaviour, clock.elapsed_s())
+            used = billed(answer, behaviour, clock.elapsed_s())
             raise
         finally:
-            if output_tokens is not None:
-                self.book.bill(request_id, _used(answer, output_tokens), answer.iterations)
+            if used is not None:
+                self.book.bill(request_id, answer.used(used), answer.iterations)
 
     async def _reply(self, exchange: Exchange, request_id: str, status: int, body: bytes, headers: Headers | None = None) -> None:
         """An answer without a model in it: nothing of it is billed."""
@@ -318,7 +318,3 @@ def _encoding(request: Request, behaviour: Behaviour) -> str:
     """gzip for whoever offers it, as the real API does, on errors and events too."""
     offered = [part.strip() for part in (request.header("accept-encoding") or "").split(",")]
     return behaviour.encoding or ("gzip" if "gzip" in offered else "identity")
-
-
-def _used(answer: Answer, output_tokens: int) -> Usage:
-    return replace(answer.final, output_tokens=output_tokens, thinking_tokens=min(output_tokens, answer.final.thinking_tokens))
