@@ -9,9 +9,10 @@ from gateway_addon import pricing
 from gateway_addon.batches import REQUESTS_MAX, Results, judged, object_of
 from gateway_addon.bounds import quote
 from gateway_addon.policy.loading import parse_app
-from gateway_addon.pricing import kept, restored
+from gateway_addon.pricing import cost, kept, restored
 from gateway_addon.reading import Request, read
 from gateway_addon.refusals import Refusal
+from gateway_addon.usage import Meter
 
 PRICES = pricing.load(None, None)
 NOON = 1_795_000_000.0
@@ -173,6 +174,33 @@ def read_all(data, step=7, prices=PRICES):
 def test_results_are_priced_at_half_and_what_did_not_succeed_is_free():
     rows = read_all(line("a") + line("b", "errored") + line("c", "canceled") + line("d", "expired"))
     assert [(row.custom_id, row.kind, row.nano) for row in rows] == [("a", "message", (1000 * 1000 + 101 * 5000) // 2), ("b", "errored", 0), ("c", "canceled", 0), ("d", "expired", 0)]
+
+
+WHOLE = {"type": "message", "model": "claude-haiku-4-5-20251001", "content": [{"type": "text", "text": "hi"}], "stop_reason": "end_turn"}
+TURN = {"input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": 55_096}
+
+
+@pytest.mark.parametrize(
+    ("message", "nano"),
+    [
+        (WHOLE | {"usage": USAGE}, 752_500),
+        (WHOLE | {"usage": USAGE | {"input_tokens": 0, "output_tokens": 0}}, 0),
+        (WHOLE | {"usage": USAGE | {"iterations": [{"type": "compaction", **TURN}, {"type": "message", **TURN}]}}, 2 * 2_772_300),
+        (WHOLE | {"content": [], "stop_reason": "refusal", "usage": USAGE}, 0),
+        ({"type": "error", "error": {"type": "overloaded_error", "message": "x"}}, 0),
+        (WHOLE, None),
+        (WHOLE | {"usage": {"input_tokens": 9}}, None),
+    ],
+    ids=["plain", "unbilled", "iterations", "refused", "an error", "no usage", "half a usage"],
+)
+def test_each_line_of_a_batchs_results_is_judged_as_a_message_is(message, nano):
+    """By the meter's own rules for the same message as an answer of its own, at half its price."""
+    rows = read_all(json.dumps({"custom_id": "a", "result": {"type": "succeeded", "message": message}}).encode() + b"\n")
+    assert (sum(row.nano for row in rows) if rows else None) == nano
+    meter = Meter("application/json")
+    meter.feed(json.dumps(message).encode())
+    alone = replace(meter.close(), service_tier="batch")
+    assert cost(PRICES, alone, at=NOON, hour_ttl_requested=False).nano == nano
 
 
 @pytest.mark.parametrize("bad", [b"{}\n", b"junk\n", line("a", model="claude-unknown-9"), line("a", usage={"input_tokens": -1}), line("a", "mystery"), line("a")[:-20]])

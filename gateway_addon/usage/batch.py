@@ -1,6 +1,8 @@
 """The results of a message batch: JSONL lines -> one `BatchResult` each, incrementally.
 
-Only `succeeded` lines are billed. Results can be fetched again for 29 days: whoever books them keys by batch and `custom_id`.
+Only `succeeded` lines are billed, and of those none whose message is the API's error: such a line comes out as `errored`. What a
+line's message used is counted by the rules of any other message. Results can be fetched again for 29 days: whoever books them keys
+by batch and `custom_id`.
 """
 
 from collections.abc import Iterator
@@ -68,6 +70,8 @@ def _result(line: bytes) -> BatchResult:
         draft.not_understood("the line is not a batch result")
         return BatchResult(custom_id if isinstance(custom_id, str) else "", "unreadable", draft.usage())
     message, error = result.get("message"), result.get("error")
+    if kind == "succeeded" and isinstance(message, dict) and message.get("type") == "error":
+        kind, error = "errored", message
     if kind == "succeeded" and isinstance(message, dict):
         draft.message(message)
     elif kind == "succeeded":
