@@ -9,7 +9,6 @@ import asyncio
 import functools
 import json
 import logging
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from OpenSSL import SSL
 
 from gateway_addon import header_filter, inject
 from gateway_addon.answers import Answer, cap_headers, edited_header
+from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.gate import Gate
 from gateway_addon.listener import Certificate
 from gateway_addon.lives import Life, close_forgotten
@@ -87,12 +87,12 @@ def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 class GatewayAddon:
     def __init__(
-        self, gate: Gate, key: Callable[[], str], clock: Callable[[], float] = time.time, key_refused: Callable[[], None] = lambda: None
+        self, gate: Gate, key: Callable[[], str], clocks: Clocks = SYSTEM, key_refused: Callable[[], None] = lambda: None
     ):
-        """`key` returns the real API key, fresh after a rotation, `key_refused` hears of a 401; `clock` returns unix seconds."""
+        """`key` returns the real API key, fresh after a rotation, `key_refused` hears of a 401."""
         self.gate = gate
         self.key = key
-        self.clock = clock
+        self.clocks = clocks
         self.key_refused = key_refused
         self.certificate = Certificate()
         self.draining = False
@@ -118,8 +118,8 @@ class GatewayAddon:
         """Stop listening, let calls in flight finish, then settle what is left."""
         self.draining = True
         await ctx.master.addons.get("proxyserver").servers.update([])
-        deadline = self.clock() + self.gate.policy.timeouts.drain_s
-        while self.lives and self.clock() < deadline:
+        deadline_monotonic_s = self.clocks.monotonic_s() + self.gate.policy.timeouts.drain_s
+        while self.lives and self.clocks.monotonic_s() < deadline_monotonic_s:
             await asyncio.sleep(0.05)
         for flow_id in list(self.lives):
             self.finish(flow_id, "gateway", sent=True)
@@ -167,13 +167,13 @@ class GatewayAddon:
         kept = [field for field in flow.request.headers.fields if field[0].lower() not in REPLACED]
         flow.request.headers.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
         flow.request.stream = False
-        life = self.lives[flow.id] = Life(flow, self.gate, self.clock)
+        life = self.lives[flow.id] = Life(flow, self.gate, self.clocks)
         if flow.client_conn.id in self.connections:
             self.connections[flow.client_conn.id] = life
         arrived = await self._arrive(flow, headers)
         life.body_bytes = _announced(flow.request.headers)
         if isinstance(arrived, Arrived):
-            arrived = self.gate.crowded(arrived, life.body_bytes, self._held_bytes, self.clock()) or arrived
+            arrived = self.gate.crowded(arrived, life.body_bytes, self._held_bytes, self.clocks.now()) or arrived
         if isinstance(arrived, Arrived):
             life.arrived = arrived
             label = (b"x-api-key", f"app:{arrived.app.name}".encode())  # for people; the wire copy gets the key
@@ -206,7 +206,7 @@ class GatewayAddon:
         if self.gate.policy.tls and not flow.client_conn.tls:
             return Refusal("request", "This gateway takes calls over https alone, so that tokens do not cross the network in clear.")
         peer = flow.client_conn.peername[0] if flow.client_conn.peername else ""
-        return await self.gate.arrive(_method(flow.request), flow.request.path, headers, peer, self.clock(), digest)
+        return await self.gate.arrive(_method(flow.request), flow.request.path, headers, peer, self.clocks.now(), digest)
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
@@ -219,7 +219,7 @@ class GatewayAddon:
         task = life.admission = asyncio.current_task()
         assert task is not None
         try:
-            decision = await self.gate.admit(life.arrived, request, self.clock())
+            decision = await self.gate.admit(life.arrived, request, self.clocks.now())
         except asyncio.CancelledError:
             if not life.left:
                 raise
@@ -229,8 +229,9 @@ class GatewayAddon:
             life.admission = None
         if isinstance(decision, Answer | Refusal):
             return self.answer(flow, decision)
+        life.began_monotonic_s = self.clocks.monotonic_s()
         if isinstance(decision, Ticket):
-            life.running = self.gate.run(decision, life.cut)
+            life.running = self.gate.run(decision, life.cut, life.began_monotonic_s)
         else:
             life.free = decision
         if decision.body is not None:
@@ -270,7 +271,7 @@ class GatewayAddon:
         if life is None or response is None or life.arrived is None:
             return
         life.status, lowered = response.status_code, _lowered(response.headers)
-        self.gate.upstream_headers(life.arrived, response.status_code, lowered, self.clock())
+        self.gate.upstream_headers(life.arrived, response.status_code, lowered, self.clocks.now())
         if response.status_code == 401:
             self.key_refused()
         fields = header_filter.coming_in(response.headers.fields)
@@ -279,7 +280,8 @@ class GatewayAddon:
             known = dict(lowered)
             content_type = known.get("content-type", "")
             life.running.answered(
-                response.status_code, content_type, known.get("content-encoding"), known.get("request-id"), self.clock()
+                response.status_code, content_type, known.get("content-encoding"), known.get("request-id"),
+                now=self.clocks.now(), monotonic_s=self.clocks.monotonic_s(),
             )  # fmt: skip
             if response.status_code == 200 and "json" not in content_type:
                 response.stream = functools.partial(self._chunk, weakref.ref(life))
@@ -289,7 +291,7 @@ class GatewayAddon:
         elif life.free is not None:
             fields += _encoded(edited_header(life.free.edited))
             if life.free.errand.streamed and response.status_code == 200:
-                life.last_byte_at = self.clock()
+                life.last_byte_monotonic_s = self.clocks.monotonic_s()
                 response.stream = functools.partial(self._chunk, weakref.ref(life))
                 life.watch()
         response.headers.fields = fields
@@ -317,7 +319,7 @@ class GatewayAddon:
             return None
         body = response.raw_content
         if life.running is not None and body is not None and response.stream is False:
-            life.running.feed(body, self.clock())
+            life.running.feed(body, self.clocks.monotonic_s())
         errand = life.free.errand if life.free is not None else None
         if errand is not None and errand.whole is not None and response.stream is False:
             return self._run_errand(flow, response, errand.whole)
@@ -365,9 +367,9 @@ class GatewayAddon:
         if ended_by != "gateway" and self.connections.get(life.flow.client_conn.id) is life:
             self.connections[life.flow.client_conn.id] = None  # a connection that idles keeps no bodies
         if life.running is not None:
-            self.gate.close(life.running, sent=sent, ended_by=ended_by, now=self.clock())
+            self.gate.close(life.running, sent=sent, ended_by=ended_by, now=self.clocks.now())
         elif life.free is not None:
-            self.gate.close_free(life.free, Ending(sent, ended_by, life.status), self.clock())
+            self.gate.close_free(life.free, Ending(sent, ended_by, life.status), self.clocks.now())
 
     def fail(self, side: Side, data: Any) -> None:
         """A hook failed: nothing unjudged passes, and nothing that may have been billed is forgotten."""

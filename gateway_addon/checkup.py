@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import certifi  # brought by mitmproxy: the authorities that the gateway itself trusts
 
+from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import access
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
@@ -77,7 +78,7 @@ def check_disk(ledger: Path) -> Check:
 
 
 def _asked(policy: GatewayPolicy, key: str, clock: Callable[[], float]) -> list[Check]:
-    began = clock()
+    began, began_monotonic_s = clock(), monotonic_s()
     try:
         answered = _list_models(policy.upstream, key)
     except ssl.SSLCertVerificationError as error:
@@ -86,9 +87,9 @@ def _asked(policy: GatewayPolicy, key: str, clock: Callable[[], float]) -> list[
     except (OSError, http.client.HTTPException) as error:
         away = f"it cannot be reached ({type(error).__name__}): see the network, a firewall, or `upstream` in gateway.yaml"
         return [Check("upstream", [policy.upstream], [away])]
-    took_ms = (clock() - began) * 1000
+    took_s = monotonic_s() - began_monotonic_s
     up = [] if answered.status < 500 else [f"it answers {answered.status}: see the provider's status page"]
-    checks = [Check("upstream", [f"{policy.upstream} answers in {took_ms:.0f} ms"], up)]
+    checks = [Check("upstream", [f"{policy.upstream} answers in {took_s * 1000:.0f} ms"], up)]
     if answered.status in (401, 403):
         checks.append(Check("key", [_source(policy)], [f"the provider does not take this key ({answered.status}): put a valid one there"]))
     elif answered.status < 300:
@@ -96,7 +97,7 @@ def _asked(policy: GatewayPolicy, key: str, clock: Callable[[], float]) -> list[
     else:
         checks.append(Check("key", [f"{_source(policy)}; not judged, the answer was {answered.status}"], []))
     if answered.date is not None:
-        checks.append(_clock(answered.date, (began + clock()) / 2))
+        checks.append(_clock(answered.date, began + took_s / 2))
     return checks
 
 

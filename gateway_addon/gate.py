@@ -24,6 +24,7 @@ from gateway_addon import alerts, identity, reading
 from gateway_addon.answers import Answer, edited_text, me, visible_models
 from gateway_addon.bounds import Quote, quote
 from gateway_addon.calls import Tell, record
+from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.door import Door
 from gateway_addon.herald import Herald
 from gateway_addon.ledger import (
@@ -69,10 +70,10 @@ class Gate:
     """One process's door. `policy` is replaced whole by a reload; calls in flight keep the one they came under."""
 
     def __init__(
-        self, ledger: Ledger, policy: GatewayPolicy, clock: Callable[[], float], herald: Herald | None = None, entrance: str = "",
+        self, ledger: Ledger, policy: GatewayPolicy, clocks: Clocks = SYSTEM, herald: Herald | None = None, entrance: str = "",
         on_call: Tell | None = None,
     ):  # fmt: skip
-        """`clock` returns unix seconds; it paces top-ups only, every decision takes its `now` from the caller.
+        """`clocks` pace; what concerns windows and rows takes its `now` from the caller.
 
         `on_call` hears of each call once it has ended and what it cost is written.
         `entrance` stands before the endpoint in each call's row: which door it came by, where there are several.
@@ -80,19 +81,19 @@ class Gate:
         self._entrance = entrance
         self.on_call = on_call
         self.ledger = ledger
-        self._clock = clock
+        self._clocks = clocks
         self.policy = policy
         self.policy_problem: str | None = None
         """Why the files on disk are not in force, after a reload that failed."""
         self.key_problem: str | None = None
-        self.streams = Streams(ledger, clock)
+        self.streams = Streams(ledger, clocks)
         self._door = Door(ledger)
         self._herald = herald
-        self.workspace = Workspace(ledger, self._door, clock, self.batch_closed, self._resolve)
+        self.workspace = Workspace(ledger, self._door, clocks.now, self.batch_closed, self._resolve)
         self._heralding: asyncio.Task[None] | None = None
-        self._limits_at = -math.inf
+        self._limits_monotonic_s = -math.inf
         self._noise = Noise()
-        self._ready_at = -math.inf
+        self._ready_monotonic_s = -math.inf
 
     # -- arrive
 
@@ -110,13 +111,14 @@ class Gate:
             return Answer(self._health())
         try:
             if endpoint == "readyz":
-                return await self._readiness(now)
+                return await self._readiness()
             token, found = await self._knock(headers, digest, now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
         address = origin(peer, headers, self.policy.trusted_proxies)
         if isinstance(token, Refusal):
-            noise = noisy(address, now) if self._noise.too_much(address, now) else token
+            monotonic_s = self._clocks.monotonic_s()
+            noise = noisy(address, monotonic_s) if self._noise.too_much(address, monotonic_s) else token
             self.ledger.noise(noise.code, now=now)
             return noise
         app = self.policy.apps.get(token.app)
@@ -131,7 +133,7 @@ class Gate:
             return self._refused(app, token, str(endpoint), elsewhere(app, address, headers), now)
         if endpoint == "me":
             return await self._me(app, now)
-        return Arrived(app, token, endpoint, self.policy, now, found.overruns)
+        return Arrived(app, token, endpoint, self.policy, self._clocks.monotonic_s(), found.overruns)
 
     async def _knock(self, headers: tuple[tuple[str, str], ...], digest: str | None, now: float) -> tuple[Token | Refusal, Knock]:
         """Whose token this is, or why it is none, beside all that the ledger said."""
@@ -201,7 +203,7 @@ class Gate:
                 return headroom(app, short)
             if short is not None:
                 notes["headroom"] = None
-        known = arrived.overruns if now - arrived.at < KNOWN_FOR_S else await self.ledger.overruns()
+        known = arrived.overruns if self._clocks.monotonic_s() - arrived.monotonic_s < KNOWN_FOR_S else await self.ledger.overruns()
         ways = offers(bound, app, arrived.policy, read, limits, overrun=read.model in known, now=now)
         request_cap, observing = app.caps.get("request", math.inf), app.observes("caps")
         if not observing:
@@ -220,18 +222,18 @@ class Gate:
 
     # -- running
 
-    def run(self, ticket: Ticket, cut: Cut) -> Running:
+    def run(self, ticket: Ticket, cut: Cut, monotonic_s: float) -> Running:
         """Start to account for an admitted call. `cut` ends it before its time, given the reason (`paused`)."""
-        running = Running(ticket)
+        running = Running(ticket, monotonic_s)
         self.streams.running[running] = cut
         return running
 
-    def progressed(self, running: Running, now: float) -> None:
+    def progressed(self, running: Running, monotonic_s: float) -> None:
         """A running answer showed more: give back the input's surplus once it is known, and ask for output before it runs out."""
         back_nano = running.release_nano()
         if back_nano:
-            self._later(self.ledger.release(running.ticket.call_id, back_nano, now=now))
-        self.streams.look_after(running, now)
+            self._later(self.ledger.release(running.ticket.call_id, back_nano, now=self._clocks.now()))
+        self.streams.look_after(running, monotonic_s)
 
     def start(self) -> None:
         """Begin to look after running streams, and to tell alerts, in the running loop."""
@@ -295,12 +297,12 @@ class Gate:
         self._door.settled()
         if self.on_call is not None:
             told = record(
-                end.call, "settled", started_at=end.started_at, ended_at=self._clock(), call_id=batch.call_id, outcome=end.outcome,
+                end.call, "settled", started_at=end.started_at, ended_at=self._clocks.now(), call_id=batch.call_id, outcome=end.outcome,
                 parts=end.parts, spent_nano=resolution.spent_nano,
             )  # fmt: skip
             self.on_call(told)
         if resolution.overrun:
-            self.tell(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clock()))
+            self.tell(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clocks.now()))
 
     def _look_for_overrun(self, running: Running, now: float, resolution: Resolution) -> None:
         if resolution.overrun:
@@ -360,14 +362,14 @@ class Gate:
         if self.on_call is not None:
             self.on_call(record(call, "refused", started_at=now, ended_at=now, refusal=code))
 
-    async def _readiness(self, now: float) -> Answer:
+    async def _readiness(self) -> Answer:
         """For a load balancer: 200 while calls would be taken. Asked at most once a second of the ledger, whoever asks here.
 
         Raises LedgerUnavailable.
         """
-        if not 0 <= now - self._ready_at < READY_FOR_S:
+        if self._clocks.monotonic_s() - self._ready_monotonic_s >= READY_FOR_S:
             await self.ledger.ready()
-            self._ready_at = now
+            self._ready_monotonic_s = self._clocks.monotonic_s()
         return Answer({"status": "ready"})
 
     def _health(self) -> dict[str, Any]:
@@ -386,8 +388,9 @@ class Gate:
     def upstream_headers(self, arrived: Arrived, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
         """Keep what the upstream says of the shared key's limits; say so where it does not take the key."""
         limits = {safe_name(name): safe_name(value) for name, value in headers if name.startswith("anthropic-ratelimit-")}
-        if limits and (status == 429 or now - self._limits_at >= LIMITS_EVERY_S):
-            self._limits_at = now
+        monotonic_s = self._clocks.monotonic_s()
+        if limits and (status == 429 or monotonic_s - self._limits_monotonic_s >= LIMITS_EVERY_S):
+            self._limits_monotonic_s = monotonic_s
             self.ledger.ratelimits(limits, now=now)
         if status == 401:
             self.tell(alerts.key_refused(arrived.policy.key, now))

@@ -2,7 +2,7 @@
 
 Promises a bound that is sound under two declared constants of the model, `output_tokens_per_second_max` and `lag_s`: what
 was seen counts by its bytes (no token is shorter than one), what was not seen yet counts by the clock. Knows nothing of
-money, the ledger or sockets; time comes in as an argument.
+money, the ledger or sockets; time comes in as an argument, from a clock that never steps.
 
 Why the clock counts from the last *visible* content: whatever the model generated up to one lag before that moment has
 arrived, and everything later is bounded by its rate. Thinking may be hidden or summarised, so its bytes prove nothing: a
@@ -57,42 +57,42 @@ class Progress:
     max_tokens: int
     may_think: bool
     """False only where the request switches thinking off in so many words."""
-    content_at: float
-    """When visible content last arrived; at first, when the request was sent."""
+    content_monotonic_s: float
+    """When visible content last arrived; at first, when the request was about to be sent."""
     hidden_tokens: int = 0
     seen: Seen = field(default_factory=Seen)
     uninterrupted: bool = False
     """The text or tool block that was open when content last arrived is still the last one."""
 
-    def observe(self, seen: Seen, now: float) -> None:
+    def observe(self, seen: Seen, monotonic_s: float) -> None:
         """Take note of what a chunk showed. A block that opens in a chunk of its own shows nothing of the time before it."""
         self.uninterrupted = self.uninterrupted and seen.blocks == self.seen.blocks
         if seen.content_events > self.seen.content_events:
             if self.may_think and not self.uninterrupted:
-                self.hidden_tokens += self.pace.tokens_in(now - self.content_at)
-            self.content_at, self.uninterrupted = now, seen.visible_open
+                self.hidden_tokens += self.pace.tokens_in(monotonic_s - self.content_monotonic_s)
+            self.content_monotonic_s, self.uninterrupted = monotonic_s, seen.visible_open
         self.seen = seen
 
-    def tokens_at(self, now: float) -> int:
-        """Output tokens that the provider can bill if the stream is cut at `now`."""
+    def tokens_at(self, monotonic_s: float) -> int:
+        """Output tokens that the provider can bill if the stream is cut at this moment."""
         shown = self.seen.content_bytes + BLOCK_TOKENS * self.seen.blocks + self.hidden_tokens
-        unseen = self.pace.tokens_in(now - self.content_at + self.pace.lag_s)
+        unseen = self.pace.tokens_in(monotonic_s - self.content_monotonic_s + self.pace.lag_s)
         return min(self.max_tokens, max(shown, self.seen.reported_output_tokens) + unseen)
 
     def covered_until(self, granted_tokens: int) -> float:
-        """When `tokens_at` passes `granted_tokens` if nothing more arrives (infinity once the grant is `max_tokens`)."""
+        """The moment at which `tokens_at` passes `granted_tokens` if nothing more arrives (infinity once the grant is `max_tokens`)."""
         if granted_tokens >= self.max_tokens:
             return math.inf
         shown = self.seen.content_bytes + BLOCK_TOKENS * self.seen.blocks + self.hidden_tokens
         left = granted_tokens - max(shown, self.seen.reported_output_tokens)
-        return self.content_at - self.pace.lag_s + left / self.pace.tokens_per_second_max
+        return self.content_monotonic_s - self.pace.lag_s + left / self.pace.tokens_per_second_max
 
-    def runs_short(self, granted_tokens: int, now: float) -> bool:
+    def runs_short(self, granted_tokens: int, monotonic_s: float) -> bool:
         """True once the grant lasts for less than one more lag: a top-up cannot wait for the next tick."""
-        return self.covered_until(granted_tokens) < now + self.pace.lag_s
+        return self.covered_until(granted_tokens) < monotonic_s + self.pace.lag_s
 
-    def tokens_wanted(self, granted_tokens: int, now: float) -> int:
+    def tokens_wanted(self, granted_tokens: int, monotonic_s: float) -> int:
         """Tokens to add to the grant now: none, or enough to need no more for a lag and two ticks."""
-        if self.covered_until(granted_tokens) > now + self.pace.lag_s + TICK_S:
+        if self.covered_until(granted_tokens) > monotonic_s + self.pace.lag_s + TICK_S:
             return 0
-        return max(0, self.tokens_at(now + self.pace.lag_s + 2 * TICK_S) - granted_tokens)
+        return max(0, self.tokens_at(monotonic_s + self.pace.lag_s + 2 * TICK_S) - granted_tokens)

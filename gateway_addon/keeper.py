@@ -14,6 +14,7 @@ from typing import Protocol
 
 from gateway_addon import booking
 from gateway_addon.batches import Results, object_of
+from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.ledger import Ledger, LedgerUnavailable, app_scope, belongings
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, ResultRow
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0  # a lookup in the ledger; how often the API is asked is the policy's
 OLDER = 20  # a batch is asked about again after this part of its age
-PAUSE_MAX_S = 900.0
 KEPT_FOR_S = 30 * 86_400.0  # the API keeps results for 29 days
 PIECE = 64 * 1024
 UNREADABLE_TIMES = 3  # results never change: a file that lacks some after so many readings will always lack them
@@ -51,12 +51,12 @@ class Failed(Exception):
 
 
 class Keeper:
-    """One process's. `policy` returns the one in force; `clock` returns unix seconds."""
+    """One process's. `policy` returns the one in force."""
 
     def __init__(
-        self, ledger: Ledger, policy: Callable[[], GatewayPolicy], ask: Ask, closed: booking.Closed, clock: Callable[[], float]
+        self, ledger: Ledger, policy: Callable[[], GatewayPolicy], ask: Ask, closed: booking.Closed, clocks: Clocks = SYSTEM
     ):  # fmt: skip
-        self._ledger, self._policy, self._ask, self._closed, self._clock = ledger, policy, ask, closed, clock
+        self._ledger, self._policy, self._ask, self._closed, self._clocks = ledger, policy, ask, closed, clocks
 
     async def run(self) -> None:
         """Look after batches until cancelled."""
@@ -72,16 +72,16 @@ class Keeper:
 
     async def look(self) -> bool:
         """Ask about one batch that is due; False where none is. Raises LedgerUnavailable."""
-        if not await self._ledger.look(partial(book.waits, now=self._clock())):
+        if not await self._ledger.look(partial(book.waits, now=self._clocks.now())):
             return False
-        batch = await self._ledger.write(partial(book.take, now=self._clock()), "batches")
+        batch = await self._ledger.write(partial(book.take, now=self._clocks.now()), "batches")
         if batch is None:
             return False
         try:
             await self._look_at(batch)
         except Gone as error:
             logger.error("Batch %s of app %s: %s. It is settled at what it held.", batch.id, batch.app, error)
-            await booking.close(self._ledger, batch, self._closed, anyway="batch_gone", now=self._clock())
+            await booking.close(self._ledger, batch, self._closed, anyway="batch_gone", now=self._clocks.now())
         except LedgerUnavailable:
             raise
         except Exception as error:
@@ -97,7 +97,7 @@ class Keeper:
         if shown.status == "ended":
             await self._close(batch)
         else:
-            pause_s = min(max(self._policy().timeouts.batch_poll_s, (self._clock() - batch.made_at) / OLDER), PAUSE_MAX_S)
+            pause_s = min(max(self._policy().timeouts.batch_poll_s, (self._clocks.now() - batch.made_at) / OLDER), book.PAUSE_MAX_S)
             await self._again(batch, shown.status, pause_s, 0)
 
     async def _close(self, batch: Batch) -> None:
@@ -108,15 +108,15 @@ class Keeper:
             answer = await asyncio.to_thread(lambda: opened.enter_context(self._ask(path)))
             _expect(answer.status)
             results = Results(prices, batch.made_at, hour_ttl=batch.hour_ttl, content_encoding=answer.encoding)
-            renew_at = self._clock() + book.TURN_S / 3
+            renew_monotonic_s = self._clocks.monotonic_s() + book.TURN_S / 3
             while (rows := await asyncio.to_thread(_some, answer, results)) is not None:
                 await booking.write(self._ledger, batch, rows)
-                if self._clock() >= renew_at:
+                if self._clocks.monotonic_s() >= renew_monotonic_s:
                     await self._again(batch, batch.status, book.TURN_S, batch.failures)
-                    renew_at = self._clock() + book.TURN_S / 3
+                    renew_monotonic_s = self._clocks.monotonic_s() + book.TURN_S / 3
             await booking.write(self._ledger, batch, results.close())
         anyway = "results_unreadable" if batch.failures >= UNREADABLE_TIMES else None
-        if not await booking.close(self._ledger, batch, self._closed, anyway=anyway, now=self._clock()):
+        if not await booking.close(self._ledger, batch, self._closed, anyway=anyway, now=self._clocks.now()):
             raise Failed("its results are not all there, or not to be read")
 
     def _whole(self, path: str) -> bytes:
@@ -128,17 +128,17 @@ class Keeper:
             return body
 
     async def _failed(self, batch: Batch, error: Exception) -> None:
-        if self._clock() - batch.made_at > KEPT_FOR_S:
+        if self._clocks.now() - batch.made_at > KEPT_FOR_S:
             logger.error("Batch %s of app %s never showed its results (%s). It is settled at what it held.", batch.id, batch.app, error)
-            await booking.close(self._ledger, batch, self._closed, anyway="results_gone", now=self._clock())
+            await booking.close(self._ledger, batch, self._closed, anyway="results_gone", now=self._clocks.now())
             return
         failures = batch.failures + 1
-        pause_s = min(self._policy().timeouts.batch_poll_s * 2.0 ** min(failures, 20), PAUSE_MAX_S)
+        pause_s = min(self._policy().timeouts.batch_poll_s * 2.0 ** min(failures, 20), book.PAUSE_MAX_S)
         logger.warning("Batch %s of app %s could not be looked at, again in %.0f s: %s.", batch.id, batch.app, pause_s, error)
         await self._again(batch, batch.status, pause_s, failures)
 
     async def _again(self, batch: Batch, status: str, pause_s: float, failures: int) -> None:
-        looked = partial(book.looked, id=batch.id, status=status, look_at=self._clock() + pause_s, failures=failures)
+        looked = partial(book.looked, id=batch.id, status=status, look_at=self._clocks.now() + pause_s, failures=failures)
         await self._ledger.write(looked, app_scope(batch.app))
 
 

@@ -6,7 +6,6 @@ that a call which is cut closes its upstream socket at once. Knows mitmproxy's c
 
 import asyncio
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from mitmproxy import connection, ctx, http
 
 from gateway_addon import inject
 from gateway_addon.answers import error_event
+from gateway_addon.clocks import Clocks
 from gateway_addon.gate import Gate
 from gateway_addon.passes import Arrived, Pass
 from gateway_addon.refusals import Refusal
@@ -26,6 +26,7 @@ LOOK_AGAIN_S = 3600.0
 UNREAD_ANSWER_S = 1.0  # how long a client may take to read the answer to a body that was not wanted
 
 type Deadline = tuple[float, Callable[[], None]]
+"""A moment by the monotonic clock, and what is to be done then."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -34,7 +35,7 @@ class Life:
 
     flow: http.HTTPFlow
     gate: Gate
-    clock: Callable[[], float] = time.time
+    clocks: Clocks
     arrived: Arrived | None = None
     body_bytes: int = 0
     """Of the request, as announced by its headers."""
@@ -42,14 +43,16 @@ class Life:
     """Who waits for this call to be admitted, while somebody does."""
     left: bool = False
     """The client went while it waited."""
+    began_monotonic_s: float = 0.0
+    """When it was admitted."""
     running: Running | None = None
     free: Pass | None = None
     server: connection.Server | None = None
     status: int | None = None
-    last_byte_at: float = 0.0
+    last_byte_monotonic_s: float = 0.0
     """Of an answer that passes without a meter."""
     cut_by: float = math.inf
-    """When a stream that is being cut closes, its current event complete or not."""
+    """The moment at which a stream that is being cut closes, its current event complete or not."""
     watchdog: asyncio.TimerHandle | None = None
     ended: bool = False
 
@@ -61,14 +64,14 @@ class Life:
 
     def chunk(self, chunk: bytes) -> bytes:
         """Read along with a stream; what it returns goes to the client: the chunk itself, unless the call is being cut."""
-        running, now = self.running, self.clock()
+        running, monotonic_s = self.running, self.clocks.monotonic_s()
         if running is None:
-            self._passing(chunk, now)
+            self._passing(chunk, monotonic_s)
         if running is None or not chunk:
             return chunk
-        running.feed(chunk, now)
-        self.gate.progressed(running, now)
-        if running.cut is None and not running.covers(now):
+        running.feed(chunk, monotonic_s)
+        self.gate.progressed(running, monotonic_s)
+        if running.cut is None and not running.covers(monotonic_s):
             running.cut = "budget"
         return chunk if running.cut is None else self._last_of(chunk, running)
 
@@ -79,8 +82,8 @@ class Life:
             return b""
         whole = running.meter is not None and running.meter.at_event_boundary
         end = len(chunk) if whole else _last_boundary(chunk)
-        if end == 0 and self.clock() < self.cut_by:
-            self.cut_by = min(self.cut_by, self.clock() + CUT_GRACE_S)
+        if end == 0 and (monotonic_s := self.clocks.monotonic_s()) < self.cut_by:
+            self.cut_by = min(self.cut_by, monotonic_s + CUT_GRACE_S)
             self.watch()
             return chunk
         if end:
@@ -88,9 +91,9 @@ class Life:
         self.close_upstream()
         return chunk[:end]
 
-    def _passing(self, chunk: bytes, now: float) -> None:
+    def _passing(self, chunk: bytes, monotonic_s: float) -> None:
         """An answer without a meter passes as it is; its errand may read along."""
-        self.last_byte_at = now
+        self.last_byte_monotonic_s = monotonic_s
         if self.free is not None and self.free.errand.tap is not None and chunk:
             self.free.errand.tap(chunk)
 
@@ -101,13 +104,13 @@ class Life:
         a deadline that moves away is left to the look that was arranged for the nearer one."""
         if self.ended:
             return
-        now, loop = self.clock(), asyncio.get_running_loop()
+        monotonic_s, loop = self.clocks.monotonic_s(), asyncio.get_running_loop()
         due, expire = min(self._deadlines(), key=lambda deadline: deadline[0])
-        if now >= due:
+        if monotonic_s >= due:
             self.rest()
             expire()
             return
-        look_at = loop.time() + min(due - now, LOOK_AGAIN_S)
+        look_at = loop.time() + min(due - monotonic_s, LOOK_AGAIN_S)
         if self.watchdog is None or self.watchdog.when() > look_at:
             self.rest()
             self.watchdog = loop.call_at(look_at, self._look)
@@ -131,14 +134,13 @@ class Life:
     def _deadlines(self) -> list[Deadline]:
         assert self.arrived is not None
         timeouts, running = self.arrived.policy.timeouts, self.running
-        began = running.ticket.admitted_at if running is not None else self.flow.request.timestamp_start
         if not self.wire.sent:
-            return [self._timeout(began, "could not be reached", timeouts.connect_s)]
-        if running is None and self.last_byte_at:
-            return [self._timeout(self.last_byte_at, "sent nothing", timeouts.silence_s)]
+            return [self._timeout(self.began_monotonic_s, "could not be reached", timeouts.connect_s)]
+        if running is None and self.last_byte_monotonic_s:
+            return [self._timeout(self.last_byte_monotonic_s, "sent nothing", timeouts.silence_s)]
         if running is None or running.status is None:
-            return [self._timeout(began, "began no answer", timeouts.first_byte_s), self._grant_end()]
-        return [self._timeout(running.last_byte_at, "sent nothing", timeouts.silence_s), self._grant_end()]
+            return [self._timeout(self.began_monotonic_s, "began no answer", timeouts.first_byte_s), self._grant_end()]
+        return [self._timeout(running.last_byte_monotonic_s, "sent nothing", timeouts.silence_s), self._grant_end()]
 
     def _timeout(self, since: float, what: str, limit_s: float) -> Deadline:
         def expire() -> None:

@@ -86,7 +86,7 @@ class LocalAddon(GatewayAddon):
         if not self._is_upstream(flow.request.host, flow.request.port):
             return
         if caller is None:
-            self.gate.ledger.noise("token_proxy", now=self.clock())
+            self.gate.ledger.noise("token_proxy", now=self.clocks.now())
             self.answer(flow, Refusal("token_proxy", NO_CREDENTIALS.format(_address())))
             assert flow.response is not None
             flow.response.headers["proxy-authenticate"] = 'Basic realm="gateway"'

@@ -15,12 +15,12 @@ class Noise:
         self._minute = 0
         self._failures: dict[str, int] = {}
 
-    def too_much(self, address: str, now: float) -> bool:
+    def too_much(self, address: str, monotonic_s: float) -> bool:
         """Count one failure of an address; True once it has had its answers of this minute.
 
         Beyond the addresses that are told apart, new ones share one count: whoever sends from ever new addresses gains nothing.
         """
-        minute = int(now) // 60
+        minute = int(monotonic_s) // 60
         if minute != self._minute:
             self._minute, self._failures = minute, {}
         counted = address if address in self._failures or len(self._failures) < ADDRESSES_MAX else ""

@@ -18,7 +18,8 @@ class Arrived:
     token: Token
     endpoint: str
     policy: GatewayPolicy
-    at: float
+    monotonic_s: float
+    """When its headers were here."""
     overruns: frozenset[str]
     """Models that are reserved in full, as the ledger said then."""
 

@@ -1,7 +1,7 @@
 """One admitted call while it runs: what is held for it, what its answer has shown, and what it must be settled at.
 
 Promises that what is held never falls below what the provider can bill: the input's bound until the answer reports its exact
-tokens, and output as granted, whole or in steps (grants.py). Knows nothing of mitmproxy, SQL or the clock.
+tokens, and output as granted, whole or in steps (grants.py). Knows nothing of mitmproxy, SQL or the clocks.
 """
 
 import math
@@ -53,6 +53,8 @@ class Running:
     """A ticket and everything that has happened to it since."""
 
     ticket: Ticket
+    began_monotonic_s: float
+    """When it was admitted: before anything of it was sent."""
     progress: Progress | None = None
     granted_tokens: int = 0
     exact: tuple[int, Fraction] | None = None
@@ -65,7 +67,8 @@ class Running:
     status: int | None = None
     request_id: str | None = None
     first_byte_at: float | None = None
-    last_byte_at: float = 0.0
+    """In unix seconds, for its row."""
+    last_byte_monotonic_s: float = 0.0
     cut: str | None = None
     """Why the gateway itself ends this call, once it does."""
     usage: Usage | None = field(default=None)
@@ -73,11 +76,11 @@ class Running:
     def __post_init__(self) -> None:
         ticket = self.ticket
         self.granted_tokens = ticket.granted_tokens
-        self.last_byte_at = ticket.admitted_at
+        self.last_byte_monotonic_s = self.began_monotonic_s
         if ticket.pace is not None:
             thinking = ticket.reading.body.get("thinking")
             may_think = not (isinstance(thinking, dict) and thinking.get("type") == "disabled")
-            self.progress = Progress(ticket.pace, ticket.quote.output_tokens, may_think, content_at=ticket.admitted_at)
+            self.progress = Progress(ticket.pace, ticket.quote.output_tokens, may_think, self.began_monotonic_s)
 
     @property
     def held_nano(self) -> int:
@@ -91,23 +94,25 @@ class Running:
         input_nano, output_rate = self.exact
         return input_nano + rounded_up(output_rate, tokens)
 
-    def answered(self, status: int, content_type: str, content_encoding: str | None, request_id: str | None, now: float) -> None:
+    def answered(
+        self, status: int, content_type: str, content_encoding: str | None, request_id: str | None, *, now: float, monotonic_s: float
+    ) -> None:  # fmt: skip
         """The upstream's status and headers arrived."""
-        self.status, self.first_byte_at, self.last_byte_at = status, now, now
+        self.status, self.first_byte_at, self.last_byte_monotonic_s = status, now, monotonic_s
         self.request_id = safe_name(request_id) if request_id else None
         self.encoded = content_encoding not in (None, "", "identity")
         self.meter = Meter(content_type, content_encoding)
 
-    def feed(self, chunk: bytes, now: float) -> None:
+    def feed(self, chunk: bytes, monotonic_s: float) -> None:
         """Some of the answer's body arrived, as sent. Never raises on what it contains."""
-        self.last_byte_at = now
+        self.last_byte_monotonic_s = monotonic_s
         if self.meter is None:
             return
         self.meter.feed(chunk)
         if self.progress is not None:
             meter = self.meter
             seen = Seen(meter.seen_bytes, meter.blocks, meter.content_events, meter.visible_open, meter.reported_output_tokens)
-            self.progress.observe(seen, now)
+            self.progress.observe(seen, monotonic_s)
 
     def finished(self) -> Usage | None:
         """Close the meter: what the answer reported, whole or not. None if no answer began."""
@@ -118,7 +123,7 @@ class Running:
     @property
     def elapsed_s(self) -> float:
         """How long after it was let go the last of the answer arrived."""
-        return self.last_byte_at - self.ticket.admitted_at
+        return self.last_byte_monotonic_s - self.began_monotonic_s
 
     def declared(self) -> Pace | None:
         """Return the declared constants of the model that was asked; None where the table has lost it."""
@@ -157,22 +162,23 @@ class Running:
         self.exact = exact, per_token.output
         return held_nano - self.held_nano
 
-    def wanted_tokens(self, now: float) -> int:
+    def wanted_tokens(self, monotonic_s: float) -> int:
         """Output tokens that the grant should grow by now (0: it suffices)."""
-        return self.progress.tokens_wanted(self.granted_tokens, now) if self.progress is not None else 0
+        return self.progress.tokens_wanted(self.granted_tokens, monotonic_s) if self.progress is not None else 0
 
-    def runs_short(self, now: float) -> bool:
-        return self.progress is not None and self.progress.runs_short(self.granted_tokens, now)
+    def runs_short(self, monotonic_s: float) -> bool:
+        return self.progress is not None and self.progress.runs_short(self.granted_tokens, monotonic_s)
 
     def extension_nano(self, tokens: int) -> int:
         """What `tokens` more of output cost to hold."""
         return self._bound_nano(self.granted_tokens + tokens) - self.held_nano
 
-    def covers(self, now: float) -> bool:
+    def covers(self, monotonic_s: float) -> bool:
         """False once the provider may have generated more than is held: the call must be cut now."""
-        return self.progress is None or self.progress.tokens_at(now) <= self.granted_tokens
+        return self.progress is None or self.progress.tokens_at(monotonic_s) <= self.granted_tokens
 
     def covered_until(self) -> float:
+        """The moment at which the call must be cut if nothing more arrives."""
         return math.inf if self.progress is None else self.progress.covered_until(self.granted_tokens)
 
     def _input_cost_nano(self, usage: Usage) -> int | None:

@@ -77,9 +77,9 @@ def elsewhere(app: AppPolicy, address: str, headers: tuple[tuple[str, str], ...]
     return Refusal("token_address", sentence)
 
 
-def noisy(address: str, now: float) -> Refusal:
+def noisy(address: str, monotonic_s: float) -> Refusal:
     """An address without a valid token has had its answers of this minute."""
-    wait_s = 60 - int(now) % 60
+    wait_s = 60 - int(monotonic_s) % 60
     sentence = f"{address} has sent more than {FAILURES_PER_MINUTE} requests without a valid token in this minute"
     return Refusal("token_noise", f"{sentence}. Stop what sends them; a valid token is served at any time. {ISSUE}.", wait_s)
 

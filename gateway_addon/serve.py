@@ -26,6 +26,7 @@ from OpenSSL import SSL
 from gateway_addon import otel
 from gateway_addon.addon import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.calls import Record, Tell
+from gateway_addon.clocks import SYSTEM
 from gateway_addon.daybook import Daybook
 from gateway_addon.dispatch import Dispatch
 from gateway_addon.gate import Gate
@@ -188,11 +189,11 @@ async def assembled(
     await align(ledger, policy, saved_by(policies))
     await audit_key(ledger, key)
     herald = Herald(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
-    gate = Gate(ledger, policy, time.time, herald, entrance, on_call)
+    gate = Gate(ledger, policy, SYSTEM, herald, entrance, on_call)
     refused = asyncio.Event()
     addon = make(gate, key, key_refused=refused.set)
     watcher = Watcher(policies, gate, key)
-    keeper = Keeper(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key), gate.batch_closed, time.time)
+    keeper = Keeper(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key), gate.batch_closed)
     daybook = Daybook(ledger, time.time)
     watching = [asyncio.ensure_future(each) for each in (watcher.watch(), keep_fresh(key, refused), keeper.run(), daybook.run())]
     try:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 
+from gateway_addon.clocks import Clocks
 from gateway_addon.grants import TICK_S
 from gateway_addon.ledger import Ledger, LedgerUnavailable
 from gateway_addon.refusals import Refusal
@@ -27,11 +28,11 @@ type Cut = Callable[[str], None]
 
 
 class Streams:
-    """`clock` returns unix seconds; it paces top-ups only."""
+    """Look after the running calls of one process."""
 
-    def __init__(self, ledger: Ledger, clock: Callable[[], float]):
+    def __init__(self, ledger: Ledger, clocks: Clocks):
         self._ledger = ledger
-        self._clock = clock
+        self._clocks = clocks
         self.running: dict[Running, Cut] = {}
         self._hurry = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -44,9 +45,9 @@ class Streams:
         for task in self._tasks:
             task.cancel()
 
-    def look_after(self, running: Running, now: float) -> None:
+    def look_after(self, running: Running, monotonic_s: float) -> None:
         """A running answer showed more: if it will need more than it holds, ask for that soon."""
-        if running.runs_short(now):
+        if running.runs_short(monotonic_s):
             self._hurry.set()
 
     async def _keep_topping_up(self) -> None:
@@ -55,28 +56,29 @@ class Streams:
                 await asyncio.wait_for(self._hurry.wait(), TICK_S)
             self._hurry.clear()
             try:
-                await self.top_up(self._clock())
-                await self._cut_paused(self._clock())
+                await self.top_up()
+                await self._cut_paused()
             except LedgerUnavailable as error:
                 logger.warning("Running streams could not be topped up: %s", error)
             except Exception:
                 logger.exception("Topping up failed; running streams are cut where their grants end.")
             await asyncio.sleep(TICK_S / 4)  # however great the hurry: a few writes a second, not one per delta
 
-    async def top_up(self, now: float) -> None:
+    async def top_up(self) -> None:
         """Ask for more output for every running stream that will need it, in one ledger write. Raises LedgerUnavailable."""
-        short = [(running, tokens) for running in self.running if (tokens := running.wanted_tokens(now))]
+        monotonic_s = self._clocks.monotonic_s()
+        short = [(running, tokens) for running in self.running if (tokens := running.wanted_tokens(monotonic_s))]
         wanted = [(running, tokens, nano) for running, tokens in short if (nano := running.extension_nano(tokens)) <= _room_nano(running)]
         if not wanted:
             return
-        granted = await self._ledger.extend([(running.ticket.call_id, nano) for running, _, nano in wanted], now=now)
+        granted = await self._ledger.extend([(running.ticket.call_id, nano) for running, _, nano in wanted], now=self._clocks.now())
         for (running, tokens, _), ok in zip(wanted, granted, strict=True):
             if ok:
                 running.granted_tokens += tokens
 
-    async def _cut_paused(self, now: float) -> None:
+    async def _cut_paused(self) -> None:
         """End the running calls of whoever was paused `--now`. Raises LedgerUnavailable."""
-        paused_now = {pause.scope for pause in await self._ledger.pauses(now=now) if pause.cut}
+        paused_now = {pause.scope for pause in await self._ledger.pauses(now=self._clocks.now()) if pause.cut}
         for running, cut in list(self.running.items()) if paused_now else ():
             if paused_now & set(running.ticket.scopes):
                 cut("paused")

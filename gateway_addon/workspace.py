@@ -221,7 +221,7 @@ class _Creation:
         app, policy, asked = self._arrived.app, self._arrived.policy, self._asked
         new = NewBatch(
             shown.id, self._call_id, app.name, self._now, asked.requests, asked.hour_ttl, policy.prices.digest, kept(policy.prices),
-            shown.content, shown.status, self._now + policy.timeouts.batch_poll_s, flags=asked.flags,
+            shown.content, shown.status, self._now + min(policy.timeouts.batch_poll_s, book.PAUSE_MAX_S), flags=asked.flags,
         )  # fmt: skip
         self._handed_over = True
         self._workspace.ledger.hand_over(self._call_id)

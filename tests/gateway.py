@@ -6,7 +6,7 @@ import textwrap
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from mitmproxy.master import Master
 from gateway_addon import identity
 from gateway_addon.addon import GatewayAddon
 from gateway_addon.cli import init
+from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.gate import Gate
 from gateway_addon.ledger import Ledger, admin
-from gateway_addon.policy import Source, load
+from gateway_addon.policy import GatewayPolicy, Source, load
 from gateway_addon.secret import Secret
 from gateway_addon.serve import build
 from gateway_addon.settings import Settings
@@ -46,6 +47,12 @@ def write_policies(folder: Path, upstream: str, apps: Mapping[str, str], gateway
     for name, text in apps.items():
         (folder / "apps" / f"{name}.yaml").write_text(textwrap.dedent(text))
     return folder
+
+
+def with_lag(policy: GatewayPolicy, lag_s: float) -> GatewayPolicy:
+    """The policy with another declared lag of all models."""
+    rows = {model: tuple(replace(row, lag_s=lag_s) for row in dated) for model, dated in policy.prices.rows.items()}
+    return replace(policy, prices=replace(policy.prices, rows=rows))
 
 
 @dataclass(slots=True)
@@ -112,8 +119,13 @@ async def gateway(
     prepare: Callable[[Master], None] = lambda master: None,
     on_call: Callable[[dict[str, Any]], None] | None = None,
     ledger_url: str | None = None,
+    clocks: Clocks = SYSTEM,
+    lag_s: float | None = None,
 ) -> AsyncIterator[Running]:
-    """Run a gateway with these apps (policy texts by name) until the block ends. `prepare` may change its options first."""
+    """Run a gateway with these apps (policy texts by name) until the block ends. `prepare` may change its options first.
+
+    `lag_s` takes the place of that of all models, so that a stream runs out of its grant in a second.
+    """
     apps = {"app": APP} if apps is None else apps
     policies = write_policies(folder / "policies", upstream or api.url, apps, policy)
     url = ledger_url or f"sqlite:///{new_file(folder)}"
@@ -123,9 +135,9 @@ async def gateway(
         tokens[app] = identity.mint()
         digest = identity.digest(tokens[app])
         await ledger.change(partial(admin.issue_token, app=app, digest=digest, label="test", who="test", now=time.time()))
-    loaded = load(policies)
-    gate = Gate(ledger, loaded, time.time, entrance=entrance, on_call=on_call)
-    addon = make(gate, Secret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}))
+    loaded = load(policies) if lag_s is None else with_lag(load(policies), lag_s)
+    gate = Gate(ledger, loaded, clocks, entrance=entrance, on_call=on_call)
+    addon = make(gate, Secret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), clocks)
     master = build(Settings("127.0.0.1", 0, policies, url, **(settings or {})), loaded, addon)
     prepare(master)
     running = asyncio.Event()

@@ -198,6 +198,14 @@ async def test_a_delivery_is_given_up_after_a_day(tmp_path, ledger):
     await until(herald, in_force, lambda: delivered(tmp_path) == [(0, 1, 1)])
 
 
+@pytest.mark.parametrize(("back_s", "due"), [(600, False), (3600, True)])
+async def test_a_clock_set_back_does_not_hold_an_alert_up(ledger, back_s, due):
+    now = time.time()
+    await ledger.alert_once(NEWS, send=True, now=now)
+    taken = await ledger.take_alert(retry_s=10, give_up_s=86_400, now=now - back_s)
+    assert (taken is not None) == due
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [("http://example.org/secret-path", "not an https address"), ("file:///etc/secret-path", "not an https address"), (None, "KeyError")],

@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway_addon.cli.batches import batches as batches_command
 from gateway_addon.cli.console import console as command
 from gateway_addon.cli.report import report
+from gateway_addon.clocks import monotonic_s
 from gateway_addon.console.app import COOKIE, Console, Policies, build, server
 from gateway_addon.console.login import LINK_S, SESSION_S, Login
 from gateway_addon.console.metrics import _labels
@@ -44,12 +45,12 @@ def new_desk(folder: Path, calls: int) -> Console:
     for app in month.APPS:
         (folder / "policies" / "apps" / f"{app}.yaml").write_text(APP)
     month.make(folder / "gateway.db", calls, until=time.time())
-    return Console(folder / "gateway.db", Policies(folder / "policies"), Login(time.time()))
+    return Console(folder / "gateway.db", Policies(folder / "policies"), Login(monotonic_s()))
 
 
 @pytest.fixture
 def stranger(desk):
-    desk.login = Login(time.time())
+    desk.login = Login(monotonic_s())
     return build(desk).test_client()
 
 
@@ -90,7 +91,7 @@ async def test_a_ledger_on_either_engine_has_its_pages(tmp_path, engine):
     ledger.noise("token_unknown", now=now)
     (tmp_path / "policies" / "apps").mkdir(parents=True)
     (tmp_path / "policies" / "gateway.yaml").write_text(GATEWAY)
-    desk = Console(place, Policies(tmp_path / "policies"), Login(now))
+    desk = Console(place, Policies(tmp_path / "policies"), Login(monotonic_s()))
     try:
         for _ in range(100):
             await asyncio.sleep(0.01)
@@ -264,7 +265,7 @@ def test_what_a_scope_is_called_cannot_break_the_format():
 
 @contextmanager
 def served(desk):
-    desk.login = Login(time.time())
+    desk.login = Login(monotonic_s())
     with bind("127.0.0.1", 0) as listener:
         serving = server(desk, listener)
     thread = threading.Thread(target=serving.serve_forever)

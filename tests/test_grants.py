@@ -38,7 +38,7 @@ def provider(seed, *, may_think):
 @pytest.mark.parametrize("may_think", [False, True], ids=["plain", "thinking"])
 @pytest.mark.parametrize("seed", range(40))
 def test_what_a_provider_that_keeps_its_pace_has_generated_is_never_above_the_bound(seed, may_think):
-    progress = Progress(PACE, 10**9, may_think, content_at=1000.0)
+    progress = Progress(PACE, 10**9, may_think, content_monotonic_s=1000.0)
     for at, seen, generated in provider(seed, may_think=may_think):
         assert progress.tokens_at(at) >= generated, "a moment before the chunk arrives"
         progress.observe(seen, at)
@@ -49,7 +49,7 @@ def test_without_hidden_thinking_in_the_bound_it_would_be_passed():
     """The guard of `may_think`: take it away, and the property above fails for some stream."""
     passed = 0
     for seed in range(40):
-        progress = Progress(PACE, 10**9, False, content_at=1000.0)
+        progress = Progress(PACE, 10**9, False, content_monotonic_s=1000.0)
         for at, seen, generated in provider(seed, may_think=True):
             progress.observe(seen, at)
             passed += progress.tokens_at(at) < generated
@@ -60,7 +60,7 @@ def test_a_chunk_proves_no_more_in_parts_than_whole():
     """Twenty seconds of thinking that is not shown, then text: the block's opening and its first words together, or one after the other."""
     opening, words = Seen(0, 1, 0, True, 0), Seen(10, 1, 1, True, 0)
     for parts in [(words,), (opening, words)]:
-        progress = Progress(PACE, 10**9, True, content_at=1000.0)
+        progress = Progress(PACE, 10**9, True, content_monotonic_s=1000.0)
         for each in parts:
             progress.observe(each, 1020.0)
         assert progress.tokens_at(1020.0) == 10 + BLOCK_TOKENS + PACE.tokens_in(20 + PACE.lag_s)
@@ -69,7 +69,7 @@ def test_a_chunk_proves_no_more_in_parts_than_whole():
 @pytest.mark.parametrize("granted", [0, 100, 2_000, 4_400, 100_000])
 @pytest.mark.parametrize("shown", [Seen(), Seen(1_000, 2, 5, True, 0), Seen(0, 0, 0, False, 9_000)])
 def test_the_moment_at_which_a_grant_ends_is_the_moment_at_which_the_bound_passes_it(granted, shown):
-    progress = Progress(PACE, 128_000, False, content_at=1000.0)
+    progress = Progress(PACE, 128_000, False, content_monotonic_s=1000.0)
     progress.observe(shown, 1000.0)
     ends = progress.covered_until(granted)
     assert progress.tokens_at(ends - 0.01) <= max(granted, progress.tokens_at(1000.0))
@@ -77,13 +77,13 @@ def test_the_moment_at_which_a_grant_ends_is_the_moment_at_which_the_bound_passe
 
 
 def test_a_grant_of_max_tokens_never_ends():
-    progress = Progress(PACE, 500, True, content_at=1000.0)
+    progress = Progress(PACE, 500, True, content_monotonic_s=1000.0)
     assert progress.covered_until(500) == math.inf
     assert progress.tokens_at(10**9) == 500
 
 
 def test_what_the_api_reports_counts_where_it_is_more_than_what_was_shown():
-    progress = Progress(PACE, 10**6, False, content_at=1000.0)
+    progress = Progress(PACE, 10**6, False, content_monotonic_s=1000.0)
     progress.observe(Seen(10, 1, 1, True, 7_000), 1000.0)
     assert progress.tokens_at(1000.0) == 7_000 + PACE.tokens_in(PACE.lag_s)
     progress.observe(Seen(9_000, 1, 2, True, 7_000), 1000.0)
@@ -91,7 +91,7 @@ def test_what_the_api_reports_counts_where_it_is_more_than_what_was_shown():
 
 
 def test_the_first_grant_lasts_until_the_first_top_up_and_a_lag_beyond():
-    progress = Progress(PACE, 10**6, False, content_at=1000.0)
+    progress = Progress(PACE, 10**6, False, content_monotonic_s=1000.0)
     assert progress.tokens_wanted(PACE.first_tokens, 1000.0 - 0.01) == 0
     wanted = progress.tokens_wanted(PACE.first_tokens, 1000.0 + TICK_S)
     assert wanted > 0

@@ -15,13 +15,13 @@ PACKAGE = Path(__file__).parents[1] / "gateway_addon"
 
 OWN = {
     # room: the rooms that it may import. A room that is not here is an edge (commands, launchers), checked by EDGES below.
-    "addon": {"answers", "gate", "header_filter", "inject", "listener", "lives", "passes", "reading", "refusals", "running", "settlement"},
+    "addon": {"answers", "clocks", "gate", "header_filter", "inject", "listener", "lives", "passes", "reading", "refusals", "running", "settlement"},
     "debugging": {
         "addon", "answers", "calls", "explanation", "gate", "identity", "inject", "ledger", "lives", "money", "passes", "policy", "pricing", "refusals",
         "settlement", "sse", "usage",
     },
     "explanation": {"bounds", "ledger", "money", "offers", "policy", "reading", "refusals"},
-    "lives": {"answers", "gate", "inject", "passes", "refusals", "running", "streams"},
+    "lives": {"answers", "clocks", "gate", "inject", "passes", "refusals", "running", "streams"},
     "inject": {"refusals", "relay", "whole"},
     "listener": {"policy"},
     "modes": set(),
@@ -31,14 +31,14 @@ OWN = {
     "relay": {"dispatch", "whole"},
     "whole": {"dispatch"},
     "gate": {
-        "alerts", "answers", "bounds", "calls", "door", "herald", "identity", "ledger", "money", "names", "noise", "offers", "origin",
+        "alerts", "answers", "bounds", "calls", "clocks", "door", "herald", "identity", "ledger", "money", "names", "noise", "offers", "origin",
         "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "streams", "workspace",
     },
-    "streams": {"grants", "ledger", "refusals", "running", "sentences"},
+    "streams": {"clocks", "grants", "ledger", "refusals", "running", "sentences"},
     "workspace": {
         "answers", "batches", "booking", "door", "files", "ledger", "passes", "policy", "pricing", "reading", "refusals", "sentences", "usage",
     },
-    "keeper": {"batches", "booking", "ledger", "policy"},
+    "keeper": {"batches", "booking", "clocks", "ledger", "policy"},
     "daybook": {"ledger"},
     "booking": {"batches", "ledger", "pricing"},
     "batches": {"bounds", "ledger", "names", "policy", "pricing", "reading", "refusals", "sentences", "usage"},
@@ -62,11 +62,11 @@ OWN = {
     "reading": {"fields", "nfkc", "refusals", "survey"},
     "survey": {"fields"},
     "usage": {"encodings", "names", "sse"},
-    "ledger": {"money", "names", "windows"},
+    "ledger": {"clocks", "money", "names", "windows"},
     "names": {"identity"},
     "identity": {"refusals"},
     "simulator": set(),
-    **{key: set() for key in ("deployment", "encodings", "fields", "forms", "grants", "money", "nfkc", "noise", "origin", "rates", "refusals", "services", "sse", "windows", "yamlfile")},
+    **{key: set() for key in ("clocks", "deployment", "encodings", "fields", "forms", "grants", "money", "nfkc", "noise", "origin", "rates", "refusals", "services", "sse", "windows", "yamlfile")},
 }  # fmt: skip
 EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory", "local", "logs", "otel", "provider", "reload", "secret", "serve", "settings", "shim", "upstream", "workers"}
 """Rooms that may read the clock, the environment and files; nothing of the core imports them."""
@@ -87,8 +87,7 @@ ROOMS_OF = {
 CLOCKS_AND_FILES = {"time", "os", "pathlib", "io", "tempfile", "shutil", "socket", "subprocess"}
 MAY_LOOK_OUTSIDE = {
     # not an edge, and why it may touch the clock or files all the same
-    "addon": "an edge of mitmproxy's: it takes the time at which a flow meets a hook",
-    "lives": "the same for deadlines",
+    "clocks": "is the clocks, which others are given",
     "whole": "takes the time at which a message came, as mitmproxy does",
     "listener": "looks whether the certificate's files have changed",
     "debugging": "is given the ledger's place and hands it on",

@@ -13,8 +13,10 @@ from gateway import gateway
 from processes import ledgered
 
 from gateway_addon import upstream
-from gateway_addon.keeper import KEPT_FOR_S, PAUSE_MAX_S, Keeper
+from gateway_addon.clocks import Clocks
+from gateway_addon.keeper import KEPT_FOR_S, Keeper
 from gateway_addon.ledger import admin, batches, proof
+from gateway_addon.ledger.batches import PAUSE_MAX_S
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
@@ -56,7 +58,7 @@ async def kept(folder, ask=None, behaviour=SLOW):
         made = await gw.client().messages.batches.create(requests=REQUESTS)
         clock = [time.time() + 61]
         ask = ask or (lambda path: upstream.ask(api.url, path, lambda: KEY))
-        keeper = Keeper(gw.gate.ledger, lambda: gw.gate.policy, ask, gw.gate.batch_closed, lambda: clock[0])
+        keeper = Keeper(gw.gate.ledger, lambda: gw.gate.policy, ask, gw.gate.batch_closed, Clocks(lambda: clock[0], lambda: clock[0]))
         yield gw, keeper, clock, made.id
 
 
@@ -241,7 +243,7 @@ async def test_of_several_keepers_one_asks(tmp_path):
     async with kept(tmp_path) as (gw, keeper, clock, id):
         gw.api.batches.made[id].ends_at = time.time()
         fake_clock = clock[0]
-        others = [Keeper(gw.gate.ledger, lambda: gw.gate.policy, partial(upstream.ask, gw.api.url, key=lambda: KEY), gw.gate.batch_closed, lambda: fake_clock) for _ in range(3)]
+        others = [Keeper(gw.gate.ledger, lambda: gw.gate.policy, partial(upstream.ask, gw.api.url, key=lambda: KEY), gw.gate.batch_closed, Clocks(lambda: fake_clock)) for _ in range(3)]
         asked = await asyncio.gather(*(each.look() for each in (keeper, *others)))
         assert sorted(asked) == [False, False, False, True]
         assert await gw.spent_nano() == gw.api.book.billed_nano

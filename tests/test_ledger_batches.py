@@ -123,6 +123,19 @@ async def test_a_batch_that_cost_more_than_it_held_is_posted_in_full(path):
         await ledger.close()
 
 
+@pytest.mark.parametrize(("back_s", "due"), [(800, False), (3600, True)])
+async def test_a_clock_set_back_does_not_hide_a_batch(path, back_s, due):
+    """A look is arranged fifteen minutes ahead at most: one further ahead says that the clock was set back since."""
+    ledger = await opened(path)
+    try:
+        await a_batch(ledger)
+        assert await ledger.look(partial(batches.waits, now=NOON - back_s)) == due
+        taken = await ledger.write(partial(batches.take, now=NOON - back_s), "batches")
+        assert (taken is not None) == due
+    finally:
+        await ledger.close()
+
+
 async def test_a_batch_is_one_process_s_to_look_at_for_its_turn(path):
     one, other = await opened(path), await opened(path)
     try:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sqlite3
 import time
+from contextlib import suppress
 
 import anthropic
 import pytest
@@ -11,6 +12,7 @@ from gateway import gateway
 from upstreams import chunked, event, upstream
 
 from gateway_addon import gate
+from gateway_addon.clocks import Clocks
 from gateway_addon.ledger import admin
 from gateway_addon.simulator import Behaviour, Simulator
 
@@ -124,6 +126,28 @@ async def test_a_silent_stream_is_closed_where_its_grant_ends(tmp_path):
         await gw.quiet()
         assert (await api.settled()).billed_nano >= 0
         assert await gw.spent_nano() <= 0.16 * DOLLAR
+
+
+@pytest.mark.parametrize(("cap", "leaves_after_s"), [(0.03, None), (1, 1.5)], ids=["cut", "left"])
+async def test_a_clock_set_back_an_hour_does_not_pace_a_stream(tmp_path, cap, leaves_after_s):
+    """A resumed laptop, or NTP, while the model thinks unseen: the stream ends where its cap does, or is booked to when it was left."""
+    back_s = [0.0]
+    clocks = Clocks(now=lambda: time.time() - back_s[0])
+    thinks = Behaviour(tokens_per_s=380, output_tokens=50_000, thinking="hidden", thinking_tokens=49_000, ping_s=0.1)
+    policy = SMALL.replace("$0.16", f"${cap}")
+    async with Simulator(behaviour=thinks) as api, gateway(tmp_path, api, {"app": policy}, clocks=clocks, lag_s=0.3) as gw:
+        stream = asyncio.ensure_future(events(gw, big(kilobytes=0)))
+        async with asyncio.timeout(10):
+            while not any(running.meter for running in gw.gate.streams.running):
+                await asyncio.sleep(0.01)
+        back_s[0] = 3600.0
+        with suppress(TimeoutError):
+            text = await asyncio.wait_for(stream, leaves_after_s or 15)
+        await gw.quiet()
+        assert 0 < (await api.settled()).billed_nano <= await gw.spent_nano() <= cap * DOLLAR
+        [(flags,)] = rows(tmp_path, "SELECT flags FROM calls")
+        assert ("cut:budget" in flags.split()) == (leaves_after_s is None)
+        assert leaves_after_s or "does not allow this answer to go on" in text
 
 
 async def test_top_ups_are_a_few_writes_a_second_however_many_streams_run(tmp_path):

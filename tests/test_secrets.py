@@ -4,7 +4,6 @@ import asyncio
 import logging
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from processes import ledgered
 from secret_hunt import found_in, of_family
 
 from gateway_addon.addon import GatewayAddon
+from gateway_addon.clocks import monotonic_s
 from gateway_addon.console.app import Console, Policies, build
 from gateway_addon.console.login import Login
 from gateway_addon.debugging.addon import DebugAddon
@@ -100,7 +100,7 @@ async def test_neither_key_nor_token_is_on_the_console_in_the_metrics_or_in_a_ba
         await gw.quiet()
         secrets = (KEY, gw.tokens["app"])
         copies.backup(tmp_path / "gateway.db", tmp_path / "copy.db")
-        console = Console(tmp_path / "gateway.db", Policies(tmp_path / "policies"), Login(time.time()), metrics_token="scraper")
+        console = Console(tmp_path / "gateway.db", Policies(tmp_path / "policies"), Login(monotonic_s()), metrics_token="scraper")
         link, client = console.login.link, build(console).test_client()
         client.get(f"/login/{link}")
         shown = [client.get(path) for path in ("/", "/calls", "/calls/1", "/calls/2")]

@@ -38,10 +38,10 @@ def call(status=None, body=b"", content_type="application/json", model="claude-h
     """A call whose answer had arrived as far as `body` by `after_s`."""
     asked = reading(model=model, max_tokens=granted, **more)
     ticket = Ticket(1, CALL, app(), PRICES, asked, quoted(asked), granted, None, NOW)
-    running = Running(ticket)
+    running = Running(ticket, 0.0)
     if status is not None:
-        running.answered(status, content_type, None, "req_1", NOW + 1)
-        running.feed(body, NOW + after_s)
+        running.answered(status, content_type, None, "req_1", now=NOW + 1, monotonic_s=1.0)
+        running.feed(body, after_s)
     return running
 
 

@@ -25,6 +25,7 @@ from gateway_addon.cli.common import (
     write_privately,
 )
 from gateway_addon.cli.times import day, duration_s
+from gateway_addon.clocks import monotonic_s
 from gateway_addon.inventory import inspect
 from gateway_addon.ledger import LedgerUnavailable, Server, admin, arrivals
 from gateway_addon.ledger.arrivals import Arrival, Straggler
@@ -160,7 +161,7 @@ def _subject(reason: Open) -> str:
 
 def _watch(path: Path | Server, for_s: float) -> int:
     """Say when the provider refuses the key, and at the end how it went."""
-    started = time.time()
+    started, ends_monotonic_s = time.time(), monotonic_s() + for_s
     told = 0
     while True:
         with admin.reading(path) as db:
@@ -169,7 +170,7 @@ def _watch(path: Path | Server, for_s: float) -> int:
             told = seen.unauthorised
             at = day(seen.last_unauthorised_at)
             click.echo(f"{at} the provider answered 401 ({told} times since the watch began): is the new key in place?")
-        if time.time() - started >= for_s:
+        if monotonic_s() >= ends_monotonic_s:
             break
         status(f"{seen.calls:,} calls, {seen.unauthorised} refused")
         time.sleep(min(WATCH_EVERY_S, for_s))

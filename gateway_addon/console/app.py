@@ -20,6 +20,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 from werkzeug.wrappers import Response as AnyResponse
 
+from gateway_addon.clocks import monotonic_s
 from gateway_addon.console import charts, desk, metrics
 from gateway_addon.console.login import SESSION_S, Login
 from gateway_addon.ledger import LedgerUnavailable, Server, admin, book, stories
@@ -111,7 +112,7 @@ def _admit(console: Console) -> None:
         given = request.headers.get("Authorization", "").encode()
         if not hmac.compare_digest(given, f"Bearer {console.metrics_token}".encode()):
             abort(401)
-    elif request.endpoint not in ("enter", "static") and not console.login.knows(request.cookies.get(COOKIE, ""), console.clock()):
+    elif request.endpoint not in ("enter", "static") and not console.login.knows(request.cookies.get(COOKIE, ""), monotonic_s()):
         abort(401)
 
 
@@ -121,7 +122,7 @@ def _with_headers(response: Response) -> Response:
 
 
 def _enter(console: Console, link: str) -> AnyResponse:
-    cookie = console.login.enter(link, console.clock())
+    cookie = console.login.enter(link, monotonic_s())
     if cookie is None:
         abort(401)
     response = redirect("/", 303)

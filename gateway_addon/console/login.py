@@ -16,20 +16,20 @@ SESSION_S = 12 * 3600
 class Login:
     """One console's door, made anew with each start."""
 
-    opened_at: float
+    opened_monotonic_s: float
     link: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     _sessions: dict[str, float] = field(default_factory=dict, repr=False)
-    """Cookie -> unix seconds at which it ends."""
+    """Cookie -> the moment at which it ends."""
 
-    def enter(self, link: str, now: float) -> str | None:
+    def enter(self, link: str, monotonic_s: float) -> str | None:
         """A cookie for whoever brings the link; None where it is wrong, used or too old."""
-        good = bool(self.link) and hmac.compare_digest(link.encode(), self.link.encode()) and now <= self.opened_at + LINK_S
-        if not good:
+        good = bool(self.link) and hmac.compare_digest(link.encode(), self.link.encode())
+        if not good or monotonic_s > self.opened_monotonic_s + LINK_S:
             return None
         self.link = ""
         cookie = secrets.token_urlsafe(32)
-        self._sessions[cookie] = now + SESSION_S
+        self._sessions[cookie] = monotonic_s + SESSION_S
         return cookie
 
-    def knows(self, cookie: str, now: float) -> bool:
-        return any(hmac.compare_digest(cookie.encode(), known.encode()) and now <= until for known, until in self._sessions.items())
+    def knows(self, cookie: str, monotonic_s: float) -> bool:
+        return any(hmac.compare_digest(cookie.encode(), known.encode()) and monotonic_s <= until for known, until in self._sessions.items())

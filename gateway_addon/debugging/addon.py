@@ -179,7 +179,7 @@ class DebugAddon(GatewayAddon):
         policy = self.gate.policy
         limits = caps(policy, policy.apps[name]) if name in policy.apps else ()
         try:
-            standings = await self.gate.ledger.capped(limits, now=self.clock())
+            standings = await self.gate.ledger.capped(limits, now=self.clocks.now())
         except LedgerUnavailable:
             return "what is left is not known"
         left = [nano for each in standings if (nano := _left_nano(each)) is not None]
@@ -192,7 +192,7 @@ class DebugAddon(GatewayAddon):
             flags = f" ({', '.join(call['flags'])})" if call["flags"] else ""
             return f"{dollars(call['spent_nano'])}, booked as call {call['call']}{flags}"
         hour = flow is not None and b'"1h"' in (flow.request.raw_content or b"")
-        bill = cost(self.gate.policy.prices, usage, at=self.clock(), hour_ttl_requested=hour)
+        bill = cost(self.gate.policy.prices, usage, at=self.clocks.now(), hour_ttl_requested=hour)
         return "cannot be priced" if bill.nano is None else f"{dollars(bill.nano)} at today's prices; not booked by this process"
 
     # -- commands: lists of sentences, because the page's command bar shows a text's line ends as \n
@@ -208,7 +208,7 @@ class DebugAddon(GatewayAddon):
         wanted = scopes(app, policy.apps[app].team) if app else ["total", *map(team_scope, policy.teams), *map(app_scope, names)]
         try:
             with admin.reading(self.place) as db:
-                standings = book.standing(db, wanted, all_caps(policy), now=self.clock())
+                standings = book.standing(db, wanted, all_caps(policy), now=self.clocks.now())
         except LedgerUnavailable as error:
             return [f"The ledger cannot be read: {error}."]
         return [_standing(each) for each in standings if each.window in ("day", "month")]
@@ -220,7 +220,7 @@ class DebugAddon(GatewayAddon):
         app: AppPolicy | None = self.gate.policy.apps.get(caller.app) if caller else None
         if app is None or not isinstance(flow, http.HTTPFlow):
             return ["No app's token came with this flow while this process ran, so there is no policy to judge it by."]
-        found = explanation.explain(self.gate.policy, app, judged_request(flow), self.place, self.clock())
+        found = explanation.explain(self.gate.policy, app, judged_request(flow), self.place, self.clocks.now())
         return [" ".join(line.split()) for line in explanation.written(found).splitlines() if line.strip(" -")]
 
 

@@ -16,6 +16,7 @@ from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.values import NewCall, Outcome, Resolution, Settlement
 from gateway_addon.names import safe_name
 
+PAUSE_MAX_S = 900.0  # between two looks at a batch: one that is further ahead was arranged before the clock was set back
 TURN_S = 60.0  # how long a batch is one process's to look at, unless it says that it needs longer: so long a process that dies delays it
 
 
@@ -134,10 +135,11 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 KEEP_PRICES = "INSERT INTO price_tables VALUES (?, ?) ON CONFLICT DO NOTHING"
 HOLD = "UPDATE calls SET owner = ?, status = 200, request_id = ? WHERE id = ? AND state = 'open'"
 FIND = f"SELECT {_COLUMNS} FROM batches WHERE id = ?"
-WAITS = "SELECT EXISTS (SELECT 1 FROM batches WHERE look_at <= ?)"
+DUE = "(look_at <= :now OR look_at > :now + :ahead_s)"
+WAITS = f"SELECT EXISTS (SELECT 1 FROM batches WHERE {DUE})"
 TAKE = f"""
 UPDATE batches SET look_at = :until
-WHERE id = (SELECT id FROM batches WHERE look_at <= :now ORDER BY look_at LIMIT 1)
+WHERE id = (SELECT id FROM batches WHERE {DUE} ORDER BY look_at LIMIT 1)
 RETURNING {_COLUMNS}
 """
 LOOKED = "UPDATE batches SET status = ?, look_at = ?, failures = ? WHERE id = ? AND look_at IS NOT NULL"
@@ -194,12 +196,12 @@ def prices(db: sqlite3.Connection, digest: str) -> str:
 
 def waits(db: sqlite3.Connection, now: float) -> bool:
     """True where it is time to look at a batch."""
-    return bool(db.execute(WAITS, (now,)).fetchone()[0])
+    return bool(db.execute(WAITS, {"now": now, "ahead_s": PAUSE_MAX_S}).fetchone()[0])
 
 
 def take(db: sqlite3.Connection, now: float) -> Batch | None:
     """A batch that is due, the caller's alone for a turn: of all processes on the ledger, one asks about it."""
-    rows = db.execute(TAKE, {"now": now, "until": now + TURN_S}).fetchall()
+    rows = db.execute(TAKE, {"now": now, "ahead_s": PAUSE_MAX_S, "until": now + TURN_S}).fetchall()
     return _batch(rows[0]) if rows else None
 
 

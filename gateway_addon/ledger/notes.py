@@ -59,15 +59,21 @@ def alert_once(db: sqlite3.Connection, alert: Alert, send: bool, now: float) -> 
     return db.execute(insert, row).rowcount == 1
 
 
-def alert_waits(db: sqlite3.Connection, now: float) -> bool:
+LATER_TIMES = 128
+"""The longest pause between two tries, in first pauses: a try that is further ahead was arranged before the clock was set back."""
+DUE_ALERT = f"(try_at <= :now OR try_at > :now + :retry_s * {LATER_TIMES})"
+
+
+def alert_waits(db: sqlite3.Connection, retry_s: float, now: float) -> bool:
     """True where an alert is due to be sent."""
-    return bool(db.execute("SELECT EXISTS (SELECT 1 FROM alerts WHERE try_at <= ?)", (now,)).fetchone()[0])
+    waits = f"SELECT EXISTS (SELECT 1 FROM alerts WHERE {DUE_ALERT})"
+    return bool(db.execute(waits, {"now": now, "retry_s": retry_s}).fetchone()[0])
 
 
-TAKE_ALERT = """
+TAKE_ALERT = f"""
 UPDATE alerts SET tries = tries + 1, try_at = CASE WHEN at + :give_up_s >= :now
   THEN :now + :retry_s * (1 << CASE WHEN tries < 7 THEN tries ELSE 7 END) END
-WHERE id = (SELECT id FROM alerts WHERE try_at <= :now ORDER BY try_at LIMIT 1)
+WHERE id = (SELECT id FROM alerts WHERE {DUE_ALERT} ORDER BY try_at LIMIT 1)
 RETURNING id, kind, scope, once, sentence, facts, at, tries
 """
 

@@ -24,6 +24,7 @@ from uuid import uuid4
 import psycopg
 from psycopg_pool import ConnectionPool
 
+from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import owners
 from gateway_addon.ledger.journal import Journal, Left, left_behind
 from gateway_addon.ledger.pgschema import MIGRATIONS
@@ -48,7 +49,6 @@ log = logging.getLogger(__name__)
 LEASE_S = 15.0
 READERS = 4
 SCOPES_MAX = 8  # of 100 apps and four gateways, each with 32 calls at once: twice the calls of commits that hold all that came
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # one that goes on while the machine sleeps, where there is one
 
 # In one statement, so at one moment: an owner enters before its first call.
 _DEAD = f"""
@@ -172,7 +172,7 @@ class ServerStore:
 
     @property
     def lease_left_s(self) -> float:
-        return self._lease_ends - time.clock_gettime(_CLOCK)
+        return self._lease_ends - monotonic_s()
 
     def connect(self) -> sqlite3.Connection:
         db = connect(self._server, kind=Limited)
@@ -188,7 +188,7 @@ class ServerStore:
     def _enrol(self, db: Connection) -> None:
         """Enter under a new name. A name whose lease ran out is never used again."""
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
-        asked_at = time.clock_gettime(_CLOCK)
+        asked_at = monotonic_s()
         db.execute(
             "INSERT INTO owners (id, pid, host, started_at, lease_until) SELECT ?, ?, ?, ?, extract(epoch FROM clock_timestamp()) + ?",
             (name, os.getpid(), socket.gethostname(), time.time(), LEASE_S),
@@ -218,7 +218,7 @@ class ServerStore:
         _begin(cast(Connection, db), scopes)
 
     def stamp(self, db: sqlite3.Connection, number: int) -> None:
-        asked_at, self._lease_from = time.time(), time.clock_gettime(_CLOCK)
+        asked_at, self._lease_from = time.time(), monotonic_s()
         renew = """
         UPDATE owners SET commits = ?, lease_until = extract(epoch FROM clock_timestamp()) + ?
         WHERE id = ? AND lease_until > extract(epoch FROM clock_timestamp()) AND (SELECT count(*) FROM migrations) <= ?
