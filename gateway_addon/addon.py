@@ -50,6 +50,10 @@ REQUIRED_OPTIONS: dict[str, Any] = {
     "rawtcp": False,
 }
 FAILED = "The gateway failed while judging this request, so it was not sent. Its log says why; sending the same again will not help."
+REDIRECT = (
+    "The Claude API answered with a redirect ({}), which the gateway does not hand on: your client would send the whole prompt there, past "
+    "the gateway. The call cost nothing. Whoever runs the gateway names the API's own address in gateway.yaml (upstream)."
+)
 
 type Side = Literal["connection", "request", "response"]
 
@@ -274,6 +278,12 @@ class GatewayAddon:
         self.gate.upstream_headers(life.arrived, response.status_code, lowered, self.clocks.now())
         if response.status_code == 401:
             self.key_refused()
+        if (refusal := not_handed_on(response.status_code)) is not None:
+            if life.running is not None:
+                life.running.status = response.status_code
+            life.wire.refusal = refusal
+            flow.kill()
+            return
         fields = header_filter.coming_in(response.headers.fields)
         response.data.reason = header_filter.plain_reason(response.data.reason)
         if life.running is not None:
@@ -395,6 +405,15 @@ class GatewayAddon:
 def judged_request(flow: http.HTTPFlow) -> Request:
     """The request as the gate judges it."""
     return Request(_method(flow.request), flow.request.path, _lowered(flow.request.headers), flow.request.raw_content or b"")
+
+
+def not_handed_on(status: int) -> Refusal | None:
+    """Return what an app gets in place of an answer that no client of the API should act on, or None."""
+    if 300 <= status < 400:
+        return Refusal("upstream_redirect", REDIRECT.format(status))
+    if not 200 <= status < 600:
+        return Refusal("upstream_unreachable", f"The Claude API answered with status {status}, which ends no call. Try again.")
+    return None
 
 
 def _method(request: http.Request) -> str:

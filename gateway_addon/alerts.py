@@ -1,5 +1,5 @@
 """What a person should hear of, as values: a cap that fills up, a bill above its grant, another model than the one asked for, a key
-that the provider does not take, a policy that is not in force.
+that the provider does not take, an upstream that redirects, a policy that is not in force.
 
 Promises that an alert holds no secret: names, amounts and places, never a value from a policy file, a header or a body. Each has a
 `once`, by which the ledger sees to it that it is told once over all processes. Pure; herald.py tells them.
@@ -89,6 +89,15 @@ def key_refused(source: Source, now: float) -> Alert:
     """The provider does not take the real key. Once an hour while it lasts."""
     sentence = f"the Claude API does not take the real key (401): see where policies/gateway.yaml reads it from (key: {source.kind})"
     return Alert("key_refused", "total", str(int(now) // HOUR_S), sentence, {"status": 401})
+
+
+def redirected(upstream: str, status: int, now: float) -> Alert:
+    """The upstream sends callers elsewhere. Once an hour while it lasts."""
+    sentence = (
+        f"{upstream} answered a call with a redirect ({status}), which its app did not get: a client that follows one sends its prompt "
+        "past the gateway. Name the API's own address in policies/gateway.yaml (upstream)"
+    )
+    return Alert("redirect", "total", str(int(now) // HOUR_S), sentence, {"status": status})
 
 
 def policy_broken(problem: str, digest: str, now: float) -> Alert:

@@ -386,7 +386,7 @@ class Gate:
         return me(app, standings)
 
     def upstream_headers(self, arrived: Arrived, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
-        """Keep what the upstream says of the shared key's limits; say so where it does not take the key."""
+        """Keep what the upstream says of the shared key's limits; say so where it does not take the key, or sends callers elsewhere."""
         limits = {safe_name(name): safe_name(value) for name, value in headers if name.startswith("anthropic-ratelimit-")}
         monotonic_s = self._clocks.monotonic_s()
         if limits and (status == 429 or monotonic_s - self._limits_monotonic_s >= LIMITS_EVERY_S):
@@ -394,6 +394,8 @@ class Gate:
             self.ledger.ratelimits(limits, now=now)
         if status == 401:
             self.tell(alerts.key_refused(arrived.policy.key, now))
+        elif 300 <= status < 400:
+            self.tell(alerts.redirected(arrived.policy.upstream, status, now))
 
 
 async def _visible(arrived: Arrived, status: int, body: bytes) -> bytes:

@@ -11,6 +11,7 @@ command that carries it to the wire. `install` puts it in place by the public `n
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -36,12 +37,13 @@ from mitmproxy.proxy.layers.http import (
 )
 
 from gateway_addon import relay, whole
+from gateway_addon.bounded import HEAD_BYTES_MAX
 from gateway_addon.refusals import Refusal, new_request_id
-from gateway_addon.whole import HEAD_BYTES_MAX
 
 logger = logging.getLogger(__name__)
 
 NOT_WELL_FORMED = "The request is not well-formed HTTP/1.1, so it was not judged. Use an HTTP client library to build it."
+_QUOTED = re.compile(r""":? b['"]""")
 BROKEN = (RequestProtocolError, ResponseProtocolError)
 BODY_METHODS = ("POST", "PUT", "PATCH")
 """Methods whose requests state a length even where they have no body (RFC 9110, section 8.6)."""
@@ -302,7 +304,8 @@ def _said_by_mitmproxy(event: ResponseProtocolError) -> Refusal | None:
             sentence = f"The gateway could not reach the Claude API: {event.message}. Nothing was sent; try again."
             return Refusal("upstream_unreachable", sentence)
         case ErrorCode.GENERIC_SERVER_ERROR | ErrorCode.RESPONSE_VALIDATION_FAILED | ErrorCode.RESPONSE_TOO_LARGE:
-            return Refusal("upstream_unreachable", f"The Claude API's answer broke off before it began ({event.message}). Try again.")
+            told = _QUOTED.split(event.message)[0][:200]  # the bytes themselves may be an echo of the request, the key in it
+            return Refusal("upstream_unreachable", f"The Claude API's answer broke off before it began ({told}). Try again.")
         case _:
             return None
 

@@ -60,6 +60,7 @@ TABLE: dict[str, Row] = {
     "draining": Row(503, "api_error", True),
     "internal": Row(503, "api_error", False),
     "upstream_unreachable": Row(502, "api_error", True),
+    "upstream_redirect": Row(502, "api_error", False),
     "upstream_timeout": Row(504, "timeout_error", True),
 }
 

@@ -31,7 +31,7 @@ from mitmproxy.proxy.layers.http import (
     SendHttp,
 )
 
-from gateway_addon import dispatch, whole
+from gateway_addon import bounded, dispatch, whole
 
 READER = {"_bytes_in_chunk": 0, "_bytes_to_discard": b"", "_reading_trailer": False}
 """What h11's reader of a chunked body keeps between two calls, and how it begins."""
@@ -56,7 +56,7 @@ def fits(reader: Callable[[], object] = ChunkedReader) -> bool:
 FITS = fits()
 
 
-class Chunks(ChunkedReader):
+class Chunks(bounded.Chunks):
     """h11's reader of a chunked body, which takes whole chunks that are there together for one."""
 
     def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:
@@ -97,9 +97,9 @@ class Relay(whole.Client):
     """The last stream that ran, and whether the app gets it in chunks."""
 
     @classmethod
-    def take_over(cls, client: Any, top: HttpLayer) -> None:
+    def relaying(cls, client: Any, top: HttpLayer) -> None:
         """Go on in this way with a client that has sent nothing yet."""
-        client.__class__ = cls
+        cls.take_over(client)
         client.streams, client.app, client.framed = top.streams, top.context.client, (0, False)
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
@@ -196,15 +196,18 @@ class Direct(HttpLayer):
 
 
 def install(top: HttpLayer, server: connection.Connection) -> None:
-    """Let a connection to the upstream that was just made work in this way."""
+    """Let a connection to the upstream that was just made work in this way, or in mitmproxy's own with its bounds."""
     below: Any = top.connections.get(server)
     above: Any = None
     while below is not None and type(below) is not HttpClient:
         above, below = below, getattr(below, "child_layer", None)
     client: Any = getattr(below, "child_layer", None)
-    if type(client) is not Http1Client or not FITS or top.context.options.store_streamed_bodies:
+    if type(client) is not Http1Client:
         return
-    Relay.take_over(client, top)
+    if not FITS or top.context.options.store_streamed_bodies:
+        bounded.Client.take_over(client)
+        return
+    Relay.relaying(client, top)
     if above is None:
         top.connections[server] = client  # `HttpClient` has opened the connection and does nothing more
     else:

@@ -6,6 +6,7 @@ it used, and otherwise keeps an upper bound, flagged `estimated` with the reason
     the call ended                                              | it is
     ------------------------------------------------------------|----------------------------------------------------------
     before its request reached the upstream (connect, DNS, TLS) | voided
+    with a redirect (which the app does not get)                | voided
     with the API's error first, whatever its status             | voided
     the same, later than `lag_s`, where the provider may loop   | settled at the grant, estimated:late_error
     with a status that only an edge makes (EDGE_REFUSALS)       | voided
@@ -87,6 +88,8 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
         return Void(outcome("not_sent"))
     if running.status is None:
         return estimated("no_status")
+    if 300 <= running.status < 400:
+        return Void(outcome("upstream:redirect"))
     if usage is not None and (why := usage.unbilled(running.status)) is not None:
         if usage.error_type is not None and _may_have_looped(running):
             return estimated("late_error")

@@ -43,7 +43,8 @@ from mitmproxy.proxy.layers.http import (
 from mitmproxy.proxy.mode_specs import ReverseMode
 from mitmproxy.utils import human
 
-from gateway_addon import dispatch
+from gateway_addon import bounded, dispatch
+from gateway_addon.bounded import HEAD_BYTES_MAX
 
 _EVENT = ["self", "event"]
 PARTS: dict[type, dict[str, list[str]]] = {
@@ -71,7 +72,6 @@ type Fields = tuple[tuple[bytes, bytes], ...]
 _FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n\0]*+\r\n)++)\r\n"
 _REQUEST = re.compile(rb"POST (/[!-~]*+) HTTP/1\.1\r\n" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([!-~]++(?: [!-~]++)*+)\r\n" + _FIELDS)
-HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; mitmproxy itself has no limit
 _LENGTH = re.compile(rb"[1-9][0-9]{0,8}")
 _BODILESS = (b"204", b"304")
 _FRAMING = frozenset({b"transfer-encoding", b"connection", b"expect", b"upgrade", b"trailer"})
@@ -100,7 +100,9 @@ def request(data: bytes) -> tuple[http.Request, bytes] | None:
 def answer(data: bytes) -> tuple[http.Response, bytes] | None:
     """An answer that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
     head = _ANSWER.match(data)
-    if head is None or head[1] in _BODILESS or not _is_framed(fields := _fields(head[3]), len(data) - head.end()):
+    if head is None or head.end() > HEAD_BYTES_MAX or head[1] in _BODILESS:
+        return None
+    if not _is_framed(fields := _fields(head[3]), len(data) - head.end()):
         return None
     made = http.Response(b"HTTP/1.1", int(head[1]), head[2], http.Headers(fields), None, None, time.time(), None)
     return made, data[head.end() :]
@@ -157,7 +159,7 @@ def _nothing() -> layer.CommandGenerator[None]:
     yield from ()
 
 
-class Server(Http1Server):
+class Server(bounded.Body, Http1Server):
     """mitmproxy's side towards the client."""
 
     def __init__(self, context: Context):
@@ -196,7 +198,7 @@ class Server(Http1Server):
             yield from self.state(events.DataReceived(self.conn, b""))
 
 
-class Client(Http1Client):
+class Client(bounded.Client):
     """mitmproxy's side towards the upstream."""
 
     @cached_property

@@ -238,6 +238,8 @@ class _Creation:
         flags = self._asked.flags
         if not ending.sent:
             end = Outcome(ending.status, flags=(*flags, "not_sent"))
+        elif ending.status is not None and 300 <= ending.status < 400:
+            end = Outcome(ending.status, flags=(*flags, "upstream:redirect"))
         elif self._unbilled is not None:
             end = Outcome(ending.status, flags=(*flags, self._unbilled), complete=True)
         else:

@@ -22,14 +22,15 @@ OWN = {
     },
     "explanation": {"bounds", "ledger", "money", "offers", "policy", "reading", "refusals"},
     "lives": {"answers", "clocks", "gate", "inject", "passes", "refusals", "running", "streams"},
-    "inject": {"refusals", "relay", "whole"},
+    "inject": {"bounded", "refusals", "relay", "whole"},
     "listener": {"policy"},
     "modes": set(),
     "dispatch": set(),
     "handling": {"dispatch"},
     "header_filter": set(),
-    "relay": {"dispatch", "whole"},
-    "whole": {"dispatch"},
+    "bounded": set(),
+    "relay": {"bounded", "dispatch", "whole"},
+    "whole": {"bounded", "dispatch"},
     "gate": {
         "alerts", "answers", "bounds", "calls", "clocks", "door", "herald", "identity", "ledger", "money", "names", "noise", "offers", "origin",
         "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "streams", "workspace",
@@ -73,7 +74,7 @@ EDGES = {"__init__", "__main__", "checkup", "cli", "console", "demo", "inventory
 
 ROOMS_OF = {
     # an outside library: the rooms that may import it
-    "mitmproxy": {"addon", "debugging", "dispatch", "handling", "inject", "listener", "lives", "local", "modes", "relay", "serve", "shim", "whole"},
+    "inject": {"bounded", "refusals", "relay", "whole"},
     "psycopg": {"ledger"},
     "psycopg_pool": {"ledger"},
     "sqlite3": {"ledger"},

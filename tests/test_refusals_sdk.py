@@ -168,6 +168,7 @@ ELSEWHERE = {
     "model_unpriced": "a known model always has a price: tests/test_bounds.py",
     "unsettled": "a batch has to end first: tests/test_workspace.py",
     "upstream_unreachable": "needs an upstream that is gone: tests/test_endings.py",
+    "upstream_redirect": "needs an upstream that redirects: tests/test_upstream_wire.py",
 }
 
 

@@ -15,7 +15,7 @@ from h11._receivebuffer import ReceiveBuffer
 from sealed import sealed
 from upstreams import chunked, event, upstream
 
-from gateway_addon import relay
+from gateway_addon import bounded, relay
 from gateway_addon.simulator import Behaviour
 
 START = event("message_start", message={"id": "msg_1", "type": "message", "model": "claude-haiku-4-5", "usage": {"input_tokens": 9, "output_tokens": 1}})
@@ -70,9 +70,9 @@ def test_a_chunked_body_is_read_as_h11_reads_it_however_it_arrives(body):
     for first in range(len(body) + 1):
         for second in range(first, len(body) + 1):
             pieces = [piece for piece in (body[:first], body[first:second], body[second:]) if piece]
-            assert read(relay.Chunks(), pieces) == read(ChunkedReader(), pieces), pieces
+            assert read(relay.Chunks(), pieces) == read(bounded.Chunks(), pieces), pieces
     single = [body[at : at + 1] for at in range(len(body))]
-    assert read(relay.Chunks(), single)[:2] == read(ChunkedReader(), single)[:2]
+    assert read(relay.Chunks(), single)[:2] == read(bounded.Chunks(), single)[:2]
 
 
 def test_whole_chunks_that_are_there_together_are_one_piece():

@@ -3,9 +3,10 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import repeat
 
 
 @dataclass(slots=True)
@@ -18,21 +19,24 @@ class Upstream:
 
 
 @asynccontextmanager
-async def upstream(answer: bytes = b"", *, then: str = "close", piece_bytes: int | None = None) -> AsyncIterator[Upstream]:
-    """Accept calls; answer each request's first bytes with `answer`, and then `close`, or stay `silent` until the caller leaves.
+async def upstream(answer: bytes | Iterable[bytes] = b"", *, then: str = "close", piece_bytes: int | None = None) -> AsyncIterator[Upstream]:
+    """Accept calls; answer each connection's first bytes with `answer`, or the next of them, and then `close`, or stay `silent` until the caller leaves.
 
     `piece_bytes`: the answer goes out in pieces of this size.
     """
     made, tasks = Upstream(), set()
+    answers = repeat(answer) if isinstance(answer, bytes) else iter(answer)
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         made.connections += 1
+        request, answer = bytearray(), next(answers)
         tasks.add(asyncio.current_task())
         answered = False
         with suppress(ConnectionError, asyncio.CancelledError):
             while data := await reader.read(65_536):
                 made.received += data
-                if b"\r\n\r\n" in made.received and not answered:
+                request += data
+                if b"\r\n\r\n" in request and not answered:
                     answered = True
                     for at in range(0, len(answer), size := piece_bytes or len(answer) or 1):
                         writer.write(answer[at : at + size])

@@ -261,7 +261,7 @@ class Knock:
 
 type Facts = Mapping[str, str | int | float | None]
 
-AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "policy"]
+AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "redirect", "policy"]
 
 
 @dataclass(frozen=True, slots=True)
