@@ -9,7 +9,9 @@ from fractions import Fraction
 NANO_PER_DOLLAR = 1_000_000_000
 AMOUNT_NANO_MAX = 2**62  # about 4.6 billion dollars: sums of two still fit the ledger's signed 64-bit integers
 
-_AMOUNT = re.compile(r"\$?([0-9][0-9_,]*)(?:\.([0-9]{1,9}))?\Z")
+# Commas part thousands and nothing else: `1,5` and `1_0` would be read as fifteen and as ten dollars.
+AMOUNT_PATTERN = r"\$?([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.([0-9]{1,9}))?"
+_AMOUNT = re.compile(rf"{AMOUNT_PATTERN}\Z")
 
 
 def parse_nano(text: str | int) -> int:
@@ -19,11 +21,10 @@ def parse_nano(text: str | int) -> int:
     """
     match = _AMOUNT.match(str(text).strip()) if not isinstance(text, bool) else None
     if match is None:
-        raise ValueError(f"{text!r} is not an amount; write dollars like $5 or $0.25 (at most nine decimals)")
-    whole, fraction = match.groups()
-    nano = int(re.sub("[,_]", "", whole)) * NANO_PER_DOLLAR + int((fraction or "").ljust(9, "0"))
-    if nano > AMOUNT_NANO_MAX:
-        raise ValueError(f"{text!r} is more than the ledger can hold (${AMOUNT_NANO_MAX // NANO_PER_DOLLAR:,})")
+        raise ValueError(f"{text!r} is not an amount; write dollars like $5, $0.25 or $1,200 (at most nine decimals)")
+    whole, fraction = match[1].replace(",", ""), (match[2] or "").ljust(9, "0")
+    if len(whole) > 20 or (nano := int(whole) * NANO_PER_DOLLAR + int(fraction)) > AMOUNT_NANO_MAX:
+        raise ValueError(f"{str(text)[:40]!r} is more than the ledger can hold (${AMOUNT_NANO_MAX // NANO_PER_DOLLAR:,})")
     return nano
 
 

@@ -131,7 +131,7 @@ def _saved_the_key(key: Secret) -> str:
 def saved_by(folder: Path) -> str:
     """Who changed the policy, as far as files tell: the owner of the one that was saved last."""
     try:
-        newest = max(folder.rglob("*.y*ml"), key=lambda path: path.stat().st_mtime_ns)
+        newest = max(_files(folder), key=lambda path: path.stat().st_mtime_ns)
         return newest.owner()
     except (OSError, KeyError, ValueError):  # gone meanwhile, a user without a name, no file at all
         return "unknown"
@@ -139,5 +139,11 @@ def saved_by(folder: Path) -> str:
 
 def fingerprint(folder: Path) -> Fingerprint:
     """What tells one state of the policy files from another: names, times, sizes, inodes."""
-    files = sorted(folder.rglob("*.y*ml"))
-    return tuple((str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino) for path in files if (stat := path.stat()))
+    return tuple((str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino) for path in _files(folder) if (stat := path.stat()))
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file that `load` may read. `apps` may be a symbolic link: such a folder is one to whoever goes into it, not to `rglob`."""
+    apps = folder / "apps"
+    found = [*folder.iterdir(), *(apps.iterdir() if apps.is_dir() else ())]
+    return sorted(path for path in found if path.suffix in (".yaml", ".yml", ".json") and path.is_file())

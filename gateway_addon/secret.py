@@ -9,9 +9,12 @@ An edge: it reads the environment and files.
 import asyncio
 import logging
 import os
+import re
+import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -21,12 +24,16 @@ from gateway_addon.policy import Source
 
 COMMAND_TIMEOUT_S = 10
 ASK_AGAIN_S = 60  # at most one command a minute, however often the upstream says 401
+SECRET_BYTES_MAX = 10_000  # a key has some hundred; what has more, or no end, is the wrong file
 ASK_EVERY_S = 300  # so that a new key is in use before the old one is disabled, and no call meets the 401
 NO_KEYRING = (
     "The keyring cannot be asked: its package is not installed. Install it beside the gateway (.venv/bin/pip install keyring), or name "
     "your password manager's own program: {command: [...]}."
 )
 
+
+_ASSIGNED = re.compile(r"(?:export\s+)?[A-Z_][A-Z0-9_]*\s*=")
+_QUOTES = tuple("\"'`")
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +115,7 @@ class Secret:
                 raise SecretUnavailable(f"The environment variable {value} is not set.")
             return found
         if kind == "file":
-            try:
-                return Path(str(value)).read_text()
-            except (OSError, UnicodeDecodeError) as error:
-                raise SecretUnavailable(f"The key file {value} cannot be read ({type(error).__name__}).") from None
+            return self._content(Path(str(value)))
         if kind == "keyring":
             if find_spec("keyring") is None:
                 raise SecretUnavailable(NO_KEYRING)
@@ -119,19 +123,34 @@ class Secret:
             return self._output([sys.executable, "-P", "-m", "keyring", "get", *str(value).partition("/")[::2]])
         return self._output(list(value))
 
+    def _content(self, path: Path) -> str:
+        try:
+            if not path.is_file():  # a device may have no end, a pipe no writer
+                raise SecretUnavailable(f"The key file {path} cannot be read (it is no file).")
+            with path.open("rb") as file:
+                return _bounded(file.read(SECRET_BYTES_MAX + 1), f"The key file {path}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SecretUnavailable(f"The key file {path} cannot be read ({type(error).__name__}).") from None
+
     def _output(self, command: list[str]) -> str:
         """What a password manager prints. It gets no other secret of the gateway's environment."""
         environment = {name: text for name, text in self._environment.items() if not self._is_withheld(name)}
+        asked = self._asked(command)
         try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL
-            )  # fmt: skip
+            with subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            ) as process:  # fmt: skip
+                try:
+                    printed = _printed(process)
+                    code = process.wait(COMMAND_TIMEOUT_S)
+                finally:
+                    process.kill()
+            text = _bounded(printed, asked)
         except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
-            raise SecretUnavailable(f"{self._asked(command)} failed ({type(error).__name__}).") from None
-        if done.returncode:
-            asked = self._asked(command)
-            raise SecretUnavailable(f"{asked} ended with status {done.returncode}: is it unlocked, and does it hold the key?")
-        return done.stdout
+            raise SecretUnavailable(f"{asked} failed ({type(error).__name__}).") from None
+        if code:
+            raise SecretUnavailable(f"{asked} ended with status {code}: is it unlocked, and does it hold the key?")
+        return text
 
     def _is_withheld(self, name: str) -> bool:
         return name in self._withheld or name.startswith(("ANTHROPIC_", "GATEWAY_"))
@@ -142,8 +161,38 @@ class Secret:
         return f"The key command {command[0]}"
 
 
+def _printed(process: subprocess.Popen[bytes]) -> bytes:
+    """What a program prints, up to a little more than a secret may have: then it is ended. Raises TimeoutExpired.
+
+    A child of its own may hold the pipe open after it has ended, so the wait is for the pipe and not for the program.
+    """
+    assert process.stdout is not None
+    pipe, printed, until = process.stdout.fileno(), b"", time.monotonic() + COMMAND_TIMEOUT_S
+    poller = select.poll()
+    poller.register(pipe, select.POLLIN)
+    while len(printed) <= SECRET_BYTES_MAX:
+        if not poller.poll(max(0.0, until - time.monotonic()) * 1000):
+            raise subprocess.TimeoutExpired(process.args, COMMAND_TIMEOUT_S)
+        if not (piece := os.read(pipe, SECRET_BYTES_MAX + 1)):
+            return printed
+        printed += piece
+    process.kill()
+    return printed
+
+
+def _bounded(content: bytes, whose: str) -> str:
+    """A source's content as text, without the mark that some editors put first. Raises SecretUnavailable, UnicodeDecodeError."""
+    if len(content) > SECRET_BYTES_MAX:
+        raise SecretUnavailable(f"{whose} gives more than {SECRET_BYTES_MAX:,} bytes: that is no key. Name what holds the key alone.")
+    return content.decode("utf-8-sig")
+
+
 def _plain(text: str, secret: Secret) -> str:
     text = text.strip()
+    if _ASSIGNED.match(text):
+        raise SecretUnavailable(f"What {secret!r} gives is not a key: it begins with NAME=, as in a .env file. Put the key alone there.")
+    if text[:1] in _QUOTES or text[-1:] in _QUOTES:
+        raise SecretUnavailable(f"What {secret!r} gives is not a key: it has quotes around it. Put the key alone there.")
     if not text or not text.isascii() or any(character.isspace() for character in text):
         raise SecretUnavailable(f"What {secret!r} gives is not a key: it is empty or has spaces or line breaks in it.")
     return text

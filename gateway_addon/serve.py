@@ -47,6 +47,8 @@ from gateway_addon.workers import ListeningLoop, when_the_parent_ends
 
 logger = logging.getLogger(__name__)
 
+DECIDED = frozenset(["mode", "server", "listen_host", "listen_port", "allow_hosts", "ignore_hosts", "tcp_hosts", "udp_hosts"])
+"""Options by which it would listen elsewhere, or let calls pass as bytes that it does not read: it would start, and serve nobody."""
 COLLECT_AFTER = 20_000  # objects made and not yet gone: those of a hundred calls in flight
 
 
@@ -229,6 +231,9 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
         own |= closed.OPTIONS | {"web_port": settings.web_port, "web_password": settings.web_password}
     master.addons.chain.insert(0, master.addons.register(addon))
     opts.update(**hardened(opts, policy), **own)
+    for name in (option.partition("=")[0].strip() for option in settings.options):
+        if name in DECIDED:
+            raise ValueError(f"--set: {name} is the gateway's to decide, from --listen and the policy's upstream; leave it out.")
     try:
         opts.set(*settings.options)
     except exceptions.OptionsError as error:

@@ -68,6 +68,9 @@ def test_a_mistyped_command_is_told_from_the_right_ones():
     assert (wrong.exit_code, "No such command 'reprot'" in wrong.output) == (2, True)
 
 
+DECIDED = ("mode=", "mode=socks5", "ignore_hosts=.*", "allow_hosts=x", "tcp_hosts=.*", "server=false", "listen_port=1")
+
+
 @pytest.mark.parametrize("command", [["serve", "--workers", "1"], ["web", "--web-port", "8099"]])
 @pytest.mark.parametrize(
     ("option", "sentence"),
@@ -75,6 +78,7 @@ def test_a_mistyped_command_is_told_from_the_right_ones():
         ("nothing", "--set: Unknown option(s): nothing."),
         ("tcp_timeout=soon", "--set: Failed to parse option tcp_timeout: not an integer: soon."),
         ("proxy_debug=true", "--set: The gateway needs proxy_debug=false"),
+        *((each, f"--set: {each.partition('=')[0]} is the gateway's to decide, from --listen and the policy's upstream") for each in DECIDED),
     ],
 )
 def test_an_option_that_mitmproxy_does_not_take_is_said_in_a_sentence(command, option, sentence, tmp_path, monkeypatch):
@@ -129,3 +133,9 @@ def test_what_prints_a_table_prints_json_too():
     assert {name for name, command in ALL.items() if any("--json" in param.opts for param in command.params)} >= TABLES
     importing = {name for name in COMMANDS if "tabulate" in (Path(__file__).parents[1] / f"gateway_addon/cli/{COMMANDS[name][0]}.py").read_text()}
     assert importing - {"token"} <= TABLES, "a command that prints a table says it to programs too"
+
+
+@pytest.mark.parametrize("arguments", [["adjust", "99999999999999999999", "1", "--why", "x"], ["token", "revoke", "app", "--id", "99999999999999999999"]])
+def test_a_number_that_no_ledger_counts_to_is_refused(arguments):
+    done = CliRunner().invoke(main, arguments)
+    assert (done.exit_code, "is not in the range 1<=x<=9223372036854775807" in done.output) == (2, True), done.output

@@ -15,6 +15,7 @@ from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
 from gateway_addon.ledger import Denied, Ledger, Outcome, Settlement, admin, book, copies, files, proof, reports, schema
+from gateway_addon.money import AMOUNT_NANO_MAX
 from gateway_addon.windows import starts
 
 
@@ -106,6 +107,17 @@ def test_adjustments_go_up_and_down_but_never_below_nothing(db, path):
         admin.adjust(db, call_id, -21, who="ann", why="x", now=NOON)
     assert admin.adjust(db, call_id, 100, who="ann", why="x", now=NOON + 40 * 86_400) == 120
     assert rows(path, "SELECT DISTINCT spent_nano FROM balances") == [(120,)], "a correction belongs to the window of its call"
+
+
+def test_all_adjustments_together_stay_within_64_bits(db, path):
+    """Of each sum: a database refuses a larger one with words of its own."""
+    call_id, other = spend(db, 50), spend(db, 50)
+    admin.adjust(db, call_id, AMOUNT_NANO_MAX - 200, who="ann", why="x", now=NOON)
+    for each in (call_id, other):
+        with pytest.raises(ValueError, match=r"more than the ledger can hold \(\$4,611,686,018"):
+            admin.adjust(db, each, 101, who="ann", why="x", now=NOON)
+    assert admin.adjust(db, other, 100, who="ann", why="x", now=NOON) == 150
+    assert rows(path, "SELECT DISTINCT spent_nano FROM balances WHERE scope = 'total'") == [(AMOUNT_NANO_MAX,)]
 
 
 @pytest.mark.parametrize("state", ["open", "refused", "missing"])

@@ -17,7 +17,8 @@ from gateway_addon.money import AMOUNT_NANO_MAX, cents, dollars, parse_nano, rou
         (12, 12_000_000_000),
         (" $0.50 ", 500_000_000),
         ("$1,200.75", 1_200_750_000_000),
-        ("1_000", 1_000_000_000_000),
+        ("1,000", 1_000_000_000_000),
+        ("$1,000,000", 1_000_000_000_000_000),
         ("0", 0),
         ("$0.000000001", 1),
         ("0.1", 100_000_000),
@@ -30,7 +31,7 @@ def test_what_people_write_is_read_exactly(text, nano):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "$", "-5", "$-5", "5$", "5 dollars", "1e3", "0x10", ".5", "5.", "0.0000000001", "nan", "inf", "٥", "5\n6", "$$5", "1.2.3", True, 1.5e-12],
+    ["", "$", "-5", "$-5", "5$", "5 dollars", "1e3", "0x10", ".5", "5.", "0.0000000001", "nan", "inf", "٥", "5\n6", "$$5", "1.2.3", "1_000", "1,5", "1,0000", "1,000,0", ",100", True, 1.5e-12],
 )
 def test_anything_else_is_a_sentence_that_shows_how_to_write_it(text):
     with pytest.raises(ValueError, match="is not an amount; write dollars like"):
@@ -38,8 +39,9 @@ def test_anything_else_is_a_sentence_that_shows_how_to_write_it(text):
 
 
 def test_more_than_the_ledger_holds_is_refused():
-    with pytest.raises(ValueError, match="more than the ledger can hold"):
-        parse_nano("4611686018.427387905")
+    for text in ("4611686018.427387905", "9" * 5000):
+        with pytest.raises(ValueError, match=r"^.{,50} is more than the ledger can hold"):
+            parse_nano(text)
 
 
 @pytest.mark.parametrize(

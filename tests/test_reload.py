@@ -123,6 +123,16 @@ async def test_every_change_is_audited_once_with_its_diff_and_whose_file_it_was(
         assert "max_tokens" not in shown.stdout
 
 
+async def test_apps_behind_a_symbolic_link_are_watched_like_a_folder(tmp_path: Path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running:
+        apps, elsewhere = running.folder / "policies" / "apps", tmp_path / "elsewhere"
+        apps.rename(elsewhere)
+        apps.symlink_to(elsewhere)
+        async with watched(running):
+            (elsewhere / "app.yaml").write_text(SECOND)
+            await until(lambda: running.gate.policy.apps["app"].max_tokens.limit == 200)
+
+
 async def test_a_half_saved_policy_that_is_a_policy_too_never_comes_into_force(tmp_path: Path):
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running:
         watching, old, file = watcher(running), running.gate.policy, running.folder / "policies" / "apps" / "app.yaml"

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,9 @@ def test_a_command_sees_no_secret_of_the_gateway(tmp_path):
         (Source("command", printing(f"import sys; print('{KEY}'); sys.exit(3)")), "ended with status 3"),
         (Source("command", printing("print('two words')")), "is not a key"),
         (Source("command", printing("print()")), "is not a key"),
+        (Source("command", printing("while True: print('k' * 999)")), "gives more than 10,000 bytes"),
+        (Source("file", "/dev/zero"), r"/dev/zero cannot be read .it is no file."),
+        (Source("file", "/"), "it is no file"),
     ],
 )
 def test_a_key_that_cannot_be_read_is_a_sentence_without_it(source, said):
@@ -122,10 +126,51 @@ def test_a_key_that_cannot_be_read_is_a_sentence_without_it(source, said):
     assert KEY not in str(problem.value) or source.kind == "command"
 
 
-def test_a_command_that_hangs_has_an_end(monkeypatch):
+@pytest.mark.parametrize(
+    "code",
+    ["import time; time.sleep(30)", "import subprocess, time; subprocess.Popen(['sleep', '3'])", "import os, time; os.close(1); time.sleep(30)"],
+    ids=["itself", "its child", "silently"],
+)
+def test_a_command_that_hangs_has_an_end(monkeypatch, code):
     monkeypatch.setattr(room, "COMMAND_TIMEOUT_S", 0.3)
     with pytest.raises(SecretUnavailable, match="TimeoutExpired"):
-        Secret(Source("command", printing("import time; time.sleep(30)")))()
+        Secret(Source("command", printing(code)))()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (f"\ufeff{KEY}\r\n", None),
+        (f'"{KEY}"\n', "it has quotes around it"),
+        (f"'{KEY}", "it has quotes around it"),
+        (f"ANTHROPIC_API_KEY={KEY}\n", "it begins with NAME=, as in a .env file"),
+        (f"export KEY = '{KEY}'\n", "it begins with NAME=, as in a .env file"),
+        (f"{KEY}\n{NEXT}\n", "it is empty or has spaces or line breaks in it"),
+        ("k" * 10_001, "gives more than 10,000 bytes: that is no key"),
+        ("k" * 10_000, None),
+    ],
+    ids=lambda text: ascii(text)[:24],
+)
+def test_a_key_file_is_read_or_refused_with_the_reason(tmp_path, content, said):
+    """A key with quotes was sent with them, and refused by the provider at the first call."""
+    (tmp_path / "key").write_text(content)
+    secret = Secret(Source("file", str(tmp_path / "key")))
+    if said is None:
+        assert secret() == content.strip("\ufeff\r\n")
+    else:
+        with pytest.raises(SecretUnavailable, match=said) as problem:
+            secret()
+        assert KEY not in str(problem.value)
+
+
+def test_of_a_large_key_file_little_is_read(tmp_path):
+    with (tmp_path / "key").open("wb") as file:
+        file.truncate(100 * 2**20)
+    tracemalloc.start()
+    with pytest.raises(SecretUnavailable, match="gives more than 10,000 bytes"):
+        Secret(Source("file", str(tmp_path / "key")))()
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 # The keyring

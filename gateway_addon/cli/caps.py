@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, ledger_option, policies_option, says_errors, stop
 from gateway_addon.cli.times import day, moment
 from gateway_addon.ledger import LedgerUnavailable, admin, app_scope, team_scope
 from gateway_addon.ledger.files import ledger_path
@@ -89,7 +89,7 @@ def resume(name: str | None, everything: bool, why: str, policies: Path, ledger:
     context_settings={"ignore_unknown_options": True},  # -0.25 is an amount
     epilog="Example: gateway adjust 4711 -0.25 --why 'invoice shows less'",
 )
-@click.argument("call_id", type=int)
+@click.argument("call_id", type=ROW_NUMBER)
 @click.argument("amount")
 @click.option("--why", required=True, help="Kept in the audit trail.")
 @ledger_option

@@ -12,6 +12,8 @@ import click
 from gateway_addon.names import printable
 
 FINE, PROBLEM, WRONG_USAGE = 0, 1, 2
+ROW_NUMBER = click.IntRange(1, 2**63 - 1)
+"""A call's, a token's: what a ledger can count to."""
 
 
 def project_folder() -> Path:

@@ -8,7 +8,7 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 def duration_s(text: str) -> float:
     """Seconds of `90s`, `15m`, `12h`, `30d`, `2w`. Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d+)\s*([smhdw])", text.strip())
+    match = re.fullmatch(r"([0-9]{1,6})\s*([smhdw])", text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a duration; write one like 15m, 12h or 30d")
     return int(match[1]) * _UNITS_S[match[2]]

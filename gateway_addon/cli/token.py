@@ -11,7 +11,7 @@ import click
 from tabulate import tabulate
 
 from gateway_addon import forms, identity
-from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop, write_privately
+from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, ledger_option, listen_option, policies_option, says_errors, stop, write_privately
 from gateway_addon.cli.times import day, duration_s
 from gateway_addon.ledger import LedgerUnavailable, Token, admin
 from gateway_addon.ledger.files import ledger_path
@@ -89,7 +89,7 @@ def rotate(
 
 @token.command(epilog="Example: gateway token revoke reviews --id 3")
 @click.argument("app")
-@click.option("--id", "token_id", type=int, help="Only this one (see gateway token list).")
+@click.option("--id", "token_id", type=ROW_NUMBER, help="Only this one (see gateway token list).")
 @ledger_option
 @SAY
 def revoke(app: str, token_id: int | None, ledger: str) -> None:

@@ -19,12 +19,14 @@ from gateway_addon.ledger.locks import Turnstile, is_dead
 from gateway_addon.ledger.owners import BATCHES
 from gateway_addon.ledger.schema import is_behind
 from gateway_addon.ledger.store import driver
-from gateway_addon.ledger.values import Server, Token, app_scope
+from gateway_addon.ledger.values import TOTAL, Server, Token, app_scope
+from gateway_addon.money import AMOUNT_NANO_MAX, dollars
 from gateway_addon.windows import next_start, starts
 
 BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
 
 EVER_CALLED = "SELECT 1 FROM tokens WHERE app = ? AND last_used_at IS NOT NULL"  # by refused calls too, of which no balance tells
+EVER_SPENT = "FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
 
 PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (retention.py)
@@ -217,7 +219,10 @@ def adjust(db: sqlite3.Connection, call_id: int, delta_nano: int, *, who: str, w
         raise ValueError(f"call {call_id} is {rows[0][0] if rows else 'not in the ledger'}: only a settled or voided call is adjusted")
     [(spent_nano,)] = db.execute("SELECT sum(spent_nano) FROM entries WHERE call_id = ?", (call_id,)).fetchall()
     if spent_nano + delta_nano < 0:
-        raise ValueError(f"call {call_id} cost {spent_nano} nano-dollars: {-delta_nano} cannot be taken off")
+        raise ValueError(f"call {call_id} cost {dollars(spent_nano)}: {dollars(-delta_nano)} cannot be taken off")
+    [(all_nano,)] = db.execute(f"SELECT coalesce(sum(spent_nano), 0) {EVER_SPENT}", (TOTAL,)).fetchall()
+    if all_nano + delta_nano > AMOUNT_NANO_MAX:
+        raise ValueError(f"all calls together would come to more than the ledger can hold ({dollars(AMOUNT_NANO_MAX)})")
     db.execute("INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES (?, ?, 'adjust', ?, ?)", (call_id, now, delta_nano, why))
     after = spent_nano + delta_nano
     audit(db, who, "adjust", f"call:{call_id}", {"spent_nano": spent_nano}, {"spent_nano": after}, why, now)

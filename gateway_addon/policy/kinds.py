@@ -12,7 +12,7 @@ from typing import Any
 
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from gateway_addon.money import parse_nano
+from gateway_addon.money import AMOUNT_PATTERN, parse_nano
 from gateway_addon.yamlfile import Spot, entries, items, scalar, suggestion
 
 REQUIRED = object()
@@ -111,7 +111,7 @@ SECONDS = parsed(_seconds, {"type": "string", "pattern": r"^[0-9]{1,6}(\.[0-9]{1
 BOOLEAN = parsed(_boolean, {"type": "boolean"}, "`true` or `false`")
 AMOUNT = parsed(
     parse_nano,
-    {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^\$?[0-9][0-9_,]*(\.[0-9]{1,9})?$"}]},
+    {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": f"^{AMOUNT_PATTERN}$"}]},
     "an amount (`$5`)",
 )
 
