@@ -205,12 +205,13 @@ class GatewayAddon:
             return Refusal("internal", FAILED)  # nothing injects here: its `next_layer` hook has failed
         if flow.request.authority or flow.request.scheme not in ("http", "https"):
             return Refusal("request", "The request names another host in its first line. Use the gateway as the base URL, not as a proxy.")
-        if any(name == "upgrade" for name, _ in headers):
+        if any(name == "upgrade" and value.strip().lower() != "h2c" for name, value in headers):  # Java offers h2c with each first call
             return Refusal("upgrade", "The gateway does not switch protocols. Send the call without an Upgrade header.")
         if self.gate.policy.tls and not flow.client_conn.tls:
             return Refusal("request", "This gateway takes calls over https alone, so that tokens do not cross the network in clear.")
         peer = flow.client_conn.peername[0] if flow.client_conn.peername else ""
-        return await self.gate.arrive(_method(flow.request), flow.request.path, headers, peer, self.clocks.now(), digest)
+        base_url = _base_url(flow.client_conn, headers)
+        return await self.gate.arrive(_method(flow.request), flow.request.path, headers, peer, self.clocks.now(), digest, base_url)
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
@@ -430,6 +431,17 @@ def _announced(headers: http.Headers) -> int:
 
 def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:
     return tuple([(_text(name.lower()), _text(value)) for name, value in headers.fields])
+
+
+def _base_url(client: connection.Client, headers: Iterable[tuple[str, str]]) -> str:
+    """Return the address of the socket that the client came to; "" where a proxy stands in front, whose address nobody here knows.
+
+    (mitmproxy puts the upstream's name in the place of the Host header.)
+    """
+    if not client.sockname or any(name in ("x-forwarded-for", "forwarded", "via") for name, _ in headers):
+        return ""
+    host, port = client.sockname[:2]
+    return f"{'https' if client.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _encoded(headers: Iterable[tuple[str, str]]) -> tuple[tuple[bytes, bytes], ...]:

@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from gateway_addon import alerts, identity, reading
+from gateway_addon import alerts, identity, reading, wrong_paths
 from gateway_addon.answers import Answer, edited_text, me, visible_models
 from gateway_addon.bounds import Quote, quote
 from gateway_addon.calls import Tell, record
@@ -63,6 +63,11 @@ logger = logging.getLogger(__name__)
 LIMITS_EVERY_S = 1.0  # how often the shared key's limits are written down, however many answers carry them
 READY_FOR_S = 1.0
 KNOWN_FOR_S = 1.0  # what the ledger said at the headers, for a body that took its time it is asked anew
+BROWSER = Refusal(
+    "browser",
+    "OPTIONS is how a browser asks whether a page may call this gateway, and it may not: whoever opens a page can read the token in it and "
+    "spend this app's money. Call the gateway from a server of your own, and let the page call that.",
+)
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
 
 
@@ -98,11 +103,13 @@ class Gate:
     # -- arrive
 
     async def arrive(
-        self, method: str, target: str, headers: tuple[tuple[str, str], ...], peer: str, now: float, digest: str | None = None
+        self, method: str, target: str, headers: tuple[tuple[str, str], ...], peer: str, now: float, digest: str | None = None,
+        base_url: str = "",
     ) -> Arrived | Answer | Refusal:
         """Find out who calls which endpoint, from the headers alone. `headers` have lower-case names; `peer` is an IP address.
 
-        `digest`: of the token that a replayed request came with the first time; it must be in force now.
+        `digest`: of the token that a replayed request came with the first time; it must be in force now. `base_url`: where the client
+        reaches this gateway, "" where that is not known.
         """
         endpoint = reading.endpoint(method, target)
         if endpoint == "hello":
@@ -112,7 +119,7 @@ class Gate:
         try:
             if endpoint == "readyz":
                 return await self._readiness()
-            token, found = await self._knock(headers, digest, now)
+            token, found = (BROWSER, Knock()) if method == "OPTIONS" else await self._knock(headers, digest, now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
         address = origin(peer, headers, self.policy.trusted_proxies)
@@ -128,7 +135,8 @@ class Gate:
             sentence = f"App {token.app} has a token but no policy: write policies/apps/{token.app}.yaml (gateway init shows one)."
             return Refusal("app_unknown", sentence)
         if isinstance(endpoint, Refusal):
-            return self._refused(app, token, "unknown", endpoint, now)
+            better = wrong_paths.refusal(method, target, base_url)
+            return self._refused(app, token, "unknown", better or endpoint, now)
         if app.addresses and not within(address, app.addresses):
             return self._refused(app, token, str(endpoint), elsewhere(app, address, headers), now)
         if endpoint == "me":

@@ -7,8 +7,9 @@ of them. Why these statuses: Claude Code re-sends a 400 six times and waits out 
 
 import json
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
@@ -16,6 +17,8 @@ class Row(NamedTuple):
     error_type: str
     may_retry: bool
     """True only where waiting helps: everything else carries `x-should-retry: false`."""
+    details: Mapping[str, Any] | None = None
+    """The API's own `error.details`, where a client acts on them."""
 
 
 TABLE: dict[str, Row] = {
@@ -33,10 +36,13 @@ TABLE: dict[str, Row] = {
     "app_unknown": Row(403, "permission_error", False),
     "app_paused": Row(403, "permission_error", False),
     "endpoint": Row(403, "permission_error", False),
+    "browser": Row(403, "permission_error", False),
     "upgrade": Row(403, "permission_error", False),
     "model": Row(403, "permission_error", False),
     "model_unpriced": Row(403, "permission_error", False),
     "feature": Row(403, "permission_error", False),
+    # the SDKs' tool_runner asks for a thread by itself, and goes on without one where it is told so
+    "thread": Row(403, "permission_error", False, {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}),
     "unknown_field": Row(403, "permission_error", False),
     "max_tokens": Row(403, "permission_error", False),
     "requirement": Row(403, "permission_error", False),
@@ -91,7 +97,9 @@ class Refusal:
 
     def body(self, request_id: str) -> bytes:
         """The API's error envelope (platform documentation, "Errors")."""
-        error = {"type": self.error_type, "message": self.sentence}
+        error: dict[str, Any] = {"type": self.error_type, "message": self.sentence}
+        if (details := TABLE[self.code].details) is not None:
+            error["details"] = details
         return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
 
 

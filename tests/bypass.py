@@ -263,7 +263,7 @@ def _reached() -> Iterator[Hostile]:
         "billing_policy": {"type": "billing_policy", "bill_to": "user_profile"},
     }
     for name, value in fields.items():
-        yield Hostile(f"field {name}", "feature", body=_with(**{name: value}))
+        yield Hostile(f"field {name}", "thread" if name == "thread" else "feature", body=_with(**{name: value}))
     yield Hostile("skills", "feature", body=_with(container={"skills": [{"type": "custom", "skill_id": "x"}]}))
     for source in ({"type": "url", "url": "https://evil.example"}, {"type": "file", "file_id": "file_1"}):
         yield Hostile("source that is elsewhere", "feature", body=_source(**source))

@@ -34,6 +34,7 @@ OWN = {
     "gate": {
         "alerts", "answers", "bounds", "calls", "clocks", "door", "herald", "identity", "ledger", "money", "names", "noise", "offers", "origin",
         "passes", "policy", "pricing", "rates", "reading", "refusals", "running", "sentences", "settlement", "streams", "workspace",
+        "wrong_paths",
     },
     "streams": {"clocks", "grants", "ledger", "refusals", "running", "sentences"},
     "workspace": {
@@ -60,6 +61,7 @@ OWN = {
     "pricing": {"money", "usage", "yamlfile"},
     "moving": {"inventory", "ledger"},
     "reconcile": {"ledger", "money", "pricing", "usage"},
+    "wrong_paths": {"reading", "refusals"},
     "reading": {"fields", "nfkc", "refusals", "survey"},
     "survey": {"fields"},
     "usage": {"encodings", "names", "sse"},

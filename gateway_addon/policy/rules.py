@@ -146,7 +146,8 @@ def _features(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
         refused = _feature_refused(app, use)
         if refused is None and use.is_tool and app.features[use.feature].max_uses is not None:
             refused = _too_many(app, use, uses)
-        yield Verdict("features", refused or f"{use.feature} ({use.where}) is named by the policy", "feature" if refused else None)
+        code = "thread" if use.feature == "thread" else "feature"
+        yield Verdict("features", refused or f"{use.feature} ({use.where}) is named by the policy", code if refused else None)
     if reading.hour_ttl and "hour_ttl" not in app.features:
         sentence = f"app {app.name} may not write caches of an hour; leave out ttl, or set hour_ttl: true ({app.file} features)"
         yield Verdict("features", sentence, "feature")
