@@ -7,7 +7,6 @@ same end of a body, in the releases that it was written beside; in any other mit
 gateway.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +44,6 @@ PARTS: dict[type, dict[str, list[str]]] = {
 """What is overridden or stood on here, with its parameters."""
 
 OPEN = connection.ConnectionState.OPEN
-_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})\r\n")
 
 
 def fits(reader: Callable[[], object] = ChunkedReader) -> bool:
@@ -81,11 +79,8 @@ class Chunks(bounded.Chunks):
         """The content of the whole chunks that these bytes begin with, and where they end: at 0 if there is none."""
         if self._bytes_in_chunk or self._reading_trailer or not there.startswith(self._bytes_to_discard):
             return b"", 0
-        at, pieces = len(self._bytes_to_discard), []
-        while (head := _SIZE.match(there, at)) and (size := int(head[1], 16)) and there.startswith(b"\r\n", head.end() + size):
-            pieces.append(there[head.end() : head.end() + size])
-            at = head.end() + size + 2
-        return b"".join(pieces), at if pieces else 0
+        content, end = whole.chunks(there, len(self._bytes_to_discard))
+        return content, end if content else 0
 
 
 class Relay(whole.Client):

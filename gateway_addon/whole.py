@@ -73,8 +73,12 @@ _FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n\0]*+\r\n)++)\r\n"
 _REQUEST = re.compile(rb"POST (/[!-~]*+) HTTP/1\.1\r\n" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([!-~]++(?: [!-~]++)*+)\r\n" + _FIELDS)
 _LENGTH = re.compile(rb"[1-9][0-9]{0,8}")
+_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})\r\n")
+_CHUNKED = (b"transfer-encoding", b"chunked")
+_LAST_CHUNK = b"0\r\n\r\n"
 _BODILESS = (b"204", b"304")
-_FRAMING = frozenset({b"transfer-encoding", b"connection", b"expect", b"upgrade", b"trailer"})
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+_UNPLAIN = frozenset({b"connection", b"expect", b"upgrade", b"trailer"})
 _KEPT = (b"connection", b"keep-alive")
 
 
@@ -87,25 +91,25 @@ FITS = fits()
 
 
 def request(data: bytes) -> tuple[http.Request, bytes] | None:
-    """A POST that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
+    """Read a POST that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
     head = _REQUEST.match(data)
     if head is None or head.end() > HEAD_BYTES_MAX:
         return None
-    if not _is_framed(fields := _fields(head[2]), len(data) - head.end()):
+    framing = _framing(fields := _fields(head[2]))
+    if framing == _CHUNKED or (content := _content(framing, data, head.end())) is None:
         return None
-    made = http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", http.Headers(fields), None, None, time.time(), None)
-    return made, data[head.end() :]
+    return http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", http.Headers(fields), None, None, time.time(), None), content
 
 
 def answer(data: bytes) -> tuple[http.Response, bytes] | None:
-    """An answer that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
+    """Read an answer that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
     head = _ANSWER.match(data)
     if head is None or head.end() > HEAD_BYTES_MAX or head[1] in _BODILESS:
         return None
-    if not _is_framed(fields := _fields(head[3]), len(data) - head.end()):
+    content = _content(_framing(fields := _fields(head[3])), data, head.end())
+    if content is None:
         return None
-    made = http.Response(b"HTTP/1.1", int(head[1]), head[2], http.Headers(fields), None, None, time.time(), None)
-    return made, data[head.end() :]
+    return http.Response(b"HTTP/1.1", int(head[1]), head[2], http.Headers(fields), None, None, time.time(), None), content
 
 
 def _fields(block: bytes) -> Fields:
@@ -113,26 +117,46 @@ def _fields(block: bytes) -> Fields:
     return tuple([(name, value.strip()) for name, _, value in parted])
 
 
-def _is_framed(fields: Fields, content_bytes: int) -> bool:
-    """Whether a message ends behind so many bytes of content."""
-    length = _length(fields)
-    return length is not None and _LENGTH.fullmatch(length) is not None and int(length) == content_bytes
-
-
-def _length(fields: Fields) -> bytes | None:
-    """The content-length, where it and nothing else says where the message ends, and the connection stays open."""
-    lengths = []
+def _framing(fields: Fields) -> tuple[bytes, bytes] | None:
+    """Find the header that says where a message ends, in lower case, where no other says it and the connection stays open."""
+    found = []
     for name, value in fields:
-        if (lower := name.lower()) == b"content-length":
-            lengths.append(value)
-        elif lower in _FRAMING and (lower, value.lower()) != _KEPT:
+        if (lower := name.lower()) in _FRAMING:
+            found.append((lower, value.lower()))
+        elif lower in _UNPLAIN and (lower, value.lower()) != _KEPT:
             return None
-    return lengths[0] if len(lengths) == 1 else None
+    return found[0] if len(found) == 1 and (found[0] == _CHUNKED or found[0][0] == b"content-length") else None
 
 
-def stays(message: http.Message) -> bool:
-    """Whether the connection stays open behind this message, as one that arrived whole says, whatever was made of it since."""
-    return message.data.http_version == b"HTTP/1.1" and _length(message.headers.fields) is not None
+def _content(framing: tuple[bytes, bytes] | None, data: bytes, at: int) -> bytes | None:
+    """Read a body that begins at a place and ends with these bytes; None: it does not, or it is empty."""
+    if framing is None:
+        return None
+    if framing == _CHUNKED:
+        if not data.endswith(_LAST_CHUNK):
+            return None
+        content, end = chunks(data, at)
+        return content if content and end + len(_LAST_CHUNK) == len(data) else None
+    return data[at:] if _LENGTH.fullmatch(framing[1]) and int(framing[1]) == len(data) - at else None
+
+
+def chunks(data: bytes, at: int) -> tuple[bytes, int]:
+    """Read the whole chunks from a place on: their content, and where they end (there, if there is none)."""
+    pieces = []
+    while (head := _SIZE.match(data, at)) and (size := int(head[1], 16)) and data.startswith(b"\r\n", head.end() + size):
+        pieces.append(data[head.end() : head.end() + size])
+        at = head.end() + size + 2
+    return b"".join(pieces), at
+
+
+def _is_plain(request: http.Request | None) -> bool:
+    """Whether a request is one that is passed on whole, whatever was made of it since, and its connection stays open behind it."""
+    framing = _framing_of(request) if request is not None and request.data.method == b"POST" else None
+    return framing is not None and framing != _CHUNKED
+
+
+def _framing_of(message: http.Message) -> tuple[bytes, bytes] | None:
+    return _framing(message.headers.fields) if message.data.http_version == b"HTTP/1.1" else None
 
 
 @dataclass
@@ -180,8 +204,8 @@ class Server(bounded.Body, Http1Server):
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
         if type(event) is not WholeAnswer:
             return super().send(event)
-        plain = self.request_done and self.request is not None and stays(self.request) and stays(event.response)
-        return self._sent(event) if plain else self._in_parts(event)
+        framing = _framing_of(event.response) if self.request_done and _is_plain(self.request) else None
+        return self._in_parts(event) if framing is None else self._sent(event, framing == _CHUNKED)
 
     def _in_parts(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
         yield from super().send(ResponseHeaders(event.stream_id, event.response))
@@ -189,8 +213,11 @@ class Server(bounded.Body, Http1Server):
             yield from super().send(ResponseData(event.stream_id, event.content))
         yield from super().send(ResponseEndOfMessage(event.stream_id))
 
-    def _sent(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
-        yield commands.SendData(self.conn, http1.assemble_response_head(event.response) + event.content)
+    def _sent(self, event: WholeAnswer, chunked: bool) -> layer.CommandGenerator[None]:
+        content = event.content
+        if chunked:
+            content = (b"%x\r\n%b\r\n" % (len(content), content) if content else b"") + _LAST_CHUNK
+        yield commands.SendData(self.conn, http1.assemble_response_head(event.response) + content)
         self.request_done, self.request = False, None
         self.stream_id += 2
         self.state = self.read_headers
@@ -208,12 +235,9 @@ class Client(bounded.Client):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if type(event) is events.DataReceived and self.request_done and not self.buf and self.state == self.read_headers:
             found = answer(event.data)
-            if found is not None and len(found[1]) <= self.whole_bytes_max and self._asked_plainly():
+            if found is not None and len(found[1]) <= self.whole_bytes_max and _is_plain(self.request):
                 return self._received(*found)
         return super()._handle_event(event)
-
-    def _asked_plainly(self) -> bool:
-        return self.request is not None and self.request.data.method == b"POST" and stays(self.request)
 
     def _received(self, response: http.Response, content: bytes) -> layer.CommandGenerator[None]:
         assert self.stream_id is not None
@@ -270,8 +294,8 @@ class Stream(HttpStream):
         if type(event) is WholeRequest:
             return self._request(event)
         if type(event) is WholeAnswer:
-            known = isinstance(self.top.connections.get(self.context.client), Server)
-            return self._answer(event) if known and self.server_state == self.state_wait_for_response_headers else self._in_parts(event)
+            waits = self.server_state == self.state_wait_for_response_headers
+            return self._answer(event) if waits and self._answers_whole() else self._in_parts(event)
         return cast(layer.CommandGenerator[None], super()._handle_event(event))
 
     def _in_parts(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
@@ -310,7 +334,7 @@ class Stream(HttpStream):
         if not self._connected() and not (yield from self.make_server_connection()):
             return
         content, server = flow.request.raw_content or b"", self.context.server
-        if self._takes_whole(server) and stays(flow.request):
+        if self._takes_whole(server) and _is_plain(flow.request):
             yield SendHttp(WholeRequest(self.stream_id, flow.request, False, content=content), server)
             return
         yield SendHttp(RequestHeaders(self.stream_id, flow.request, not content), server)
@@ -343,6 +367,9 @@ class Stream(HttpStream):
             below = child
         return isinstance(below, Client)
 
+    def _answers_whole(self) -> bool:
+        return isinstance(self.top.connections.get(self.context.client), Server)
+
     def _answer(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
         flow: Any = self.flow
         flow.response = event.response
@@ -356,6 +383,15 @@ class Stream(HttpStream):
             return
         self.server_state = self.state_consume_response_body
         flow.response.data.content = event.content
+        yield from self.send_response()
+
+    def send_response(self, already_streamed: bool = False) -> layer.CommandGenerator[None]:
+        """Send an answer that is here whole, however it came: in one event, where mitmproxy makes three of it."""
+        flow: Any = self.flow
+        more_follows = already_streamed or flow.response.status_code == 101
+        if not FITS or more_follows or self.client_state != self.state_done or not self._answers_whole():
+            yield from super().send_response(already_streamed)
+            return
         flow.response.timestamp_end = time.time()
         yield HttpResponseHook(flow)
         self.server_state = self.state_done

@@ -8,8 +8,10 @@ from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
+import h11
 import pytest
 import pytest_asyncio
+from h11._readers import ChunkedReader
 from h11._receivebuffer import ReceiveBuffer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,7 +47,6 @@ LEFT = {
     "no end": LENGTH,
     "too few bytes": LENGTH + b"\r\nh",
     "too many bytes": LENGTH + b"\r\nhi!",
-    "chunks": b"transfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
 }
 """What is left to mitmproxy, behind the first line of a request or of an answer."""
 TAKEN = {
@@ -55,6 +56,20 @@ TAKEN = {
     "a connection that is kept": LENGTH + b"Connection: Keep-Alive\r\nkeep-alive: timeout=9\r\n\r\nhi",
     "colons in a value": LENGTH + b"a::\r\nb: c:d\r\n\r\nhi",
 }
+CHUNKS = {
+    # a chunked body behind its header, and whether an answer with it is taken whole; a request never is
+    "one": (b"2\r\nhi\r\n0\r\n\r\n", True), "two": (b"1\r\nh\r\n1\r\ni\r\n0\r\n\r\n", True), "hex, and leading zeros": (b"00A\r\n0123456789\r\n0a\r\n0123456789\r\n0\r\n\r\n", True),
+    "a last chunk inside": (b"5\r\n0\r\n\r\n\r\n0\r\n\r\n", True), "none": (b"0\r\n\r\n", False), "no last one": (b"2\r\nhi\r\n", False), "half of the last one": (b"2\r\nhi\r\n0\r\n", False),
+    "a last one with more zeros": (b"2\r\nhi\r\n00\r\n\r\n", False), "a trailer": (b"2\r\nhi\r\n0\r\na: b\r\n\r\n", False), "a trailer like a last one": (b"2\r\nhi\r\n0\r\n0\r\n\r\n", False),
+    "an extension": (b"2;a=b\r\nhi\r\n0\r\n\r\n", False), "white space": (b"2 \r\nhi\r\n0\r\n\r\n", False), "too short": (b"3\r\nhi\r\n0\r\n\r\n", False), "too long": (b"1\r\nhi\r\n0\r\n\r\n", False),
+    "bytes behind": (b"2\r\nhi\r\n0\r\n\r\n!", False), "a second end": (b"2\r\nhi\r\n0\r\n\r\n0\r\n\r\n", False), "no number": (b"x\r\nhi\r\n0\r\n\r\n", False), "a negative size": (b"-2\r\nhi\r\n0\r\n\r\n", False),
+}  # fmt: skip
+IN_CHUNKS = b"transfer-encoding: chunked\r\n"
+CODINGS = {
+    # headers of an answer in chunks, and whether it is taken whole
+    b"TRANSFER-ENCODING:\tChunked \r\n": True, IN_CHUNKS * 2: False, IN_CHUNKS + LENGTH: False, b"transfer-encoding: gzip, chunked\r\n": False, b"transfer-encoding: identity\r\n": False,
+    b"transfer-encoding: chunked, chunked\r\n": False, b"content-length: chunked\r\n": False, IN_CHUNKS + b"trailer: a\r\n": False, IN_CHUNKS + b"connection: close\r\n": False,
+}  # fmt: skip
 TOPS = {
     # whether it is the first line of a request, and whether what follows is taken whole
     b"\r\n" + TOP: (True, False), b"POST * HTTP/1.1\r\n": (True, False), b"POST  / HTTP/1.1\r\n": (True, False), b"POST /\xff HTTP/1.1\r\n": (True, False),
@@ -68,6 +83,8 @@ TOPS = {
 MESSAGES = [
     *[pytest.param(top + rest, is_request, True, id=f"taken-{is_request}-{name}") for top, is_request in ((TOP, True), (OK, False)) for name, rest in TAKEN.items()],
     *[pytest.param(top + rest, is_request, False, id=f"left-{is_request}-{name}") for top, is_request in ((TOP, True), (OK, False)) for name, rest in LEFT.items()],
+    *[pytest.param(top + IN_CHUNKS + b"\r\n" + body, is_request, taken and not is_request, id=f"chunks-{is_request}-{name}") for top, is_request in ((TOP, True), (OK, False)) for name, (body, taken) in CHUNKS.items()],
+    *[pytest.param(OK + lines + b"\r\n" + CHUNKS["one"][0], False, taken, id=repr(lines)) for lines, taken in CODINGS.items()],
     *[pytest.param(top + TAKEN["plain"], *expected, id=repr(top)) for top, expected in TOPS.items()],
     pytest.param((TOP + TAKEN["plain"]) * 2, True, False, id="another request behind it"),
     pytest.param((OK + TAKEN["plain"]) * 2, False, False, id="another answer behind it"),
@@ -87,10 +104,19 @@ def as_mitmproxy(data: bytes, is_request: bool) -> Any:
         validate_headers(made)
         request = made if is_request else http.Request.make("POST", "http://x/")
         size = http1.expected_http_body_size(request, None if is_request else made)
-    except ValueError:
+        content, rest = (unchunked(buffer), b"") if size is None else (bytes(buffer)[:size], bytes(buffer)[size:])
+    except (ValueError, h11.ProtocolError):
         return None
     closes = http1.connection_close(made.http_version, made.headers) or "100-continue" in made.headers.get("expect", "").lower()
-    return None if closes or size != len(buffer) or not size else (parts(made), bytes(buffer))
+    return None if closes or rest or not content or (size or len(content)) != len(content) else (parts(made), content)
+
+
+def unchunked(buffer: ReceiveBuffer) -> bytes:
+    """The content of a chunked body that ends with the buffer; else nothing."""
+    reader, content = ChunkedReader(), b""
+    while isinstance(found := reader(buffer), h11.Data):
+        content += bytes(found.data)
+    return content if isinstance(found, h11.EndOfMessage) and not found.headers and not buffer else b""
 
 
 def parts(made: Any) -> dict[str, Any]:
@@ -116,8 +142,10 @@ SPACE = st.sampled_from([b"", b" ", b" ", b"\t", b"\x0b ", b" \x0c", b"\x85", b"
 FIELDS = st.builds(b"".join, st.tuples(NAMES, st.sampled_from([b":", b":", b":", b" :", b""]), SPACE, VALUES, SPACE, st.sampled_from([b"\r\n"] * 9 + [b"\n"])))
 FIRST = st.sampled_from([TOP, TOP, OK, OK, b"HTTP/1.1 204 x\r\n", b"HTTP/1.1 200\r\n", b"HTTP/1.1 200 a  b\r\n", b"post / HTTP/1.1\r\n", b"POST x HTTP/1.1\r\n",
                          b"POST /\t HTTP/1.1\r\n", b"POST //x HTTP/1.0\r\n", b"CONNECT x:1 HTTP/1.1\r\n", b"POST http://x/ HTTP/1.1\r\n"])  # fmt: skip
-HEADS = st.builds(lambda top, before, after, body: top + b"".join(before) + LENGTH + b"".join(after) + body, FIRST, st.lists(FIELDS, max_size=2),
-                  st.lists(FIELDS, max_size=3), st.sampled_from([b"\r\nhi"] * 9 + [b"\nhi", b"\r\nhi!", b"\r\nh", b"\n\r\nhi"]))  # fmt: skip
+FRAMED = st.one_of(st.tuples(st.just(LENGTH), st.sampled_from([b"\r\nhi"] * 9 + [b"\nhi", b"\r\nhi!", b"\r\nh", b"\n\r\nhi"])),
+                   st.tuples(st.just(IN_CHUNKS), st.sampled_from([body for body, _ in CHUNKS.values()]).map(lambda body: b"\r\n" + body)))
+HEADS = st.builds(lambda top, before, after, framed: top + b"".join(before) + framed[0] + b"".join(after) + framed[1], FIRST, st.lists(FIELDS, max_size=2),
+                  st.lists(FIELDS, max_size=3), FRAMED)  # fmt: skip
 
 
 @settings(max_examples=500, deadline=None)
@@ -147,6 +175,9 @@ def test_a_head_over_the_limit_is_not_taken_whole(size, taken):
 
 ASK = b'{"model": "claude-haiku-4-5", "max_tokens": 64, "messages": [{"role": "user", "content": "Hello"}]}'
 SAID = answer(200, "application/json", message())
+IN_ONE, IN_TWO = (chunked(*pieces, content_type="application/json") for pieces in ([message()], [message()[:40], message()[40:]]))
+HALVES = (IN_ONE[:-5], IN_ONE[-5:])
+"""As the API often sends it: the last chunk comes alone."""
 STREAM = event("message_start", message={"id": "msg_1", "type": "message", "model": "claude-haiku-4-5", "usage": {"input_tokens": 9, "output_tokens": 1}}) + event(
     "message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 24}) + event("message_stop")  # fmt: skip
 
@@ -183,6 +214,11 @@ def in_chunks(flow):
     del said.headers["content-length"]
 
 
+def by_length(flow):
+    del flow.response.headers["transfer-encoding"]
+    flow.response.content = b"hi"
+
+
 def elsewhere(flow):
     if b"65" in flow.request.raw_content:
         flow.request.host = "127.0.0.1"
@@ -212,7 +248,18 @@ SCENARIOS: dict[str, tuple[Any, ...]] = {
     "an upstream that answers twice at once": (talk(asked(), b"", asked()), [SAID + SAID, SAID], (), {}, (2, 1)),
     "an upstream that talks first": (talk(asked()), [(b"HTTP/1.1 100 Continue\r\n\r\n", SAID)], (), {}, BOTH),
     "a stream that arrives whole": (talk(asked(ASK[:-1] + b', "stream": true}'), b"", asked()), [answer(200, "text/event-stream", STREAM), SAID], (), {}, (2, 2)),
-    "a stream in chunks": (talk(asked(ASK[:-1] + b', "stream": true}')), [chunked(STREAM)], (), {}, (1, 0)),
+    "a stream in chunks": (talk(asked(ASK[:-1] + b', "stream": true}')), [chunked(STREAM)], (), {}, BOTH),
+    "a stream in chunks, in two pieces": (talk(asked(ASK[:-1] + b', "stream": true}')), [(chunked(STREAM)[:-5], b"0\r\n\r\n")], (), {}, (1, 0)),
+    "answers in a chunk": (talk(asked(), b"", asked()), [IN_ONE, IN_ONE], (), {}, (2, 2)),
+    "answers in two chunks": (talk(asked(), b"", asked()), [IN_TWO, IN_TWO], (), {}, (2, 2)),
+    "answers in a chunk and in two pieces": (talk(asked(), b"", asked()), [HALVES, HALVES], (), {}, (2, 0)),
+    "an answer in a chunk and another behind it": (talk(asked(), b"", asked()), [IN_ONE + IN_ONE, IN_ONE], (), {}, (2, 1)),
+    "an answer in a chunk over the limit": (talk(asked()), [IN_ONE], (), {"body_size_limit": str(len(message()) - 1)}, (1, 0)),
+    **{f"an addon that edits an answer in {name}": (talk(asked()), [said], ("response", lambda flow: setattr(flow.response, "text", "hi")), {}, (1, int(said is IN_ONE))) for name, said in (("a chunk", IN_ONE), ("two pieces", HALVES))},
+    **{f"an addon that empties an answer in {name}": (talk(asked()), [said], ("response", lambda flow: setattr(flow.response, "content", b"")), {}, (1, int(said is IN_ONE))) for name, said in (("a chunk", IN_ONE), ("two pieces", HALVES))},
+    **{f"an addon that waits in {hook} for two pieces": (talk(asked(), b"", asked()), [HALVES, HALVES], (hook, lambda flow: asyncio.sleep(0.03)), {}, (2, 0)) for hook in HOOKS[2:4]},
+    **{f"an addon that kills two pieces in {hook}": (talk(asked()), [HALVES], (hook, lambda flow: flow.kill()), {}, (1, 0)) for hook in HOOKS[2:4]},
+    "an addon that sends an answer in a chunk by its length": (talk(asked()), [IN_ONE], ("response", by_length), {}, BOTH),
     "a length and an unheard-of encoding": (talk(asked(more="transfer-encoding: keep-alive\r\n")), [], (), {}, (0, 0)),
     "an answer with an unheard-of encoding": (talk(asked()), [SAID.replace(b"\r\n", b"\r\ntransfer-encoding: keep-alive\r\n", 1)], (), {}, (1, 0)),
     **{f"an addon that waits in {hook}": (talk(asked(), b"", asked()), [SAID, SAID], (hook, lambda flow: asyncio.sleep(0.03)), {}, (2, 2)) for hook in HOOKS[:4]},
@@ -293,7 +340,7 @@ async def test_a_client_that_leaves_is_dealt_with_as_mitmproxy_does(stage, taken
 async def test_a_message_means_the_same_wherever_it_is_cut(stage, taken):
     asking = asked().replace(b"TOKEN", stage.gw.tokens["app"].encode())
     requests = [(asking[:at], asking[at:]) for at in range(len(asking))]
-    answers = [(SAID[:at], SAID[at:]) for at in range(0, len(SAID), 9)]
+    answers = [(said[:at], said[at:]) for said in (SAID, IN_TWO) for at in range(0, len(said), 9)]
     stage.api.answers = [(SAID,)] * len(requests) + list(answers)
     heard = set()
     reader, writer = await asyncio.open_connection("127.0.0.1", stage.gw.port)
@@ -304,10 +351,11 @@ async def test_a_message_means_the_same_wherever_it_is_cut(stage, taken):
                 writer.write(piece)
                 await beat()
             head = await reader.readuntil(b"\r\n\r\n")
-            heard.add((plain(head + await reader.readexactly(length_of(head))), plain(stage.api.received)))
+            rest = await (reader.readexactly(length) if (length := length_of(head)) else reader.readuntil(b"\r\n0\r\n\r\n"))
+            heard.add((plain(head + rest), plain(stage.api.received)))
         await stage.gw.quiet()
-    assert len(heard) == 1
-    assert taken == [1 + len(answers), len(requests) + 1], "whatever comes in two pieces is not taken whole"
+    assert len(heard) == 2, "one by its length, and one in chunks"
+    assert taken == [1 + len(answers), len(requests) + 2], "whatever comes in two pieces is not taken whole"
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -401,7 +449,7 @@ def test_an_answer_is_taken_whole_only_behind_a_plain_request_that_has_been_sent
 )
 def test_an_answer_is_sent_whole_only_to_a_client_that_has_said_all_and_stays(monkeypatch, change, plain):
     server = bare(whole.Server, **({"request": http.Request.make("POST", "http://x/", b"hi"), "request_done": True} | change))
-    monkeypatch.setattr(whole.Server, "_sent", lambda self, event: "whole")
+    monkeypatch.setattr(whole.Server, "_sent", lambda self, event, chunked: "whole")
     monkeypatch.setattr(whole.Server, "_in_parts", lambda self, event: "in parts")
     assert server.send(whole.WholeAnswer(1, http.Response.make(200, b"hi"), content=b"hi")) == ("whole" if plain else "in parts")
 

@@ -64,9 +64,9 @@ def answer(status: int, content_type: str, body: bytes, *, announce: int | None 
     return head.encode() + body
 
 
-def chunked(*pieces: bytes, more: str = "", end: bytes = b"0\r\n\r\n") -> bytes:
-    """A whole answer with a chunked event stream; `more`: further header lines."""
-    head = f"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n{more}\r\n"
+def chunked(*pieces: bytes, more: str = "", end: bytes = b"0\r\n\r\n", content_type: str = "text/event-stream") -> bytes:
+    """A whole answer in chunks; `more`: further header lines."""
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\ntransfer-encoding: chunked\r\n{more}\r\n"
     return head.encode() + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + end
 
 
