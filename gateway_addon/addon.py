@@ -330,7 +330,8 @@ class GatewayAddon:
             return None
         body = response.raw_content
         if life.running is not None and body is not None and response.stream is False:
-            life.running.feed(body, self.clocks.monotonic_s())
+            monotonic_s = self.clocks.monotonic_s()
+            life.running.feed(body, monotonic_s, self.gate.streams.lost_s(monotonic_s))
         errand = life.free.errand if life.free is not None else None
         if errand is not None and errand.whole is not None and response.stream is False:
             return self._run_errand(flow, response, errand.whole)

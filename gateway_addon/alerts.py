@@ -68,6 +68,16 @@ def overrun(app: str, model: str, call_id: int, bill: Resolution, now: float) ->
     return Alert("overrun", app_scope(app), f"{model} {int(now) // DAY_S}", sentence, facts)
 
 
+def late(app: str, model: str, call_id: int, bill: Resolution, lost_s: float, now: float) -> Alert:
+    """Return the alert for a call that passed its grant while the gateway stood still and could not cut it. Once a day for an app."""
+    sentence = (
+        f"a call of app {app} is booked at {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: the gateway stood "
+        f"still for {lost_s:.1f} s while it ran, and could not cut it. See what else takes this machine's processor or memory"
+    )
+    facts: Facts = {"model": model, "call_id": call_id, "spent_nano": bill.spent_nano, "held_nano": bill.held_nano}
+    return Alert("overrun", app_scope(app), f"late {int(now) // DAY_S}", sentence, facts)
+
+
 def batch_overrun(app: str, batch_id: str, call_id: int, bill: Resolution, now: float) -> Alert:
     """The results of a batch cost more than was held for it: its quote was wrong, and somebody should know."""
     sentence = (

@@ -232,7 +232,7 @@ class Gate:
 
     def run(self, ticket: Ticket, cut: Cut, monotonic_s: float) -> Running:
         """Start to account for an admitted call. `cut` ends it before its time, given the reason (`paused`)."""
-        running = Running(ticket, monotonic_s)
+        running = Running(ticket, monotonic_s, self.streams.lost_s(monotonic_s))
         self.streams.running[running] = cut
         return running
 
@@ -263,10 +263,13 @@ class Gate:
     def close(self, running: Running, *, sent: bool, ended_by: EndedBy, now: float) -> None:
         """Resolve an ended call's reservation. Written for certain, though perhaps after the client has its answer."""
         self.streams.running.pop(running, None)
+        monotonic_s = self._clocks.monotonic_s()
+        running.ended(monotonic_s, self.streams.lost_s(monotonic_s))
         call_id = running.ticket.call_id
         result = settle(running, sent=sent, ended_by=ended_by)
         end = result.outcome if isinstance(result, Void) else result
-        self._resolve(call_id, running.ticket.call, running.ticket.admitted_at, end, now, partial(self._look_for_overrun, running, now))
+        hear = partial(self._look_for_overrun, running, end.outcome if isinstance(end, Settlement) else end, now)
+        self._resolve(call_id, running.ticket.call, running.ticket.admitted_at, end, now, hear)
         if isinstance(result, Void):
             return
         app, served = running.ticket.app, result.outcome.model_served
@@ -312,9 +315,11 @@ class Gate:
         if resolution.overrun:
             self.tell(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clocks.now()))
 
-    def _look_for_overrun(self, running: Running, now: float, resolution: Resolution) -> None:
-        if resolution.overrun:
-            ticket = running.ticket
+    def _look_for_overrun(self, running: Running, outcome: Outcome, now: float, resolution: Resolution) -> None:
+        ticket = running.ticket
+        if resolution.overrun and "late" in outcome.flags:
+            self.tell(alerts.late(ticket.app.name, ticket.reading.model, ticket.call_id, resolution, running.lost_s, now))
+        elif resolution.overrun:
             self.tell(alerts.overrun(ticket.app.name, ticket.reading.model, ticket.call_id, resolution, now))
 
     def tell(self, alert: Alert) -> None:

@@ -6,7 +6,8 @@ money, the ledger or sockets; time comes in as an argument, from a clock that ne
 
 Why the clock counts from the last *visible* content: whatever the model generated up to one lag before that moment has
 arrived, and everything later is bounded by its rate. Thinking may be hidden or summarised, so its bytes prove nothing: a
-phase in which no text or tool block was open is charged whole, by the clock.
+phase in which no text or tool block was open is charged whole, by the clock. Time in which nobody read is charged
+likewise, and no later piece takes it back: what comes then may have been generated long before.
 """
 
 import math
@@ -61,16 +62,22 @@ class Progress:
     """When visible content last arrived; at first, when the request was about to be sent."""
     hidden_tokens: int = 0
     seen: Seen = field(default_factory=Seen)
+    unread_s: float = 0.0
+    """How long nobody had read when content last arrived, in all."""
     uninterrupted: bool = False
     """The text or tool block that was open when content last arrived is still the last one."""
 
-    def observe(self, seen: Seen, monotonic_s: float) -> None:
-        """Take note of what a chunk showed. A block that opens in a chunk of its own shows nothing of the time before it."""
+    def observe(self, seen: Seen, monotonic_s: float, unread_s: float = 0.0) -> None:
+        """Take note of what a chunk showed. A block that opens in a chunk of its own shows nothing of the time before it.
+
+        `unread_s`: how long nobody has read the stream since it began, in all.
+        """
         self.uninterrupted = self.uninterrupted and seen.blocks == self.seen.blocks
         if seen.content_events > self.seen.content_events:
-            if self.may_think and not self.uninterrupted:
-                self.hidden_tokens += self.pace.tokens_in(monotonic_s - self.content_monotonic_s)
-            self.content_monotonic_s, self.uninterrupted = monotonic_s, seen.visible_open
+            between_s = monotonic_s - self.content_monotonic_s
+            hidden_s = between_s if self.may_think and not self.uninterrupted else min(between_s, unread_s - self.unread_s)
+            self.hidden_tokens += self.pace.tokens_in(hidden_s)
+            self.content_monotonic_s, self.unread_s, self.uninterrupted = monotonic_s, unread_s, seen.visible_open
         self.seen = seen
 
     def tokens_at(self, monotonic_s: float) -> int:

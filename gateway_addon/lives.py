@@ -69,7 +69,7 @@ class Life:
             self._passing(chunk, monotonic_s)
         if running is None or not chunk:
             return chunk
-        running.feed(chunk, monotonic_s)
+        running.feed(chunk, monotonic_s, self.gate.streams.lost_s(monotonic_s))
         self.gate.progressed(running, monotonic_s)
         if running.cut is None and not running.covers(monotonic_s):
             running.cut = "budget"

@@ -55,6 +55,11 @@ class Running:
     ticket: Ticket
     began_monotonic_s: float
     """When it was admitted: before anything of it was sent."""
+    lost_before_s: float = 0.0
+    """How long the event loop had stood still until then, in all."""
+    lost_s: float = 0.0
+    """The same since then: nobody could have cut this call in that time."""
+    ended_monotonic_s: float | None = None
     progress: Progress | None = None
     granted_tokens: int = 0
     exact: tuple[int, Fraction] | None = None
@@ -85,9 +90,9 @@ class Running:
     @property
     def held_nano(self) -> int:
         """What the ledger holds for this call: exact or bounded input, and the output granted so far."""
-        return self._bound_nano(self.granted_tokens)
+        return self.bound_nano(self.granted_tokens)
 
-    def _bound_nano(self, tokens: int) -> int:
+    def bound_nano(self, tokens: int) -> int:
         """What this call can cost with so many tokens of output."""
         if self.exact is None:
             return self.ticket.quote.for_output(tokens)
@@ -103,16 +108,31 @@ class Running:
         self.encoded = content_encoding not in (None, "", "identity")
         self.meter = Meter(content_type, content_encoding)
 
-    def feed(self, chunk: bytes, monotonic_s: float) -> None:
-        """Some of the answer's body arrived, as sent. Never raises on what it contains."""
-        self.last_byte_monotonic_s = monotonic_s
+    def feed(self, chunk: bytes, monotonic_s: float, lost_s: float = 0.0) -> None:
+        """Some of the answer's body arrived, as sent. Never raises on what it contains.
+
+        `lost_s`: how long the event loop has stood still until now, in all.
+        """
+        self.last_byte_monotonic_s, self.lost_s = monotonic_s, lost_s - self.lost_before_s
         if self.meter is None:
             return
         self.meter.feed(chunk)
         if self.progress is not None:
             meter = self.meter
             seen = Seen(meter.seen_bytes, meter.blocks, meter.content_events, meter.visible_open, meter.reported_output_tokens)
-            self.progress.observe(seen, monotonic_s)
+            self.progress.observe(seen, monotonic_s, self.lost_s)
+
+    def ended(self, monotonic_s: float, lost_s: float) -> None:
+        """Nothing more will arrive, and the provider will notice within its lag."""
+        self.ended_monotonic_s, self.lost_s = monotonic_s, lost_s - self.lost_before_s
+
+    @property
+    def output_tokens_max(self) -> int:
+        """Return the most output that can be billed: the grant, and what came while the loop stood still and nobody could cut."""
+        if self.progress is None or self.ended_monotonic_s is None:
+            return self.granted_tokens
+        generated = max(self.granted_tokens, self.progress.tokens_at(self.ended_monotonic_s))
+        return min(generated, self.granted_tokens + self.progress.pace.tokens_in(self.lost_s))
 
     def finished(self) -> Usage | None:
         """Close the meter: what the answer reported, whole or not. None if no answer began."""
@@ -136,7 +156,7 @@ class Running:
         if pace is None or not self.ticket.quote.releasable or self.ticket.app.reserve == "full":
             return None
         tokens = pace.tokens_in(self.elapsed_s + pace.lag_s)
-        return self._bound_nano(min(tokens, self.granted_tokens))
+        return self.bound_nano(min(tokens, self.granted_tokens))
 
     def release_nano(self) -> int:
         """What can go back now that `message_start` has reported the input: once, and only for a request whose input cannot grow.
@@ -171,7 +191,7 @@ class Running:
 
     def extension_nano(self, tokens: int) -> int:
         """What `tokens` more of output cost to hold."""
-        return self._bound_nano(self.granted_tokens + tokens) - self.held_nano
+        return self.bound_nano(self.granted_tokens + tokens) - self.held_nano
 
     def covers(self, monotonic_s: float) -> bool:
         """False once the provider may have generated more than is held: the call must be cut now."""

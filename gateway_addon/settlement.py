@@ -22,7 +22,8 @@ it used, and otherwise keeps an upper bound, flagged `estimated` with the reason
     with a 200 whose usage cannot be read (pings only, junk)    | settled at the grant, estimated:usage_unreadable
     inside the gateway (a bug)                                  | as above by what is known, estimated:gateway_error
 
-Where an answer did report its input before it went wrong, "at the grant" is that exact input and the output granted.
+Where an answer did report its input before it went wrong, "at the grant" is that exact input and the output granted. Where the
+gateway stood still and could not cut, the grant is passed by what can have been generated in that time, and the call flagged `late`.
 """
 
 from dataclasses import dataclass
@@ -74,12 +75,19 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
         )  # fmt: skip
 
     def estimated(reason: str) -> Settlement:
-        """Exact input plus the output grant where the answer began and its input cannot have grown since; else the whole grant."""
+        """Exact input plus the output bound where the answer began and its input cannot have grown since; else all that is held."""
+        most_nano = running.bound_nano(running.output_tokens_max)
         if usage is not None and usage.started and usage.prompt_known and ticket.quote.releasable:
-            bound = priced(usage.assuming_output(running.granted_tokens))
-            if bound.nano is not None and bound.nano <= running.held_nano:
-                return Settlement(bound.nano, bound.parts, outcome(f"estimated:{reason}", *bound.flags, price_rows=bound.price_rows))
-        return Settlement(None, (), outcome(f"estimated:{reason}"))
+            bound = priced(usage.assuming_output(running.output_tokens_max))
+            if bound.nano is not None and bound.nano <= most_nano:
+                more = (f"estimated:{reason}", *bound.flags, *late(bound.nano))
+                return Settlement(bound.nano, bound.parts, outcome(*more, price_rows=bound.price_rows))
+        nano = most_nano if most_nano > running.held_nano else None
+        return Settlement(nano, (), outcome(f"estimated:{reason}", *late(most_nano)))
+
+    def late(nano: int) -> tuple[str, ...]:
+        """Flag what passed the grant only because the gateway stood still."""
+        return ("late",) if running.held_nano < nano <= running.bound_nano(running.output_tokens_max) else ()
 
     def priced(used: Usage) -> Cost:
         return cost(ticket.prices, used, at=ticket.admitted_at, hour_ttl_requested=ticket.reading.hour_ttl)
@@ -109,7 +117,7 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
     bill = priced(usage)
     if bill.nano is None:
         return estimated("model_unpriced")
-    return Settlement(bill.nano, bill.parts, outcome(*bill.flags, complete=True, price_rows=bill.price_rows))
+    return Settlement(bill.nano, bill.parts, outcome(*bill.flags, *late(bill.nano), complete=True, price_rows=bill.price_rows))
 
 
 def _may_have_looped(running: Running) -> bool:

@@ -21,6 +21,7 @@ from gateway_addon.sentences import cut_sentence
 logger = logging.getLogger(__name__)
 
 LOOK_AT_LEASE_S = 0.25
+LATE_S = 0.5  # by how much a look may be late: declared lags have room for that
 CUT_CODES = {"budget": "cap_spent", "paused": "app_paused", "adrift": "ledger"}
 
 type Cut = Callable[[str], None]
@@ -36,6 +37,8 @@ class Streams:
         self.running: dict[Running, Cut] = {}
         self._hurry = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._looked_monotonic_s = math.inf
+        self._lost_s = 0.0
 
     def start(self) -> None:
         """Begin to top up and to look at the lease, in the running loop."""
@@ -44,6 +47,18 @@ class Streams:
     def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
+
+    def lost_s(self, monotonic_s: float) -> float:
+        """Return how long the event loop has stood still until now, in all: a step of a computation, or of the machine, held it.
+
+        Nothing was read in that time, topped up or cut. It is told by looks that come late, the one that is due now among them.
+        """
+        since_s = monotonic_s - self._looked_monotonic_s
+        return self._lost_s + (since_s if since_s > LOOK_AT_LEASE_S + LATE_S else 0.0)
+
+    def _look_at_the_clock(self) -> None:
+        monotonic_s = self._clocks.monotonic_s()
+        self._lost_s, self._looked_monotonic_s = self.lost_s(monotonic_s), monotonic_s
 
     def look_after(self, running: Running, monotonic_s: float) -> None:
         """A running answer showed more: if it will need more than it holds, ask for that soon."""
@@ -86,6 +101,7 @@ class Streams:
     async def _keep_to_the_lease(self) -> None:
         """Beside the top-ups, not among them: those wait for the ledger, and this is for when it does not answer."""
         while True:
+            self._look_at_the_clock()
             await asyncio.sleep(LOOK_AT_LEASE_S)
             try:
                 self._cut_adrift()

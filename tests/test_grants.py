@@ -56,6 +56,44 @@ def test_without_hidden_thinking_in_the_bound_it_would_be_passed():
     assert passed
 
 
+def late(stream, seed):
+    """The stream as somebody reads it who stands still now and then: (time of reading, time unread so far, seen, generated).
+
+    What came meanwhile is read at once, piece by piece, as soon as reading goes on.
+    """
+    chance = random.Random(seed)
+    begins = sorted(chance.uniform(1000, stream[-1][0]) for _ in range(3))
+    stops, free_at = [], 0.0
+    for begin in begins:
+        begin = max(begin, free_at)
+        free_at = begin + chance.uniform(1, 30)
+        stops.append((begin, free_at))
+    for at, seen, generated in stream:
+        read_at = next((end for begin, end in stops if begin <= at < end), at)
+        yield read_at, sum(min(end, read_at) - begin for begin, end in stops if begin < read_at), seen, generated
+
+
+def passed(seed, *, may_think, counts_unread):
+    """How often the bound of a stream that is read late is below what was generated when its last piece was read."""
+    progress, stream = Progress(PACE, 10**9, may_think, content_monotonic_s=1000.0), provider(seed, may_think=may_think)
+    found = 0
+    for read_at, unread_s, seen, _ in late(stream, seed):
+        progress.observe(seen, read_at, unread_s if counts_unread else 0.0)
+        ahead = max((made for at, _, made in stream if at <= read_at), default=0)  # generated, though perhaps not read yet
+        found += progress.tokens_at(read_at) < ahead
+    return found
+
+
+@pytest.mark.parametrize("may_think", [False, True], ids=["plain", "thinking"])
+def test_time_in_which_nobody_read_is_generating_time(may_think):
+    assert not any(passed(seed, may_think=may_think, counts_unread=True) for seed in range(200))
+
+
+def test_without_unread_time_in_the_bound_it_would_be_passed():
+    """The guard of `unread_s`: a late piece would take the time back in which nobody read."""
+    assert any(passed(seed, may_think=False, counts_unread=False) for seed in range(200))
+
+
 def test_a_chunk_proves_no_more_in_parts_than_whole():
     """Twenty seconds of thinking that is not shown, then text: the block's opening and its first words together, or one after the other."""
     opening, words = Seen(0, 1, 0, True, 0), Seen(10, 1, 1, True, 0)

@@ -253,6 +253,15 @@ def test_a_bill_above_the_grant_is_booked_in_full_flagged_and_holds_the_model_ba
     assert rows(path, "SELECT * FROM overruns") == []
 
 
+def test_a_bill_above_the_grant_that_came_late_blames_no_model(db, path):
+    """The gateway stood still and could not cut: flagged and booked in full, but the model kept its pace."""
+    call_id = hold(db, 100).call_id
+    assert book.settle(db, call_id, Settlement(1500, (Part(1500),), Outcome(flags=("late",))), now=NOON).overrun
+    assert balance(path) == (1500, 0, 0)
+    assert rows(path, "SELECT flags FROM calls") == [("late overrun",)]
+    assert rows(path, "SELECT * FROM overruns") == []
+
+
 def test_a_call_belongs_to_the_window_of_its_admission(db, path):
     before_midnight = NOON + 12 * 3600 - 1
     call_id = hold(db, 500, now=before_midnight).call_id

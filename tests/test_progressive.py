@@ -5,6 +5,7 @@ import json
 import sqlite3
 import time
 from contextlib import suppress
+from itertools import repeat
 
 import anthropic
 import pytest
@@ -148,6 +149,31 @@ async def test_a_clock_set_back_an_hour_does_not_pace_a_stream(tmp_path, cap, le
         [(flags,)] = rows(tmp_path, "SELECT flags FROM calls")
         assert ("cut:budget" in flags.split()) == (leaves_after_s is None)
         assert leaves_after_s or "does not allow this answer to go on" in text
+
+
+def stand_still(for_s):
+    """Hold the interpreter in one call of C for about so long: no other thread or task runs, and no signal is handled."""
+    began, count = time.monotonic(), 1_000_000
+    sum(repeat(1, count))
+    sum(repeat(1, int(count * for_s / (time.monotonic() - began))))
+
+
+async def test_time_that_the_loop_lost_is_generating_time(tmp_path, caplog):
+    """The gateway cannot cut while it stands still: the stream ends when it wakes, booked at what was generated, and flagged."""
+    chatty = Behaviour(tokens_per_s=380, output_tokens=50_000, tokens_per_event=8)
+    async with Simulator(behaviour=chatty) as api, gateway(tmp_path, api, {"app": SMALL.replace("$0.16", "$0.03")}, lag_s=0.3) as gw:
+        stream = asyncio.ensure_future(events(gw, big({"thinking": "off"}, kilobytes=0)))
+        async with asyncio.timeout(10):
+            while not any(running.progress.seen.content_events for running in gw.gate.streams.running):
+                await asyncio.sleep(0.01)
+        stand_still(4)
+        await asyncio.wait_for(stream, 15)
+        await gw.quiet()
+        assert 0.03 * DOLLAR < (await api.settled()).billed_nano <= await gw.spent_nano()
+        [(flags,)] = rows(tmp_path, "SELECT flags FROM calls")
+        assert {"cut:budget", "late", "overrun"} <= set(flags.split())
+        assert await gw.gate.ledger.overruns() == frozenset(), "the model kept its pace"
+        assert "the gateway stood still for" in caplog.text
 
 
 async def test_top_ups_are_a_few_writes_a_second_however_many_streams_run(tmp_path):

@@ -222,6 +222,7 @@ def settle(db: sqlite3.Connection, call_id: int, settlement: Settlement, *, now:
         flags += ("estimated",)
     if overrun:
         flags += ("overrun",)
+    if overrun and "late" not in flags:  # else it was the gateway that stood still, and the model kept its pace
         db.execute(OVERRUN, {"call_id": call_id, "now": now, "over_nano": spent_nano - held_nano})
     db.execute(FINISH, {"call_id": call_id, "state": "settled", "now": now} | _outcome_values(settlement.outcome, flags))
     db.executemany(PART, _usage_rows(call_id, settlement.parts, spent_nano))
