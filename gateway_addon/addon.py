@@ -205,8 +205,8 @@ class GatewayAddon:
             return Refusal("internal", FAILED)  # nothing injects here: its `next_layer` hook has failed
         if flow.request.authority or flow.request.scheme not in ("http", "https"):
             return Refusal("request", "The request names another host in its first line. Use the gateway as the base URL, not as a proxy.")
-        if any(name == "upgrade" and value.strip().lower() != "h2c" for name, value in headers):  # Java offers h2c with each first call
-            return Refusal("upgrade", "The gateway does not switch protocols. Send the call without an Upgrade header.")
+        if any(name == "upgrade" and "websocket" in value.lower() for name, value in headers):  # any other is an offer, and may be ignored
+            return Refusal("upgrade", "The gateway speaks no websockets. Send the call as plain HTTP/1.1, without an Upgrade header.")
         if self.gate.policy.tls and not flow.client_conn.tls:
             return Refusal("request", "This gateway takes calls over https alone, so that tokens do not cross the network in clear.")
         peer = flow.client_conn.peername[0] if flow.client_conn.peername else ""

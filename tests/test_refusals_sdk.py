@@ -163,7 +163,7 @@ ELSEWHERE = {
     "crowded": "memory is the limit: tests/test_scale.py",
     "token_noise": "sixty refusals come before it: tests/test_noise.py",
     "token_proxy": "gateway local alone: tests/test_local.py",
-    "upgrade": "the SDK does not upgrade: tests/test_wire.py",
+    "upgrade": "the SDK does not upgrade: tests/test_upgrade.py",
     "browser": "the SDK sends no OPTIONS: tests/test_wrong_paths.py",
     "request": "the SDK's HTTP is well-formed: tests/test_wire.py",
     "replay": "a click in mitmweb: tests/test_addon.py",
