@@ -7,7 +7,7 @@ from typing import Any
 from gateway_addon.bounds import Quote
 from gateway_addon.door import Offer
 from gateway_addon.grants import Pace
-from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, edits
+from gateway_addon.policy import CLAMPED, AppPolicy, Cap, GatewayPolicy, edits
 from gateway_addon.pricing import Prices
 from gateway_addon.reading import Reading
 
@@ -39,7 +39,7 @@ def rewritten(app: AppPolicy, prices: Prices, read: Reading, *, overrun: bool, n
     """
     changes = edits(app, read, prices)
     if "max_tokens" in changes and _pace(app, prices, read, changes.get("model", read.model), overrun=overrun, now=now) is not None:
-        del changes["max_tokens"]
+        return {name: value for name, value in changes.items() if name not in CLAMPED}
     return changes
 
 

@@ -50,8 +50,9 @@ def test_a_clamped_call_with_a_long_prompt_fits_the_first_request_cap(model):
         ({"stream": True}, "", True, {"max_tokens": 32_000}),
         ({"stream": True, "model": "writer"}, "", False, {"model": "claude-sonnet-5"}),
         ({"model": "writer"}, "", False, {"model": "claude-sonnet-5", "max_tokens": 32_000}),
+        ({"stream": True, "thinking": {"type": "enabled", "budget_tokens": 50_000}}, "", False, {}),
     ],
-    ids=["json", "within", "stream", "stream held whole", "stream of an overrun model", "stream by an alias", "json by an alias"],
+    ids=["json", "within", "stream", "stream held whole", "stream of an overrun model", "stream by an alias", "json by an alias", "stream that thinks"],
 )
 def test_what_is_held_whole_is_clamped_and_steps_are_not(fields, policy, overrun, changes):
     text = FIRST.replace("models:\n", "models:\n  aliases: {writer: claude-sonnet-5}\n") + policy

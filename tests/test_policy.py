@@ -364,6 +364,43 @@ def test_a_ceiling_clamps_only_where_the_policy_says_so():
     assert policy.edits(app("max_tokens: 10"), reading({}), PRICES) == {}
 
 
+def budget(tokens, **more):
+    return {"type": "enabled", "budget_tokens": tokens, **more}
+
+
+@pytest.mark.parametrize(
+    ("body", "lowered"),
+    [
+        ({"thinking": budget(3_000)}, {}),
+        ({"thinking": budget(4_000, display="omitted")}, {"thinking": budget(3_999, display="omitted")}),
+        ({"thinking": budget(7_999)}, {"thinking": budget(3_999)}),
+        ({"thinking": budget(8_000)}, {}),  # not below the `max_tokens` asked for either: interleaved thinking, or the API's to refuse
+        ({"thinking": {"type": "adaptive"}}, {}),
+        ({"thinking": None}, {}),
+        ({"fallbacks": [{"model": "m"}, {"model": "m", "thinking": budget(5_000)}]},
+         {"fallbacks": [{"model": "m"}, {"model": "m", "thinking": budget(3_999)}]}),
+        ({"fallbacks": [{"model": "m", "thinking": budget(5_000), "max_tokens": 6_000}]}, {}),  # its own `max_tokens` is not clamped
+    ],
+)  # fmt: skip
+def test_a_clamp_lowers_the_thinking_that_no_longer_fits(body, lowered):
+    clamping = app("max_tokens: {limit: 4000, over: clamp}")
+    assert policy.edits(clamping, reading(body | {"max_tokens": 8_000}), PRICES) == {"max_tokens": 4_000} | lowered
+    assert policy.edits(clamping, reading(body | {"max_tokens": 4_000}), PRICES) == {}
+
+
+@pytest.mark.parametrize(("limit", "asked", "told"), [(1_025, 2_000, False), (1_024, 2_000, True), (100, 1_100, True), (100, 100, False)])
+def test_a_clamp_that_leaves_no_thinking_is_refused(limit, asked, told):
+    """The API takes no budget under 1,024: a call that a clamp brings there is refused with that sentence."""
+    clamping = app(f"max_tokens: {{limit: {limit}, over: clamp}}")
+    sent = reading({"max_tokens": asked, "thinking": budget(1_050)})
+    sent = reading({**sent.body, **policy.edits(clamping, sent, PRICES)})
+    refusal = policy.judge(clamping, sent, PRICES)
+    assert (refusal is not None) == told
+    if refusal is not None:
+        assert refusal.code == "max_tokens"
+        assert "which leaves thinking.budget_tokens less than the API's least, 1,024; ask without thinking" in refusal.sentence
+
+
 def test_an_endpoint_that_is_not_named_is_refused():
     refusal = policy.judge(app("endpoints: [messages]"), reading({}, endpoint="count_tokens"), PRICES)
     assert refusal is not None

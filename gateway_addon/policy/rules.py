@@ -24,6 +24,10 @@ class Verdict(NamedTuple):
 
 
 PROMPTS = (*MESSAGES, "count_tokens")
+THINKING_TOKENS_MIN = 1_024
+"""The API's least budget of thinking, which has to be below `max_tokens`."""
+CLAMPED = ("max_tokens", "thinking", "fallbacks")
+"""The fields that a clamp rewrites."""
 _ALWAYS = ("hello", "healthz", "me")
 
 
@@ -59,19 +63,44 @@ def trail(app: AppPolicy, reading: Reading, prices: Prices) -> Iterator[Verdict]
     yield from _betas(app, reading)
     if reading.endpoint in MESSAGES:
         yield from _max_tokens(app, reading)
+        yield from _too_little_thinking(app, reading)
     yield from _thinking(app, reading)
     yield from _requirements(app, reading)
 
 
 def edits(app: AppPolicy, reading: Reading, prices: Prices) -> dict[str, Any]:
-    """The top-level fields that the policy rewrites (an alias of a model, a moving name, a clamped `max_tokens`): opt-in, recorded."""
+    """The top-level fields that the policy rewrites (an alias of a model, a moving name, a clamped `max_tokens` with the thinking
+    that it still holds): opt-in, recorded."""
     changes: dict[str, Any] = {}
     model = _rewritten(app, reading.model, prices)
     if model != reading.model:
         changes["model"] = model
     ceiling = app.max_tokens
     if reading.endpoint in MESSAGES and ceiling and ceiling.over == "clamp" and reading.max_tokens > ceiling.limit:
-        changes["max_tokens"] = ceiling.limit
+        changes |= {"max_tokens": ceiling.limit, **_less_thinking(reading, ceiling.limit)}
+    return changes
+
+
+def _less_thinking(reading: Reading, limit: int) -> dict[str, Any]:
+    """The fields with a thinking budget that was below the `max_tokens` asked for and is no longer below a clamped one.
+
+    A budget that was above before (interleaved thinking) is left alone.
+    """
+
+    def lowered(holder: Any) -> Any:
+        thinking = holder.get("thinking") if isinstance(holder, Mapping) else None
+        budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+        if thinking is None or type(budget) is not int or not limit <= budget < reading.max_tokens:
+            return holder
+        return {**holder, "thinking": {**thinking, "budget_tokens": limit - 1}}
+
+    changes = {}
+    if (body := lowered(reading.body)) is not reading.body:
+        changes["thinking"] = body["thinking"]
+    fallbacks = reading.body.get("fallbacks")
+    if isinstance(fallbacks, list):
+        fitting = [entry if isinstance(entry, dict) and "max_tokens" in entry else lowered(entry) for entry in fallbacks]
+        changes |= {"fallbacks": fitting} if fitting != fallbacks else {}
     return changes
 
 
@@ -207,6 +236,19 @@ def _max_tokens(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
             yield Verdict("max_tokens", f"{sentence} ({app.file} max_tokens)", "max_tokens")
         else:
             yield Verdict("max_tokens", f"{where} is within {limit:,}")
+
+
+def _too_little_thinking(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+    """A clamp that leaves thinking less than the API takes: better a sentence than the API's 400."""
+    ceiling = app.max_tokens
+    if ceiling is None or ceiling.over != "clamp" or ceiling.limit > THINKING_TOKENS_MIN:
+        return
+    for where, thinking in (("thinking", reading.body.get("thinking")), *_fallback_values(reading, "thinking")):
+        budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+        if type(budget) is int and budget < THINKING_TOKENS_MIN:
+            sentence = f"app {app.name} is held to {ceiling.limit:,} tokens of output, which leaves {where}.budget_tokens less than"
+            sentence += f" the API's least, {THINKING_TOKENS_MIN:,}; ask without thinking, or raise the limit ({app.file} max_tokens)"
+            yield Verdict("max_tokens", sentence, "max_tokens")
 
 
 def _thinking(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
