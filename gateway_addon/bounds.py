@@ -11,13 +11,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from heapq import nlargest
 from typing import Any, NamedTuple
 
 from gateway_addon.fields import Effect
 from gateway_addon.money import dollars, rounded_up
 from gateway_addon.policy import AppPolicy, Feature
 from gateway_addon.pricing import Prices, Rates, Row, rates
-from gateway_addon.reading import MAX_TOKENS_MAX, Reading
+from gateway_addon.reading import MAX_TOKENS_MAX, Reading, definition_bytes
 from gateway_addon.refusals import Refusal, stated
 from gateway_addon.survey import Use
 
@@ -32,6 +33,8 @@ SERVER_LOOP_MAX = 10
 often, and nobody says how much)."""
 CODE_SINCE = "20260209"
 """From this version on, searches and fetches run code between two of them, in turns that `max_uses` does not count."""
+TOOLS_FOUND_MAX = 5
+"""How many tools one tool search finds at most (documented as 3 to 5)."""
 TURNS_SUMMED = 1_000
 """Turns after these (in a batch, with an absurd `max_uses`) are taken to read the whole context window."""
 
@@ -208,7 +211,7 @@ def _bound(terms: _Terms, max_tokens: int) -> Quote:
     input_tokens = turns.input_tokens(turns.output_tokens)
     priced = terms.rates(row, input_tokens, fast=_fast(reading.body))
     label, rate = terms.input_rate(priced, loops=turns.count > 1)
-    extras = tuple(_extras(terms, row))
+    extras = tuple(_extras(terms, row, turns))
     parts = (
         _part("input" if turns.count == 1 else f"input, read up to {turns.count} times", input_tokens, label, rate),
         _part(
@@ -242,12 +245,15 @@ def input_bound(reading: Reading, row: Row) -> int:
         + TYPED_TOOL_TOKENS * found.typed_tools
     )
     outside = found.pdfs or any(use.effect is Effect.OUTSIDE or use.feature in ("thread", "container") for use in found.uses)
+    outside = outside or any(name not in found.definitions for name in found.references)
     return max(tokens, row.context_tokens) if outside else tokens
 
 
 def _turns(terms: _Terms, row: Row, max_tokens: int) -> Turns:
     """The turns of one attempt at the request, by the model of a price row."""
     prompt = input_bound(terms.reading, row)
+    listed = sum(_brought_tokens(terms, use, row) for use in terms.reading.found.uses if use.feature == "mcp")
+    prompt = max(prompt, min(prompt + listed, row.context_tokens))  # the tools that an MCP server has are in no body
     loops = [use for use in terms.reading.found.uses if _loops(use)]
     uses = sum(map(_uses, loops)) if all(map(_bounded, loops)) else SERVER_LOOP_MAX
     brought = sorted(((_brought_tokens(terms, use, row), _uses(use)) for use in loops), reverse=True)
@@ -263,7 +269,7 @@ def _turns(terms: _Terms, row: Row, max_tokens: int) -> Turns:
 
 def _loops(use: Use) -> bool:
     """Whether the provider reads the prompt again for this one."""
-    return use.effect is Effect.SERVER_TOOL or use.where == "mcp_servers"
+    return use.effect is Effect.SERVER_TOOL or use.where == "mcp_servers" or (use.feature == "advisor" and use.is_tool)
 
 
 def _bounded(use: Use) -> bool:
@@ -295,35 +301,49 @@ def _stated_uses(use: Use) -> int | None:
 
 def _brought_tokens(terms: _Terms, use: Use, row: Row) -> int:
     """What one use brings into the prompts of later turns: as the operator says, else a whole context window."""
-    if use.feature == "tool_search":  # what it finds is in the body already
-        return 0
+    if use.feature == "tool_search":
+        tools = (tool for same in terms.reading.found.definitions.values() for tool in same)
+        return sum(nlargest(TOOLS_FOUND_MAX, (definition_bytes(tool) + BLOCK_TOKENS for tool in tools)))
+    if use.feature == "advisor":
+        return _advice_tokens(terms, use)
     declared = terms.feature(use).tokens_per_use
     return row.context_tokens if declared is None else declared
 
 
-def _extras(terms: _Terms, row: Row) -> Iterator[tuple[QuotePart, str]]:
+def _extras(terms: _Terms, row: Row, turns: Turns) -> Iterator[tuple[QuotePart, str]]:
     """What is billed beside the answer itself: (line, price row) each."""
+    yield from _beside(terms, row, turns, fast=_fast(terms.reading.body))
+    for use in terms.reading.found.uses:
+        if use.feature == "fallbacks":
+            yield from _fallbacks(terms, use)
+
+
+def _beside(terms: _Terms, row: Row, turns: Turns, *, fast: bool, whose: str = "") -> Iterator[tuple[QuotePart, str]]:
+    """What is billed beside the turns of one attempt: its searches, a compaction before each turn, its advisor's calls."""
     for use in terms.reading.found.uses:
         if use.feature == "web_search" and use.is_tool:
             searches = SERVER_LOOP_MAX if (stated := _stated_uses(use)) is None else stated
             nano = rounded_up(row.web_search_nano * row.multiplier, searches)
-            yield QuotePart(f"web searches ({use.where})", searches, "each", row.web_search_nano, nano), row.name
+            yield QuotePart(f"web searches ({use.where}){whose}", searches, "each", row.web_search_nano, nano), row.name
         elif use.feature == "compaction":
-            fast = _fast(terms.reading.body)
-            yield from _call(terms, f"compaction ({use.where})", row, row.context_tokens, row.output_tokens_max, fast=fast)
+            name = f"compaction ({use.where}){whose}"
+            yield from _call(terms, name, row, row.context_tokens, row.output_tokens_max, fast=fast, times=turns.count)
         elif use.feature == "advisor" and use.is_tool:
-            yield from _advisor(terms, use)
-        elif use.feature == "fallbacks":
-            yield from _fallbacks(terms, use)
+            yield from _advisor(terms, use, whose)
 
 
-def _advisor(terms: _Terms, use: Use) -> Iterator[tuple[QuotePart, str]]:
+def _advisor(terms: _Terms, use: Use, whose: str) -> Iterator[tuple[QuotePart, str]]:
     """Each use is a call of its own to another model, which reads the conversation and writes up to its own limit."""
     row = terms.row(use.value["model"])
     if row is not None:
-        stated = use.value.get("max_tokens")
-        output = stated if type(stated) is int and 0 <= stated <= row.output_tokens_max else row.output_tokens_max
-        yield from _call(terms, f"advisor ({use.where})", row, row.context_tokens, output, fast=False, times=_uses(use))
+        name, output = f"advisor ({use.where}){whose}", _advice_tokens(terms, use)
+        yield from _call(terms, name, row, row.context_tokens, output, fast=False, times=_uses(use))
+
+
+def _advice_tokens(terms: _Terms, use: Use) -> int:
+    row, stated = terms.row(use.value["model"]), use.value.get("max_tokens")
+    most = 0 if row is None else row.output_tokens_max
+    return stated if type(stated) is int and 0 <= stated <= most else most
 
 
 def _fallbacks(terms: _Terms, use: Use) -> Iterator[tuple[QuotePart, str]]:
@@ -336,6 +356,7 @@ def _fallbacks(terms: _Terms, use: Use) -> Iterator[tuple[QuotePart, str]]:
             fast = _fast({**terms.reading.body, **attempt})
             input_tokens = turns.input_tokens(turns.output_tokens)
             yield from _call(terms, f"fallback to {attempt['model']}", row, input_tokens, turns.output_tokens, fast=fast)
+            yield from _beside(terms, row, turns, fast=fast, whose=f" of the fallback to {attempt['model']}")
 
 
 def _attempts(terms: _Terms, use: Use) -> list[Mapping[str, Any]]:

@@ -299,4 +299,11 @@ def _text_bytes(raw: bytes, body: dict[str, Any], found: Survey) -> int:
             text = json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise Unreadable("the body holds half of a surrogate pair; send whole characters") from None
-    return max(len(raw), len(text) + nfkc_growth(text)) - found.encoded_bytes
+    expanded_bytes = sum(times * definition_bytes(tool) for tool, times in found.expanded())
+    return max(len(raw), len(text) + nfkc_growth(text)) - found.encoded_bytes + expanded_bytes
+
+
+def definition_bytes(tool: Mapping[str, Any]) -> int:
+    """Return what a tool's definition adds to a prompt where it is expanded, as a bound like `text_bytes`."""
+    text = json.dumps(tool, ensure_ascii=False).encode(errors="replace")  # half a surrogate pair has been refused, or is a question mark
+    return len(text) + nfkc_growth(text)

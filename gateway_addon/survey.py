@@ -5,7 +5,7 @@ wherever it is, except inside the free zones (schemas, tool arguments), which th
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,10 +61,18 @@ class Survey:
     uses: list[Use] = field(default_factory=list)
     models: list[tuple[str, Any]] = field(default_factory=list)
     """Other models that the request can reach, as (where, id)."""
+    references: dict[str, int] = field(default_factory=dict)
+    """How often a tool's definition is expanded where it is referred to, by the tool's name."""
+    definitions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """The tools that are defined, in `tools` or inside a message, by name."""
     files: list[str] = field(default_factory=list)
     """Ids of files at the provider, wherever one is named, in unknown objects and fields too; not those in the echo of an answer."""
     unknown: list[str] = field(default_factory=list)
     """Fields and types that the table does not know, by path."""
+
+    def expanded(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Each definition that is referred to, and how often."""
+        return ((tool, times) for name, times in self.references.items() for tool in self.definitions.get(name, ()))
 
 
 def survey(body: dict[str, Any]) -> Survey:
@@ -73,6 +81,8 @@ def survey(body: dict[str, Any]) -> Survey:
     messages = body.get("messages")
     seen.messages = len(messages) if isinstance(messages, list) else 0
     _body_features(body, seen)
+    for tool in body["tools"] if isinstance(body.get("tools"), list) else ():
+        _define(tool, seen)
     stack: list[tuple[Any, str, Path, int]] = [(body, "", None, 0)]
     while stack:
         node, name, path, depth = stack.pop()
@@ -90,6 +100,7 @@ def survey(body: dict[str, Any]) -> Survey:
                     stack.extend(entry for entry in inner if isinstance(entry[0], _NESTED))
                 else:
                     stack.append((value, key, (path, key), depth + 1))
+    seen.typed_tools += sum(times for tool, times in seen.expanded() if tool.get("type") not in (None, "custom"))
     return seen
 
 
@@ -157,6 +168,11 @@ def _note_cache(node: dict[str, Any], path: Path, seen: Survey) -> None:
 
 def _note(node: dict[str, Any], kind: Kind, name: str, path: Path, seen: Survey) -> None:
     type_name = node.get("type")
+    if type_name == "tool_reference":
+        for tool in {str(node[key]) for key in ("tool_name", "name") if key in node}:
+            seen.references[tool] = seen.references.get(tool, 0) + 1
+    elif type_name == "tool_definition":
+        _define(node.get("definition"), seen)
     if type_name is None or name == "caller":  # a `caller` says by a tool's type who called, and is no tool
         return
     seen.blocks += 1
@@ -168,6 +184,11 @@ def _note(node: dict[str, Any], kind: Kind, name: str, path: Path, seen: Survey)
         seen.models.append((_written((path, "model")), node.get("model")))
     if type_name in ENCODED_PARENTS:
         _encoded(node, seen)
+
+
+def _define(tool: Any, seen: Survey) -> None:
+    if isinstance(tool, dict) and isinstance(tool.get("name"), str):
+        seen.definitions.setdefault(tool["name"], []).append(tool)
 
 
 def _encoded(node: dict[str, Any], seen: Survey) -> None:

@@ -1,5 +1,6 @@
 """The worst case of a request, worked by hand, and proved never to be below what the answer costs."""
 
+import json
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -150,11 +151,46 @@ def test_a_tool_without_a_declared_size_fills_the_window_each_time(tools: list[d
     assert quoted(found).input_tokens == input_bound(found, row) + windows * 200_000
 
 
-def test_a_tool_search_brings_nothing_from_outside():
-    found = reading(tools=[{"type": "tool_search_tool_bm25", "name": "tool_search_tool_bm25"}])
+def test_a_tool_search_brings_the_five_largest_definitions():
+    """What it finds is in the body, but is expanded where the search refers to it."""
+    own = [{"name": f"t{i}", "input_schema": {}, "description": "d" * 10 * i} for i in range(8)]
+    found = reading(tools=[{"type": "tool_search_tool_bm25", "name": "tool_search_tool_bm25"}, *own])
     row = PRICES.row("claude-haiku-4-5", NOW)
     assert row is not None
-    assert quoted(found).input_tokens == 11 * input_bound(found, row) + 55 * 1_000
+    brought = sum(len(json.dumps(tool)) + 16 for tool in own[3:])
+    assert quoted(found).input_tokens == 11 * input_bound(found, row) + 55 * (1_000 + brought)
+
+
+REFERENCE = {"type": "tool_reference", "tool_name": "own"}
+
+
+@pytest.mark.parametrize(
+    ("more", "expanded"),
+    [
+        ({"tools": [{"name": "own", "input_schema": {}, "description": "d" * 500}]}, [500 + 54]),
+        ({"tools": [{"name": "own", "input_schema": {}, "description": "\ufdfa" * 10}]}, [330 + 54]),  # after NFKC
+        ({"tools": [{"type": "bash_20250124", "name": "own"}]}, [40 + 8_000]),  # its description is in no body
+        ({"tools": [{"name": "other", "input_schema": {}}, {"name": "own", "input_schema": {}}]}, [35]),
+    ],
+)
+def test_a_tool_is_counted_as_often_as_it_is_referred_to(more: dict[str, Any], expanded: list[int]):
+    """The API expands the whole definition where a reference stands, and nothing says that repeated ones merge."""
+    row = PRICES.row("claude-haiku-4-5", NOW)
+    assert row is not None
+    once, thrice = (reading(**content(*[REFERENCE] * times), **more) for times in (1, 3))
+    bytes_more = 2 * (len(json.dumps(REFERENCE, separators=(",", ":"))) + 1)
+    assert input_bound(thrice, row) - input_bound(once, row) == bytes_more + 2 * 16 + 2 * sum(expanded)
+
+
+def test_a_reference_to_a_tool_that_no_body_shows_is_the_window():
+    assert quoted(reading(**content(REFERENCE))).input_tokens == 200_000
+
+
+def test_many_references_to_a_large_tool_are_counted_in_no_time():
+    """A definition is measured once, however often it is referred to."""
+    large = {"name": "own", "input_schema": {}, "description": "d" * 1_000_000}
+    found = reading(tools=[large], **content(*[REFERENCE] * 20_000))
+    assert found.text_bytes > 20_000 * 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -197,7 +233,13 @@ def test_the_largest_max_tokens_that_fits_is_just_that(more: dict[str, Any]):
 def test_an_advisor_is_quoted_as_calls_of_its_own():
     advisor = {"type": "advisor_20260301", "name": "advisor", "model": "claude-opus-5-5", "max_uses": 2, "max_tokens": 500}
     # 2 x (1,000,000 x 5 $/M as a cache write + 500 x 20 $/M)
-    assert quoted(reading(tools=[advisor])).extra_nano == 2 * (1_000_000 * 5_000 + 500 * 20_000)
+    found = reading(tools=[advisor])
+    assert quoted(found).extra_nano == 2 * (1_000_000 * 5_000 + 500 * 20_000)
+    row = PRICES.row("claude-haiku-4-5", NOW)
+    assert row is not None
+    # the executor reads its prompt again after each advice, and the advice; recorded: 1,128 + 1,262 tokens
+    assert quoted(found).input_tokens == 3 * input_bound(found, row) + (1 + 2) * (1_000 + 500)
+    assert quoted(found).output_tokens == 3 * 1_000
     unlimited = quoted(reading(tools=[advisor | {"max_tokens": None}]))
     assert unlimited.extra_nano == 2 * (1_000_000 * 5_000 + 128_000 * 20_000)
 
@@ -212,6 +254,29 @@ def test_each_fallback_is_an_attempt_of_its_own():
     assert bound.price_rows[2].startswith("claude-opus-5-5")
     default = quoted(reading(model="claude-fable-5-2", fallbacks="default"))
     assert [part.name for part in default.parts[2:]] == ["fallback to claude-haiku-4-5: input", "fallback to claude-haiku-4-5: output"]
+
+
+def test_a_fallback_searches_compacts_and_is_advised_on_its_own():
+    advisor = {"type": "advisor_20260301", "name": "advisor", "model": "claude-haiku-4-5", "max_uses": 1, "max_tokens": 500}
+    tools = [SEARCH | {"max_uses": 2}, advisor]
+    alone = reading(model="claude-sonnet-5", tools=tools, context_management={"edits": [{"type": "compact_20260112"}]})
+    chain = reading(**{**alone.body, "model": "claude-fable-5-2", "fallbacks": [{"model": "claude-sonnet-5"}] * 2})
+    fallback, chained = quoted(alone), quoted(chain)
+    names = [part.name for part in chained.parts]
+    assert sum(name.startswith("web searches") for name in names) == 3
+    for kind, times in (("each", 3), ("output", 9)):
+        assert sum(part.kind == kind for part in chained.parts) == times, names
+    own = quoted(reading(**{**alone.body, "model": "claude-fable-5-2"}))
+    row = PRICES.row("claude-sonnet-5", NOW)
+    assert row is not None
+    longer = len(json.dumps(chain.body, separators=(",", ":"))) - len(json.dumps(alone.body, separators=(",", ":")))
+    assert 0 <= chained.total_nano - own.total_nano - 2 * fallback.total_nano <= 3 * 4 * (longer + 100) * 10_000
+
+
+@pytest.mark.parametrize(("more", "times"), [({}, 1), ({"tools": [SEARCH | {"max_uses": 3}]}, 4)])
+def test_each_turn_may_begin_with_a_compaction(more: dict[str, Any], times: int):
+    bound = quoted(reading(context_management={"edits": [{"type": "compact_20260112"}]}, **more))
+    assert sum(part.nano for part in bound.parts if part.name.startswith("compaction")) == times * (200_000 * 1_250 + 64_000 * 5_000)
 
 
 def test_a_compaction_is_billed_beside_the_answer():
