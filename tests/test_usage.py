@@ -110,6 +110,29 @@ def test_counts_are_cumulative(opening: dict[str, object], totals: list[dict[str
     assert usage.complete
 
 
+LARGE, SMALL = {"input_tokens": 10, "output_tokens": 900}, {"input_tokens": 10, "output_tokens": 1}
+TWICE = [
+    ("the whole usage", '"usage": {}, "usage": {}', (LARGE, SMALL), 900),
+    ("one count of it", '"usage": {{"input_tokens": 10, "output_tokens": {}, "output_tokens": {}}}', (900, 1), 900),
+    ("a null beside it", '"usage": {}, "usage": {}', (LARGE, None), 900),
+    ("its iterations", '"usage": {{"input_tokens": 1, "output_tokens": 1, "iterations": {}, "iterations": {}}}',
+     ([{"type": "message", "input_tokens": 10, "output_tokens": 900}], []), 900),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "values", "output_tokens"), [row[1:] for row in TWICE], ids=[row[0] for row in TWICE])
+def test_a_key_given_twice_counts_with_its_larger_value(written: str, values: tuple[object, ...], output_tokens: int) -> None:
+    """Whichever of the two the provider bills by."""
+    for pair in (values, values[::-1]):
+        usage = written.format(*(json.dumps(value) for value in pair))
+        whole = f'{{"type": "message", "id": "msg_1", "model": "claude-opus-5-5", "stop_reason": "end_turn", "content": [], {usage}}}'
+        line = f'{{"custom_id": "a", "result": {{"type": "succeeded", "message": {whole}}}}}\n'.encode()
+        [result] = BatchMeter().feed(line)
+        for each in (read(whole.encode(), "application/json"), result.usage):
+            billed = [part.tokens for part in each.iterations] or [each.tokens]
+            assert [tokens.output_tokens for tokens in billed] == [output_tokens]
+
+
 @pytest.mark.parametrize("opening", [None, {}, {"input_tokens": 0, "output_tokens": 0}], ids=["none", "empty", "zeroes"])
 def test_usage_may_come_only_in_the_delta(opening: dict[str, int] | None) -> None:
     beginning = event("message_start", message={"id": "msg_1", "type": "message", "model": "claude-opus-5-5", "content": [], "usage": opening})

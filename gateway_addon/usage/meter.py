@@ -212,8 +212,36 @@ class Meter:
 
 
 def json_object(data: bytes) -> dict[str, object] | None:
+    """Return the object that these bytes are, or None. Of a key that is given twice the larger value holds: other readers of the same
+    bytes may bill by either, and what is booked is never less than what is billed."""
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    made = {}
+    for name, value in pairs:
+        made[name] = _larger(made[name], value) if name in made else value
+    return made
+
+
+def _larger(one: object, other: object) -> object:
+    """Return the larger of two values of one key: the higher count, or all that stands in either of two objects or lists."""
+    if other is None:
+        return one
+    if type(one) is int and type(other) is int:
+        return max(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name, value in other.items():
+            one[name] = _larger(one[name], value) if name in one else value
+        return one
+    if isinstance(one, list) and isinstance(other, list):
+        one.extend(other)
+        return one
+    return other
