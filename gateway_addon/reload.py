@@ -14,7 +14,7 @@ from pathlib import Path
 from gateway_addon.alerts import policy_broken
 from gateway_addon.gate import Gate
 from gateway_addon.inventory import consumers
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Server, access, admin, apart
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Server, access, admin, apart, book
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.secret import Secret, SecretUnavailable
@@ -35,6 +35,7 @@ class Watcher:
         self._seen = self._resting = fingerprint(folder)
         self._key_problem: str | None = None
         self._audited = consumers.fingerprint(key())
+        self._reading: asyncio.Future[None] | None = None
 
     async def watch(self) -> None:
         """Look for changes until cancelled."""
@@ -48,6 +49,18 @@ class Watcher:
             except LedgerUnavailable as error:
                 self._problem(f"A changed policy waits for the ledger: {error}.")
                 self._seen = ()  # look again
+
+    def read_again(self) -> None:
+        """Read policies and key at the next look, whether they look changed or not: an operator has sent SIGHUP."""
+        logger.info("SIGHUP: the policies and the key are read again.")
+        self._seen = ()
+        self._reading = asyncio.ensure_future(self._renew())
+
+    async def _renew(self) -> None:
+        try:
+            await asyncio.to_thread(self._key.renew)
+        except SecretUnavailable as error:
+            logger.warning("%s The key that was read before stays in use.", error)
 
     async def look(self) -> None:
         """Put changed files in force once they rest, or say why not and keep what was."""
@@ -97,6 +110,20 @@ class Watcher:
             logger.error("%s The policy in force stays %s.", sentence, self._gate.policy.digest[:12])
             self._gate.tell(policy_broken(sentence, self._gate.policy.digest, time.time()))
         self._gate.policy_problem = sentence
+
+
+async def must_agree(ledger: Ledger, policy: GatewayPolicy) -> None:
+    """Refuse a calendar that other gateways on the ledger do not keep: each would move all past calls to its own days, in turn.
+
+    Raises LedgerUnavailable.
+    """
+    others = await ledger.others()
+    zone = str(await ledger.look(book.zone))
+    if others and zone != policy.timezone:
+        raise LedgerUnavailable(
+            f"the days of this ledger begin by {zone}, and {len(others)} other gateway(s) use it ({', '.join(others)}); `timezone` in"
+            f" gateway.yaml says {policy.timezone}: write the same one for all, or stop the others first"
+        )
 
 
 async def align(ledger: Ledger, policy: GatewayPolicy, who: str) -> None:

@@ -7,6 +7,7 @@ An edge: it reads the environment and files.
 """
 
 import asyncio
+import ctypes
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ NO_KEYRING = (
 
 
 _ASSIGNED = re.compile(r"(?:export\s+)?[A-Z_][A-Z0-9_]*\s*=")
+_PR_SET_DUMPABLE = 4  # linux/prctl.h
 _QUOTES = tuple("\"'`")
 
 logger = logging.getLogger(__name__)
@@ -196,6 +198,15 @@ def _plain(text: str, secret: Secret) -> str:
     if not text or not text.isascii() or any(character.isspace() for character in text):
         raise SecretUnavailable(f"What {secret!r} gives is not a key: it is empty or has spaces or line breaks in it.")
     return text
+
+
+def conceal() -> None:
+    """Keep other processes of this user, a program that is started here among them, from reading this one's memory and first environment.
+
+    (Root can. Programs that are started have a memory of their own again.)
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 async def keep_fresh(secret: Secret, refused: asyncio.Event) -> None:

@@ -39,11 +39,11 @@ from gateway_addon.listener import Certificate
 from gateway_addon.logs import call_line, say_plainly
 from gateway_addon.modes import reverse
 from gateway_addon.policy import GatewayPolicy, load
-from gateway_addon.reload import Watcher, align, audit_key, saved_by
+from gateway_addon.reload import Watcher, align, audit_key, must_agree, saved_by
 from gateway_addon.secret import Secret, keep_fresh
 from gateway_addon.settings import Settings
 from gateway_addon.upstream import ask
-from gateway_addon.workers import ListeningLoop, when_the_parent_ends
+from gateway_addon.workers import ListeningLoop, stop_signals, when_the_parent_ends
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +188,7 @@ async def assembled(
         Certificate().context(policy.tls)
     key()  # a missing key is said now, not to the first caller
     ledger = await Ledger.open(ledger_url)
+    await must_agree(ledger, policy)
     await align(ledger, policy, saved_by(policies))
     await audit_key(ledger, key)
     herald = Herald(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
@@ -195,6 +196,8 @@ async def assembled(
     refused = asyncio.Event()
     addon = make(gate, key, key_refused=refused.set)
     watcher = Watcher(policies, gate, key)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, watcher.read_again)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     keeper = Keeper(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key), gate.batch_closed)
     daybook = Daybook(ledger, time.time)
     watching = [asyncio.ensure_future(each) for each in (watcher.watch(), keep_fresh(key, refused), keeper.run(), daybook.run())]
@@ -253,11 +256,12 @@ def on_signal(stop: Callable[[], None]) -> None:
 
     def stopping() -> None:
         logger.info("Stopping: no new calls; calls in flight may finish. Once more to end them now.")
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             loop.remove_signal_handler(number)
         stop()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = stop_signals()
+    for number in numbers:
         loop.add_signal_handler(number, stopping)
 
 

@@ -6,8 +6,10 @@ however it ends: they watch a pipe that only it holds. An edge: it starts proces
 """
 
 import asyncio
+import errno
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -20,6 +22,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
+FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+SAY_EVERY_S = 60.0
 RESTART_S = 1.0  # at least this long between two starts of one worker: a gateway that cannot start must not spin
 STILL_STARTING = -signal.SIGTERM  # of a worker that was told to end before it could listen to signals: it had no calls
 OPTIMISED = ["-O"] if sys.flags.optimize else []
@@ -27,11 +31,25 @@ OPTIMISED = ["-O"] if sys.flags.optimize else []
 
 
 class ListeningLoop(asyncio.SelectorEventLoop):
-    """An event loop whose first server listens on a socket that is bound already, whatever address it is asked for."""
+    """An event loop whose first server listens on a socket that is bound already, whatever address it is asked for.
+
+    Where the process has no descriptor or memory left for one more connection, callers wait in the socket's queue, and one line says so.
+    """
 
     def __init__(self, listener: socket.socket):
         super().__init__()
         self._listener: socket.socket | None = listener
+        self._full_at = -math.inf
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Say what nobody caught; of accepting, once a minute, without a traceback: asyncio tries again each second."""
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in FULL and "accept" in context.get("message", "")):
+            return super().call_exception_handler(context)
+        if self.time() - self._full_at >= SAY_EVERY_S:
+            self._full_at = self.time()
+            logger.error("No more connections are taken for now (%s): raise `ulimit -n`, or start more workers.", error.strerror)
+        return None
 
     async def create_server(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> asyncio.Server:
         if self._listener is None:
@@ -72,24 +90,36 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that end a gateway: with the terminal that it was started from, its hang-up too. Without one that means: read again."""
+    on_a_terminal = sys.stdin is not None and sys.stdin.isatty() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if on_a_terminal else ()))
+
+
 def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> int:
-    """Run `count` workers (`gateway serve ARGUMENTS`) on one socket until SIGTERM or SIGINT. Returns the worst exit code.
+    """Run `count` workers (`gateway serve ARGUMENTS`) on one socket until told to stop. Returns the worst exit code.
 
     The first worker starts alone: where a gateway cannot start, it says why, once. A second signal ends what is still in flight.
     """
     alive_read, alive_write = os.pipe()
     stopping: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    reloading: list[int] = []
+    for number in stop_signals():
         signal.signal(number, lambda received, frame: stopping.append(received))
+    if signal.SIGHUP not in stop_signals():
+        signal.signal(signal.SIGHUP, lambda received, frame: reloading.append(received))
 
     def start(quiet: bool, *ready_fd: int) -> subprocess.Popen[bytes]:
         inherited = (listener.fileno(), alive_read, *ready_fd)
         options = ["--socket-fd", str(listener.fileno()), "--parent-fd", str(alive_read)]
         options += ["--ready-fd", str(ready_fd[0])] if ready_fd else []
         command = [sys.executable, *OPTIMISED, "-m", "gateway_addon", "serve", *arguments, *options]
-        return subprocess.Popen(
-            command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL if quiet else None, start_new_session=True
-        )  # fmt: skip
+        stdout = subprocess.DEVNULL if quiet else None
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited: it waits for a worker that is not ready to hear it
+        try:
+            return subprocess.Popen(command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     ready_read, ready_write = os.pipe()
     workers = [start(False, ready_write)]
@@ -100,6 +130,10 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
     started = [time.monotonic()] * count
     while not stopping:
         time.sleep(0.1)
+        while reloading:
+            for worker in workers:
+                worker.send_signal(reloading[0])
+            reloading.pop(0)
         for index, worker in enumerate(workers):
             if worker.poll() is not None and time.monotonic() - started[index] >= RESTART_S and not stopping:
                 logger.error("Worker %d ended with %d and is replaced; its open calls are settled.", worker.pid, worker.returncode)

@@ -6,17 +6,19 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import anthropic
 import pytest
 from click.testing import CliRunner
+from ledgers import ENGINES, new_ledger, url
 
 from gateway_addon.cli.check import check
 from gateway_addon.inventory.consumers import fingerprint
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import Ledger, LedgerUnavailable, admin
 from gateway_addon.ledger.files import ledger_path
 from gateway_addon.policy import load
-from gateway_addon.reload import KEY_PROBLEM, LOOK_EVERY_S, Watcher, align, audit_key
+from gateway_addon.reload import KEY_PROBLEM, LOOK_EVERY_S, Watcher, align, audit_key, must_agree
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 from tests.gateway import Running, gateway
 
@@ -263,3 +265,20 @@ async def test_in_a_storm_of_saves_no_call_meets_half_a_policy_and_none_is_dropp
     assert took_s < 3  # a second on a quiet machine
     assert len(changes) >= 4
     assert not any("+caps: {mnth" in change.diff for change in changes), "no broken policy ever came into force"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_a_gateway_with_another_calendar_than_its_neighbours_does_not_start(tmp_path: Path, engine: str):
+    """Each moved all past calls to its own days, whenever it started."""
+    path = new_ledger(tmp_path, engine)
+    first = await Ledger.open(url(path))
+    await must_agree(first, SimpleNamespace(timezone="Europe/Berlin"))  # alone it may
+    second = await Ledger.open(url(path))
+    try:
+        await must_agree(second, SimpleNamespace(timezone="UTC"))
+        with pytest.raises(LedgerUnavailable, match=rf"begin by UTC, and 1 other .*{first.owner}.*says Europe/Berlin: write the same one"):
+            await must_agree(second, SimpleNamespace(timezone="Europe/Berlin"))
+        await first.close()
+        await must_agree(second, SimpleNamespace(timezone="Europe/Berlin"))
+    finally:
+        await second.close()

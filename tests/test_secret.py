@@ -1,15 +1,20 @@
 """Where a secret is read from, when it is read again, and what is said where it cannot be: never the secret."""
 
 import asyncio
+import ctypes
 import os
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from gateway import write_policies
+from users import needs_root
 
 from gateway_addon import secret as room
+from gateway_addon.cli import main
 from gateway_addon.policy import Source, load
 from gateway_addon.secret import Secret, SecretUnavailable
 
@@ -203,3 +208,42 @@ def test_without_the_keyring_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(room, "find_spec", lambda name: None)
     with pytest.raises(SecretUnavailable, match="pip install keyring"):
         Secret(Source("keyring", "claude/gateway"))()
+
+
+# What other processes may look at
+
+
+CONCEALED = """
+import ctypes, os, subprocess, sys
+from gateway_addon.secret import conceal
+
+os.setgroups([])
+os.setgid(65533)
+os.setuid(65533)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # as a program has it that was started by this user
+look = f"cat /proc/{os.getpid()}/environ | grep -c REAL_KEY; head -c 1 /proc/{os.getpid()}/mem"
+for hide in (lambda: None, conceal):
+    hide()
+    print(subprocess.run(["/bin/sh", "-c", look], capture_output=True, text=True))
+"""
+
+
+@needs_root
+def test_a_program_that_is_started_cannot_read_its_parents_environment():
+    """`gateway local` takes the real key out of a command's environment; the command looked it up in its parent's."""
+    done = subprocess.run([sys.executable, "-c", CONCEALED], capture_output=True, text=True, env=os.environ | {"REAL_KEY": KEY}, check=True)
+    before, after = done.stdout.splitlines()
+    assert "stdout='1\\n'" in before, before
+    assert "stdout='0\\n'" in after, after
+    assert after.count("Permission denied") == 2, after
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
+@pytest.mark.parametrize("command", [["serve", "--workers", "1"], ["web"], ["local"]], ids=lambda command: command[0])
+def test_what_holds_the_real_key_hides_it_from_its_neighbours(command):
+    kernel = ctypes.CDLL(None)
+    try:
+        done = CliRunner().invoke(main, [*command, "--listen", "192.0.2.1:0", "--policies", "/nonexistent"])
+        assert (done.exit_code, kernel.prctl(3, 0, 0, 0, 0)) == (2, 0), done.output
+    finally:
+        kernel.prctl(4, 1, 0, 0, 0)

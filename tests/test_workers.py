@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sqlite3
@@ -11,6 +12,7 @@ import time
 from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import anthropic
 import pytest
@@ -19,7 +21,7 @@ from gateway import APP, write_policies
 from gateway_addon import identity
 from gateway_addon.ledger import admin, files
 from gateway_addon.simulator import KEY, Behaviour, Simulator
-from gateway_addon.workers import ListeningLoop, bind, cores
+from gateway_addon.workers import ListeningLoop, bind, cores, stop_signals
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -119,6 +121,73 @@ async def test_by_default_each_core_has_a_worker_and_a_call_in_flight_outlives_t
         billed_nano = (await api.settled()).billed_nano
     with closing(sqlite3.connect(tmp_path / "gateway.db")) as db:
         assert db.execute("SELECT sum(spent_nano), sum(reserved_nano) FROM entries").fetchone() == (billed_nano, 0)
+
+
+async def test_a_hang_up_reads_the_policies_again_and_ends_nothing(tmp_path):
+    """SIGHUP to the supervisor, which is how `systemctl reload` and a closed terminal come, ended every call in flight."""
+    async with Simulator(behaviour=Behaviour(delay_ms=100, output_tokens=20)) as api:
+        with serving(tmp_path, api.url, "--workers", "2") as (process, url, token):
+            await until(lambda: len(workers(process)) == 2)
+            before = workers(process)
+            async with anthropic.AsyncAnthropic(base_url=url, api_key=token, max_retries=0) as client:
+                ask = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": HELLO}
+                calls = [asyncio.ensure_future(client.messages.create(**ask)) for _ in range(4)]
+                await until(lambda: api.book.in_flight == 4)
+                process.send_signal(signal.SIGHUP)
+                assert [answer.usage.output_tokens for answer in await asyncio.gather(*calls)] == [20] * 4
+                await until(lambda: (tmp_path / "log").read_text().count("SIGHUP: the policies and the key are read again") == 2)
+                assert (await client.messages.create(**ask)).usage.output_tokens == 20
+            assert (process.poll(), workers(process)) == (None, before)
+
+
+@pytest.mark.parametrize(
+    ("stdin", "before", "ends"),
+    [("tty", signal.SIG_DFL, True), ("tty", signal.SIG_IGN, False), ("file", signal.SIG_DFL, False), ("none", signal.SIG_DFL, False)],
+)
+def test_a_hang_up_ends_what_was_started_from_the_terminal(monkeypatch, stdin, before, ends):
+    """Unless it was started by nohup."""
+    given = {"tty": SimpleNamespace(isatty=lambda: True), "file": SimpleNamespace(isatty=lambda: False), "none": None}[stdin]
+    monkeypatch.setattr(sys, "stdin", given)
+    monkeypatch.setattr(signal, "getsignal", lambda number: before)
+    assert (signal.SIGHUP in stop_signals()) == ends
+    assert {signal.SIGTERM, signal.SIGINT} <= set(stop_signals())
+
+
+def test_without_descriptors_one_line_says_so_and_callers_wait(caplog):
+    """Not a traceback for each try: and what was not taken is, once there are some again."""
+    listener, limits = bind("127.0.0.1", 0), resource.getrlimit(resource.RLIMIT_NOFILE)
+    callers = [socket.socket() for _ in range(4)]
+    answered = []
+
+    async def serve(reader, writer):
+        writer.close()
+        answered.append(1)
+
+    async def run():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        for caller in callers:
+            caller.setblocking(False)
+            caller.connect_ex(listener.getsockname())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), limits[1]))
+        try:
+            for _ in range(3):
+                await asyncio.sleep(1.05)  # asyncio pauses for a second
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert not answered
+        async with asyncio.timeout(5):
+            while len(answered) < len(callers):
+                await asyncio.sleep(0.05)
+        server.close()
+
+    with asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:
+        runner.run(run())
+    for caller in callers:
+        caller.close()
+    [line] = caplog.records
+    assert (line.getMessage(), line.exc_info) == (
+        "No more connections are taken for now (Too many open files): raise `ulimit -n`, or start more workers.", None,
+    )  # fmt: skip
 
 
 def open_for_udp(port: int) -> bool:

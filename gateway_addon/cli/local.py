@@ -19,7 +19,7 @@ from gateway_addon.listener import TlsUnavailable
 from gateway_addon.local import capture_problem, run
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.secret import SecretUnavailable
+from gateway_addon.secret import SecretUnavailable, conceal
 from gateway_addon.settings import Settings
 from gateway_addon.workers import ListeningLoop, bind
 
@@ -54,6 +54,7 @@ def local(
     Without COMMAND it is a proxy to be named in HTTPS_PROXY, with an app's token as its credentials. With COMMAND it runs that
     program through itself, ends with it and returns its exit code.
     """
+    conceal()
     host, port = listen or ("127.0.0.1", 0 if command else PORT)
     if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
         stop(IN_CLEAR)

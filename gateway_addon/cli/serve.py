@@ -16,7 +16,7 @@ from gateway_addon.listener import TlsUnavailable
 from gateway_addon.otel import OtelMissing
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.secret import SecretUnavailable
+from gateway_addon.secret import SecretUnavailable, conceal
 from gateway_addon.settings import Settings
 from gateway_addon.workers import bind, cores, is_loopback, supervise
 
@@ -69,6 +69,7 @@ def serve(
     ready_fd: int | None,
 ) -> None:
     """Run the gateway: a reverse proxy that admits, caps, meters and records every call to the Claude API."""
+    conceal()
     with _listener(listen, policies, insecure_listen, socket_fd) as listener:
         host, port = listener.getsockname()[:2]
         if workers == 1 or socket_fd is not None:
@@ -103,6 +104,7 @@ def web(
     Each flow says whose it is, what it cost and what is left today; the view `Claude` shows requests by name and streams as their
     message. It keeps every flow in memory, prompts and answers too: not for production.
     """
+    conceal()
     with _listener(listen, policies, insecure_listen, None) as listener:
         password = secrets.token_urlsafe(24)
         click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")

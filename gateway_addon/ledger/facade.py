@@ -286,6 +286,14 @@ class Ledger:
         """Run a read of `ledger.batches` or `ledger.belongings`. Raises LedgerUnavailable."""
         return await self._store.read(read)
 
+    async def others(self) -> list[str]:
+        """The other processes that use this ledger now, by name. Raises LedgerUnavailable."""
+
+        def living(db: sqlite3.Connection) -> list[str]:
+            return sorted({*owners.known(db)} - {*self._store.dead(db), self.owner})
+
+        return await self.look(living)
+
     def _scopes(self, call_id: int) -> frozenset[str]:
         """What a resolution of this call changes: nothing is judged, so the app's own balance is enough."""
         return frozenset((app_scope(self._running[call_id].app) if call_id in self._running else EVERYTHING,))
