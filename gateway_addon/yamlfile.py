@@ -5,17 +5,40 @@ never happens, no price ever becomes a float), and a key given twice is an error
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+TAB = "a tab stands where YAML takes blanks alone; indent with blanks (most editors can turn tabs into them)"
+
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same nodes, ten times as fast where libyaml is there
 
 
 class FileError(Exception):
-    """A file that cannot be used. The message is `file:line: key: sentence`."""
+    """A file that cannot be used. The message is `file:line: key: sentence`, a line for each problem."""
+
+
+class Problems:
+    """Collect what is wrong with files, so that a person is told of all of it at once."""
+
+    def __init__(self) -> None:
+        self._sentences: dict[str, None] = {}
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Go on behind a part that raises FileError."""
+        try:
+            yield
+        except FileError as error:
+            self._sentences |= dict.fromkeys(str(error).split("\n"))
+
+    def say(self) -> None:
+        """Raise FileError where anything was noted."""
+        if self._sentences:
+            raise FileError("\n".join(self._sentences))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +63,20 @@ def compose(file: str, text: str) -> Node:
     except yaml.MarkedYAMLError as error:
         last = max(1, len(text.splitlines()))  # where the file ends too early, libyaml names the line behind it
         line = f":{min(error.problem_mark.line + 1, last)}" if error.problem_mark else ""
-        raise FileError(f"{file}{line}: not readable as YAML: {error.problem or error.context}") from None
+        problem = TAB if _at_a_tab(text, error.problem_mark) else f"not readable as YAML: {error.problem or error.context}"
+        raise FileError(f"{file}{line}: {problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise FileError(f"{file}: not readable as YAML: {error}") from None
     if node is None:
         raise FileError(f"{file}:1: the file is empty")
     return node
+
+
+def _at_a_tab(text: str, mark: yaml.Mark | None) -> bool:
+    """Whether the parser stopped at a tab, or in a line that is indented with one."""
+    line = text.splitlines()[mark.line : mark.line + 1] if mark else []
+    indent = line[0][: len(line[0]) - len(line[0].lstrip())] if line else ""
+    return mark is not None and bool(line) and ("\t" in indent or line[0][mark.column : mark.column + 1] == "\t")
 
 
 def entries(node: Node, spot: Spot, known: Iterable[str] | None = None) -> dict[str, tuple[Node, Node]]:

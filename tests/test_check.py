@@ -66,3 +66,47 @@ def test_a_folder_without_a_policy_says_how_to_get_one(tmp_path: Path):
     result = CliRunner().invoke(check, [str(tmp_path)])
     assert result.exit_code == 2
     assert "gateway init" in result.stderr
+
+
+def test_every_mistake_of_every_file_is_listed_once(folder: Path):
+    (folder / "gateway.yaml").write_text("caps: {mnth: $600, day: much}\nteams: {Jobs: {}}\nsurprise: 1\n")
+    (folder / "prices.yaml").write_text("models: {claude-x: {}}\n")
+    (folder / "apps" / "reports.yaml").write_text(
+        "team: jobs\nmodels: {allow: [claude-nope, claude-haiku-4-5, claude-nah], aliases: {a: claude-no}}\n"
+        "features: {web_search: true, files: maybe}\n"
+    )
+    (folder / "apps" / "tabs.yaml").write_text("models:\n\tallow: [claude-haiku-4-5]\n")
+    (folder / "apps" / "good.yaml").write_text("models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\n")
+    result = CliRunner().invoke(check, [str(folder)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    here = folder.name
+    places = [line.removeprefix(f"{here}/").split(": ", 2)[:2] for line in result.stderr.splitlines()]
+    assert places == [
+        ["gateway.yaml:1", "caps.mnth"],
+        ["gateway.yaml:1", "caps.day"],
+        ["gateway.yaml:2", "teams.Jobs"],
+        ["gateway.yaml:3", "surprise"],
+        ["prices.yaml:1", "models.claude-x"],
+        ["apps/reports.yaml:3", "features.web_search"],
+        ["apps/reports.yaml:3", "features.files"],
+        ["apps/reports.yaml:1", "caps is missing"],
+        ["apps/reports.yaml:2", "models.allow"],
+        ["apps/reports.yaml:2", "models.allow"],
+        ["apps/reports.yaml:2", "models.aliases.a"],
+        ["apps/tabs.yaml:2", "a tab stands where YAML takes blanks alone; indent with blanks (most editors can turn tabs into them)"],
+    ], result.stderr
+    assert "max_uses must be given, like {max_uses: 5}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("\tmodels: 1\n", 1), ("models:\n  allow:\n\t- a\n", 3), ("models:\n  - a\n\t- b\n", 3), ("caps:\n  day: $5\n  \tweek: $6\n", 3)],
+)
+def test_a_tab_is_called_a_tab(folder: Path, text: str, line: int):
+    (folder / "apps" / "reports.yaml").write_text(text)
+    assert f"apps/reports.yaml:{line}: a tab stands where YAML takes blanks alone" in CliRunner().invoke(check, [str(folder)]).stderr
+
+
+def test_a_tab_in_a_value_or_behind_it_is_none_of_our_business(folder: Path):
+    (folder / "apps" / "reports.yaml").write_text("models:\t{allow: [claude-haiku-4-5]}\t# all\ncaps: unlimited\n")
+    assert CliRunner().invoke(check, [str(folder)]).exit_code == 0

@@ -70,3 +70,18 @@ def test_an_app_can_be_added_later(tmp_path):
     init(tmp_path, "--yes")
     assert init(tmp_path, "--yes", "--app", "pipeline").exit_code == 0
     assert sorted(load(tmp_path / "policies").apps) == ["app", "pipeline"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "gateway.db is an empty file, not a ledger: remove it, then `gateway init` makes one"),
+        (b"a letter to a friend, kept in the wrong place\n" * 100, "is not a ledger or is damaged"),
+    ],
+    ids=["empty", "another file"],
+)
+def test_what_is_no_ledger_is_not_kept_as_one(tmp_path, content, sentence):
+    (tmp_path / "gateway.db").write_bytes(content)
+    done = init(tmp_path, "--yes")
+    assert (done.exit_code, sentence in done.output, "kept" in done.output) == (2, True, False), done.output
+    assert (tmp_path / "gateway.db").read_bytes() == content

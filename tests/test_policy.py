@@ -115,7 +115,7 @@ def test_the_key_has_one_source(text: str, key: Source):
         (LEAST.replace("unlimited", "{day: 1e3}"), f"{FILE}:2: caps.day: '1e3' is not an amount"),
         (LEAST.replace("unlimited", ""), f"{FILE}:2: caps: expected one value, found nothing"),
         (LEAST.replace("haiku", "hiku"), f"{FILE}:1: models.allow: claude-hiku-4-5* matches no model that has a price, did you mean"),
-        (LEAST + "features: {web_search: true}", f"{FILE}:3: features.web_search: expected keys: max_uses"),
+        (LEAST + "features: {web_search: true}", f"{FILE}:3: features.web_search: max_uses must be given, like {{max_uses: 5}}"),
         (LEAST + "features: {web_search: {tokens_per_use: 1}}", f"{FILE}:3: features.web_search: max_uses is missing"),
         (LEAST + "features: {websearch: true}", "features.websearch: unknown key, did you mean web_search?"),
         (LEAST + "features: {files: yes}", f"{FILE}:3: features.files: 'yes' is neither true nor false"),

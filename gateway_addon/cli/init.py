@@ -10,7 +10,7 @@ import click
 
 from gateway_addon import deployment, services
 from gateway_addon.cli.common import ledger_option, policies_option, project_folder, says_errors
-from gateway_addon.ledger import LedgerUnavailable, Server
+from gateway_addon.ledger import LedgerUnavailable, Server, admin
 from gateway_addon.ledger.files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.policy import PolicyError, load
@@ -87,7 +87,8 @@ def init(
     for path, text in texts.items():
         _write(path, text)
     if isinstance(place, Path) and place.exists():
-        click.echo(f"kept   {place}")
+        with admin.reading(place, as_it_is=True):
+            click.echo(f"kept   {place}")
     else:
         if isinstance(place, Path):
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -168,6 +168,8 @@ def is_busy(error: Exception) -> bool:
 def must_be_a_ledger(path: Path, db: sqlite3.Connection) -> None:
     """Raises LedgerUnavailable where the file is another program's, or its tables are a newer gateway's."""
     if len(db.execute("SELECT 1 FROM sqlite_master WHERE name IN ('entries', '_sqlite_migrations')").fetchall()) < 2:
+        if path.stat().st_size == 0:
+            raise LedgerUnavailable(f"{path} is an empty file, not a ledger: remove it, then `gateway init` makes one")
         raise LedgerUnavailable(f"{path} is another program's file, not a ledger: name yours with --ledger; `gateway init` makes one")
     must_be_known(path, (name for (name,) in db.execute(APPLIED).fetchall()), known())
 

@@ -166,9 +166,15 @@ def _feature(help: str, keys: Mapping[str, Key] | None = None) -> Key:
     """A feature is off unless named; `true` names it, where it has no key that must be given."""
     if keys is None:
         return Key(BOOLEAN, help, False)
-    named = record(Feature, keys)
-    needs_keys = any(key.default is REQUIRED for key in keys.values())
-    return Key(named if needs_keys else either(BOOLEAN, named), help, False, keys)
+    named, needed = record(Feature, keys), [name for name, key in keys.items() if key.default is REQUIRED]
+
+    def off(value: str) -> bool:
+        if value != "false":
+            raise ValueError(f"{' and '.join(needed)} must be given, like {{{needed[0]}: 5}}; nothing else limits what a request may spend")
+        return False
+
+    plain = parsed(off, {"const": False}, "`false`") if needed else BOOLEAN
+    return Key(either(plain, named), help, False, keys)
 
 
 FEATURES: dict[str, Key] = {

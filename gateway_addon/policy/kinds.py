@@ -13,7 +13,7 @@ from typing import Any
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from gateway_addon.money import AMOUNT_PATTERN, parse_nano
-from gateway_addon.yamlfile import Spot, entries, items, scalar, suggestion
+from gateway_addon.yamlfile import Problems, Spot, entries, items, scalar, suggestion
 
 REQUIRED = object()
 """The default of a key that has none."""
@@ -120,7 +120,12 @@ def listing(kind: Kind) -> Kind:
     """A list of values of one kind, as a tuple."""
 
     def read(node: Node, spot: Spot) -> tuple[Any, ...]:
-        return tuple(kind.read(item, spot) for item in items(node, spot))
+        values, problems = [], Problems()
+        for item in items(node, spot):
+            with problems.noted():
+                values.append(kind.read(item, spot))
+        problems.say()
+        return tuple(values)
 
     return Kind(read, {"type": "array", "items": kind.schema}, f"a list of {kind.written}")
 
@@ -129,7 +134,12 @@ def mapping(kind: Kind, what: str = "names") -> Kind:
     """Values of one kind under names of the operator's choosing."""
 
     def read(node: Node, spot: Spot) -> Mapping[str, Any]:
-        return MappingProxyType({name: kind.read(value, spot.at(name)) for name, (_, value) in entries(node, spot).items()})
+        values, problems = {}, Problems()
+        for name, (_, value) in entries(node, spot).items():
+            with problems.noted():
+                values[name] = kind.read(value, spot.at(name))
+        problems.say()
+        return MappingProxyType(values)
 
     return Kind(read, {"type": "object", "additionalProperties": kind.schema}, f"{what}, each with {kind.written}")
 
@@ -140,15 +150,17 @@ def record(make: Callable[..., Any], keys: Mapping[str, Key]) -> Kind:
     def read(node: Node, spot: Spot) -> Any:
         if not isinstance(node, MappingNode):
             raise spot.error(node, f"expected keys: {', '.join(keys)}")
-        found = entries(node, spot)
-        for name, (key_node, _) in found.items():
-            if name not in keys:
-                raise spot.at(name).error(key_node, f"unknown key{suggestion(name, keys)}")
-        values = {}
-        for name, key in keys.items():
-            if name not in found and key.default is REQUIRED:
-                raise spot.error(node, f"{name} is missing: {key.help}")
-            values[name] = key.kind.read(found[name][1], spot.at(name)) if name in found else key.default
+        found, problems = entries(node, spot), Problems()
+        values = {name: key.default for name, key in keys.items() if name not in found}
+        for name, (key_node, value) in found.items():
+            with problems.noted():
+                if name not in keys:
+                    raise spot.at(name).error(key_node, f"unknown key{suggestion(name, keys)}")
+                values[name] = keys[name].kind.read(value, spot.at(name))
+        for name in [name for name, value in values.items() if value is REQUIRED]:
+            with problems.noted():
+                raise spot.error(node, f"{name} is missing: {keys[name].help}")
+        problems.say()
         return make(**values)
 
     schema = {

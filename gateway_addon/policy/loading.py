@@ -16,9 +16,9 @@ from gateway_addon.policy.keys import APP, GATEWAY, NAME
 from gateway_addon.policy.kinds import record
 from gateway_addon.policy.rules import matching
 from gateway_addon.policy.values import AppPolicy, GatewayPolicy, Models
-from gateway_addon.pricing import PriceError, Prices
+from gateway_addon.pricing import LISTED_BY, PriceError, Prices
 from gateway_addon.yamlfile import FileError as PolicyError
-from gateway_addon.yamlfile import Spot, compose, entries, items, suggestion
+from gateway_addon.yamlfile import Problems, Spot, compose, entries, items, suggestion
 
 _APP_FILE = re.compile(rf"{NAME}\.yaml")
 
@@ -29,16 +29,30 @@ class _File(NamedTuple):
 
 
 def load(directory: Path) -> GatewayPolicy:
-    """Read `gateway.yaml`, `apps/*.yaml` and, where it is there, `prices.yaml` of a folder. Raises PolicyError."""
-    files = _files(directory)
+    """Read `gateway.yaml`, `apps/*.yaml` and, where it is there, `prices.yaml` of a folder.
+
+    Raises PolicyError, which names every problem of every file.
+    """
+    files, problems = _files(directory), Problems()
     gateway_file = files.pop("gateway.yaml")
-    general = parse_gateway(gateway_file.shown, _text(gateway_file))
-    prices = _prices(directory, general["upstream"])
+    general, prices = None, None
+    with problems.noted():
+        general = parse_gateway(gateway_file.shown, _text(gateway_file))
+    with problems.noted():
+        prices = _prices(directory, general["upstream"] if general else LISTED_BY)
+    apps = {}
+    for name, file in files.items():
+        with problems.noted():
+            apps[Path(name).stem] = parse_app(
+                file.shown, _text(file), prices or pricing.load(), general and general["teams"],
+                workspace_geo=general["workspace_geo"] if general else "unknown",
+            )  # fmt: skip
+    problems.say()
+    assert general is not None
+    assert prices is not None
     digest = hashlib.sha256(prices.digest.encode())
     for name, file in (("gateway.yaml", gateway_file), *files.items()):
         digest.update(f"\0{name}\0{len(file.content)}\0".encode() + file.content)
-    shared = {"workspace_geo": general["workspace_geo"]}
-    apps = {Path(name).stem: parse_app(file.shown, _text(file), prices, general["teams"], **shared) for name, file in files.items()}
     texts = {name: _text(file) for name, file in (("gateway.yaml", gateway_file), *files.items())}
     if (directory / "prices.yaml").exists():
         texts["prices.yaml"] = _text(_File("prices.yaml", _bytes(directory, directory / "prices.yaml")))
@@ -50,41 +64,59 @@ def load(directory: Path) -> GatewayPolicy:
 def parse_gateway(file: str, text: str) -> dict[str, Any]:
     """The values of a gateway.yaml, by name. Raises PolicyError."""
     values: dict[str, Any] = record(dict, GATEWAY).read(compose(file, text), Spot(file))
-    for team in values["teams"]:
-        if re.fullmatch(NAME, team) is None:
-            raise PolicyError(f"{file}: teams.{team}: not a name; use lower-case letters, digits, - and _")
+    if wrong := [team for team in values["teams"] if re.fullmatch(NAME, team) is None]:
+        raise PolicyError("\n".join(f"{file}: teams.{team}: not a name; use lower-case letters, digits, - and _" for team in wrong))
     return values
 
 
-def parse_app(file: str, text: str, prices: Prices, teams: Mapping[str, Any], *, workspace_geo: str = "unknown") -> AppPolicy:
-    """The policy of the app that the file is named after. Raises PolicyError; every model named must have a price."""
-    node, spot = compose(file, text), Spot(file)
-    values = record(dict, APP).read(node, spot)
+def parse_app(
+    file: str, text: str, prices: Prices, teams: Mapping[str, Any] | None, *, workspace_geo: str = "unknown"
+) -> AppPolicy:
+    """The policy of the app that the file is named after. Raises PolicyError; every model named must have a price.
+
+    `teams` None: nobody knows them, since gateway.yaml cannot be read.
+    """
+    node, spot, problems = compose(file, text), Spot(file), Problems()
+    values: dict[str, Any] = {}
+    with problems.noted():
+        values = record(dict, APP).read(node, spot)
     found = entries(node, spot)
-    if values["team"] is not None and values["team"] not in teams:
-        raise spot.at("team").error(found["team"][1], f"no team {values['team']!r} in gateway.yaml{suggestion(values['team'], teams)}")
-    _check_models(found["models"][1], spot.at("models"), values["models"], prices)
-    fallbacks = values["features"].get("fallbacks")
-    for model in fallbacks.default if fallbacks else ():
-        if prices.canonical(model) is None:
-            raise spot.at("features.fallbacks.default").error(found["features"][1], f"{model} has no price{_near(model, prices)}")
+
+    def value(name: str) -> Any:
+        """One key's own, whatever is wrong with the others. Raises PolicyError, as the whole has."""
+        return APP[name].kind.read(found[name][1], spot.at(name)) if name in found else APP[name].default
+
+    with problems.noted():
+        if (team := value("team")) is not None and teams is not None and team not in teams:
+            raise spot.at("team").error(found["team"][1], f"no team {team!r} in gateway.yaml{suggestion(team, teams)}")
+    with problems.noted():
+        if "models" in found:
+            _check_models(found["models"][1], spot.at("models"), value("models"), prices)
+    with problems.noted():
+        fallbacks = value("features").get("fallbacks")
+        for model in fallbacks.default if fallbacks else ():
+            if prices.canonical(model) is None:
+                raise spot.at("features.fallbacks.default").error(found["features"][1], f"{model} has no price{_near(model, prices)}")
+    problems.say()
     return AppPolicy(name=Path(file).stem, file=file, workspace_geo=workspace_geo, **values)  # type: ignore[arg-type]
 
 
 def _check_models(node: Any, spot: Spot, models: Models, prices: Prices) -> None:
     """Every pattern matches a model that has a price; every alias leads to one that is allowed."""
-    lines = entries(node, spot)
+    lines, problems = entries(node, spot), Problems()
     for name in ("allow", "deny"):
-        patterns = items(lines[name][1], spot) if name in lines else []
-        for item in patterns:
-            if not matching(item.value, prices):
-                raise spot.at(name).error(item, f"{item.value} matches no model that has a price{_near(item.value, prices)}")
+        for item in items(lines[name][1], spot) if name in lines else []:
+            with problems.noted():
+                if not matching(item.value, prices):
+                    raise spot.at(name).error(item, f"{item.value} matches no model that has a price{_near(item.value, prices)}")
     aliases = entries(lines["aliases"][1], spot) if "aliases" in lines else {}
     for alias, (key, value) in aliases.items():
-        if prices.canonical(alias) is not None:
-            raise spot.at(f"aliases.{alias}").error(key, "is a model's own name; an alias must not hide one")
-        if prices.canonical(models.aliases[alias]) is None:
-            raise spot.at(f"aliases.{alias}").error(value, f"{value.value} has no price{_near(value.value, prices)}")
+        with problems.noted():
+            if prices.canonical(alias) is not None:
+                raise spot.at(f"aliases.{alias}").error(key, "is a model's own name; an alias must not hide one")
+            if prices.canonical(models.aliases[alias]) is None:
+                raise spot.at(f"aliases.{alias}").error(value, f"{value.value} has no price{_near(value.value, prices)}")
+    problems.say()
 
 
 def _near(model: str, prices: Prices) -> str:
