@@ -395,7 +395,7 @@ class GatewayAddon:
                 finally:
                     self.answer(data, Refusal("internal", FAILED))
             else:
-                if life is not None and life.running is not None and life.running.progress is not None:
+                if life is not None and life.running is not None and life.running.in_steps:
                     life.close_upstream()  # nothing tops the grant up any more
                 self.finish(data.id, "gateway", sent=record.sent)
         elif isinstance(data, NextLayer):

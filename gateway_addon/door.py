@@ -19,7 +19,7 @@ LOOK_S = 0.05  # another process's settlement makes no sound here
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One way to reserve a call: whole (`pace` None), or in steps of which this is the first."""
+    """One way to reserve a call: whole, or in steps of which this is the first. `pace` None: nothing but its end bounds the call."""
 
     granted_tokens: int
     hold_nano: int

@@ -228,6 +228,37 @@ async def test_a_client_that_leaves_at_any_event_is_charged_no_less_than_the_bil
         assert await gw.held_nano() == 0
 
 
+LEFT_APPS = {
+    name: f"models: {{allow: [claude-haiku-4-5]}}\ncaps: {{day: $100}}\nreserve: {name}\nfeatures: {{web_search: {{max_uses: 2}}}}\n"
+    for name in ("auto", "progressive", "full")
+}
+SEARCHES = {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 2}]}
+
+
+async def test_a_stream_that_is_left_is_booked_by_then(tmp_path):
+    """Esc in Claude Code: cents, however the call is held, before the status too; but a loop keeps what is held, as `full` does."""
+    behaviour = Behaviour(output_tokens=20_000, tokens_per_s=380, after_disconnect_s=1.0)
+    async with Simulator(behaviour=behaviour) as api, gateway(tmp_path, api, LEFT_APPS) as gw:
+
+        async def leave(app, *, delay_headers_s=0.0, **more):
+            api.behaviour = replace(behaviour, delay_headers_s=delay_headers_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5), gw.client(app).messages.stream(**(ASK | {"max_tokens": 64_000} | more)) as stream:
+                    await stream.get_final_message()
+            await gw.quiet()
+            call, bill = calls(tmp_path)[-1], (await api.settled()).messages()[-1].billed_nano
+            assert 0 < bill <= call.spent_nano <= call.grant_nano
+            return call
+
+        for app in ("auto", "progressive"):
+            call = await leave(app)
+            assert (call.reason, call.spent_nano < 0.03 * 1e9) == ("estimated:cut", True)
+            call = await leave(app, delay_headers_s=5.0)
+            assert (call.reason, call.spent_nano < 0.03 * 1e9) == ("estimated:no_status", True)
+        kept = [await leave("full"), await leave("full", delay_headers_s=5.0), await leave("auto", **SEARCHES)]
+        assert all(call.spent_nano > 0.3 * 1e9 for call in kept)
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
 async def test_a_client_that_leaves_before_the_status_is_charged_the_grant(tmp_path, stream):
     async with Simulator(behaviour=Behaviour(delay_headers_s=5)) as api, gateway(tmp_path, api, APPS) as gw:

@@ -10,6 +10,7 @@ from quotes import NOW, PRICES, app, quoted, reading
 from upstreams import event, message
 
 from gateway_addon.cli.meter import meter
+from gateway_addon.grants import Pace
 from gateway_addon.ledger import Settlement
 from gateway_addon.running import Running, Ticket
 from gateway_addon.settlement import Void, settle
@@ -88,6 +89,59 @@ def test_an_ending_is_settled_by_its_row(running, ended_by, cost_nano, flag):
     assert [each for each in found.outcome.flags if each.startswith("estimated:")] == ([flag] if flag else [])
     assert found.outcome.complete is (flag is None)
     assert sum(part.nano for part in found.parts) == (cost_nano or 0)
+
+
+PACE = Pace(tokens_per_second_max=10, lag_s=1.0)
+
+
+def left(body=None, *, at_s=3.0, lost_s=0.0, granted=GRANTED, **more):
+    """A stream that ended `at_s` after it was let go, held whole unless less is `granted`."""
+    asked = reading(max_tokens=GRANTED, stream=True, **more)
+    running = Running(Ticket(1, CALL, app(), PRICES, asked, quoted(asked), granted, PACE, NOW), 0.0)
+    if body is not None:
+        running.answered(200, "text/event-stream", None, "req_1", now=NOW + 1, monotonic_s=1.0)
+        running.feed(body, 2.0)
+    running.ended(at_s, lost_s)
+    return running
+
+
+UNPRICED = event("message_start", message=OPENING | {"model": "claude-unheard-of-9"})
+BY_THEN = 40  # tokens of three seconds and a lag
+UNTOUCHED = left().ticket.quote
+
+
+@pytest.mark.parametrize(
+    ("running", "ended_by", "cost_nano", "flags"),
+    [
+        (left(), "client", UNTOUCHED.for_output(BY_THEN), "estimated:no_status"),
+        (left(), "upstream", ALL, "estimated:no_status"),
+        (left(event("ping")), "client", UNTOUCHED.for_output(BY_THEN), "estimated:cut"),
+        (left(event("ping")), "upstream", ALL, "estimated:usage_unreadable"),
+        (left(START), "client", 9 * 1_000 + (1 + BY_THEN) * 5_000, "estimated:cut estimated"),
+        (left(START), "upstream", 9 * 1_000 + (1 + BY_THEN) * 5_000, "estimated:cut estimated"),
+        (left(START), "gateway", BOUND, "estimated:gateway_error estimated"),
+        (left(START + ERROR), "whole", 9 * 1_000 + (1 + BY_THEN) * 5_000, "estimated:stream_error estimated"),
+        (left(START, at_s=9e9), "client", BOUND, "estimated:cut estimated"),
+        (left(at_s=9e9), "client", ALL, "estimated:no_status"),
+        (left(UNPRICED), "client", ALL, "drift estimated:cut"),
+        (left(START, granted=20), "client", 9 * 1_000 + 20 * 5_000, "estimated:cut estimated"),
+        (left(START, granted=20, lost_s=0.5), "client", 9 * 1_000 + 25 * 5_000, "estimated:cut estimated"),
+        (left(granted=20, lost_s=0.5), "client", UNTOUCHED.for_output(25), "estimated:no_status late"),
+        (left(granted=20, lost_s=99), "client", UNTOUCHED.for_output(BY_THEN), "estimated:no_status late"),
+    ],
+)  # fmt: skip
+def test_a_stream_that_is_left_is_settled_by_then(running, ended_by, cost_nano, flags):
+    found = settle(running, sent=True, ended_by=ended_by)
+    assert isinstance(found, Settlement)
+    assert (found.cost_nano, " ".join(found.outcome.flags)) == (cost_nano, flags)
+
+
+@pytest.mark.parametrize("body", [None, START])
+@pytest.mark.parametrize("ended_by", ["client", "upstream"])
+def test_a_loop_that_is_left_keeps_what_is_held(body, ended_by):
+    found = settle(left(body, **SEARCH), sent=True, ended_by=ended_by)
+    assert isinstance(found, Settlement)
+    assert found.cost_nano is ALL
 
 
 @pytest.mark.parametrize(("body", "released"), [(START, True), (UNTOLD, False), (ZEROES, False), (WHOLE_START, False)])
