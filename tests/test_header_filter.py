@@ -7,7 +7,7 @@ import logging
 import pytest
 from bypass import PLAIN
 from gateway import APP, gateway, write_policies
-from test_wire import send
+from rawhttp import send
 from upstreams import answer, message, upstream
 
 from gateway_addon import header_filter, relay, whole

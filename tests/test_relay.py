@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gzip
-import json
 import ssl
 
 import h11
@@ -13,17 +12,11 @@ from gateway import gateway
 from h11._readers import ChunkedReader
 from h11._receivebuffer import ReceiveBuffer
 from sealed import sealed
+from streamed import ASK, BLOCK, DELTAS, END, EVENTS, START, payload, read, request
 from upstreams import chunked, event, upstream
 
 from gateway_addon import bounded, relay
 from gateway_addon.simulator import Behaviour
-
-START = event("message_start", message={"id": "msg_1", "type": "message", "model": "claude-haiku-4-5", "usage": {"input_tokens": 9, "output_tokens": 1}})
-BLOCK = event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-DELTAS = [event("content_block_delta", index=0, delta={"type": "text_delta", "text": f"word {each} "}) for each in range(12)]
-END = [event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 24}), event("message_stop")]
-EVENTS = [START, BLOCK, *DELTAS, *END]
-ASK = json.dumps({"model": "claude-haiku-4-5", "max_tokens": 100, "stream": True, "messages": [{"role": "user", "content": "Hello"}]}).encode()
 
 BODIES = {
     "whole": b"3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n",
@@ -42,27 +35,6 @@ BODIES = {
     "cut": b"3\r\nabc\r\n4\r\nde",
     "something behind": b"3\r\nabc\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n",
 }
-
-
-def read(reader, pieces):
-    """What a reader makes of a body: the bytes in it, how it ended, and what is left."""
-    buffer, content = ReceiveBuffer(), b""
-    for piece in pieces:
-        if (at_once := getattr(reader, "content", None)) and not buffer and (whole := at_once(piece)) is not None:
-            content += whole
-            continue
-        buffer += piece
-        while True:
-            try:
-                found = reader(buffer)
-            except h11.ProtocolError as error:
-                return content, str(error), b""
-            if found is None:
-                break
-            if isinstance(found, h11.EndOfMessage):
-                return content, dict(found.headers), bytes(buffer) + b"".join(pieces[pieces.index(piece) + 1 :])
-            content += found.data
-    return content, None, vars(reader)
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
@@ -91,17 +63,6 @@ async def call(gw, body: bytes = ASK) -> bytes:
             return await reader.read(-1)
     finally:
         writer.close()
-
-
-def request(gw, body: bytes = ASK) -> bytes:
-    return f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {gw.tokens['app']}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
-
-
-def payload(answer: bytes) -> bytes:
-    """What is in a chunked answer that ended as it should."""
-    content, ending, left = read(ChunkedReader(), [answer.partition(b"\r\n\r\n")[2]])
-    assert (ending, left) == ({}, b"")
-    return content
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["short", "long"])

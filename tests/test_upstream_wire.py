@@ -8,9 +8,8 @@ from contextlib import asynccontextmanager
 import pytest
 from call_rows import calls
 from gateway import gateway
-from rawhttp import split_answer
-from test_relay import ASK, EVENTS, payload, request
-from test_wire import send
+from rawhttp import send, split_answer
+from streamed import ASK, EVENTS, payload, request
 from upstreams import answer, chunked, message, upstream
 
 from gateway_addon import bounded, relay, whole
