@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import anthropic
 import pytest
 from click.testing import CliRunner
+from gateway import Running, gateway
 from ledgers import ENGINES, new_ledger, url
 
 from gateway_addon.cli.check import check
@@ -20,7 +21,6 @@ from gateway_addon.ledger.files import ledger_path
 from gateway_addon.policy import load
 from gateway_addon.reload import KEY_PROBLEM, LOOK_EVERY_S, Watcher, align, audit_key, must_agree
 from gateway_addon.simulator import KEY, Behaviour, Simulator
-from tests.gateway import Running, gateway
 
 # Under FIRST only haiku up to 100 tokens, under SECOND only sonnet up to 200: a mixture would let a haiku with 200 through.
 FIRST = "models: {allow: [claude-haiku-4-5]}\nmax_tokens: 100\ncaps: unlimited\n"

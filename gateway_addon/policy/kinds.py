@@ -13,7 +13,7 @@ from typing import Any
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from gateway_addon.money import AMOUNT_PATTERN, parse_nano
-from gateway_addon.yamlfile import Problems, Spot, entries, items, scalar, suggestion
+from gateway_addon.yaml_file import Problems, Spot, entries, items, scalar, suggestion
 
 REQUIRED = object()
 """The default of a key that has none."""

@@ -17,8 +17,8 @@ from gateway_addon.policy.kinds import record
 from gateway_addon.policy.rules import matching
 from gateway_addon.policy.values import AppPolicy, GatewayPolicy, Models
 from gateway_addon.pricing import LISTED_BY, PriceError, Prices
-from gateway_addon.yamlfile import FileError as PolicyError
-from gateway_addon.yamlfile import Problems, Spot, compose, entries, items, suggestion
+from gateway_addon.yaml_file import FileError as PolicyError
+from gateway_addon.yaml_file import Problems, Spot, compose, entries, items, suggestion
 
 _APP_FILE = re.compile(rf"{NAME}\.yaml")
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from yaml.nodes import MappingNode, Node
 
 from gateway_addon.pricing.values import LongPrompt, PriceError, Prices, Rates, Row
-from gateway_addon.yamlfile import FileError, Spot, compose, entries, items, scalar
+from gateway_addon.yaml_file import FileError, Spot, compose, entries, items, scalar
 
 SHIPPED = Path(__file__).parent.parent / "prices.yaml"
 LISTED_BY = "https://api.anthropic.com"
