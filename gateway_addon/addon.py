@@ -1,453 +1,83 @@
-"""The mitmproxy addon: the life of a request, hook by hook, in the order in which a flow meets them. No decisions.
+"""The gateway for people who run their own `mitmdump`: a script for its `-s` that is as safe as `gateway serve`.
 
-Promises that nothing passes undecided. mitmproxy lets a flow go on when a hook raises, so every hook is guarded: a failure
-is a refusal on the way in, a conservative settlement on the way out. What may happen to a request is decided in gate.py; the
-real key is put on the wire by inject.py; this module carries values between mitmproxy and those two.
+Promises that no upstream connection is opened before the addon is in place, ahead of every other; that nothing starts with
+options which would open a way around it; and that from then on the script's file is of no consequence: mitmdump runs on
+*without* a script that it was told to reload and cannot. An edge: it reads the environment, files and the clock.
 """
 
-import asyncio
-import functools
-import json
 import logging
-import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any, Literal
+import os
+from contextlib import AsyncExitStack
+from pathlib import Path
 
-from mitmproxy import connection, ctx, exceptions, http, tls
+from mitmproxy import ctx, exceptions
+from mitmproxy.addonmanager import Loader
 from mitmproxy.proxy import server_hooks
-from mitmproxy.proxy.layer import NextLayer
-from OpenSSL import SSL
 
-from gateway_addon import header_filter, inject
-from gateway_addon.answers import Answer, cap_headers, edited_header
-from gateway_addon.clocks import SYSTEM, Clocks
-from gateway_addon.gate import Gate
-from gateway_addon.listener import Certificate
-from gateway_addon.lives import Life, close_forgotten
-from gateway_addon.passes import Arrived, Ending
-from gateway_addon.reading import Request
-from gateway_addon.refusals import Refusal, new_request_id
-from gateway_addon.running import Ticket
-from gateway_addon.settlement import EndedBy
+from gateway_addon.cli.common import project_folder
+from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.logs import mask
+from gateway_addon.policy import GatewayPolicy, PolicyError, load
+from gateway_addon.pricing import PriceError
+from gateway_addon.proxy.certificate import TlsUnavailable
+from gateway_addon.proxy.server import assembled, hardened
+from gateway_addon.proxy.supervisor import is_loopback
+from gateway_addon.secret import SecretUnavailable
 
 logger = logging.getLogger(__name__)
 
-UNREAD_BODY_MAX = 64 * 1024  # what is read of a body whose answer is already decided; beyond it the connection is closed
-BODY_BYTES_MAX = 33 * 1024 * 1024  # a little above the API's own 32 MB, so that its limit is refused with its own sentence
-REPLACED = frozenset({b"x-api-key", b"authorization", b"proxy-authorization", b"accept-encoding", b"x-forwarded-for"})
-"""Request headers that no flow shows: credentials, and where in the operator's own network a call came from."""
-IDENTITY = (b"accept-encoding", b"identity")  # compression would delay the first tokens of a stream
-DROPS_TOLD_MAX = 1_000  # header names whose first drop is logged: an app may make them up without end
-REQUIRED_OPTIONS: dict[str, Any] = {
-    "proxy_debug": False,  # prints the bytes of the wire, the key among them
-    "ssl_insecure": False,  # would hand the key to anybody who answers
-    "stream_large_bodies": None,  # would send a body before it is judged
-    "keep_host_header": False,
-    "validate_inbound_headers": True,  # mitmproxy's guard against request smuggling
-    "connection_strategy": "lazy",  # eager opens an upstream connection for refused calls too
-    "http2": False,  # a graceful GOAWAY would kill the streams in flight
-    "websocket": False,
-    "rawtcp": False,
-}
-FAILED = "The gateway failed while judging this request, so it was not sent. Its log says why; sending the same again will not help."
-REDIRECT = (
-    "The Claude API answered with a redirect ({}), which the gateway does not hand on: your client would send the whole prompt there, past "
-    "the gateway. The call cost nothing. Whoever runs the gateway names the API's own address in gateway.yaml (upstream)."
-)
-
-type Side = Literal["connection", "request", "response"]
+MODE = "The policy's upstream is {0}: start mitmdump with --mode reverse:{0} and nothing else there."
+IN_CLEAR = "Tokens would cross the network in clear: start mitmdump with --listen-host 127.0.0.1, or set tls: in policies/gateway.yaml."
+SAID = (PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, SecretUnavailable, OSError, ValueError)
 
 
-def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a hook that cannot raise: mitmproxy would only log the exception and let the flow go on.
+class Shim:
+    """Puts the gateway into a mitmdump that somebody else configured. It takes `GATEWAY_POLICIES` and `GATEWAY_LEDGER`."""
 
-    The hook keeps its guard as `hook.guard`, so that a test can put a failing body behind the same guard.
-    """
+    def __init__(self) -> None:
+        folder = project_folder()
+        self.policies = Path(os.environ.get("GATEWAY_POLICIES") or folder / "policies")
+        self.ledger = os.environ.get("GATEWAY_LEDGER") or f"sqlite:///{folder / 'gateway.db'}"
+        self.in_place = False
+        self._open = AsyncExitStack()
 
-    def guard(hook: Callable[..., Any]) -> Callable[..., Any]:
-        def failed(self: "GatewayAddon", data: Any) -> None:
-            logger.exception("The gateway failed in its %s hook.", hook.__name__)
-            self.fail(side, data)
+    def load(self, loader: Loader) -> None:
+        """Harden the options. Whatever is wrong is logged as an error, upon which mitmdump does not start."""
+        try:
+            ctx.options.update(**hardened(ctx.options, load(self.policies)))
+        except SAID as error:
+            logger.error("%s", error)
 
-        @functools.wraps(hook)
-        def call(self: "GatewayAddon", data: Any) -> Any:
-            try:
-                result = hook(self, data)
-            except Exception:
-                return failed(self, data)
-            return finish(self, result, data) if asyncio.iscoroutine(result) else None
+    async def running(self) -> None:
+        """Put the addon ahead of all others, for good. (mitmdump calls this once, before it says that it is ready.)"""
+        for script in ctx.master.addons.get("scriptloader").addons:
+            if script.reloadtask is not None:
+                script.reloadtask.cancel()
+        try:
+            policy, key, addon = await self._open.enter_async_context(assembled(self.policies, self.ledger))
+            self._safe(policy)
+        except (*SAID, exceptions.OptionsError) as error:
+            logger.error("%s", error)
+            return
+        mask(key)
+        addons = ctx.master.addons
+        # A new list: mitmproxy is walking the old one, and an insertion would make it meet this script a second time.
+        addons.chain = [addons.register(addon), *addons.chain]
+        addon.running()
+        self.in_place = True
 
-        async def finish(self: "GatewayAddon", result: Any, data: Any) -> None:
-            try:
-                await result
-            except Exception:
-                failed(self, data)
+    def _safe(self, policy: GatewayPolicy) -> None:
+        if list(ctx.options.mode) != [f"reverse:{policy.upstream}"]:
+            raise exceptions.OptionsError(MODE.format(policy.upstream))
+        if not policy.tls and not is_loopback(ctx.options.listen_host):
+            raise exceptions.OptionsError(IN_CLEAR)
 
-        call.guard = guard  # type: ignore[attr-defined]
-        return call
-
-    return guard
-
-
-class GatewayAddon:
-    def __init__(
-        self, gate: Gate, key: Callable[[], str], clocks: Clocks = SYSTEM, key_refused: Callable[[], None] = lambda: None
-    ):
-        """`key` returns the real API key, fresh after a rotation, `key_refused` hears of a 401."""
-        self.gate = gate
-        self.key = key
-        self.clocks = clocks
-        self.key_refused = key_refused
-        self.certificate = Certificate()
-        self.draining = False
-        self.on_running: Callable[[], None] = lambda: None
-        self.drops_told: set[bytes] = set()
-        self.lives: dict[str, Life] = {}
-        self.connections: dict[str, Life | None] = {}
-        """By client connection that injects: the life of its current flow. HTTP/1 has one at a time."""
-
-    # -- the proxy's own life
-
-    def configure(self, updated: set[str]) -> None:
-        """Refuse options that would open a way around the gateway, at start-up and while running (mitmweb can set them)."""
-        for name, required in REQUIRED_OPTIONS.items():
-            if name in updated and getattr(ctx.options, name) != required:
-                raise exceptions.OptionsError(f"The gateway needs {name}={json.dumps(required)}; {name} cannot be changed while it runs.")
-
-    def running(self) -> None:
-        self.gate.start()
-        self.on_running()
+    def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
+        if not self.in_place:
+            data.server.error = "the gateway is not in place"
 
     async def done(self) -> None:
-        """Stop listening, let calls in flight finish, then settle what is left."""
-        self.draining = True
-        await ctx.master.addons.get("proxyserver").servers.update([])
-        deadline_monotonic_s = self.clocks.monotonic_s() + self.gate.policy.timeouts.drain_s
-        while self.lives and self.clocks.monotonic_s() < deadline_monotonic_s:
-            await asyncio.sleep(0.05)
-        for flow_id in list(self.lives):
-            self.finish(flow_id, "gateway", sent=True)
-        await self.gate.stop()
-
-    # -- a connection
-
-    @guarded("connection")
-    def next_layer(self, data: NextLayer) -> None:
-        ctx.master.addons.get("nextlayer").next_layer(data)
-        inject.install(data.layer)
-        self.connections.setdefault(data.context.client.id, None)
-
-    @guarded("connection")
-    def tls_start_client(self, data: tls.TlsData) -> None:
-        """Answer with the operator's certificate, where the policy names one."""
-        if self.gate.policy.tls is not None:
-            data.ssl_conn = SSL.Connection(self.certificate.context(self.gate.policy.tls))
-            data.ssl_conn.set_accept_state()
-
-    @guarded("connection")
-    def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
-        """Open a connection only for an admitted call, and remember it, so that the call can be cut."""
-        life = self.connections.get(data.client.id)
-        if life is None or (life.running is None and life.free is None):
-            data.server.error = "no admitted call asks for this connection"
-        else:
-            life.server = data.server
-
-    @guarded("connection")
-    def client_disconnected(self, client: connection.Client) -> None:
-        """Whoever waits at the door for a client that has left stops waiting."""
-        life = self.connections.pop(client.id, None)
-        if life is not None and life.admission is not None:
-            life.left = True
-            life.admission.cancel()
-        close_forgotten(client)
-
-    # -- a request
-
-    @guarded("request")
-    async def requestheaders(self, flow: http.HTTPFlow) -> None:
-        """Take the credential off the flow before anything can show it, and find out who calls."""
-        headers = _lowered(flow.request.headers)
-        kept = [field for field in flow.request.headers.fields if field[0].lower() not in REPLACED]
-        flow.request.headers.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
-        flow.request.stream = False
-        life = self.lives[flow.id] = Life(flow, self.gate, self.clocks)
-        if flow.client_conn.id in self.connections:
-            self.connections[flow.client_conn.id] = life
-        arrived = await self._arrive(flow, headers)
-        life.body_bytes = _announced(flow.request.headers)
-        if isinstance(arrived, Arrived):
-            arrived = self.gate.crowded(arrived, life.body_bytes, self._held_bytes, self.clocks.now()) or arrived
-        if isinstance(arrived, Arrived):
-            life.arrived = arrived
-            label = (b"x-api-key", f"app:{arrived.app.name}".encode())  # for people; the wire copy gets the key
-            flow.request.headers.fields = (*flow.request.headers.fields, label)
-            return
-        self.answer(flow, arrived)
-        inject.wire(flow).hang_up = life.body_bytes > UNREAD_BODY_MAX
-
-    def _held_bytes(self) -> int:
-        """Of all bodies in flight, as announced."""
-        return sum(each.body_bytes for each in self.lives.values())
-
-    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
-        if flow.is_replay:
-            return Refusal("replay", "A replayed flow carries no token. Send the call again from its app.")
-        return await self._at_the_door(flow, headers)
-
-    async def _at_the_door(
-        self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...], digest: str | None = None
-    ) -> Arrived | Answer | Refusal:
-        """`digest`: of the token that was verified before, where the request carries none."""
-        if self.draining:
-            return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
-        if flow.client_conn.id not in self.connections:
-            return Refusal("internal", FAILED)  # nothing injects here: its `next_layer` hook has failed
-        if flow.request.authority or flow.request.scheme not in ("http", "https"):
-            return Refusal("request", "The request names another host in its first line. Use the gateway as the base URL, not as a proxy.")
-        if any(name == "upgrade" and "websocket" in value.lower() for name, value in headers):  # any other is an offer, and may be ignored
-            return Refusal("upgrade", "The gateway speaks no websockets. Send the call as plain HTTP/1.1, without an Upgrade header.")
-        if self.gate.policy.tls and not flow.client_conn.tls:
-            return Refusal("request", "This gateway takes calls over https alone, so that tokens do not cross the network in clear.")
-        peer = flow.client_conn.peername[0] if flow.client_conn.peername else ""
-        base_url = _base_url(flow.client_conn, headers)
-        return await self.gate.arrive(_method(flow.request), flow.request.path, headers, peer, self.clocks.now(), digest, base_url)
-
-    @guarded("request")
-    async def request(self, flow: http.HTTPFlow) -> None:
-        """The body is here: have the call admitted, or answer it."""
-        if flow.response or flow.error:
-            return
-        life = self.lives[flow.id]
-        assert life.arrived is not None
-        request, judged = judged_request(flow), (flow.request.headers.fields, flow.request.raw_content)
-        task = life.admission = asyncio.current_task()
-        assert task is not None
-        try:
-            decision = await self.gate.admit(life.arrived, request, self.clocks.now())
-        except asyncio.CancelledError:
-            if not life.left:
-                raise
-            task.uncancel()
-            return self.answer(flow, Refusal("draining", "The client left before the call was admitted."))
-        finally:
-            life.admission = None
-        if isinstance(decision, Answer | Refusal):
-            return self.answer(flow, decision)
-        life.began_monotonic_s = self.clocks.monotonic_s()
-        if isinstance(decision, Ticket):
-            life.running = self.gate.run(decision, life.cut, life.began_monotonic_s)
-        else:
-            life.free = decision
-        if decision.body is not None:
-            flow.request.headers.fields = judged[0]
-            flow.request.content = decision.body
-            judged = (flow.request.headers.fields, flow.request.raw_content)
-        record = life.wire
-        record.grant, record.on_sent = self._grant(life.arrived, request, *judged), life.watch
-        life.watch()
-
-    def _grant(
-        self, arrived: Arrived, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
-    ) -> inject.Grant:
-        """For what was judged, not for what the flow is by now: under mitmweb a person may have edited it meanwhile."""
-        address, secure = inject.address(arrived.policy.upstream)
-        leaving, dropped = header_filter.leaving(fields, arrived.policy.pass_headers)
-        self._tell_of_drops(arrived.app.name, dropped)
-        return inject.Grant(address, secure, request.method, request.target, fields, leaving, body, ("x-api-key", self.key()))
-
-    def _tell_of_drops(self, app: str, names: Iterable[bytes]) -> None:
-        """Log the first drop of each header name: who misses it upstream finds out here why."""
-        for name in names:
-            if name not in self.drops_told and len(self.drops_told) < DROPS_TOLD_MAX:
-                self.drops_told.add(name)
-                shown = name[:100].decode("ascii", "backslashreplace")
-                logger.info(
-                    "The request header %s (app %s) is not sent on: the Claude API does not know it. "
-                    "If it shall leave all the same: pass_headers: [%s] in gateway.yaml.", shown, app, shown,
-                )  # fmt: skip
-
-    # -- its answer
-
-    @guarded("response")
-    def responseheaders(self, flow: http.HTTPFlow) -> None:
-        """The upstream's status is here: start to read along. A stream passes chunk by chunk, unchanged."""
-        life, response = self.lives.get(flow.id), flow.response
-        if life is None or response is None or life.arrived is None:
-            return
-        life.status, lowered = response.status_code, _lowered(response.headers)
-        self.gate.upstream_headers(life.arrived, response.status_code, lowered, self.clocks.now())
-        if response.status_code == 401:
-            self.key_refused()
-        if (refusal := not_handed_on(response.status_code)) is not None:
-            if life.running is not None:
-                life.running.status = response.status_code
-            life.wire.refusal = refusal
-            flow.kill()
-            return
-        fields = header_filter.coming_in(response.headers.fields)
-        response.data.reason = header_filter.plain_reason(response.data.reason)
-        if life.running is not None:
-            known = dict(lowered)
-            content_type = known.get("content-type", "")
-            life.running.answered(
-                response.status_code, content_type, known.get("content-encoding"), known.get("request-id"),
-                now=self.clocks.now(), monotonic_s=self.clocks.monotonic_s(),
-            )  # fmt: skip
-            if response.status_code == 200 and "json" not in content_type:
-                response.stream = functools.partial(self._chunk, weakref.ref(life))
-            life.watch()
-            ticket = life.running.ticket
-            fields += _encoded([*edited_header(ticket.edited), *cap_headers(ticket.app.name, ticket.standings)])
-        elif life.free is not None:
-            fields += _encoded(edited_header(life.free.edited))
-            if life.free.errand.streamed and response.status_code == 200:
-                life.last_byte_monotonic_s = self.clocks.monotonic_s()
-                response.stream = functools.partial(self._chunk, weakref.ref(life))
-                life.watch()
-        response.headers.fields = fields
-
-    def _chunk(self, its_life: weakref.ref[Life], chunk: bytes) -> bytes:
-        """The stream's tap. It must not raise: mitmproxy would drop the chunk.
-
-        It hangs on the flow, which its life leads to: held firmly, each would keep the other.
-        """
-        life = its_life()
-        if life is None:
-            return chunk
-        try:
-            return life.chunk(chunk)
-        except Exception:
-            logger.exception("The gateway failed in its stream tap.")
-            self.fail("response", life.flow)
-            return chunk
-
-    @guarded("response")
-    def response(self, flow: http.HTTPFlow) -> Coroutine[Any, Any, None] | None:
-        """The answer is whole. (Also reached by the gateway's own answers: they have nothing to settle.)"""
-        life, response = self.lives.get(flow.id), flow.response
-        if life is None or response is None:
-            return None
-        body = response.raw_content
-        if life.running is not None and body is not None and response.stream is False:
-            monotonic_s = self.clocks.monotonic_s()
-            life.running.feed(body, monotonic_s, self.gate.streams.lost_s(monotonic_s))
-        errand = life.free.errand if life.free is not None else None
-        if errand is not None and errand.whole is not None and response.stream is False:
-            return self._run_errand(flow, response, errand.whole)
-        # What the call cost is worked out while the client reads its answer, and before anything else that comes.
-        asyncio.get_running_loop().call_soon(self.after_response, flow)
-        return None
-
-    @guarded("response")
-    def after_response(self, flow: http.HTTPFlow) -> None:
-        self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
-
-    async def _run_errand(self, flow: http.HTTPFlow, response: http.Response, errand: Callable[[int, bytes], Awaitable[bytes]]) -> None:
-        content = response.content or b""
-        said = await errand(response.status_code, content)
-        if said != content:
-            response.headers.pop("content-encoding", None)
-            response.content = said
-        self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
-
-    @guarded("response")
-    def error(self, flow: http.HTTPFlow) -> None:
-        """The exchange broke, on either side, or was never possible."""
-        record = inject.wire(flow)
-        self.finish(flow.id, record.broken_by or "upstream", sent=record.sent)
-
-    # -- endings
-
-    def answer(self, flow: http.HTTPFlow, said: Answer | Refusal) -> None:
-        """Answer a flow here. A refused call opens no connection, not even to look the upstream up."""
-        request_id = new_request_id()
-        if isinstance(said, Refusal):
-            status, headers, body = said.status, said.headers(request_id), said.body(request_id)
-        else:
-            status, headers = said.status, {"content-type": "application/json", "request-id": request_id}
-            body = json.dumps(said.body).encode() if said.body is not None else b""
-        flow.response = http.Response.make(status, body, headers)
-        self.lives.pop(flow.id, None)
-
-    def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:
-        """Resolve the flow's reservation, once: whoever comes second finds nothing to do."""
-        life = self.lives.pop(flow_id, None)
-        if life is None:
-            return
-        life.end()
-        if ended_by != "gateway" and self.connections.get(life.flow.client_conn.id) is life:
-            self.connections[life.flow.client_conn.id] = None  # a connection that idles keeps no bodies
-        if life.running is not None:
-            self.gate.close(life.running, sent=sent, ended_by=ended_by, now=self.clocks.now())
-        elif life.free is not None:
-            self.gate.close_free(life.free, Ending(sent, ended_by, life.status), self.clocks.now())
-
-    def fail(self, side: Side, data: Any) -> None:
-        """A hook failed: nothing unjudged passes, and nothing that may have been billed is forgotten."""
-        if isinstance(data, http.HTTPFlow):
-            record = inject.wire(data)
-            life = self.lives.get(data.id)
-            if side == "request":
-                record.grant = None
-                try:
-                    self.finish(data.id, "gateway", sent=record.sent)
-                finally:
-                    self.answer(data, Refusal("internal", FAILED))
-            else:
-                if life is not None and life.running is not None and life.running.in_steps:
-                    life.close_upstream()  # nothing tops the grant up any more
-                self.finish(data.id, "gateway", sent=record.sent)
-        elif isinstance(data, NextLayer):
-            self.connections.pop(data.context.client.id, None)
-        elif isinstance(data, server_hooks.ServerConnectionHookData):
-            data.server.error = "the gateway failed before the connection was opened"
+        await self._open.aclose()
 
 
-def judged_request(flow: http.HTTPFlow) -> Request:
-    """The request as the gate judges it."""
-    return Request(_method(flow.request), flow.request.path, _lowered(flow.request.headers), flow.request.raw_content or b"")
-
-
-def not_handed_on(status: int) -> Refusal | None:
-    """Return what an app gets in place of an answer that no client of the API should act on, or None."""
-    if 300 <= status < 400:
-        return Refusal("upstream_redirect", REDIRECT.format(status))
-    if not 200 <= status < 600:
-        return Refusal("upstream_unreachable", f"The Claude API answered with status {status}, which ends no call. Try again.")
-    return None
-
-
-def _method(request: http.Request) -> str:
-    """The method as it will be sent. (`request.method` is in upper case, whatever the client wrote: judged would not be sent.)"""
-    return request.data.method.decode("ascii", "backslashreplace")
-
-
-def _announced(headers: http.Headers) -> int:
-    """The most bytes that a request's body can have, by its headers."""
-    length = headers.get("content-length", "0")
-    known = "transfer-encoding" not in headers and length.isdigit() and len(length) < 12
-    return min(int(length), BODY_BYTES_MAX) if known else BODY_BYTES_MAX
-
-
-def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:
-    return tuple([(_text(name.lower()), _text(value)) for name, value in headers.fields])
-
-
-def _base_url(client: connection.Client, headers: Iterable[tuple[str, str]]) -> str:
-    """Return the address of the socket that the client came to; "" where a proxy stands in front, whose address nobody here knows.
-
-    (mitmproxy puts the upstream's name in the place of the Host header.)
-    """
-    if not client.sockname or any(name in ("x-forwarded-for", "forwarded", "via") for name, _ in headers):
-        return ""
-    host, port = client.sockname[:2]
-    return f"{'https' if client.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _encoded(headers: Iterable[tuple[str, str]]) -> tuple[tuple[bytes, bytes], ...]:
-    return tuple((name.encode(), value.encode()) for name, value in headers)
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
+addons = [Shim()]

@@ -1,7 +1,7 @@
 """The running calls of one process: topped up before they run out, and ended before their time where they must be.
 
 Promises that output is asked for ahead of need, a few ledger writes a second however many streams run; that a stream whose grant may
-not grow ends where it ends (lives.py holds it to that); and that calls of a lost ledger, or of an app that was paused, are cut. Knows
+not grow ends where it ends (flows.py holds it to that); and that calls of a lost ledger, or of an app that was paused, are cut. Knows
 the ledger and running calls; nothing of mitmproxy, nor of who may ask for what.
 """
 

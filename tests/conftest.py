@@ -8,10 +8,10 @@ with warnings.catch_warnings():
 
 import pytest
 
-from gateway_addon import serve
+from gateway_addon.proxy import server
 
 
 @pytest.fixture(params=[True, False], ids=["dispatch", "walk"])
 def either_dispatch(request, monkeypatch):
     """A test that uses this runs with the gateway's own hook dispatch, and with mitmproxy's, as in a release where that has moved."""
-    monkeypatch.setattr(serve, "fits", lambda: request.param)
+    monkeypatch.setattr(server, "fits", lambda: request.param)

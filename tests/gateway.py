@@ -16,15 +16,15 @@ from ledgers import new_file
 from mitmproxy.master import Master
 
 from gateway_addon import identity
-from gateway_addon.addon import GatewayAddon
 from gateway_addon.cli import init
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.gate import Gate
 from gateway_addon.ledger import Ledger, admin
 from gateway_addon.policy import GatewayPolicy, Source, load
+from gateway_addon.proxy.hooks import GatewayAddon
+from gateway_addon.proxy.server import build
+from gateway_addon.proxy.settings import Settings
 from gateway_addon.secret import Secret
-from gateway_addon.serve import build
-from gateway_addon.settings import Settings
 from gateway_addon.simulator import KEY, Simulator
 
 AUTHORITIES = ssl.create_default_context()

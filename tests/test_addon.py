@@ -14,9 +14,9 @@ from gateway import gateway
 from mitmproxy import exceptions, hooks
 from mitmproxy.addons.clientplayback import ClientPlayback
 
-from gateway_addon.addon import REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.gate import Gate
-from gateway_addon.lives import Life
+from gateway_addon.proxy.flows import Life
+from gateway_addon.proxy.hooks import REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.simulator import Behaviour, Simulator
 
 HELLO = [{"role": "user", "content": "Say hello."}]

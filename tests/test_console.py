@@ -27,7 +27,7 @@ from gateway_addon.console.login import LINK_S, SESSION_S, Login
 from gateway_addon.console.metrics import _labels
 from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, batches, book, reports
 from gateway_addon.ledger.reports import GROUPINGS
-from gateway_addon.workers import bind
+from gateway_addon.proxy.supervisor import bind
 
 CALLS = 2000
 GATEWAY = "upstream: https://api.anthropic.com\nkey: {env: ANTHROPIC_API_KEY}\ncaps: {month: $2000}\n"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway_addon.debugging import contents
+from gateway_addon.proxy.web import pretty
 
 STREAM = b"".join(
     b"event: " + event["type"].encode() + b"\ndata: " + json.dumps(event).encode() + b"\n\n"
@@ -51,7 +51,7 @@ JSON = "application/json"
 
 
 def told(body, content_type=SSE):
-    return contents.answer(body, content_type, lambda usage: "$1")
+    return pretty.answer(body, content_type, lambda usage: "$1")
 
 
 def test_a_stream_is_merged_into_the_message_that_it_adds_up_to():
@@ -93,7 +93,7 @@ def test_a_request_shows_its_settings_first_and_no_images_bytes():
         "max_tokens": 2000,
         "model": "claude-haiku-4-5",
     }
-    assert contents.request(json.dumps(asked).encode()) == """\
+    assert pretty.request(json.dumps(asked).encode()) == """\
 model       claude-haiku-4-5
 max_tokens  2000
 thinking    {"type": "enabled", "budget_tokens": 1024}
@@ -139,17 +139,17 @@ def test_a_large_body_has_a_text_of_bounded_length(name):
     answer = {"type": "message", "model": "claude-haiku-4-5", "usage": {"input_tokens": 1, "output_tokens": 1}} | LARGE[name]
     for shown in (
         told(json.dumps(answer).encode(), JSON),
-        contents.request(json.dumps({"messages": [{"role": "user"} | LARGE[name]]}).encode()),
+        pretty.request(json.dumps({"messages": [{"role": "user"} | LARGE[name]]}).encode()),
     ):
         assert len(shown) < 200_000
-        assert shown.count("\n") <= contents.LINES_MAX + 1
+        assert shown.count("\n") <= pretty.LINES_MAX + 1
 
 
 def test_a_body_too_large_to_look_into_says_so():
-    body = b" " * (contents.BODY_BYTES_MAX + 1)
-    for shown in (told(body, JSON), contents.request(body)):
+    body = b" " * (pretty.BODY_BYTES_MAX + 1)
+    for shown in (told(body, JSON), pretty.request(body)):
         assert shown.startswith("This body has 8,388,609 bytes")
-    assert contents.model(body) == ""
+    assert pretty.model(body) == ""
 
 
 NAMES = ["text", "tool_use", "message", "error", "content_block_start", "content_block_delta", "text_delta", "input_json_delta", "thinking"]
@@ -170,8 +170,8 @@ values = st.recursive(
 def test_any_bytes_have_a_text(body):
     for content_type in (SSE, JSON, ""):
         assert isinstance(told(body, content_type), str)
-    assert isinstance(contents.request(body), str)
-    assert isinstance(contents.model(body), str)
+    assert isinstance(pretty.request(body), str)
+    assert isinstance(pretty.model(body), str)
 
 
 @given(st.lists(values, max_size=8))

@@ -16,7 +16,7 @@ from processes import ledgered
 from gateway_addon import daybook
 from gateway_addon.daybook import Daybook
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, admin, apart, book, reports, rollups
-from gateway_addon.serve import assembled
+from gateway_addon.proxy.server import assembled
 from gateway_addon.simulator import KEY
 
 DAY_S = 86_400

@@ -14,9 +14,9 @@ from gateway import Running, gateway
 from tornado import netutil, tcpserver
 from tornado.ioloop import IOLoop
 
-from gateway_addon.debugging.addon import CALLER, DebugAddon
-from gateway_addon.debugging.closed import kept
 from gateway_addon.ledger import admin
+from gateway_addon.proxy.web.addon import CALLER, DebugAddon
+from gateway_addon.proxy.web.lockdown import kept
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
 APP = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n"

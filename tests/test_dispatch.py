@@ -7,8 +7,8 @@ from mitmproxy.options import Options
 from mitmproxy.proxy.layers.http import HttpRequestHook
 from mitmproxy.test import tflow
 
-from gateway_addon import serve
-from gateway_addon.dispatch import Dispatch, fits
+from gateway_addon.proxy import server
+from gateway_addon.proxy.fastpath.dispatch import Dispatch, fits
 
 
 class Moved(AddonManager):
@@ -63,8 +63,8 @@ class Recorder:
     ids=["fine", "an error", "a halt"],
 )
 async def test_hooks_are_called_in_the_order_of_the_walk(monkeypatch, known, raises, told):
-    monkeypatch.setattr(serve, "fits", lambda: known)
-    master = serve.LeanMaster(Options())
+    monkeypatch.setattr(server, "fits", lambda: known)
+    master = server.LeanMaster(Options())
     assert isinstance(master.addons, Dispatch) is known
     seen = []
     master.addons.add(Recorder("first", seen, raises), Recorder("second", seen))
@@ -73,7 +73,7 @@ async def test_hooks_are_called_in_the_order_of_the_walk(monkeypatch, known, rai
 
 
 async def test_an_addon_that_comes_later_is_called_too():
-    master, seen = serve.LeanMaster(Options()), []
+    master, seen = server.LeanMaster(Options()), []
     master.addons.add(Recorder("first", seen))
     await master.addons.trigger_event(hooks.UpdateHook([]))
     second = Recorder("second", seen)

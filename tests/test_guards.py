@@ -10,8 +10,9 @@ import anthropic
 import pytest
 from gateway import gateway
 
-from gateway_addon import addon, identity
+from gateway_addon import identity
 from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, book, files, owners
+from gateway_addon.proxy import hooks
 from gateway_addon.running import Running
 from gateway_addon.simulator import Behaviour, Simulator
 
@@ -94,13 +95,13 @@ async def test_the_wrapper_of_a_hook_keeps_a_failure_from_forwarding(tmp_path, m
         if not guarded:
             life = self.lives[flow.id]
             life.free = object()  # what a hook that fails late leaves behind
-            from gateway_addon import inject
+            from gateway_addon.proxy import inject
 
-            asked = addon.judged_request(flow)
+            asked = hooks.judged_request(flow)
             inject.wire(flow).grant = self._grant(life.arrived, asked, flow.request.headers.fields, flow.request.raw_content)
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(addon.GatewayAddon, "request", addon.guarded("request")(failing) if guarded else failing)
+    monkeypatch.setattr(hooks.GatewayAddon, "request", hooks.guarded("request")(failing) if guarded else failing)
     async with Simulator() as api, gateway(tmp_path, api) as gw:
         with contextlib.suppress(anthropic.APIError):
             await gw.client().messages.create(**HELLO)

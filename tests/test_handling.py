@@ -4,7 +4,7 @@ import asyncio
 
 from gateway import gateway
 
-from gateway_addon.inject import InjectLayer
+from gateway_addon.proxy.inject import InjectLayer
 from gateway_addon.simulator import Simulator
 
 

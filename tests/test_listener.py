@@ -10,8 +10,8 @@ import httpx2
 import pytest
 from gateway import gateway
 
-from gateway_addon.listener import Certificate, TlsUnavailable
 from gateway_addon.policy import Tls
+from gateway_addon.proxy.certificate import Certificate, TlsUnavailable
 from gateway_addon.simulator import Simulator
 
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}

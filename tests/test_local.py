@@ -24,13 +24,13 @@ from ledgers import rows
 from processes import START_S, ledgered
 from sealed import Sealed, sealed
 
-from gateway_addon import local
 from gateway_addon.cli import local as command
 from gateway_addon.ledger import admin
-from gateway_addon.local import CA_FILE, ENTRANCE, LocalAddon, intercepting
 from gateway_addon.policy import load
-from gateway_addon.serve import build
-from gateway_addon.settings import Settings
+from gateway_addon.proxy import intercept
+from gateway_addon.proxy.intercept import CA_FILE, ENTRANCE, LocalAddon, intercepting
+from gateway_addon.proxy.server import build
+from gateway_addon.proxy.settings import Settings
 from gateway_addon.simulator import KEY, Simulator
 
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 40, "messages": [{"role": "user", "content": "Say hello."}]}
@@ -216,7 +216,7 @@ async def test_a_captured_program_calls_under_the_token_of_the_run(tmp_path, mon
         addon = proxy.gw.addon
         assert isinstance(addon, LocalAddon)
         addon.captured = proxy.gw.tokens["app"]
-        monkeypatch.setattr(local.mode_specs, "LocalMode", local.mode_specs.RegularMode)
+        monkeypatch.setattr(intercept.mode_specs, "LocalMode", intercept.mode_specs.RegularMode)
         await proxy.client("whoever:whatever").messages.create(**HELLO)
         assert await proxy.rows() == [("app", "local/messages", "settled", None)]
 
@@ -352,7 +352,7 @@ async def test_ctrl_c_reaches_the_command_which_decides(tmp_path):
 def test_what_cannot_be_run_is_a_sentence(tmp_path, monkeypatch, words, upstream, said):
     ledgered(tmp_path, upstream, {"app": APP})
     monkeypatch.setenv("SIMULATED_KEY", KEY)
-    monkeypatch.setattr(local, "LocalRedirector", type("None_", (), {"unavailable_reason": staticmethod(lambda: "not on a Tuesday")}))
+    monkeypatch.setattr(intercept, "LocalRedirector", type("None_", (), {"unavailable_reason": staticmethod(lambda: "not on a Tuesday")}))
     where = ["--policies", str(tmp_path / "policies"), "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"]
     result = CliRunner().invoke(command.local, [*where, *words])
     assert (result.exit_code, said in result.output) == (2, True), result.output

@@ -15,7 +15,8 @@ from sealed import sealed
 from streamed import ASK, BLOCK, DELTAS, END, EVENTS, START, payload, read, request
 from upstreams import chunked, event, upstream
 
-from gateway_addon import bounded, relay
+from gateway_addon.proxy import bounded_http1
+from gateway_addon.proxy.fastpath import relay
 from gateway_addon.simulator import Behaviour
 
 BODIES = {
@@ -42,9 +43,9 @@ def test_a_chunked_body_is_read_as_h11_reads_it_however_it_arrives(body):
     for first in range(len(body) + 1):
         for second in range(first, len(body) + 1):
             pieces = [piece for piece in (body[:first], body[first:second], body[second:]) if piece]
-            assert read(relay.Chunks(), pieces) == read(bounded.Chunks(), pieces), pieces
+            assert read(relay.Chunks(), pieces) == read(bounded_http1.Chunks(), pieces), pieces
     single = [body[at : at + 1] for at in range(len(body))]
-    assert read(relay.Chunks(), single)[:2] == read(bounded.Chunks(), single)[:2]
+    assert read(relay.Chunks(), single)[:2] == read(bounded_http1.Chunks(), single)[:2]
 
 
 def test_whole_chunks_that_are_there_together_are_one_piece():
@@ -137,7 +138,7 @@ async def test_a_tap_that_swallows_a_piece_ends_no_body(tmp_path, monkeypatch, k
         seen.append(chunk)
         return b"" if len(seen) == 4 else chunk
 
-    monkeypatch.setattr("gateway_addon.addon.GatewayAddon._chunk", swallow)
+    monkeypatch.setattr("gateway_addon.proxy.hooks.GatewayAddon._chunk", swallow)
     async with upstream(chunked(*EVENTS, more="connection: close\r\n"), piece_bytes=150) as api:
         async with gateway(tmp_path, None, upstream=api.url) as gw:
             assert payload(await call(gw)) == b"".join(seen[:3] + seen[4:])

@@ -13,12 +13,12 @@ from gateway import gateway
 from processes import ledgered
 from secret_hunt import found_in, of_family
 
-from gateway_addon.addon import GatewayAddon
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.console.app import Console, Policies, build
 from gateway_addon.console.login import Login
-from gateway_addon.debugging.addon import DebugAddon
 from gateway_addon.ledger import copies
+from gateway_addon.proxy.hooks import GatewayAddon
+from gateway_addon.proxy.web.addon import DebugAddon
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 200, "messages": [{"role": "user", "content": "hi"}]}

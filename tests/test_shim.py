@@ -22,7 +22,7 @@ APPS = {
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
 SCRIPT = """
 from gateway_addon import gate
-from gateway_addon.shim import addons
+from gateway_addon.addon import addons
 
 admit = gate.Gate.admit
 

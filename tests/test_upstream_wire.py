@@ -12,7 +12,8 @@ from rawhttp import send, split_answer
 from streamed import ASK, EVENTS, payload, request
 from upstreams import answer, chunked, message, upstream
 
-from gateway_addon import bounded, relay, whole
+from gateway_addon.proxy import bounded_http1
+from gateway_addon.proxy.fastpath import relay, whole
 from gateway_addon.simulator import Simulator
 
 JSON = answer(200, "application/json", message())
@@ -22,7 +23,7 @@ COSTS = 9 * 1000 + 24 * 5000
 HINTS = b"HTTP/1.1 103 Early Hints\r\nlink: </x>; rel=preload\r\ntransfer-encoding: x\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 PATHS = pytest.mark.parametrize("known", [True, False], ids=["fast", "mitmproxy"])
-LONG = 4 * bounded.HEAD_BYTES_MAX
+LONG = 4 * bounded_http1.HEAD_BYTES_MAX
 
 
 @pytest.fixture

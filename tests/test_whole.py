@@ -26,7 +26,8 @@ from sealed import certificate
 from stages import HOOKS, beat, length_of, plain, staged, talk
 from upstreams import answer, chunked, event, message
 
-from gateway_addon import inject, relay, whole
+from gateway_addon.proxy import inject
+from gateway_addon.proxy.fastpath import relay, whole
 
 TOP = b"POST /v1/messages?beta=true HTTP/1.1\r\n"
 OK = b"HTTP/1.1 200 OK\r\n"

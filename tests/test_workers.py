@@ -20,8 +20,8 @@ from gateway import APP, write_policies
 
 from gateway_addon import identity
 from gateway_addon.ledger import admin, files
+from gateway_addon.proxy.supervisor import ListeningLoop, bind, cores, stop_signals
 from gateway_addon.simulator import KEY, Behaviour, Simulator
-from gateway_addon.workers import ListeningLoop, bind, cores, stop_signals
 
 HELLO = [{"role": "user", "content": "hello"}]
 

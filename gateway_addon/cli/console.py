@@ -12,7 +12,7 @@ from gateway_addon.console.login import LINK_S, Login
 from gateway_addon.ledger import LedgerUnavailable, files
 from gateway_addon.policy import PolicyError
 from gateway_addon.pricing import PriceError
-from gateway_addon.workers import bind
+from gateway_addon.proxy.supervisor import bind
 
 NOT_HERE = (
     "The console shows what everybody spends, so it listens on this machine alone, not on {0}. From another machine, forward its port:"

@@ -15,13 +15,13 @@ from gateway_addon.cli.common import Address, ledger_option, policies_option, sa
 from gateway_addon.cli.serve import NO_KEY
 from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.files import ledger_path
-from gateway_addon.listener import TlsUnavailable
-from gateway_addon.local import capture_problem, run
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
+from gateway_addon.proxy.certificate import TlsUnavailable
+from gateway_addon.proxy.intercept import capture_problem, run
+from gateway_addon.proxy.settings import Settings
+from gateway_addon.proxy.supervisor import ListeningLoop, bind
 from gateway_addon.secret import SecretUnavailable, conceal
-from gateway_addon.settings import Settings
-from gateway_addon.workers import ListeningLoop, bind
 
 PORT = 8082
 RUN_TOKEN_S = 30 * 86400  # a run's own token ends by itself where the run is killed before it can revoke it

@@ -12,13 +12,13 @@ from argon2 import PasswordHasher
 
 from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.ledger import LedgerUnavailable
-from gateway_addon.listener import TlsUnavailable
 from gateway_addon.otel import OtelMissing
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
+from gateway_addon.proxy.certificate import TlsUnavailable
+from gateway_addon.proxy.settings import Settings
+from gateway_addon.proxy.supervisor import bind, cores, is_loopback, supervise
 from gateway_addon.secret import SecretUnavailable, conceal
-from gateway_addon.settings import Settings
-from gateway_addon.workers import bind, cores, is_loopback, supervise
 
 WORKERS_MAX = 4  # by default: the ledger's file takes one writer at a time
 NO_KEY = "{0} Put the real Claude API key there, or see everything work without an account: gateway demo"
@@ -128,7 +128,7 @@ def _listener(listen: tuple[str, int], policies: Path, insecure: bool, socket_fd
 
 @SAY
 def _serve(settings: Settings, listener: socket.socket) -> NoReturn:
-    from gateway_addon.serve import run  # here: a supervisor need not pay for mitmproxy's start-up
+    from gateway_addon.proxy.server import run  # here: a supervisor need not pay for mitmproxy's start-up
 
     try:
         raise SystemExit(run(settings, listener))

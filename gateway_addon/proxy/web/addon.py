@@ -17,18 +17,19 @@ from mitmproxy import command, contentviews, ctx, exceptions, http
 from mitmproxy import flow as mflow
 from mitmproxy.hooks import UpdateHook
 
-from gateway_addon import explanation, identity, inject
-from gateway_addon.addon import GatewayAddon, guarded, judged_request
+from gateway_addon import explanation, identity
 from gateway_addon.answers import Answer
 from gateway_addon.calls import Record
-from gateway_addon.debugging import contents
-from gateway_addon.debugging.closed import FIXED, LOOKING, NO_SCRIPTS
-from gateway_addon.debugging.view import ClaudeContentview
 from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, app_scope, book, scopes, team_scope
 from gateway_addon.money import cents, dollars
 from gateway_addon.passes import Arrived, Pass
 from gateway_addon.policy import AppPolicy, all_caps, caps
 from gateway_addon.pricing import cost
+from gateway_addon.proxy import inject
+from gateway_addon.proxy.hooks import GatewayAddon, guarded, judged_request
+from gateway_addon.proxy.web import pretty
+from gateway_addon.proxy.web.lockdown import FIXED, LOOKING, NO_SCRIPTS
+from gateway_addon.proxy.web.view import ClaudeContentview
 from gateway_addon.refusals import Refusal
 from gateway_addon.settlement import EndedBy
 from gateway_addon.usage import Usage
@@ -149,7 +150,7 @@ class DebugAddon(GatewayAddon):
         if isinstance(said, Refusal):
             flow.marked = REFUSED
             refused = f"refused, {said.code}: {said.sentence}"
-            flow.comment = _line(caller and caller.app, contents.model(flow.request.raw_content or b""), refused)
+            flow.comment = _line(caller and caller.app, pretty.model(flow.request.raw_content or b""), refused)
         super().answer(flow, said)
 
     def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:

@@ -36,8 +36,8 @@ from mitmproxy.proxy.layers.http import (
     SendHttp,
 )
 
-from gateway_addon import relay, whole
-from gateway_addon.bounded import HEAD_BYTES_MAX
+from gateway_addon.proxy.bounded_http1 import HEAD_BYTES_MAX
+from gateway_addon.proxy.fastpath import relay, whole
 from gateway_addon.refusals import Refusal, new_request_id
 
 logger = logging.getLogger(__name__)

@@ -43,8 +43,9 @@ from mitmproxy.proxy.layers.http import (
 from mitmproxy.proxy.mode_specs import ReverseMode
 from mitmproxy.utils import human
 
-from gateway_addon import bounded, dispatch
-from gateway_addon.bounded import HEAD_BYTES_MAX
+from gateway_addon.proxy import bounded_http1
+from gateway_addon.proxy.bounded_http1 import HEAD_BYTES_MAX
+from gateway_addon.proxy.fastpath import dispatch
 
 _EVENT = ["self", "event"]
 PARTS: dict[type, dict[str, list[str]]] = {
@@ -183,7 +184,7 @@ def _nothing() -> layer.CommandGenerator[None]:
     yield from ()
 
 
-class Server(bounded.Body, Http1Server):
+class Server(bounded_http1.Body, Http1Server):
     """mitmproxy's side towards the client."""
 
     def __init__(self, context: Context):
@@ -225,7 +226,7 @@ class Server(bounded.Body, Http1Server):
             yield from self.state(events.DataReceived(self.conn, b""))
 
 
-class Client(bounded.Client):
+class Client(bounded_http1.Client):
     """mitmproxy's side towards the upstream."""
 
     @cached_property

@@ -20,7 +20,7 @@ from mitmproxy.proxy.mode_servers import ProxyConnectionHandler
 from mitmproxy.proxy.server import ConnectionHandler, ConnectionIO
 from mitmproxy.utils import asyncio_utils
 
-from gateway_addon import dispatch
+from gateway_addon.proxy.fastpath import dispatch
 
 PARTS = {
     "server_event": ["self", "event"],

@@ -31,12 +31,12 @@ from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode
 from mitmproxy_rs.local import LocalRedirector
 
-from gateway_addon.addon import GatewayAddon, guarded
 from gateway_addon.answers import Answer
 from gateway_addon.passes import Arrived
+from gateway_addon.proxy.hooks import GatewayAddon, guarded
+from gateway_addon.proxy.server import on_signal, prepared
+from gateway_addon.proxy.settings import Settings
 from gateway_addon.refusals import Refusal
-from gateway_addon.serve import on_signal, prepared
-from gateway_addon.settings import Settings
 
 ENTRANCE = "local/"
 """Stands before the endpoint of every call that came this way; `gateway cutover` lists their apps as stragglers."""

@@ -24,26 +24,26 @@ from mitmproxy.master import Master
 from OpenSSL import SSL
 
 from gateway_addon import otel
-from gateway_addon.addon import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.calls import Record, Tell
 from gateway_addon.clocks import SYSTEM
 from gateway_addon.daybook import Daybook
-from gateway_addon.dispatch import Dispatch
 from gateway_addon.gate import Gate
-from gateway_addon.handling import Handlers, fits
 from gateway_addon.herald import Herald
 from gateway_addon.keeper import Keeper
 from gateway_addon.ledger import Ledger, Server
 from gateway_addon.ledger.files import ledger_path, state_folder
-from gateway_addon.listener import Certificate
 from gateway_addon.logs import call_line, say_plainly
-from gateway_addon.modes import reverse
 from gateway_addon.policy import GatewayPolicy, load
+from gateway_addon.proxy.certificate import Certificate
+from gateway_addon.proxy.fastpath.connection import Handlers, fits
+from gateway_addon.proxy.fastpath.dispatch import Dispatch
+from gateway_addon.proxy.hooks import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
+from gateway_addon.proxy.reverse_tcp import reverse
+from gateway_addon.proxy.settings import Settings
+from gateway_addon.proxy.supervisor import ListeningLoop, stop_signals, when_the_parent_ends
 from gateway_addon.reload import Watcher, align, audit_key, must_agree, saved_by
 from gateway_addon.secret import Secret, keep_fresh
-from gateway_addon.settings import Settings
 from gateway_addon.upstream import ask
-from gateway_addon.workers import ListeningLoop, stop_signals, when_the_parent_ends
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def chosen(settings: Settings) -> Callable[..., GatewayAddon]:
     """What makes the addon. mitmweb and its web server, 8 MB in each worker, are loaded only for those who asked for its page."""
     if settings.web_port is None:
         return GatewayAddon
-    from gateway_addon.debugging.addon import DebugAddon
+    from gateway_addon.proxy.web.addon import DebugAddon
 
     return partial(DebugAddon, place=ledger_path(settings.ledger))
 
@@ -223,15 +223,15 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     if settings.web_port is None:
         master: Master = LeanMaster(opts)
     else:
-        from gateway_addon.debugging import closed
-        from gateway_addon.debugging.addon import DebugAddon
-        from gateway_addon.debugging.master import DebugMaster
+        from gateway_addon.proxy.web import lockdown
+        from gateway_addon.proxy.web.addon import DebugAddon
+        from gateway_addon.proxy.web.master import DebugMaster
 
         assert isinstance(addon, DebugAddon), "chosen() makes one for these settings"
         master = DebugMaster(opts, addon)
         master.addons.get("tlsconfig").__class__ = UpstreamTls
         logging.getLogger("mitmproxy.tools.web.webaddons").setLevel(logging.ERROR)  # its advice on passwords that last longer than ours
-        own |= closed.OPTIONS | {"web_port": settings.web_port, "web_password": settings.web_password}
+        own |= lockdown.OPTIONS | {"web_port": settings.web_port, "web_password": settings.web_password}
     master.addons.chain.insert(0, master.addons.register(addon))
     opts.update(**hardened(opts, policy), **own)
     for name in (option.partition("=")[0].strip() for option in settings.options):

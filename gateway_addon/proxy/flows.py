@@ -12,11 +12,11 @@ from typing import Any
 
 from mitmproxy import connection, ctx, http
 
-from gateway_addon import inject
 from gateway_addon.answers import error_event
 from gateway_addon.clocks import Clocks
 from gateway_addon.gate import Gate
 from gateway_addon.passes import Arrived, Pass
+from gateway_addon.proxy import inject
 from gateway_addon.refusals import Refusal
 from gateway_addon.running import Running
 from gateway_addon.streams import cut_refusal

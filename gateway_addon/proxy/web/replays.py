@@ -14,8 +14,8 @@ from mitmproxy.addons.clientplayback import ClientPlayback, ReplayHandler
 from mitmproxy.options import Options
 from mitmproxy.proxy import server_hooks
 
-from gateway_addon import inject
-from gateway_addon.lives import Life
+from gateway_addon.proxy import inject
+from gateway_addon.proxy.flows import Life
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,13 @@
-"""mitmweb as a gateway runs it: replays go through the gateway's layers, admission comes last, and its page is closed (closed.py)."""
+"""mitmweb as a gateway runs it: replays go through the gateway's layers, admission comes last, and its page is closed (lockdown.py)."""
 
 import os
 
 from mitmproxy import options
 from mitmproxy.tools.web.master import WebMaster
 
-from gateway_addon.debugging.addon import Admission, DebugAddon
-from gateway_addon.debugging.closed import kept
-from gateway_addon.debugging.replays import gate_replays
+from gateway_addon.proxy.web.addon import Admission, DebugAddon
+from gateway_addon.proxy.web.lockdown import kept
+from gateway_addon.proxy.web.replays import gate_replays
 
 
 class DebugMaster(WebMaster):

@@ -1,4 +1,4 @@
-"""The content view `Claude` of mitmweb: requests and answers of the Messages API as `contents` reads them.
+"""The content view `Claude` of mitmweb: requests and answers of the Messages API as `pretty` reads them.
 
 Promises to look at nothing but what mitmweb has stored of a flow. Knows no policy; what an answer cost it is told.
 """
@@ -8,7 +8,7 @@ from functools import partial
 
 from mitmproxy import contentviews, http
 
-from gateway_addon.debugging import contents
+from gateway_addon.proxy.web import pretty
 from gateway_addon.usage import Usage
 
 READABLE = ("application/json", "text/event-stream")
@@ -24,9 +24,9 @@ class ClaudeContentview(contentviews.Contentview):
         message, flow = metadata.http_message, metadata.flow
         known = flow if isinstance(flow, http.HTTPFlow) else None
         if isinstance(message, http.Request):
-            text = contents.request(data)
+            text = pretty.request(data)
         else:
-            text = contents.answer(data, metadata.content_type or "", partial(self._priced, known))
+            text = pretty.answer(data, metadata.content_type or "", partial(self._priced, known))
         return text.replace("\n\n", "\n \n")  # mitmweb shows nothing at all for an empty line
 
     def render_priority(self, data: bytes, metadata: contentviews.Metadata) -> float:

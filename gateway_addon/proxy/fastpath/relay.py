@@ -30,7 +30,8 @@ from mitmproxy.proxy.layers.http import (
     SendHttp,
 )
 
-from gateway_addon import bounded, dispatch, whole
+from gateway_addon.proxy import bounded_http1
+from gateway_addon.proxy.fastpath import dispatch, whole
 
 READER = {"_bytes_in_chunk": 0, "_bytes_to_discard": b"", "_reading_trailer": False}
 """What h11's reader of a chunked body keeps between two calls, and how it begins."""
@@ -54,7 +55,7 @@ def fits(reader: Callable[[], object] = ChunkedReader) -> bool:
 FITS = fits()
 
 
-class Chunks(bounded.Chunks):
+class Chunks(bounded_http1.Chunks):
     """h11's reader of a chunked body, which takes whole chunks that are there together for one."""
 
     def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:
@@ -200,7 +201,7 @@ def install(top: HttpLayer, server: connection.Connection) -> None:
     if type(client) is not Http1Client:
         return
     if not FITS or top.context.options.store_streamed_bodies:
-        bounded.Client.take_over(client)
+        bounded_http1.Client.take_over(client)
         return
     Relay.relaying(client, top)
     if above is None:
