@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
-from gateway_addon import alerts
+from gateway_addon.calls import alerts
 from gateway_addon.ledger import Alert, DueAlert, Ledger, LedgerUnavailable
 from gateway_addon.policy import Alerts, GatewayPolicy, Source, all_caps
 

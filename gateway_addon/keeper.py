@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Protocol
 
-from gateway_addon import booking
-from gateway_addon.batches import Results, object_of
+from gateway_addon.calls import batch_booking
+from gateway_addon.calls.batches import Results, object_of
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.ledger import Ledger, LedgerUnavailable, app_scope, belongings
 from gateway_addon.ledger import batches as book
@@ -54,7 +54,7 @@ class Keeper:
     """One process's. `policy` returns the one in force."""
 
     def __init__(
-        self, ledger: Ledger, policy: Callable[[], GatewayPolicy], ask: Ask, closed: booking.Closed, clocks: Clocks = SYSTEM
+        self, ledger: Ledger, policy: Callable[[], GatewayPolicy], ask: Ask, closed: batch_booking.Closed, clocks: Clocks = SYSTEM
     ):  # fmt: skip
         self._ledger, self._policy, self._ask, self._closed, self._clocks = ledger, policy, ask, closed, clocks
 
@@ -81,7 +81,7 @@ class Keeper:
             await self._look_at(batch)
         except Gone as error:
             logger.error("Batch %s of app %s: %s. It is settled at what it held.", batch.id, batch.app, error)
-            await booking.close(self._ledger, batch, self._closed, anyway="batch_gone", now=self._clocks.now())
+            await batch_booking.close(self._ledger, batch, self._closed, anyway="batch_gone", now=self._clocks.now())
         except LedgerUnavailable:
             raise
         except Exception as error:
@@ -102,7 +102,7 @@ class Keeper:
 
     async def _close(self, batch: Batch) -> None:
         """Read the results, a piece at a time, and settle by them; in the end without them. Raises as `_look_at`."""
-        prices = await booking.priced_by(self._ledger, batch, self._policy().prices)
+        prices = await batch_booking.priced_by(self._ledger, batch, self._policy().prices)
         with ExitStack() as opened:
             path = f"/v1/messages/batches/{batch.id}/results"
             answer = await asyncio.to_thread(lambda: opened.enter_context(self._ask(path)))
@@ -110,13 +110,13 @@ class Keeper:
             results = Results(prices, batch.made_at, hour_ttl=batch.hour_ttl, content_encoding=answer.encoding)
             renew_monotonic_s = self._clocks.monotonic_s() + book.TURN_S / 3
             while (rows := await asyncio.to_thread(_some, answer, results)) is not None:
-                await booking.write(self._ledger, batch, rows)
+                await batch_booking.write(self._ledger, batch, rows)
                 if self._clocks.monotonic_s() >= renew_monotonic_s:
                     await self._again(batch, batch.status, book.TURN_S, batch.failures)
                     renew_monotonic_s = self._clocks.monotonic_s() + book.TURN_S / 3
-            await booking.write(self._ledger, batch, results.close())
+            await batch_booking.write(self._ledger, batch, results.close())
         anyway = "results_unreadable" if batch.failures >= UNREADABLE_TIMES else None
-        if not await booking.close(self._ledger, batch, self._closed, anyway=anyway, now=self._clocks.now()):
+        if not await batch_booking.close(self._ledger, batch, self._closed, anyway=anyway, now=self._clocks.now()):
             raise Failed("its results are not all there, or not to be read")
 
     def _whole(self, path: str) -> bytes:
@@ -130,7 +130,7 @@ class Keeper:
     async def _failed(self, batch: Batch, error: Exception) -> None:
         if self._clocks.now() - batch.made_at > KEPT_FOR_S:
             logger.error("Batch %s of app %s never showed its results (%s). It is settled at what it held.", batch.id, batch.app, error)
-            await booking.close(self._ledger, batch, self._closed, anyway="results_gone", now=self._clocks.now())
+            await batch_booking.close(self._ledger, batch, self._closed, anyway="results_gone", now=self._clocks.now())
             return
         failures = batch.failures + 1
         pause_s = min(self._policy().timeouts.batch_poll_s * 2.0 ** min(failures, 20), book.PAUSE_MAX_S)

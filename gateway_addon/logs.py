@@ -9,10 +9,10 @@ import logging
 import sys
 from collections.abc import Callable
 
-from gateway_addon.calls import Record
+from gateway_addon.calls.record import Record
 from gateway_addon.identity import masked
 
-CALLS = logging.getLogger("gateway_addon.calls")
+CALLS = logging.getLogger("gateway_addon.calls.record")
 LOUD = ("mitmproxy.proxy.server", "mitmproxy.proxy.mode_servers", "hpack", "asyncio", "tornado", "quic")
 
 

@@ -7,7 +7,7 @@ behind. An edge: it talks to a network. Needs the extra `otel`.
 from collections.abc import Callable
 from typing import Any
 
-from gateway_addon.calls import Record, Tell
+from gateway_addon.calls.record import Record, Tell
 
 PACKAGES = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 MISSING = f"--otel needs OpenTelemetry, which is not installed: .venv/bin/pip install {PACKAGES}"

@@ -11,8 +11,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from gateway_addon.alerts import policy_broken
-from gateway_addon.gate import Gate
+from gateway_addon.calls.alerts import policy_broken
+from gateway_addon.calls.gateway import Gate
 from gateway_addon.inventory import consumers
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Server, access, admin, apart, book
 from gateway_addon.policy import GatewayPolicy, PolicyError, load

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gateway_addon import pricing
-from gateway_addon.bounds import Quote, quote
+from gateway_addon.calls.quote import Quote, quote
 from gateway_addon.policy import AppPolicy
 from gateway_addon.policy.loading import parse_app
 from gateway_addon.reading import Reading, Request, read

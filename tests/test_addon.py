@@ -14,7 +14,7 @@ from gateway import gateway
 from mitmproxy import exceptions, hooks
 from mitmproxy.addons.clientplayback import ClientPlayback
 
-from gateway_addon.gate import Gate
+from gateway_addon.calls.gateway import Gate
 from gateway_addon.proxy.flows import Life
 from gateway_addon.proxy.hooks import REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.simulator import Behaviour, Simulator

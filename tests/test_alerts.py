@@ -12,7 +12,7 @@ import pytest
 from gateway import gateway
 from ledgers import NOON, new_ledger, rows
 
-from gateway_addon import alerts
+from gateway_addon.calls import alerts
 from gateway_addon.herald import Herald
 from gateway_addon.ledger import Alert, Ledger, LedgerUnavailable, Resolution, Standing
 from gateway_addon.policy import Source, load
@@ -273,7 +273,7 @@ async def test_an_app_that_spends_is_told_of_once_by_the_highest_threshold_and_i
 @pytest.fixture
 def news(monkeypatch):
     kept = []
-    monkeypatch.setattr("gateway_addon.gate.Gate.tell", lambda gate, alert: kept.append(alert))
+    monkeypatch.setattr("gateway_addon.calls.gateway.Gate.tell", lambda gate, alert: kept.append(alert))
     return kept
 
 

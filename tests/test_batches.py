@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from gateway_addon import pricing
-from gateway_addon.batches import REQUESTS_MAX, Results, judged, object_of
-from gateway_addon.bounds import quote
+from gateway_addon.calls.batches import REQUESTS_MAX, Results, judged, object_of
+from gateway_addon.calls.quote import quote
 from gateway_addon.policy.loading import parse_app
 from gateway_addon.pricing import cost, kept, restored
 from gateway_addon.reading import Request, read

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from quotes import NOW, PRICES, app, content, quoted, reading
 
 from gateway_addon import pricing
-from gateway_addon.bounds import Quote, input_bound, quote
+from gateway_addon.calls.quote import Quote, input_bound, quote
 from gateway_addon.refusals import Refusal
 from gateway_addon.usage import Part, Tokens, Usage
 

@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from processes import ledgered
 
 from gateway_addon import otel
-from gateway_addon.calls import record
+from gateway_addon.calls.record import record
 from gateway_addon.ledger import Outcome
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from ledgers import CALL, NOON, Cap
 
-from gateway_addon import door as room
-from gateway_addon.door import Door, Offer
+from gateway_addon.calls import queue as room
+from gateway_addon.calls.queue import Door, Offer
 from gateway_addon.ledger import Denied, RateLimits, Reserved, Standing
 
 DAY = Standing("app:reports", "day", 0, None, 1000, 0, 900, 100, 0, 1)

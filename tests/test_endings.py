@@ -11,7 +11,7 @@ from call_rows import calls
 from gateway import gateway
 from upstreams import START, answer, event, message, upstream
 
-from gateway_addon import settlement
+from gateway_addon.calls import settlement
 from gateway_addon.simulator import Behaviour, Simulator, delivery
 
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 120, "messages": [{"role": "user", "content": "Say hello."}]}

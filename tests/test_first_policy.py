@@ -6,8 +6,8 @@ import pytest
 from gateway import FIRST, gateway
 
 from gateway_addon import pricing
-from gateway_addon.bounds import Quote, quote
-from gateway_addon.offers import rewritten
+from gateway_addon.calls.quote import Quote, quote
+from gateway_addon.calls.reservation_options import rewritten
 from gateway_addon.policy import judge
 from gateway_addon.policy.loading import parse_app
 from gateway_addon.reading import Reading, Request, read

@@ -103,7 +103,7 @@ async def test_counting_tokens_is_free_and_never_blocked_by_a_cap(tmp_path):
 
 
 async def test_a_gateway_is_ready_while_its_ledger_takes_writes_and_it_takes_calls(tmp_path, monkeypatch):
-    monkeypatch.setattr("gateway_addon.gate.READY_FOR_S", 0.0)
+    monkeypatch.setattr("gateway_addon.calls.gateway.READY_FOR_S", 0.0)
     async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
 
         async def asked(path):

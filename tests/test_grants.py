@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from gateway_addon.grants import BLOCK_TOKENS, TICK_S, Pace, Progress, Seen
+from gateway_addon.calls.progress import BLOCK_TOKENS, TICK_S, Pace, Progress, Seen
 
 PACE = Pace(tokens_per_second_max=400, lag_s=5.0)
 

@@ -11,9 +11,9 @@ import pytest
 from gateway import gateway
 
 from gateway_addon import identity
+from gateway_addon.calls.running import Running
 from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, book, files, owners
 from gateway_addon.proxy import hooks
-from gateway_addon.running import Running
 from gateway_addon.simulator import Behaviour, Simulator
 
 NOW = 1_790_000_000.0

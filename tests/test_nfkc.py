@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_addon import nfkc, pricing, reading
-from gateway_addon.batches import judged
+from gateway_addon.calls.batches import judged
 from gateway_addon.nfkc import nfkc_growth
 from gateway_addon.policy.loading import parse_app
 from gateway_addon.reading import Request

@@ -12,7 +12,7 @@ import pytest
 from gateway import gateway
 from upstreams import chunked, event, upstream
 
-from gateway_addon import gate
+from gateway_addon.calls import gateway as gate
 from gateway_addon.clocks import Clocks
 from gateway_addon.ledger import admin
 from gateway_addon.simulator import Behaviour, Simulator

@@ -26,7 +26,7 @@ def test_the_reference_of_every_key_is_the_one_that_validates_them():
 
 
 def test_the_table_of_endings_is_that_of_the_settlement():
-    from gateway_addon import settlement
+    from gateway_addon.calls import settlement
 
     reasons = set(re.findall(r"estimated:(\w+)", settlement.__doc__)) - {"gateway_error"}
     assert reasons <= set(re.findall(r"estimated:(\w+)", README))

@@ -9,11 +9,11 @@ from ledgers import CALL
 from quotes import NOW, PRICES, app, quoted, reading
 from upstreams import event, message
 
+from gateway_addon.calls.progress import Pace
+from gateway_addon.calls.running import Running, Ticket
+from gateway_addon.calls.settlement import Void, settle
 from gateway_addon.cli.meter import meter
-from gateway_addon.grants import Pace
 from gateway_addon.ledger import Settlement
-from gateway_addon.running import Running, Ticket
-from gateway_addon.settlement import Void, settle
 
 GRANTED = 1000
 ENVELOPE = b'{"type":"error","error":{"type":"overloaded_error","message":"x"}}'

@@ -21,7 +21,7 @@ APPS = {
 }
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
 SCRIPT = """
-from gateway_addon import gate
+from gateway_addon.calls import gateway as gate
 from gateway_addon.addon import addons
 
 admit = gate.Gate.admit

@@ -12,14 +12,14 @@ from typing import Any
 
 from mitmproxy import connection, ctx, http
 
-from gateway_addon.answers import error_event
+from gateway_addon.calls.gateway import Gate
+from gateway_addon.calls.permits import Arrived, Pass
+from gateway_addon.calls.responses import error_event
+from gateway_addon.calls.running import Running
+from gateway_addon.calls.top_ups import cut_refusal
 from gateway_addon.clocks import Clocks
-from gateway_addon.gate import Gate
-from gateway_addon.passes import Arrived, Pass
 from gateway_addon.proxy import inject
 from gateway_addon.refusals import Refusal
-from gateway_addon.running import Running
-from gateway_addon.streams import cut_refusal
 
 CUT_GRACE_S = 0.1  # how long a cut stream may take to complete its current event
 LOOK_AGAIN_S = 3600.0

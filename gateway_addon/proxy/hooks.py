@@ -1,7 +1,7 @@
 """The mitmproxy addon: the life of a request, hook by hook, in the order in which a flow meets them. No decisions.
 
 Promises that nothing passes undecided. mitmproxy lets a flow go on when a hook raises, so every hook is guarded: a failure
-is a refusal on the way in, a conservative settlement on the way out. What may happen to a request is decided in gate.py; the
+is a refusal on the way in, a conservative settlement on the way out. What may happen to a request is decided in gateway.py; the
 real key is put on the wire by inject.py; this module carries values between mitmproxy and those two.
 """
 
@@ -19,17 +19,17 @@ from mitmproxy.proxy.layer import NextLayer
 from OpenSSL import SSL
 
 from gateway_addon import header_filter
-from gateway_addon.answers import Answer, cap_headers, edited_header
+from gateway_addon.calls.gateway import Gate
+from gateway_addon.calls.permits import Arrived, Ending
+from gateway_addon.calls.responses import Answer, cap_headers, edited_header
+from gateway_addon.calls.running import Ticket
+from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.clocks import SYSTEM, Clocks
-from gateway_addon.gate import Gate
-from gateway_addon.passes import Arrived, Ending
 from gateway_addon.proxy import inject
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.flows import Life, close_forgotten
 from gateway_addon.reading import Request
 from gateway_addon.refusals import Refusal, new_request_id
-from gateway_addon.running import Ticket
-from gateway_addon.settlement import EndedBy
 
 logger = logging.getLogger(__name__)
 

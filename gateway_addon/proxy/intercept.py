@@ -31,8 +31,8 @@ from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode
 from mitmproxy_rs.local import LocalRedirector
 
-from gateway_addon.answers import Answer
-from gateway_addon.passes import Arrived
+from gateway_addon.calls.permits import Arrived
+from gateway_addon.calls.responses import Answer
 from gateway_addon.proxy.hooks import GatewayAddon, guarded
 from gateway_addon.proxy.server import on_signal, prepared
 from gateway_addon.proxy.settings import Settings

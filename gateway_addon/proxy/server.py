@@ -24,10 +24,10 @@ from mitmproxy.master import Master
 from OpenSSL import SSL
 
 from gateway_addon import otel
-from gateway_addon.calls import Record, Tell
+from gateway_addon.calls.gateway import Gate
+from gateway_addon.calls.record import Record, Tell
 from gateway_addon.clocks import SYSTEM
 from gateway_addon.daybook import Daybook
-from gateway_addon.gate import Gate
 from gateway_addon.herald import Herald
 from gateway_addon.keeper import Keeper
 from gateway_addon.ledger import Ledger, Server

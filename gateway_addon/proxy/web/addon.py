@@ -18,11 +18,12 @@ from mitmproxy import flow as mflow
 from mitmproxy.hooks import UpdateHook
 
 from gateway_addon import explanation, identity
-from gateway_addon.answers import Answer
-from gateway_addon.calls import Record
+from gateway_addon.calls.permits import Arrived, Pass
+from gateway_addon.calls.record import Record
+from gateway_addon.calls.responses import Answer
+from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, app_scope, book, scopes, team_scope
 from gateway_addon.money import cents, dollars
-from gateway_addon.passes import Arrived, Pass
 from gateway_addon.policy import AppPolicy, all_caps, caps
 from gateway_addon.pricing import cost
 from gateway_addon.proxy import inject
@@ -31,7 +32,6 @@ from gateway_addon.proxy.web import pretty
 from gateway_addon.proxy.web.lockdown import FIXED, LOOKING, NO_SCRIPTS
 from gateway_addon.proxy.web.view import ClaudeContentview
 from gateway_addon.refusals import Refusal
-from gateway_addon.settlement import EndedBy
 from gateway_addon.usage import Usage
 
 REFUSED = ":no_entry:"

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from gateway_addon.batches import Results
+from gateway_addon.calls.batches import Results
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Resolution, app_scope
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, ResultRow, Settled

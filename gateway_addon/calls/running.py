@@ -1,15 +1,15 @@
 """One admitted call while it runs: what is held for it, what its answer has shown, and what it must be settled at.
 
 Promises that what is held never falls below what the provider can bill: the input's bound until the answer reports its exact
-tokens, and output as granted, whole or in steps (grants.py). Knows nothing of mitmproxy, SQL or the clocks.
+tokens, and output as granted, whole or in steps (progress.py). Knows nothing of mitmproxy, SQL or the clocks.
 """
 
 import math
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from gateway_addon.bounds import Quote
-from gateway_addon.grants import Pace, Progress, Seen
+from gateway_addon.calls.progress import Pace, Progress, Seen
+from gateway_addon.calls.quote import Quote
 from gateway_addon.ledger import NewCall, Standing, scopes
 from gateway_addon.money import rounded_up
 from gateway_addon.names import safe_name
@@ -41,7 +41,7 @@ class Ticket:
     body: bytes | None = None
     """The body to send where the policy rewrote it (an alias, a clamp); None: as it came."""
     edited: str = ""
-    """What was rewritten, as its answer says (answers.py)."""
+    """What was rewritten, as its answer says (responses.py)."""
 
     @property
     def scopes(self) -> tuple[str, ...]:

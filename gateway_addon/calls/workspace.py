@@ -16,21 +16,21 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
-from gateway_addon import batches
-from gateway_addon.answers import Answer
-from gateway_addon.booking import Booking, Closed, priced_by
-from gateway_addon.door import Door, Offer
-from gateway_addon.files import file_of, upload_problem
+from gateway_addon.calls import batches
+from gateway_addon.calls.batch_booking import Booking, Closed, priced_by
+from gateway_addon.calls.files import file_of, upload_problem
+from gateway_addon.calls.permits import Arrived, Ending, Errand, Pass
+from gateway_addon.calls.queue import Door, Offer
+from gateway_addon.calls.refusal_messages import BatchQuote, denied
+from gateway_addon.calls.responses import Answer
 from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, belongings
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, NewBatch
 from gateway_addon.ledger.belongings import Belonging, Kind
-from gateway_addon.passes import Arrived, Ending, Errand, Pass
 from gateway_addon.policy import AppPolicy, caps
 from gateway_addon.pricing import kept
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal, stated
-from gateway_addon.sentences import BatchQuote, denied
 from gateway_addon.usage import Meter
 
 logger = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 
+from gateway_addon.calls.progress import TICK_S
+from gateway_addon.calls.refusal_messages import cut_sentence
+from gateway_addon.calls.running import Running
 from gateway_addon.clocks import Clocks
-from gateway_addon.grants import TICK_S
 from gateway_addon.ledger import Ledger, LedgerUnavailable
 from gateway_addon.refusals import Refusal
-from gateway_addon.running import Running
-from gateway_addon.sentences import cut_sentence
 
 logger = logging.getLogger(__name__)
 

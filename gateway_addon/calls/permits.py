@@ -3,11 +3,11 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.ledger import NewCall, Token
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy
 from gateway_addon.reading import Reading, Request
-from gateway_addon.settlement import EndedBy
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from gateway_addon.bounds import Quote
-from gateway_addon.door import Offer
-from gateway_addon.grants import Pace
+from gateway_addon.calls.progress import Pace
+from gateway_addon.calls.queue import Offer
+from gateway_addon.calls.quote import Quote
 from gateway_addon.policy import CLAMPED, AppPolicy, Cap, GatewayPolicy, edits
 from gateway_addon.pricing import Prices
 from gateway_addon.reading import Reading

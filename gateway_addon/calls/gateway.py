@@ -20,12 +20,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from gateway_addon import alerts, identity, reading, wrong_paths
-from gateway_addon.answers import Answer, edited_text, me, visible_models
-from gateway_addon.bounds import Quote, quote
-from gateway_addon.calls import Tell, record
+from gateway_addon import identity, reading, wrong_paths
+from gateway_addon.calls import alerts
+from gateway_addon.calls.permits import Arrived, Ending, Errand, Pass, new_call
+from gateway_addon.calls.queue import Door
+from gateway_addon.calls.quote import Quote, quote
+from gateway_addon.calls.record import Tell, record
+from gateway_addon.calls.refusal_messages import denied, elsewhere, headroom, in_force, noisy, over_request_cap, paused
+from gateway_addon.calls.reservation_options import offers, rewritten
+from gateway_addon.calls.responses import Answer, edited_text, me, visible_models
+from gateway_addon.calls.running import Running, Ticket
+from gateway_addon.calls.settlement import EndedBy, Void, drifted, settle
+from gateway_addon.calls.top_ups import Cut, Streams
+from gateway_addon.calls.workspace import Workspace
 from gateway_addon.clocks import SYSTEM, Clocks
-from gateway_addon.door import Door
 from gateway_addon.herald import Herald
 from gateway_addon.ledger import (
     Alert,
@@ -45,18 +53,11 @@ from gateway_addon.ledger.batches import Batch, Settled
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
 from gateway_addon.noise import Noise
-from gateway_addon.offers import offers, rewritten
 from gateway_addon.origin import origin, within
-from gateway_addon.passes import Arrived, Ending, Errand, Pass, new_call
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, judge, observed
 from gateway_addon.rates import shortage
 from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
-from gateway_addon.running import Running, Ticket
-from gateway_addon.sentences import denied, elsewhere, headroom, in_force, noisy, over_request_cap, paused
-from gateway_addon.settlement import EndedBy, Void, drifted, settle
-from gateway_addon.streams import Cut, Streams
-from gateway_addon.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ Each names the app, the limit with its amounts, and the way out. Knows the ledge
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from gateway_addon.bounds import Quote
+from gateway_addon.calls.quote import Quote
+from gateway_addon.calls.running import Running
 from gateway_addon.identity import ISSUE
 from gateway_addon.ledger import Denied, Pause, Standing, Token
 from gateway_addon.money import cents, dollars
@@ -15,7 +16,6 @@ from gateway_addon.origin import FORWARDED_FOR
 from gateway_addon.policy import AppPolicy
 from gateway_addon.rates import Shortage
 from gateway_addon.refusals import Refusal
-from gateway_addon.running import Running
 
 
 class BatchQuote(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from gateway_addon.grants import Pace
+from gateway_addon.calls.progress import Pace
 from gateway_addon.ledger import Cap, Denied, Ledger, NewCall, RateLimits, Reserved, Standing, app_scope
 
 WAIT_S = 2.0  # for budget that is held, not spent
