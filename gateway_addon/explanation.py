@@ -10,13 +10,13 @@ from typing import Any
 
 from tabulate import tabulate
 
-from gateway_addon import reading
 from gateway_addon.calls.quote import Quote, quote
 from gateway_addon.calls.reservation_options import rewritten
 from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, book
+from gateway_addon.messages import request as reading
+from gateway_addon.messages.request import Reading, Request
 from gateway_addon.money import dollars
 from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, Verdict, caps, trail
-from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 
 

@@ -21,9 +21,9 @@ from fractions import Fraction
 from typing import Self
 
 from gateway_addon.ledger.evidence import DAY_S, Estimate, Metered
+from gateway_addon.messages import Tokens
 from gateway_addon.money import cents
 from gateway_addon.pricing import Prices, rates
-from gateway_addon.usage import Tokens
 
 _EPOCH = date(1970, 1, 1)
 COMPLETE_AFTER_S = 3600

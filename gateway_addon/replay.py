@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gateway_addon.ledger.history import Recorded
+from gateway_addon.messages.request import Reading
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, edits, trail
 from gateway_addon.pricing import Prices
-from gateway_addon.reading import Reading
 from gateway_addon.windows import Window
 
 JUDGED = frozenset(("endpoint", "model", "max_tokens"))

@@ -6,9 +6,9 @@ from typing import Any
 
 from gateway_addon import pricing
 from gateway_addon.calls.quote import Quote, quote
+from gateway_addon.messages.request import Reading, Request, read
 from gateway_addon.policy import AppPolicy
 from gateway_addon.policy.loading import parse_app
-from gateway_addon.reading import Reading, Request, read
 
 PRICES = pricing.load(None, None)
 NOW = datetime(2026, 11, 23, tzinfo=UTC).timestamp()

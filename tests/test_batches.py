@@ -8,11 +8,11 @@ import pytest
 from gateway_addon import pricing
 from gateway_addon.calls.batches import REQUESTS_MAX, Results, judged, object_of
 from gateway_addon.calls.quote import quote
+from gateway_addon.messages import Meter
+from gateway_addon.messages.request import Request, read
 from gateway_addon.policy.loading import parse_app
 from gateway_addon.pricing import cost, kept, restored
-from gateway_addon.reading import Request, read
 from gateway_addon.refusals import Refusal
-from gateway_addon.usage import Meter
 
 PRICES = pricing.load(None, None)
 NOON = 1_795_000_000.0

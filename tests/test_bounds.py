@@ -13,8 +13,8 @@ from quotes import NOW, PRICES, app, content, quoted, reading
 
 from gateway_addon import pricing
 from gateway_addon.calls.quote import Quote, input_bound, quote
+from gateway_addon.messages import Part, Tokens, Usage
 from gateway_addon.refusals import Refusal
-from gateway_addon.usage import Part, Tokens, Usage
 
 BASE64 = {"type": "base64", "media_type": "x", "data": "A" * 4_000}
 SEARCH = {"type": "web_search_20250305", "name": "web_search"}

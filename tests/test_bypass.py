@@ -6,8 +6,8 @@ import pytest
 from bypass import HOSTILE, PLAIN, POLICY, Hostile
 
 from gateway_addon import policy, pricing
+from gateway_addon.messages.request import Request, endpoint, read
 from gateway_addon.policy.loading import parse_app
-from gateway_addon.reading import Request, endpoint, read
 from gateway_addon.refusals import Refusal
 
 PRICES = pricing.load(None, None)

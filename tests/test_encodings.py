@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway_addon.encodings import PIECE_BYTES_MAX, Decoder
+from gateway_addon.messages.decoding import PIECE_BYTES_MAX, Decoder
 
 JSON = b'{"type":"message","usage":{"input_tokens":1}}' * 50
 STREAM = b"event: ping\ndata: {}\n\n" * 50

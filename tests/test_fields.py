@@ -11,7 +11,7 @@ from anthropic.types.beta import message_count_tokens_params as beta_count_token
 from anthropic.types.beta import message_create_params as beta_create_params
 from typing_extensions import is_typeddict as is_extended_typeddict
 
-from gateway_addon.fields import BODY_FEATURES, BY_FIELD, MAPS, TYPES, UNTYPED
+from gateway_addon.messages.schema import BODY_FEATURES, BY_FIELD, MAPS, TYPES, UNTYPED
 
 SENT = (
     message_create_params.MessageCreateParamsStreaming,

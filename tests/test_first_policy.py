@@ -8,9 +8,9 @@ from gateway import FIRST, gateway
 from gateway_addon import pricing
 from gateway_addon.calls.quote import Quote, quote
 from gateway_addon.calls.reservation_options import rewritten
+from gateway_addon.messages.request import Reading, Request, read
 from gateway_addon.policy import judge
 from gateway_addon.policy.loading import parse_app
-from gateway_addon.reading import Reading, Request, read
 from gateway_addon.simulator import Behaviour, Simulator
 
 PRICES = pricing.load()

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gateway_addon.cli.meter import meter
-from gateway_addon.usage import Meter
+from gateway_addon.messages import Meter
 
 ANSWER = {
     "type": "message", "id": "msg_1", "model": "claude-opus-5-5", "stop_reason": "end_turn",

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway_addon import nfkc, pricing, reading
+from gateway_addon import pricing
 from gateway_addon.calls.batches import judged
-from gateway_addon.nfkc import nfkc_growth
+from gateway_addon.messages import nfkc
+from gateway_addon.messages import request as reading
+from gateway_addon.messages.nfkc import nfkc_growth
+from gateway_addon.messages.request import Request
 from gateway_addon.policy.loading import parse_app
-from gateway_addon.reading import Request
 
 CHARACTERS = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
 PRICES = pricing.load(None, None)

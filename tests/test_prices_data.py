@@ -13,9 +13,9 @@ from genai_prices.types import PriceCalculation
 
 from gateway_addon import policy
 from gateway_addon.cli.prices import prices as prices_command
+from gateway_addon.messages import Tokens
 from gateway_addon.pricing import PriceError, Prices, Row, load, rates
 from gateway_addon.pricing.loading import SHIPPED
-from gateway_addon.usage import Tokens
 
 PRICES = load()
 TODAY = datetime(2026, 11, 23, 12, tzinfo=UTC)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway_addon.messages import Meter, Part, Tokens, Usage
 from gateway_addon.pricing import FLAGS, Cost, Prices, cost, load, rates
-from gateway_addon.usage import Meter, Part, Tokens, Usage
 
 PRICES = load()
 

@@ -11,9 +11,9 @@ from bypass import ODD_BATCHES, ODD_FILES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway_addon import survey
-from gateway_addon.fields import Effect
-from gateway_addon.reading import BODY_BYTES_MAX, Reading, Request, edited, endpoint, read
+from gateway_addon.messages import scan
+from gateway_addon.messages.request import BODY_BYTES_MAX, Reading, Request, edited, endpoint, read
+from gateway_addon.messages.schema import Effect
 from gateway_addon.refusals import Refusal
 
 PLAIN: dict[str, Any] = {"model": "claude-haiku-4-5", "max_tokens": 16, "messages": [{"role": "user", "content": "hello"}]}
@@ -298,6 +298,6 @@ BODIES = st.dictionaries(FIELDS, st.lists(st.recursive(TEXT_LIKE, lambda inner: 
 @example({"messages": [{"role": "user", "content": [{"type": "image", "file_id": "f"}]}]})
 @given(BODIES)
 def test_what_is_passed_over_as_mere_text_would_have_told_nothing(body):
-    with mock.patch.object(survey, "_passed_over", return_value=False):
-        walked = survey.survey(body)
-    assert survey.survey(body) == walked
+    with mock.patch.object(scan, "_passed_over", return_value=False):
+        walked = scan.survey(body)
+    assert scan.survey(body) == walked

@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from gateway_addon.cli.schema import schema
-from gateway_addon.fields import BODY_FEATURES
+from gateway_addon.messages.schema import BODY_FEATURES
 from gateway_addon.policy.keys import APP, FEATURES, GATEWAY
 from gateway_addon.policy.kinds import REQUIRED, Key
 from gateway_addon.policy.reference import reference

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway_addon.sse import Framer, events
+from gateway_addon.messages.sse import Framer, events
 
 TWO = b"event: a\ndata: 1\n\nevent: b\ndata: 2\n\n"
 EXPECTED = [(b"a", b"1"), (b"b", b"2")]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ledgers import rows
 from rawhttp import send
 
-from gateway_addon.reading import Reading, Request, read
+from gateway_addon.messages.request import Reading, Request, read
 from gateway_addon.simulator import Simulator
 
 # Each reader: bytes -> what it takes for the body, or an error where it takes none.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway_addon.usage import BatchMeter, Meter, Part, Tokens, Usage
+from gateway_addon.messages import BatchMeter, Meter, Part, Tokens, Usage
 
 SSE = "text/event-stream; charset=utf-8"
 

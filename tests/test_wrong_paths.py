@@ -8,9 +8,9 @@ import pytest
 from gateway import gateway
 from rawhttp import send, split_answer
 
-from gateway_addon import reading
+from gateway_addon.messages import request
+from gateway_addon.messages.wrong_paths import SEGMENTS_MAX, refusal
 from gateway_addon.simulator import Simulator
-from gateway_addon.wrong_paths import SEGMENTS_MAX, refusal
 
 HERE = "http://127.0.0.1:8080"
 PLAIN, WITH_V1 = f"{HERE} (", f"{HERE}/v1."
@@ -66,7 +66,7 @@ def test_a_path_that_is_like_none_gets_the_general_sentence(method, target):
 
 
 def test_the_work_for_a_path_is_bounded_by_its_segments():
-    with mock.patch.object(reading, "endpoint", wraps=reading.endpoint) as asked:
+    with mock.patch.object(request, "endpoint", wraps=request.endpoint) as asked:
         assert sentence("POST", "/v1/a" * 20_000) is None
     assert asked.call_count <= 2 * SEGMENTS_MAX
 

@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 from gateway_addon.calls.quote import quote
 from gateway_addon.calls.refusal_messages import over_request_cap
 from gateway_addon.ledger.batches import ResultRow
+from gateway_addon.messages import BatchMeter, BatchResult, json_object
+from gateway_addon.messages.request import DEEP, Reading, Request, Unreadable, message, parsed
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, edits, judge, observed
 from gateway_addon.pricing import Prices, cost
-from gateway_addon.reading import DEEP, Reading, Request, Unreadable, message, parsed
 from gateway_addon.refusals import Refusal, stated
-from gateway_addon.usage import BatchMeter, BatchResult, json_object
 
 REQUESTS_MAX = 100_000
 """The API's own limit (platform documentation, "Batch processing")."""

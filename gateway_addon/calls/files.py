@@ -4,9 +4,9 @@ import json
 import re
 from typing import NamedTuple
 
-from gateway_addon.reading import Request
+from gateway_addon.messages import json_object
+from gateway_addon.messages.request import Request
 from gateway_addon.refusals import Refusal, stated
-from gateway_addon.usage import json_object
 
 _ID = re.compile(r"file_[A-Za-z0-9]{1,128}\Z")
 

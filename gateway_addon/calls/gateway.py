@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from gateway_addon import identity, reading, wrong_paths
+from gateway_addon import identity
 from gateway_addon.calls import alerts
 from gateway_addon.calls.permits import Arrived, Ending, Errand, Pass, new_call
 from gateway_addon.calls.queue import Door
@@ -50,13 +50,15 @@ from gateway_addon.ledger import (
     scopes,
 )
 from gateway_addon.ledger.batches import Batch, Settled
+from gateway_addon.messages import request as reading
+from gateway_addon.messages import wrong_paths
+from gateway_addon.messages.request import Reading, Request
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
 from gateway_addon.noise import Noise
 from gateway_addon.origin import origin, within
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, judge, observed
 from gateway_addon.rates import shortage
-from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal
 
 logger = logging.getLogger(__name__)

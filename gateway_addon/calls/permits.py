@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.ledger import NewCall, Token
+from gateway_addon.messages.request import Reading, Request
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy
-from gateway_addon.reading import Reading, Request
 
 
 @dataclass(frozen=True, slots=True)

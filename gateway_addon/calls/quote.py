@@ -14,13 +14,13 @@ from fractions import Fraction
 from heapq import nlargest
 from typing import Any, NamedTuple
 
-from gateway_addon.fields import Effect
+from gateway_addon.messages.request import MAX_TOKENS_MAX, Reading, definition_bytes
+from gateway_addon.messages.scan import Use
+from gateway_addon.messages.schema import Effect
 from gateway_addon.money import dollars, rounded_up
 from gateway_addon.policy import AppPolicy, Feature
 from gateway_addon.pricing import Prices, Rates, Row, rates
-from gateway_addon.reading import MAX_TOKENS_MAX, Reading, definition_bytes
 from gateway_addon.refusals import Refusal, stated
-from gateway_addon.survey import Use
 
 REQUEST_TOKENS = 1_000  # the hidden prompt of tool use is 264 to 804 tokens; recorded requests needed 350 in all
 MESSAGE_TOKENS = 64

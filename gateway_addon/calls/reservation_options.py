@@ -7,9 +7,9 @@ from typing import Any
 from gateway_addon.calls.progress import Pace
 from gateway_addon.calls.queue import Offer
 from gateway_addon.calls.quote import Quote
+from gateway_addon.messages.request import Reading
 from gateway_addon.policy import CLAMPED, AppPolicy, Cap, GatewayPolicy, edits
 from gateway_addon.pricing import Prices
-from gateway_addon.reading import Reading
 
 COMFORT = 50  # `reserve: auto` reserves a stream whole while its quote is at most this part of each of its caps
 

@@ -11,12 +11,12 @@ from fractions import Fraction
 from gateway_addon.calls.progress import Pace, Progress, Seen
 from gateway_addon.calls.quote import Quote
 from gateway_addon.ledger import NewCall, Standing, scopes
+from gateway_addon.messages import Meter, Usage
+from gateway_addon.messages.request import Reading
 from gateway_addon.money import rounded_up
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy
 from gateway_addon.pricing import Prices, cost, rates
-from gateway_addon.reading import Reading
-from gateway_addon.usage import Meter, Usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ from typing import Literal
 
 from gateway_addon.calls.running import Running
 from gateway_addon.ledger import Outcome, Settlement
+from gateway_addon.messages import Usage
 from gateway_addon.pricing import Cost, cost
-from gateway_addon.usage import Usage
 
 EDGE_BREAKS = frozenset({502, 503, 520, 522})
 """Statuses that an edge makes when it cannot reach the origin, and also when the origin broke off after it took the request."""

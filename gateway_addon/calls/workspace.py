@@ -27,11 +27,11 @@ from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, R
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, NewBatch
 from gateway_addon.ledger.belongings import Belonging, Kind
+from gateway_addon.messages import Meter
+from gateway_addon.messages.request import Reading, Request
 from gateway_addon.policy import AppPolicy, caps
 from gateway_addon.pricing import kept
-from gateway_addon.reading import Reading, Request
 from gateway_addon.refusals import Refusal, stated
-from gateway_addon.usage import Meter
 
 logger = logging.getLogger(__name__)
 

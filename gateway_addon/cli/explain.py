@@ -11,8 +11,8 @@ import click
 from gateway_addon import explanation
 from gateway_addon.cli.common import FINE, PROBLEM, WRONG_USAGE, ledger_option, policies_option, says_errors, stop
 from gateway_addon.ledger import files
+from gateway_addon.messages.request import Request
 from gateway_addon.policy import PolicyError, load
-from gateway_addon.reading import Request
 
 
 @click.command(epilog="Example: gateway explain request.json --app reviews")

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import click
 
+from gateway_addon.messages import Meter, Usage
 from gateway_addon.pricing import Cost, PriceError, Prices, cost, load
-from gateway_addon.usage import Meter, Usage
 
 
 @click.command(epilog="Example: gateway meter answer.sse")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import h11
 
-from gateway_addon import sse
+from gateway_addon.messages import sse
 
 HEADERS = {
     "accept": "application/json",

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from gateway_addon.messages.request import MESSAGES, Reading
+from gateway_addon.messages.scan import Use
 from gateway_addon.policy.values import AppPolicy
 from gateway_addon.pricing import Prices
-from gateway_addon.reading import MESSAGES, Reading
 from gateway_addon.refusals import Refusal, stated
-from gateway_addon.survey import Use
 
 
 class Verdict(NamedTuple):

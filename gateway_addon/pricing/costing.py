@@ -8,9 +8,9 @@ is the sum of its parts. The one place of modifiers is `rates`, which quoting us
 import math
 from dataclasses import dataclass, replace
 
+from gateway_addon.messages import Part, Tokens, Usage
 from gateway_addon.money import dollars, rounded_up
 from gateway_addon.pricing.values import Prices, Rates, Row
-from gateway_addon.usage import Part, Tokens, Usage
 
 FLAGS = {
     "error": "the API, or an edge in front of it, answered with an error before any work: nothing is billed",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from gateway_addon.usage import Tokens
+from gateway_addon.messages import Tokens
 
 
 class PriceError(Exception):

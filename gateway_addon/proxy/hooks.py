@@ -25,10 +25,10 @@ from gateway_addon.calls.responses import Answer, cap_headers, edited_header
 from gateway_addon.calls.running import Ticket
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.clocks import SYSTEM, Clocks
+from gateway_addon.messages.request import Request
 from gateway_addon.proxy import inject
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.flows import Life, close_forgotten
-from gateway_addon.reading import Request
 from gateway_addon.refusals import Refusal, new_request_id
 
 logger = logging.getLogger(__name__)

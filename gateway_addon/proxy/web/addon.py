@@ -23,6 +23,7 @@ from gateway_addon.calls.record import Record
 from gateway_addon.calls.responses import Answer
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, app_scope, book, scopes, team_scope
+from gateway_addon.messages import Usage
 from gateway_addon.money import cents, dollars
 from gateway_addon.policy import AppPolicy, all_caps, caps
 from gateway_addon.pricing import cost
@@ -32,7 +33,6 @@ from gateway_addon.proxy.web import pretty
 from gateway_addon.proxy.web.lockdown import FIXED, LOOKING, NO_SCRIPTS
 from gateway_addon.proxy.web.view import ClaudeContentview
 from gateway_addon.refusals import Refusal
-from gateway_addon.usage import Usage
 
 REFUSED = ":no_entry:"
 CALLER = "gateway_caller"

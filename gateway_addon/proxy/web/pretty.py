@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
-from gateway_addon.sse import Framer, events
-from gateway_addon.usage import Meter, Tokens, Usage
+from gateway_addon.messages import Meter, Tokens, Usage
+from gateway_addon.messages.sse import Framer, events
 
 BODY_BYTES_MAX = 8 * 2**20  # a larger one is not looked into: parsing it would hold up every call of this process
 TEXT_MAX = 20_000  # characters of one text; of a longer one its beginning, and how much is missing

@@ -8,8 +8,8 @@ from functools import partial
 
 from mitmproxy import contentviews, http
 
+from gateway_addon.messages import Usage
 from gateway_addon.proxy.web import pretty
-from gateway_addon.usage import Usage
 
 READABLE = ("application/json", "text/event-stream")
 

@@ -5,7 +5,7 @@ to their base URL, a few append `/messages` alone, so a base URL that was right 
 the request is refused in any case.
 """
 
-from gateway_addon import reading
+from gateway_addon.messages import request
 from gateway_addon.refusals import Refusal, stated
 
 SEGMENTS_MAX = 16
@@ -43,6 +43,6 @@ def _served(method: str, path: str) -> tuple[str, str] | None:
     for first in range(min(len(segments), SEGMENTS_MAX)):
         tail = "/" + "/".join(segments[first : first + SEGMENTS_MAX])
         for served in (tail, f"/v1{tail}"):
-            if served.startswith("/v1/") and isinstance(reading.endpoint(method, served), str):
+            if served.startswith("/v1/") and isinstance(request.endpoint(method, served), str):
                 return served, tail
     return None

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gateway_addon.fields import BODY_FEATURES, BY_FIELD, ENCODED_PARENTS, FREE, FREE_IN, MAPS, TYPES, UNTYPED, Effect, Kind
+from gateway_addon.messages.schema import BODY_FEATURES, BY_FIELD, ENCODED_PARENTS, FREE, FREE_IN, MAPS, TYPES, UNTYPED, Effect, Kind
 
 DEPTH_MAX = 64
 """Deeper than any request of the SDK's types outside its free zones (about 12); a depth bomb is not a request."""

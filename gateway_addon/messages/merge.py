@@ -15,8 +15,8 @@ The rules, each learnt from recorded responses (reference: platform documentatio
 
 from typing import NamedTuple
 
+from gateway_addon.messages.usage import Part, Tokens, Usage
 from gateway_addon.names import safe_name
-from gateway_addon.usage.values import Part, Tokens, Usage
 
 _COUNT_MAX = 10**12  # no call comes near; what is larger could overflow the ledger's integers
 _COUNTS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")

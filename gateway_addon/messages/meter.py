@@ -19,10 +19,10 @@ How an answer can end, and what `close` then says (the settlement rules are the 
 import json
 import re
 
-from gateway_addon.encodings import Decoder
-from gateway_addon.sse import Framer, events
-from gateway_addon.usage.message import Draft
-from gateway_addon.usage.values import Usage
+from gateway_addon.messages.decoding import Decoder
+from gateway_addon.messages.merge import Draft
+from gateway_addon.messages.sse import Framer, events
+from gateway_addon.messages.usage import Usage
 
 JSON_BYTES_MAX = 64 * 2**20  # twice the largest request that the API takes; an answer of 128k tokens is about 1 MB
 

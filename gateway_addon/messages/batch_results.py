@@ -8,10 +8,10 @@ by batch and `custom_id`.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gateway_addon.encodings import Decoder
-from gateway_addon.usage.message import Draft
-from gateway_addon.usage.meter import JSON_BYTES_MAX, json_object
-from gateway_addon.usage.values import Usage
+from gateway_addon.messages.decoding import Decoder
+from gateway_addon.messages.merge import Draft
+from gateway_addon.messages.meter import JSON_BYTES_MAX, json_object
+from gateway_addon.messages.usage import Usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
-from gateway_addon.fields import HEADER_FEATURES, UNTYPED
-from gateway_addon.nfkc import nfkc_growth
+from gateway_addon.messages.nfkc import nfkc_growth
+from gateway_addon.messages.scan import Survey, Use, survey
+from gateway_addon.messages.schema import HEADER_FEATURES, UNTYPED
 from gateway_addon.refusals import Refusal, stated
-from gateway_addon.survey import Survey, Use, survey
 
 BODY_BYTES_MAX = 32_000_000
 """The API's own limit for one message request (platform documentation, "Errors": request_too_large)."""
