@@ -22,7 +22,7 @@ from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
 from gateway_addon.proxy.server import assembled, hardened
 from gateway_addon.proxy.supervisor import is_loopback
-from gateway_addon.secret import SecretUnavailable
+from gateway_addon.upstreams.credentials import SecretUnavailable
 
 logger = logging.getLogger(__name__)
 

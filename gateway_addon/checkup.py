@@ -22,7 +22,7 @@ from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import access
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.secret import Secret, SecretUnavailable
+from gateway_addon.upstreams.credentials import Secret, SecretUnavailable
 
 DISK_FREE_BYTES_MIN = 100 * 2**20
 CLOCK_OFF_S_MAX = 60

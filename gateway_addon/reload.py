@@ -17,7 +17,7 @@ from gateway_addon.inventory import consumers
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Server, access, admin, apart, book
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.secret import Secret, SecretUnavailable
+from gateway_addon.upstreams.credentials import Secret, SecretUnavailable
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from gateway_addon.policy import GatewayPolicy, Source, load
 from gateway_addon.proxy.hooks import GatewayAddon
 from gateway_addon.proxy.server import build
 from gateway_addon.proxy.settings import Settings
-from gateway_addon.secret import Secret
 from gateway_addon.simulator import KEY, Simulator
+from gateway_addon.upstreams.credentials import Secret
 
 AUTHORITIES = ssl.create_default_context()
 """For every client: reading them costs as much as a gateway's start."""

@@ -10,9 +10,9 @@ from gateway import APP, gateway, write_policies
 from rawhttp import send
 from upstreams import answer, message, upstream
 
-from gateway_addon import header_filter
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.proxy.fastpath import relay, whole
+from gateway_addon.upstreams import header_filter
 
 BODY = json.dumps(PLAIN).encode()
 LEAVES = {

@@ -12,13 +12,13 @@ import pytest
 from gateway import gateway
 from processes import ledgered
 
-from gateway_addon import upstream
 from gateway_addon.clocks import Clocks
 from gateway_addon.keeper import KEPT_FOR_S, Keeper
 from gateway_addon.ledger import admin, batches, proof
 from gateway_addon.ledger.batches import PAUSE_MAX_S
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator
+from gateway_addon.upstreams import client as upstream
 
 APP = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\nendpoints: [batches]\n"
 SLOW = Behaviour(batch_s=60)

@@ -7,8 +7,8 @@ import anthropic
 import pytest
 from gateway import gateway
 
-from gateway_addon.rates import shortage
 from gateway_addon.simulator import Behaviour, Simulator
+from gateway_addon.upstreams.rate_limits import shortage
 
 NOW = 1_790_000_000.0
 SOON, GONE = "2026-09-21T14:14:20Z", "2026-09-21T14:13:00Z"  # 60 s after NOW, 20 s before it

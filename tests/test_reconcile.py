@@ -21,9 +21,9 @@ from gateway_addon.cli import reconcile as command
 from gateway_addon.ledger import Ledger, Outcome, Settlement, admin, evidence, proof
 from gateway_addon.ledger.evidence import DAY_S, Estimate, Metered
 from gateway_addon.pricing import load
-from gateway_addon.provider import AdminApi, ReportUnavailable
 from gateway_addon.reconcile import Counts, Reported, bypassing, compare, corrections, worth_nano
 from gateway_addon.simulator import ADMIN_KEY, KEY, Behaviour, Simulator
+from gateway_addon.upstreams.usage_report import AdminApi, ReportUnavailable
 
 PRICES = load()
 HAIKU = "claude-haiku-4-5"

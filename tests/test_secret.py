@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from gateway import write_policies
 from users import needs_root
 
-from gateway_addon import secret as room
 from gateway_addon.cli import main
 from gateway_addon.policy import Source, load
-from gateway_addon.secret import Secret, SecretUnavailable
+from gateway_addon.upstreams import credentials as room
+from gateway_addon.upstreams.credentials import Secret, SecretUnavailable
 
 KEY = "sk-ant-api03-first"
 NEXT = "sk-ant-api03-second"
@@ -215,7 +215,7 @@ def test_without_the_keyring_package_it_says_what_to_install(monkeypatch):
 
 CONCEALED = """
 import ctypes, os, subprocess, sys
-from gateway_addon.secret import conceal
+from gateway_addon.upstreams.credentials import conceal
 
 os.setgroups([])
 os.setgid(65533)

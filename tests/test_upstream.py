@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from gateway_addon.upstream import UpstreamSilent, ask
+from gateway_addon.upstreams.client import UpstreamSilent, ask
 
 KEY = "sk-ant-api03-a-key-that-nobody-should-see"
 

@@ -58,8 +58,8 @@ from gateway_addon.names import safe_name
 from gateway_addon.noise import Noise
 from gateway_addon.origin import origin, within
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, judge, observed
-from gateway_addon.rates import shortage
 from gateway_addon.refusals import Refusal
+from gateway_addon.upstreams.rate_limits import shortage
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from gateway_addon.money import cents, dollars
 from gateway_addon.noise import FAILURES_PER_MINUTE
 from gateway_addon.origin import FORWARDED_FOR
 from gateway_addon.policy import AppPolicy
-from gateway_addon.rates import Shortage
 from gateway_addon.refusals import Refusal
+from gateway_addon.upstreams.rate_limits import Shortage
 
 
 class BatchQuote(NamedTuple):

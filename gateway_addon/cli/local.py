@@ -21,7 +21,7 @@ from gateway_addon.proxy.certificate import TlsUnavailable
 from gateway_addon.proxy.intercept import capture_problem, run
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import ListeningLoop, bind
-from gateway_addon.secret import SecretUnavailable, conceal
+from gateway_addon.upstreams.credentials import SecretUnavailable, conceal
 
 PORT = 8082
 RUN_TOKEN_S = 30 * 86400  # a run's own token ends by itself where the run is killed before it can revoke it

@@ -20,7 +20,6 @@ from gateway_addon.ledger.files import ledger_path
 from gateway_addon.money import cents
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.provider import AdminApi, ReportUnavailable
 from gateway_addon.reconcile import (
     Charged,
     Correction,
@@ -33,7 +32,8 @@ from gateway_addon.reconcile import (
     worth_nano,
     written,
 )
-from gateway_addon.secret import Secret, SecretUnavailable
+from gateway_addon.upstreams.credentials import Secret, SecretUnavailable
+from gateway_addon.upstreams.usage_report import AdminApi, ReportUnavailable
 
 NO_ADMIN_KEY = (
     "No admin key is named. Write `admin_key: {env: ANTHROPIC_ADMIN_KEY}` (or file, command, keyring) in policies/gateway.yaml. It is "

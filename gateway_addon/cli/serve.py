@@ -18,7 +18,7 @@ from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import bind, cores, is_loopback, supervise
-from gateway_addon.secret import SecretUnavailable, conceal
+from gateway_addon.upstreams.credentials import SecretUnavailable, conceal
 
 WORKERS_MAX = 4  # by default: the ledger's file takes one writer at a time
 NO_KEY = "{0} Put the real Claude API key there, or see everything work without an account: gateway demo"

@@ -18,7 +18,6 @@ from mitmproxy.proxy import server_hooks
 from mitmproxy.proxy.layer import NextLayer
 from OpenSSL import SSL
 
-from gateway_addon import header_filter
 from gateway_addon.calls.gateway import Gate
 from gateway_addon.calls.permits import Arrived, Ending
 from gateway_addon.calls.responses import Answer, cap_headers, edited_header
@@ -30,6 +29,7 @@ from gateway_addon.proxy import inject
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.flows import Life, close_forgotten
 from gateway_addon.refusals import Refusal, new_request_id
+from gateway_addon.upstreams import header_filter
 
 logger = logging.getLogger(__name__)
 

@@ -42,8 +42,8 @@ from gateway_addon.proxy.reverse_tcp import reverse
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import ListeningLoop, stop_signals, when_the_parent_ends
 from gateway_addon.reload import Watcher, align, audit_key, must_agree, saved_by
-from gateway_addon.secret import Secret, keep_fresh
-from gateway_addon.upstream import ask
+from gateway_addon.upstreams.client import ask
+from gateway_addon.upstreams.credentials import Secret, keep_fresh
 
 logger = logging.getLogger(__name__)
 
