@@ -6,7 +6,7 @@ terminal obeys, a line cannot hold or a database refuses; and no token that was 
 that length, however long a name came.
 """
 
-from gateway_addon.identity import masked
+from gateway_addon.identity.tokens import masked
 
 NAME_CHARS_MAX = 200
 """Longer than any id of the API's (64 characters) or of Claude Code's (36)."""

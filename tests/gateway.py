@@ -15,10 +15,10 @@ import anthropic
 from ledgers import new_file
 from mitmproxy.master import Master
 
-from gateway_addon import identity
 from gateway_addon.calls.gateway import Gate
 from gateway_addon.cli import init
 from gateway_addon.clocks import SYSTEM, Clocks
+from gateway_addon.identity import tokens as identity
 from gateway_addon.ledger import Ledger, admin
 from gateway_addon.policy import GatewayPolicy, Source, load
 from gateway_addon.proxy.hooks import GatewayAddon

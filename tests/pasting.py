@@ -8,9 +8,9 @@ import subprocess
 
 import yaml
 
-from gateway_addon import identity
+from gateway_addon.identity import tokens
 
-TOKEN = identity.mint()
+TOKEN = tokens.mint()
 
 
 def dotenv(text: str) -> dict[str, str]:

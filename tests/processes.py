@@ -14,7 +14,7 @@ from pathlib import Path
 from gateway import write_policies
 from ledgers import new_file, url
 
-from gateway_addon import identity
+from gateway_addon.identity import tokens as identity
 from gateway_addon.ledger import Server, admin
 from gateway_addon.simulator import KEY
 

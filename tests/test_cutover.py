@@ -10,17 +10,17 @@ from click.testing import CliRunner, Result
 from ledgers import ENGINES, Part, new_ledger, url
 from village import KEY, write
 
-from gateway_addon import identity
 from gateway_addon.cli import cutover as command
 from gateway_addon.cli import main
+from gateway_addon.identity import tokens
 from gateway_addon.inventory import inspect
 from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, arrivals, files
 from gateway_addon.ledger.arrivals import Arrival
 from gateway_addon.moving import Now, tally, unaccounted, unseen
 
 NOW = time.time()
-TOKEN = identity.mint()
-DIGEST = identity.digest(TOKEN)
+TOKEN = tokens.mint()
+DIGEST = tokens.digest(TOKEN)
 
 
 def arrival(calls: int = 1, refused: int = 0, state: str = "in force") -> Arrival:
@@ -49,7 +49,7 @@ def test_a_token_in_force_that_never_passed_is_a_reason(token, said):
         (".env", f"ANTHROPIC_BASE_URL=http://gw:8080\nANTHROPIC_API_KEY={KEY}\n", "still holds"),
         ("a.py", "import anthropic\n", "from where it runs"),
         (".env", f"ANTHROPIC_BASE_URL=http://gw:8080\nANTHROPIC_API_KEY={TOKEN}\n", None),
-        (".env", f"ANTHROPIC_BASE_URL=http://gw:8080\nANTHROPIC_API_KEY={identity.mint()}\n", "a token that is not in force here"),
+        (".env", f"ANTHROPIC_BASE_URL=http://gw:8080\nANTHROPIC_API_KEY={tokens.mint()}\n", "a token that is not in force here"),
         (".env", "ANTHROPIC_BASE_URL=http://gw:8080\nANTHROPIC_API_KEY=$TOKEN\n", None),
         ("README.md", f"our key: {KEY}\n", None),  # shows it, calls nobody: rotating is what makes it harmless
         ("policies/gateway.yaml", "upstream: https://api.anthropic.com\nkey: {env: ANTHROPIC_API_KEY}\n", None),

@@ -10,8 +10,8 @@ import anthropic
 import pytest
 from gateway import gateway
 
-from gateway_addon import identity
 from gateway_addon.calls.running import Running
+from gateway_addon.identity import tokens
 from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, book, files, owners
 from gateway_addon.proxy import hooks
 from gateway_addon.simulator import Behaviour, Simulator
@@ -75,7 +75,7 @@ async def test_the_sweep_settles_what_a_dead_process_held(tmp_path, monkeypatch)
         return next(standing.open for standing in standings if standing.window == "ever")
 
     ledger = await Ledger.open(url, create=True)
-    await ledger.change(lambda db: admin.issue_token(db, "app", identity.digest("t"), who="test", now=NOW))
+    await ledger.change(lambda db: admin.issue_token(db, "app", tokens.digest("t"), who="test", now=NOW))
     await ledger.reserve(NewCall("app", None, 1), 300, [], now=time.time())
     await ledger.close()  # without a settlement, and without its lock: as good as dead
     with monkeypatch.context() as patched:

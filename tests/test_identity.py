@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from gateway_addon.identity import PATTERN, PREFIX, credential, digest, mint, well_formed
+from gateway_addon.identity.tokens import PATTERN, PREFIX, credential, digest, mint, well_formed
 from gateway_addon.refusals import Refusal
 
 TOKEN = "gwt_7aB37aB37aB37aB37aB37aB37aB37aB37aB37aB37aB4A6hPU"  # whole, and nobody's

@@ -16,8 +16,9 @@ import pytest
 from click.testing import CliRunner, Result
 from village import ADMIN_KEY, KEY, LOOKALIKES, OTHER_KEY, TOKEN, VILLAGE, build_village, write
 
-from gateway_addon import forms, identity
+from gateway_addon import forms
 from gateway_addon.cli.inventory import inventory
+from gateway_addon.identity import tokens
 from gateway_addon.inventory import File, Skip, fingerprint, inspect, read, rules, tree
 
 
@@ -140,7 +141,7 @@ def test_a_fingerprint_is_the_same_everywhere_and_shows_nothing_of_the_secret() 
 
 
 def test_a_token_s_fingerprint_is_the_beginning_of_the_hash_the_ledger_knows() -> None:
-    assert fingerprint(TOKEN) == f"gwt_…{identity.digest(TOKEN)[:12]}"
+    assert fingerprint(TOKEN) == f"gwt_…{tokens.digest(TOKEN)[:12]}"
 
 
 def test_no_piece_of_a_key_is_ever_shown(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import httpx2
 from gateway import gateway
 
-from gateway_addon import identity
-from gateway_addon.noise import ADDRESSES_MAX, FAILURES_PER_MINUTE, Noise
+from gateway_addon.identity import tokens
+from gateway_addon.identity.throttle import ADDRESSES_MAX, FAILURES_PER_MINUTE, Noise
 from gateway_addon.simulator import Simulator
 
 NOON = 1_800_000_000.0 - 1_800_000_000 % 60
@@ -28,7 +28,7 @@ def test_ever_new_addresses_share_one_count():
 
 async def test_noise_is_limited_and_counted_and_a_valid_token_from_the_same_address_passes(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
-        wrong = {"x-api-key": identity.mint()}
+        wrong = {"x-api-key": tokens.mint()}
         answers = [await http.post("/v1/messages", headers=wrong, content=b"{}") for _ in range(2 * FAILURES_PER_MINUTE + 2)]
         limited = [each for each in answers if each.status_code == 429]
         assert len(limited) >= 2, "sixty a minute, whichever minute it is"

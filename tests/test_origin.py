@@ -6,9 +6,9 @@ import httpx2
 import pytest
 from gateway import APP, gateway
 
-from gateway_addon import identity
-from gateway_addon.noise import FAILURES_PER_MINUTE
-from gateway_addon.origin import origin
+from gateway_addon.identity import tokens
+from gateway_addon.identity.client_address import origin
+from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.simulator import Simulator
 
@@ -79,7 +79,7 @@ async def test_without_a_trusted_proxy_the_header_is_nobodys_word_and_the_way_ou
 
 async def test_noise_behind_a_proxy_is_counted_by_caller(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api, policy=TRUSTING) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
-        wrong = {"x-api-key": identity.mint()}
+        wrong = {"x-api-key": tokens.mint()}
         noisy = [
             await http.get("/v1/models", headers=wrong | {"x-forwarded-for": "198.51.100.4"}) for _ in range(2 * FAILURES_PER_MINUTE + 2)
         ]

@@ -12,7 +12,7 @@ import pytest
 from gateway import Running, gateway
 from upstreams import upstream
 
-from gateway_addon import identity
+from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin
 from gateway_addon.refusals import TABLE, stated
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -68,16 +68,16 @@ def twice(*, in_flight: bool = False) -> Act:
 
 
 async def expired(gw: Running) -> Any:
-    gw.tokens["app"], past = identity.mint(), time.time() - 60
-    issue = partial(admin.issue_token, app="app", digest=identity.digest(gw.tokens["app"]), label="old", expires_at=past, who="test", now=past - 60)
+    gw.tokens["app"], past = tokens.mint(), time.time() - 60
+    issue = partial(admin.issue_token, app="app", digest=tokens.digest(gw.tokens["app"]), label="old", expires_at=past, who="test", now=past - 60)
     await gw.gate.ledger.change(issue)
     return await ask()(gw)
 
 
 async def of_no_app(gw: Running) -> Any:
-    gw.tokens["app"] = identity.mint()
+    gw.tokens["app"] = tokens.mint()
     await gw.gate.ledger.change(
-        partial(admin.issue_token, app="ghost", digest=identity.digest(gw.tokens["app"]), who="test", now=time.time())
+        partial(admin.issue_token, app="ghost", digest=tokens.digest(gw.tokens["app"]), who="test", now=time.time())
     )
     return await ask()(gw)
 
@@ -124,7 +124,7 @@ class Case(NamedTuple):
 CASES = [
     Case("token_malformed", AUTH, ask_with("gwt_cut"), r"cut or mistyped: it has 7 of 53 characters.*Paste it again"),
     Case("token_malformed", AUTH, ask_with(KEY), r"is a Claude API key.*gateway token issue APP"),
-    Case("token_unknown", AUTH, ask_with(identity.mint()), r"No app has this token.*gateway token issue APP"),
+    Case("token_unknown", AUTH, ask_with(tokens.mint()), r"No app has this token.*gateway token issue APP"),
     Case("token_revoked", AUTH, after(admin.revoke_tokens, app="app"), r"Token test of app app is revoked\..*gateway token issue APP"),
     Case("token_expired", AUTH, expired, r"Token old of app app is expired\..*gateway token issue APP"),
     Case("token_conflict", AUTH, two_credentials, r"different credentials\. Send the app's gateway token in one"),

@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 from gateway import APP, gateway, write_policies
 
-from gateway_addon import forms, identity
+from gateway_addon import forms
 from gateway_addon.cli import main
+from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin, files
 from gateway_addon.simulator import Behaviour, Simulator
 
@@ -35,12 +36,12 @@ def token(*words: str) -> Result:
 @pytest.mark.parametrize("kind", forms.KINDS)
 def test_the_token_is_alone_on_stdout_and_in_none_of_the_lines_beside_it(here, kind):
     shown = token("issue", "app", "--for", kind)
-    assert identity.PATTERN.fullmatch(shown.stdout.strip())
+    assert tokens.PATTERN.fullmatch(shown.stdout.strip())
     assert shown.stdout.strip() not in shown.stderr
     assert "http://127.0.0.1:8080" in shown.stderr
     with admin.reading(here / "gateway.db") as db:
         [row] = db.execute("SELECT digest FROM tokens").fetchall()
-    assert row[0] == identity.digest(shown.stdout.strip())
+    assert row[0] == tokens.digest(shown.stdout.strip())
 
 
 def test_the_lines_go_to_a_private_file_with_the_token_in_them(here):

@@ -18,7 +18,7 @@ import anthropic
 import pytest
 from gateway import APP, write_policies
 
-from gateway_addon import identity
+from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin, files
 from gateway_addon.proxy.supervisor import ListeningLoop, bind, cores, stop_signals
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -32,9 +32,9 @@ def serving(folder: Path, upstream: str, *options: str):
     policies = write_policies(folder / "policies", upstream, {"app": APP})
     path = folder / "gateway.db"
     files.create(path)
-    token = identity.mint()
+    token = tokens.mint()
     with admin.changing(path) as db:
-        admin.issue_token(db, "app", identity.digest(token), who="test", now=time.time())
+        admin.issue_token(db, "app", tokens.digest(token), who="test", now=time.time())
     where = ["--listen", "127.0.0.1:0", "--policies", str(policies), "--ledger", f"sqlite:///{path}", *options]
     command = [sys.executable, "-u", "-m", "gateway_addon", "serve", *where]
     with open(folder / "log", "wb") as log:

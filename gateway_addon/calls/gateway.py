@@ -20,7 +20,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from gateway_addon import identity
 from gateway_addon.calls import alerts
 from gateway_addon.calls.permits import Arrived, Ending, Errand, Pass, new_call
 from gateway_addon.calls.queue import Door
@@ -35,6 +34,9 @@ from gateway_addon.calls.top_ups import Cut, Streams
 from gateway_addon.calls.workspace import Workspace
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.herald import Herald
+from gateway_addon.identity import tokens
+from gateway_addon.identity.client_address import origin, within
+from gateway_addon.identity.throttle import Noise
 from gateway_addon.ledger import (
     Alert,
     Denied,
@@ -55,8 +57,6 @@ from gateway_addon.messages import wrong_paths
 from gateway_addon.messages.request import Reading, Request
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
-from gateway_addon.noise import Noise
-from gateway_addon.origin import origin, within
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, judge, observed
 from gateway_addon.refusals import Refusal
 from gateway_addon.upstreams.rate_limits import shortage
@@ -149,10 +149,10 @@ class Gate:
     async def _knock(self, headers: tuple[tuple[str, str], ...], digest: str | None, now: float) -> tuple[Token | Refusal, Knock]:
         """Whose token this is, or why it is none, beside all that the ledger said."""
         if digest is None:
-            secret = identity.credential(headers)
+            secret = tokens.credential(headers)
             if isinstance(secret, Refusal):
                 return secret, Knock()
-            digest = identity.digest(secret)
+            digest = tokens.digest(secret)
         found = await self.ledger.knock(digest, now=now)
         return in_force(found.token, now), found
 

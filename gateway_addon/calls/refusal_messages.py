@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from gateway_addon.calls.quote import Quote
 from gateway_addon.calls.running import Running
-from gateway_addon.identity import ISSUE
+from gateway_addon.identity.client_address import FORWARDED_FOR
+from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
+from gateway_addon.identity.tokens import ISSUE
 from gateway_addon.ledger import Denied, Pause, Standing, Token
 from gateway_addon.money import cents, dollars
-from gateway_addon.noise import FAILURES_PER_MINUTE
-from gateway_addon.origin import FORWARDED_FOR
 from gateway_addon.policy import AppPolicy
 from gateway_addon.refusals import Refusal
 from gateway_addon.upstreams.rate_limits import Shortage

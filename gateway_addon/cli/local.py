@@ -10,9 +10,9 @@ from pathlib import Path
 
 import click
 
-from gateway_addon import identity
 from gateway_addon.cli.common import Address, ledger_option, policies_option, says_errors, stop
 from gateway_addon.cli.serve import NO_KEY
+from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.files import ledger_path
 from gateway_addon.policy import PolicyError, load
@@ -81,11 +81,11 @@ def _token_of_the_run(app: str, ledger: str) -> Iterator[str | None]:
     if not app:
         yield None
         return
-    token, who, path = identity.mint(), getpass.getuser(), ledger_path(ledger)
+    token, who, path = tokens.mint(), getpass.getuser(), ledger_path(ledger)
     with admin.changing(path) as db:
         now = time.time()
         issued = admin.issue_token(
-            db, app, identity.digest(token), label="local run", expires_at=now + RUN_TOKEN_S, who=who, why="gateway local", now=now
+            db, app, tokens.digest(token), label="local run", expires_at=now + RUN_TOKEN_S, who=who, why="gateway local", now=now
         )  # fmt: skip
     try:
         yield token

@@ -10,9 +10,10 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
-from gateway_addon import forms, identity
+from gateway_addon import forms
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, ledger_option, listen_option, policies_option, says_errors, stop, write_privately
 from gateway_addon.cli.times import day, duration_s
+from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Token, admin
 from gateway_addon.ledger.files import ledger_path
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
@@ -143,9 +144,9 @@ def _show_new(app: str, write: Callable[..., Token], kind: str | None, file: Pat
         stop("Say in which form the lines shall be: --for dotenv, for example.")
     if file is not None and file.exists():
         stop(f"{file} exists and is not changed. Name a new file, or paste the lines that --for prints into it.")
-    secret = identity.mint()
+    secret = tokens.mint()
     with admin.changing(ledger_path(ledger)) as db:
-        write(db, digest=identity.digest(secret))
+        write(db, digest=tokens.digest(secret))
     click.echo(f"Token for app {app}, shown this once (only its SHA-256 is kept):", err=True)
     click.echo(secret)
     if kind is None:

@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway_addon import identity
 from gateway_addon.demo.client import App
+from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin, files
 from gateway_addon.simulator import KEY, Simulator
 
@@ -90,9 +90,9 @@ async def staged(folder: Path) -> AsyncIterator[Stage]:
 
 def issue(folder: Path, app: str) -> str:
     """A token for an app, as `gateway token issue` makes it."""
-    token = identity.mint()
+    token = tokens.mint()
     with admin.changing(folder / "gateway.db") as db:
-        admin.issue_token(db, app, identity.digest(token), label="demo", who="demo", now=time.time())
+        admin.issue_token(db, app, tokens.digest(token), label="demo", who="demo", now=time.time())
     return token
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import official
 
-from gateway_addon import identity
+from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin, files
 
 PROGRAMS = {"nginx": "nginx", "litellm": "litellm", "official": "claude"}
@@ -145,9 +145,9 @@ def _policies(folder: Path, upstream: str) -> str:
     (folder / "policies" / "gateway.yaml").write_text(f"upstream: {upstream}\nkey: {{env: BENCH_KEY}}\n")
     (folder / "policies" / "apps" / "bench.yaml").write_text(APP)
     files.create(folder / "gateway.db")
-    token = identity.mint()
+    token = tokens.mint()
     with admin.changing(folder / "gateway.db") as db:
-        admin.issue_token(db, "bench", identity.digest(token), who="bench", now=time.time())
+        admin.issue_token(db, "bench", tokens.digest(token), who="bench", now=time.time())
     return token
 
 

@@ -17,11 +17,12 @@ from mitmproxy import command, contentviews, ctx, exceptions, http
 from mitmproxy import flow as mflow
 from mitmproxy.hooks import UpdateHook
 
-from gateway_addon import explanation, identity
+from gateway_addon import explanation
 from gateway_addon.calls.permits import Arrived, Pass
 from gateway_addon.calls.record import Record
 from gateway_addon.calls.responses import Answer
 from gateway_addon.calls.settlement import EndedBy
+from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, app_scope, book, scopes, team_scope
 from gateway_addon.messages import Usage
 from gateway_addon.money import cents, dollars
@@ -100,9 +101,9 @@ class DebugAddon(GatewayAddon):
             return await self._again(flow) or await super()._arrive(flow, headers)
         flow.metadata.pop(CALLER, None)
         arrived = await super()._arrive(flow, headers)
-        secret = identity.credential(headers)
+        secret = tokens.credential(headers)
         if isinstance(arrived, Arrived) and isinstance(secret, str):
-            flow.metadata[CALLER] = self._word(Caller(identity.digest(secret), arrived.app.name))
+            flow.metadata[CALLER] = self._word(Caller(tokens.digest(secret), arrived.app.name))
         return arrived
 
     def _word(self, caller: Caller) -> str:

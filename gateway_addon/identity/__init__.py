@@ -1,0 +1,1 @@
+"""Who calls: tokens, the client's address, and the throttle of failed attempts."""
