@@ -11,7 +11,7 @@ from gateway_addon import policy, pricing
 from gateway_addon.messages.request import Reading, Request, edited, read
 from gateway_addon.policy import AppPolicy, Cap, PolicyError
 from gateway_addon.policy.loading import parse_app, parse_gateway
-from gateway_addon.policy.values import Source, Team
+from gateway_addon.policy.model import Source, Team
 from gateway_addon.refusals import stated
 
 PRICES = pricing.load(None, None)

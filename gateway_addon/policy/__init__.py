@@ -6,8 +6,8 @@
 """
 
 from gateway_addon.policy.loading import load, load_prices
+from gateway_addon.policy.model import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, all_caps, caps
 from gateway_addon.policy.rules import CLAMPED, Verdict, edits, judge, may_use, observed, trail
-from gateway_addon.policy.values import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, all_caps, caps
 from gateway_addon.yaml_file import FileError as PolicyError
 
 __all__ = [

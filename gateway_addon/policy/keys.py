@@ -30,7 +30,7 @@ from gateway_addon.policy.kinds import (
     text,
     word,
 )
-from gateway_addon.policy.values import (
+from gateway_addon.policy.model import (
     NO_CAPS,
     OBSERVABLE,
     Alerts,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from gateway_addon import pricing
 from gateway_addon.policy.keys import APP, GATEWAY, NAME
 from gateway_addon.policy.kinds import record
+from gateway_addon.policy.model import AppPolicy, GatewayPolicy, Models
 from gateway_addon.policy.rules import matching
-from gateway_addon.policy.values import AppPolicy, GatewayPolicy, Models
 from gateway_addon.pricing import LISTED_BY, PriceError, Prices
 from gateway_addon.yaml_file import FileError as PolicyError
 from gateway_addon.yaml_file import Problems, Spot, compose, entries, items, suggestion

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gateway_addon.messages.request import MESSAGES, Reading
 from gateway_addon.messages.scan import Use
-from gateway_addon.policy.values import AppPolicy
+from gateway_addon.policy.model import AppPolicy
 from gateway_addon.pricing import Prices
 from gateway_addon.refusals import Refusal, stated
 
