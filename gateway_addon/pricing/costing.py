@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from gateway_addon.messages import Part, Tokens, Usage
 from gateway_addon.money import dollars, rounded_up
-from gateway_addon.pricing.values import Prices, Rates, Row
+from gateway_addon.pricing.table import Prices, Rates, Row
 
 FLAGS = {
     "error": "the API, or an edge in front of it, answered with an error before any work: nothing is billed",

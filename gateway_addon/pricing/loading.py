@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from yaml.nodes import MappingNode, Node
 
-from gateway_addon.pricing.values import LongPrompt, PriceError, Prices, Rates, Row
+from gateway_addon.pricing.table import LongPrompt, PriceError, Prices, Rates, Row
 from gateway_addon.yaml_file import FileError, Spot, compose, entries, items, scalar
 
-SHIPPED = Path(__file__).parent.parent / "prices.yaml"
+SHIPPED = Path(__file__).parent / "prices.yaml"
 LISTED_BY = "https://api.anthropic.com"
 """The upstream whose list prices the shipped table holds."""
 

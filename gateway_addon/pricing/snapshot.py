@@ -9,7 +9,7 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
-from gateway_addon.pricing.values import LongPrompt, Prices, Rates, Row
+from gateway_addon.pricing.table import LongPrompt, Prices, Rates, Row
 
 _FRACTIONS = ("batch", "geo_us", "web_search_nano", "multiplier")
 
