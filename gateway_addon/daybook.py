@@ -2,7 +2,7 @@
 
 Promises that of all processes on a ledger one sums at a time (the ledger says whose turn it is), that calls do not feel it (a day is summed
 in a thread that only reads; the writer takes a claim and a day's few lines), that it leaves nine tenths of a processor to others, and that
-it ends at once when it is cancelled. What a kept day is, and when one is closed, is the ledger's to say (rollups.py).
+it ends at once when it is cancelled. What a kept day is, and when one is closed, is the ledger's to say (daily_totals.py).
 """
 
 import asyncio
@@ -10,8 +10,9 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, apart, rollups
-from gateway_addon.ledger.reports import By
+from gateway_addon.ledger import Ledger, LedgerUnavailable, background
+from gateway_addon.ledger.reports import daily_totals
+from gateway_addon.ledger.reports.spending import By
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ class Daybook:
     async def keep(self) -> bool:
         """Keep the newest closed day that nobody has kept; False where there is none, or another is at work. Raises LedgerUnavailable."""
         now = self._clock()
-        span = await apart.read(self._ledger.place, lambda db: next(rollups.missing(db, BY, 0, now, now), None))
-        if span is None or not await self._ledger.change(partial(rollups.claim, spans=[span], now=now, alone=True)):
+        span = await background.read(self._ledger.place, lambda db: next(daily_totals.missing(db, BY, 0, now, now), None))
+        if span is None or not await self._ledger.change(partial(daily_totals.claim, spans=[span], now=now, alone=True)):
             return False
-        found = await apart.read(self._ledger.place, partial(rollups.lines, span=span))
-        await self._ledger.write(partial(rollups.put, span=span, found=found, claimed_at=now), "days")
+        found = await background.read(self._ledger.place, partial(daily_totals.lines, span=span))
+        await self._ledger.write(partial(daily_totals.put, span=span, found=found, claimed_at=now), "days")
         return True

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from gateway_addon.calls.quote import Quote, quote
 from gateway_addon.calls.reservation_options import rewritten
-from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, book
+from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, reservations
 from gateway_addon.messages import request as reading
 from gateway_addon.messages.request import Reading, Request
 from gateway_addon.money import dollars
@@ -91,7 +91,7 @@ def _standings(ledger: Path | Server, limits: Sequence[Cap], now: float) -> list
     """Each cap beside what the ledger says of it; nothing of it where there is no ledger to read."""
     try:
         with admin.reading(ledger) as db:
-            standings = book.standing(db, sorted({cap.scope for cap in limits}), limits, now=now)
+            standings = reservations.standing(db, sorted({cap.scope for cap in limits}), limits, now=now)
     except LedgerUnavailable:
         standings = ()
     found: dict[tuple[str, str], Standing] = {(standing.scope, standing.window): standing for standing in standings}

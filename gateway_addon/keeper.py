@@ -15,7 +15,7 @@ from typing import Protocol
 from gateway_addon.calls import batch_booking
 from gateway_addon.calls.batches import Results, object_of
 from gateway_addon.clocks import SYSTEM, Clocks
-from gateway_addon.ledger import Ledger, LedgerUnavailable, app_scope, belongings
+from gateway_addon.ledger import Ledger, LedgerUnavailable, app_scope, ownership
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, ResultRow
 from gateway_addon.policy import GatewayPolicy
@@ -93,7 +93,7 @@ class Keeper:
         shown = object_of(await asyncio.to_thread(self._whole, f"/v1/messages/batches/{batch.id}"))
         if shown is None or shown.id != batch.id:
             raise Failed("the answer shows no such batch")
-        await self._ledger.keep(partial(belongings.seen, id=batch.id, content=shown.content), "workspace")
+        await self._ledger.keep(partial(ownership.seen, id=batch.id, content=shown.content), "workspace")
         if shown.status == "ended":
             await self._close(batch)
         else:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway_addon.inventory import Consumer
-from gateway_addon.ledger.arrivals import Arrival
+from gateway_addon.ledger.reports.token_usage import Arrival
 
 NO_CALLERS = frozenset({"document", "example", "recording"})
 """Kinds of file that may show a key and call nobody."""

@@ -20,7 +20,7 @@ from datetime import date, timedelta
 from fractions import Fraction
 from typing import Self
 
-from gateway_addon.ledger.evidence import DAY_S, Estimate, Metered
+from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
 from gateway_addon.messages import Tokens
 from gateway_addon.money import cents
 from gateway_addon.pricing import Prices, rates

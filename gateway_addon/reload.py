@@ -14,7 +14,7 @@ from pathlib import Path
 from gateway_addon.calls.alerts import policy_broken
 from gateway_addon.calls.gateway import Gate
 from gateway_addon.inventory import consumers
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Server, access, admin, apart, book
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Server, access, admin, background, reservations
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.credentials import Secret, SecretUnavailable
@@ -118,7 +118,7 @@ async def must_agree(ledger: Ledger, policy: GatewayPolicy) -> None:
     Raises LedgerUnavailable.
     """
     others = await ledger.others()
-    zone = str(await ledger.look(book.zone))
+    zone = str(await ledger.look(reservations.zone))
     if others and zone != policy.timezone:
         raise LedgerUnavailable(
             f"the days of this ledger begin by {zone}, and {len(others)} other gateway(s) use it ({', '.join(others)}); `timezone` in"
@@ -137,7 +137,7 @@ async def align(ledger: Ledger, policy: GatewayPolicy, who: str) -> None:
             logger.warning("%s.", sentence)
     teams, now = {name: app.team for name, app in policy.apps.items()}, time.time()
     if not await ledger.look(partial(admin.is_aligned, zone=policy.timezone, teams=teams)):
-        await apart.change(ledger.place, partial(admin.align, zone=policy.timezone, teams=teams, who=who, now=now))
+        await background.change(ledger.place, partial(admin.align, zone=policy.timezone, teams=teams, who=who, now=now))
     await ledger.change(partial(admin.keep_policy, digest=policy.digest, texts=policy.texts, who=who, now=now))
 
 

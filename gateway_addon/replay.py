@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gateway_addon.ledger.history import Recorded
+from gateway_addon.ledger.reports.entry_history import Recorded
 from gateway_addon.messages.request import Reading
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, edits, trail
 from gateway_addon.pricing import Prices

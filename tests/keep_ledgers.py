@@ -21,23 +21,11 @@ import postgresql
 import psycopg
 from ledgers import NOON, Cap, Part, Tokens
 
-from gateway_addon.ledger import (
-    Alert,
-    NewCall,
-    Outcome,
-    Server,
-    Settlement,
-    admin,
-    batches,
-    book,
-    files,
-    notes,
-    proof,
-    reports,
-    retention,
-    rollups,
-)
-from gateway_addon.ledger.owners import settle_orphans
+from gateway_addon.ledger import Alert, NewCall, Outcome, Server, Settlement, admin, batches, reservations, state
+from gateway_addon.ledger.maintenance import invariants, prune
+from gateway_addon.ledger.orphans import settle_orphans
+from gateway_addon.ledger.reports import daily_totals, spending
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.windows import starts
 
 FOLDER = Path(__file__).with_name("kept_ledgers")
@@ -56,7 +44,7 @@ DONE = Outcome(200, "claude-haiku-4-5", "end_turn", "req_1", complete=True, pric
 
 def fill(path: Path | Server) -> None:
     """Make a ledger with whatever a ledger can have in it: of each kind of row at least one."""
-    files.create(path, ZONE)
+    sqlite_files.create(path, ZONE)
     with admin.changing(path) as db:
         for app, digest in (("reports", "d1"), ("search", "d2"), ("old", "d3")):
             admin.issue_token(db, app, digest, label="first", expires_at=NOON + 90 * DAY_S, who="ops", now=JANUARY)
@@ -68,7 +56,7 @@ def fill(path: Path | Server) -> None:
             _ordinary_day(db, FEBRUARY + day * DAY_S)
             _ordinary_day(db, MARCH + day * DAY_S)
     _prune(path, FEBRUARY)
-    rollups.keep(path, "app", since=FEBRUARY, until=MARCH, now=NOON)
+    daily_totals.keep(path, "app", since=FEBRUARY, until=MARCH, now=NOON)
     with admin.changing(path) as db:
         _odd_calls(db, NOON - 3 * DAY_S)
         _batches(db, NOON - 2 * DAY_S)
@@ -82,34 +70,34 @@ def _ordinary_day(db: sqlite3.Connection, at: float) -> None:
         cost = 120_345 + 1_001 * hour
         call_id = _reserve(db, "host-1", replace(REPORTS, session_id=f"s-{hour}"), 900_000, now=now)
         part = Part(cost, tokens=Tokens(600, 80, 2_000, 300, 20, 1), web_searches=hour // 6)
-        book.settle(db, call_id, Settlement(cost, (part,), replace(DONE, first_byte_at=now + 0.5)), now=now + 2)
-    book.refused(db, "host-1", REPORTS, "cap_spent", now=at + 60)
-    book.free(db, "host-1", NewCall("search", None, 2, "count_tokens", "claude-sonnet-5"), Outcome(200), now=at + 61)
-    book.noise(db, "token_unknown", now=at + 62)
+        reservations.settle(db, call_id, Settlement(cost, (part,), replace(DONE, first_byte_at=now + 0.5)), now=now + 2)
+    reservations.refused(db, "host-1", REPORTS, "cap_spent", now=at + 60)
+    reservations.free(db, "host-1", NewCall("search", None, 2, "count_tokens", "claude-sonnet-5"), Outcome(200), now=at + 61)
+    reservations.noise(db, "token_unknown", now=at + 62)
 
 
 def _odd_calls(db: sqlite3.Connection, at: float) -> None:
     """Every way in which a call ends that is not the ordinary one."""
     voided = _reserve(db, "host-1", SEARCH, 5_000_000, now=at)
-    book.void(db, voided, Outcome(429, flags=("upstream_429",)), now=at + 1)
+    reservations.void(db, voided, Outcome(429, flags=("upstream_429",)), now=at + 1)
     grown = _reserve(db, "host-1", SEARCH, 2_000_000, now=at + 2, quantum_nano=50_000)
-    assert book.extend(db, grown, 700_000, [], now=at + 3)
-    assert book.release(db, grown, 300_000, now=at + 4)
+    assert reservations.extend(db, grown, 700_000, [], now=at + 3)
+    assert reservations.release(db, grown, 300_000, now=at + 4)
     parts = (Part(900_001), Part(3_000_000, "fallback", "claude-opus-4-6", price_row="claude-opus-4-6"))
     outcome = replace(DONE, model_served="claude-opus-4-6", speed="fast", inference_geo="us", flags=("drift", "observed:cap_spent"))
-    assert book.settle(db, grown, Settlement(3_900_001, parts, outcome), now=at + 9).overrun
+    assert reservations.settle(db, grown, Settlement(3_900_001, parts, outcome), now=at + 9).overrun
     lost = _reserve(db, DEAD, REPORTS, 444_444, now=at + 10)
     settle_orphans(db, [DEAD], now=at + 60)
-    book.settle(db, lost, Settlement(555_555, (Part(555_555),), DONE), now=at + 70)
+    reservations.settle(db, lost, Settlement(555_555, (Part(555_555),), DONE), now=at + 70)
     cut = _reserve(db, "host-1", replace(SEARCH, model_asked=None), 333_333, now=at + 11)
-    book.settle(db, cut, Settlement(None, (Part(100_000),), Outcome(504)), now=at + 12)
+    reservations.settle(db, cut, Settlement(None, (Part(100_000),), Outcome(504)), now=at + 12)
     for seconds, code in enumerate(("model", "feature", "rate")):
-        book.refused(db, "host-1", SEARCH, code, now=at + 20 + seconds)
+        reservations.refused(db, "host-1", SEARCH, code, now=at + 20 + seconds)
     admin.adjust(db, voided, 77, who="ops", why="the invoice says so", now=at + 100)
-    notes.keep_ratelimits(db, {"anthropic-ratelimit-requests-remaining": "41"}, at)
+    state.keep_ratelimits(db, {"anthropic-ratelimit-requests-remaining": "41"}, at)
     alert = Alert("overrun", "app:search", "claude-sonnet-5", "A call cost more than it held.", {"over_nano": 1_500_001})
-    assert notes.alert_once(db, alert, True, at)
-    assert notes.alert_once(db, replace(alert, kind="drift", once="x"), False, at)
+    assert state.alert_once(db, alert, True, at)
+    assert state.alert_once(db, replace(alert, kind="drift", once="x"), False, at)
 
 
 def _batches(db: sqlite3.Connection, at: float) -> None:
@@ -140,26 +128,26 @@ def _held(db: sqlite3.Connection, at: float) -> None:
     """Calls of a process that is gone, which nobody has swept."""
     _reserve(db, GONE, REPORTS, 250_000, now=at)
     running = _reserve(db, GONE, replace(REPORTS, stream=True, agent_id="a-2"), 100_000, now=at + 1, quantum_nano=20_000)
-    assert book.extend(db, running, 30_000, [], now=at + 2)
+    assert reservations.extend(db, running, 30_000, [], now=at + 2)
 
 
 def _reserve(db: sqlite3.Connection, owner: str, call: NewCall, grant_nano: int, *, now: float, quantum_nano: int = 0) -> int:
-    reserved = book.reserve(db, owner, call, grant_nano, [], quantum_nano=quantum_nano, now=now)
-    assert isinstance(reserved, book.Reserved), reserved
+    reserved = reservations.reserve(db, owner, call, grant_nano, [], quantum_nano=quantum_nano, now=now)
+    assert isinstance(reserved, reservations.Reserved), reserved
     return reserved.call_id
 
 
 def _prune(path: Path | Server, before: float) -> None:
     with admin.changing(path) as db:
-        retention.begin(db, before, retention.prunable(db, before), who="ops", now=NOON)
+        prune.begin(db, before, prune.prunable(db, before), who="ops", now=NOON)
     since = 0.0
     while True:
         with admin.reading(path) as db:
-            day = retention.next_day(db, since, before)
+            day = prune.next_day(db, since, before)
         if day is None:
             return
         with admin.changing(path) as db:
-            retention.carry(db, day.groups, now=NOON)
+            prune.carry(db, day.groups, now=NOON)
         since = day.end
 
 
@@ -169,31 +157,31 @@ def said(path: Path | Server) -> dict[str, object]:
     caps = [Cap("app:reports", "month", 1_000_000_000), Cap("total", "day", 5_000_000)]
     with admin.reading(path) as db:
         document = {
-            "findings": proof.findings(db),
+            "findings": invariants.findings(db),
             "reports": {
-                f"{month} by {by}": asdict(reports.report(db, by, since=since, until=until))
+                f"{month} by {by}": asdict(spending.report(db, by, since=since, until=until))
                 for month, (since, until) in spans.items()
-                for by in reports.GROUPINGS
+                for by in spending.GROUPINGS
             },
-            "notable": {month: _plain(reports.notable(db, since=since, until=until)) for month, (since, until) in spans.items()},
-            "drifts": [asdict(each) for each in reports.drifts(db, since=JANUARY, until=NOON)],
-            "alerts": [dict(each) for each in reports.alerts(db, since=JANUARY, until=NOON)],
+            "notable": {month: _plain(spending.notable(db, since=since, until=until)) for month, (since, until) in spans.items()},
+            "drifts": [asdict(each) for each in spending.drifts(db, since=JANUARY, until=NOON)],
+            "alerts": [dict(each) for each in spending.alerts(db, since=JANUARY, until=NOON)],
             "standings": [
-                each._asdict() for each in book.standing(db, ("total", "team:batch", "app:reports", "app:search"), caps, now=NOON)
+                each._asdict() for each in reservations.standing(db, ("total", "team:batch", "app:reports", "app:search"), caps, now=NOON)
             ],
             "tokens": [asdict(each) for each in admin.tokens(db)],
-            "pauses": [asdict(each) for each in notes.pauses(db, NOON)],
-            "overruns": sorted(notes.overruns(db)),
+            "pauses": [asdict(each) for each in state.pauses(db, NOON)],
+            "overruns": sorted(state.overruns(db)),
             "batches": [each._asdict() for each in batches.open_batches(db)],
-            "open": [asdict(each) for each in proof.open_calls(db, lambda owner: True, now=NOON)],
+            "open": [asdict(each) for each in invariants.open_calls(db, lambda owner: True, now=NOON)],
             "changes": [each._asdict() for each in admin.policy_changes(db, 10)],
-            "calendar": starts(NOON, book.zone(db)),
+            "calendar": starts(NOON, reservations.zone(db)),
         }
     plain: dict[str, object] = json.loads(json.dumps(document))
     return plain
 
 
-def _plain(found: reports.Notable | None) -> object:
+def _plain(found: spending.Notable | None) -> object:
     return found and asdict(found)
 
 

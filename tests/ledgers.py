@@ -13,8 +13,9 @@ from pathlib import Path
 import postgresql
 import pytest
 
-from gateway_addon.ledger import NewCall, Outcome, Server, Settlement, admin, book, files, postgres
-from gateway_addon.ledger.journal import Journal
+from gateway_addon.ledger import NewCall, Outcome, Server, Settlement, admin, reservations
+from gateway_addon.ledger.store import postgres, sqlite_files
+from gateway_addon.ledger.store.journal import Journal
 
 NOON = 1_773_144_000.0  # Tuesday 2026-03-10 12:00 UTC
 
@@ -56,7 +57,7 @@ ENGINES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.xdist_group("p
 @cache
 def _empty_file() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        files.create(path := Path(folder) / "gateway.db")
+        sqlite_files.create(path := Path(folder) / "gateway.db")
         return path.read_bytes()
 
 
@@ -90,7 +91,7 @@ def url(path: Path | Server) -> str:
 
 def writing(path: Path | Server) -> sqlite3.Connection:
     """A connection to try the book's functions on, outside of a transaction."""
-    return postgres.connect(path) if isinstance(path, Server) else files.writer_connection(path)
+    return postgres.connect(path) if isinstance(path, Server) else sqlite_files.writer_connection(path)
 
 
 def rows(path: Path | Server, sql: str, *values: object) -> list[tuple]:
@@ -100,8 +101,8 @@ def rows(path: Path | Server, sql: str, *values: object) -> list[tuple]:
 
 def spend(db: sqlite3.Connection, now: float, nano: int = 10, call: NewCall = CALL) -> int:
     """Book a call that came to so much. Returns its number."""
-    call_id = book.reserve(db, "me", call, 100, [], now=now).call_id
-    book.settle(db, call_id, Settlement(nano, (Part(nano),), Outcome(status=200)), now=now)
+    call_id = reservations.reserve(db, "me", call, 100, [], now=now).call_id
+    reservations.settle(db, call_id, Settlement(nano, (Part(nano),), Outcome(status=200)), now=now)
     return call_id
 
 

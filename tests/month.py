@@ -9,7 +9,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from gateway_addon.ledger import admin, files, schema
+from gateway_addon.ledger import admin
+from gateway_addon.ledger.store import sqlite_files, sqlite_schema
 
 DAY_S = 86_400
 APPS = ("reviews", "pipeline", "experiments", "search", "support", "digest", "translate", "tagger", "billing-bot", "notebook", "evals", "site")
@@ -63,7 +64,7 @@ WITH sums AS MATERIALIZED (
   FROM main.entries JOIN main.calls ON calls.id = call_id GROUP BY 1, 2, 3, 4, 5),
 calls AS (SELECT row_number() OVER () AS id, * FROM sums)
 INSERT INTO balances SELECT scope, window, window_start, sum(spent), sum(reserved), sum(quantum), sum(open)
-FROM ({schema.FRAMES}) JOIN calls ON id = call_id GROUP BY scope, window, window_start
+FROM ({sqlite_schema.FRAMES}) JOIN calls ON id = call_id GROUP BY scope, window, window_start
 """
 
 _MINUTES = """
@@ -76,7 +77,7 @@ _USED = "UPDATE tokens SET last_used_at = (SELECT started_at FROM calls WHERE to
 
 def make(path: Path, calls: int, *, until: float, days: int = 30) -> None:
     """Create a ledger at `path` with so many resolved or refused calls, evenly over the days before `until`."""
-    files.create(path)
+    sqlite_files.create(path)
     with admin.changing(path) as db:
         for number, app in enumerate(APPS):
             admin.issue_token(db, app, f"digest {number}", who="month", now=until - days * DAY_S)

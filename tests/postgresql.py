@@ -21,7 +21,8 @@ from typing import Self
 import psycopg
 import pytest
 
-from gateway_addon.ledger import Server, postgres
+from gateway_addon.ledger import Server
+from gateway_addon.ledger.store import postgres
 
 MISSING = "PostgreSQL is not installed: apt-get install postgresql (or your system's package), then run this again"
 

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 
-from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.ledger.types import LedgerUnavailable
 
 
 class Down(Exception):

@@ -12,8 +12,9 @@ from ledgers import new_file, new_ledger, rows, spend, writing
 from users import OTHER, as_user, needs_root, open_folder
 
 from gateway_addon.cli import main
-from gateway_addon.ledger import Ledger, LedgerUnavailable, access, files
-from gateway_addon.ledger.filestore import FileStore
+from gateway_addon.ledger import Ledger, LedgerUnavailable, access
+from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.ledger.store.sqlite import FileStore
 from gateway_addon.reload import align
 from gateway_addon.simulator import Simulator
 
@@ -166,5 +167,5 @@ def test_a_group_reads_while_a_gateway_runs_and_writes_nothing():
 
 
 def test_a_log_that_grew_is_cut_back(tmp_path):
-    with closing(files.writer_connection(new_ledger(tmp_path))) as db:
-        assert db.execute("PRAGMA journal_size_limit").fetchone() == (files.WAL_KEPT_BYTES_MAX,)
+    with closing(sqlite_files.writer_connection(new_ledger(tmp_path))) as db:
+        assert db.execute("PRAGMA journal_size_limit").fetchone() == (sqlite_files.WAL_KEPT_BYTES_MAX,)

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, balance, new_ledger, until, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, apart, balances, book, proof
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, background, reservations
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.store import balances
 from gateway_addon.reload import align
 
 FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -20,7 +22,7 @@ def path(tmp_path, request, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     found = new_ledger(tmp_path, request.param)
     with admin.changing(found) as db:
-        book.settle(db, book.reserve(db, "me", CALL, 100, [], now=NOON).call_id, Settlement(100, (Part(100),)), now=NOON)
+        reservations.settle(db, reservations.reserve(db, "me", CALL, 100, [], now=NOON).call_id, Settlement(100, (Part(100),)), now=NOON)
     return found
 
 
@@ -63,7 +65,7 @@ async def test_while_past_calls_move_the_loop_serves_and_calls_that_end_are_sett
     assert balance(path, "team:editors") == (110, 0, 0)
     assert isinstance(await ledger.reserve(CALL, 30, DAY_CAP, now=NOON), Reserved)
     with admin.reading(path) as db:
-        assert proof.findings(db) == []
+        assert invariants.findings(db) == []
 
 
 async def test_of_several_gateways_one_moves_the_calls_and_the_others_wait_for_it(path, ledger, long):
@@ -80,19 +82,19 @@ async def test_of_several_gateways_one_moves_the_calls_and_the_others_wait_for_i
 
 async def test_where_nothing_moves_no_turn_is_taken(ledger, monkeypatch):
     await align(ledger, EDITORS, "ana")
-    monkeypatch.delattr(apart, "change")
+    monkeypatch.delattr(background, "change")
     await align(ledger, EDITORS, "ana")
 
 
 @pytest.mark.parametrize("path", ["postgresql"], indirect=True)
 async def test_a_server_does_not_end_a_move_for_taking_longer_than_a_call_may(ledger, path):
     assert isinstance(path, Server)
-    await apart.change(path, lambda db: db.execute("SELECT pg_sleep(2)"))
+    await background.change(path, lambda db: db.execute("SELECT pg_sleep(2)"))
 
 
 @pytest.mark.parametrize("path", ["sqlite"], indirect=True)
 async def test_a_files_long_statement_ends_with_whoever_wanted_it(path):
-    forever = asyncio.ensure_future(apart.read(path, lambda db: db.execute(FOREVER).fetchone()))
+    forever = asyncio.ensure_future(background.read(path, lambda db: db.execute(FOREVER).fetchone()))
     await asyncio.sleep(0.1)
     forever.cancel()
     await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "ledger-apart"])
@@ -104,5 +106,5 @@ async def test_what_the_work_raises_is_raised_and_leaves_nothing_behind(path):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        await apart.change(path, half)
-    assert await apart.read(path, lambda db: str(book.zone(db))) == "UTC"
+        await background.change(path, half)
+    assert await background.read(path, lambda db: str(reservations.zone(db))) == "UTC"

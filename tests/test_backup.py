@@ -15,7 +15,10 @@ from click.testing import CliRunner
 from ledgers import CALL, Part, balance, new_ledger, rows
 
 from gateway_addon.cli.backup import backup, restore
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, access, admin, copies, files, proof
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, access, admin
+from gateway_addon.ledger.maintenance import backup as copies
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.store import sqlite_files
 
 
 def run(command, file, ledger):
@@ -38,7 +41,7 @@ async def test_a_backup_under_load_is_a_sound_ledger_and_stops_nobody(tmp_path):
         copy = tmp_path / f"copy-{len(seen)}.db"
         seen.append(await asyncio.to_thread(copies.backup, path, copy))
         with admin.reading(copy) as db:
-            assert proof.findings(db) == []
+            assert invariants.findings(db) == []
     await asyncio.gather(*working)
     await ledger.close()
     assert len(seen) >= 2
@@ -131,7 +134,7 @@ def test_a_backup_is_not_given_the_name_of_a_log(tmp_path, name):
 @pytest.mark.parametrize("left", ["-wal", "-journal"])
 def test_nothing_is_made_beside_the_log_of_another_database(tmp_path, left):
     path = new_ledger(tmp_path)
-    for name, make in (("copy.db", copies.backup), ("new.db", lambda _, new: files.create(new))):
+    for name, make in (("copy.db", copies.backup), ("new.db", lambda _, new: sqlite_files.create(new))):
         (log := tmp_path / f"{name}{left}").write_text("frames")
         with pytest.raises(LedgerUnavailable, match="is left of another database"):
             make(path, tmp_path / name)
@@ -157,7 +160,7 @@ def torn(folder) -> None:
     """A folder with such a ledger, `gateway.db`, and a backup that was made before the change, `copy.db`."""
     path = new_ledger(folder)
     copies.backup(path, folder / "copy.db")
-    with closing(files.writer_connection(path)) as db:
+    with closing(sqlite_files.writer_connection(path)) as db:
         db.execute("PRAGMA wal_autocheckpoint = 0")
         admin.pause(db, "app:reports", why="in the log", who="test", now=1.0)
         (folder / "as-killed").mkdir()

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from gateway_addon.cli import COMMANDS, INTERRUPTED, main
-from gateway_addon.ledger import files
+from gateway_addon.ledger.store import sqlite_files
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -83,7 +83,7 @@ DECIDED = ("mode=", "mode=socks5", "ignore_hosts=.*", "allow_hosts=x", "tcp_host
 )
 def test_an_option_that_mitmproxy_does_not_take_is_said_in_a_sentence(command, option, sentence, tmp_path, monkeypatch):
     (tmp_path / "gateway.yaml").write_text("workspace_geo: global\n")
-    files.create(tmp_path / "gateway.db")
+    sqlite_files.create(tmp_path / "gateway.db")
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-none")
     where = ["--listen", "127.0.0.1:0", "--policies", str(tmp_path), "--ledger", f"sqlite:///{tmp_path}/gateway.db"]
     done = CliRunner().invoke(main, [*command, *where, "--set", option])
@@ -100,7 +100,7 @@ def test_an_option_that_mitmproxy_does_not_take_is_said_in_a_sentence(command, o
 )
 def test_ctrl_c_ends_it_without_a_traceback_and_leaves_no_process(arguments, given, said, code, tmp_path):
     (tmp_path / "gateway.yaml").write_text("workspace_geo: global\n")
-    files.create(tmp_path / "gateway.db")
+    sqlite_files.create(tmp_path / "gateway.db")
     where = {"GATEWAY_LEDGER": f"sqlite:///{tmp_path}/gateway.db", "GATEWAY_POLICIES": str(tmp_path), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "gateway_addon", *arguments], env=os.environ | where, text=True, start_new_session=True,

@@ -25,8 +25,9 @@ from gateway_addon.clocks import monotonic_s
 from gateway_addon.console.app import COOKIE, Console, Policies, build, server
 from gateway_addon.console.login import LINK_S, SESSION_S, Login
 from gateway_addon.console.metrics import _labels
-from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, batches, book, reports
-from gateway_addon.ledger.reports import GROUPINGS
+from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, batches, reservations
+from gateway_addon.ledger.reports import spending
+from gateway_addon.ledger.reports.spending import GROUPINGS
 from gateway_addon.proxy.supervisor import bind
 
 CALLS = 2000
@@ -103,7 +104,7 @@ async def test_a_ledger_on_either_engine_has_its_pages(tmp_path, engine):
         assert (len(seen.live), seen.live[0].alive, [each.calls for each in seen.drift]) == (1, True, [1])
         assert dict(seen.refusals) == {"model": 1, "token_unknown": 1}
         with admin.reading(place) as db:
-            assert [line.key for line in reports.report(db, "token", since=now - 60, until=now + 60).lines] == ["reports #1"]
+            assert [line.key for line in spending.report(db, "token", since=now - 60, until=now + 60).lines] == ["reports #1"]
         client = build(desk).test_client()
         client.get(f"/login/{desk.login.link}")
         listed, told = client.get("/calls?text=MODEL").text, client.get(f"/calls/{held.call_id}").text
@@ -125,7 +126,7 @@ def test_open_batches_are_those_that_gateway_batches_lists_and_no_live_calls(tmp
     now = time.time()
     with admin.changing(console.ledger) as db:
         token = admin.issue_token(db, "reviews", "digest-of-a-token", who="test", now=now)
-        held = book.reserve(db, "somebody", NewCall("reviews", None, token.id, "batches.create"), 5_000_000, (), now=now)
+        held = reservations.reserve(db, "somebody", NewCall("reviews", None, token.id, "batches.create"), 5_000_000, (), now=now)
         batches.adopt(db, batches.NewBatch("msgbatch_1", held.call_id, "reviews", now - 7200, 30, False, "d", "{}", "{}", "canceling", now + 60))
     seen = console.look()
     listed = json.loads(CliRunner().invoke(batches_command, ["--ledger", f"sqlite:///{console.ledger}", "--json"]).output)

@@ -11,8 +11,9 @@ import postgresql
 import pytest
 from processes import ledgered
 
-from gateway_addon.ledger import Ledger, admin, history
-from gateway_addon.ledger.proof import findings
+from gateway_addon.ledger import Ledger, admin
+from gateway_addon.ledger.maintenance.invariants import findings
+from gateway_addon.ledger.reports import entry_history
 from gateway_addon.simulator import Simulator
 
 DOLLAR = 1_000_000_000
@@ -90,7 +91,7 @@ async def test_a_killed_gateway_loses_no_spend_and_frees_none(tmp_path, kills):
         async with asyncio.timeout(20):
             book = await api.settled()
         with admin.reading(crashing.ledger) as db:
-            calls, levels, wrong = history.forwarded(db), history.high_water(db), findings(db)
+            calls, levels, wrong = entry_history.forwarded(db), entry_history.high_water(db), findings(db)
     assert wrong == []
     orphans = [call for call in calls if any("orphan" in flag for flag in call.flags)]
     assert len(orphans) >= kills
@@ -146,7 +147,7 @@ async def test_gateways_that_are_killed_beside_a_server_that_crashes_lose_no_spe
             async with asyncio.timeout(20):
                 book = await api.settled()
         with admin.reading(gateways.ledger) as db:
-            calls, levels, wrong = history.forwarded(db), history.high_water(db), findings(db)
+            calls, levels, wrong = entry_history.forwarded(db), entry_history.high_water(db), findings(db)
     assert wrong == []
     assert all(call.state != "open" for call in calls)
     by_id = {call.request_id: call for call in calls}

@@ -14,8 +14,9 @@ import pytest
 from gateway import AUTHORITIES
 from processes import ledgered
 
-from gateway_addon.ledger import admin, history
-from gateway_addon.ledger.proof import findings
+from gateway_addon.ledger import admin
+from gateway_addon.ledger.maintenance.invariants import findings
+from gateway_addon.ledger.reports import entry_history
 from gateway_addon.simulator import Behaviour, Simulator
 
 # The callers' own library drops its socket when it is cancelled in the middle of connecting. That is no news about the gateways, which are
@@ -78,8 +79,8 @@ async def two_hundred_callers(tmp_path, seed, *, gateway_count, ledger=None):
                 book = await api.settled()
         rows = {row.request_id: row for row in book.messages()}
         with admin.reading(gateways.ledger) as db:
-            calls, levels, wrong = history.forwarded(db), history.high_water(db), findings(db)
-            refused = [call for call in history.recorded(db, since=0, until=time.time() + 1) if call.refusal]
+            calls, levels, wrong = entry_history.forwarded(db), entry_history.high_water(db), findings(db)
+            refused = [call for call in entry_history.recorded(db, since=0, until=time.time() + 1) if call.refusal]
     assert wrong == []
     spent_nano = sum(call.spent_nano for call in calls)
     assert book.billed_nano <= spent_nano <= cap_nano
@@ -122,6 +123,6 @@ async def test_a_budget_is_usable_down_to_the_quote_of_the_next_call(tmp_path):
                 await asyncio.gather(*(spend(urls[index % 2]) for index in range(16)))
             book = await api.settled()
         with admin.reading(gateways.ledger) as db:
-            spent_nano = sum(call.spent_nano for call in history.forwarded(db))
+            spent_nano = sum(call.spent_nano for call in entry_history.forwarded(db))
     assert spent_nano == book.billed_nano
     assert 0.98 * DOLLAR <= spent_nano <= DOLLAR

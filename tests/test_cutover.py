@@ -14,8 +14,10 @@ from gateway_addon.cli import cutover as command
 from gateway_addon.cli import main
 from gateway_addon.identity import tokens
 from gateway_addon.inventory import inspect
-from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, arrivals, files
-from gateway_addon.ledger.arrivals import Arrival
+from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin
+from gateway_addon.ledger.reports import token_usage
+from gateway_addon.ledger.reports.token_usage import Arrival
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.moving import Now, tally, unaccounted, unseen
 
 NOW = time.time()
@@ -66,8 +68,8 @@ def test_what_a_consumer_s_file_says_today(name, content, said):
     ("accepted", "left"), [("/srv/a.py", 0), ("/srv", 0), ("/srv/", 0), ("/srv/a", 1), ("/srv/a.pyc", 1), ("/other", 1)]
 )
 def test_what_a_person_accepts_is_accounted_for(accepted, left):
-    files = [Now("/srv/a.py", inspect("/srv/a.py", b"import anthropic\n"))]
-    assert len(unaccounted(files, [], [accepted])) == left
+    sqlite_files = [Now("/srv/a.py", inspect("/srv/a.py", b"import anthropic\n"))]
+    assert len(unaccounted(sqlite_files, [], [accepted])) == left
 
 
 def test_a_file_that_is_gone_is_accounted_for_and_one_that_cannot_be_read_is_not():
@@ -85,7 +87,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A ledger with a token of `reports`, a policy for it, and an empty village."""
     write(tmp_path, {"policies/apps/reports.yaml": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n", "village/none": ""})
     write(tmp_path, {"policies/gateway.yaml": "key: {file: /run/key}\n"})
-    files.create(tmp_path / "gateway.db")
+    sqlite_files.create(tmp_path / "gateway.db")
     with admin.changing(tmp_path / "gateway.db") as db:
         admin.issue_token(db, "reports", DIGEST, label="cron", who="test", now=NOW)
     monkeypatch.setenv("GATEWAY_POLICIES", str(tmp_path / "policies"))
@@ -177,9 +179,9 @@ async def test_what_the_ledger_knows_of_who_has_come(tmp_path, engine):
         await ledger.void(held.call_id, Outcome(status=401), now=at)
     await ledger.close()
     with admin.reading(path) as db:
-        [seen] = arrivals.arrivals(db, now=NOW)
-        [straggler] = arrivals.stragglers(db)
-        passed = arrivals.passed(db, since=NOW - 40)
+        [seen] = token_usage.arrivals(db, now=NOW)
+        [straggler] = token_usage.stragglers(db)
+        passed = token_usage.passed(db, since=NOW - 40)
     assert (seen.calls, seen.refused, seen.first_at, seen.last_at, seen.state) == (3, 0, NOW - 50, NOW - 20, "in force")
     assert (straggler.app, straggler.last_at) == ("reports", NOW - 20)
     assert (passed.calls, passed.unauthorised, passed.last_unauthorised_at) == (2, 2, NOW - 20)

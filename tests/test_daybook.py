@@ -15,7 +15,8 @@ from processes import ledgered
 
 from gateway_addon import daybook
 from gateway_addon.daybook import Daybook
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, admin, apart, book, reports, rollups
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, admin, background, reservations
+from gateway_addon.ledger.reports import daily_totals, spending
 from gateway_addon.proxy.server import assembled
 from gateway_addon.simulator import KEY
 
@@ -35,7 +36,7 @@ def path(tmp_path, request):
     with admin.changing(found) as db:
         for number in range(24):
             spend(db, NOON - number * DAY_S / 4, 10 + number)
-            book.refused(db, "me", CALL, "rate", now=NOON - number * DAY_S / 4)
+            reservations.refused(db, "me", CALL, "rate", now=NOON - number * DAY_S / 4)
     return found
 
 
@@ -56,7 +57,7 @@ def kept(path):
 
 def told(path):
     with admin.reading(path) as db:
-        return reports.report(db, "app", **PERIOD)
+        return spending.report(db, "app", **PERIOD)
 
 
 async def test_each_closed_day_is_kept_without_anybody_asking_for_a_report(path):
@@ -77,12 +78,12 @@ async def test_the_newest_day_is_kept_first(path):
 
 async def test_a_day_with_an_open_call_is_kept_once_the_call_has_ended(path):
     with admin.changing(path) as db:
-        open_id = book.reserve(db, "batches", CALL, 100, [], now=NOON - 3 * DAY_S).call_id
+        open_id = reservations.reserve(db, "batches", CALL, 100, [], now=NOON - 3 * DAY_S).call_id
     async with kept_by(path) as days:
         await days.catch_up()
         assert kept(path) == [6, 5, 4]
         with admin.changing(path) as db:
-            book.settle(db, open_id, Settlement(7), now=NOON)
+            reservations.settle(db, open_id, Settlement(7), now=NOON)
         await days.catch_up()
     assert kept(path) == [6, 5, 4, 3, 2, 1]
 
@@ -102,7 +103,7 @@ async def test_a_day_that_is_struck_off_is_kept_anew(path):
 async def test_of_several_gateways_one_sums_at_a_time_and_no_day_twice(path, monkeypatch):
     summed, at_work, together = Counter(), [], []
 
-    def slowly(db, span, lines=rollups.lines):
+    def slowly(db, span, lines=daily_totals.lines):
         at_work.append(span)
         together.append(len(at_work))
         time.sleep(0.02)
@@ -110,7 +111,7 @@ async def test_of_several_gateways_one_sums_at_a_time_and_no_day_twice(path, mon
         summed[span] += 1
         return lines(db, span)
 
-    monkeypatch.setattr(rollups, "lines", slowly)
+    monkeypatch.setattr(daily_totals, "lines", slowly)
     async with kept_by(path) as one, kept_by(path) as two, kept_by(path) as three:
         running = [asyncio.ensure_future(each.run()) for each in (one, two, three)]
         await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
@@ -131,7 +132,7 @@ def hanging(monkeypatch):
         return []
 
     with monkeypatch.context() as patched:
-        patched.setattr(rollups, "lines", hang)
+        patched.setattr(daily_totals, "lines", hang)
         yield began
         may_end.set()
 
@@ -162,14 +163,14 @@ def test_the_end_of_a_gateway_does_not_wait_for_a_sum(path, monkeypatch):
 
 
 async def test_a_store_that_fails_is_said_once_and_tried_again(path, monkeypatch, caplog):
-    failures, read = [LedgerUnavailable("the disk is slow")] * 5, apart.read
+    failures, read = [LedgerUnavailable("the disk is slow")] * 5, background.read
 
     async def failing(*arguments):
         if failures:
             raise failures.pop()
         return await read(*arguments)
 
-    monkeypatch.setattr(apart, "read", failing)
+    monkeypatch.setattr(background, "read", failing)
     async with kept_by(path) as days:
         running = asyncio.ensure_future(days.run())
         await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
@@ -190,7 +191,7 @@ async def test_a_day_takes_two_short_turns_however_many_calls_it_had(tmp_path, m
         return run
 
     for name in ("claim", "put"):
-        monkeypatch.setattr(rollups, name, counted(getattr(rollups, name)))
+        monkeypatch.setattr(daily_totals, name, counted(getattr(daily_totals, name)))
     for calls in (1_000, 20_000):
         month.make(tmp_path / f"{calls}.db", calls, until=NOON, days=3)
         async with kept_by(tmp_path / f"{calls}.db") as days:
@@ -207,12 +208,12 @@ async def test_a_first_report_reads_the_days_that_were_kept_for_it(tmp_path):
     month.make(path, 10_000, until=NOON)
     period = {"since": NOON - 10 * DAY_S, "until": NOON}
     with admin.reading(path) as db:
-        by_calls = Steps(db).of(lambda: reports.report(db, "app", **period))
+        by_calls = Steps(db).of(lambda: spending.report(db, "app", **period))
     async with kept_by(path) as days:
         await days.catch_up()
     with admin.reading(path) as db:
-        assert list(rollups.missing(db, "app", 0, NOON, NOON)) == [], "nothing is left for the first report to sum"
-        assert Steps(db).of(lambda: reports.report(db, "app", **period)) < by_calls / 5
+        assert list(daily_totals.missing(db, "app", 0, NOON, NOON)) == [], "nothing is left for the first report to sum"
+        assert Steps(db).of(lambda: spending.report(db, "app", **period)) < by_calls / 5
 
 
 async def test_a_running_gateway_keeps_days(tmp_path, monkeypatch):

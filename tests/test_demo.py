@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gateway_addon.demo import proof
-from gateway_addon.ledger.history import Forwarded
+from gateway_addon.ledger.reports.entry_history import Forwarded
 
 
 def demo(*arguments, **options):

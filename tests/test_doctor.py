@@ -12,19 +12,20 @@ from ledgers import CALL, DAY_CAP, NOON, Part, new_ledger, rows
 from upstreams import upstream
 
 from gateway_addon.cli.doctor import doctor
-from gateway_addon.ledger import Outcome, Settlement, admin, balances, book, files, schema
-from gateway_addon.ledger.locks import OwnerLock
+from gateway_addon.ledger import Outcome, Settlement, admin, reservations
+from gateway_addon.ledger.store import balances, sqlite_files, sqlite_schema
+from gateway_addon.ledger.store.locks import OwnerLock
 from gateway_addon.simulator import KEY, Simulator
 
 
 @pytest.fixture
 def path(tmp_path):
     path = new_ledger(tmp_path)
-    with closing(files.writer_connection(path)) as db:
+    with closing(sqlite_files.writer_connection(path)) as db:
         for nano in (100, 200):
-            held = book.reserve(db, "gone", CALL, 300, DAY_CAP, now=NOON)
-            book.settle(db, held.call_id, Settlement(nano, (Part(nano),)), now=NOON)
-        book.void(db, book.reserve(db, "gone", CALL, 300, DAY_CAP, now=NOON).call_id, Outcome(), now=NOON)
+            held = reservations.reserve(db, "gone", CALL, 300, DAY_CAP, now=NOON)
+            reservations.settle(db, held.call_id, Settlement(nano, (Part(nano),)), now=NOON)
+        reservations.void(db, reservations.reserve(db, "gone", CALL, 300, DAY_CAP, now=NOON).call_id, Outcome(), now=NOON)
         admin.adjust(db, 1, 5, who="ops", why="the bill", now=NOON)
     return path
 
@@ -83,21 +84,21 @@ def test_every_lie_is_named(path, sql, finding):
 @pytest.mark.parametrize("part", ["'total' AS scope, 'week'", "'app:' || app AS scope, 'month'", "'team:' || team AS scope, 'day'"])
 def test_a_trigger_that_forgets_a_balance_is_found_out(path, part):
     """What the doctor holds the balances against knows nothing of the view by which they are kept."""
-    [forgetful] = [each for each in schema.FRAMES.split("\nUNION ALL\n") if part in each]
-    with closing(files.writer_connection(path)) as db:
+    [forgetful] = [each for each in sqlite_schema.FRAMES.split("\nUNION ALL\n") if part in each]
+    with closing(sqlite_files.writer_connection(path)) as db:
         db.execute("DROP VIEW call_frames")
-        db.execute(f"CREATE VIEW call_frames AS {schema.FRAMES.replace(forgetful, forgetful + (' AND 0' if 'WHERE' in forgetful else ' WHERE 0'))}")
-        held = book.reserve(db, "gone", CALL, 300, DAY_CAP, now=NOON)
-        book.settle(db, held.call_id, Settlement(50, (Part(50),)), now=NOON)
+        db.execute(f"CREATE VIEW call_frames AS {sqlite_schema.FRAMES.replace(forgetful, forgetful + (' AND 0' if 'WHERE' in forgetful else ' WHERE 0'))}")
+        held = reservations.reserve(db, "gone", CALL, 300, DAY_CAP, now=NOON)
+        reservations.settle(db, held.call_id, Settlement(50, (Part(50),)), now=NOON)
     code, output = examine(path)
     assert (code, output.count("the entries say")) == (1, 1), output
 
 
 def test_open_reservations_are_listed_with_age_and_owner(path):
     lock = OwnerLock(path)
-    with closing(files.writer_connection(path)) as db:
-        book.reserve(db, lock.owner, CALL, 300, DAY_CAP, now=NOON)
-        book.reserve(db, "gone", CALL, 300, DAY_CAP, now=NOON)
+    with closing(sqlite_files.writer_connection(path)) as db:
+        reservations.reserve(db, lock.owner, CALL, 300, DAY_CAP, now=NOON)
+        reservations.reserve(db, "gone", CALL, 300, DAY_CAP, now=NOON)
     code, output = examine(path)
     assert code == 0
     assert "(reports, claude-haiku-4-5) holds $0.0000003 for" in output
@@ -159,8 +160,8 @@ async def test_a_gateway_that_could_work_passes_and_nothing_is_billed(path, poli
         checks = json.loads(output)
         assert (code, [check["name"] for check in checks]) == (0, ["ledger", "files", "disk", "policy", "upstream", "key", "clock"])
         assert "the provider takes it" in output
-        book = await api.settled()
-        assert ([row.target for row in book.all()], book.billed_nano) == (["/v1/models?limit=1"], 0)
+        reservations = await api.settled()
+        assert ([row.target for row in reservations.all()], reservations.billed_nano) == (["/v1/models?limit=1"], 0)
     assert KEY not in output
 
 

@@ -12,7 +12,8 @@ from gateway import gateway
 
 from gateway_addon.calls.running import Running
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, book, files, owners
+from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, orphans, reservations
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.proxy import hooks
 from gateway_addon.simulator import Behaviour, Simulator
 
@@ -22,7 +23,7 @@ CAP = SimpleNamespace(scope="app:app", window="day", amount_nano=1_000)
 
 @pytest.fixture
 def db(tmp_path):
-    files.create(tmp_path / "gateway.db")
+    sqlite_files.create(tmp_path / "gateway.db")
     with admin.changing(tmp_path / "gateway.db") as db:
         db.row_factory = None
         admin.issue_token(db, "app", "0" * 64, who="test", now=NOW)
@@ -35,33 +36,33 @@ def held_nano(db) -> int:
 
 def reserve_ten(db):
     for _ in range(10):
-        book.reserve(db, "owner", NewCall("app", None, 1), 300, [CAP], now=NOW)
+        reservations.reserve(db, "owner", NewCall("app", None, 1), 300, [CAP], now=NOW)
 
 
 def test_the_where_of_the_reservation_keeps_the_cap(db, monkeypatch):
     reserve_ten(db)
     assert held_nano(db) == 900
-    monkeypatch.setattr(book, "RESERVE", book.RESERVE.split("WHERE NOT EXISTS")[0])
+    monkeypatch.setattr(reservations, "RESERVE", reservations.RESERVE.split("WHERE NOT EXISTS")[0])
     reserve_ten(db)
     assert held_nano(db) > CAP.amount_nano
 
 
 def test_the_where_of_a_top_up_keeps_the_cap(db, monkeypatch):
-    call = book.reserve(db, "owner", NewCall("app", None, 1), 300, [CAP], now=NOW)
-    assert not book.extend(db, call.call_id, 800, [CAP], now=NOW)
+    call = reservations.reserve(db, "owner", NewCall("app", None, 1), 300, [CAP], now=NOW)
+    assert not reservations.extend(db, call.call_id, 800, [CAP], now=NOW)
     assert held_nano(db) == 300
-    monkeypatch.setattr(book, "EXTEND", book.EXTEND.split("AND NOT EXISTS")[0])
-    assert book.extend(db, call.call_id, 800, [CAP], now=NOW)
+    monkeypatch.setattr(reservations, "EXTEND", reservations.EXTEND.split("AND NOT EXISTS")[0])
+    assert reservations.extend(db, call.call_id, 800, [CAP], now=NOW)
     assert held_nano(db) > CAP.amount_nano
 
 
 def test_the_unique_index_keeps_a_call_from_being_resolved_twice(db):
-    reserved = book.reserve(db, "owner", NewCall("app", None, 1), 300, [CAP], now=NOW)
-    assert book.settle(db, reserved.call_id, Settlement(200), now=NOW).first
-    assert not book.void(db, reserved.call_id, Outcome(), now=NOW).first
+    reserved = reservations.reserve(db, "owner", NewCall("app", None, 1), 300, [CAP], now=NOW)
+    assert reservations.settle(db, reserved.call_id, Settlement(200), now=NOW).first
+    assert not reservations.void(db, reserved.call_id, Outcome(), now=NOW).first
     assert held_nano(db) == 200
     db.execute("DROP INDEX entries_resolve_once")
-    assert book.void(db, reserved.call_id, Outcome(), now=NOW).first
+    assert reservations.void(db, reserved.call_id, Outcome(), now=NOW).first
     assert db.execute("SELECT min(open) FROM balances").fetchone() == (-1,)
 
 
@@ -79,7 +80,7 @@ async def test_the_sweep_settles_what_a_dead_process_held(tmp_path, monkeypatch)
     await ledger.reserve(NewCall("app", None, 1), 300, [], now=time.time())
     await ledger.close()  # without a settlement, and without its lock: as good as dead
     with monkeypatch.context() as patched:
-        patched.setattr(owners, "settle_orphans", lambda db, dead, now: 0)
+        patched.setattr(orphans, "settle_orphans", lambda db, dead, now: 0)
         assert await open_after_a_crash() == 1
     assert await open_after_a_crash() == 0
 

@@ -5,9 +5,10 @@ import os
 import pytest
 from ledgers import Part, Tokens, die
 
-from gateway_addon.ledger import Outcome, Settlement, journal
-from gateway_addon.ledger.journal import Journal, left_behind
-from gateway_addon.ledger.values import Ending
+from gateway_addon.ledger import Outcome, Settlement
+from gateway_addon.ledger.store import journal
+from gateway_addon.ledger.store.journal import Journal, left_behind
+from gateway_addon.ledger.types import Ending
 
 OUTCOME = Outcome(200, "claude-haiku-4-5", "end_turn", "req_1", 2.5, True, "claude-haiku-4-5", ("drift", "cut:budget"), "standard", None, "global")
 BILL = Settlement(250, (Part(200), Part(50, "compaction", None, Tokens(1, 2, 3, 4, 5, 6), 7, None)), OUTCOME)

@@ -14,8 +14,9 @@ from processes import ledgered
 
 from gateway_addon.clocks import Clocks
 from gateway_addon.keeper import KEPT_FOR_S, Keeper
-from gateway_addon.ledger import admin, batches, proof
+from gateway_addon.ledger import admin, batches
 from gateway_addon.ledger.batches import PAUSE_MAX_S
+from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 from gateway_addon.upstreams import client as upstream
@@ -209,7 +210,7 @@ async def test_a_batch_is_priced_by_the_table_of_its_admission(tmp_path):
 
 async def open_batches(ledger):
     with admin.reading(ledger) as db:
-        return batches.open_batches(db), proof.findings(db)
+        return batches.open_batches(db), invariants.findings(db)
 
 
 @pytest.mark.parametrize("engine", ["sqlite", pytest.param("postgresql", marks=[pytest.mark.soak, pytest.mark.xdist_group("postgresql")])])

@@ -14,7 +14,9 @@ from ledgers import ENGINES, NOON, balance, rows, url, writing
 
 from gateway_addon.cli import main
 from gateway_addon.cli.doctor import check_ledger
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, Server, Settlement, admin, files, rollups
+from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, Server, Settlement, admin
+from gateway_addon.ledger.reports import daily_totals
+from gateway_addon.ledger.store import sqlite_files
 
 ROOT = Path(__file__).parents[1]
 MINE = NewCall("reports", "batch", 1)
@@ -43,7 +45,7 @@ def within(known, found):
 def up_to_date(ledger):
     """As an operator does it: a file's tables follow by themselves, a server's by `gateway init`."""
     if isinstance(ledger, Server):
-        files.create(ledger)
+        sqlite_files.create(ledger)
     return ledger
 
 
@@ -63,7 +65,7 @@ def test_a_kept_ledger_opens_and_says_the_same(name, engine, tmp_path):
     found = said(ledger)
     assert {part for part in known if not within(known[part], found[part])} == set()
     for by in ("app", "model", "day"):
-        rollups.keep(ledger, by, since=MARCH, until=NOON + DAY_S, now=NOON + DAY_S)
+        daily_totals.keep(ledger, by, since=MARCH, until=NOON + DAY_S, now=NOON + DAY_S)
     assert within(known["reports"], said(ledger)["reports"]), "the sums of closed days are the same"
 
 
@@ -124,7 +126,7 @@ def test_a_command_refuses_a_newer_gateways_ledger(typed, engine, tmp_path):
     done = CliRunner().invoke(main, [*typed, "--ledger", url(ledger)])
     assert (done.exit_code, "is a newer gateway's (m999_later" in done.output) == (2, True), done.output
     with pytest.raises(LedgerUnavailable, match=NEWER):
-        files.create(ledger)
+        sqlite_files.create(ledger)
 
 
 def test_an_older_ledger_on_a_server_waits_for_init(tmp_path):
@@ -135,7 +137,7 @@ def test_an_older_ledger_on_a_server_waits_for_init(tmp_path):
         db.execute("DROP INDEX calls_observed")
     with pytest.raises(LedgerUnavailable, match="is an older version's: `gateway init` brings it up to date"):
         said(ledger)
-    files.create(ledger)
+    sqlite_files.create(ledger)
     assert within(expected(NAMES[-1])["reports"], said(ledger)["reports"])
 
 

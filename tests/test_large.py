@@ -12,7 +12,10 @@ import pytest
 from ledgers import Cap, Part, Steps
 from processes import ledgered
 
-from gateway_addon.ledger import Ledger, NewCall, Settlement, admin, book, files, proof, reports, rollups
+from gateway_addon.ledger import Ledger, NewCall, Settlement, admin, reservations
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.reports import daily_totals, spending
+from gateway_addon.ledger.store import sqlite_files
 
 APP = month.APPS[4]
 CALL = NewCall(APP, "content", 5, model_asked="claude-haiku-4-5", max_tokens=100)
@@ -21,7 +24,7 @@ DAY_S = 86_400
 
 
 def a_call(db, now):
-    book.settle(db, book.reserve(db, "me", CALL, 300, CAPS, now=now).call_id, Settlement(200, (Part(200),)), now=now)
+    reservations.settle(db, reservations.reserve(db, "me", CALL, 300, CAPS, now=now).call_id, Settlement(200, (Part(200),)), now=now)
 
 
 def test_a_call_and_a_kept_months_report_take_no_more_steps_in_a_large_ledger(tmp_path):
@@ -30,23 +33,23 @@ def test_a_call_and_a_kept_months_report_take_no_more_steps_in_a_large_ledger(tm
     for calls in (1, 20_000):
         path = tmp_path / f"{calls}.db"
         month.make(path, calls, until=now)
-        with closing(files.writer_connection(path)) as db:
+        with closing(sqlite_files.writer_connection(path)) as db:
             a_call(db, now)  # the first one makes the balances' rows
             took[calls] = Steps(db).of(lambda db=db: a_call(db, now))
     assert took[20_000] <= took[1] * 1.05
-    with closing(files.reader_connection(path)) as db:
+    with closing(sqlite_files.reader_connection(path)) as db:
         db.row_factory = sqlite3.Row
         steps, period = Steps(db), {"since": now - 25 * DAY_S, "until": now}
-        by_calls = steps.of(lambda: reports.report(db, "app", **period))
-        rollups.keep(path, "app", **period, now=now)
-        assert steps.of(lambda: reports.report(db, "app", **period)) < by_calls / 5
+        by_calls = steps.of(lambda: spending.report(db, "app", **period))
+        daily_totals.keep(path, "app", **period, now=now)
+        assert steps.of(lambda: spending.report(db, "app", **period)) < by_calls / 5
     with admin.reading(path) as db:
-        assert Steps(db).of(lambda: list(rollups.missing(db, "app", **period, now=now))) < 500, "it does not look for the days call by call"
+        assert Steps(db).of(lambda: list(daily_totals.missing(db, "app", **period, now=now))) < 500, "it does not look for the days call by call"
 
 
 def test_a_new_app_comes_into_force_without_a_look_through_the_ledger(tmp_path):
     month.make(tmp_path / "made.db", 2_000, until=time.time())
-    with closing(files.writer_connection(tmp_path / "made.db")) as db:
+    with closing(sqlite_files.writer_connection(tmp_path / "made.db")) as db:
         assert Steps(db).of(lambda: admin.align(db, "UTC", {"new": "content"}, who="test", now=time.time())) < 100
         assert not admin.align(db, "UTC", {"new": "content"}, who="test", now=time.time()), "it is settled"
 
@@ -54,7 +57,7 @@ def test_a_new_app_comes_into_force_without_a_look_through_the_ledger(tmp_path):
 def test_the_ledgers_made_for_these_tests_are_sound(tmp_path):
     month.make(tmp_path / "made.db", 5_000, until=time.time())
     with admin.reading(tmp_path / "made.db") as db:
-        assert proof.findings(db) == []
+        assert invariants.findings(db) == []
 
 
 async def latencies(path) -> tuple[float, float]:
@@ -92,10 +95,10 @@ async def test_admission_a_months_report_and_start_up_by_the_clock(tmp_path, cal
     median, slow = (statistics.median(each[part] for each in rounds[large]) / statistics.median(each[part] for each in rounds[empty]) for part in (0, 1))
     gateways = ledgered(tmp_path, "http://127.0.0.1:9", {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\n"})
     started_s = min([await start_s(gateways) for _ in range(3)])
-    rollups.keep(large, "app", since=now - 30 * DAY_S, until=now, now=now)
+    daily_totals.keep(large, "app", since=now - 30 * DAY_S, until=now, now=now)
     began = time.perf_counter()
     with admin.reading(large) as db:
-        reports.report(db, "app", since=now - 30 * DAY_S, until=now)
+        spending.report(db, "app", since=now - 30 * DAY_S, until=now)
     report_s = time.perf_counter() - began
     print(f"{calls:,} calls: p50 {median:.2f}x, p99 {slow:.2f}x, started in {started_s:.2f} s, month in {report_s:.2f} s", file=sys.stderr)
     assert median <= 1.25

@@ -26,9 +26,9 @@ from gateway_addon.ledger import (
     Reserved,
     Settlement,
     admin,
-    balances,
-    book,
+    reservations,
 )
+from gateway_addon.ledger.store import balances
 from gateway_addon.windows import WINDOWS
 
 
@@ -51,7 +51,7 @@ async def ledger(path):
 
 
 def hold(db, nano, caps=DAY_CAP, call=CALL, now=NOON, **options):
-    return book.reserve(db, "me", call, nano, caps, now=now, **options)
+    return reservations.reserve(db, "me", call, nano, caps, now=now, **options)
 
 
 # --- reserve, and why not
@@ -82,14 +82,14 @@ def test_each_cap_holds_on_its_own(db, scope, window):
 def test_what_is_spent_is_refused_until_the_reset_and_what_is_held_only_for_a_moment(db):
     first = hold(db, 900)
     assert hold(db, 200).reason == "cap_held"
-    book.settle(db, first.call_id, Settlement(900), now=NOON)
+    reservations.settle(db, first.call_id, Settlement(900), now=NOON)
     denied = hold(db, 200)
     assert (denied.reason, denied.retry_after_s) == ("cap_spent", 12 * 3600)
 
 
 def test_the_spent_cap_that_lasts_longest_is_named(db):
     caps = [Cap("app:reports", "day", 100), Cap("app:reports", "month", 100)]
-    book.settle(db, hold(db, 100, caps).call_id, Settlement(100), now=NOON)
+    reservations.settle(db, hold(db, 100, caps).call_id, Settlement(100), now=NOON)
     assert hold(db, 1, caps).standing.window == "month"
 
 
@@ -105,10 +105,10 @@ def test_a_running_stream_keeps_its_next_quantum_free_from_new_calls_but_not_fro
     stream = hold(db, 400, quantum_nano=300)
     assert hold(db, 301).reason == "cap_held"
     other = hold(db, 300)
-    assert book.extend(db, other.call_id, 300, DAY_CAP, now=NOON)
-    assert not book.extend(db, stream.call_id, 1, DAY_CAP, now=NOON)
-    book.settle(db, other.call_id, Settlement(0), now=NOON)
-    assert book.extend(db, stream.call_id, 600, DAY_CAP, now=NOON)
+    assert reservations.extend(db, other.call_id, 300, DAY_CAP, now=NOON)
+    assert not reservations.extend(db, stream.call_id, 1, DAY_CAP, now=NOON)
+    reservations.settle(db, other.call_id, Settlement(0), now=NOON)
+    assert reservations.extend(db, stream.call_id, 600, DAY_CAP, now=NOON)
 
 
 def test_a_stream_that_would_not_fit_an_idle_window_is_not_told_to_wait(db):
@@ -119,7 +119,7 @@ def test_a_raise_lifts_a_cap_until_its_end(db):
     admin.raise_cap(db, "app:reports", "day", 500, until=NOON + 60, who="ops", now=NOON)
     reserved = hold(db, 1500)
     assert (reserved.standings[0].cap_nano, reserved.standings[0].raised_nano) == (1500, 500)
-    book.void(db, reserved.call_id, Outcome(), now=NOON)
+    reservations.void(db, reserved.call_id, Outcome(), now=NOON)
     assert hold(db, 1500, now=NOON + 60).reason == "quote_over_cap"
 
 
@@ -148,7 +148,7 @@ def test_the_token_is_judged_again_with_the_money(db):
 def test_a_revoked_token_does_not_keep_a_running_call_from_settling(db):
     running = hold(db, 100)
     admin.revoke_tokens(db, "reports", who="ops", now=NOON)
-    assert book.settle(db, running.call_id, Settlement(70), now=NOON).first
+    assert reservations.settle(db, running.call_id, Settlement(70), now=NOON).first
 
 
 def test_concurrency_counts_open_calls_only(db):
@@ -156,7 +156,7 @@ def test_concurrency_counts_open_calls_only(db):
     first = hold(db, 1, rates=limits)
     hold(db, 1, rates=limits)
     assert hold(db, 1, rates=limits) == Denied("concurrency", limit="concurrent", limit_max=2, used=2, retry_after_s=1)
-    book.settle(db, first.call_id, Settlement(1), now=NOON)
+    reservations.settle(db, first.call_id, Settlement(1), now=NOON)
     assert isinstance(hold(db, 1, rates=limits), Reserved)
 
 
@@ -205,45 +205,45 @@ def test_a_call_larger_than_a_rate_never_fits_and_is_not_told_to_wait(db):
 
 def test_a_call_resolves_once(db, path):
     call_id = hold(db, 500).call_id
-    assert book.settle(db, call_id, Settlement(200, (Part(200),)), now=NOON).first
-    assert not book.settle(db, call_id, Settlement(200), now=NOON).first
-    assert not book.void(db, call_id, Outcome(), now=NOON).first
-    assert not book.extend(db, call_id, 1, DAY_CAP, now=NOON)
-    assert not book.release(db, call_id, 1, now=NOON)
+    assert reservations.settle(db, call_id, Settlement(200, (Part(200),)), now=NOON).first
+    assert not reservations.settle(db, call_id, Settlement(200), now=NOON).first
+    assert not reservations.void(db, call_id, Outcome(), now=NOON).first
+    assert not reservations.extend(db, call_id, 1, DAY_CAP, now=NOON)
+    assert not reservations.release(db, call_id, 1, now=NOON)
     assert balance(path) == (200, 0, 0)
 
 
 def test_an_unknown_call_resolves_never(db):
-    assert not book.settle(db, 77, Settlement(1), now=NOON).first
-    assert not book.extend(db, 77, 1, DAY_CAP, now=NOON)
+    assert not reservations.settle(db, 77, Settlement(1), now=NOON).first
+    assert not reservations.extend(db, 77, 1, DAY_CAP, now=NOON)
 
 
 def test_a_void_gives_everything_back(db, path):
     call_id = hold(db, 500, quantum_nano=100).call_id
-    book.extend(db, call_id, 100, DAY_CAP, now=NOON)
-    assert book.void(db, call_id, Outcome(status=529), now=NOON).held_nano == 600
+    reservations.extend(db, call_id, 100, DAY_CAP, now=NOON)
+    assert reservations.void(db, call_id, Outcome(status=529), now=NOON).held_nano == 600
     assert rows(path, "SELECT DISTINCT spent_nano, reserved_nano, quantum_nano, open FROM balances") == [(0, 0, 0, 0)]
 
 
 def test_a_cost_that_cannot_be_known_is_what_was_held(db, path):
     call_id = hold(db, 500).call_id
-    book.release(db, call_id, 100, now=NOON)
-    book.extend(db, call_id, 50, DAY_CAP, now=NOON)
-    assert book.settle(db, call_id, Settlement(None), now=NOON).spent_nano == 450
+    reservations.release(db, call_id, 100, now=NOON)
+    reservations.extend(db, call_id, 50, DAY_CAP, now=NOON)
+    assert reservations.settle(db, call_id, Settlement(None), now=NOON).spent_nano == 450
     assert rows(path, "SELECT flags FROM calls") == [("estimated",)]
     assert rows(path, "SELECT kind, nano FROM usage") == [("estimate", 450)]
 
 
 def test_no_more_is_released_than_is_held(db):
     call_id = hold(db, 500).call_id
-    assert not book.release(db, call_id, 501, now=NOON)
-    assert book.release(db, call_id, 500, now=NOON)
-    assert not book.release(db, call_id, 1, now=NOON)
+    assert not reservations.release(db, call_id, 501, now=NOON)
+    assert reservations.release(db, call_id, 500, now=NOON)
+    assert not reservations.release(db, call_id, 1, now=NOON)
 
 
 def test_a_bill_above_the_grant_is_booked_in_full_flagged_and_holds_the_model_back(db, path):
     call_id = hold(db, 100).call_id
-    resolution = book.settle(db, call_id, Settlement(1500, (Part(1500),)), now=NOON)
+    resolution = reservations.settle(db, call_id, Settlement(1500, (Part(1500),)), now=NOON)
     assert (resolution.overrun, resolution.spent_nano) == (True, 1500)
     assert balance(path) == (1500, 0, 0)
     assert rows(path, "SELECT flags FROM calls") == [("overrun",)]
@@ -256,7 +256,7 @@ def test_a_bill_above_the_grant_is_booked_in_full_flagged_and_holds_the_model_ba
 def test_a_bill_above_the_grant_that_came_late_blames_no_model(db, path):
     """The gateway stood still and could not cut: flagged and booked in full, but the model kept its pace."""
     call_id = hold(db, 100).call_id
-    assert book.settle(db, call_id, Settlement(1500, (Part(1500),), Outcome(flags=("late",))), now=NOON).overrun
+    assert reservations.settle(db, call_id, Settlement(1500, (Part(1500),), Outcome(flags=("late",))), now=NOON).overrun
     assert balance(path) == (1500, 0, 0)
     assert rows(path, "SELECT flags FROM calls") == [("late overrun",)]
     assert rows(path, "SELECT * FROM overruns") == []
@@ -266,8 +266,8 @@ def test_a_call_belongs_to_the_window_of_its_admission(db, path):
     before_midnight = NOON + 12 * 3600 - 1
     call_id = hold(db, 500, now=before_midnight).call_id
     assert hold(db, 1000, now=before_midnight + 2).call_id
-    assert book.extend(db, call_id, 500, DAY_CAP, now=before_midnight + 2), "yesterday's room is yesterday's"
-    book.settle(db, call_id, Settlement(900), now=before_midnight + 3600)
+    assert reservations.extend(db, call_id, 500, DAY_CAP, now=before_midnight + 2), "yesterday's room is yesterday's"
+    reservations.settle(db, call_id, Settlement(900), now=before_midnight + 3600)
     days = rows(path, "SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND window = 'day' ORDER BY window_start")
     assert days == [(900, 0), (0, 1000)]
 
@@ -282,7 +282,7 @@ def test_amounts_up_to_the_ledgers_limit_stay_exact(db, path):
     cap = [Cap("total", "ever", 2**62)]
     call_id = hold(db, 2**62, cap).call_id
     assert hold(db, 1, cap).reason == "cap_held"
-    book.settle(db, call_id, Settlement(2**62 - 1), now=NOON)
+    reservations.settle(db, call_id, Settlement(2**62 - 1), now=NOON)
     assert hold(db, 2, cap).reason == "cap_spent"
     assert isinstance(hold(db, 1, cap), Reserved)
 
@@ -334,10 +334,10 @@ def any_sequence(path, steps):
                 else:  # nor is anything refused that would fit
                     assert any(
                         each.spent_nano + each.reserved_nano + each.quantum_nano + number + nano > each.cap_nano
-                        for each in book.capped(db, caps, now=now)
+                        for each in reservations.capped(db, caps, now=now)
                     )
             elif kind == "extend":
-                if book.extend(db, call_id, nano, caps, now=now):
+                if reservations.extend(db, call_id, nano, caps, now=now):
                     assert all(
                         spent + reserved <= cap.amount_nano
                         for cap in caps
@@ -348,14 +348,14 @@ def any_sequence(path, steps):
                         )
                     )
             elif kind == "release":
-                book.release(db, call_id, nano, now=now)
+                reservations.release(db, call_id, nano, now=now)
             elif kind == "void":
-                book.void(db, call_id, Outcome(), now=now)
+                reservations.void(db, call_id, Outcome(), now=now)
             elif kind == "estimate":
-                book.settle(db, call_id, Settlement(None), now=now)
+                reservations.settle(db, call_id, Settlement(None), now=now)
             elif kind == "settle":
                 [(held,)] = db.execute("SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = ?", (call_id,)).fetchall()
-                book.settle(db, call_id, Settlement(min(nano, held)), now=now)
+                reservations.settle(db, call_id, Settlement(min(nano, held)), now=now)
             elif rows(path, "SELECT 1 FROM calls WHERE id = ? AND state IN ('settled', 'voided')", call_id):
                 admin.adjust(db, call_id, nano, who="test", why="property", now=now)
         kept = db.execute("SELECT * FROM balances ORDER BY 1, 2, 3").fetchall()
@@ -368,9 +368,9 @@ def any_sequence(path, steps):
 
 
 def plans(db):
-    hot = {name: book._asking(getattr(book, name), 3) for name in ("RESERVE", "OBSTACLES", "STANDINGS", "EXTEND")}
-    hot |= {name: getattr(book, name) for name in ("RELEASE", "RESOLVE", "FINISH")}
-    hot |= {"token": "SELECT id FROM tokens WHERE digest = :d", "open": book.OPEN_OF_OWNER.replace("?", ":owner")}
+    hot = {name: reservations._asking(getattr(reservations, name), 3) for name in ("RESERVE", "OBSTACLES", "STANDINGS", "EXTEND")}
+    hot |= {name: getattr(reservations, name) for name in ("RELEASE", "RESOLVE", "FINISH")}
+    hot |= {"token": "SELECT id FROM tokens WHERE digest = :d", "open": reservations.OPEN_OF_OWNER.replace("?", ":owner")}
     hot["trigger"] = "SELECT scope, window, window_start FROM call_frames WHERE call_id = :call_id"
     for name, sql in hot.items():
         names = {word.strip("(),;-+") for word in sql.replace(":", " :").split() if word.startswith(":")}
@@ -540,6 +540,6 @@ async def test_only_create_makes_a_ledger(tmp_path):
 
 def test_a_part_needs_nothing_but_its_shape(db, path):
     part = SimpleNamespace(kind="compaction", model=None, tokens=Tokens(), web_searches=2, nano=60, price_row=None)
-    book.settle(db, hold(db, 100).call_id, Settlement(90, (part,)), now=NOON)
+    reservations.settle(db, hold(db, 100).call_id, Settlement(90, (part,)), now=NOON)
     parts = rows(path, "SELECT kind, input_tokens, web_search_requests, nano FROM usage")
     assert parts == [("compaction", 10, 2, 60), ("estimate", 0, 0, 30)]

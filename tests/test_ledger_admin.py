@@ -14,7 +14,10 @@ from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, Part, balance, new_ledger
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-from gateway_addon.ledger import Denied, Ledger, Outcome, Settlement, admin, book, copies, files, proof, reports, schema
+from gateway_addon.ledger import Denied, Ledger, Outcome, Settlement, admin, reservations
+from gateway_addon.ledger.maintenance import backup, invariants
+from gateway_addon.ledger.reports import spending
+from gateway_addon.ledger.store import sqlite_files, sqlite_schema
 from gateway_addon.money import AMOUNT_NANO_MAX
 from gateway_addon.windows import starts
 
@@ -26,7 +29,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def db(path):
-    with closing(files.writer_connection(path)) as connection:
+    with closing(sqlite_files.writer_connection(path)) as connection:
         yield connection
 
 
@@ -44,8 +47,8 @@ def test_a_long_statement_hears_ctrl_c(path):
 
 
 def spend(db, nano, at=NOON):
-    held = book.reserve(db, "me", CALL, nano, [Cap("total", "ever", 10**9)], now=at)
-    book.settle(db, held.call_id, Settlement(nano), now=at)
+    held = reservations.reserve(db, "me", CALL, nano, [Cap("total", "ever", 10**9)], now=at)
+    reservations.settle(db, held.call_id, Settlement(nano), now=at)
     return held.call_id
 
 
@@ -122,7 +125,7 @@ def test_all_adjustments_together_stay_within_64_bits(db, path):
 
 @pytest.mark.parametrize("state", ["open", "refused", "missing"])
 def test_only_a_resolved_call_is_adjusted(db, state):
-    book.reserve(db, "me", CALL, 5, DAY_CAP, now=NOON) if state == "open" else book.refused(db, "me", CALL, "model", now=NOON)
+    reservations.reserve(db, "me", CALL, 5, DAY_CAP, now=NOON) if state == "open" else reservations.refused(db, "me", CALL, "model", now=NOON)
     with pytest.raises(ValueError, match="only a settled or voided call is adjusted"):
         admin.adjust(db, 9 if state == "missing" else 1, 1, who="ann", why="x", now=NOON)
 
@@ -130,12 +133,12 @@ def test_only_a_resolved_call_is_adjusted(db, state):
 def test_a_change_of_zone_moves_past_calls_and_running_ones(db, path):
     late = NOON + 11.5 * 3600  # 23:30 UTC is tomorrow in Berlin
     spend(db, 100)
-    held = book.reserve(db, "me", CALL, 70, DAY_CAP, now=late)
+    held = reservations.reserve(db, "me", CALL, 70, DAY_CAP, now=late)
     assert admin.align(db, "Europe/Berlin", {"reports": "batch"}, who="gateway", now=late)
     days = rows(path, "SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND window = 'day' ORDER BY window_start")
     assert days == [(100, 0), (0, 70)]
-    book.void(db, held.call_id, Outcome(), now=late)
-    assert proof.findings(db) == []
+    reservations.void(db, held.call_id, Outcome(), now=late)
+    assert invariants.findings(db) == []
     assert not admin.align(db, "Europe/Berlin", {"reports": "batch"}, who="gateway", now=late), "nothing left to change"
 
 
@@ -145,7 +148,7 @@ def test_a_change_of_zone_counts_each_call_in_the_windows_of_its_time(path, zone
     year = [NOON + 86_400 * day + 3600 * (day % 24) for day in range(366)]
     with admin.changing(path) as db:
         for at in [*year, *(starts(each, ZoneInfo(zone)).day + beside for each in year for beside in (-1, 0, 0.5))]:
-            book.refused(db, "me", CALL, "model", now=at)
+            reservations.refused(db, "me", CALL, "model", now=at)
         assert admin.align(db, zone, {}, who="gateway", now=NOON)
     found = rows(path, "SELECT started_at, day_start, week_start, month_start FROM calls")
     assert len(found) == 4 * 366
@@ -159,14 +162,14 @@ def test_a_change_of_team_takes_the_apps_past_along(db, path):
     assert balance(path, "team:batch") == (0, 0, 0)
     assert admin.align(db, "UTC", {"reports": None}, who="gateway", now=NOON)
     assert balance(path, "team:editors") == (0, 0, 0)
-    assert proof.findings(db) == []
+    assert invariants.findings(db) == []
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_app_that_was_only_refused_takes_its_past_along_too(tmp_path, engine):
     ledger = new_ledger(tmp_path, engine)
     with admin.changing(ledger) as db:
-        book.refused(db, "me", CALL, "model", now=NOON)
+        reservations.refused(db, "me", CALL, "model", now=NOON)
     with admin.changing(ledger) as db:
         assert admin.align(db, "UTC", {"reports": "editors"}, who="gateway", now=NOON)
     assert rows(ledger, "SELECT team FROM calls") == [("editors",)]
@@ -201,19 +204,19 @@ def test_an_older_versions_ledger_is_brought_up_to_date_by_whoever_comes_first(t
         with come(path):
             pass
         with admin.reading(path) as db:
-            assert proof.findings(db) == []
-            assert reports.report(db, "app", since=NOON - 1, until=NOON + 1).spent_nano == 30
+            assert invariants.findings(db) == []
+            assert spending.report(db, "app", since=NOON - 1, until=NOON + 1).spent_nano == 30
     older = older_ledger(tmp_path / "older.db")
-    copies.backup(older, tmp_path / "copy.db")
-    copies.restore(tmp_path / "copy.db", tmp_path / "back.db", now=NOON)
+    backup.backup(older, tmp_path / "copy.db")
+    backup.restore(tmp_path / "copy.db", tmp_path / "back.db", now=NOON)
     with admin.reading(tmp_path / "back.db") as db:
-        assert reports.report(db, "app", since=NOON - 1, until=NOON + 1).spent_nano == 30
+        assert spending.report(db, "app", since=NOON - 1, until=NOON + 1).spent_nano == 30
 
 
 def older_ledger(path):
     """One as the first version made it, with one call of $0.00000003."""
     first = Migrations("gateway_ledger")
-    first()(schema.m001_ledger)
+    first()(sqlite_schema.m001_ledger)
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         first.apply(Database(db))
         db.execute("PRAGMA journal_mode = WAL")
@@ -223,5 +226,5 @@ def older_ledger(path):
             " VALUES (1, 'open', 'me', 'reports', 1, 'messages', 0, 0, 0, 0, ?, 50)",
             (NOON,),
         )
-        book.settle(db, 1, Settlement(30, (Part(30),)), now=NOON)
+        reservations.settle(db, 1, Settlement(30, (Part(30),)), now=NOON)
     return path

@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from ledgers import CALL, ENGINES, NOON, balance, new_ledger, rows, url, writing
 
 from gateway_addon.cli.batches import batches as batches_command
-from gateway_addon.ledger import Ledger, admin, batches, belongings, proof
+from gateway_addon.ledger import Ledger, admin, batches, ownership
 from gateway_addon.ledger.batches import NewBatch, ResultRow
-from gateway_addon.ledger.belongings import Belonging
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.ownership import Belonging
 
 CAPS = []
 
@@ -60,8 +61,8 @@ async def test_a_batch_outlives_its_process_and_is_not_swept_as_an_orphan(path):
     try:
         assert balance(path) == (7, 1000, 1), "the call beside it is an orphan, the batch is not"
         with admin.reading(path) as db:
-            assert proof.findings(db) == []
-            [call] = proof.open_calls(db, admin.obituary(path, db), now=NOON + 10)
+            assert invariants.findings(db) == []
+            [call] = invariants.open_calls(db, admin.obituary(path, db), now=NOON + 10)
             assert (call.alive, call.owner) == (True, "batch msgbatch_1")
     finally:
         await second.close()
@@ -81,7 +82,7 @@ async def test_results_are_booked_once_however_often_they_are_read_and_the_batch
         assert rows(path, "SELECT kind, model, input_tokens, nano FROM usage") == [("message", "claude-haiku-4-5", 20, 330)]
         assert rows(path, "SELECT state, complete, service_tier FROM calls") == [("settled", 1, "batch")]
         with admin.reading(path) as db:
-            assert (proof.findings(db), batches.open_batches(db)) == ([], [])
+            assert (invariants.findings(db), batches.open_batches(db)) == ([], [])
     finally:
         await ledger.close()
 
@@ -171,28 +172,28 @@ async def test_an_id_that_was_given_before_is_not_given_again(path):
 def test_what_is_made_belongs_to_one_app_for_good(path):
     with admin.changing(path) as db:
         for app, id, at in (("a", "file_1", 1.0), ("a", "file_2", 2.0), ("a", "file_3", 2.0), ("b", "file_4", 3.0)):
-            assert belongings.own(db, Belonging(id, "file", app, at, "{}"))
-        assert not belongings.own(db, Belonging("file_1", "file", "b", 9.0, "{}"))
-        belongings.gone(db, "file_2", 4.0)
-        assert not belongings.own(db, Belonging("file_2", "file", "b", 9.0, "{}")), "an id stays taken"
-        belongings.seen(db, "file_1", '{"seen": 1}')
+            assert ownership.own(db, Belonging(id, "file", app, at, "{}"))
+        assert not ownership.own(db, Belonging("file_1", "file", "b", 9.0, "{}"))
+        ownership.gone(db, "file_2", 4.0)
+        assert not ownership.own(db, Belonging("file_2", "file", "b", 9.0, "{}")), "an id stays taken"
+        ownership.seen(db, "file_1", '{"seen": 1}')
     with closing(writing(path)) as db:
-        assert belongings.find(db, "file_1") == Belonging("file_1", "file", "a", 1.0, '{"seen": 1}')
-        assert (belongings.find(db, "file_2").gone, belongings.find(db, "file_9")) == (True, None)
-        assert belongings.owners(db, ["file_1", "file_2", "file_4", "file_9"]) == {"file_1": "a", "file_4": "b"}
-        assert belongings.owners(db, []) == {}
-        assert [each.id for each in belongings.chosen(db, "a", "file", ["file_4", "file_3", "file_2", "file_3"])] == ["file_3"]
+        assert ownership.find(db, "file_1") == Belonging("file_1", "file", "a", 1.0, '{"seen": 1}')
+        assert (ownership.find(db, "file_2").gone, ownership.find(db, "file_9")) == (True, None)
+        assert ownership.owners(db, ["file_1", "file_2", "file_4", "file_9"]) == {"file_1": "a", "file_4": "b"}
+        assert ownership.owners(db, []) == {}
+        assert [each.id for each in ownership.chosen(db, "a", "file", ["file_4", "file_3", "file_2", "file_3"])] == ["file_3"]
 
 
 def test_a_list_has_pages_in_both_directions(path):
     with admin.changing(path) as db:
         for number in range(5):
-            belongings.own(db, Belonging(f"file_{number}", "file", "a", float(number // 2), "{}"))
-        belongings.own(db, Belonging("msgbatch_1", "batch", "a", 1.0, "{}"))
+            ownership.own(db, Belonging(f"file_{number}", "file", "a", float(number // 2), "{}"))
+        ownership.own(db, Belonging("msgbatch_1", "batch", "a", 1.0, "{}"))
     with closing(writing(path)) as db:
 
         def page(**where):
-            found = belongings.page(db, "a", "file", 2, **{name: belongings.find(db, id) for name, id in where.items()})
+            found = ownership.page(db, "a", "file", 2, **{name: ownership.find(db, id) for name, id in where.items()})
             return [each.id for each in found.items], found.more
 
         assert page() == (["file_4", "file_3"], True)
@@ -217,7 +218,7 @@ def test_a_ledger_of_before_takes_batches_once_it_is_read(tmp_path):
 
 def test_no_statement_of_a_batchs_path_reads_more_than_it_names(tmp_path):
     with closing(writing(new_ledger(tmp_path))) as db:
-        for sql in (batches.FIND, batches.WAITS, batches.TAKE, batches.READ, batches.SUMS, batches.CLOSING, belongings.FIND, belongings.AFTER):
+        for sql in (batches.FIND, batches.WAITS, batches.TAKE, batches.READ, batches.SUMS, batches.CLOSING, ownership.FIND, ownership.AFTER):
             names = {word.strip("(),;-+") for word in sql.replace(":", " :").split() if word.startswith(":")}
             bound = dict.fromkeys((each[1:] for each in names), 1) if names else (1,)
             steps = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", bound)]

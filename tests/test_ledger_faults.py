@@ -11,7 +11,8 @@ import pytest
 from broken_disk import Broken, disk_error
 from ledgers import CALL, DAY_CAP, NOON, balance, new_ledger, reconnect, rows
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin, files, writer
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin
+from gateway_addon.ledger.store import sqlite_files, writer
 
 
 @pytest.fixture
@@ -29,14 +30,14 @@ async def ledger(path):
 @pytest.fixture
 def broken_disk(monkeypatch):
     """Break every connection that the writer opens while the switch is on."""
-    real = files.writer_connection
+    real = sqlite_files.writer_connection
     switch = {}
 
     def connect(path):
         db = real(path)
         return Broken(db, **switch) if switch else db
 
-    monkeypatch.setattr(files, "writer_connection", connect)
+    monkeypatch.setattr(sqlite_files, "writer_connection", connect)
     return switch
 
 
@@ -152,7 +153,7 @@ async def test_a_removed_file_refuses_and_the_same_file_put_back_recovers(ledger
 
 async def test_a_replaced_file_refuses(ledger, path):
     path.rename(path.with_name("away.db"))
-    files.create(path)
+    sqlite_files.create(path)
     await refused(ledger, "was replaced while the gateway runs")
     with pytest.raises(LedgerUnavailable, match="was replaced"):
         await ledger.knock("d1", now=NOON)
@@ -185,7 +186,7 @@ async def test_an_outage_is_logged_once_not_once_a_call(ledger, path, caplog):
 
 
 async def test_a_backlog_lets_records_go_but_never_money(ledger, path, monkeypatch, caplog):
-    monkeypatch.setattr("gateway_addon.ledger.facade.BACKLOG_MAX", 10)
+    monkeypatch.setattr("gateway_addon.ledger.ledger.BACKLOG_MAX", 10)
     held = await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
     turn = os.open(path.with_name("gateway.db-locks") / "write", os.O_RDWR)
     fcntl.flock(turn, fcntl.LOCK_EX)

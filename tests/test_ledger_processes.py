@@ -10,7 +10,7 @@ import pytest
 from ledgers import CALL, DAY_CAP, NOON, Part, balance, new_ledger, rows
 
 from gateway_addon.ledger import Ledger, Reserved, Settlement
-from gateway_addon.ledger.locks import OwnerLock, is_dead
+from gateway_addon.ledger.store.locks import OwnerLock, is_dead
 
 WORKER = """
 import asyncio, json, sys

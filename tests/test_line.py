@@ -12,11 +12,12 @@ import pytest
 from ledgers import until
 from stores import Store
 
-from gateway_addon.ledger import LedgerUnavailable, files
-from gateway_addon.ledger.filestore import FileStore
-from gateway_addon.ledger.line import Line
-from gateway_addon.ledger.locks import folder
-from gateway_addon.ledger.writer import Begun, Operation
+from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.ledger.store.commit_queue import Line
+from gateway_addon.ledger.store.locks import folder
+from gateway_addon.ledger.store.sqlite import FileStore
+from gateway_addon.ledger.store.writer import Begun, Operation
 
 
 class Asked:
@@ -188,7 +189,7 @@ def a_shell_that_takes_no_turn(path):
 @pytest.mark.parametrize("holding", [another_writers_turn, a_shell_that_takes_no_turn])
 async def test_the_loop_goes_round_while_another_holds_the_ledger(tmp_path, holding):
     path = tmp_path / "gateway.db"
-    files.create(path)
+    sqlite_files.create(path)
     store = FileStore(path)
     line = await ready(store)
     asked = Asked(store)

@@ -22,7 +22,7 @@ from village import KEY, VILLAGE, build_village
 
 from gateway_addon import forms
 from gateway_addon.cli import main
-from gateway_addon.ledger import files
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.simulator import ADMIN_KEY, Behaviour, Simulator
 
 NEW_KEY = KEY.replace("Qm7x", "New1")
@@ -146,7 +146,7 @@ def prepared(folder: Path, api: Simulator) -> Village:
     (folder / "policies" / "gateway.yaml").write_text(text)
     for app, *_ in MOVES.values():
         (apps / f"{app}.yaml").write_text("models: {allow: [claude-haiku-4-5]}\ncaps: {day: $5}\n")
-    files.create(folder / "gateway.db")
+    sqlite_files.create(folder / "gateway.db")
     return Village(root, Ledgered(folder, {}), api)
 
 

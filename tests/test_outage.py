@@ -16,9 +16,12 @@ import pytest
 from gateway import gateway
 from ledgers import CALL, DAY_CAP, NOON, balance, die, rows, until, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin, facade, postgres, proof
-from gateway_addon.ledger.journal import Journal
-from gateway_addon.ledger.values import Ending
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin
+from gateway_addon.ledger import ledger as facade
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.store import postgres
+from gateway_addon.ledger.store.journal import Journal
+from gateway_addon.ledger.types import Ending
 from gateway_addon.simulator import Simulator
 
 
@@ -54,7 +57,7 @@ def journal_of(place, home, owner):
 
 def sound(place):
     with admin.reading(place) as db:
-        return proof.findings(db) == []
+        return invariants.findings(db) == []
 
 
 async def refused(ledger, text):

@@ -11,7 +11,8 @@ from broken_disk import Broken, disk_error
 from gateway import gateway
 from ledgers import reconnect, rows
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, files
+from gateway_addon.ledger import Ledger, LedgerUnavailable
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.simulator import Behaviour, Simulator
 
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
@@ -20,13 +21,13 @@ HELLO = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": [{"role": "u
 @contextlib.contextmanager
 def disk_says(code, ledger, path):
     """The disk answers each write with an error of SQLite's."""
-    real = files.writer_connection
-    files.writer_connection = lambda path: Broken(real(path), "COMMIT", disk_error(code))
+    real = sqlite_files.writer_connection
+    sqlite_files.writer_connection = lambda path: Broken(real(path), "COMMIT", disk_error(code))
     reconnect(ledger)
     try:
         yield
     finally:
-        files.writer_connection = real
+        sqlite_files.writer_connection = real
 
 
 @contextlib.contextmanager
@@ -49,7 +50,7 @@ def replaced(ledger, path):
     away = [(part, part.with_name(f"away-{part.name}")) for part in sorted(path.parent.glob("gateway.db*")) if part.is_file()]
     for part, kept in away:  # with its log: SQLite would read another file's as its own
         part.rename(kept)
-    files.create(path)
+    sqlite_files.create(path)
     yield
     for part, kept in away:
         os.replace(kept, part)

@@ -14,7 +14,8 @@ from sealed import certificate
 
 import gateway_addon.ledger
 from gateway_addon.cli import main
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, pgsession
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement
+from gateway_addon.ledger.store import postgres_session
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_without_the_driver_the_sentence_says_what_to_install(monkeypatch):
 
 
 async def test_a_statement_that_takes_too_long_is_ended_on_the_server_too(server, monkeypatch):
-    monkeypatch.setitem(pgsession.SESSION, "statement_timeout", "300")
+    monkeypatch.setitem(postgres_session.SESSION, "statement_timeout", "300")
     ledger = await Ledger.open(url(server), now=NOON)
     began = time.monotonic()
     with pytest.raises(LedgerUnavailable, match="is too slow"):

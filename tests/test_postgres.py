@@ -11,20 +11,9 @@ import psycopg
 import pytest
 from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, until, url
 
-from gateway_addon.ledger import (
-    Ledger,
-    LedgerUnavailable,
-    Reserved,
-    Server,
-    Settlement,
-    admin,
-    balances,
-    book,
-    files,
-    pgsession,
-    postgres,
-    proof,
-)
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, reservations
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.store import balances, postgres, postgres_session, sqlite_files
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +58,7 @@ async def test_a_slow_server_refuses_within_the_timeout_and_leaves_nothing_behin
 
 async def test_a_server_that_falls_silent_with_the_connection_open_is_given_up_and_found_again(server, monkeypatch):
     """Neither TCP nor the server's own limits notice it: what is sent is acknowledged, and no answer comes."""
-    monkeypatch.setattr(pgsession, "SILENCE_S", 0.9)
+    monkeypatch.setattr(postgres_session, "SILENCE_S", 0.9)
     async with postgresql.Relay(postgresql.shared()) as relay:
         ledger = await Ledger.open(relay.url(server), timeout_s=0.6, now=NOON)
         held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
@@ -79,7 +68,7 @@ async def test_a_server_that_falls_silent_with_the_connection_open_is_given_up_a
         assert await refused(ledger, "did not answer within 0.6 s") < 1
         with pytest.raises(LedgerUnavailable, match="did not answer within"):
             await ledger.knock("d1", now=NOON)
-        await asyncio.sleep(pgsession.SILENCE_S)  # the threads that hang in it give up too
+        await asyncio.sleep(postgres_session.SILENCE_S)  # the threads that hang in it give up too
         relay.silent = False
         assert (await asyncio.wait_for(settled, 10)).first
         assert (await ledger.knock("d1", now=NOON)).token.app == "reports"
@@ -136,8 +125,8 @@ async def test_an_empty_database_is_no_ledger_until_init():
     place = Server(postgresql.shared().database())
     with pytest.raises(LedgerUnavailable, match="has no ledger: `gateway init` makes one"):
         await Ledger.open(place.url)
-    files.create(place)
-    files.create(place)
+    sqlite_files.create(place)
+    sqlite_files.create(place)
     await (await Ledger.open(place.url)).close()
 
 
@@ -171,7 +160,7 @@ async def test_a_late_settlement_only_ever_adds_and_adds_once(server, ledger, co
     assert balance(server) == (booked_nano, 0, 0)
     await other.close()
     with admin.reading(server) as db:
-        assert proof.findings(db) == []
+        assert invariants.findings(db) == []
 
 
 async def test_a_node_that_says_goodbye_leaves_its_open_calls_to_the_others(server, ledger):
@@ -209,7 +198,7 @@ def test_apps_without_a_common_cap_never_wait_for_each_other(server):
         for db, app, token_id in ((mine, "reports", 1), (theirs, "other", 2)):
             postgres._begin(db, [f"app:{app}"])
             call = type(CALL)(app, "batch", token_id)
-            assert isinstance(book.reserve(db, "me", call, 10, [Cap(f"app:{app}", "day", 100)], now=NOON), Reserved)
+            assert isinstance(reservations.reserve(db, "me", call, 10, [Cap(f"app:{app}", "day", 100)], now=NOON), Reserved)
         theirs.execute("COMMIT")
         mine.execute("COMMIT")
     assert balance(server, "total")[1] == 20
@@ -222,7 +211,7 @@ def test_a_common_cap_is_judged_by_one_at_a_time(server):
     def reserve(app_db):
         with closing(app_db) as db:
             postgres._begin(db, ["app:reports", "total"])
-            answers.append(book.reserve(db, "me", CALL, 60, cap, now=NOON))
+            answers.append(reservations.reserve(db, "me", CALL, 60, cap, now=NOON))
             time.sleep(0.1)
             db.execute("COMMIT")
 
@@ -235,5 +224,5 @@ def test_a_common_cap_is_judged_by_one_at_a_time(server):
 
 
 def test_every_spelling_is_of_something_that_the_ledger_says():
-    said = "".join((book.RESERVE, book.STANDINGS, balances.CLEAR, balances.FILL))
-    assert [ours for ours, _ in pgsession.SPELLED if ours not in said] == []
+    said = "".join((reservations.RESERVE, reservations.STANDINGS, balances.CLEAR, balances.FILL))
+    assert [ours for ours, _ in postgres_session.SPELLED if ours not in said] == []

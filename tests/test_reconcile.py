@@ -18,8 +18,10 @@ from ledgers import CALL, ENGINES, Part, new_ledger, rows, url
 from upstreams import answer, upstream
 
 from gateway_addon.cli import reconcile as command
-from gateway_addon.ledger import Ledger, Outcome, Settlement, admin, evidence, proof
-from gateway_addon.ledger.evidence import DAY_S, Estimate, Metered
+from gateway_addon.ledger import Ledger, Outcome, Settlement, admin
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.reports import provider_comparison
+from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
 from gateway_addon.pricing import load
 from gateway_addon.reconcile import Counts, Reported, bypassing, compare, corrections, worth_nano
 from gateway_addon.simulator import ADMIN_KEY, KEY, Behaviour, Simulator
@@ -158,7 +160,7 @@ async def test_a_cut_stream_s_estimate_is_corrected_by_the_report_and_audited(tm
         assert booked_nano > billed_nano, "an upper bound was booked"
         now = time.time()
         assert "not complete yet" in (await run(tmp_path, "--adjust")).output
-        monkeypatch.setattr(evidence, "POLL_EVERY_S", 0)
+        monkeypatch.setattr(provider_comparison, "POLL_EVERY_S", 0)
         monkeypatch.setattr(command.time, "time", lambda: now + 2 * DAY_S)
         since = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")
         assert "too much (--adjust takes it off)" in (await run(tmp_path, "--since", since)).output
@@ -166,7 +168,7 @@ async def test_a_cut_stream_s_estimate_is_corrected_by_the_report_and_audited(tm
         first, second = await run(tmp_path, "--since", since, "--adjust"), await run(tmp_path, "--since", since, "--adjust")
         corrected_nano = await gw.spent_nano()
         with admin.reading(tmp_path / "gateway.db") as db:
-            assert proof.findings(db) == []
+            assert invariants.findings(db) == []
     assert billed_nano <= corrected_nano < booked_nano
     assert corrected_nano - billed_nano <= 1, "one model, one tier: exact but for the rounding"
     assert "taken off" in first.output
@@ -295,9 +297,9 @@ async def test_the_ledger_s_evidence_is_by_day_model_and_certainty(tmp_path, eng
         await ledger.settle(held.call_id, Settlement(cost, parts, Outcome(model_served=f"m{number}", flags=flags)), now=ended)
     await ledger.close()
     with admin.reading(path) as db:
-        found = evidence.metered(db, since=at - 1, until=at + 1)
-        [open_ended] = evidence.estimates(db, since=at - 1, until=at + 1)
-        assert evidence.metered(db, since=at + 1, until=at + 2) == []
+        found = provider_comparison.metered(db, since=at - 1, until=at + 1)
+        [open_ended] = provider_comparison.estimates(db, since=at - 1, until=at + 1)
+        assert provider_comparison.metered(db, since=at + 1, until=at + 2) == []
     assert [(each.day, each.ended_day, each.nano, each.output_tokens) for each in found] == [(DAY, DAY, 10, 5), (DAY, DAY + 1, 7, 5)]
     assert (open_ended.spent_nano, open_ended.metered_nano, open_ended.model) == (100, 0, "m1")
 

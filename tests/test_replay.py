@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from gateway import gateway, write_policies
 
 from gateway_addon.cli.replay import replay as command
-from gateway_addon.ledger import files
-from gateway_addon.ledger.history import Recorded
+from gateway_addon.ledger.reports.entry_history import Recorded
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.policy import load
 from gateway_addon.replay import Tally, replay, tallied
 from gateway_addon.simulator import Behaviour, Simulator
@@ -89,7 +89,7 @@ async def test_real_calls_are_replayed_from_their_ledger(tmp_path):
 def test_an_empty_time_and_a_broken_policy_are_said_in_a_sentence(tmp_path):
 
 
-    files.create(tmp_path / "gateway.db")
+    sqlite_files.create(tmp_path / "gateway.db")
     policy(tmp_path / "new", ALLOWED + "caps: unlimited\n")
     where = ["--ledger", f"sqlite:///{tmp_path / 'gateway.db'}", "--policy", str(tmp_path / "new")]
     assert "No call was recorded" in CliRunner().invoke(command, where).output

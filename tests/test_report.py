@@ -10,7 +10,9 @@ from click.testing import CliRunner
 from ledgers import CALL, Cap, Part, Tokens, new_ledger, rows
 
 from gateway_addon.cli.report import report
-from gateway_addon.ledger import Alert, Outcome, Settlement, admin, book, files, notes, reports
+from gateway_addon.ledger import Alert, Outcome, Settlement, admin, reservations, state
+from gateway_addon.ledger.reports import spending
+from gateway_addon.ledger.store import sqlite_files
 
 NOW = time.time()
 CAPS = [Cap("total", "ever", 10**12)]
@@ -20,7 +22,7 @@ DOLLAR = 10**9
 @pytest.fixture
 def path(tmp_path):
     path = new_ledger(tmp_path)
-    with closing(files.writer_connection(path)) as db:
+    with closing(sqlite_files.writer_connection(path)) as db:
         admin.issue_token(db, "drafts", "d2", label="laptop", who="test", now=NOW)
         cached = Tokens(input_tokens=100, output_tokens=50, cache_read_tokens=300)
         spend(db, CALL, DOLLAR, cached)
@@ -29,19 +31,19 @@ def path(tmp_path):
         spend(db, dear, 16 * DOLLAR, Tokens(input_tokens=5000, output_tokens=800))
         spend(db, CALL, 2 * DOLLAR, cached, at=NOW - 3 * 86_400)
         for code in ("cap_spent", "cap_spent", "model"):
-            book.refused(db, "me", CALL, code, now=NOW - 60)
-        book.noise(db, "token_unknown", now=NOW - 60)
-        book.free(db, "me", replace(CALL, endpoint="count_tokens"), Outcome(status=200), now=NOW - 60)
-        book.reserve(db, "me", CALL, DOLLAR // 2, CAPS, now=NOW - 60)
+            reservations.refused(db, "me", CALL, code, now=NOW - 60)
+        reservations.noise(db, "token_unknown", now=NOW - 60)
+        reservations.free(db, "me", replace(CALL, endpoint="count_tokens"), Outcome(status=200), now=NOW - 60)
+        reservations.reserve(db, "me", CALL, DOLLAR // 2, CAPS, now=NOW - 60)
         said = Alert("threshold", "total", "ever 0 80", "all apps together spent $20.00", {"threshold_percent": 80, "spent_nano": 20 * DOLLAR})
-        notes.alert_once(db, said, False, now=NOW - 30)
+        state.alert_once(db, said, False, now=NOW - 30)
     return path
 
 
 def spend(db, call, nano, tokens, at=NOW - 3600):
-    held = book.reserve(db, "me", call, nano, CAPS, now=at)
+    held = reservations.reserve(db, "me", call, nano, CAPS, now=at)
     outcome = Outcome(status=200, model_served=f"{call.model_asked}-20260101", complete=True)
-    book.settle(db, held.call_id, Settlement(nano, (Part(nano, tokens=tokens, model=call.model_asked),), outcome), now=at)
+    reservations.settle(db, held.call_id, Settlement(nano, (Part(nano, tokens=tokens, model=call.model_asked),), outcome), now=at)
 
 
 def run(path, *options):
@@ -69,7 +71,7 @@ def test_spending_is_told_apart_by(path, by, lines):
     assert {line["key"]: (line["calls"], line["spent_nano"] // DOLLAR) for line in found} == lines
 
 
-@pytest.mark.parametrize("by", reports.GROUPINGS)
+@pytest.mark.parametrize("by", spending.GROUPINGS)
 def test_a_report_sums_to_what_the_caps_are_judged_by(path, by):
     found = json.loads(run(path, "--since", "30d", "--json", "--by", by))
     [(spent_nano, held_nano)] = rows(path, "SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND window = 'ever'")
@@ -93,11 +95,11 @@ def test_shares_means_and_changes(path):
 
 
 def test_another_model_than_the_one_asked_is_told_with_the_day_since_when(path):
-    with closing(files.writer_connection(path)) as db:
+    with closing(sqlite_files.writer_connection(path)) as db:
         for days in (9, 1):
-            held = book.reserve(db, "me", CALL, DOLLAR, CAPS, now=NOW - days * 86_400)
+            held = reservations.reserve(db, "me", CALL, DOLLAR, CAPS, now=NOW - days * 86_400)
             outcome = Outcome(status=200, model_served="claude-sonnet-5", complete=True, flags=("drift",))
-            book.settle(db, held.call_id, Settlement(DOLLAR, (), outcome), now=NOW - days * 86_400)
+            reservations.settle(db, held.call_id, Settlement(DOLLAR, (), outcome), now=NOW - days * 86_400)
     [drift] = as_json(path, "--by", "served")["drifts"]
     assert (drift["app"], drift["asked"], drift["served"], drift["calls"]) == ("reports", "claude-haiku-4-5", "claude-sonnet-5", 1)
     assert (drift["first_at"], drift["last_at"]) == (NOW - 9 * 86_400, NOW - 86_400), "since before this period began"
@@ -105,9 +107,9 @@ def test_another_model_than_the_one_asked_is_told_with_the_day_since_when(path):
 
 
 def test_what_the_provider_refused_at_the_keys_limits_is_counted_for_the_app_that_ran_into_them(path):
-    with closing(files.writer_connection(path)) as db:
-        held = book.reserve(db, "me", CALL, DOLLAR, CAPS, now=NOW - 60)
-        book.void(db, held.call_id, Outcome(status=429, complete=True), now=NOW - 60)
+    with closing(sqlite_files.writer_connection(path)) as db:
+        held = reservations.reserve(db, "me", CALL, DOLLAR, CAPS, now=NOW - 60)
+        reservations.void(db, held.call_id, Outcome(status=429, complete=True), now=NOW - 60)
     assert {line["key"]: line["upstream_429"] for line in as_json(path)["lines"]} == {"reports": 1, "drafts": 0}
     assert "Refused by the provider at the shared key's limits (429): 1 reports" in run(path, "--since", "2d")
 

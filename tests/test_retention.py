@@ -14,8 +14,11 @@ from click.testing import CliRunner
 from ledgers import CALL, ENGINES, Part, Tokens, copied, new_ledger, rows, url, writing
 
 from gateway_addon.cli.prune import prune
-from gateway_addon.ledger import Outcome, Settlement, admin, batches, book, days, evidence, proof, reports, retention
+from gateway_addon.ledger import Outcome, Settlement, admin, batches, reservations
 from gateway_addon.ledger.batches import NewBatch, ResultRow
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.maintenance import prune as retention
+from gateway_addon.ledger.reports import day_cache, provider_comparison, spending
 
 NOON = 1_773_144_000.0  # Tuesday 2026-03-10 12:00 UTC
 DAY_S = 86_400
@@ -45,22 +48,22 @@ def fill(db):
         now = OLD + number * 0.9 * DAY_S
         call = replace(CALL, team="batch" if number % 3 else None, model_asked=("claude-haiku-4-5", "claude-sonnet-5")[number % 2], max_tokens=50)
         for fate in range(3):
-            call_id = book.reserve(db, "me", call, 100, [], now=now + fate).call_id
+            call_id = reservations.reserve(db, "me", call, 100, [], now=now + fate).call_id
             match (number + fate) % 6:
                 case 0:
-                    book.void(db, call_id, Outcome(status=429), now=now + 5)
+                    reservations.void(db, call_id, Outcome(status=429), now=now + 5)
                 case 1:
-                    book.settle(db, call_id, Settlement(None, (PART,), replace(ANSWER, complete=False)), now=now + 5)
+                    reservations.settle(db, call_id, Settlement(None, (PART,), replace(ANSWER, complete=False)), now=now + 5)
                     admin.adjust(db, call_id, -30, who="test", why="reconciled", now=now + 9)
                 case 2:
-                    book.settle(db, call_id, Settlement(150, (PART, Part(110, "compaction")), replace(ANSWER, flags=("drift",))), now=now + DAY_S)
+                    reservations.settle(db, call_id, Settlement(150, (PART, Part(110, "compaction")), replace(ANSWER, flags=("drift",))), now=now + DAY_S)
                 case _:
-                    book.settle(db, call_id, Settlement(40, (PART,), ANSWER), now=now + 5)
-        book.refused(db, "me", call, "cap_spent", now=now)
-        book.free(db, "me", replace(call, endpoint="count_tokens", max_tokens=None), Outcome(status=200), now=now)
-        book.noise(db, "token_unknown", now=now)
-    book.reserve(db, "me", CALL, 77, [], now=OLD + 5)
-    batch = book.reserve(db, "me", replace(CALL, endpoint="batches.create"), 900, [], now=OLD + 7).call_id
+                    reservations.settle(db, call_id, Settlement(40, (PART,), ANSWER), now=now + 5)
+        reservations.refused(db, "me", call, "cap_spent", now=now)
+        reservations.free(db, "me", replace(call, endpoint="count_tokens", max_tokens=None), Outcome(status=200), now=now)
+        reservations.noise(db, "token_unknown", now=now)
+    reservations.reserve(db, "me", CALL, 77, [], now=OLD + 5)
+    batch = reservations.reserve(db, "me", replace(CALL, endpoint="batches.create"), 900, [], now=OLD + 7).call_id
     batches.adopt(db, NewBatch("msgbatch_1", batch, CALL.app, OLD, 2, False, "digest", "{}", "{}", "ended", OLD + 60))
     batches.book_results(db, batch, [ResultRow(each, 0, "message", "claude-haiku-4-5", 10, 5, 0, 0, 0, 0, 0, 30, None, "") for each in ("a", "b")])
     assert batches.close(db, "msgbatch_1", now=OLD + 99).spent_nano == 60
@@ -70,11 +73,11 @@ def figures(path):
     """All that a person or a cap can see of the past."""
     spans = [(OLD - DAY_S, NOON), (OLD - DAY_S, UNTIL), (UNTIL, NOON)]
     with admin.reading(path) as db:
-        groupings = [by for by in reports.GROUPINGS if by != "agent"]
-        seen = [reports.report(db, by, since=since, until=until) for by in groupings for since, until in spans]
-        told = [reports.drifts(db, since=since, until=until) for since, until in spans]
-        metered = [sorted(map(repr, evidence.metered(db, since=since, until=until))) for since, until in spans]
-        memory = [(day.start, sorted(day.spending, key=repr), sorted(day.cached, key=repr), sorted(day.refusals)) for day in days.Days().between(db, OLD, NOON)]
+        groupings = [by for by in spending.GROUPINGS if by != "agent"]
+        seen = [spending.report(db, by, since=since, until=until) for by in groupings for since, until in spans]
+        told = [spending.drifts(db, since=since, until=until) for since, until in spans]
+        metered = [sorted(map(repr, provider_comparison.metered(db, since=since, until=until))) for since, until in spans]
+        memory = [(day.start, sorted(day.spending, key=repr), sorted(day.cached, key=repr), sorted(day.refusals)) for day in day_cache.Days().between(db, OLD, NOON)]
         balances = [tuple(row) for row in db.execute("SELECT * FROM balances ORDER BY 1, 2, 3").fetchall()]
         return seen, told, metered, memory, balances
 
@@ -95,7 +98,7 @@ def pruned(path, until=UNTIL, calls_max=7):
 
 def sound(path):
     with admin.reading(path) as db:
-        return proof.findings(db) == [] and db.execute("SELECT count(*) FROM carries").fetchone()[0] == 0
+        return invariants.findings(db) == [] and db.execute("SELECT count(*) FROM carries").fetchone()[0] == 0
 
 
 def test_nothing_that_is_reported_or_judged_changes(path):
@@ -136,7 +139,7 @@ def test_a_late_bill_of_a_call_that_is_gone_changes_nothing(path):
     pruned(path)
     before = figures(path)
     with admin.changing(path) as db:
-        assert not book.settle(db, 1, Settlement(500), now=NOON).first
+        assert not reservations.settle(db, 1, Settlement(500), now=NOON).first
     assert figures(path) == before
 
 

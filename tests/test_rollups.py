@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 from ledgers import CALL, ENGINES, NOON, copied, new_ledger, rows, spend, writing
 
-from gateway_addon.ledger import Settlement, admin, book, reports, retention, rollups
+from gateway_addon.ledger import Settlement, admin, reservations
+from gateway_addon.ledger.maintenance import prune
+from gateway_addon.ledger.reports import daily_totals, spending
 
 DAY_S = 86_400
 SINCE, UNTIL = NOON - 5 * DAY_S, NOON
-GROUPINGS = [by for by in reports.GROUPINGS if by != "agent"]
+GROUPINGS = [by for by in spending.GROUPINGS if by != "agent"]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -20,7 +22,7 @@ def filled(tmp_path_factory, request):
         for number in range(60):
             call = replace(CALL, model_asked=("claude-haiku-4-5", "claude-sonnet-5")[number % 2])
             spend(db, NOON - number * DAY_S / 4, 10 + number, call)
-            book.refused(db, "me", call, ("rate", "cap_spent")[number % 2], now=NOON - number * DAY_S / 4)
+            reservations.refused(db, "me", call, ("rate", "cap_spent")[number % 2], now=NOON - number * DAY_S / 4)
     return found
 
 
@@ -31,12 +33,12 @@ def path(tmp_path, filled):
 
 def told(path):
     with admin.reading(path) as db:
-        return [reports.report(db, by, since=SINCE, until=UNTIL) for by in GROUPINGS]
+        return [spending.report(db, by, since=SINCE, until=UNTIL) for by in GROUPINGS]
 
 
 def keep(path, now=NOON):
     for by in GROUPINGS:
-        rollups.keep(path, by, since=SINCE, until=UNTIL, now=now)
+        daily_totals.keep(path, by, since=SINCE, until=UNTIL, now=now)
 
 
 def kept(path):
@@ -67,14 +69,14 @@ def test_what_changes_a_day_strikes_it_off(path, change):
             case "a call":
                 spend(db, NOON - 2 * DAY_S)
             case "a refusal":
-                book.refused(db, "me", CALL, "rate", now=NOON - 2 * DAY_S)
+                reservations.refused(db, "me", CALL, "rate", now=NOON - 2 * DAY_S)
             case "a correction":
                 admin.adjust(db, 9, -3, who="test", why="x", now=NOON)
             case "a zone":
                 admin.align(db, "Asia/Tokyo", {}, who="test", now=NOON)
             case "a prune":
-                day = retention.next_day(db, NOON - 2.5 * DAY_S, NOON)
-                retention.carry(db, day.groups, now=NOON)
+                day = prune.next_day(db, NOON - 2.5 * DAY_S, NOON)
+                prune.carry(db, day.groups, now=NOON)
     struck = kept(path)
     seen = told(path)
     keep(path)
@@ -85,11 +87,11 @@ def test_what_changes_a_day_strikes_it_off(path, change):
 
 def test_a_day_is_not_kept_while_a_call_of_it_is_open_nor_before_it_settled_down(path):
     with admin.changing(path) as db:
-        open_id = book.reserve(db, "me", CALL, 100, [], now=NOON - 3 * DAY_S).call_id
+        open_id = reservations.reserve(db, "me", CALL, 100, [], now=NOON - 3 * DAY_S).call_id
     keep(path)
     assert kept(path) == 6
     with admin.changing(path) as db:
-        book.settle(db, open_id, Settlement(7), now=NOON)
+        reservations.settle(db, open_id, Settlement(7), now=NOON)
     keep(path, now=NOON - DAY_S / 2 + 3599)
     assert kept(path) == 8
     keep(path, now=NOON - DAY_S / 2 + 3600)
@@ -98,7 +100,7 @@ def test_a_day_is_not_kept_while_a_call_of_it_is_open_nor_before_it_settled_down
 
 
 def test_a_day_that_changes_while_it_is_summed_is_not_kept(path, monkeypatch):
-    of_calls_really = reports.of_calls
+    of_calls_really = spending.of_calls
 
     def with_a_call_between(db, by, since, until):
         lines = of_calls_really(db, by, since, until)
@@ -108,27 +110,27 @@ def test_a_day_that_changes_while_it_is_summed_is_not_kept(path, monkeypatch):
         return lines
 
     with monkeypatch.context() as patched:
-        patched.setattr(reports, "of_calls", with_a_call_between)
-        rollups.keep(path, "app", since=SINCE, until=UNTIL, now=NOON)
+        patched.setattr(spending, "of_calls", with_a_call_between)
+        daily_totals.keep(path, "app", since=SINCE, until=UNTIL, now=NOON)
     assert kept(path) == 8
     assert told(path) == of_calls(path)
 
 
 def claimed(path, now=NOON, **how):
     with admin.reading(path) as db:
-        wanted = list(rollups.missing(db, "app", 0, NOON, NOON))
+        wanted = list(daily_totals.missing(db, "app", 0, NOON, NOON))
     with admin.changing(path) as db:
-        return rollups.claim(db, wanted, now=now, **how)
+        return daily_totals.claim(db, wanted, now=now, **how)
 
 
 def summed(path, spans):
     with admin.reading(path) as db:
-        return [(span, rollups.lines(db, span)) for span in spans]
+        return [(span, daily_totals.lines(db, span)) for span in spans]
 
 
 def put(path, found, claimed_at):
     with admin.changing(path) as db:
-        return [rollups.put(db, span, lines, claimed_at=claimed_at) for span, lines in found]
+        return [daily_totals.put(db, span, lines, claimed_at=claimed_at) for span, lines in found]
 
 
 def test_a_claim_that_another_took_over_keeps_nothing_even_where_the_day_changed_in_between(path):
@@ -144,16 +146,16 @@ def test_a_claim_that_another_took_over_keeps_nothing_even_where_the_day_changed
 @pytest.mark.parametrize("change", ["a zone", "an open call"])
 def test_what_is_no_closed_day_any_more_is_not_claimed(path, change):
     with admin.reading(path) as db:
-        wanted = list(rollups.missing(db, "app", 0, NOON, NOON))
+        wanted = list(daily_totals.missing(db, "app", 0, NOON, NOON))
     with admin.changing(path) as db:
         if change == "a zone":
             admin.align(db, "Asia/Tokyo", {}, who="test", now=NOON)
         else:
-            book.reserve(db, "me", CALL, 100, [], now=NOON - 20 * DAY_S)
-        assert rollups.claim(db, wanted, now=NOON) == []
+            reservations.reserve(db, "me", CALL, 100, [], now=NOON - 20 * DAY_S)
+        assert daily_totals.claim(db, wanted, now=NOON) == []
 
 
 def test_whoever_claims_alone_lets_others_finish_unless_they_are_gone(path):
     days = claimed(path)
-    assert claimed(path, NOON + rollups.TURN_S - 1, alone=True) == []
-    assert claimed(path, NOON + rollups.TURN_S + 1, alone=True) == days
+    assert claimed(path, NOON + daily_totals.TURN_S - 1, alone=True) == []
+    assert claimed(path, NOON + daily_totals.TURN_S + 1, alone=True) == days

@@ -16,7 +16,7 @@ from secret_hunt import found_in, of_family
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.console.app import Console, Policies, build
 from gateway_addon.console.login import Login
-from gateway_addon.ledger import copies
+from gateway_addon.ledger.maintenance import backup
 from gateway_addon.proxy.hooks import GatewayAddon
 from gateway_addon.proxy.web.addon import DebugAddon
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -99,7 +99,7 @@ async def test_neither_key_nor_token_is_on_the_console_in_the_metrics_or_in_a_ba
         await one_of_each(gw)
         await gw.quiet()
         secrets = (KEY, gw.tokens["app"])
-        copies.backup(tmp_path / "gateway.db", tmp_path / "copy.db")
+        backup.backup(tmp_path / "gateway.db", tmp_path / "copy.db")
         console = Console(tmp_path / "gateway.db", Policies(tmp_path / "policies"), Login(monotonic_s()), metrics_token="scraper")
         link, client = console.login.link, build(console).test_client()
         client.get(f"/login/{link}")

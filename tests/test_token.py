@@ -14,7 +14,8 @@ from gateway import APP, gateway, write_policies
 from gateway_addon import forms
 from gateway_addon.cli import main
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import admin, files
+from gateway_addon.ledger import admin
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.simulator import Behaviour, Simulator
 
 
@@ -22,7 +23,7 @@ from gateway_addon.simulator import Behaviour, Simulator
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Policies for `app`, an empty ledger."""
     write_policies(tmp_path / "policies", "https://localhost", {"app": APP})
-    files.create(tmp_path / "gateway.db")
+    sqlite_files.create(tmp_path / "gateway.db")
     monkeypatch.setenv("GATEWAY_POLICIES", str(tmp_path / "policies"))
     monkeypatch.setenv("GATEWAY_LEDGER", f"sqlite:///{tmp_path / 'gateway.db'}")
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,9 @@ from ledgers import NOON, Cap, balance, new_ledger, rows
 
 from gateway_addon.cli import main
 from gateway_addon.cli import migrate as command
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, Server, admin, book, files, proof, transfer
+from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, Server, admin, reservations
+from gateway_addon.ledger.maintenance import invariants, migrate
+from gateway_addon.ledger.store import sqlite_files
 
 pytestmark = pytest.mark.xdist_group("postgresql")
 ROOT = Path(__file__).parents[1]
@@ -38,16 +40,16 @@ def source(tmp_path):
     with admin.changing(path) as db:
         token = admin.issue_token(db, "reports", "d1", who="test", now=NOON)
         call = NewCall("reports", "batch", token.id, model_asked="claude-haiku-4-5", max_tokens=100)
-        assert isinstance(book.reserve(db, "gone", call, 700, [], now=NOON + 1 / 3), Reserved)
-        book.refused(db, "gone", NewCall("reports", None, token.id, model_asked=ODD), "model", now=NOON)
+        assert isinstance(reservations.reserve(db, "gone", call, 700, [], now=NOON + 1 / 3), Reserved)
+        reservations.refused(db, "gone", NewCall("reports", None, token.id, model_asked=ODD), "model", now=NOON)
         admin.pause(db, "team:batch", why=ODD, who="test", now=NOON)
         admin.raise_cap(db, "total", "day", 2**62, until=NOON + 1e6, who="test", now=NOON)
-        book.noise(db, "token_unknown", now=NOON)
+        reservations.noise(db, "token_unknown", now=NOON)
     return path
 
 
 def move(source, target, **options):
-    return transfer.move(source, target, who="test", now=NOON, **options)
+    return migrate.move(source, target, who="test", now=NOON, **options)
 
 
 def everything(path, tables):
@@ -67,11 +69,11 @@ def content(path, tables):
 
 def tables_of(source):
     with closing(sqlite3.connect(source)) as db:
-        return transfer._columns(db)
+        return migrate._columns(db)
 
 
 def test_every_row_is_there_as_it_was(source, target, monkeypatch):
-    monkeypatch.setattr(transfer, "CALLS_AT_ONCE", 50)
+    monkeypatch.setattr(migrate, "CALLS_AT_ONCE", 50)
     tables, heard = tables_of(source), []
     before = content(source, tables)
     proved = move(source, target, tell=lambda done, of: heard.append((done, of)))
@@ -81,7 +83,7 @@ def test_every_row_is_there_as_it_was(source, target, monkeypatch):
     for scope in ("total", "app:reports", "team:batch", "team:content"):
         assert balance(target, scope) == balance(source, scope)
     with admin.reading(target) as db:
-        assert proof.findings(db) == []
+        assert invariants.findings(db) == []
 
 
 def test_no_table_is_forgotten(source, target):
@@ -114,7 +116,7 @@ async def test_every_command_refuses_the_file_from_then_on_and_says_where_the_le
         done = CliRunner().invoke(main, [*typed, "--ledger", f"sqlite:///{source}"])
         assert (done.exit_code, "was moved to" in done.output) == (2, True)
     with closing(sqlite3.connect(source)) as db:
-        assert proof.findings(db) == []
+        assert invariants.findings(db) == []
 
 
 def test_both_sides_have_it_in_their_audit_and_a_second_move_finds_nothing_to_do(source, target):
@@ -165,12 +167,12 @@ def test_a_ledger_that_is_not_sound_is_not_moved(source, target):
 
 @pytest.mark.parametrize("broken", ["a number", "a row too few"])
 def test_what_does_not_agree_is_thrown_away(source, target, monkeypatch, broken):
-    def line(row, real=transfer._line):
+    def line(row, real=migrate._line):
         if row[0] != 5:
             return real(row)
         return "" if broken == "a row too few" and len(row) == 9 else real((*row[:-1], "x") if isinstance(row[-1], str) else row)
 
-    monkeypatch.setattr(transfer, "_line", line)
+    monkeypatch.setattr(migrate, "_line", line)
     with pytest.raises(LedgerUnavailable, match="is not what was there, so it was thrown away"):
         move(source, target)
     monkeypatch.undo()
@@ -178,7 +180,7 @@ def test_what_does_not_agree_is_thrown_away(source, target, monkeypatch, broken)
 
 
 def test_the_empty_ledger_of_init_is_taken_and_one_with_rows_is_not(source, target):
-    files.create(target)
+    sqlite_files.create(target)
     with pytest.raises(LedgerUnavailable, match=r"has another ledger's rows \(audit, tokens\)"):
         move(source, new_ledger(None, "postgresql"))
     assert move(source, target) is not None
@@ -194,7 +196,7 @@ def test_two_moves_to_one_server_do_not_meet(source, target):
 def test_a_ledger_begun_there_meanwhile_is_kept(source, target):
     def begin(done, of):
         if done == of:
-            files.create(target)
+            sqlite_files.create(target)
             with admin.changing(target) as db:
                 admin.issue_token(db, "first", "d9", who="test", now=NOON)
 
@@ -263,13 +265,13 @@ def test_a_move_killed_at_any_point_is_finished_by_the_next(source, target):
 
 
 def test_between_the_files_last_commit_and_the_servers_neither_takes_calls(source, target, monkeypatch):
-    def cut(db, *names, real=transfer.admin.moved, **options):
+    def cut(db, *names, real=migrate.admin.moved, **options):
         real(db, *names, **options)
         if isinstance(db, sqlite3.Connection):
             db.execute("COMMIT")
             raise psycopg.OperationalError("cut off")
 
-    monkeypatch.setattr(transfer.admin, "moved", cut)
+    monkeypatch.setattr(migrate.admin, "moved", cut)
     with pytest.raises(LedgerUnavailable):
         move(source, target)
     monkeypatch.undo()

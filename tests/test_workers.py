@@ -19,7 +19,8 @@ import pytest
 from gateway import APP, write_policies
 
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import admin, files
+from gateway_addon.ledger import admin
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.proxy.supervisor import ListeningLoop, bind, cores, stop_signals
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
@@ -31,7 +32,7 @@ def serving(folder: Path, upstream: str, *options: str):
     """A gateway with more options; yields (process, url, token)."""
     policies = write_policies(folder / "policies", upstream, {"app": APP})
     path = folder / "gateway.db"
-    files.create(path)
+    sqlite_files.create(path)
     token = tokens.mint()
     with admin.changing(path) as db:
         admin.issue_token(db, "app", tokens.digest(token), who="test", now=time.time())
@@ -228,7 +229,7 @@ async def test_a_second_signal_ends_what_is_still_in_flight(tmp_path):
 
 def test_a_gateway_that_cannot_start_says_why_once(tmp_path):
     policies = write_policies(tmp_path / "policies", "https://api.anthropic.com", {"app": APP})
-    files.create(tmp_path / "gateway.db")
+    sqlite_files.create(tmp_path / "gateway.db")
     where = ["--listen", "127.0.0.1:0", "--policies", str(policies), "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}", "--workers", "3"]
     environment = {name: value for name, value in os.environ.items() if name != "SIMULATED_KEY"}
     command = [sys.executable, "-m", "gateway_addon", "serve", *where]
@@ -260,7 +261,7 @@ def test_what_is_said_is_sent_at_once(host):
 async def test_a_taken_port_is_said_in_a_sentence(tmp_path):
     async with Simulator() as api:
         policies = write_policies(tmp_path / "policies", api.url, {"app": APP})
-        files.create(tmp_path / "gateway.db")
+        sqlite_files.create(tmp_path / "gateway.db")
         listen = api.url.removeprefix("http://")
         where = ["--listen", listen, "--policies", str(policies), "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"]
         command = [sys.executable, "-m", "gateway_addon", "serve", *where]

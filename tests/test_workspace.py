@@ -10,7 +10,8 @@ import httpx2
 import pytest
 from gateway import gateway
 
-from gateway_addon.ledger import batches, proof
+from gateway_addon.ledger import batches
+from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 from gateway_addon.simulator.errors import ApiError
 
@@ -54,7 +55,7 @@ async def sound(gw):
     """The ledger agrees with the API's book to the nano-dollar, holds nothing, and proves itself."""
     await gw.quiet()
     assert (await gw.spent_nano(), await gw.held_nano()) == ((await gw.api.settled()).billed_nano, 0)
-    assert await gw.gate.ledger.look(proof.findings) == []
+    assert await gw.gate.ledger.look(invariants.findings) == []
 
 
 # --- batches: money

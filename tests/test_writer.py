@@ -3,8 +3,8 @@
 import pytest
 from stores import Store
 
-from gateway_addon.ledger.store import EVERYTHING
-from gateway_addon.ledger.writer import Operation, Writer, apart
+from gateway_addon.ledger.store.interface import EVERYTHING
+from gateway_addon.ledger.store.writer import Operation, Writer, apart
 
 
 def scoped(*scopes):

@@ -23,10 +23,10 @@ from gateway_addon.calls.permits import Arrived, Ending, Errand, Pass
 from gateway_addon.calls.queue import Door, Offer
 from gateway_addon.calls.refusal_messages import BatchQuote, denied
 from gateway_addon.calls.responses import Answer
-from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, belongings
+from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, ownership
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, NewBatch
-from gateway_addon.ledger.belongings import Belonging, Kind
+from gateway_addon.ledger.ownership import Belonging, Kind
 from gateway_addon.messages import Meter
 from gateway_addon.messages.request import Reading, Request
 from gateway_addon.policy import AppPolicy, caps
@@ -66,7 +66,7 @@ class Workspace:
                 return problem or Pass(arrived, call, now, errand=Errand(whole=partial(self._uploaded, arrived.app.name, now)))
             case "batches.list" | "files.list":
                 return await self._page(arrived.app, read, request)
-        owned = await self.ledger.look(partial(belongings.find, id=read.item))
+        owned = await self.ledger.look(partial(ownership.find, id=read.item))
         if owned is None or owned.gone or owned.app != arrived.app.name:
             return _not_here(arrived.app, read)
         errand = await self._errand(arrived, read, owned, now)
@@ -78,7 +78,7 @@ class Workspace:
         An app that is only observed may use what nobody made through the gateway; what another app made is refused to it as well.
         """
         wanted = set(file_ids)
-        owners = await self.ledger.look(partial(belongings.owners, ids=wanted)) if wanted else {}
+        owners = await self.ledger.look(partial(ownership.owners, ids=wanted)) if wanted else {}
         for file_id in sorted(wanted):
             owner = owners.get(file_id)
             if owner != app.name and (owner is not None or app.mode == "enforce"):
@@ -147,12 +147,12 @@ class Workspace:
         if shown is None or shown.id != batch.id:
             return body
         if shown.content != batch.content:
-            await self._kept(partial(belongings.seen, id=batch.id, content=shown.content))
+            await self._kept(partial(ownership.seen, id=batch.id, content=shown.content))
         return shown.content.encode()
 
     async def _deleted(self, item: str, now: float, status: int, body: bytes) -> bytes:
         if status == 200:
-            await self._kept(partial(belongings.gone, id=item, now=now))
+            await self._kept(partial(ownership.gone, id=item, now=now))
         return body
 
     # -- files
@@ -160,7 +160,7 @@ class Workspace:
     async def _uploaded(self, app: str, now: float, status: int, body: bytes) -> bytes:
         made = file_of(body) if status == 200 else None
         if made is not None:
-            await self._kept(partial(belongings.own, belonging=Belonging(made.id, "file", app, now, made.content)))
+            await self._kept(partial(ownership.own, belonging=Belonging(made.id, "file", app, now, made.content)))
         return body
 
     # -- lists
@@ -176,17 +176,17 @@ class Workspace:
             return stated("body", f"limit must be a whole number from 1 to {PAGE_MAX:,}")
         if "ids[]" in query or "ids" in query:
             ids = (query.get("ids[]", []) + query.get("ids", []))[:IDS_MAX]
-            own = await self.ledger.look(partial(belongings.chosen, app=app.name, kind=kind, ids=ids))
+            own = await self.ledger.look(partial(ownership.chosen, app=app.name, kind=kind, ids=ids))
             return Answer({"data": [json.loads(each.content) for each in own], "next_page": None})
         after = before = None
         for name in ("after_id", "before_id", "page"):
             if name in query:
                 cursor = query[name][-1].removeprefix("page_")
-                found = await self.ledger.look(partial(belongings.find, id=cursor))
+                found = await self.ledger.look(partial(ownership.find, id=cursor))
                 if found is None or found.app != app.name or found.kind != kind:
                     return _not_here(app, replace(read, item=cursor[:140]))
                 after, before = (after, found) if name == "before_id" else (found, before)
-        page = await self.ledger.look(partial(belongings.page, app=app.name, kind=kind, limit=int(limit), after=after, before=before))
+        page = await self.ledger.look(partial(ownership.page, app=app.name, kind=kind, limit=int(limit), after=after, before=before))
         data = [json.loads(each.content) for each in page.items]
         if kind == "file":
             more = page.more and bool(page.items)

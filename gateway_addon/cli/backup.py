@@ -6,7 +6,9 @@ from pathlib import Path
 import click
 
 from gateway_addon.cli.common import ledger_option, says_errors
-from gateway_addon.ledger import LedgerUnavailable, copies, files
+from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.ledger.maintenance import backup as copies
+from gateway_addon.ledger.store import sqlite_files
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -17,7 +19,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @says_errors(LedgerUnavailable, ValueError, OSError)
 def backup(file: Path, ledger: str) -> None:
     """Copy the ledger to FILE: one consistent moment of it, while gateways go on, proved as gateway doctor does."""
-    calls = copies.backup(files.file_path(ledger), file)
+    calls = copies.backup(sqlite_files.file_path(ledger), file)
     click.echo(f"{file}: {calls:,} calls, {file.stat().st_size / 2**20:.1f} MB, proved.  Back again: gateway restore {file}")
 
 
@@ -27,7 +29,7 @@ def backup(file: Path, ledger: str) -> None:
 @says_errors(LedgerUnavailable, ValueError, OSError)
 def restore(file: Path, ledger: str) -> None:
     """Put the backup FILE in the ledger's place, once it is proved. Refuses while a gateway runs; keeps what was there beside it."""
-    path = files.file_path(ledger)
+    path = sqlite_files.file_path(ledger)
     calls, kept = copies.restore(file, path, now=time.time())
     click.echo(f"{path}: {calls:,} calls, proved.")
     if kept:

@@ -9,7 +9,7 @@ from tabulate import tabulate
 from gateway_addon.cli.common import ledger_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.batches import OpenBatch, open_batches
-from gateway_addon.ledger.files import ledger_path
+from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
 
 

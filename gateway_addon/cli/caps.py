@@ -9,8 +9,8 @@ import click
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, ledger_option, policies_option, says_errors, stop
 from gateway_addon.cli.times import day, moment
 from gateway_addon.ledger import LedgerUnavailable, admin, app_scope, team_scope
-from gateway_addon.ledger.files import ledger_path
-from gateway_addon.ledger.values import TOTAL
+from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.ledger.types import TOTAL
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.cli.times import day
 from gateway_addon.ledger import LedgerUnavailable, admin
-from gateway_addon.ledger.files import ledger_path
+from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import dollars
 from gateway_addon.policy import AppPolicy, GatewayPolicy, PolicyError, load
 

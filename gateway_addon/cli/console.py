@@ -9,7 +9,8 @@ from gateway_addon.cli.common import Address, ledger_option, policies_option, sa
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.console.app import Console, Policies, server
 from gateway_addon.console.login import LINK_S, Login
-from gateway_addon.ledger import LedgerUnavailable, files
+from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.policy import PolicyError
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.supervisor import bind
@@ -40,7 +41,7 @@ def console(listen: tuple[str, int], token_file: Path | None, policies: Path, le
     token = token_file.read_text().strip() if token_file else None
     if token == "":
         stop(f"{token_file} is empty. Put a long random text in it: openssl rand -hex 32 > {token_file}")
-    desk = Console(files.ledger_path(ledger), Policies(policies), Login(monotonic_s()), metrics_token=token)
+    desk = Console(sqlite_files.ledger_path(ledger), Policies(policies), Login(monotonic_s()), metrics_token=token)
     desk.look()  # the month is read once, before anybody waits for it
     with bind(host, port) as listener:
         serving = server(desk, listener)

@@ -27,9 +27,10 @@ from gateway_addon.cli.common import (
 from gateway_addon.cli.times import day, duration_s
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.inventory import inspect
-from gateway_addon.ledger import LedgerUnavailable, Server, admin, arrivals
-from gateway_addon.ledger.arrivals import Arrival, Straggler
-from gateway_addon.ledger.files import ledger_path
+from gateway_addon.ledger import LedgerUnavailable, Server, admin
+from gateway_addon.ledger.reports import token_usage
+from gateway_addon.ledger.reports.token_usage import Arrival, Straggler
+from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.moving import Now, Open, is_in, tally, unaccounted, unseen
 from gateway_addon.policy import PolicyError, Source, load
 from gateway_addon.pricing import PriceError
@@ -70,7 +71,7 @@ def cutover(record: Path | None, accept: tuple[str, ...], watch: str | None, as_
         sys.exit(_watch(path, duration_s(watch)))
     known, key = _record(record or record_path(ledger), accept), load(policies).key
     with admin.reading(path) as db:
-        tokens, coming = arrivals.arrivals(db, now=now), arrivals.stragglers(db)
+        tokens, coming = token_usage.arrivals(db, now=now), token_usage.stragglers(db)
     files = [_as_it_is(each) for each in dict.fromkeys(consumer["path"] for consumer in known["consumers"])]
     reasons = unseen(tokens) + unaccounted(files, tokens, [each["path"] for each in known.get("accepted", ())])
     if not any(token.calls > token.refused for token in tokens):
@@ -165,7 +166,7 @@ def _watch(path: Path | Server, for_s: float) -> int:
     told = 0
     while True:
         with admin.reading(path) as db:
-            seen = arrivals.passed(db, since=started)
+            seen = token_usage.passed(db, since=started)
         if seen.unauthorised > told and seen.last_unauthorised_at is not None:
             told = seen.unauthorised
             at = day(seen.last_unauthorised_at)

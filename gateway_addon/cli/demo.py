@@ -18,8 +18,9 @@ from gateway_addon.demo import proof
 from gateway_addon.demo.proof import Finding, Pair
 from gateway_addon.demo.scenes import SCENES, Surprise
 from gateway_addon.demo.stage import APPS, GatewayFailed, Stage, staged
-from gateway_addon.ledger import LedgerUnavailable, admin, history
-from gateway_addon.ledger.proof import findings
+from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger.maintenance.invariants import findings
+from gateway_addon.ledger.reports import entry_history
 from gateway_addon.policy import caps, load
 
 WIDTH = 110
@@ -76,7 +77,7 @@ def _prove(stage: Stage) -> tuple[list[Pair], list[Finding]]:
     policy = load(stage.folder / "policies")
     limits = {cap for app in policy.apps.values() for cap in caps(policy, app)}
     with admin.reading(stage.ledger) as db:
-        calls, levels, wrong = history.forwarded(db), history.high_water(db), findings(db)
+        calls, levels, wrong = entry_history.forwarded(db), entry_history.high_water(db), findings(db)
     book = stage.api.book.all()
     both = proof.pairs(calls, book)
     return both, [

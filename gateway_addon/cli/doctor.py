@@ -9,7 +9,9 @@ import click
 
 from gateway_addon.checkup import Check, check_all, check_disk, check_files
 from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors, status
-from gateway_addon.ledger import LedgerUnavailable, Server, admin, files, proof
+from gateway_addon.ledger import LedgerUnavailable, Server, admin
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import dollars
 
 
@@ -25,7 +27,7 @@ def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
 
     Exits 1 and names what is wrong.
     """
-    path = files.ledger_path(ledger)
+    path = sqlite_files.ledger_path(ledger)
     checks = [check_ledger(path, now=time.time())]
     if not isinstance(path, Server):
         checks += [check_files(path, policies), check_disk(path)]
@@ -43,8 +45,8 @@ def check_ledger(path: Path | Server, *, now: float) -> Check:
     """Recompute the ledger from its entries. Raises LedgerUnavailable where it cannot be read."""
     began = time.monotonic()
     with admin.reading(path, lambda: status(f"proving the ledger, {time.monotonic() - began:.0f} s")) as db:
-        findings = proof.findings(db)
-        running = [] if findings else proof.open_calls(db, admin.obituary(path, db), now=now)
+        findings = invariants.findings(db)
+        running = [] if findings else invariants.open_calls(db, admin.obituary(path, db), now=now)
         calls, entries = db.execute("SELECT (SELECT count(*) FROM calls), (SELECT count(*) FROM entries)").fetchone()
     seen = [f"{path}: {calls:,} calls, {entries:,} entries"]
     for call in running:

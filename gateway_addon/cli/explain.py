@@ -10,7 +10,7 @@ import click
 
 from gateway_addon import explanation
 from gateway_addon.cli.common import FINE, PROBLEM, WRONG_USAGE, ledger_option, policies_option, says_errors, stop
-from gateway_addon.ledger import files
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.messages.request import Request
 from gateway_addon.policy import PolicyError, load
 
@@ -34,6 +34,6 @@ def explain(request_file: Any, app_name: str, betas: tuple[str, ...], as_json: b
         stop(f"No app {app_name!r} in {policies}; there: {', '.join(policy.apps) or 'none'}.", WRONG_USAGE)
     headers = tuple(("anthropic-beta", beta) for beta in betas)
     request = Request("POST", "/v1/messages", headers, request_file.read())
-    found = explanation.explain(policy, policy.apps[app_name], request, files.ledger_path(ledger), time.time())
+    found = explanation.explain(policy, policy.apps[app_name], request, sqlite_files.ledger_path(ledger), time.time())
     click.echo(json.dumps(found, indent=2) if as_json else explanation.written(found))
     sys.exit(PROBLEM if found["refused"] else FINE)

@@ -11,7 +11,7 @@ import click
 from gateway_addon import deployment, services
 from gateway_addon.cli.common import ledger_option, policies_option, project_folder, says_errors
 from gateway_addon.ledger import LedgerUnavailable, Server, admin
-from gateway_addon.ledger.files import create, ledger_path
+from gateway_addon.ledger.store.sqlite_files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.policy.keys import NAME

@@ -14,7 +14,7 @@ from gateway_addon.cli.common import Address, ledger_option, policies_option, sa
 from gateway_addon.cli.serve import NO_KEY
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, admin
-from gateway_addon.ledger.files import ledger_path
+from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable

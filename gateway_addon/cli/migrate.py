@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from gateway_addon.cli.common import says_errors
-from gateway_addon.ledger import LedgerUnavailable, Server, files
-from gateway_addon.ledger.store import driver
+from gateway_addon.ledger import LedgerUnavailable, Server
+from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.ledger.store.interface import driver
 from gateway_addon.money import dollars
 
 LINES = 10  # where no terminal shows a bar: about so many lines in all
@@ -30,7 +31,7 @@ def migrate(source: str, target: str) -> None:
     """
     file, server = _ends(source, target)
     with driver():
-        from gateway_addon.ledger import transfer
+        from gateway_addon.ledger.maintenance import migrate as transfer
     click.echo(f"Proving {file}, then moving it ...", err=True)
     with _progress() as tell:
         proof = transfer.move(file, server, who=getpass.getuser(), now=time.time(), tell=tell)
@@ -48,7 +49,7 @@ def migrate(source: str, target: str) -> None:
 
 def _ends(source: str, target: str) -> tuple[Path, Server]:
     """Raises ValueError with the way to what this command does not do."""
-    one, other = files.ledger_path(source), files.ledger_path(target)
+    one, other = sqlite_files.ledger_path(source), sqlite_files.ledger_path(target)
     if isinstance(one, Path) and isinstance(other, Server):
         return one, other
     if isinstance(one, Server) and isinstance(other, Server):

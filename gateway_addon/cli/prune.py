@@ -9,8 +9,10 @@ import click
 
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, says_errors
-from gateway_addon.ledger import LedgerUnavailable, Server, admin, files, retention
-from gateway_addon.ledger.book import zone
+from gateway_addon.ledger import LedgerUnavailable, Server, admin
+from gateway_addon.ledger.maintenance import prune as retention
+from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.windows import starts
 
 CALLS_MAX = 1000
@@ -28,7 +30,7 @@ def prune(before: str, dry_run: bool, ledger: str) -> None:
     Balances, caps and reports (by app, model, served, day and token) stay what they are, to the nano. What goes is each call's own story:
     its times, session, agent and request id. Open calls stay. What was begun and interrupted is taken up by the next run.
     """
-    path, now = files.ledger_path(ledger), time.time()
+    path, now = sqlite_files.ledger_path(ledger), time.time()
     with admin.reading(path) as db:
         until = starts(times.since(before, now), zone(db)).day
         found = retention.prunable(db, until)

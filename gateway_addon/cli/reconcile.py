@@ -14,9 +14,10 @@ from tabulate import tabulate
 
 from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, status, stop
 from gateway_addon.cli.times import duration_s, moment
-from gateway_addon.ledger import LedgerUnavailable, Server, admin, evidence
-from gateway_addon.ledger.evidence import DAY_S, Estimate, Metered
-from gateway_addon.ledger.files import ledger_path
+from gateway_addon.ledger import LedgerUnavailable, Server, admin
+from gateway_addon.ledger.reports import provider_comparison
+from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
+from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
@@ -100,7 +101,7 @@ def _both_sides(path: Path | Server, policy: GatewayPolicy, start: int, end: int
     status()
     with admin.reading(path) as db:
         period = {"since": float(start), "until": float(end or now + 1)}
-        return Found(reported, charged, evidence.metered(db, **period), evidence.estimates(db, **period))
+        return Found(reported, charged, provider_comparison.metered(db, **period), provider_comparison.estimates(db, **period))
 
 
 def _take_turn(path: Path | Server, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -108,7 +109,7 @@ def _take_turn(path: Path | Server, sleep: Callable[[float], None] = time.sleep)
     said = False
     while True:
         with admin.changing(path) as db:
-            wait_s = evidence.claim_poll(db, now=time.time())
+            wait_s = provider_comparison.claim_poll(db, now=time.time())
         if wait_s <= 0:
             return status()
         status(f"The provider takes one poll a minute: {wait_s:.0f} s to go")

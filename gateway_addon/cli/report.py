@@ -15,8 +15,10 @@ from tabulate import tabulate
 from gateway_addon import windows
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
-from gateway_addon.ledger import LedgerUnavailable, admin, book, files, reports, rollups
-from gateway_addon.ledger.reports import By, Drift, Line, Notable, Report
+from gateway_addon.ledger import LedgerUnavailable, admin, reservations
+from gateway_addon.ledger.reports import daily_totals, spending
+from gateway_addon.ledger.reports.spending import By, Drift, Line, Notable, Report
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import safe_name
 
@@ -24,7 +26,7 @@ _HEADINGS = ("calls", "spent", "held", "mean", "cache hits", "out/max", "refused
 
 
 @click.command(epilog="Example: gateway report --by model --since 7d")
-@click.option("--by", type=click.Choice(reports.GROUPINGS), default="app", show_default=True, help="What a line stands for.")
+@click.option("--by", type=click.Choice(spending.GROUPINGS), default="app", show_default=True, help="What a line stands for.")
 @click.option("--since", metavar="WHEN", help="A date (2026-12-01, UTC) or a while ago (7d, 12h); default: this calendar month.")
 @click.option("--notable", is_flag=True, help="Name the configuration that costs most, and why.")
 @click.option("--alerts", is_flag=True, help="List what people were told: thresholds, overruns, other models than asked.")
@@ -41,21 +43,21 @@ def report(by: str, since: str | None, notable: bool, alerts: bool, as_json: boo
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other.")
     now = time.time()
-    path = files.ledger_path(ledger)
+    path = sqlite_files.ledger_path(ledger)
     with admin.reading(path) as db:
-        start = times.since(since, now) if since else windows.starts(now, book.zone(db)).month
+        start = times.since(since, now) if since else windows.starts(now, reservations.zone(db)).month
     if not alerts and not notable:
         with contextlib.suppress(LedgerUnavailable):  # where nothing can be written, every call is read
-            rollups.keep(path, cast(By, by), since=start, until=now, now=now)
+            daily_totals.keep(path, cast(By, by), since=start, until=now, now=now)
     with admin.reading(path) as db:
         if alerts:
-            _show_alerts(reports.alerts(db, since=start, until=now), as_json, as_csv)
+            _show_alerts(spending.alerts(db, since=start, until=now), as_json, as_csv)
         elif notable:
-            found = _notable(reports.notable(db, since=start, until=now))
+            found = _notable(spending.notable(db, since=start, until=now))
             click.echo(json.dumps(found and asdict(found)) if as_json else _sentences(found, start))
         else:
-            drifts = [_named(each) for each in reports.drifts(db, since=start, until=now)] if by == "served" else []
-            _show(_report(reports.report(db, cast(By, by), since=start, until=now)), drifts, as_json, as_csv)
+            drifts = [_named(each) for each in spending.drifts(db, since=start, until=now)] if by == "served" else []
+            _show(_report(spending.report(db, cast(By, by), since=start, until=now)), drifts, as_json, as_csv)
 
 
 # An older gateway kept names as they came: escapes for the terminal, megabytes.

@@ -15,7 +15,7 @@ from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, ledger_option, listen_
 from gateway_addon.cli.times import day, duration_s
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Token, admin
-from gateway_addon.ledger.files import ledger_path
+from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 

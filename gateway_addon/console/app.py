@@ -23,9 +23,10 @@ from werkzeug.wrappers import Response as AnyResponse
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.console import charts, desk, metrics
 from gateway_addon.console.login import SESSION_S, Login
-from gateway_addon.ledger import LedgerUnavailable, Server, admin, book, stories
-from gateway_addon.ledger.days import Days, Reading
-from gateway_addon.ledger.days import apps as apps_of
+from gateway_addon.ledger import LedgerUnavailable, Server, admin, reservations
+from gateway_addon.ledger.reports import call_detail
+from gateway_addon.ledger.reports.day_cache import Days, Reading
+from gateway_addon.ledger.reports.day_cache import apps as apps_of
 from gateway_addon.money import cents, dollars
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
@@ -144,26 +145,26 @@ def _metrics(console: Console) -> Response:
 def _calls(console: Console) -> Response:
     asked, now = request.args, console.clock()
     filters = {name: asked.get(name, "") for name in ("app", "model", "state", "text")}
-    wanted = stories.Wanted(**filters, before=asked.get("before", stories.NEWEST, type=int))
+    wanted = call_detail.Wanted(**filters, before=asked.get("before", call_detail.NEWEST, type=int))
     with admin.reading(console.ledger) as db:
-        found, more = stories.search(db, wanted)
+        found, more = call_detail.search(db, wanted)
         days = console.memory.between(db, now - desk.CHART_DAYS * desk.DAY_S, now)
         return _page(
             "calls.html",
             db,
             calls=found,
             wanted=wanted,
-            newest=filters if wanted.before < stories.NEWEST else None,
+            newest=filters if wanted.before < call_detail.NEWEST else None,
             older=filters | {"before": found[-1].id} if more else None,
             apps=sorted({*console.policies().apps, *apps_of(db)}),
             models=sorted({each.asked for day in days for each in day.spending}),
-            states=stories.STATES,
+            states=call_detail.STATES,
         )
 
 
 def _call(console: Console, call_id: int) -> Response:
     with admin.reading(console.ledger) as db:
-        told = stories.story(db, call_id)
+        told = call_detail.story(db, call_id)
         if told is None:
             abort(404)
         rows = {row.name: row for rows in console.policies().prices.rows.values() for row in rows}
@@ -195,7 +196,7 @@ def _problem(title: str, sentence: str, status: int) -> Response:
 
 def _page(template: str, db: Reading, **values: Any) -> Response:
     """A page about the ledger, with its times in the ledger's zone, like its days."""
-    calendar = book.zone(db)
+    calendar = reservations.zone(db)
 
     def written(form: str) -> Callable[[float], str]:
         return lambda at: datetime.fromtimestamp(at, calendar).strftime(form)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from gateway_addon.console import charts
-from gateway_addon.ledger import Pause, Server, Standing, admin, app_scope, book, days, notes, proof, reports, team_scope
+from gateway_addon.ledger import Pause, Server, Standing, admin, app_scope, reservations, state, team_scope
 from gateway_addon.ledger.batches import OpenBatch, open_batches
-from gateway_addon.ledger.days import Cached, Day, Days, Reading
-from gateway_addon.ledger.stories import drifted
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.reports import day_cache, spending
+from gateway_addon.ledger.reports.call_detail import drifted
+from gateway_addon.ledger.reports.day_cache import Cached, Day, Days, Reading
 from gateway_addon.policy import GatewayPolicy, caps
 from gateway_addon.pricing import Prices
 from gateway_addon.windows import Window, starts
@@ -91,7 +93,7 @@ class Desk:
     cache_hit_share: float | None
     refusals: tuple[tuple[str, int], ...]
     drift: tuple[Drift, ...]
-    live: tuple[proof.OpenCall, ...]
+    live: tuple[invariants.OpenCall, ...]
     batches: tuple[OpenBatch, ...]
     """As `gateway batches` lists them; they are not among the live calls."""
     alerts: tuple[dict[str, Any], ...]
@@ -99,12 +101,12 @@ class Desk:
 
 def look(db: Reading, policy: GatewayPolicy, memory: Days, ledger: Path | Server, now: float) -> Desk:
     """The whole desk at `now`. `ledger`: where it lies, to tell which processes are alive."""
-    calendar = book.zone(db)
+    calendar = reservations.zone(db)
     month_start = starts(now, calendar).month
     found = memory.between(db, min(month_start, now - (CHART_DAYS - 1) * DAY_S), now)
     month = [day for day in found if day.start >= month_start]
     accounts = _accounts(db, policy, now)
-    pauses = {pause.scope: pause for pause in notes.pauses(db, now)}
+    pauses = {pause.scope: pause for pause in state.pauses(db, now)}
 
     def owner(scope: str) -> Owner:
         return Owner(scope.partition(":")[2] or "all apps", accounts[scope, "day"], accounts[scope, "month"], pauses.get(scope))
@@ -123,11 +125,11 @@ def look(db: Reading, policy: GatewayPolicy, memory: Days, ledger: Path | Server
         charts.stack([(datetime.fromtimestamp(day.start, calendar).strftime("%-d %b"), _by_model(day)) for day in found[-CHART_DAYS:]]),
         saved_nano,
         hit_share,
-        tuple(days.refusals(month)),
+        tuple(day_cache.refusals(month)),
         _drift(month),
-        tuple(call for call in proof.open_calls(db, admin.obituary(ledger, db), now=now) if call.call_id not in held_by_batches),
+        tuple(call for call in invariants.open_calls(db, admin.obituary(ledger, db), now=now) if call.call_id not in held_by_batches),
         tuple(batches),
-        tuple(reversed(reports.alerts(db, since=month_start, until=now + 1)[-20:])),
+        tuple(reversed(spending.alerts(db, since=month_start, until=now + 1)[-20:])),
     )
 
 
@@ -151,10 +153,10 @@ def cache_savings(cached: Iterable[Cached], prices: Prices, now: float) -> tuple
 
 def _accounts(db: Reading, policy: GatewayPolicy, now: float) -> dict[tuple[str, str], Account]:
     """Every scope of the policy, and every app that the ledger still knows, today and this month."""
-    names = sorted({*policy.apps, *days.apps(db)})
+    names = sorted({*policy.apps, *day_cache.apps(db)})
     scopes = ["total", *(team_scope(team) for team in sorted(policy.teams)), *(app_scope(app) for app in names)]
     limits = {cap for app in policy.apps.values() for cap in caps(policy, app)}
-    standings = [each for each in book.standing(db, scopes, sorted(limits), now=now) if each.window in ("day", "month")]
+    standings = [each for each in reservations.standing(db, scopes, sorted(limits), now=now) if each.window in ("day", "month")]
     largest: dict[str, int] = defaultdict(int)
     for each in standings:
         if each.scope.startswith("app:"):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gateway_addon.ledger.history import Forwarded, HighWater
+from gateway_addon.ledger.reports.entry_history import Forwarded, HighWater
 from gateway_addon.money import dollars
 from gateway_addon.policy import Cap
 from gateway_addon.simulator import Row

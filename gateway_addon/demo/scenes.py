@@ -13,7 +13,8 @@ from typing import Any
 
 from gateway_addon.demo.client import App, Reply
 from gateway_addon.demo.stage import Stage, issue
-from gateway_addon.ledger import admin, history
+from gateway_addon.ledger import admin
+from gateway_addon.ledger.reports import entry_history
 from gateway_addon.money import cents
 
 HAIKU, SONNET, OPUS, FABLE = "claude-haiku-4-5", "claude-sonnet-5-5", "claude-opus-5-5", "claude-fable-5-2"
@@ -147,7 +148,7 @@ async def large_request(stage: Stage, say: Say) -> None:
     say(f"pipeline's editor asks {OPUS} as Claude Code does: {size:,} bytes, 24 tools, max_tokens 128,000, thinking.")
     day = await today(pipeline)
     with admin.reading(stage.ledger) as db:
-        call = history.forwarded(db)[-1]
+        call = entry_history.forwarded(db)[-1]
     say(
         f"It could cost {cents(call.quote_nano)}, which does not fit the cap of {day['cap']} a day. Held in steps, it never held more than "
         f"{cents(call.held_max_nano)}, and used {output_tokens} tokens."

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from gateway_addon.demo.client import App
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import admin, files
+from gateway_addon.ledger import admin
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.simulator import KEY, Simulator
 
 START_S = 15.0
@@ -77,7 +78,7 @@ async def staged(folder: Path) -> AsyncIterator[Stage]:
     """Everything running, until the block ends. Raises GatewayFailed, OSError where the loopback or the folder cannot be used."""
     async with Simulator() as api:
         _write_files(folder, api.url)
-        files.create(folder / "gateway.db")
+        sqlite_files.create(folder / "gateway.db")
         gateway = await _start(folder)
         try:
             url = await _url(gateway, folder)

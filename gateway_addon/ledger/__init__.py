@@ -1,7 +1,7 @@
 """The ledger: who spent what, and who may spend more. The only rooms that speak SQL."""
 
-from gateway_addon.ledger.facade import Ledger
-from gateway_addon.ledger.values import (
+from gateway_addon.ledger.ledger import Ledger
+from gateway_addon.ledger.types import (
     Alert,
     Cap,
     Denied,

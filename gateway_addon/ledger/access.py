@@ -10,7 +10,7 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.ledger.types import LedgerUnavailable
 
 BESIDE = ("", "-wal", "-shm")
 """What SQLite appends to a database's name for its own files. It gives each the mode of the database."""

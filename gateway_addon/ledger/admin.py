@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from gateway_addon.ledger import access, balances, book, files
-from gateway_addon.ledger.locks import Turnstile, is_dead
-from gateway_addon.ledger.owners import BATCHES
-from gateway_addon.ledger.schema import is_behind
-from gateway_addon.ledger.store import driver
-from gateway_addon.ledger.values import TOTAL, Server, Token, app_scope
+from gateway_addon.ledger import access, reservations
+from gateway_addon.ledger.orphans import BATCHES
+from gateway_addon.ledger.store import balances, sqlite_files
+from gateway_addon.ledger.store.interface import driver
+from gateway_addon.ledger.store.locks import Turnstile, is_dead
+from gateway_addon.ledger.store.sqlite_schema import is_behind
+from gateway_addon.ledger.types import TOTAL, Server, Token, app_scope
 from gateway_addon.money import AMOUNT_NANO_MAX, dollars
 from gateway_addon.windows import next_start, starts
 
@@ -29,7 +30,7 @@ EVER_CALLED = "SELECT 1 FROM tokens WHERE app = ? AND last_used_at IS NOT NULL" 
 EVER_SPENT = "FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
 
-PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (retention.py)
+PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (prune.py)
 
 ISSUE = "INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
 
@@ -51,26 +52,26 @@ def changing(path: Path | Server) -> Iterator[sqlite3.Connection]:
     """A write transaction of a command, in its turn among the gateway's processes. Raises LedgerUnavailable."""
     if isinstance(path, Server):
         with driver():
-            from gateway_addon.ledger import postgres
+            from gateway_addon.ledger.store import postgres
         with postgres.changing(path) as db:
             yield db
         return
-    files.identity(path)
+    sqlite_files.identity(path)
     access.must_be_allowed(path)
     try:
         turnstile = Turnstile(path)
     except OSError as error:
-        raise files.unavailable(path, error) from error
+        raise sqlite_files.unavailable(path, error) from error
     try:
-        with turnstile.turn(), contextlib.closing(files.writer_connection(path)) as db:
+        with turnstile.turn(), contextlib.closing(sqlite_files.writer_connection(path)) as db:
             db.execute("BEGIN IMMEDIATE")
-            files.must_be_here(path, db)
+            sqlite_files.must_be_here(path, db)
             yield db
             db.execute("COMMIT")
     except sqlite3.Error as error:
-        if not files.is_of_the_file(error):
+        if not sqlite_files.is_of_the_file(error):
             raise
-        raise files.unavailable(path, error) from error
+        raise sqlite_files.unavailable(path, error) from error
     finally:
         turnstile.close()
 
@@ -89,40 +90,40 @@ def reading(path: Path | Server, beat: Callable[[], None] = lambda: None, *, as_
 
     if isinstance(path, Server):
         with driver():
-            from gateway_addon.ledger import postgres
+            from gateway_addon.ledger.store import postgres
         with postgres.reading(path) as db:
             yield db
         return
-    files.identity(path)
+    sqlite_files.identity(path)
     if not as_it_is:
         access.must_be_allowed(path, reading=True)
     try:
-        with contextlib.closing(files.reader_connection(path)) as db:
+        with contextlib.closing(sqlite_files.reader_connection(path)) as db:
             if not as_it_is and is_behind(db):
                 with changing(path):
                     pass
             db.row_factory = sqlite3.Row
             db.set_progress_handler(step, BEAT_STEPS)
             db.execute("BEGIN")
-            files.must_be_a_ledger(path, db)
-            files.must_be_here(path, db)
+            sqlite_files.must_be_a_ledger(path, db)
+            sqlite_files.must_be_here(path, db)
             yield db
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_INTERRUPT:  # what the driver makes of Ctrl-C in `step`
             raise KeyboardInterrupt from None
-        if not files.is_of_the_file(error):
+        if not sqlite_files.is_of_the_file(error):
             raise
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and (shut := access.shut(path)) is not None:
             raise shut from error
-        raise files.unavailable(path, error) from error
+        raise sqlite_files.unavailable(path, error) from error
 
 
 def obituary(path: Path | Server, db: sqlite3.Connection) -> Callable[[str], bool]:
     """Tells of an owner's name whether its process is gone. (A batch is held by none: its reservation waits for its results.)"""
     if isinstance(path, Server):
         with driver():
-            from gateway_addon.ledger import postgres
+            from gateway_addon.ledger.store import postgres
         living = postgres.living(db) | {BATCHES}
         return lambda owner: owner not in living
 
@@ -250,13 +251,13 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
 
     Past calls move with their app and their day: windows are computed anew and the balances from the entries, in this one
     transaction. It reads the whole ledger, so it runs when a policy comes into force, never on a call, and in a running gateway apart
-    from its loop (apart.py); for an app that is new, whose calls could move nothing, it reads none of it.
+    from its loop (background.py); for an app that is new, whose calls could move nothing, it reads none of it.
     """
     settings = _settings(db)
     zone_before, moved = settings["zone"], _moved(settings, teams)
     if zone_before == zone and not moved:
         return False
-    booked = {app for app in moved if db.execute(book.EVER_BOOKED, (app_scope(app),)).fetchall()}
+    booked = {app for app in moved if db.execute(reservations.EVER_BOOKED, (app_scope(app),)).fetchall()}
     for app, team in moved.items():
         keep_setting(db, f"team:{app}", team or "")
         if app in booked or db.execute(EVER_CALLED, (app,)).fetchall():
@@ -275,7 +276,7 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
 def moved(db: sqlite3.Connection, source: str, target: str | None, *, who: str, now: float) -> None:
     """Note on either side where a ledger was moved from and, on the side that it leaves (`target`), to."""
     if target is not None:
-        keep_setting(db, files.MOVED_TO, target)
+        keep_setting(db, sqlite_files.MOVED_TO, target)
     audit(db, who, "migrate", "ledger", {"ledger": source}, {"ledger": target or "here"}, "gateway migrate", now)
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gateway_addon.ledger import belongings, book
-from gateway_addon.ledger.belongings import Belonging
-from gateway_addon.ledger.owners import BATCHES
-from gateway_addon.ledger.values import NewCall, Outcome, Resolution, Settlement
+from gateway_addon.ledger import ownership, reservations
+from gateway_addon.ledger.orphans import BATCHES
+from gateway_addon.ledger.ownership import Belonging
+from gateway_addon.ledger.types import NewCall, Outcome, Resolution, Settlement
 from gateway_addon.names import safe_name
 
 PAUSE_MAX_S = 900.0  # between two looks at a batch: one that is further ahead was arranged before the clock was set back
@@ -175,7 +175,7 @@ FROM batches WHERE look_at IS NOT NULL ORDER BY made_at, batches.id
 
 def adopt(db: sqlite3.Connection, new: NewBatch) -> bool:
     """The provider has taken a batch: it is the app's, and its reservation no process's. False where the id was known before."""
-    if not belongings.own(db, Belonging(new.id, "batch", new.app, new.made_at, new.content)):
+    if not ownership.own(db, Belonging(new.id, "batch", new.app, new.made_at, new.content)):
         return False
     db.execute(KEEP_PRICES, (new.prices_digest, new.prices))
     facts = (new.id, new.call_id, new.app, new.made_at, new.requests, new.hour_ttl, new.prices_digest, " ".join(new.flags))
@@ -227,7 +227,7 @@ def close(db: sqlite3.Connection, id: str, *, anyway: str | None = None, now: fl
         return None
     estimate = Settlement(None, (), Outcome(200, request_id=request_id, flags=(*flags, f"estimated:{anyway}")))
     settlement = _summed(db, call_id, request_id, flags) if whole else estimate
-    resolution = book.settle(db, call_id, settlement, now=now)
+    resolution = reservations.settle(db, call_id, settlement, now=now)
     db.execute(CLOSE, (id,))
     return resolution
 

@@ -31,7 +31,7 @@ from gateway_addon.daybook import Daybook
 from gateway_addon.herald import Herald
 from gateway_addon.keeper import Keeper
 from gateway_addon.ledger import Ledger, Server
-from gateway_addon.ledger.files import ledger_path, state_folder
+from gateway_addon.ledger.store.sqlite_files import ledger_path, state_folder
 from gateway_addon.logs import call_line, say_plainly
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.proxy.certificate import Certificate

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ledgers import Cap, url
 from postgresql import Postgres, binaries
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Server, Settlement, admin, files
+from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Server, Settlement, admin
+from gateway_addon.ledger.store import sqlite_files
 
 CALLERS = 32
 GATEWAYS = (1, 2, 4)
@@ -89,7 +90,7 @@ def main(seconds: float, ledger_url: str | None, told: str | None) -> None:
                 for count in GATEWAYS:
                     with tempfile.TemporaryDirectory() as folder:
                         place = Path(folder) / "gateway.db" if engine == "SQLite" else server.ledger() if server else Server(ledger_url)
-                        files.create(place)
+                        sqlite_files.create(place)
                         cells.append(measure(place, count, apps, total, seconds))
                 print(f"| {name} | {engine} | {' | '.join(cells)} |", flush=True)
     finally:

@@ -14,7 +14,8 @@ from pathlib import Path
 import official
 
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import admin, files
+from gateway_addon.ledger import admin
+from gateway_addon.ledger.store import sqlite_files
 
 PROGRAMS = {"nginx": "nginx", "litellm": "litellm", "official": "claude"}
 """The peers that are not the project's own, by their programs' names."""
@@ -144,7 +145,7 @@ def _policies(folder: Path, upstream: str) -> str:
     (folder / "policies" / "apps").mkdir(parents=True)
     (folder / "policies" / "gateway.yaml").write_text(f"upstream: {upstream}\nkey: {{env: BENCH_KEY}}\n")
     (folder / "policies" / "apps" / "bench.yaml").write_text(APP)
-    files.create(folder / "gateway.db")
+    sqlite_files.create(folder / "gateway.db")
     token = tokens.mint()
     with admin.changing(folder / "gateway.db") as db:
         admin.issue_token(db, "bench", tokens.digest(token), who="bench", now=time.time())

@@ -23,7 +23,7 @@ from gateway_addon.calls.record import Record
 from gateway_addon.calls.responses import Answer
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, app_scope, book, scopes, team_scope
+from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, app_scope, reservations, scopes, team_scope
 from gateway_addon.messages import Usage
 from gateway_addon.money import cents, dollars
 from gateway_addon.policy import AppPolicy, all_caps, caps
@@ -210,7 +210,7 @@ class DebugAddon(GatewayAddon):
         wanted = scopes(app, policy.apps[app].team) if app else ["total", *map(team_scope, policy.teams), *map(app_scope, names)]
         try:
             with admin.reading(self.place) as db:
-                standings = book.standing(db, wanted, all_caps(policy), now=self.clocks.now())
+                standings = reservations.standing(db, wanted, all_caps(policy), now=self.clocks.now())
         except LedgerUnavailable as error:
             return [f"The ledger cannot be read: {error}."]
         return [_standing(each) for each in standings if each.window in ("day", "month")]

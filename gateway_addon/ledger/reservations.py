@@ -13,8 +13,8 @@ from itertools import chain
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from gateway_addon.ledger.denial import Obstacle, explain
-from gateway_addon.ledger.values import (
+from gateway_addon.ledger.denials import Obstacle, explain
+from gateway_addon.ledger.types import (
     Cap,
     Denied,
     Ending,

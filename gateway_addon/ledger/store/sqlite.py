@@ -13,11 +13,12 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from gateway_addon.ledger import access, files, owners, schema
-from gateway_addon.ledger.locks import OwnerLock, Turnstile, bury, is_dead
-from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.ledger import access, orphans
+from gateway_addon.ledger.store import sqlite_files, sqlite_schema
+from gateway_addon.ledger.store.locks import OwnerLock, Turnstile, bury, is_dead
+from gateway_addon.ledger.types import LedgerUnavailable
 
-STAMP = f"UPDATE owners SET commits = ? WHERE id = ? AND (SELECT count(*) FROM ({schema.APPLIED})) <= ?"
+STAMP = f"UPDATE owners SET commits = ? WHERE id = ? AND (SELECT count(*) FROM ({sqlite_schema.APPLIED})) <= ?"
 
 
 class FileStore:
@@ -33,7 +34,7 @@ class FileStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known = files.identity(path)
+        self._known = sqlite_files.identity(path)
         access.must_be_allowed(path)
         self._lock = OwnerLock(path)
         self._turnstile = Turnstile(path)
@@ -48,10 +49,10 @@ class FileStore:
         return self._lock.owner
 
     def connect(self) -> sqlite3.Connection:
-        db = files.writer_connection(self.path)
+        db = sqlite_files.writer_connection(self.path)
         try:
             if not self._enrolled:  # in this process's turn, as a move is made in one
-                files.must_be_here(self.path, db)
+                sqlite_files.must_be_here(self.path, db)
                 enter = "INSERT INTO owners (id, pid, host, started_at) VALUES (?, ?, ?, ?)"
                 db.execute(enter, (self.owner, os.getpid(), socket.gethostname(), time.time()))
                 self._enrolled = True
@@ -62,7 +63,7 @@ class FileStore:
         return db
 
     def still(self) -> None:
-        files.still(self.path, self._known)
+        sqlite_files.still(self.path, self._known)
 
     def left_behind(self) -> AbstractContextManager[tuple[()]]:
         return nullcontext(())
@@ -77,8 +78,8 @@ class FileStore:
         db.execute("BEGIN IMMEDIATE")
 
     def stamp(self, db: sqlite3.Connection, number: int) -> None:
-        if db.execute(STAMP, (number, self.owner, len(schema.known()))).rowcount == 0:
-            files.must_be_a_ledger(self.path, db)
+        if db.execute(STAMP, (number, self.owner, len(sqlite_schema.known()))).rowcount == 0:
+            sqlite_files.must_be_a_ledger(self.path, db)
 
     def commit(self, db: sqlite3.Connection) -> None:
         db.execute("COMMIT")
@@ -88,11 +89,11 @@ class FileStore:
         return rows[0][0] if rows else None
 
     def dead(self, db: sqlite3.Connection) -> list[str]:
-        return [owner for owner in owners.known(db) if is_dead(self.path, owner)]
+        return [owner for owner in orphans.known(db) if is_dead(self.path, owner)]
 
     def sweep(self, db: sqlite3.Connection, now: float) -> int:
         dead = self.dead(db)
-        swept = owners.settle_orphans(db, dead, now=now)
+        swept = orphans.settle_orphans(db, dead, now=now)
         for owner in dead:
             bury(self.path, owner)
         return swept
@@ -101,20 +102,20 @@ class FileStore:
         try:
             self.still()
             if self._reader is None:
-                self._reader = files.reader_connection(self.path, wait_ms=0)
+                self._reader = sqlite_files.reader_connection(self.path, wait_ms=0)
             return read(self._reader)
         except sqlite3.Error as error:
             self._close_reader()
             raise self.unavailable(error) from error
 
     def unavailable(self, error: Exception) -> LedgerUnavailable:
-        return files.unavailable(self.path, error)
+        return sqlite_files.unavailable(self.path, error)
 
     def is_its_own(self, error: Exception) -> bool:
-        return files.is_of_the_file(error)
+        return sqlite_files.is_of_the_file(error)
 
     def is_busy(self, error: Exception) -> bool:
-        return files.is_busy(error)
+        return sqlite_files.is_busy(error)
 
     def hang_up(self) -> None:
         self._turnstile.close()

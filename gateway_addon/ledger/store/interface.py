@@ -1,4 +1,4 @@
-"""What the ledger asks of the place where it is kept: a file of SQLite's (filestore.py) or a PostgreSQL server (postgres.py).
+"""What the ledger asks of the place where it is kept: a file of SQLite's (sqlite.py) or a PostgreSQL server (postgres.py).
 
 The money's statements (book.py and its neighbours) are written once; what differs between the two engines is here by name: how a
 connection is made, how writers take turns, what a commit is stamped with, which errors are the place's own.
@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from gateway_addon.ledger.journal import Journal, Left
-from gateway_addon.ledger.values import LedgerUnavailable, Server
+from gateway_addon.ledger.store.journal import Journal, Left
+from gateway_addon.ledger.types import LedgerUnavailable, Server
 
 EVERYTHING = "*"
 """Among the scopes of an operation: it may touch any row, nothing else may write beside it."""

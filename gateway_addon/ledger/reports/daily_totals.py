@@ -11,10 +11,11 @@ from datetime import tzinfo
 from pathlib import Path
 from typing import NamedTuple
 
-from gateway_addon.ledger import admin, reports
-from gateway_addon.ledger.book import zone
-from gateway_addon.ledger.reports import REFUSAL, Line
-from gateway_addon.ledger.values import Server
+from gateway_addon.ledger import admin
+from gateway_addon.ledger.reports import spending
+from gateway_addon.ledger.reports.spending import REFUSAL, Line
+from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.types import Server
 from gateway_addon.windows import next_start, starts
 
 SETTLED_DOWN_S = 3600  # refused calls are written a moment after they came
@@ -26,7 +27,7 @@ class Span(NamedTuple):
 
     start: int
     end: int
-    grouping: reports.Grouping
+    grouping: spending.Grouping
 
 
 _OLDEST_OPEN = "SELECT min(+started_at) FROM calls WHERE state = 'open'"  # the plus keeps SQLite from seeking it among all calls
@@ -43,7 +44,7 @@ _FORGET = "DELETE FROM kept_lines WHERE day_start = ? AND grouping = ?"
 _KEEP = f"INSERT INTO kept_lines (day_start, grouping, {', '.join(Line.__slots__)}) VALUES (?, ?{', ?' * len(Line.__slots__)})"
 
 
-def keep(path: Path | Server, by: reports.By, *, since: float, until: float, now: float) -> None:
+def keep(path: Path | Server, by: spending.By, *, since: float, until: float, now: float) -> None:
     """Sum the closed days that a report of this period will ask for and that nobody has kept yet. Raises LedgerUnavailable."""
     with admin.reading(path) as db:
         wanted = list(missing(db, by, since - (until - since), until, now))
@@ -58,7 +59,7 @@ def keep(path: Path | Server, by: reports.By, *, since: float, until: float, now
             put(db, span, found, claimed_at=now)
 
 
-def missing(db: sqlite3.Connection, by: reports.By, since: float, until: float, now: float) -> Iterator[Span]:
+def missing(db: sqlite3.Connection, by: spending.By, since: float, until: float, now: float) -> Iterator[Span]:
     """The closed days from `since` to `until` that nobody has kept yet, the newest first."""
     first = db.execute(_FIRST).fetchone()[0]
     if first is None or by == "agent":  # as many lines as sessions: not worth keeping
@@ -86,7 +87,7 @@ def claim(db: sqlite3.Connection, spans: Sequence[Span], *, now: float, alone: b
 
 def lines(db: sqlite3.Connection, span: Span) -> list[Line]:
     """A day's report from its calls."""
-    return reports.of_calls(db, span.grouping, span.start, span.end)
+    return spending.of_calls(db, span.grouping, span.start, span.end)
 
 
 def put(db: sqlite3.Connection, span: Span, found: Sequence[Line], *, claimed_at: float) -> bool:

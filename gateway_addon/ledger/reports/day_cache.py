@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gateway_addon.ledger.book import zone
+from gateway_addon.ledger.reservations import zone
 from gateway_addon.windows import next_start, starts
 
 type Reading = sqlite3.Connection

@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Mapping
 from operator import attrgetter
 
-from gateway_addon.ledger.values import Alert, DueAlert, Knock, Pause, Token
+from gateway_addon.ledger.types import Alert, DueAlert, Knock, Pause, Token
 
 IN_FORCE = "FROM pauses WHERE until IS NULL OR until > ?"
 # In one statement, because every request asks for all of it, and a look costs more by the statement than by the row.

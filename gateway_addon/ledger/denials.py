@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gateway_addon.ledger.values import Denied, RateLimits, Standing
+from gateway_addon.ledger.types import Denied, RateLimits, Standing
 
 
 class Obstacle(NamedTuple):

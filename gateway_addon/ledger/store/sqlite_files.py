@@ -10,9 +10,9 @@ import sqlite3
 from pathlib import Path
 
 from gateway_addon.ledger import access
-from gateway_addon.ledger.schema import APPLIED, known, migrate
-from gateway_addon.ledger.store import driver, must_be_known
-from gateway_addon.ledger.values import LedgerUnavailable, Server
+from gateway_addon.ledger.store.interface import driver, must_be_known
+from gateway_addon.ledger.store.sqlite_schema import APPLIED, known, migrate
+from gateway_addon.ledger.types import LedgerUnavailable, Server
 
 SCHEME = "sqlite:///"
 SERVER_SCHEMES = ("postgresql://", "postgres://")
@@ -71,7 +71,7 @@ def create(path: Path | Server, zone: str = "UTC") -> None:
     """Make an empty ledger, or bring an existing one up to date. Raises LedgerUnavailable."""
     if isinstance(path, Server):
         with driver():
-            from gateway_addon.ledger import postgres
+            from gateway_addon.ledger.store import postgres
         postgres.create(path, zone)
         return
     if not path.parent.is_dir():

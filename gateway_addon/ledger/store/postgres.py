@@ -25,10 +25,11 @@ import psycopg
 from psycopg_pool import ConnectionPool
 
 from gateway_addon.clocks import monotonic_s
-from gateway_addon.ledger import owners
-from gateway_addon.ledger.journal import Journal, Left, left_behind
-from gateway_addon.ledger.pgschema import MIGRATIONS
-from gateway_addon.ledger.pgsession import (
+from gateway_addon.ledger import orphans
+from gateway_addon.ledger.store.interface import EVERYTHING, must_be_known
+from gateway_addon.ledger.store.journal import Journal, Left, left_behind
+from gateway_addon.ledger.store.postgres_schema import MIGRATIONS
+from gateway_addon.ledger.store.postgres_session import (
     BEHIND,
     PATIENT,
     Connection,
@@ -41,8 +42,7 @@ from gateway_addon.ledger.pgsession import (
     settle_in,
     unavailable,
 )
-from gateway_addon.ledger.store import EVERYTHING, must_be_known
-from gateway_addon.ledger.values import LedgerUnavailable, Server
+from gateway_addon.ledger.types import LedgerUnavailable, Server
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ SCOPES_MAX = 8  # of 100 apps and four gateways, each with 32 calls at once: twi
 # In one statement, so at one moment: an owner enters before its first call.
 _DEAD = f"""
 SELECT id FROM owners WHERE lease_until <= extract(epoch FROM clock_timestamp())
-UNION SELECT owner FROM calls WHERE state = 'open' AND owner <> '{owners.BATCHES}' AND owner NOT IN (SELECT id FROM owners)
+UNION SELECT owner FROM calls WHERE state = 'open' AND owner <> '{orphans.BATCHES}' AND owner NOT IN (SELECT id FROM owners)
 """
 
 
@@ -243,7 +243,7 @@ class ServerStore:
         return rows[0][0] if rows else None
 
     def sweep(self, db: sqlite3.Connection, now: float) -> int:
-        return owners.settle_orphans(db, self.dead(db), now=now)
+        return orphans.settle_orphans(db, self.dead(db), now=now)
 
     def dead(self, db: sqlite3.Connection) -> list[str]:
         return [owner for (owner,) in db.execute(_DEAD).fetchall()]

@@ -19,8 +19,9 @@ from psycopg.adapt import Dumper, Loader
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.numeric import Int8Dumper
 
-from gateway_addon.ledger import balances, book
-from gateway_addon.ledger.values import LedgerUnavailable, Server
+from gateway_addon.ledger import reservations
+from gateway_addon.ledger.store import balances
+from gateway_addon.ledger.types import LedgerUnavailable, Server
 
 SESSION = {
     # milliseconds unless said. The gateway answers its caller after two seconds; nothing of it stays behind on the server.
@@ -52,7 +53,7 @@ SELECT window, {balances.WINDOW_STARTS}, app, coalesce(team, ''), sum(spent_nano
 FROM ({balances.SUMS}) AS sums CROSS JOIN {balances.EACH_WINDOW} GROUP BY 1, 2, 3, 4"""
 
 SPELLED = (
-    (book.ITS_BALANCE, _ITS_BALANCE),
+    (reservations.ITS_BALANCE, _ITS_BALANCE),
     (balances.CLEAR, "DELETE FROM app_balances"),
     (balances.FILL, _FILL_BALANCES),
 )

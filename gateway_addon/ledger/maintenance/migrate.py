@@ -15,10 +15,12 @@ from pathlib import Path
 
 import psycopg
 
-from gateway_addon.ledger import access, admin, balances, files, pgsession, postgres, proof
-from gateway_addon.ledger.locks import Turnstile, living
-from gateway_addon.ledger.pgschema import MIGRATIONS
-from gateway_addon.ledger.values import LedgerUnavailable, Server
+from gateway_addon.ledger import access, admin
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.store import balances, postgres, postgres_session, sqlite_files
+from gateway_addon.ledger.store.locks import Turnstile, living
+from gateway_addon.ledger.store.postgres_schema import MIGRATIONS
+from gateway_addon.ledger.types import LedgerUnavailable, Server
 
 UNFINISHED = "gateway_unfinished"
 CALLS_AT_ONCE = 10_000  # a commit's worth: a move that was cut off has lost no more than this
@@ -66,7 +68,7 @@ def move(source: Path, target: Server, *, who: str, now: float, tell: Callable[[
         with _held(source) as ledger, _alone(target) as db:
             if _is_there(ledger, db, source, target):
                 return None
-            if found := proof.findings(ledger):
+            if found := invariants.findings(ledger):
                 raise LedgerUnavailable(f"{source} is not a sound ledger, so nothing was moved: {'; '.join(found)}")
             columns = _columns(ledger)
             expected = _figures(ledger, columns, BYTES_IN_FILE)
@@ -78,24 +80,24 @@ def move(source: Path, target: Server, *, who: str, now: float, tell: Callable[[
             db.execute("COMMIT")
             return proved
     except sqlite3.Error as error:
-        raise files.unavailable(source, error) from error
+        raise sqlite_files.unavailable(source, error) from error
     except psycopg.Error as error:
-        if pgsession.is_its_own(error):
-            raise pgsession.unavailable(target, error) from error
+        if postgres_session.is_its_own(error):
+            raise postgres_session.unavailable(target, error) from error
         raise LedgerUnavailable(f"{target} did not take the ledger, and {source} is as it was ({error})") from error
 
 
 @contextlib.contextmanager
 def _held(source: Path) -> Iterator[sqlite3.Connection]:
     """The file's ledger, with its write lock: gateways that would start have to wait, and then find it moved."""
-    files.identity(source)
+    sqlite_files.identity(source)
     access.must_be_allowed(source)
     try:
         turnstile = Turnstile(source)
     except OSError as error:
-        raise files.unavailable(source, error) from error
+        raise sqlite_files.unavailable(source, error) from error
     try:
-        with turnstile.turn(), contextlib.closing(files.writer_connection(source)) as ledger:
+        with turnstile.turn(), contextlib.closing(sqlite_files.writer_connection(source)) as ledger:
             ledger.execute("BEGIN IMMEDIATE")
             if users := living(source):
                 raise LedgerUnavailable(f"the ledger {source} is in use by {', '.join(users)}: stop the gateway, then move its ledger")
@@ -105,16 +107,16 @@ def _held(source: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def _alone(target: Server) -> Iterator[pgsession.Connection]:
-    with contextlib.closing(pgsession.connect(target, pgsession.PATIENT | {"search_path": UNFINISHED})) as db:
+def _alone(target: Server) -> Iterator[postgres_session.Connection]:
+    with contextlib.closing(postgres_session.connect(target, postgres_session.PATIENT | {"search_path": UNFINISHED})) as db:
         if not db.execute("SELECT pg_try_advisory_lock(hashtext('gateway migrate'))").fetchall()[0][0]:
             raise LedgerUnavailable(f"another ledger is being moved to {target} now: let that end first")
         yield db
 
 
-def _is_there(ledger: sqlite3.Connection, db: pgsession.Connection, source: Path, target: Server) -> bool:
+def _is_there(ledger: sqlite3.Connection, db: postgres_session.Connection, source: Path, target: Server) -> bool:
     """Whether a move that was made is the one asked for. Raises LedgerUnavailable where one of the two is another's."""
-    moved_to = files.moved_to(ledger)
+    moved_to = sqlite_files.moved_to(ledger)
     if moved_to not in (None, str(target)):
         raise LedgerUnavailable(f"the ledger {source} was moved to {moved_to}, and what was spent since is there: nothing is left to move")
     if moved_to is not None and not _exists(db, UNFINISHED) and _exists(db, "gateway"):
@@ -126,7 +128,7 @@ def _is_there(ledger: sqlite3.Connection, db: pgsession.Connection, source: Path
     return False
 
 
-def _begin(db: pgsession.Connection, target: Server, calls_figures: Figures) -> int:
+def _begin(db: postgres_session.Connection, target: Server, calls_figures: Figures) -> int:
     """Tables to move into: those of a move that was cut off, if the file's calls are still the same. Returns the calls in them."""
     mark = json.dumps([calls_figures, [name for name, _ in MIGRATIONS]])
     if _exists(db, UNFINISHED):
@@ -144,7 +146,7 @@ def _begin(db: pgsession.Connection, target: Server, calls_figures: Figures) -> 
 
 
 def _bring_calls(
-    ledger: sqlite3.Connection, db: pgsession.Connection, columns: Columns, total: int, tell: Callable[[int, int], None]
+    ledger: sqlite3.Connection, db: postgres_session.Connection, columns: Columns, total: int, tell: Callable[[int, int], None]
 ) -> None:
     """The calls that are missing there, in the order of their ids, each with all that belongs to it."""
     [(last, done)] = db.execute("SELECT coalesce(max(id), 0), count(*) FROM calls").fetchall()
@@ -160,7 +162,14 @@ def _bring_calls(
 
 
 def _end(
-    ledger: sqlite3.Connection, db: pgsession.Connection, columns: Columns, expected: Figures, kept: int, source: Path, who: str, now: float
+    ledger: sqlite3.Connection,
+    db: postgres_session.Connection,
+    columns: Columns,
+    expected: Figures,
+    kept: int,
+    source: Path,
+    who: str,
+    now: float,
 ) -> Proof:
     """Everything else, then the proof, then the ledger's own name: all but the commit."""
     db.execute("BEGIN")
@@ -175,7 +184,7 @@ def _end(
     for table in (table for table, its in columns.items() if its.get("id") == "INTEGER"):
         db.execute(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), coalesce(max(id), 0) + 1, false) FROM {table}")
     summed = ledger.execute(_BALANCES).fetchall()
-    wrong = [*_differences(expected, _figures(db, columns, BYTES_ON_SERVER)), *_unequal(summed, db), *proof.findings(db)]  # type: ignore[arg-type]
+    wrong = [*_differences(expected, _figures(db, columns, BYTES_ON_SERVER)), *_unequal(summed, db), *invariants.findings(db)]  # type: ignore[arg-type]
     if wrong:
         db.execute("ROLLBACK")
         db.execute(f"DROP SCHEMA {UNFINISHED} CASCADE")
@@ -197,7 +206,7 @@ def _columns(ledger: sqlite3.Connection) -> Columns:
     return {table: {row[1]: row[2] for row in ledger.execute(f"PRAGMA table_info({table})").fetchall()} for table in sorted(tables)}
 
 
-def _figures(db: sqlite3.Connection | pgsession.Connection, columns: Columns, bytes_of: str) -> Figures:
+def _figures(db: sqlite3.Connection | postgres_session.Connection, columns: Columns, bytes_of: str) -> Figures:
     measures = {"INTEGER": "{}", "REAL": "CAST({} AS INTEGER)", "TEXT": bytes_of}
     found: Figures = {}
     for table, its in columns.items():
@@ -208,12 +217,12 @@ def _figures(db: sqlite3.Connection | pgsession.Connection, columns: Columns, by
 
 def _moves(table: str) -> str:
     """Which of a table's rows belong to the ledger wherever it is."""
-    return f"name <> '{files.MOVED_TO}'" if table == "settings" else "true"
+    return f"name <> '{sqlite_files.MOVED_TO}'" if table == "settings" else "true"
 
 
 def _pour(
     ledger: sqlite3.Connection,
-    db: pgsession.Connection,
+    db: postgres_session.Connection,
     table: str,
     columns: Mapping[str, str],
     where: str = "WHERE true",
@@ -236,16 +245,16 @@ def _differences(expected: Figures, found: Figures) -> list[str]:
     return [f"{table} counts and sums to {found[table]}, not {figures}" for table, figures in expected.items() if found[table] != figures]
 
 
-def _unequal(balances: list[tuple[object, ...]], db: pgsession.Connection) -> list[str]:
+def _unequal(balances: list[tuple[object, ...]], db: postgres_session.Connection) -> list[str]:
     there = {tuple(row) for row in db.execute(_BALANCES).fetchall()}
     return [f"balance {row}: the two sides differ" for row in sorted(there ^ set(balances), key=repr)]
 
 
-def _exists(db: pgsession.Connection, schema: str) -> bool:
+def _exists(db: postgres_session.Connection, schema: str) -> bool:
     return bool(db.execute("SELECT to_regnamespace(?) IS NOT NULL", (schema,)).fetchall()[0][0])
 
 
-def _tables_with_rows(db: pgsession.Connection) -> list[str]:
+def _tables_with_rows(db: postgres_session.Connection) -> list[str]:
     """The tables by which the ledger of that name is somebody's: an empty one, as `gateway init` makes it, has none."""
     named = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'gateway' AND table_type = 'BASE TABLE' ORDER BY 1"
     tables = {name for (name,) in db.execute(named).fetchall()} - {"migrations", "settings", "owners", "turns"}

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from gateway_addon.ledger import admin
-from gateway_addon.ledger.values import Server
+from gateway_addon.ledger.types import Server
 
 type Gone = Callable[[], bool]
 """Whether nobody waits for the answer any more."""

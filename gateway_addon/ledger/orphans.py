@@ -8,8 +8,8 @@ clock; `gateway reconcile` corrects the estimate later. A living sibling's reser
 import sqlite3
 from collections.abc import Iterable
 
-from gateway_addon.ledger import book
-from gateway_addon.ledger.values import Ending, Outcome, Resolution, Settlement
+from gateway_addon.ledger import reservations
+from gateway_addon.ledger.types import Ending, Outcome, Resolution, Settlement
 
 BATCHES = "batches"
 """The owner of a batch's reservation once the provider has taken the batch: no process, so none whose death could sweep it."""
@@ -26,14 +26,14 @@ def known(db: sqlite3.Connection) -> list[str]:
 def resume(db: sqlite3.Connection, ending: Ending) -> Resolution | None:
     """Resolve a call as its dead process knew that it ended. None where no call of that process is here: a ledger restored since."""
     known = db.execute("SELECT 1 FROM calls WHERE id = ? AND owner = ?", (ending.call_id, ending.owner)).fetchall()
-    return book.end(db, ending) if known else None
+    return reservations.end(db, ending) if known else None
 
 
 def settle_orphans(db: sqlite3.Connection, dead: Iterable[str], *, now: float) -> int:
     """Settle the open reservations of these owners and strike them off; returns how many. Inside a write transaction."""
     swept = 0
     for owner in dead:
-        orphans = db.execute(book.OPEN_OF_OWNER, (owner,)).fetchall()
-        swept += sum(book.settle(db, call_id, ORPHAN, now=now).first for (call_id,) in orphans)
+        orphans = db.execute(reservations.OPEN_OF_OWNER, (owner,)).fetchall()
+        swept += sum(reservations.settle(db, call_id, ORPHAN, now=now).first for (call_id,) in orphans)
         db.execute("DELETE FROM owners WHERE id = ?", (owner,))
     return swept

@@ -18,8 +18,8 @@ from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
 
-from gateway_addon.ledger.store import EVERYTHING, Store
-from gateway_addon.ledger.values import Ending, LedgerUnavailable
+from gateway_addon.ledger.store.interface import EVERYTHING, Store
+from gateway_addon.ledger.types import Ending, LedgerUnavailable
 
 log = logging.getLogger(__name__)
 

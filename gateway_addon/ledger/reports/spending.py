@@ -12,7 +12,7 @@ from datetime import datetime
 from itertools import chain
 from typing import Literal, cast, get_args
 
-from gateway_addon.ledger.book import zone
+from gateway_addon.ledger.reservations import zone
 
 By = Literal["app", "model", "served", "day", "token", "agent"]
 GROUPINGS: tuple[By, ...] = get_args(By)
@@ -38,7 +38,7 @@ _KEY: dict[Grouping, str] = {
 # turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
 _CHOSEN = "WHERE started_at >= :since AND started_at < :until {only} GROUP BY 1"
 _REFUSED = "AND state = 'refused'"  # they have no entries: what they are grouped by needs no look at those of the other calls
-_COUNT = "coalesce(sum(coalesce(carried, 1)) FILTER (WHERE {}), 0)"  # a carry stands for many calls (retention.py)
+_COUNT = "coalesce(sum(coalesce(carried, 1)) FILTER (WHERE {}), 0)"  # a carry stands for many calls (prune.py)
 _LINES = f"""
 WITH seen AS (
   SELECT {{key}} AS key, {_COUNT.format("state IN ('open', 'settled', 'voided')")} AS calls,
@@ -224,7 +224,7 @@ WHERE grouping = :by AND ready = 1 AND day_start >= :since AND day_end <= :until
 
 
 def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[Line]:
-    """The days that are kept (rollups.py) as they were summed, what lies between them from the calls."""
+    """The days that are kept (daily_totals.py) as they were summed, what lies between them from the calls."""
     period = {"by": by, "since": since, "until": until}
     parts = [[_line(row, row["key"]) for row in db.execute(_KEPT_LINES, period).fetchall()]]
     at = since

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from gateway_addon.ledger.admin import PRUNED, audit, keep_setting
-from gateway_addon.ledger.book import zone
-from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.types import LedgerUnavailable
 from gateway_addon.windows import starts
 
 DAY_S = 86_400

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gateway_addon.ledger.values import Ending, Outcome, PricedPart, Settlement
+from gateway_addon.ledger.types import Ending, Outcome, PricedPart, Settlement
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,12 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from gateway_addon.ledger import access, admin, files, proof
-from gateway_addon.ledger.locks import Turnstile, living
-from gateway_addon.ledger.schema import migrate
-from gateway_addon.ledger.values import LedgerUnavailable
+from gateway_addon.ledger import access, admin
+from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.ledger.store.locks import Turnstile, living
+from gateway_addon.ledger.store.sqlite_schema import migrate
+from gateway_addon.ledger.types import LedgerUnavailable
 
 LOGS = ("-wal", "-journal")
 """What SQLite appends to a database's name for changes that are not in it yet: it plays them into whatever has that name."""
@@ -39,8 +41,8 @@ def backup(ledger: Path, copy: Path) -> int:
         raise ValueError(f"{copy} exists already, and a backup is not written over: name another file, with the date in it")
     if not copy.absolute().parent.is_dir():
         raise ValueError(f"the folder {copy.absolute().parent} does not exist: make it, or name another file")
-    files.must_have_no_log(copy)
-    files.identity(ledger)
+    sqlite_files.must_have_no_log(copy)
+    sqlite_files.identity(ledger)
     access.must_be_allowed(ledger, reading=True)
     with _unfinished(copy) as unfinished:
         calls, *_ = _proved_copy(ledger, unfinished)
@@ -74,7 +76,7 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
             _sync(ledger.absolute().parent)
             _prove_in_place(ledger, figures, kept, now)
     except sqlite3.Error as error:
-        raise files.unavailable(ledger, error) from error
+        raise sqlite_files.unavailable(ledger, error) from error
     finally:
         turnstile.close()
     return figures[0], kept
@@ -83,12 +85,12 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
 def _proved_copy(source: Path, target: Path, *, log: bool = False) -> Figures:
     """Copy a ledger into one file, with nothing of it beside. `log`: one that will keep a write-ahead log, as gateways need it."""
     with admin.reading(source, as_it_is=True) as db:
-        files.must_be_a_ledger(source, db)
+        sqlite_files.must_be_a_ledger(source, db)
         with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as written:
             db.backup(written)
             written.execute("PRAGMA journal_mode = DELETE")
             migrate(written)
-            if findings := proof.findings(written):
+            if findings := invariants.findings(written):
                 raise LedgerUnavailable(f"{source} is not a sound ledger, so no copy of it was put anywhere: {'; '.join(findings)}")
             if log:
                 written.execute("PRAGMA journal_mode = WAL")
@@ -98,8 +100,8 @@ def _proved_copy(source: Path, target: Path, *, log: bool = False) -> Figures:
 def _prove_in_place(ledger: Path, expected: Figures, kept: list[Path], now: float) -> None:
     """Open what stands in the ledger's place, as a gateway would, and take it away again where it is not what was copied."""
     try:
-        with contextlib.closing(files.writer_connection(ledger)) as db:
-            findings = proof.findings(db) or ([] if _figures(db) == expected else ["it is another ledger than the backup"])
+        with contextlib.closing(sqlite_files.writer_connection(ledger)) as db:
+            findings = invariants.findings(db) or ([] if _figures(db) == expected else ["it is another ledger than the backup"])
     except sqlite3.Error as error:
         findings = [f"{error}"]
     if findings:

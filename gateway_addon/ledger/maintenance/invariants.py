@@ -4,7 +4,7 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gateway_addon.ledger import balances
+from gateway_addon.ledger.store import balances
 from gateway_addon.money import dollars
 
 FINDINGS_MAX = 20  # of one kind: a broken ledger should not scroll its cause off the screen

@@ -208,7 +208,7 @@ def m001_ledger(db: Database) -> None:
     _run(db, TABLES)
 
 
-# `carries`: the calls that are becoming one row, empty outside of a transaction (retention.py). A carry moves money from many entries to
+# `carries`: the calls that are becoming one row, empty outside of a transaction (prune.py). A carry moves money from many entries to
 # one, so it is booked in no balance: what it holds must be what they held, and they may go once it does, no earlier and no others.
 RETENTION = """
 ALTER TABLE calls ADD COLUMN carried INTEGER;  -- of how many calls this row is the sum; NULL: it is a call
@@ -259,7 +259,7 @@ END;
 
 # Whatever changes a day's report strikes the day off; no day is kept while a call of it is open, so a settlement need not.
 DAYS = """
-CREATE TABLE kept_days (    -- days whose sums are kept for reports, by their grouping; `ready` 1, or less: being summed (rollups.py)
+CREATE TABLE kept_days (    -- days whose sums are kept for reports, by their grouping; `ready` 1, or less: being summed (daily_totals.py)
   day_start INTEGER NOT NULL, grouping TEXT NOT NULL, day_end INTEGER NOT NULL, ready INTEGER NOT NULL, PRIMARY KEY (day_start, grouping)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE kept_lines (   -- a line of such a day's report; counts only while its day is in `kept_days`

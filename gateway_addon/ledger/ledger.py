@@ -16,11 +16,13 @@ from itertools import batched
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, cast
 
-from gateway_addon.ledger import book, files, notes, owners
-from gateway_addon.ledger.filestore import FileStore
-from gateway_addon.ledger.line import Line
-from gateway_addon.ledger.store import EVERYTHING, Store, driver
-from gateway_addon.ledger.values import (
+from gateway_addon.ledger import orphans, reservations, state
+from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.ledger.store.commit_queue import Line
+from gateway_addon.ledger.store.interface import EVERYTHING, Store, driver
+from gateway_addon.ledger.store.sqlite import FileStore
+from gateway_addon.ledger.store.writer import Operation
+from gateway_addon.ledger.types import (
     Alert,
     Cap,
     Denied,
@@ -39,7 +41,6 @@ from gateway_addon.ledger.values import (
     Standing,
     app_scope,
 )
-from gateway_addon.ledger.writer import Operation
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +84,9 @@ class Ledger:
 
         Only `create` (`gateway init`, `gateway demo`) makes a ledger. Raises LedgerUnavailable; ValueError for another address.
         """
-        path = files.ledger_path(url)
+        path = sqlite_files.ledger_path(url)
         if create:
-            await asyncio.to_thread(files.create, path)
+            await asyncio.to_thread(sqlite_files.create, path)
         ledger = cls(path, _store(path, timeout_s), timeout_s)
         if not ledger._store.near:
             sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
@@ -134,7 +135,7 @@ class Ledger:
         held = tuple(cap for cap in caps if cap.window != "request")
 
         def write(db: sqlite3.Connection) -> Reserved | Denied:  # the owner's name is read when it is written: a fenced node has a new one
-            return book.reserve(db, self.owner, call, grant_nano, held, quantum_nano=quantum_nano, rates=rates, now=self._at(now))
+            return reservations.reserve(db, self.owner, call, grant_nano, held, quantum_nano=quantum_nano, rates=rates, now=self._at(now))
 
         answer = cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held)))
         if isinstance(answer, Reserved):
@@ -147,7 +148,7 @@ class Ledger:
 
         def write(db: sqlite3.Connection) -> list[bool]:
             return [
-                call_id in running and book.extend(db, call_id, more_nano, running[call_id].caps, now=self._at(now))
+                call_id in running and reservations.extend(db, call_id, more_nano, running[call_id].caps, now=self._at(now))
                 for call_id, more_nano in top_ups
             ]
 
@@ -156,7 +157,7 @@ class Ledger:
 
     def release(self, call_id: int, back_nano: int, *, now: float) -> asyncio.Future[bool]:
         """Give back a part of what a call holds. Count on the smaller amount from here on: the write may follow later."""
-        write = partial(book.release, call_id=call_id, back_nano=back_nano, now=self._at(now))
+        write = partial(reservations.release, call_id=call_id, back_nano=back_nano, now=self._at(now))
         return cast("asyncio.Future[bool]", self._lasting(write, self._scopes(call_id)))
 
     def settle(self, call_id: int, settlement: Settlement, *, now: float) -> asyncio.Future[Resolution]:
@@ -170,7 +171,7 @@ class Ledger:
     def _end(self, kind: Literal["settle", "void"], call_id: int, settlement: Settlement, now: float) -> asyncio.Future[Resolution]:
         scopes, held = self._scopes(call_id), self._running.pop(call_id, None)
         ending = Ending(kind, call_id, held.owner if held else self.owner, settlement, self._at(now))
-        return cast("asyncio.Future[Resolution]", self._lasting(partial(book.end, ending=ending), scopes, ending))
+        return cast("asyncio.Future[Resolution]", self._lasting(partial(reservations.end, ending=ending), scopes, ending))
 
     def adrift(self) -> frozenset[int]:
         """The running calls that another gateway may soon settle, or has settled: all of them once this one's lease is about to end,
@@ -184,34 +185,34 @@ class Ledger:
 
     def refused(self, call: NewCall, code: str, *, now: float) -> None:
         """Keep a row for a request that went no further; nobody waits for it."""
-        self._record(partial(book.refused, owner=self.owner, call=call, code=code, now=self._at(now)))
+        self._record(partial(reservations.refused, owner=self.owner, call=call, code=code, now=self._at(now)))
 
     def free(self, call: NewCall, outcome: Outcome, *, now: float) -> None:
         """Keep a row for a forwarded request that costs nothing; nobody waits for it."""
-        self._record(partial(book.free, owner=self.owner, call=call, outcome=outcome, now=self._at(now)))
+        self._record(partial(reservations.free, owner=self.owner, call=call, outcome=outcome, now=self._at(now)))
 
     def noise(self, reason: str, *, now: float) -> None:
         """Count a request without a valid token."""
-        self._record(partial(book.noise, reason=reason, now=self._at(now)), "noise")
+        self._record(partial(reservations.noise, reason=reason, now=self._at(now)), "noise")
 
     def ratelimits(self, headers: Mapping[str, str], *, now: float) -> None:
         """Keep the upstream's latest `anthropic-ratelimit-*` headers."""
-        self._record(partial(notes.keep_ratelimits, headers=dict(headers), now=now), "ratelimits")
+        self._record(partial(state.keep_ratelimits, headers=dict(headers), now=now), "ratelimits")
 
     async def alert_once(self, alert: Alert, *, send: bool, now: float) -> bool:
         """True for the first caller, over all processes, that tells of this. `send`: keep it until sent. Raises LedgerUnavailable."""
-        return cast(bool, await self._ask(RECORD, partial(notes.alert_once, alert=alert, send=send, now=now)))
+        return cast(bool, await self._ask(RECORD, partial(state.alert_once, alert=alert, send=send, now=now)))
 
     async def take_alert(self, *, retry_s: float, give_up_s: float, now: float) -> DueAlert | None:
         """One alert that is due to be sent, for this process alone until it is time to retry. Raises LedgerUnavailable."""
-        if not await self.look(partial(notes.alert_waits, retry_s=retry_s, now=now)):
+        if not await self.look(partial(state.alert_waits, retry_s=retry_s, now=now)):
             return None
-        take = partial(notes.take_alert, retry_s=retry_s, give_up_s=give_up_s, now=now)
+        take = partial(state.take_alert, retry_s=retry_s, give_up_s=give_up_s, now=now)
         return cast(DueAlert | None, await self._ask(RECORD, take, frozenset(("alerts",))))
 
     def alert_done(self, number: int, delivered_at: float | None) -> None:
         """Note that an alert was delivered (unix seconds), or that nobody is to be told any more (None)."""
-        self._record(partial(notes.alert_done, number=number, delivered_at=delivered_at))
+        self._record(partial(state.alert_done, number=number, delivered_at=delivered_at))
 
     async def sweep(self, *, now: float) -> int:
         """Settle what dead processes left open; call it when a worker dies. Raises LedgerUnavailable."""
@@ -232,8 +233,8 @@ class Ledger:
                 left.done(len(left.endings) - known)
 
     async def _resume_one(self, ending: Ending) -> object:
-        write = partial(owners.resume, ending=ending)
-        instead = partial(owners.resume, ending=replace(ending, settlement=UNSTORABLE))
+        write = partial(orphans.resume, ending=ending)
+        instead = partial(orphans.resume, ending=replace(ending, settlement=UNSTORABLE))
         return await self._ask(RESOLVE, write, frozenset((EVERYTHING,)), instead)
 
     async def change[T](self, write: Callable[[sqlite3.Connection], T]) -> T:
@@ -260,27 +261,27 @@ class Ledger:
 
     async def knock(self, digest: str, *, now: float) -> Knock:
         """Whose token has this SHA-256 (hexadecimal), and what else the door asks for each request. Raises LedgerUnavailable."""
-        return await self.look(partial(notes.knock, digest=digest, now=self._at(now)))
+        return await self.look(partial(state.knock, digest=digest, now=self._at(now)))
 
     async def standing(self, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
-        return await self.look(partial(book.standing, scopes=scopes, caps=caps, now=self._at(now)))
+        return await self.look(partial(reservations.standing, scopes=scopes, caps=caps, now=self._at(now)))
 
     async def capped(self, caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
         """How each of these caps stands. Raises LedgerUnavailable."""
-        return await self.look(partial(book.capped, caps=caps, now=self._at(now)))
+        return await self.look(partial(reservations.capped, caps=caps, now=self._at(now)))
 
     async def pauses(self, *, now: float) -> tuple[Pause, ...]:
         """The pauses in force. Raises LedgerUnavailable."""
-        return await self.look(partial(notes.pauses, now=self._at(now)))
+        return await self.look(partial(state.pauses, now=self._at(now)))
 
     async def overruns(self) -> frozenset[str]:
         """Models that passed a grant and are reserved in full until cleared. Raises LedgerUnavailable."""
-        return await self.look(notes.overruns)
+        return await self.look(state.overruns)
 
     async def upstream_limits(self) -> dict[str, tuple[str, float]]:
         """The upstream's latest rate-limit headers with the time at which each was seen. Raises LedgerUnavailable."""
-        return await self.look(notes.ratelimits)
+        return await self.look(state.ratelimits)
 
     async def look[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
         """Run a read of `ledger.batches` or `ledger.belongings`. Raises LedgerUnavailable."""
@@ -290,7 +291,7 @@ class Ledger:
         """The other processes that use this ledger now, by name. Raises LedgerUnavailable."""
 
         def living(db: sqlite3.Connection) -> list[str]:
-            return sorted({*owners.known(db)} - {*self._store.dead(db), self.owner})
+            return sorted({*orphans.known(db)} - {*self._store.dead(db), self.owner})
 
         return await self.look(living)
 
@@ -370,12 +371,12 @@ def _store(place: Path | Server, timeout_s: float) -> Store:
     """Raises LedgerUnavailable."""
     if isinstance(place, Server):
         with driver():
-            from gateway_addon.ledger import postgres
-        return postgres.ServerStore(place, timeout_s, files.state_folder(place))
+            from gateway_addon.ledger.store import postgres
+        return postgres.ServerStore(place, timeout_s, sqlite_files.state_folder(place))
     try:
         return FileStore(place)
     except OSError as error:
-        raise files.unavailable(place, error) from error
+        raise sqlite_files.unavailable(place, error) from error
 
 
 def _touched(app: str, caps: Sequence[Cap]) -> frozenset[str]:
@@ -383,4 +384,4 @@ def _touched(app: str, caps: Sequence[Cap]) -> frozenset[str]:
 
 
 def _end_unstorable(db: sqlite3.Connection, ending: Ending) -> Resolution:
-    return book.end(db, replace(ending, settlement=UNSTORABLE))
+    return reservations.end(db, replace(ending, settlement=UNSTORABLE))

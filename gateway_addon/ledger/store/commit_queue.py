@@ -13,8 +13,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from gateway_addon.ledger.store import Store
-from gateway_addon.ledger.writer import BATCH_MAX, CROWD, GATHER_S, LINGER_S, Answer, Begun, Operation, Writer
+from gateway_addon.ledger.store.interface import Store
+from gateway_addon.ledger.store.writer import BATCH_MAX, CROWD, GATHER_S, LINGER_S, Answer, Begun, Operation, Writer
 
 log = logging.getLogger(__name__)
 

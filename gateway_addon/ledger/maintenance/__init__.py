@@ -1,0 +1,1 @@
+"""Work on a whole ledger: backup, invariants, migrate, prune."""
