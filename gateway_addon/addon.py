@@ -16,7 +16,7 @@ from mitmproxy.proxy import server_hooks
 
 from gateway_addon.cli.common import project_folder
 from gateway_addon.ledger import LedgerUnavailable
-from gateway_addon.logs import mask
+from gateway_addon.operations.logs import mask
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable

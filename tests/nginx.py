@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway_addon.deployment import NGINX
+from gateway_addon.operations.deploy.compose import NGINX
 
 MISSING = "nginx is not installed: apt-get install nginx-light (or your system's package), then run this again"
 WAYS = ("172.30.80.11:8080", "172.30.80.12:8080")

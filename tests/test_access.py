@@ -15,7 +15,7 @@ from gateway_addon.cli import main
 from gateway_addon.ledger import Ledger, LedgerUnavailable, access
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.sqlite import FileStore
-from gateway_addon.reload import align
+from gateway_addon.operations.reload import align
 from gateway_addon.simulator import Simulator
 
 FRIENDS = 65_500

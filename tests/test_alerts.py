@@ -13,10 +13,10 @@ from gateway import gateway
 from ledgers import NOON, new_ledger, rows
 
 from gateway_addon.calls import alerts
-from gateway_addon.herald import Herald
 from gateway_addon.ledger import Alert, Ledger, LedgerUnavailable, Resolution, Standing
+from gateway_addon.operations.reload import Watcher
+from gateway_addon.operations.webhooks import Herald
 from gateway_addon.policy import Source, load
-from gateway_addon.reload import Watcher
 from gateway_addon.simulator import Behaviour, Simulator
 
 DOLLAR = 1_000_000_000

@@ -10,7 +10,7 @@ from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, balance, new_ledger, unt
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, background, reservations
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import balances
-from gateway_addon.reload import align
+from gateway_addon.operations.reload import align
 
 FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 EDITORS = SimpleNamespace(apps={"reports": SimpleNamespace(team="editors")}, timezone="UTC", digest="d", texts={})

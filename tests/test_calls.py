@@ -15,9 +15,9 @@ from ledgers import CALL, Part
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from processes import ledgered
 
-from gateway_addon import otel
 from gateway_addon.calls.record import record
 from gateway_addon.ledger import Outcome
+from gateway_addon.operations import tracing
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
 HELLO = [{"role": "user", "content": "Say hello."}]
@@ -78,14 +78,14 @@ async def test_a_call_that_the_provider_did_no_work_for_is_told_as_voided(tmp_pa
 )
 def test_a_span_says_how_a_call_failed(state, outcome, refusal, error):
     call = record(CALL, state, started_at=10.0, ended_at=12.0, outcome=outcome, refusal=refusal, parts=[Part(7)], spent_nano=7)
-    assert otel.attributes(call).get("error.type") == error
+    assert tracing.attributes(call).get("error.type") == error
 
 
 def test_the_names_of_a_spans_attributes_are_those_of_the_conventions():
     from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
     known = {value for value in vars(gen_ai_attributes).values() if isinstance(value, str)}
-    own = otel.attributes(record(CALL, "settled", started_at=10.0, ended_at=12.0, outcome=SETTLED, parts=[Part(7)], spent_nano=7))
+    own = tracing.attributes(record(CALL, "settled", started_at=10.0, ended_at=12.0, outcome=SETTLED, parts=[Part(7)], spent_nano=7))
     assert {name for name in own if name.startswith("gen_ai.")} <= known
     assert own["gen_ai.usage.input_tokens"] == 10
     assert own["gateway.spent_nano"] == 7
@@ -135,6 +135,6 @@ async def test_serve_logs_a_line_and_sends_a_span_for_a_call_without_a_secret(tm
 
 
 def test_without_the_packages_otel_is_refused_with_the_way_to_get_them(tmp_path):
-    hide = "import sys; sys.modules['opentelemetry'] = None; from gateway_addon import otel; otel.start()"
+    hide = "import sys; sys.modules['opentelemetry'] = None; from gateway_addon.operations import tracing as otel; otel.start()"
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, timeout=30)
     assert "OtelMissing: --otel needs OpenTelemetry, which is not installed: .venv/bin/pip install" in done.stderr

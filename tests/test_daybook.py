@@ -13,10 +13,10 @@ import pytest
 from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, Steps, new_ledger, rows, spend, until, url
 from processes import ledgered
 
-from gateway_addon import daybook
-from gateway_addon.daybook import Daybook
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, admin, background, reservations
 from gateway_addon.ledger.reports import daily_totals, spending
+from gateway_addon.operations import daily_totals_job
+from gateway_addon.operations.daily_totals_job import Daybook
 from gateway_addon.proxy.server import assembled
 from gateway_addon.simulator import KEY
 
@@ -27,7 +27,7 @@ PERIOD = {"since": NOON - 3 * DAY_S, "until": NOON}
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     for pause in ("LOOK_EVERY_S", "PAUSE_S", "REST"):
-        monkeypatch.setattr(daybook, pause, 0.01)
+        monkeypatch.setattr(daily_totals_job, pause, 0.01)
 
 
 @pytest.fixture(params=ENGINES)

@@ -21,9 +21,9 @@ from ledgers import rows
 from nginx import WAYS, front
 from processes import ledgered
 
-from gateway_addon import deployment, services
 from gateway_addon.cli import main
 from gateway_addon.cli.init import init
+from gateway_addon.operations.deploy import compose, services
 from gateway_addon.simulator import Behaviour, Simulator
 
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 200, "messages": [{"role": "user", "content": "hello"}]}
@@ -174,7 +174,7 @@ async def test_a_gateway_that_is_stopped_without_a_word_to_nginx_drops_no_call_o
 
 # --- the compose file
 
-COMPOSE = yaml.safe_load(deployment.COMPOSE)
+COMPOSE = yaml.safe_load(compose.COMPOSE)
 SERVICES = COMPOSE["services"]
 KNOWN = {  # the keys of the Compose Specification that are used here, each with the form of its value
     "image": str, "build": dict, "user": str, "environment": dict, "entrypoint": list, "command": list, "secrets": list, "tmpfs": list, "volumes": list,
@@ -228,11 +228,11 @@ def test_nginx_looks_for_the_gateways_where_the_compose_file_puts_them():
     [subnet] = COMPOSE["networks"]["inside"]["ipam"]["config"]
     places = {name: service["networks"]["inside"]["ipv4_address"] for name, service in SERVICES.items() if isinstance(service["networks"], dict)}
     assert all(ipaddress.ip_address(place) in ipaddress.ip_network(subnet["subnet"]) for place in places.values())
-    assert re.findall(r"^ +server ([\d.]+):8080 ", deployment.NGINX, re.MULTILINE) == [places["gateway-1"], places["gateway-2"]] == [way.split(":")[0] for way in WAYS]
-    assert f"trusted_proxies: [{places['front']}]" in deployment.COMPOSE
-    assert re.findall(r"listen (\d+) ssl", deployment.NGINX) == [SERVICES["front"]["ports"][0].split(":")[1]]
+    assert re.findall(r"^ +server ([\d.]+):8080 ", compose.NGINX, re.MULTILINE) == [places["gateway-1"], places["gateway-2"]] == [way.split(":")[0] for way in WAYS]
+    assert f"trusted_proxies: [{places['front']}]" in compose.COMPOSE
+    assert re.findall(r"listen (\d+) ssl", compose.NGINX) == [SERVICES["front"]["ports"][0].split(":")[1]]
     mounted = {f"/run/secrets/{secret}" for secret in SERVICES["front"]["secrets"]}
-    assert set(re.findall(r"/run/secrets/\w+", deployment.NGINX)) == mounted
+    assert set(re.findall(r"/run/secrets/\w+", compose.NGINX)) == mounted
 
 
 @pytest.mark.parametrize("name", ["gateway-1", "gateway-2", "commands"])
@@ -255,7 +255,7 @@ def test_the_image_gets_the_driver_that_the_package_asks_for():
     assert "ARG PACKAGES" in services.CONTAINERFILE
 
 
-@pytest.mark.parametrize(("option", "text"), [("--compose", deployment.COMPOSE), ("--nginx", deployment.NGINX)])
+@pytest.mark.parametrize(("option", "text"), [("--compose", compose.COMPOSE), ("--nginx", compose.NGINX)])
 def test_init_prints_them(option, text):
     assert CliRunner().invoke(init, [option], catch_exceptions=False).stdout == text
     both = CliRunner().invoke(init, [option, "--systemd"])

@@ -138,7 +138,7 @@ def test_no_ledger_is_a_wrong_use(tmp_path):
 
 
 def test_a_little_disk_is_named(path, monkeypatch):
-    monkeypatch.setattr("gateway_addon.checkup.DISK_FREE_BYTES_MIN", 2**60)
+    monkeypatch.setattr("gateway_addon.operations.doctor.DISK_FREE_BYTES_MIN", 2**60)
     code, output = examine(path)
     assert code == 1
     assert "a full disk refuses every call" in output

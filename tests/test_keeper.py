@@ -13,10 +13,10 @@ from gateway import gateway
 from processes import ledgered
 
 from gateway_addon.clocks import Clocks
-from gateway_addon.keeper import KEPT_FOR_S, Keeper
 from gateway_addon.ledger import admin, batches
 from gateway_addon.ledger.batches import PAUSE_MAX_S
 from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.operations.batch_poller import KEPT_FOR_S, Keeper
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 from gateway_addon.upstreams import client as upstream

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from gateway_addon.logs import LOUD, Masked, say_plainly
+from gateway_addon.operations.logs import LOUD, Masked, say_plainly
 
 KEY = "sk-ant-api03-the-real-one"
 TOKEN = "gwt_7aB37aB37aB37aB37aB37aB37aB37aB37aB37aB37aB4A6hPU"

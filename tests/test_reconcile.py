@@ -22,8 +22,8 @@ from gateway_addon.ledger import Ledger, Outcome, Settlement, admin
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.reports import provider_comparison
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
+from gateway_addon.operations.reconcile import Counts, Reported, bypassing, compare, corrections, worth_nano
 from gateway_addon.pricing import load
-from gateway_addon.reconcile import Counts, Reported, bypassing, compare, corrections, worth_nano
 from gateway_addon.simulator import ADMIN_KEY, KEY, Behaviour, Simulator
 from gateway_addon.upstreams.usage_report import AdminApi, ReportUnavailable
 

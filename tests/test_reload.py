@@ -18,8 +18,8 @@ from gateway_addon.cli.check import check
 from gateway_addon.inventory.consumers import fingerprint
 from gateway_addon.ledger import Ledger, LedgerUnavailable, admin
 from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.operations.reload import KEY_PROBLEM, LOOK_EVERY_S, Watcher, align, audit_key, must_agree
 from gateway_addon.policy import load
-from gateway_addon.reload import KEY_PROBLEM, LOOK_EVERY_S, Watcher, align, audit_key, must_agree
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
 # Under FIRST only haiku up to 100 tokens, under SECOND only sonnet up to 200: a mixture would let a haiku with 200 through.

@@ -11,8 +11,8 @@ from gateway import gateway, write_policies
 from gateway_addon.cli.replay import replay as command
 from gateway_addon.ledger.reports.entry_history import Recorded
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.operations.policy_replay import Tally, replay, tallied
 from gateway_addon.policy import load
-from gateway_addon.replay import Tally, replay, tallied
 from gateway_addon.simulator import Behaviour, Simulator
 from gateway_addon.windows import starts
 

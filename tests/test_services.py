@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from gateway import write_policies
 from processes import START_S, free_port
 
-from gateway_addon import services
 from gateway_addon.cli import main
 from gateway_addon.cli.init import init
+from gateway_addon.operations.deploy import services
 from gateway_addon.simulator import KEY, Simulator
 
 ROOT = Path(__file__).parents[1]

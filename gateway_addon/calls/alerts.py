@@ -2,7 +2,7 @@
 that the provider does not take, an upstream that redirects, a policy that is not in force.
 
 Promises that an alert holds no secret: names, amounts and places, never a value from a policy file, a header or a body. Each has a
-`once`, by which the ledger sees to it that it is told once over all processes. Pure; herald.py tells them.
+`once`, by which the ledger sees to it that it is told once over all processes. Pure; webhooks.py tells them.
 """
 
 import json

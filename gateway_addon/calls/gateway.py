@@ -33,7 +33,6 @@ from gateway_addon.calls.settlement import EndedBy, Void, drifted, settle
 from gateway_addon.calls.top_ups import Cut, Streams
 from gateway_addon.calls.workspace import Workspace
 from gateway_addon.clocks import SYSTEM, Clocks
-from gateway_addon.herald import Herald
 from gateway_addon.identity import tokens
 from gateway_addon.identity.client_address import origin, within
 from gateway_addon.identity.throttle import Noise
@@ -57,6 +56,7 @@ from gateway_addon.messages import wrong_paths
 from gateway_addon.messages.request import Reading, Request
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
+from gateway_addon.operations.webhooks import Herald
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, judge, observed
 from gateway_addon.refusals import Refusal
 from gateway_addon.upstreams.rate_limits import shortage

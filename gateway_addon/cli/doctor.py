@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from gateway_addon.checkup import Check, check_all, check_disk, check_files
 from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors, status
 from gateway_addon.ledger import LedgerUnavailable, Server, admin
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import dollars
+from gateway_addon.operations.doctor import Check, check_all, check_disk, check_files
 
 
 @click.command(epilog="Example: gateway doctor")

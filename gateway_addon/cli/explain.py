@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from gateway_addon import explanation
 from gateway_addon.cli.common import FINE, PROBLEM, WRONG_USAGE, ledger_option, policies_option, says_errors, stop
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.messages.request import Request
+from gateway_addon.operations import explain as explanation
 from gateway_addon.policy import PolicyError, load
 
 

@@ -19,9 +19,7 @@ from gateway_addon.ledger.reports import provider_comparison
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
-from gateway_addon.policy import GatewayPolicy, PolicyError, load
-from gateway_addon.pricing import PriceError
-from gateway_addon.reconcile import (
+from gateway_addon.operations.reconcile import (
     Charged,
     Correction,
     Line,
@@ -33,6 +31,8 @@ from gateway_addon.reconcile import (
     worth_nano,
     written,
 )
+from gateway_addon.policy import GatewayPolicy, PolicyError, load
+from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.credentials import Secret, SecretUnavailable
 from gateway_addon.upstreams.usage_report import AdminApi, ReportUnavailable
 

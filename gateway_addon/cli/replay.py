@@ -10,7 +10,6 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from gateway_addon import replay as room
 from gateway_addon import windows
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, says_errors, status
@@ -18,9 +17,10 @@ from gateway_addon.ledger import LedgerUnavailable, admin, reservations
 from gateway_addon.ledger.reports.entry_history import recorded
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import cents
+from gateway_addon.operations import policy_replay as room
+from gateway_addon.operations.policy_replay import Tally, Verdict
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.replay import Tally, Verdict
 
 PROGRESS_EVERY = 5000
 NOT_JUDGED = "Not judged, because the ledger keeps no bodies: features, betas, thinking, required fields; nor rates."

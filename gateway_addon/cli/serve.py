@@ -12,7 +12,7 @@ from argon2 import PasswordHasher
 
 from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.ledger import LedgerUnavailable
-from gateway_addon.otel import OtelMissing
+from gateway_addon.operations.tracing import OtelMissing
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable

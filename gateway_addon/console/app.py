@@ -28,9 +28,9 @@ from gateway_addon.ledger.reports import call_detail
 from gateway_addon.ledger.reports.day_cache import Days, Reading
 from gateway_addon.ledger.reports.day_cache import apps as apps_of
 from gateway_addon.money import cents, dollars
+from gateway_addon.operations.reload import fingerprint
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.reload import fingerprint
 
 COOKIE = "gateway_console"
 HEADERS = {

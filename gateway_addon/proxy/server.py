@@ -23,16 +23,17 @@ from mitmproxy.addons import core, errorcheck, next_layer, proxyserver, tlsconfi
 from mitmproxy.master import Master
 from OpenSSL import SSL
 
-from gateway_addon import otel
 from gateway_addon.calls.gateway import Gate
 from gateway_addon.calls.record import Record, Tell
 from gateway_addon.clocks import SYSTEM
-from gateway_addon.daybook import Daybook
-from gateway_addon.herald import Herald
-from gateway_addon.keeper import Keeper
 from gateway_addon.ledger import Ledger, Server
 from gateway_addon.ledger.store.sqlite_files import ledger_path, state_folder
-from gateway_addon.logs import call_line, say_plainly
+from gateway_addon.operations import tracing
+from gateway_addon.operations.batch_poller import Keeper
+from gateway_addon.operations.daily_totals_job import Daybook
+from gateway_addon.operations.logs import call_line, say_plainly
+from gateway_addon.operations.reload import Watcher, align, audit_key, must_agree, saved_by
+from gateway_addon.operations.webhooks import Herald
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.fastpath.connection import Handlers, fits
@@ -41,7 +42,6 @@ from gateway_addon.proxy.hooks import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayA
 from gateway_addon.proxy.reverse_tcp import reverse
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import ListeningLoop, stop_signals, when_the_parent_ends
-from gateway_addon.reload import Watcher, align, audit_key, must_agree, saved_by
 from gateway_addon.upstreams.client import ask
 from gateway_addon.upstreams.credentials import Secret, keep_fresh
 
@@ -165,7 +165,7 @@ async def told_of(settings: Settings) -> AsyncIterator[Tell | None]:
     if not settings.otel:
         yield tell if listeners else None
         return
-    send, stop = otel.start()
+    send, stop = tracing.start()
     listeners.append(send)
     try:
         yield tell

@@ -13,7 +13,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from gateway_addon.reconcile import Charged, Counts, Reported
+from gateway_addon.operations.reconcile import Charged, Counts, Reported
 
 TIMEOUT_S = 60
 DAYS_A_PAGE = 31

@@ -17,7 +17,6 @@ from mitmproxy import command, contentviews, ctx, exceptions, http
 from mitmproxy import flow as mflow
 from mitmproxy.hooks import UpdateHook
 
-from gateway_addon import explanation
 from gateway_addon.calls.permits import Arrived, Pass
 from gateway_addon.calls.record import Record
 from gateway_addon.calls.responses import Answer
@@ -26,6 +25,7 @@ from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, app_scope, reservations, scopes, team_scope
 from gateway_addon.messages import Usage
 from gateway_addon.money import cents, dollars
+from gateway_addon.operations import explain as explanation
 from gateway_addon.policy import AppPolicy, all_caps, caps
 from gateway_addon.pricing import cost
 from gateway_addon.proxy import inject

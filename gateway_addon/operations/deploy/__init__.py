@@ -1,0 +1,1 @@
+"""Texts that run the gateway as a service."""
