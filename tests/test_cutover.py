@@ -13,12 +13,12 @@ from village import KEY, write
 from gateway_addon.cli import cutover as command
 from gateway_addon.cli import main
 from gateway_addon.identity import tokens
-from gateway_addon.inventory import inspect
 from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin
 from gateway_addon.ledger.reports import token_usage
 from gateway_addon.ledger.reports.token_usage import Arrival
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.moving import Now, tally, unaccounted, unseen
+from gateway_addon.onboarding.cutover import Now, tally, unaccounted, unseen
+from gateway_addon.onboarding.inventory import inspect
 
 NOW = time.time()
 TOKEN = tokens.mint()

@@ -12,7 +12,7 @@ import anthropic
 import pytest
 from pasting import TOKEN, claude_code, cron, dotenv, github_actions, systemd
 
-from gateway_addon import forms
+from gateway_addon.onboarding import snippets
 from gateway_addon.simulator import Simulator
 
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 16, "messages": [{"role": "user", "content": "Hello"}]}
@@ -33,7 +33,7 @@ def nothing_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pasted(kind: str, url: str) -> str:
-    return forms.lines(kind, base_url=url, app="review-replies", token_placeholder=TOKEN)
+    return snippets.lines(kind, base_url=url, app="review-replies", token_placeholder=TOKEN)
 
 
 @pytest.mark.parametrize(
@@ -90,20 +90,20 @@ async def test_the_typescript_form_calls_and_stops_without_its_token(gateway: Si
     assert len(gateway.book.rows) == 1
 
 
-@pytest.mark.parametrize("kind", forms.KINDS)
+@pytest.mark.parametrize("kind", snippets.KINDS)
 def test_what_is_committed_never_holds_the_token(kind: str) -> None:
     committed = kind in {"python", "typescript", "github-actions"}
     assert pasted(kind, "http://127.0.0.1:8080").count(TOKEN) == (0 if committed else 1)
 
 
-@pytest.mark.parametrize("kind", forms.KINDS)
+@pytest.mark.parametrize("kind", snippets.KINDS)
 def test_a_trailing_slash_is_dropped_because_the_sdk_adds_its_own(kind: str) -> None:
     assert pasted(kind, "https://gateway.example:8443/") == pasted(kind, "https://gateway.example:8443")
 
 
-@pytest.mark.parametrize("kind", forms.KINDS)
+@pytest.mark.parametrize("kind", snippets.KINDS)
 def test_nothing_is_left_to_fill_in(kind: str) -> None:
-    text = pasted(kind, "http://[::1]:8080") + forms.where(kind, app="review-replies")
+    text = pasted(kind, "http://[::1]:8080") + snippets.where(kind, app="review-replies")
     assert not re.search("@[a-z_]+@", text)
 
 
@@ -121,4 +121,4 @@ def test_nothing_is_left_to_fill_in(kind: str) -> None:
 def test_what_cannot_be_pasted_as_it_is_is_refused(wrong: dict[str, str], named: str) -> None:
     values = {"kind": "dotenv", "base_url": "http://127.0.0.1:8080", "app": "reports", "token_placeholder": "gwt_..."} | wrong
     with pytest.raises(ValueError, match=re.escape(named)):
-        forms.lines(values.pop("kind"), **values)
+        snippets.lines(values.pop("kind"), **values)

@@ -16,10 +16,10 @@ import pytest
 from click.testing import CliRunner, Result
 from village import ADMIN_KEY, KEY, LOOKALIKES, OTHER_KEY, TOKEN, VILLAGE, build_village, write
 
-from gateway_addon import forms
 from gateway_addon.cli.inventory import inventory
 from gateway_addon.identity import tokens
-from gateway_addon.inventory import File, Skip, fingerprint, inspect, read, rules, tree
+from gateway_addon.onboarding import snippets
+from gateway_addon.onboarding.inventory import File, Skip, fingerprint, inspect, read, rules, tree
 
 
 def run(*arguments: str | Path) -> Result:
@@ -128,7 +128,7 @@ def test_an_admin_key_is_not_to_be_switched() -> None:
 
 def test_every_form_that_a_row_names_exists() -> None:
     named = {form for kind in rules.KINDS for form in re.findall(r"--for ([a-z-]+)", kind.switch)}
-    assert named == set(forms.KINDS)
+    assert named == set(snippets.KINDS)
 
 
 # Keys

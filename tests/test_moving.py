@@ -20,9 +20,9 @@ from pasting import claude_code, cron, dotenv, systemd
 from processes import Ledgered
 from village import KEY, VILLAGE, build_village
 
-from gateway_addon import forms
 from gateway_addon.cli import main
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.onboarding import snippets
 from gateway_addon.simulator import ADMIN_KEY, Behaviour, Simulator
 
 NEW_KEY = KEY.replace("Qm7x", "New1")
@@ -101,9 +101,9 @@ class Village:
     def move(self, name: str, token: str) -> None:
         """Edit a consumer's file as the inventory said."""
         app, form, after, _ = MOVES[name]
-        text = after.replace("@form@", forms.lines(form, base_url=self.url, app=app, token_placeholder=token))
+        text = after.replace("@form@", snippets.lines(form, base_url=self.url, app=app, token_placeholder=token))
         if name.endswith(".ipynb"):
-            lines = forms.lines(form, base_url=self.url, app=app, token_placeholder=token).splitlines(keepends=True)
+            lines = snippets.lines(form, base_url=self.url, app=app, token_placeholder=token).splitlines(keepends=True)
             text = json.dumps({"cells": [{"cell_type": "code", "source": lines}], "nbformat": 4}, indent=1)
         elif name.endswith("compose.yaml"):
             environment = {"ANTHROPIC_BASE_URL": self.url, "ANTHROPIC_API_KEY": token}

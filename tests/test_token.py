@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 from gateway import APP, gateway, write_policies
 
-from gateway_addon import forms
 from gateway_addon.cli import main
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.onboarding import snippets
 from gateway_addon.simulator import Behaviour, Simulator
 
 
@@ -34,7 +34,7 @@ def token(*words: str) -> Result:
     return CliRunner().invoke(main, ["token", *words])
 
 
-@pytest.mark.parametrize("kind", forms.KINDS)
+@pytest.mark.parametrize("kind", snippets.KINDS)
 def test_the_token_is_alone_on_stdout_and_in_none_of_the_lines_beside_it(here, kind):
     shown = token("issue", "app", "--for", kind)
     assert tokens.PATTERN.fullmatch(shown.stdout.strip())

@@ -26,12 +26,12 @@ from gateway_addon.cli.common import (
 )
 from gateway_addon.cli.times import day, duration_s
 from gateway_addon.clocks import monotonic_s
-from gateway_addon.inventory import inspect
 from gateway_addon.ledger import LedgerUnavailable, Server, admin
 from gateway_addon.ledger.reports import token_usage
 from gateway_addon.ledger.reports.token_usage import Arrival, Straggler
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.moving import Now, Open, is_in, tally, unaccounted, unseen
+from gateway_addon.onboarding.cutover import Now, Open, is_in, tally, unaccounted, unseen
+from gateway_addon.onboarding.inventory import inspect
 from gateway_addon.policy import PolicyError, Source, load
 from gateway_addon.pricing import PriceError
 

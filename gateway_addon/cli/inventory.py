@@ -11,8 +11,8 @@ import click
 from tabulate import tabulate
 
 from gateway_addon.cli.common import ledger_option, record_path, shown_path, status, write_privately
-from gateway_addon.inventory import Consumer, Inventory, Skip, document, inspect, read, shared_keys
-from gateway_addon.inventory.tree import REASONS
+from gateway_addon.onboarding.inventory import Consumer, Inventory, Skip, document, inspect, read, shared_keys
+from gateway_addon.onboarding.inventory.tree import REASONS
 
 BESIDE = "(beside the ledger)"
 _PROGRESS_S = 0.2

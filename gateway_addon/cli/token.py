@@ -10,16 +10,16 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
-from gateway_addon import forms
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, ledger_option, listen_option, policies_option, says_errors, stop, write_privately
 from gateway_addon.cli.times import day, duration_s
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Token, admin
 from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.onboarding import snippets
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 
-FOR = click.option("--for", "kind", type=click.Choice(forms.KINDS), help="Also print the lines to paste, in this form.")
+FOR = click.option("--for", "kind", type=click.Choice(snippets.KINDS), help="Also print the lines to paste, in this form.")
 TO = click.option(
     "--to",
     "file",
@@ -151,11 +151,11 @@ def _show_new(app: str, write: Callable[..., Token], kind: str | None, file: Pat
     click.echo(secret)
     if kind is None:
         return
-    where = forms.where(kind, app=app)
+    where = snippets.where(kind, app=app)
     if file is None:
-        click.echo(f"\n{where}\n{forms.lines(kind, base_url=base_url, app=app, token_placeholder='TOKEN')}", err=True)
+        click.echo(f"\n{where}\n{snippets.lines(kind, base_url=base_url, app=app, token_placeholder='TOKEN')}", err=True)
     else:
-        write_privately(file, forms.lines(kind, base_url=base_url, app=app, token_placeholder=secret))
+        write_privately(file, snippets.lines(kind, base_url=base_url, app=app, token_placeholder=secret))
         click.echo(f"\n{where}\nThe lines are in {file}.", err=True)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from gateway_addon.calls.alerts import policy_broken
 from gateway_addon.calls.gateway import Gate
-from gateway_addon.inventory import consumers
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Server, access, admin, background, reservations
+from gateway_addon.onboarding.inventory import consumers
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.credentials import Secret, SecretUnavailable

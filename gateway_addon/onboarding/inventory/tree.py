@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gateway_addon.inventory.consumers import kind_of
+from gateway_addon.onboarding.inventory.consumers import kind_of
 
 FILE_BYTES_MAX = 16 * 1024 * 1024
 """Larger files are data: no source, settings or notebook worth reading is this long."""

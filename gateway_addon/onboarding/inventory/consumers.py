@@ -12,8 +12,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from gateway_addon.inventory import rules
-from gateway_addon.inventory.rules import Kind
+from gateway_addon.onboarding.inventory import rules
+from gateway_addon.onboarding.inventory.rules import Kind
 
 _BY_NAME = {kind.name: kind for kind in rules.KINDS}
 _KIND_PATHS = tuple((re.compile(kind.path), kind) for kind in rules.KINDS)

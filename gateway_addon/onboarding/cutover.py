@@ -7,8 +7,8 @@ missed, so it comes last: what is doubtful counts as a reason until a person say
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gateway_addon.inventory import Consumer
 from gateway_addon.ledger.reports.token_usage import Arrival
+from gateway_addon.onboarding.inventory import Consumer
 
 NO_CALLERS = frozenset({"document", "example", "recording"})
 """Kinds of file that may show a key and call nobody."""
