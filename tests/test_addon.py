@@ -1,241 +1,141 @@
-"""Nothing passes undecided: whichever hook of the addon fails, nothing is forwarded, or nothing of its bill is lost.
-
-The hooks are found by reflection, so that a new one cannot be forgotten. Each failing body stands behind the hook's own guard.
-"""
+"""The gateway in somebody's own `mitmdump -s`: a real one, with a script that is touched and spoilt while it runs."""
 
 import asyncio
-import functools
-import inspect
-import json
+import os
+import signal
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anthropic
+import httpx2
 import pytest
-from gateway import gateway
-from mitmproxy import exceptions, hooks
-from mitmproxy.addons.clientplayback import ClientPlayback
+from processes import START_S, free_port, ledgered
+from secret_hunt import found_in
 
-from gateway_addon.calls.gateway import Gate
-from gateway_addon.proxy.flows import Life
-from gateway_addon.proxy.hooks import REQUIRED_OPTIONS, GatewayAddon
-from gateway_addon.simulator import Behaviour, Simulator
+from gateway_addon.simulator import KEY, Simulator
 
-HELLO = [{"role": "user", "content": "Say hello."}]
-ASK = {"model": "claude-haiku-4-5", "max_tokens": 100, "messages": HELLO}
-APP = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\n"
-
-HOOKS = {name for name, _ in inspect.getmembers(GatewayAddon, callable) if name in hooks.all_hooks}
-GUARDED = {name for name in HOOKS if hasattr(getattr(GatewayAddon, name), "guard")}
-UNGUARDED = {
-    "configure": "raising is how it refuses an option",
-    "running": "the proxy does not start without it",
-    "done": "no flow goes on after it",
+APPS = {
+    "app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n",
+    "poor": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $0.0001}\n",
 }
-BEFORE_THE_API = ("next_layer", "requestheaders", "request", "server_connect")
-AFTER = ("responseheaders", "response", "error", "client_disconnected")
+ASK = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
+SCRIPT = """
+from gateway_addon.addon import addons
+from gateway_addon.calls.gateway import Gateway
+
+admit = Gateway.admit
+
+async def failing(self, arrived, request, now):
+    if b"bug" in request.body:
+        raise RuntimeError("a bug")
+    return await admit(self, arrived, request, now)
+
+Gateway.admit = failing
+"""
 
 
-class Bug(Exception):
-    pass
-
-
-def broken(name: str, when: str):
-    """The addon's hook with a body that fails at once, or after its work is done, behind the guard of the real one."""
-    hook = getattr(GatewayAddon, name)
-    work = hook.__wrapped__
-
-    @functools.wraps(work)
-    def fails(self, data):
-        if when == "after":
-            work(self, data)
-        raise Bug(name)
-
-    @functools.wraps(work)
-    async def fails_later(self, data):
-        if when == "after":
-            await work(self, data)
-        await asyncio.sleep(0)
-        raise Bug(name)
-
-    return hook.guard(fails_later if inspect.iscoroutinefunction(work) else fails)
-
-
-async def ask(gw, *, stream: bool, **more) -> bytes | Exception:
-    """What a client gets: the bytes of an answer, or the exception."""
+@asynccontextmanager
+async def mitmdump(folder: Path, gateways, mode: str, *arguments: str, script: Path | None = None):
+    """A mitmdump as a person starts it: yields the process; it is stopped by SIGTERM if it still runs."""
+    environment = os.environ | {
+        "SIMULATED_KEY": KEY, "GATEWAY_POLICIES": str(folder / "policies"), "GATEWAY_LEDGER": f"sqlite:///{gateways.ledger}", "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    where = ["--mode", mode, "--set", f"confdir={folder / 'mitmproxy'}", "-s", str(script or folder / "script.py")]
+    command = [sys.executable, "-c", "from mitmproxy.tools.main import mitmdump; mitmdump()", *where, *arguments]
+    printed = os.open(folder / "printed", os.O_WRONLY | os.O_CREAT)
+    process = await asyncio.create_subprocess_exec(*command, stdout=printed, stderr=printed, env=environment)
+    os.close(printed)
     try:
-        async with gw.client().messages.with_streaming_response.create(**ASK, stream=stream, **more) as answer:
-            return b"".join([chunk async for chunk in answer.iter_bytes()])
-    except (anthropic.APIError, anthropic.APIConnectionError) as error:
-        return error
-    except Exception as error:  # the body broke off: whatever the HTTP library calls that
-        return error
+        yield process
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(process.wait(), 20)
+        process._transport.close()
 
 
-def test_every_hook_is_guarded_or_has_a_reason_not_to_be():
-    assert set(UNGUARDED) == HOOKS - GUARDED
-    over_tls = {"tls_start_client"}  # where it fails the client meets a certificate that it does not trust, and sends nothing
-    assert {*BEFORE_THE_API, *AFTER, *over_tls} == GUARDED, "a new hook: say in this test what its failure must do"
+async def listens(process, folder: Path) -> None:
+    for _ in range(400):
+        if b"listening at" in (folder / "printed").read_bytes():
+            return
+        assert process.returncode is None, (folder / "printed").read_text()
+        await asyncio.sleep(0.05)
+    raise AssertionError((folder / "printed").read_text())
 
 
-@pytest.mark.usefixtures("either_dispatch")
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", BEFORE_THE_API)
-async def test_a_failure_on_the_way_in_sends_nothing(tmp_path, monkeypatch, caplog, name, when):
-    monkeypatch.setattr(GatewayAddon, name, broken(name, when))
-    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        for stream in (False, True):
-            said = await ask(gw, stream=stream)
-            assert isinstance(said, anthropic.APIError)
-            if name in ("requestheaders", "request"):
-                assert (said.status_code, said.body["error"]["type"]) == (503, "api_error")
-                assert said.response.headers["x-should-retry"] == "false"
-        await gw.quiet()
-        assert (api.book.requests, api.book.bytes_received) == (0, 0)
-        assert (await gw.spent_nano(), await gw.held_nano()) == (0, 0)
-    assert f"failed in its {name} hook" in caplog.text
+async def in_place(port: int) -> None:
+    """mitmdump listens a moment before the gateway is in it; what comes then is refused."""
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client, asyncio.timeout(START_S):
+        while (await client.get("/gateway/readyz")).status_code != 200:
+            await asyncio.sleep(0.05)
 
 
-@pytest.mark.usefixtures("either_dispatch")
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", AFTER)
-async def test_a_failure_on_the_way_out_forgets_nothing_of_the_bill(tmp_path, monkeypatch, caplog, name, when):
-    monkeypatch.setattr(GatewayAddon, name, broken(name, when))
-    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        for stream in (False, True):
-            cut = Behaviour(cut_after_events=4) if stream else Behaviour(cut_after_bytes=40)
-            api.behaviour = cut if name == "error" else Behaviour()
-            said = await ask(gw, stream=stream)
-            assert name == "error" or isinstance(said, bytes)
-            if isinstance(said, bytes) and name != "error":
-                assert ("message_stop" if stream else "end_turn") in said.decode()
-        await gw.clients.aclose()
-        await gw.quiet()
-        billed = (await api.settled()).billed_nano
-        assert len(api.book.messages()) == 2
-        assert billed > 0
-        assert await gw.spent_nano() >= billed
-        assert await gw.held_nano() == 0
-        for _ in range(100):
-            if f"failed in its {name} hook" in caplog.text:
-                break
-            await asyncio.sleep(0.01)
-    assert f"failed in its {name} hook" in caplog.text
-
-
-@pytest.mark.parametrize("reserve", ["full", "progressive"])
-async def test_a_failing_tap_drops_no_byte_and_forgets_no_bill(tmp_path, monkeypatch, caplog, reserve):
-    def fails(self: Life, chunk: bytes) -> bytes:
-        raise Bug
-
-    monkeypatch.setattr(Life, "chunk", fails)
-    app = f"models: {{allow: [claude-haiku-4-5]}}\ncaps: {{day: $100}}\nreserve: {reserve}\n"
-    async with Simulator(behaviour=Behaviour(delay_ms=1)) as api, gateway(tmp_path, api, {"app": app}) as gw:
-        said = await ask(gw, stream=True, **({"extra_body": {"max_tokens": 60_000}} if reserve == "progressive" else {}))
-        await gw.quiet()
-        assert await gw.spent_nano() >= (await api.settled()).billed_nano > 0
-        assert await gw.held_nano() == 0
-        if reserve == "full":
-            assert b"message_stop" in said
-        else:
-            assert isinstance(said, Exception), "nobody tops the grant up any more, so the stream is cut"
-    assert "failed in its stream tap" in caplog.text
-
-
-async def test_a_failure_while_settling_leaves_the_call_held(tmp_path, monkeypatch, caplog):
-    def fails(self, running, **facts):
-        raise Bug
-
-    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        monkeypatch.setattr(Gate, "close", fails)
-        assert b"end_turn" in await ask(gw, stream=False)
-        assert await gw.held_nano() > 0, "the next start settles it at its grant"
-    assert "failed in its after_response hook" in caplog.text
-
-
-async def test_a_failure_while_a_failure_is_handled_sends_nothing_either(tmp_path, monkeypatch):
-    def fails(self, running, **facts):
-        raise Bug
-
-    monkeypatch.setattr(GatewayAddon, "request", broken("request", "after"))
-    monkeypatch.setattr(Gate, "close", fails)
-    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        said = await ask(gw, stream=False)
-        assert isinstance(said, anthropic.APIStatusError)
-        assert said.status_code == 503
-        assert (api.book.requests, api.book.connections) == (0, 0)
-
-
-@pytest.mark.parametrize("name", REQUIRED_OPTIONS)
-async def test_a_dangerous_option_is_refused_while_running(tmp_path, name):
-    other = {"proxy_debug": True, "stream_large_bodies": "1m", "connection_strategy": "eager"}
-    required = REQUIRED_OPTIONS[name]
-    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        with pytest.raises(exceptions.OptionsError, match=name):
-            gw.master.options.update(**{name: other.get(name, not required)})
-        assert getattr(gw.master.options, name) == required
-
-
-async def test_a_dangerous_option_is_refused_at_the_start(tmp_path):
+async def test_a_mitmdump_of_ones_own_admits_refuses_caps_and_fails_closed_whatever_happens_to_the_script(tmp_path):
+    script, port = tmp_path / "script.py", free_port()
+    script.write_text(SCRIPT)
     async with Simulator() as api:
-        with pytest.raises(ValueError, match="proxy_debug"):
-            async with gateway(tmp_path, api, {"app": APP}, settings={"options": ("proxy_debug=true",)}):
-                pass
+        gateways = ledgered(tmp_path, api.url, APPS)
+        files = ["-w", str(tmp_path / "flows"), "--set", f"hardump={tmp_path / 'flows.har'}", "--set", "flow_detail=4"]
+        listen = ["--listen-host", "127.0.0.1", "--listen-port", str(port)]
+        async with mitmdump(tmp_path, gateways, f"reverse:{api.url}", *listen, *files, "--set", "http2=true", script=script) as process:
+            await listens(process, tmp_path)
+            await in_place(port)
+
+            async def ask(app: str = "app", **more):
+                async with anthropic.AsyncAnthropic(base_url=f"http://127.0.0.1:{port}", api_key=gateways.tokens[app], max_retries=0) as client:
+                    return await client.messages.create(**ASK | more)
+
+            async def holds() -> None:
+                assert (await ask()).content[0].text
+                with pytest.raises(anthropic.PermissionDeniedError, match="may not use claude-opus-5-5"):
+                    await ask(model="claude-opus-5-5")
+                with pytest.raises(anthropic.RateLimitError, match="cap for today of app poor"):
+                    await ask("poor")
+                with pytest.raises(anthropic.ServiceUnavailableError, match="failed while judging"):
+                    await ask(system="bug")
+
+            await holds()
+            os.utime(script, (2_000_000_000, 2_000_000_000))
+            await asyncio.sleep(1.3)  # mitmproxy looks at its scripts each second
+            await holds()
+            script.write_text("this is no Python")
+            os.utime(script, (2_100_000_000, 2_100_000_000))
+            await asyncio.sleep(1.3)
+            await holds()
+            script.unlink()
+            await asyncio.sleep(1.3)
+            await holds()
+        assert process.returncode == 0, (tmp_path / "printed").read_text()
+        book = await api.settled()
+        assert len(book.messages()) == 4
+        assert {row.header("x-api-key") for row in book.messages()} == {KEY}
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"/v1/messages" in each for each in written), "the flows were written"
+    for secret in (KEY, *gateways.tokens.values()):
+        assert not any(found_in(each, secret) for each in written)
 
 
-async def test_a_flow_that_somebody_edits_after_its_admission_is_not_sent(tmp_path, monkeypatch):
-    """mitmweb can intercept and edit a flow when every hook has run: the wire takes only what was judged."""
-
-    class Editor:
-        def __init__(self, edit):
-            self.edit = edit
-
-        def request(self, flow):
-            if not flow.response:
-                self.edit(flow.request)
-
-    def dearer(request):
-        request.text = json.dumps(json.loads(request.text) | {"model": "claude-opus-5-5"})
-
-    def elsewhere(request):
-        request.port += 1
-
-    def other_path(request):
-        request.path = "/v1/complete"
-
-    def header(request):
-        request.headers["anthropic-beta"] = "dear-feature"
-
-    for edit in (dearer, elsewhere, other_path, header):
-        folder = tmp_path / edit.__name__
-        folder.mkdir()
-        async with Simulator() as api, gateway(folder, api, {"app": APP}) as gw:
-            gw.master.addons.add(Editor(edit))
-            said = await ask(gw, stream=False)
-            assert isinstance(said, anthropic.APIError)
-            await gw.quiet()
-            assert (api.book.requests, await gw.spent_nano(), await gw.held_nano()) == (0, 0, 0)
+WRONG = [
+    ("regular", ["--listen-host", "127.0.0.1"], "start mitmdump with --mode reverse:http"),
+    ("reverse:{upstream}", [], "Tokens would cross the network in clear"),
+]
 
 
-async def test_a_replayed_flow_is_refused(tmp_path):
-    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        caught = []
+@pytest.mark.parametrize(("mode", "arguments", "said"), WRONG, ids=["another mode", "every interface"])
+async def test_a_mitmdump_that_would_not_be_safe_does_not_start(tmp_path, mode, arguments, said):
+    gateways = ledgered(tmp_path, "http://127.0.0.1:9", APPS)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    port = ["--listen-port", str(free_port())]
+    async with mitmdump(tmp_path, gateways, mode.format(upstream="http://127.0.0.1:9"), *arguments, *port) as process:
+        assert await asyncio.wait_for(process.wait(), 20) == 1
+    assert said in (tmp_path / "printed").read_text()
 
-        class Keeper:
-            def response(self, flow):
-                caught.append(flow)
 
-        gw.master.addons.add(Keeper())
-        await ask(gw, stream=False)
-        replayer = ClientPlayback()
-        gw.master.addons.add(replayer)
-        replayer.running()
-        flow = caught[0].copy()
-        flow.is_replay = "request"
-        flow.response = None
-        replayer.start_replay([flow])
-        for _ in range(200):
-            if len(caught) > 1:
-                break
-            await asyncio.sleep(0.01)
-        assert caught[1].response.headers["x-gateway-refusal"] == "replay"
-        assert api.book.requests == 1
-        await replayer.done()
+async def test_a_policy_with_a_mistake_is_said_with_file_and_line(tmp_path):
+    gateways = ledgered(tmp_path, "http://127.0.0.1:9", APPS)
+    (tmp_path / "policies/apps/app.yaml").write_text("models: {allow: [claude-haiku-4-5]}\ncaps: {mnth: $1}\n")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    async with mitmdump(tmp_path, gateways, "reverse:http://127.0.0.1:9", "--listen-host", "127.0.0.1", "--listen-port", str(free_port())) as process:
+        assert await asyncio.wait_for(process.wait(), 20) == 1
+    assert "app.yaml:2: caps.mnth" in (tmp_path / "printed").read_text()

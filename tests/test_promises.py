@@ -10,60 +10,60 @@ from pathlib import Path
 import pytest
 from bypass import HOSTILE
 
-CROWD = "test_crowd: two_hundred_callers_over_four_gateways_never_pass_one_cap"
-BYPASS = "test_bypass: a_hostile_request_is_refused"
-SOCKET = "test_wire: no_hostile_request_of_the_table_reaches_the_api"
+CROWD = "ledger/test_crowd: two_hundred_callers_over_four_gateways_never_pass_one_cap"
+BYPASS = "messages/test_hostile_requests: a_hostile_request_is_refused"
+SOCKET = "proxy/test_wire: no_hostile_request_of_the_table_reaches_the_api"
 
 SPENDING = {
-    "many calls pass a budget at once, because each looked before any had spent": [CROWD, "test_ledger: many_callers_never_pass_a_cap_and_use_it_up"],
-    "the same budget once for every process": [CROWD, "test_ledger_processes: processes_share_one_cap_and_use_it_up"],
-    "a reservation that forgets the prompt, or a tier that the request can reach": ["test_bounds: no_answer_to_a_plain_request_costs_more_than_its_quote", "test_bounds: the_rate_is_the_dearest_that_the_request_can_reach"],
-    "the one call that crosses a budget is let through by design": ["test_ledger: a_call_larger_than_a_whole_window_is_told_so", "test_guards: the_where_of_the_reservation_keeps_the_cap"],
-    "reservations that leak, until an app without spending is locked out": [CROWD, "test_endings: a_client_that_leaves_at_any_event_is_charged_no_less_than_the_bill"],
-    "a settlement that counts twice": ["test_ledger: a_call_resolves_once", "test_guards: the_unique_index_keeps_a_call_from_being_resolved_twice"],
-    "enforcement and report that disagree": ["test_report: a_report_sums_to_what_the_caps_are_judged_by", "test_ledger: any_sequence_keeps_the_caps_and_the_sums"],
-    "a call answered without a price counts as free": ["test_pricing: what_cannot_be_priced_is_none_and_never_zero", "test_endings: the_model_that_answered_is_charged_not_the_one_that_was_asked"],
-    "a killed process whose calls are forgotten": ["test_crash: a_killed_gateway_loses_no_spend_and_frees_none", "test_guards: the_sweep_settles_what_a_dead_process_held"],
-    "calls pass because the ledger cannot be written": ["test_outages: a_failing_ledger_refuses_every_call_and_is_used_again_when_it_is_back"],
-    "a hook that fails and lets the call go on": ["test_addon: a_failure_on_the_way_in_sends_nothing", "test_guards: the_wrapper_of_a_hook_keeps_a_failure_from_forwarding"],
-    "an unknown model at no price": ["test_pricing: ids_resolve_by_rule_and_an_unknown_one_has_no_price", "test_bounds: what_has_no_price_is_refused"],
+    "many calls pass a budget at once, because each looked before any had spent": [CROWD, "ledger/test_reservations: many_callers_never_pass_a_cap_and_use_it_up"],
+    "the same budget once for every process": [CROWD, "ledger/store/test_locks: processes_share_one_cap_and_use_it_up"],
+    "a reservation that forgets the prompt, or a tier that the request can reach": ["calls/test_quote: no_answer_to_a_plain_request_costs_more_than_its_quote", "calls/test_quote: the_rate_is_the_dearest_that_the_request_can_reach"],
+    "the one call that crosses a budget is let through by design": ["ledger/test_reservations: a_call_larger_than_a_whole_window_is_told_so", "calls/test_guards: the_where_of_the_reservation_keeps_the_cap"],
+    "reservations that leak, until an app without spending is locked out": [CROWD, "calls/test_endings: a_client_that_leaves_at_any_event_is_charged_no_less_than_the_bill"],
+    "a settlement that counts twice": ["ledger/test_reservations: a_call_resolves_once", "calls/test_guards: the_unique_index_keeps_a_call_from_being_resolved_twice"],
+    "enforcement and report that disagree": ["cli/test_report: a_report_sums_to_what_the_caps_are_judged_by", "ledger/test_reservations: any_sequence_keeps_the_caps_and_the_sums"],
+    "a call answered without a price counts as free": ["pricing/test_costing: what_cannot_be_priced_is_none_and_never_zero", "calls/test_endings: the_model_that_answered_is_charged_not_the_one_that_was_asked"],
+    "a killed process whose calls are forgotten": ["ledger/test_crash: a_killed_gateway_loses_no_spend_and_frees_none", "calls/test_guards: the_sweep_settles_what_a_dead_process_held"],
+    "calls pass because the ledger cannot be written": ["calls/test_ledger_outages: a_failing_ledger_refuses_every_call_and_is_used_again_when_it_is_back"],
+    "a hook that fails and lets the call go on": ["proxy/test_hooks_failing: a_failure_on_the_way_in_sends_nothing", "calls/test_guards: the_wrapper_of_a_hook_keeps_a_failure_from_forwarding"],
+    "an unknown model at no price": ["pricing/test_costing: ids_resolve_by_rule_and_an_unknown_one_has_no_price", "calls/test_quote: what_has_no_price_is_refused"],
 }
 
 ALLOWLIST = {
     "the query's model beats the body's": [BYPASS, SOCKET, "trick: model in the query"],
     "a passing-through path skips the allowlist and the budget": [BYPASS, SOCKET, "trick: other spending endpoints", "trick: doubled slash", "trick: trailing slash", "trick: percent encoding", "trick: upper case", "trick: other people's data"],
-    "a pattern that is not anchored admits a longer name": ["test_policy: models_are_judged_by_what_they_are_and_deny_wins", "trick: longer than the pattern"],
-    "an alias or a prefixed name passes a denial": ["test_policy: an_alias_is_rewritten_to_its_model_and_judged_as_that", "trick: denied model", "trick: provider prefix"],
-    "models reached from within a request are not judged": ["test_policy: what_is_not_named_is_refused_and_what_is_named_keeps_its_limits", "trick: fallback model", "trick: advisor model", "trick: tool inside a message"],
-    "a model that is absent, empty, no string or given twice reaches the provider": ["test_two_readings: nothing_is_admitted_that_two_parsers_read_differently", "trick: model is absent", "trick: model is empty", "trick: model is no string", "trick: duplicate model"],
+    "a pattern that is not anchored admits a longer name": ["policy/test_policy: models_are_judged_by_what_they_are_and_deny_wins", "trick: longer than the pattern"],
+    "an alias or a prefixed name passes a denial": ["policy/test_policy: an_alias_is_rewritten_to_its_model_and_judged_as_that", "trick: denied model", "trick: provider prefix"],
+    "models reached from within a request are not judged": ["policy/test_policy: what_is_not_named_is_refused_and_what_is_named_keeps_its_limits", "trick: fallback model", "trick: advisor model", "trick: tool inside a message"],
+    "a model that is absent, empty, no string or given twice reaches the provider": ["messages/test_two_readings: nothing_is_admitted_that_two_parsers_read_differently", "trick: model is absent", "trick: model is empty", "trick: model is no string", "trick: duplicate model"],
     "a body that is encoded, marked or broken is judged as something else": [
-        "test_two_readings: what_reaches_the_api_through_a_socket_is_what_the_ledger_says_was_asked",
-        "test_wire: a_request_that_two_parsers_could_frame_differently_is_refused",
+        "messages/test_two_readings: what_reaches_the_api_through_a_socket_is_what_the_ledger_says_was_asked",
+        "proxy/test_wire: a_request_that_two_parsers_could_frame_differently_is_refused",
         "trick: content-encoding", "trick: byte order mark or another UTF", "trick: invalid UTF-8", "trick: too large",
     ],
-    "an app sees models that it may not use": ["test_gateway: an_app_sees_only_the_models_it_may_use"],
+    "an app sees models that it may not use": ["proxy/test_hooks: an_app_sees_only_the_models_it_may_use"],
 }  # fmt: skip
 
 RUNNING = {
     "a month that never resets, or at the hour of its first use, or after thirty days": ["test_windows: a_window_is_the_calendar_of_its_zone", "test_windows: windows_follow_each_other_without_gap_or_overlap"],
-    "a call over midnight in two days or in none, and a clock that is set back": ["test_ledger: a_call_belongs_to_the_window_of_its_admission", "test_ledger: a_clock_set_back_finds_the_money_of_its_own_day"],
-    "a revoked token that lives on in a cache": ["test_token: a_leaked_token_is_revoked_and_the_other_apps_never_notice", "test_ledger: the_token_is_judged_again_with_the_money"],
-    "a revocation that keeps a running call from being settled": ["test_ledger: a_revoked_token_does_not_keep_a_running_call_from_settling"],
+    "a call over midnight in two days or in none, and a clock that is set back": ["ledger/test_reservations: a_call_belongs_to_the_window_of_its_admission", "ledger/test_reservations: a_clock_set_back_finds_the_money_of_its_own_day"],
+    "a revoked token that lives on in a cache": ["cli/test_token: a_leaked_token_is_revoked_and_the_other_apps_never_notice", "ledger/test_reservations: the_token_is_judged_again_with_the_money"],
+    "a revocation that keeps a running call from being settled": ["ledger/test_reservations: a_revoked_token_does_not_keep_a_running_call_from_settling"],
     "keys in audits, access logs, errors, tracebacks and debug output": [
         "test_secrets: neither_key_nor_token_is_in_any_flow_log_or_file",
         "test_secrets: neither_key_nor_token_is_in_the_process_table_or_in_what_serve_prints",
-        "test_web: a_flow_file_and_a_har_hold_no_secret_even_if_the_gateway_is_stopped_in_mid_flight",
-        "test_logs: a_traceback_is_masked_like_its_message",
-        "test_identity: a_refusal_says_what_is_wrong_and_never_repeats_the_credential",
+        "proxy/web/test_process: a_flow_file_and_a_har_hold_no_secret_even_if_the_gateway_is_stopped_in_mid_flight",
+        "operations/test_logs: a_traceback_is_masked_like_its_message",
+        "identity/test_tokens: a_refusal_says_what_is_wrong_and_never_repeats_the_credential",
     ],
-    "prices that are reloaded under a running call": ["test_reload: a_call_in_flight_is_priced_as_it_was_admitted"],
-    "a reload that overwrites the operator's prices, or nobody knows whether it holds": ["test_prices_data: an_override_replaces_the_keys_that_it_names_and_leaves_the_rest", "test_reload: what_cannot_come_into_force_is_told_and_the_old_stays"],
-    "memory that grows with the calls": ["test_scale: memory_is_flat_over_many_streamed_calls", "test_usage: three_hundred_megabytes_in_constant_memory"],
-    "a long silence with pings that something cuts": ["test_timeouts: a_stream_that_is_slow_but_not_silent_is_left_alone"],
-    "a stream that is held back until it is whole": ["test_gateway: the_first_event_arrives_while_the_upstream_is_still_sending"],
-    "a stream's tap that fails and drops bytes": ["test_addon: a_failing_tap_drops_no_byte_and_forgets_no_bill"],
-    "a budget that is silently not saved": ["test_policy: an_app_s_file_that_cannot_be_in_force_says_where_and_why", "test_policy: every_key_of_the_design_is_read"],
-    "a refusal for a budget that nobody has set, or without its amounts": ["test_refusals_sdk: a_refusal_raises_the_sdks_own_class_with_a_sentence_that_helps"],
+    "prices that are reloaded under a running call": ["operations/test_reload: a_call_in_flight_is_priced_as_it_was_admitted"],
+    "a reload that overwrites the operator's prices, or nobody knows whether it holds": ["pricing/test_prices_data: an_override_replaces_the_keys_that_it_names_and_leaves_the_rest", "operations/test_reload: what_cannot_come_into_force_is_told_and_the_old_stays"],
+    "memory that grows with the calls": ["proxy/test_scale: memory_is_flat_over_many_streamed_calls", "messages/test_meter: three_hundred_megabytes_in_constant_memory"],
+    "a long silence with pings that something cuts": ["proxy/test_timeouts: a_stream_that_is_slow_but_not_silent_is_left_alone"],
+    "a stream that is held back until it is whole": ["proxy/test_hooks: the_first_event_arrives_while_the_upstream_is_still_sending"],
+    "a stream's tap that fails and drops bytes": ["proxy/test_hooks_failing: a_failing_tap_drops_no_byte_and_forgets_no_bill"],
+    "a budget that is silently not saved": ["policy/test_policy: an_app_s_file_that_cannot_be_in_force_says_where_and_why", "policy/test_policy: every_key_of_the_design_is_read"],
+    "a refusal for a budget that nobody has set, or without its amounts": ["calls/test_refusals_by_sdk: a_refusal_raises_the_sdks_own_class_with_a_sentence_that_helps"],
 }  # fmt: skip
 
 TRICKS = {row.trick for row in HOSTILE}

@@ -1,6 +1,6 @@
 """Response bytes -> `Usage`: JSON, SSE and batch results. Sans-IO, incremental, never raising on content.
 
-types.py is what comes out, merge.py the rules by which objects of the API add up, meter.py the bytes of one response,
+values.py is what comes out, merge.py the rules by which objects of the API add up, meter.py the bytes of one response,
 batch_results.py those of a batch's results. None of it knows prices.
 """
 

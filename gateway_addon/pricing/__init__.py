@@ -1,4 +1,4 @@
-"""Prices as data and what a call costs by them. types.py: the table; loading.py: prices.yaml -> the table; costing.py: usage -> cost;
+"""Prices as data and what a call costs by them. values.py: the table; loading.py: prices.yaml -> the table; costing.py: usage -> cost;
 snapshot.py: the table as text, for what is settled long after its admission."""
 
 from gateway_addon.pricing.costing import FLAGS, Cost, PricedPart, cost, rates

@@ -21,7 +21,7 @@ from gateway_addon.operations import tracing
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
 HELLO = [{"role": "user", "content": "Say hello."}]
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 SETTLED = Outcome(status=200, model_served="claude-haiku-4-5", stop_reason="end_turn", first_byte_at=10.5, complete=True)
 
 

@@ -27,7 +27,7 @@ from gateway_addon.simulator import ADMIN_KEY, Behaviour, Simulator
 
 NEW_KEY = KEY.replace("Qm7x", "New1")
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 30, "messages": [{"role": "user", "content": "Hello"}]}
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 CHAPTER = re.compile(r"(?<=^## Moving in\n).*?(?=^## )", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -375,7 +375,7 @@ class TestProcess:
 
         def start(*options: str) -> subprocess.Popen:
             command = [sys.executable, "-m", "gateway_addon.simulator", *options]
-            root = Path(__file__).parent.parent
+            root = Path(__file__).parents[2]
             started.append(subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
             return started[-1]
 

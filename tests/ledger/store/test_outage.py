@@ -116,7 +116,7 @@ asyncio.run(main())
 
 
 async def test_what_a_gateway_knew_when_it_was_killed_beside_a_dead_server_is_booked_once_both_are_back(server, place, home, request):
-    code = DYING.format(tests=str(request.path.parent), url=url(place))
+    code = DYING.format(tests=str(request.path.parents[2] / "support"), url=url(place))
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     exact, dear, voided, unknown = json.loads(await asyncio.to_thread(process.stdout.readline))
     await asyncio.to_thread(server.stop)

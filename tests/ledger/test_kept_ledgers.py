@@ -18,7 +18,7 @@ from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, S
 from gateway_addon.ledger.reports import daily_totals
 from gateway_addon.ledger.store import sqlite_files
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MINE = NewCall("reports", "batch", 1)
 
 

@@ -250,7 +250,7 @@ def test_a_gateways_container_runs_a_command_that_exists_with_the_password_from_
 
 
 def test_the_image_gets_the_driver_that_the_package_asks_for():
-    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert SERVICES["gateway-1"]["build"]["args"]["PACKAGES"].split() == extras["postgres"]
     assert "ARG PACKAGES" in services.CONTAINERFILE
 

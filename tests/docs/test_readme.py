@@ -13,7 +13,7 @@ from checkouts import clone
 from gateway_addon.policy.reference import reference
 from gateway_addon.simulator import KEY, Simulator
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python|yaml|text)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 HAVE_TESTS_OF_THEIR_OWN = ("./run.sh demo\n", "./run.sh test\n")

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from gateway_addon.cli import COMMANDS, INTERRUPTED, main
 from gateway_addon.ledger.store import sqlite_files
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def named(group: click.Group = main, path: tuple[str, ...] = ()) -> dict[str, click.Command]:
@@ -131,7 +131,7 @@ TABLES = {"batches", "demo", "check", "token list", "report", "explain", "replay
 
 def test_what_prints_a_table_prints_json_too():
     assert {name for name, command in ALL.items() if any("--json" in param.opts for param in command.params)} >= TABLES
-    importing = {name for name in COMMANDS if "tabulate" in (Path(__file__).parents[1] / f"gateway_addon/cli/{COMMANDS[name][0]}.py").read_text()}
+    importing = {name for name in COMMANDS if "tabulate" in (Path(__file__).parents[2] / f"gateway_addon/cli/{COMMANDS[name][0]}.py").read_text()}
     assert importing - {"token"} <= TABLES, "a command that prints a table says it to programs too"
 
 

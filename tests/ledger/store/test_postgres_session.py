@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from ledgers import CALL, DAY_CAP, NOON, balance, new_ledger, rows, url
 from sealed import certificate
 
-import gateway_addon.ledger
+import gateway_addon.ledger.store
 from gateway_addon.cli import main
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement
 from gateway_addon.ledger.store import postgres_session
@@ -77,9 +77,9 @@ async def test_every_connection_of_a_gateway_says_whose_it_is(server, said, name
 
 
 def test_without_the_driver_the_sentence_says_what_to_install(monkeypatch):
-    for module in ("postgres", "pgsession"):
-        monkeypatch.delitem(sys.modules, f"gateway_addon.ledger.{module}")
-        monkeypatch.delattr(gateway_addon.ledger, module)
+    for module in ("postgres", "postgres_session"):
+        monkeypatch.delitem(sys.modules, f"gateway_addon.ledger.store.{module}")
+        monkeypatch.delattr(gateway_addon.ledger.store, module)
     monkeypatch.setitem(sys.modules, "psycopg", None)
     result = CliRunner().invoke(main, ["doctor", "--offline", "--ledger", "postgresql://db.internal/gateway"])
     assert result.exit_code == 2

@@ -16,7 +16,7 @@ from gateway_addon.refusals import stated
 
 PRICES = pricing.load(None, None)
 FILE = "policies/apps/reports.yaml"
-SHIPPED = Path(__file__).parents[1] / "policies"
+SHIPPED = Path(__file__).parents[2] / "policies"
 PLAIN: dict[str, Any] = {"model": "claude-haiku-4-5", "max_tokens": 16, "messages": [{"role": "user", "content": "hello"}]}
 LEAST = "models: {allow: [claude-haiku-4-5*]}\ncaps: unlimited\n"
 ALIASES = "caps: unlimited\nmodels:\n  allow: [claude-haiku-4-5]\n  aliases: {"

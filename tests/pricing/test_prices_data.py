@@ -165,7 +165,7 @@ def test_the_multiplier_scales_all_that_is_billed(tmp_path: Path, multiplier: st
 
 
 def test_the_prices_that_the_readme_shows_come_into_force(tmp_path: Path) -> None:
-    [shown] = re.findall(r"^```yaml\n(multiplier:.*?)^```", (Path(__file__).parents[1] / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    [shown] = re.findall(r"^```yaml\n(multiplier:.*?)^```", (Path(__file__).parents[2] / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     found = override(tmp_path, shown)
     assert [row("claude-opus-5-5", found, at).rates.input for at in (TODAY, datetime(2027, 1, 1, tzinfo=UTC))] == [4000, 3000]
     assert row("claude-opus-5-5", found).multiplier == Fraction(9, 10)

@@ -23,7 +23,7 @@ from gateway_addon.ledger.maintenance import invariants, migrate
 from gateway_addon.ledger.store import sqlite_files
 
 pytestmark = pytest.mark.xdist_group("postgresql")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 ODD = "tab\t line\n return\r slash\\ \\N quote' \N{SNOWMAN}"
 
 

@@ -65,7 +65,7 @@ def start(path, request):
     running = []
 
     def run(body):
-        code = WORKER.format(tests=str(request.path.parent), url=f"sqlite:///{path}", body=body.strip())
+        code = WORKER.format(tests=str(request.path.parents[2] / "support"), url=f"sqlite:///{path}", body=body.strip())
         process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         running.append(process)
         return process

@@ -22,7 +22,7 @@ from gateway_addon.cli.init import init
 from gateway_addon.operations.deploy import services
 from gateway_addon.simulator import KEY, Simulator
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ANALYZE = shutil.which("systemd-analyze")
 has_systemd = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not on this machine")
 
