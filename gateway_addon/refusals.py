@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 
-class Row(NamedTuple):
+class RefusalKind(NamedTuple):
     status: int
     error_type: str
     may_retry: bool
@@ -21,53 +21,53 @@ class Row(NamedTuple):
     """The API's own `error.details`, where a client acts on them."""
 
 
-TABLE: dict[str, Row] = {
+TABLE: dict[str, RefusalKind] = {
     # who
-    "token_missing": Row(401, "authentication_error", False),
-    "token_malformed": Row(401, "authentication_error", False),
-    "token_unknown": Row(401, "authentication_error", False),
-    "token_revoked": Row(401, "authentication_error", False),
-    "token_expired": Row(401, "authentication_error", False),
-    "token_conflict": Row(401, "authentication_error", False),
-    "token_address": Row(401, "authentication_error", False),
-    "token_noise": Row(429, "rate_limit_error", False),
-    "token_proxy": Row(407, "authentication_error", False),
+    "token_missing": RefusalKind(401, "authentication_error", False),
+    "token_malformed": RefusalKind(401, "authentication_error", False),
+    "token_unknown": RefusalKind(401, "authentication_error", False),
+    "token_revoked": RefusalKind(401, "authentication_error", False),
+    "token_expired": RefusalKind(401, "authentication_error", False),
+    "token_conflict": RefusalKind(401, "authentication_error", False),
+    "token_address": RefusalKind(401, "authentication_error", False),
+    "token_noise": RefusalKind(429, "rate_limit_error", False),
+    "token_proxy": RefusalKind(407, "authentication_error", False),
     # what
-    "app_unknown": Row(403, "permission_error", False),
-    "app_paused": Row(403, "permission_error", False),
-    "endpoint": Row(403, "permission_error", False),
-    "browser": Row(403, "permission_error", False),
-    "upgrade": Row(403, "permission_error", False),
-    "model": Row(403, "permission_error", False),
-    "model_unpriced": Row(403, "permission_error", False),
-    "feature": Row(403, "permission_error", False),
+    "app_unknown": RefusalKind(403, "permission_error", False),
+    "app_paused": RefusalKind(403, "permission_error", False),
+    "endpoint": RefusalKind(403, "permission_error", False),
+    "browser": RefusalKind(403, "permission_error", False),
+    "upgrade": RefusalKind(403, "permission_error", False),
+    "model": RefusalKind(403, "permission_error", False),
+    "model_unpriced": RefusalKind(403, "permission_error", False),
+    "feature": RefusalKind(403, "permission_error", False),
     # the SDKs' tool_runner asks for a thread by itself, and goes on without one where it is told so
-    "thread": Row(403, "permission_error", False, {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}),
-    "unknown_field": Row(403, "permission_error", False),
-    "max_tokens": Row(403, "permission_error", False),
-    "requirement": Row(403, "permission_error", False),
-    "replay": Row(403, "permission_error", False),
-    "not_found": Row(404, "not_found_error", False),
-    "unsettled": Row(409, "conflict_error", True),
+    "thread": RefusalKind(403, "permission_error", False, {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}),
+    "unknown_field": RefusalKind(403, "permission_error", False),
+    "max_tokens": RefusalKind(403, "permission_error", False),
+    "requirement": RefusalKind(403, "permission_error", False),
+    "replay": RefusalKind(403, "permission_error", False),
+    "not_found": RefusalKind(404, "not_found_error", False),
+    "unsettled": RefusalKind(409, "conflict_error", True),
     # how
-    "body": Row(400, "invalid_request_error", False),
-    "request": Row(400, "invalid_request_error", False),
-    "too_large": Row(413, "request_too_large", False),
+    "body": RefusalKind(400, "invalid_request_error", False),
+    "request": RefusalKind(400, "invalid_request_error", False),
+    "too_large": RefusalKind(413, "request_too_large", False),
     # money
-    "cap_spent": Row(429, "billing_error", False),
-    "quote_over_cap": Row(429, "billing_error", False),
-    "cap_held": Row(429, "rate_limit_error", True),
-    "rate": Row(429, "rate_limit_error", True),
-    "concurrency": Row(429, "rate_limit_error", True),
-    "headroom": Row(429, "rate_limit_error", True),
+    "cap_spent": RefusalKind(429, "billing_error", False),
+    "quote_over_cap": RefusalKind(429, "billing_error", False),
+    "cap_held": RefusalKind(429, "rate_limit_error", True),
+    "rate": RefusalKind(429, "rate_limit_error", True),
+    "concurrency": RefusalKind(429, "rate_limit_error", True),
+    "headroom": RefusalKind(429, "rate_limit_error", True),
     # the gateway itself
-    "ledger": Row(503, "api_error", True),
-    "crowded": Row(503, "api_error", True),
-    "draining": Row(503, "api_error", True),
-    "internal": Row(503, "api_error", False),
-    "upstream_unreachable": Row(502, "api_error", True),
-    "upstream_redirect": Row(502, "api_error", False),
-    "upstream_timeout": Row(504, "timeout_error", True),
+    "ledger": RefusalKind(503, "api_error", True),
+    "crowded": RefusalKind(503, "api_error", True),
+    "draining": RefusalKind(503, "api_error", True),
+    "internal": RefusalKind(503, "api_error", False),
+    "upstream_unreachable": RefusalKind(502, "api_error", True),
+    "upstream_redirect": RefusalKind(502, "api_error", False),
+    "upstream_timeout": RefusalKind(504, "timeout_error", True),
 }
 
 

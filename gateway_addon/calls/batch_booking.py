@@ -9,10 +9,10 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from gateway_addon.calls.batches import Results
+from gateway_addon.calls.batches import PricedResults
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Resolution, app_scope
 from gateway_addon.ledger import batches as book
-from gateway_addon.ledger.batches import Batch, ResultRow, Settled
+from gateway_addon.ledger.batches import Batch, ResultRow, SettledBatch
 from gateway_addon.pricing import Prices, restored
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1_000  # of one transaction: some milliseconds, which others wait for
 ROWS_WAITING_MAX = 20_000  # some ten megabytes
 
-type Closed = Callable[[Batch, Settled, Resolution], None]
+type OnBatchClosed = Callable[[Batch, SettledBatch, Resolution], None]
 """Hears of a batch that was settled here, the first time."""
 
 
@@ -31,7 +31,7 @@ async def priced_by(ledger: Ledger, batch: Batch, current: Prices) -> Prices:
     return restored(await ledger.look(partial(book.prices, digest=batch.prices_digest)))
 
 
-async def close(ledger: Ledger, batch: Batch, closed: Closed, *, anyway: str | None = None, now: float) -> bool:
+async def close(ledger: Ledger, batch: Batch, closed: OnBatchClosed, *, anyway: str | None = None, now: float) -> bool:
     """Settle a batch from the results that were booked; False where some are missing. Raises LedgerUnavailable."""
     resolution = await ledger.keep(partial(book.close, id=batch.id, anyway=anyway, now=now), app_scope(batch.app))
     if resolution is not None and resolution.first:
@@ -39,10 +39,10 @@ async def close(ledger: Ledger, batch: Batch, closed: Closed, *, anyway: str | N
     return resolution is not None
 
 
-class Booking:
+class BatchBooking:
     """One reading of one batch's results."""
 
-    def __init__(self, ledger: Ledger, batch: Batch, results: Results, closed: Closed, clock: Callable[[], float]):
+    def __init__(self, ledger: Ledger, batch: Batch, results: PricedResults, closed: OnBatchClosed, clock: Callable[[], float]):
         self._ledger, self._batch, self._results, self._closed, self._clock = ledger, batch, results, closed, clock
         self._waiting: list[ResultRow] = []
         self._given_up = False

@@ -15,7 +15,7 @@ from gateway_addon.calls.quote import quote
 from gateway_addon.calls.refusal_messages import over_request_cap
 from gateway_addon.ledger.batches import ResultRow
 from gateway_addon.messages import BatchMeter, BatchResult, json_object
-from gateway_addon.messages.request import DEEP, Reading, Request, Unreadable, message, parsed
+from gateway_addon.messages.request import DEEP, ParsedRequest, Request, Unreadable, message, parsed
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, edits, judge, observed
 from gateway_addon.pricing import Prices, cost
@@ -30,7 +30,7 @@ _FREE = ("errored", "canceled", "expired")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AskedBatch:
     """A batch as judged. `quote_nano` is the sum of its requests' quotes at batch rates: one reservation."""
 
     requests: int
@@ -52,7 +52,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Object:
+class BatchObject:
     """The API's own object of a batch, with its address of the results led back through the gateway."""
 
     id: str
@@ -64,14 +64,14 @@ class Object:
 class _One:
     """One request of a batch, judged and quoted."""
 
-    reading: Reading
+    reading: ParsedRequest
     quote_nano: int
     changes: dict[str, Any]
     """What the policy rewrites in its parameters."""
     observed: tuple[str, ...] = ()
 
 
-def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Asked | Refusal:
+def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> AskedBatch | Refusal:
     """Read, judge and quote a batch. The first request that would be refused as a call of its own refuses the batch, by its name."""
     quote_nano, hour_ttl, rewritten = 0, False, False
     models: set[str] = set()
@@ -94,20 +94,20 @@ def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Aske
         return stated("body", DEEP)
     body = json.dumps({"requests": entries}, ensure_ascii=False, separators=(",", ":")).encode() if rewritten else None
     model = models.pop() if len(models) == 1 else None
-    return Asked(len(entries), quote_nano, model, hour_ttl, frozenset(files), tuple(flags), body)
+    return AskedBatch(len(entries), quote_nano, model, hour_ttl, frozenset(files), tuple(flags), body)
 
 
-def object_of(body: bytes) -> Object | None:
+def object_of(body: bytes) -> BatchObject | None:
     """The batch that an answer shows; None where it shows none."""
     shown = json_object(body)
     if shown is None or not _ID.match(str(shown.get("id"))):
         return None
     if isinstance(address := shown.get("results_url"), str):
         shown["results_url"] = urlsplit(address).path  # as it came, it would lead the app past the gateway, token in hand
-    return Object(str(shown["id"]), safe_name(str(shown.get("processing_status"))), json.dumps(shown))
+    return BatchObject(str(shown["id"]), safe_name(str(shown.get("processing_status"))), json.dumps(shown))
 
 
-class Results:
+class PricedResults:
     """Prices a results file as it passes. Holds one line at a time.
 
     A result that cannot be read or priced is left out: the batch then lacks it, and is not settled by its results.
@@ -190,7 +190,7 @@ def _judged(app: AppPolicy, prices: Prices, where: str, params: dict[str, Any], 
     return _One(read, bound.total_nano, changes, tuple(f"observed:{code}" for code in passed))
 
 
-def _read(where: str, params: dict[str, Any], request: Request) -> Reading:
+def _read(where: str, params: dict[str, Any], request: Request) -> ParsedRequest:
     try:
         read = message("batch_request", params, json.dumps(params, ensure_ascii=False).encode(), request)
     except UnicodeEncodeError:

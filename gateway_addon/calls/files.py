@@ -11,7 +11,7 @@ from gateway_addon.refusals import Refusal, stated
 _ID = re.compile(r"file_[A-Za-z0-9]{1,128}\Z")
 
 
-class Object(NamedTuple):
+class FileObject(NamedTuple):
     """The API's own object of a file."""
 
     id: str
@@ -28,9 +28,9 @@ def upload_problem(request: Request) -> Refusal | None:
     return None
 
 
-def file_of(body: bytes) -> Object | None:
+def file_of(body: bytes) -> FileObject | None:
     """The file that an answer shows; None where it shows none."""
     shown = json_object(body)
     if shown is None or not _ID.match(str(shown.get("id"))):
         return None
-    return Object(str(shown["id"]), json.dumps(shown))
+    return FileObject(str(shown["id"]), json.dumps(shown))

@@ -21,25 +21,24 @@ from functools import partial
 from typing import Any
 
 from gateway_addon.calls import alerts
-from gateway_addon.calls.permits import Arrived, Ending, Errand, Pass, new_call
-from gateway_addon.calls.queue import Door
+from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook, new_call
+from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.quote import Quote, quote
-from gateway_addon.calls.record import Tell, record
-from gateway_addon.calls.refusal_messages import denied, elsewhere, headroom, in_force, noisy, over_request_cap, paused
-from gateway_addon.calls.reservation_options import offers, rewritten
-from gateway_addon.calls.responses import Answer, edited_text, me, visible_models
-from gateway_addon.calls.running import Running, Ticket
+from gateway_addon.calls.record import OnCall, record
+from gateway_addon.calls.refusal_messages import denied, elsewhere, headroom, in_force, over_request_cap, paused, throttled
+from gateway_addon.calls.reservation_options import reservation_options, rewritten
+from gateway_addon.calls.responses import OwnResponse, edited_text, me, visible_models
+from gateway_addon.calls.running import Admission, InFlightCall
 from gateway_addon.calls.settlement import EndedBy, Void, drifted, settle
-from gateway_addon.calls.top_ups import Cut, Streams
+from gateway_addon.calls.top_ups import Cut, RunningStreams
 from gateway_addon.calls.workspace import Workspace
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.identity import tokens
 from gateway_addon.identity.client_address import origin, within
-from gateway_addon.identity.throttle import Noise
+from gateway_addon.identity.throttle import FailedAuthenticationThrottle
 from gateway_addon.ledger import (
     Alert,
     Denied,
-    Knock,
     Ledger,
     LedgerUnavailable,
     NewCall,
@@ -48,15 +47,16 @@ from gateway_addon.ledger import (
     Resolution,
     Settlement,
     Token,
+    TokenLookup,
     scopes,
 )
-from gateway_addon.ledger.batches import Batch, Settled
+from gateway_addon.ledger.batches import Batch, SettledBatch
 from gateway_addon.messages import request as reading
 from gateway_addon.messages import wrong_paths
-from gateway_addon.messages.request import Reading, Request
+from gateway_addon.messages.request import ParsedRequest, Request
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
-from gateway_addon.operations.webhooks import Herald
+from gateway_addon.operations.webhooks import AlertDelivery
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, judge, observed
 from gateway_addon.refusals import Refusal
 from gateway_addon.upstreams.rate_limits import shortage
@@ -74,12 +74,12 @@ BROWSER = Refusal(
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
 
 
-class Gate:
+class Gateway:
     """One process's door. `policy` is replaced whole by a reload; calls in flight keep the one they came under."""
 
     def __init__(
-        self, ledger: Ledger, policy: GatewayPolicy, clocks: Clocks = SYSTEM, herald: Herald | None = None, entrance: str = "",
-        on_call: Tell | None = None,
+        self, ledger: Ledger, policy: GatewayPolicy, clocks: Clocks = SYSTEM, alert_delivery: AlertDelivery | None = None,
+        entrance: str = "", on_call: OnCall | None = None,
     ):  # fmt: skip
         """`clocks` pace; what concerns windows and rows takes its `now` from the caller.
 
@@ -94,13 +94,13 @@ class Gate:
         self.policy_problem: str | None = None
         """Why the files on disk are not in force, after a reload that failed."""
         self.key_problem: str | None = None
-        self.streams = Streams(ledger, clocks)
-        self._door = Door(ledger)
-        self._herald = herald
-        self.workspace = Workspace(ledger, self._door, clocks.now, self.batch_closed, self._resolve)
-        self._heralding: asyncio.Task[None] | None = None
+        self.streams = RunningStreams(ledger, clocks)
+        self._queue = BudgetQueue(ledger)
+        self._alert_delivery = alert_delivery
+        self.workspace = Workspace(ledger, self._queue, clocks.now, self.batch_closed, self._resolve)
+        self._delivering: asyncio.Task[None] | None = None
         self._limits_monotonic_s = -math.inf
-        self._noise = Noise()
+        self._throttle = FailedAuthenticationThrottle()
         self._ready_monotonic_s = -math.inf
 
     # -- arrive
@@ -108,7 +108,7 @@ class Gate:
     async def arrive(
         self, method: str, target: str, headers: tuple[tuple[str, str], ...], peer: str, now: float, digest: str | None = None,
         base_url: str = "",
-    ) -> Arrived | Answer | Refusal:
+    ) -> AuthenticatedRequest | OwnResponse | Refusal:
         """Find out who calls which endpoint, from the headers alone. `headers` have lower-case names; `peer` is an IP address.
 
         `digest`: of the token that a replayed request came with the first time; it must be in force now. `base_url`: where the client
@@ -116,21 +116,21 @@ class Gate:
         """
         endpoint = reading.endpoint(method, target)
         if endpoint == "hello":
-            return Answer(None)
+            return OwnResponse(None)
         if endpoint == "healthz":
-            return Answer(self._health())
+            return OwnResponse(self._health())
         try:
             if endpoint == "readyz":
                 return await self._readiness()
-            token, found = (BROWSER, Knock()) if method == "OPTIONS" else await self._knock(headers, digest, now)
+            token, found = (BROWSER, TokenLookup()) if method == "OPTIONS" else await self._look_up_token(headers, digest, now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
         address = origin(peer, headers, self.policy.trusted_proxies)
         if isinstance(token, Refusal):
             monotonic_s = self._clocks.monotonic_s()
-            noise = noisy(address, monotonic_s) if self._noise.too_much(address, monotonic_s) else token
-            self.ledger.noise(noise.code, now=now)
-            return noise
+            failed_authentication = throttled(address, monotonic_s) if self._throttle.too_much(address, monotonic_s) else token
+            self.ledger.failed_authentication(failed_authentication.code, now=now)
+            return failed_authentication
         app = self.policy.apps.get(token.app)
         if app is not None and (pause := next((each for each in found.pauses if each.scope in scopes(app.name, app.team)), None)):
             return self._refused(app, token, str(endpoint), paused(pause), now)
@@ -144,21 +144,23 @@ class Gate:
             return self._refused(app, token, str(endpoint), elsewhere(app, address, headers), now)
         if endpoint == "me":
             return await self._me(app, now)
-        return Arrived(app, token, endpoint, self.policy, self._clocks.monotonic_s(), found.overruns)
+        return AuthenticatedRequest(app, token, endpoint, self.policy, self._clocks.monotonic_s(), found.overruns)
 
-    async def _knock(self, headers: tuple[tuple[str, str], ...], digest: str | None, now: float) -> tuple[Token | Refusal, Knock]:
+    async def _look_up_token(
+        self, headers: tuple[tuple[str, str], ...], digest: str | None, now: float
+    ) -> tuple[Token | Refusal, TokenLookup]:
         """Whose token this is, or why it is none, beside all that the ledger said."""
         if digest is None:
             secret = tokens.credential(headers)
             if isinstance(secret, Refusal):
-                return secret, Knock()
+                return secret, TokenLookup()
             digest = tokens.digest(secret)
-        found = await self.ledger.knock(digest, now=now)
+        found = await self.ledger.look_up_token(digest, now=now)
         return in_force(found.token, now), found
 
     # -- admit
 
-    async def admit(self, arrived: Arrived, request: Request, now: float) -> Ticket | Pass | Answer | Refusal:
+    async def admit(self, arrived: AuthenticatedRequest, request: Request, now: float) -> Admission | Permit | OwnResponse | Refusal:
         """Judge a request by its policy and reserve what it can cost. On return the reservation is durable."""
         app = arrived.app
         read = reading.read(arrived.endpoint, request)
@@ -184,16 +186,16 @@ class Gate:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
             self._turned_away(call, decision.code, now)
-        elif isinstance(decision, Ticket) and (flags or body is not None):
+        elif isinstance(decision, Admission) and (flags or body is not None):
             decision = replace(decision, flags=(*flags, *decision.flags), body=body, edited=edited_text(changes, asked))
-        elif isinstance(decision, Pass):
+        elif isinstance(decision, Permit):
             edited = edited_text(changes, asked) or decision.edited
             decision = replace(decision, flags=flags, body=decision.body if body is None else body, edited=edited)
         return decision
 
     async def _decide(
-        self, arrived: Arrived, read: Reading, request: Request, call: NewCall, bound: Quote | None, now: float
-    ) -> Ticket | Pass | Answer | Refusal:
+        self, arrived: AuthenticatedRequest, read: ParsedRequest, request: Request, call: NewCall, bound: Quote | None, now: float
+    ) -> Admission | Permit | OwnResponse | Refusal:
         """What becomes of a request that the policy lets through. Raises LedgerUnavailable."""
         if read.shared:
             return await self.workspace.admit(arrived, read, request, call, now)
@@ -202,10 +204,12 @@ class Gate:
         if bound is not None:
             return await self._reserve(arrived, read, call, bound, now)
         if read.endpoint == "models":
-            return Pass(arrived, call, now, errand=Errand(whole=partial(_visible, arrived)))
-        return Pass(arrived, call, now)
+            return Permit(arrived, call, now, response_hook=ResponseHook(whole=partial(_visible, arrived)))
+        return Permit(arrived, call, now)
 
-    async def _reserve(self, arrived: Arrived, read: Reading, call: NewCall, bound: Quote, now: float) -> Ticket | Refusal:
+    async def _reserve(
+        self, arrived: AuthenticatedRequest, read: ParsedRequest, call: NewCall, bound: Quote, now: float
+    ) -> Admission | Refusal:
         app, limits = arrived.app, caps(arrived.policy, arrived.app)
         notes: dict[str, None] = {}  # what observed rules would have said
         if app.rates.headroom_percent is not None:
@@ -215,73 +219,73 @@ class Gate:
             if short is not None:
                 notes["headroom"] = None
         known = arrived.overruns if self._clocks.monotonic_s() - arrived.monotonic_s < KNOWN_FOR_S else await self.ledger.overruns()
-        ways = offers(bound, app, arrived.policy, read, limits, overrun=read.model in known, now=now)
+        ways = reservation_options(bound, app, arrived.policy, read, limits, overrun=read.model in known, now=now)
         request_cap, observing = app.caps.get("request", math.inf), app.observes("caps")
         if not observing:
             if ways[-1].hold_nano > request_cap:
                 return over_request_cap(app, bound, int(request_cap))
-            ways = [offer for offer in ways if offer.hold_nano <= request_cap]
+            ways = [option for option in ways if option.hold_nano <= request_cap]
         elif ways[-1].hold_nano > request_cap:
             notes["quote_over_cap"] = None
         rates = RateLimits(app.rates.requests_per_minute, app.rates.input_tokens_per_minute, app.rates.concurrent)
-        result, offer, passed = await self._door.observe(call, ways, limits, rates, now, caps=observing, its_rates=app.observes("rates"))
+        result, option, passed = await self._queue.observe(call, ways, limits, rates, now, caps=observing, its_rates=app.observes("rates"))
         if isinstance(result, Denied):
-            return denied(result, app, bound, offer.hold_nano)
+            return denied(result, app, bound, option.hold_nano)
         flags = tuple(f"observed:{code}" for code in dict.fromkeys((*notes, *passed)))
         prices = arrived.policy.prices
-        return Ticket(result.call_id, call, app, prices, read, bound, offer.granted_tokens, offer.pace, now, result.standings, flags)
+        return Admission(result.call_id, call, app, prices, read, bound, option.granted_tokens, option.pace, now, result.standings, flags)
 
     # -- running
 
-    def run(self, ticket: Ticket, cut: Cut, monotonic_s: float) -> Running:
+    def run(self, admission: Admission, cut: Cut, monotonic_s: float) -> InFlightCall:
         """Start to account for an admitted call. `cut` ends it before its time, given the reason (`paused`)."""
-        running = Running(ticket, monotonic_s, self.streams.lost_s(monotonic_s))
+        running = InFlightCall(admission, monotonic_s, self.streams.lost_s(monotonic_s))
         self.streams.running[running] = cut
         return running
 
-    def progressed(self, running: Running, monotonic_s: float) -> None:
+    def progressed(self, running: InFlightCall, monotonic_s: float) -> None:
         """A running answer showed more: give back the input's surplus once it is known, and ask for output before it runs out."""
         back_nano = running.release_nano()
         if back_nano:
-            self._later(self.ledger.release(running.ticket.call_id, back_nano, now=self._clocks.now()))
+            self._later(self.ledger.release(running.admission.call_id, back_nano, now=self._clocks.now()))
         self.streams.look_after(running, monotonic_s)
 
     def start(self) -> None:
         """Begin to look after running streams, and to tell alerts, in the running loop."""
         self.streams.start()
-        if self._herald is not None:
-            self._heralding = asyncio.ensure_future(self._herald.run(lambda: self.policy))
+        if self._alert_delivery is not None:
+            self._delivering = asyncio.ensure_future(self._alert_delivery.run(lambda: self.policy))
 
     async def stop(self) -> None:
         """Write what is waiting and let the ledger go."""
         self.streams.stop()
-        if self._heralding is not None:
-            self._heralding.cancel()
-        if self._herald is not None:
-            await self._herald.stop()
+        if self._delivering is not None:
+            self._delivering.cancel()
+        if self._alert_delivery is not None:
+            await self._alert_delivery.stop()
         await self.ledger.close()
 
     # -- close
 
-    def close(self, running: Running, *, sent: bool, ended_by: EndedBy, now: float) -> None:
+    def close(self, running: InFlightCall, *, sent: bool, ended_by: EndedBy, now: float) -> None:
         """Resolve an ended call's reservation. Written for certain, though perhaps after the client has its answer."""
         self.streams.running.pop(running, None)
         monotonic_s = self._clocks.monotonic_s()
         running.ended(monotonic_s, self.streams.lost_s(monotonic_s))
-        call_id = running.ticket.call_id
+        call_id = running.admission.call_id
         result = settle(running, sent=sent, ended_by=ended_by)
         end = result.outcome if isinstance(result, Void) else result
-        hear = partial(self._look_for_overrun, running, end.outcome if isinstance(end, Settlement) else end, now)
-        self._resolve(call_id, running.ticket.call, running.ticket.admitted_at, end, now, hear)
+        on_resolution = partial(self._look_for_overrun, running, end.outcome if isinstance(end, Settlement) else end, now)
+        self._resolve(call_id, running.admission.call, running.admission.admitted_at, end, now, on_resolution)
         if isinstance(result, Void):
             return
-        app, served = running.ticket.app, result.outcome.model_served
+        app, served = running.admission.app, result.outcome.model_served
         if app.served == "exact" and served is not None and drifted(running, served):
-            self.tell(alerts.drift(app.name, running.ticket.reading.model, served, call_id, now))
+            self.emit(alerts.drift(app.name, running.admission.reading.model, served, call_id, now))
 
     def _resolve(
         self, call_id: int, call: NewCall, started_at: float, end: Settlement | Outcome, now: float,
-        hear: Callable[[Resolution], None] = lambda resolution: None,
+        on_resolution: Callable[[Resolution], None] = lambda resolution: None,
     ) -> "asyncio.Future[Resolution]":  # fmt: skip
         """Settle a call, or void it, given its outcome alone; once that is written, wake whoever waits for budget, and tell whoever
         listens."""
@@ -300,15 +304,15 @@ class Gate:
                     call, state, started_at=started_at, ended_at=now, call_id=call_id, outcome=outcome, parts=parts,
                     spent_nano=resolution.spent_nano,
                 ))  # fmt: skip
-            hear(resolution)
+            on_resolution(resolution)
 
         written.add_done_callback(told)
         return written
 
-    def batch_closed(self, batch: Batch, end: Settled, resolution: Resolution) -> None:
+    def batch_closed(self, batch: Batch, end: SettledBatch, resolution: Resolution) -> None:
         """A batch was settled by this process, perhaps one that another process had admitted."""
         logger.info("Batch %s of app %s is settled at %s.", batch.id, batch.app, dollars(resolution.spent_nano))
-        self._door.settled()
+        self._queue.settled()
         if self.on_call is not None:
             told = record(
                 end.call, "settled", started_at=end.started_at, ended_at=self._clocks.now(), call_id=batch.call_id, outcome=end.outcome,
@@ -316,26 +320,26 @@ class Gate:
             )  # fmt: skip
             self.on_call(told)
         if resolution.overrun:
-            self.tell(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clocks.now()))
+            self.emit(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clocks.now()))
 
-    def _look_for_overrun(self, running: Running, outcome: Outcome, now: float, resolution: Resolution) -> None:
-        ticket = running.ticket
+    def _look_for_overrun(self, running: InFlightCall, outcome: Outcome, now: float, resolution: Resolution) -> None:
+        admission = running.admission
         if resolution.overrun and "late" in outcome.flags:
-            self.tell(alerts.late(ticket.app.name, ticket.reading.model, ticket.call_id, resolution, running.lost_s, now))
+            self.emit(alerts.late(admission.app.name, admission.reading.model, admission.call_id, resolution, running.lost_s, now))
         elif resolution.overrun:
-            self.tell(alerts.overrun(ticket.app.name, ticket.reading.model, ticket.call_id, resolution, now))
+            self.emit(alerts.overrun(admission.app.name, admission.reading.model, admission.call_id, resolution, now))
 
-    def tell(self, alert: Alert) -> None:
+    def emit(self, alert: Alert) -> None:
         """Let a person hear of something. Never waits."""
-        if self._herald is not None:
-            self._herald.tell(alert)
+        if self._alert_delivery is not None:
+            self._alert_delivery.emit(alert)
         else:
             logger.warning("%s", alert.sentence)
 
-    def close_free(self, free: Pass, ending: Ending, now: float) -> None:
+    def close_free(self, free: Permit, ending: PermitEnd, now: float) -> None:
         """A forwarded call without a meter has ended: its errand hears of it, and a row is kept of what cost nothing."""
-        if free.errand.ended is not None:
-            free.errand.ended(ending)
+        if free.response_hook.ended is not None:
+            free.response_hook.ended(ending)
         if free.reserved:
             return
         status = ending.status
@@ -351,11 +355,11 @@ class Gate:
     def _wake(self, written: "asyncio.Future[Any]") -> None:
         if not written.cancelled() and written.exception() is not None:
             logger.error("The ledger could not write a settlement: %s", written.exception())
-        self._door.settled()
+        self._queue.settled()
 
     # -- answers of the gateway's own
 
-    def crowded(self, arrived: Arrived, body_bytes: int, held_bytes: Callable[[], int], now: float) -> Refusal | None:
+    def crowded(self, arrived: AuthenticatedRequest, body_bytes: int, held_bytes: Callable[[], int], now: float) -> Refusal | None:
         """A body for which there is no memory beside those held is refused before it is read; small ones always find room.
 
         `held_bytes` counts all bodies in flight, this one among them; it is asked for a large body alone.
@@ -378,7 +382,7 @@ class Gate:
         if self.on_call is not None:
             self.on_call(record(call, "refused", started_at=now, ended_at=now, refusal=code))
 
-    async def _readiness(self) -> Answer:
+    async def _readiness(self) -> OwnResponse:
         """For a load balancer: 200 while calls would be taken. Asked at most once a second of the ledger, whoever asks here.
 
         Raises LedgerUnavailable.
@@ -386,14 +390,14 @@ class Gate:
         if self._clocks.monotonic_s() - self._ready_monotonic_s >= READY_FOR_S:
             await self.ledger.ready()
             self._ready_monotonic_s = self._clocks.monotonic_s()
-        return Answer({"status": "ready"})
+        return OwnResponse({"status": "ready"})
 
     def _health(self) -> dict[str, Any]:
         health: dict[str, Any] = {"status": "ok", "policy": self.policy.digest[:12], "apps": len(self.policy.apps)}
         problems = {"policy_problem": self.policy_problem, "key_problem": self.key_problem}
         return health | {name: problem for name, problem in problems.items() if problem is not None}
 
-    async def _me(self, app: AppPolicy, now: float) -> Answer | Refusal:
+    async def _me(self, app: AppPolicy, now: float) -> OwnResponse | Refusal:
         limits = tuple(cap for cap in caps(self.policy, app) if cap.scope == f"app:{app.name}")
         try:
             standings = await self.ledger.standing([f"app:{app.name}"], limits, now=now)
@@ -401,7 +405,7 @@ class Gate:
             return _ledger_refusal(error)
         return me(app, standings)
 
-    def upstream_headers(self, arrived: Arrived, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
+    def upstream_headers(self, arrived: AuthenticatedRequest, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
         """Keep what the upstream says of the shared key's limits; say so where it does not take the key, or sends callers elsewhere."""
         limits = {safe_name(name): safe_name(value) for name, value in headers if name.startswith("anthropic-ratelimit-")}
         monotonic_s = self._clocks.monotonic_s()
@@ -409,12 +413,12 @@ class Gate:
             self._limits_monotonic_s = monotonic_s
             self.ledger.ratelimits(limits, now=now)
         if status == 401:
-            self.tell(alerts.key_refused(arrived.policy.key, now))
+            self.emit(alerts.key_refused(arrived.policy.key, now))
         elif 300 <= status < 400:
-            self.tell(alerts.redirected(arrived.policy.upstream, status, now))
+            self.emit(alerts.redirected(arrived.policy.upstream, status, now))
 
 
-async def _visible(arrived: Arrived, status: int, body: bytes) -> bytes:
+async def _visible(arrived: AuthenticatedRequest, status: int, body: bytes) -> bytes:
     return visible_models(arrived.app, arrived.policy.prices, body) if status == 200 else body
 
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.ledger import NewCall, Token
-from gateway_addon.messages.request import Reading, Request
+from gateway_addon.messages.request import ParsedRequest, Request
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
+class AuthenticatedRequest:
     """A caller with a good token, at an endpoint that exists, under the policy in force when it came."""
 
     app: AppPolicy
@@ -25,7 +25,7 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class PermitEnd:
     """How a forwarded call ended: `sent` once any of it was handed to the upstream's socket."""
 
     sent: bool
@@ -34,7 +34,7 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class ResponseHook:
     """What else an answer is for, beside being passed on. Each part may be missing."""
 
     whole: Callable[[int, bytes], Awaitable[bytes]] | None = None
@@ -43,14 +43,14 @@ class Errand:
     """A 200 may be of any length: it passes piece by piece."""
     tap: Callable[[bytes], None] | None = None
     """Reads along with what is streamed."""
-    ended: Callable[[Ending], None] | None = None
+    ended: Callable[[PermitEnd], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class Permit:
     """Permission to forward a call that costs nothing (count_tokens, models), or whose cost is settled later (a batch)."""
 
-    arrived: Arrived
+    arrived: AuthenticatedRequest
     call: NewCall
     admitted_at: float
     body: bytes | None = None
@@ -59,12 +59,12 @@ class Pass:
     """What was rewritten, as in `Ticket`; of a batch the names of the fields, whichever of its requests it was in."""
     flags: tuple[str, ...] = ()
     """What the policy did beside letting it pass, as in `Ticket`."""
-    errand: Errand = Errand()
+    response_hook: ResponseHook = ResponseHook()
     reserved: bool = False
     """The ledger has an open call for it already; else one is written at its end, as free."""
 
 
-def new_call(arrived: Arrived, read: Reading, request: Request, entrance: str) -> NewCall:
+def new_call(arrived: AuthenticatedRequest, read: ParsedRequest, request: Request, entrance: str) -> NewCall:
     """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents."""
     model, session, agent = (
         safe_name(text) or None

@@ -11,14 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from gateway_addon.calls.progress import Pace
-from gateway_addon.ledger import Cap, Denied, Ledger, NewCall, RateLimits, Reserved, Standing, app_scope
+from gateway_addon.ledger import CapShape, Denied, Ledger, NewCall, RateLimits, Reserved, Standing, app_scope
 
 WAIT_S = 2.0  # for budget that is held, not spent
 LOOK_S = 0.05  # another process's settlement makes no sound here
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class ReservationOption:
     """One way to reserve a call: whole, or in steps of which this is the first. `pace` None: nothing but its end bounds the call."""
 
     granted_tokens: int
@@ -27,7 +27,7 @@ class Offer:
     quantum_nano: int = 0
 
 
-class Door:
+class BudgetQueue:
     """One process's door to a ledger."""
 
     def __init__(self, ledger: Ledger):
@@ -36,8 +36,8 @@ class Door:
         self._settled = asyncio.Event()
 
     async def reserve(
-        self, call: NewCall, offers: Sequence[Offer], limits: Sequence[Cap], rates: RateLimits, now: float
-    ) -> tuple[Reserved | Denied, Offer]:
+        self, call: NewCall, reservation_options: Sequence[ReservationOption], limits: Sequence[CapShape], rates: RateLimits, now: float
+    ) -> tuple[Reserved | Denied, ReservationOption]:
         """Reserve by the first offer that fits; where budget is only held, wait in line for it. Raises LedgerUnavailable.
 
         Newcomers do not overtake whoever waits in one of their scopes. The denial is that of the last, smallest offer.
@@ -45,33 +45,41 @@ class Door:
         loop = asyncio.get_running_loop()
         began = loop.time()
 
-        async def attempt() -> tuple[Reserved | Denied, Offer]:
-            for offer in offers:
+        async def attempt() -> tuple[Reserved | Denied, ReservationOption]:
+            for option in reservation_options:
                 result = await self._ledger.reserve(
-                    call, offer.hold_nano, limits, quantum_nano=offer.quantum_nano, rates=rates, now=now + loop.time() - began
+                    call, option.hold_nano, limits, quantum_nano=option.quantum_nano, rates=rates, now=now + loop.time() - began
                 )
                 if isinstance(result, Reserved):
-                    return result, offer
-            return result, offer
+                    return result, option
+            return result, option
 
         scope = next((scope for scope in call.scopes if scope in self._lines and self._lines[scope].locked()), None)
         if scope is None:
-            result, offer = await attempt()
+            result, option = await attempt()
             if isinstance(result, Reserved) or result.reason != "cap_held" or result.standing is None:
-                return result, offer
+                return result, option
             scope = result.standing.scope
         with suppress(TimeoutError):
             async with asyncio.timeout(WAIT_S), self._lines[scope]:
                 while True:
-                    result, offer = await attempt()
+                    result, option = await attempt()
                     if isinstance(result, Reserved) or result.reason != "cap_held":
-                        return result, offer
+                        return result, option
                     await self._next_settlement()
         return await attempt()
 
     async def observe(
-        self, call: NewCall, offers: Sequence[Offer], limits: Sequence[Cap], rates: RateLimits, now: float, *, caps: bool, its_rates: bool
-    ) -> tuple[Reserved | Denied, Offer, tuple[str, ...]]:
+        self,
+        call: NewCall,
+        reservation_options: Sequence[ReservationOption],
+        limits: Sequence[CapShape],
+        rates: RateLimits,
+        now: float,
+        *,
+        caps: bool,
+        its_rates: bool,
+    ) -> tuple[Reserved | Denied, ReservationOption, tuple[str, ...]]:
         """The same where the app's own `caps` or `its_rates` are only observed: also the codes of what they would have said.
 
         Its own caps are then left out from the first, or a stream's later top-ups would still be judged by them; those that it shares
@@ -81,14 +89,14 @@ class Door:
         if caps:
             own = await self._ledger.capped([cap for cap in limits if cap.scope == app_scope(call.app)], now=now)
             limits = [cap for cap in limits if cap.scope != app_scope(call.app)]
-        codes = dict.fromkeys(code for standing in own if (code := _said(standing, offers[-1].hold_nano)) is not None)
-        result, offer = await self.reserve(call, offers, limits, rates, now)
+        codes = dict.fromkeys(code for standing in own if (code := _said(standing, reservation_options[-1].hold_nano)) is not None)
+        result, option = await self.reserve(call, reservation_options, limits, rates, now)
         if its_rates and isinstance(result, Denied) and result.reason in ("rate", "concurrency"):
             codes[result.reason] = None
-            result, offer = await self.reserve(call, offers, limits, RateLimits(), now)
+            result, option = await self.reserve(call, reservation_options, limits, RateLimits(), now)
         if own and isinstance(result, Reserved):
             result = replace(result, standings=(*result.standings, *own))
-        return result, offer, tuple(codes)
+        return result, option, tuple(codes)
 
     def settled(self) -> None:
         """A settlement of this process is written: whoever waits may look again."""

@@ -14,12 +14,12 @@ from fractions import Fraction
 from heapq import nlargest
 from typing import Any, NamedTuple
 
-from gateway_addon.messages.request import MAX_TOKENS_MAX, Reading, definition_bytes
-from gateway_addon.messages.scan import Use
+from gateway_addon.messages.request import MAX_TOKENS_MAX, ParsedRequest, definition_bytes
+from gateway_addon.messages.scan import FeatureUse
 from gateway_addon.messages.schema import Effect
 from gateway_addon.money import dollars, rounded_up
 from gateway_addon.policy import AppPolicy, Feature
-from gateway_addon.pricing import Prices, Rates, Row, rates
+from gateway_addon.pricing import PriceRow, Prices, Rates, rates
 from gateway_addon.refusals import Refusal, stated
 
 REQUEST_TOKENS = 1_000  # the hidden prompt of tool use is 264 to 804 tokens; recorded requests needed 350 in all
@@ -156,21 +156,21 @@ class _Terms:
     """What every line of one quote is priced under."""
 
     app: AppPolicy
-    reading: Reading
+    reading: ParsedRequest
     prices: Prices
     now: float
     batch: bool
     max_tokens: int
     """Those that the request asks for, or would ask for."""
 
-    def row(self, model: str) -> Row | None:
+    def row(self, model: str) -> PriceRow | None:
         return self.prices.row(model, self.now)
 
-    def feature(self, use: Use) -> Feature:
+    def feature(self, use: FeatureUse) -> Feature:
         """The operator's limits; none where an app that is only observed uses what its policy does not name."""
         return self.app.features.get(use.feature, Feature())
 
-    def rates(self, row: Row, prompt_tokens: int, *, fast: bool) -> Rates:
+    def rates(self, row: PriceRow, prompt_tokens: int, *, fast: bool) -> Rates:
         default = "us" if self.app.workspace_geo == "unknown" and row.geo else self.app.workspace_geo
         geo = self.reading.body.get("inference_geo") or (default if row.geo else None)
         return rates(row, prompt_tokens=prompt_tokens, speed="fast" if fast else None, inference_geo=geo, batch=self.batch)
@@ -184,7 +184,7 @@ class _Terms:
         return "input", priced.input
 
 
-def quote(reading: Reading, app: AppPolicy, prices: Prices, now: float, *, batch: bool = False) -> Quote | Refusal:
+def quote(reading: ParsedRequest, app: AppPolicy, prices: Prices, now: float, *, batch: bool = False) -> Quote | Refusal:
     """Bound the cost of a request that `policy.judge` has seen, at the prices of `now` (unix seconds), in a `batch` at half of them.
 
     Refuses (`model_unpriced`) where a model that the request can reach has no price: what has no price is never free; and in a batch
@@ -232,7 +232,7 @@ def _bound(terms: _Terms, max_tokens: int) -> Quote:
     )
 
 
-def input_bound(reading: Reading, row: Row) -> int:
+def input_bound(reading: ParsedRequest, row: PriceRow) -> int:
     """The most tokens that one reading of this prompt can have, on the model of a price row."""
     found = reading.found
     image_tokens = IMAGE_TOKENS_HIGH_RESOLUTION if row.high_resolution else IMAGE_TOKENS
@@ -249,7 +249,7 @@ def input_bound(reading: Reading, row: Row) -> int:
     return max(tokens, row.context_tokens) if outside else tokens
 
 
-def _turns(terms: _Terms, row: Row, max_tokens: int) -> Turns:
+def _turns(terms: _Terms, row: PriceRow, max_tokens: int) -> Turns:
     """The turns of one attempt at the request, by the model of a price row."""
     prompt = input_bound(terms.reading, row)
     listed = sum(_brought_tokens(terms, use, row) for use in terms.reading.found.uses if use.feature == "mcp")
@@ -267,17 +267,17 @@ def _turns(terms: _Terms, row: Row, max_tokens: int) -> Turns:
     )
 
 
-def _loops(use: Use) -> bool:
+def _loops(use: FeatureUse) -> bool:
     """Whether the provider reads the prompt again for this one."""
     return use.effect is Effect.SERVER_TOOL or use.where == "mcp_servers" or (use.feature == "advisor" and use.is_tool)
 
 
-def _bounded(use: Use) -> bool:
+def _bounded(use: FeatureUse) -> bool:
     """Whether the tool's own `max_uses` bounds the turns that come of it."""
     return _stated_uses(use) is not None and not _runs_code(use)
 
 
-def _runs_code(use: Use) -> bool:
+def _runs_code(use: FeatureUse) -> bool:
     """Whether code may run between two uses of a tool: in turns that nobody counts, until the loop is paused."""
     callers = use.value.get("allowed_callers") if isinstance(use.value, dict) else None
     if use.feature not in ("web_search", "web_fetch"):
@@ -285,7 +285,7 @@ def _runs_code(use: Use) -> bool:
     return callers != ["direct"] and (callers is not None or use.value["type"].rpartition("_")[2] >= CODE_SINCE)
 
 
-def _uses(use: Use) -> int:
+def _uses(use: FeatureUse) -> int:
     """How often a tool can be used, code that runs in between included: as it says (a policy that limits uses demands that), else
     until the turn is paused."""
     stated = _stated_uses(use)
@@ -294,12 +294,12 @@ def _uses(use: Use) -> int:
     return stated
 
 
-def _stated_uses(use: Use) -> int | None:
+def _stated_uses(use: FeatureUse) -> int | None:
     stated = use.value.get("max_uses") if isinstance(use.value, dict) else None
     return stated if type(stated) is int and stated >= 0 else None
 
 
-def _brought_tokens(terms: _Terms, use: Use, row: Row) -> int:
+def _brought_tokens(terms: _Terms, use: FeatureUse, row: PriceRow) -> int:
     """What one use brings into the prompts of later turns: as the operator says, else a whole context window."""
     if use.feature == "tool_search":
         tools = (tool for same in terms.reading.found.definitions.values() for tool in same)
@@ -310,7 +310,7 @@ def _brought_tokens(terms: _Terms, use: Use, row: Row) -> int:
     return row.context_tokens if declared is None else declared
 
 
-def _extras(terms: _Terms, row: Row, turns: Turns) -> Iterator[tuple[QuotePart, str]]:
+def _extras(terms: _Terms, row: PriceRow, turns: Turns) -> Iterator[tuple[QuotePart, str]]:
     """What is billed beside the answer itself: (line, price row) each."""
     yield from _beside(terms, row, turns, fast=_fast(terms.reading.body))
     for use in terms.reading.found.uses:
@@ -318,7 +318,7 @@ def _extras(terms: _Terms, row: Row, turns: Turns) -> Iterator[tuple[QuotePart, 
             yield from _fallbacks(terms, use)
 
 
-def _beside(terms: _Terms, row: Row, turns: Turns, *, fast: bool, whose: str = "") -> Iterator[tuple[QuotePart, str]]:
+def _beside(terms: _Terms, row: PriceRow, turns: Turns, *, fast: bool, whose: str = "") -> Iterator[tuple[QuotePart, str]]:
     """What is billed beside the turns of one attempt: its searches, a compaction before each turn, its advisor's calls."""
     for use in terms.reading.found.uses:
         if use.feature == "web_search" and use.is_tool:
@@ -332,7 +332,7 @@ def _beside(terms: _Terms, row: Row, turns: Turns, *, fast: bool, whose: str = "
             yield from _advisor(terms, use, whose)
 
 
-def _advisor(terms: _Terms, use: Use, whose: str) -> Iterator[tuple[QuotePart, str]]:
+def _advisor(terms: _Terms, use: FeatureUse, whose: str) -> Iterator[tuple[QuotePart, str]]:
     """Each use is a call of its own to another model, which reads the conversation and writes up to its own limit."""
     row = terms.row(use.value["model"])
     if row is not None:
@@ -340,13 +340,13 @@ def _advisor(terms: _Terms, use: Use, whose: str) -> Iterator[tuple[QuotePart, s
         yield from _call(terms, name, row, row.context_tokens, output, fast=False, times=_uses(use))
 
 
-def _advice_tokens(terms: _Terms, use: Use) -> int:
+def _advice_tokens(terms: _Terms, use: FeatureUse) -> int:
     row, stated = terms.row(use.value["model"]), use.value.get("max_tokens")
     most = 0 if row is None else row.output_tokens_max
     return stated if type(stated) is int and 0 <= stated <= most else most
 
 
-def _fallbacks(terms: _Terms, use: Use) -> Iterator[tuple[QuotePart, str]]:
+def _fallbacks(terms: _Terms, use: FeatureUse) -> Iterator[tuple[QuotePart, str]]:
     """Each attempt is billed on its own, by its own model, `max_tokens` and speed; it takes the request's where it has none."""
     for attempt in _attempts(terms, use):
         row = terms.row(attempt["model"])
@@ -359,14 +359,14 @@ def _fallbacks(terms: _Terms, use: Use) -> Iterator[tuple[QuotePart, str]]:
             yield from _beside(terms, row, turns, fast=fast, whose=f" of the fallback to {attempt['model']}")
 
 
-def _attempts(terms: _Terms, use: Use) -> list[Mapping[str, Any]]:
+def _attempts(terms: _Terms, use: FeatureUse) -> list[Mapping[str, Any]]:
     if isinstance(use.value, list):
         return [attempt for attempt in use.value if isinstance(attempt, dict)]
     return [{"model": model} for model in terms.feature(use).default]
 
 
 def _call(
-    terms: _Terms, name: str, row: Row, input_tokens: int, output_tokens: int, *, fast: bool, times: int = 1
+    terms: _Terms, name: str, row: PriceRow, input_tokens: int, output_tokens: int, *, fast: bool, times: int = 1
 ) -> Iterator[tuple[QuotePart, str]]:
     """The two lines of a whole call made inside the request, `times` over."""
     priced = terms.rates(row, input_tokens, fast=fast and row.fast is not None)

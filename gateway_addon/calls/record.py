@@ -7,10 +7,10 @@ README's table; a test holds the two together.
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gateway_addon.ledger import NewCall, Outcome, PricedPart
+from gateway_addon.ledger import NewCall, Outcome, PartShape
 
-type Record = dict[str, Any]
-type Tell = Callable[[Record], None]
+type CallRecord = dict[str, Any]
+type OnCall = Callable[[CallRecord], None]
 
 NOTHING = Outcome()
 
@@ -24,9 +24,9 @@ def record(
     call_id: int | None = None,
     refusal: str | None = None,
     outcome: Outcome = NOTHING,
-    parts: Iterable[PricedPart] = (),
+    parts: Iterable[PartShape] = (),
     spent_nano: int = 0,
-) -> Record:
+) -> CallRecord:
     """What is known of a call at its end. Times are unix seconds, amounts nano-dollars; tokens are summed over the billed parts."""
     tokens = [part.tokens for part in parts]
     first_byte_at = outcome.first_byte_at

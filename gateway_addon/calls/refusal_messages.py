@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from gateway_addon.calls.quote import Quote
-from gateway_addon.calls.running import Running
+from gateway_addon.calls.running import InFlightCall
 from gateway_addon.identity.client_address import FORWARDED_FOR
 from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
 from gateway_addon.identity.tokens import ISSUE
@@ -77,7 +77,7 @@ def elsewhere(app: AppPolicy, address: str, headers: tuple[tuple[str, str], ...]
     return Refusal("token_address", sentence)
 
 
-def noisy(address: str, monotonic_s: float) -> Refusal:
+def throttled(address: str, monotonic_s: float) -> Refusal:
     """An address without a valid token has had its answers of this minute."""
     wait_s = 60 - int(monotonic_s) % 60
     sentence = f"{address} has sent more than {FAILURES_PER_MINUTE} requests without a valid token in this minute"
@@ -96,9 +96,9 @@ def over_request_cap(app: AppPolicy, bound: Quote, cap_nano: int) -> Refusal:
     return Refusal("quote_over_cap", _too_large(app, bound, cap_nano, f"cap for one request of app {app.name}"))
 
 
-def cut_sentence(running: Running) -> str:
+def cut_sentence(running: InFlightCall) -> str:
     """Why the gateway ended a running answer."""
-    app = running.ticket.app.name
+    app = running.admission.app.name
     if running.cut == "paused":
         return f"The operator paused app {app}, so the gateway ended this answer here. What was generated so far is charged."
     if running.cut == "adrift":

@@ -13,18 +13,18 @@ from gateway_addon.pricing import Prices
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class OwnResponse:
     """An answer made here. `body` None: an empty one."""
 
     body: Mapping[str, Any] | None
     status: int = 200
 
 
-def me(app: AppPolicy, standings: Iterable[Standing]) -> Answer:
+def me(app: AppPolicy, standings: Iterable[Standing]) -> OwnResponse:
     """`GET /gateway/me`: an app's own caps, for apps that plan their work."""
     request_cap = app.caps.get("request")
     windows = [_amounts(standing) for standing in standings]
-    return Answer({"app": app.name, "models": list(app.models.allow), "request_cap_nano": request_cap, "windows": windows})
+    return OwnResponse({"app": app.name, "models": list(app.models.allow), "request_cap_nano": request_cap, "windows": windows})
 
 
 def visible_models(app: AppPolicy, prices: Prices, body: bytes) -> bytes:

@@ -12,7 +12,7 @@ from gateway_addon.calls.progress import Pace, Progress, Seen
 from gateway_addon.calls.quote import Quote
 from gateway_addon.ledger import NewCall, Standing, scopes
 from gateway_addon.messages import Meter, Usage
-from gateway_addon.messages.request import Reading
+from gateway_addon.messages.request import ParsedRequest
 from gateway_addon.money import rounded_up
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy
@@ -20,14 +20,14 @@ from gateway_addon.pricing import Prices, cost, rates
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class Admission:
     """Permission to forward one call: what is reserved for it, and the snapshot that it was judged and is priced by."""
 
     call_id: int
     call: NewCall
     app: AppPolicy
     prices: Prices
-    reading: Reading
+    reading: ParsedRequest
     quote: Quote
     granted_tokens: int
     """Output tokens covered by the reservation: all that its turns may write, unless the call runs on a progressive one."""
@@ -49,10 +49,10 @@ class Ticket:
 
 
 @dataclass(slots=True, eq=False)
-class Running:
+class InFlightCall:
     """A ticket and everything that has happened to it since."""
 
-    ticket: Ticket
+    admission: Admission
     began_monotonic_s: float
     """When it was admitted: before anything of it was sent."""
     lost_before_s: float = 0.0
@@ -79,13 +79,13 @@ class Running:
     usage: Usage | None = field(default=None)
 
     def __post_init__(self) -> None:
-        ticket = self.ticket
-        self.granted_tokens = ticket.granted_tokens
+        admission = self.admission
+        self.granted_tokens = admission.granted_tokens
         self.last_byte_monotonic_s = self.began_monotonic_s
-        if ticket.pace is not None:
-            thinking = ticket.reading.body.get("thinking")
+        if admission.pace is not None:
+            thinking = admission.reading.body.get("thinking")
             may_think = not (isinstance(thinking, dict) and thinking.get("type") == "disabled")
-            self.progress = Progress(ticket.pace, ticket.quote.output_tokens, may_think, self.began_monotonic_s)
+            self.progress = Progress(admission.pace, admission.quote.output_tokens, may_think, self.began_monotonic_s)
 
     @property
     def held_nano(self) -> int:
@@ -95,7 +95,7 @@ class Running:
     def bound_nano(self, tokens: int) -> int:
         """What this call can cost with so many tokens of output."""
         if self.exact is None:
-            return self.ticket.quote.for_output(tokens)
+            return self.admission.quote.for_output(tokens)
         input_nano, output_rate = self.exact
         return input_nano + rounded_up(output_rate, tokens)
 
@@ -129,7 +129,7 @@ class Running:
     @property
     def in_steps(self) -> bool:
         """Less is granted than the call may write: it must be topped up, or cut."""
-        return self.granted_tokens < self.ticket.quote.output_tokens
+        return self.granted_tokens < self.admission.quote.output_tokens
 
     def output_tokens_max(self, *, left: bool = False) -> int:
         """Return the most output that can be billed: the grant, and what came while the loop stood still and nobody could cut.
@@ -140,7 +140,7 @@ class Running:
         if self.progress is None or self.ended_monotonic_s is None:
             return self.granted_tokens
         generated = self.progress.tokens_at(self.ended_monotonic_s)
-        if not left or not self.ticket.quote.releasable:
+        if not left or not self.admission.quote.releasable:
             generated = max(generated, self.granted_tokens)
         return min(generated, self.granted_tokens + self.progress.pace.tokens_in(self.lost_s))
 
@@ -157,13 +157,13 @@ class Running:
 
     def declared(self) -> Pace | None:
         """Return the declared constants of the model that was asked; None where the table has lost it."""
-        row = self.ticket.prices.row(self.ticket.reading.model, self.ticket.admitted_at)
+        row = self.admission.prices.row(self.admission.reading.model, self.admission.admitted_at)
         return None if row is None else Pace(row.output_tokens_per_second_max, row.lag_s)
 
     def unseen_nano(self) -> int | None:
         """Return what an answer that showed nothing can have cost by its last byte; None where only all that is held is a bound."""
         pace = self.declared()
-        if pace is None or not self.ticket.quote.releasable or self.ticket.app.reserve == "full":
+        if pace is None or not self.admission.quote.releasable or self.admission.app.reserve == "full":
             return None
         tokens = pace.tokens_in(self.elapsed_s + pace.lag_s)
         return self.bound_nano(min(tokens, self.granted_tokens))
@@ -173,7 +173,7 @@ class Running:
 
         With the prompt's length known its price tier is known too, so output already granted may turn out cheaper as well.
         """
-        if self.input_known or not self.ticket.quote.releasable or self.meter is None or not self.meter.started:
+        if self.input_known or not self.admission.quote.releasable or self.meter is None or not self.meter.started:
             return 0
         self.input_known = True
         if self.meter.complete:
@@ -181,7 +181,7 @@ class Running:
         usage = self.meter.usage_so_far()
         if not usage.prompt_known:
             return 0
-        row = self.ticket.prices.row(usage.model or "", self.ticket.admitted_at)
+        row = self.admission.prices.row(usage.model or "", self.admission.admitted_at)
         exact = self._input_cost_nano(usage)
         if row is None or exact is None:
             return 0
@@ -214,5 +214,5 @@ class Running:
     def _input_cost_nano(self, usage: Usage) -> int | None:
         """The exact price of the input that an answer reported, its output left out."""
         bare = replace(usage, tokens=replace(usage.tokens, output_tokens=0), iterations=())
-        hour_ttl = self.ticket.reading.hour_ttl
-        return cost(self.ticket.prices, bare, at=self.ticket.admitted_at, hour_ttl_requested=hour_ttl).nano
+        hour_ttl = self.admission.reading.hour_ttl
+        return cost(self.admission.prices, bare, at=self.admission.admitted_at, hour_ttl_requested=hour_ttl).nano

@@ -33,7 +33,7 @@ passed by what can have been generated in that time, and the call flagged `late`
 from dataclasses import dataclass
 from typing import Literal
 
-from gateway_addon.calls.running import Running
+from gateway_addon.calls.running import InFlightCall
 from gateway_addon.ledger import Outcome, Settlement
 from gateway_addon.messages import Usage
 from gateway_addon.pricing import Cost, cost
@@ -53,21 +53,21 @@ class Void:
     outcome: Outcome
 
 
-def drifted(running: Running, served: str) -> bool:
+def drifted(running: InFlightCall, served: str) -> bool:
     """Another model answered than the one asked for (a dated id of the same model is the same model)."""
-    canonical = running.ticket.prices.canonical
-    return (canonical(served) or served) != canonical(running.ticket.reading.model)
+    canonical = running.admission.prices.canonical
+    return (canonical(served) or served) != canonical(running.admission.reading.model)
 
 
-def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | Void:
+def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlement | Void:
     """Judge an ended call by the table above.
 
     `sent`: the request was handed to the upstream's socket, in part or whole. `ended_by`: `whole` where the answer's body
     arrived to its end, else who broke it off.
     """
-    ticket, usage = running.ticket, running.finished()
+    admission, usage = running.admission, running.finished()
     served = usage.model if usage else None
-    flags = ticket.flags if running.cut is None else (*ticket.flags, f"cut:{running.cut}")
+    flags = admission.flags if running.cut is None else (*admission.flags, f"cut:{running.cut}")
     if served is not None and drifted(running, served):
         flags = (*flags, "drift")
 
@@ -84,7 +84,7 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
         most_nano = running.bound_nano(most_tokens)
         if usage is not None and usage.started:
             most_nano = max(most_nano, held_nano)  # of the model that was asked, which need not be the one that answered
-            if usage.prompt_known and ticket.quote.releasable:
+            if usage.prompt_known and admission.quote.releasable:
                 bound = priced(usage.assuming_output(most_tokens))
                 if bound.nano is not None and bound.nano <= most_nano:
                     more = (f"estimated:{reason}", *bound.flags, *late(bound.nano))
@@ -96,7 +96,7 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
         return ("late",) if running.held_nano < nano <= running.bound_nano(running.output_tokens_max()) else ()
 
     def priced(used: Usage) -> Cost:
-        return cost(ticket.prices, used, at=ticket.admitted_at, hour_ttl_requested=ticket.reading.hour_ttl)
+        return cost(admission.prices, used, at=admission.admitted_at, hour_ttl_requested=admission.reading.hour_ttl)
 
     if not sent:
         return Void(outcome("not_sent"))
@@ -128,7 +128,7 @@ def settle(running: Running, *, sent: bool, ended_by: EndedBy) -> Settlement | V
     return Settlement(bill.nano, bill.parts, outcome(*bill.flags, *late(bill.nano), complete=True, price_rows=bill.price_rows))
 
 
-def _may_have_looped(running: Running) -> bool:
+def _may_have_looped(running: InFlightCall) -> bool:
     """Whether turns of the provider's own can have been billed before its error came."""
     pace = running.declared()
-    return not running.ticket.quote.releasable and (pace is None or running.elapsed_s > pace.lag_s)
+    return not running.admission.quote.releasable and (pace is None or running.elapsed_s > pace.lag_s)

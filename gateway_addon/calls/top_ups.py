@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from gateway_addon.calls.progress import TICK_S
 from gateway_addon.calls.refusal_messages import cut_sentence
-from gateway_addon.calls.running import Running
+from gateway_addon.calls.running import InFlightCall
 from gateway_addon.clocks import Clocks
 from gateway_addon.ledger import Ledger, LedgerUnavailable
 from gateway_addon.refusals import Refusal
@@ -28,13 +28,13 @@ type Cut = Callable[[str], None]
 """Ends a running call before its time, given the reason: a key of `CUT_CODES`."""
 
 
-class Streams:
+class RunningStreams:
     """Look after the running calls of one process."""
 
     def __init__(self, ledger: Ledger, clocks: Clocks):
         self._ledger = ledger
         self._clocks = clocks
-        self.running: dict[Running, Cut] = {}
+        self.running: dict[InFlightCall, Cut] = {}
         self._hurry = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._looked_monotonic_s = math.inf
@@ -60,7 +60,7 @@ class Streams:
         monotonic_s = self._clocks.monotonic_s()
         self._lost_s, self._looked_monotonic_s = self.lost_s(monotonic_s), monotonic_s
 
-    def look_after(self, running: Running, monotonic_s: float) -> None:
+    def look_after(self, running: InFlightCall, monotonic_s: float) -> None:
         """A running answer showed more: if it will need more than it holds, ask for that soon."""
         if running.runs_short(monotonic_s):
             self._hurry.set()
@@ -86,7 +86,7 @@ class Streams:
         wanted = [(running, tokens, nano) for running, tokens in short if (nano := running.extension_nano(tokens)) <= _room_nano(running)]
         if not wanted:
             return
-        granted = await self._ledger.extend([(running.ticket.call_id, nano) for running, _, nano in wanted], now=self._clocks.now())
+        granted = await self._ledger.extend([(running.admission.call_id, nano) for running, _, nano in wanted], now=self._clocks.now())
         for (running, tokens, _), ok in zip(wanted, granted, strict=True):
             if ok:
                 running.granted_tokens += tokens
@@ -95,7 +95,7 @@ class Streams:
         """End the running calls of whoever was paused `--now`. Raises LedgerUnavailable."""
         paused_now = {pause.scope for pause in await self._ledger.pauses(now=self._clocks.now()) if pause.cut}
         for running, cut in list(self.running.items()) if paused_now else ():
-            if paused_now & set(running.ticket.scopes):
+            if paused_now & set(running.admission.scopes):
                 cut("paused")
 
     async def _keep_to_the_lease(self) -> None:
@@ -111,18 +111,18 @@ class Streams:
     def _cut_adrift(self) -> None:
         """End the running streams whose calls another gateway will settle at what they hold. What does not stream runs to its end:
         the provider bills it in any case, within what it holds."""
-        adrift = self._ledger.adrift()
-        for running, cut in list(self.running.items()) if adrift else ():
-            if running.ticket.call_id in adrift and running.ticket.call.stream:
+        lease_expiring = self._ledger.lease_expiring()
+        for running, cut in list(self.running.items()) if lease_expiring else ():
+            if running.admission.call_id in lease_expiring and running.admission.call.stream:
                 cut("adrift")
 
 
-def cut_refusal(running: Running) -> Refusal:
+def cut_refusal(running: InFlightCall) -> Refusal:
     """Why the gateway ends a running call."""
     return Refusal(CUT_CODES[running.cut or "budget"], cut_sentence(running))
 
 
-def _room_nano(running: Running) -> float:
+def _room_nano(running: InFlightCall) -> float:
     """What a running stream may still be granted under its request cap."""
-    cap_nano = None if running.ticket.app.observes("caps") else running.ticket.app.caps.get("request")
+    cap_nano = None if running.admission.app.observes("caps") else running.admission.app.caps.get("request")
     return math.inf if cap_nano is None else cap_nano - running.held_nano

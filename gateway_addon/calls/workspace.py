@@ -17,18 +17,18 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from gateway_addon.calls import batches
-from gateway_addon.calls.batch_booking import Booking, Closed, priced_by
+from gateway_addon.calls.batch_booking import BatchBooking, OnBatchClosed, priced_by
 from gateway_addon.calls.files import file_of, upload_problem
-from gateway_addon.calls.permits import Arrived, Ending, Errand, Pass
-from gateway_addon.calls.queue import Door, Offer
+from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook
+from gateway_addon.calls.queue import BudgetQueue, ReservationOption
 from gateway_addon.calls.refusal_messages import BatchQuote, denied
-from gateway_addon.calls.responses import Answer
+from gateway_addon.calls.responses import OwnResponse
 from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, ownership
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, NewBatch
-from gateway_addon.ledger.ownership import Belonging, Kind
+from gateway_addon.ledger.ownership import Kind, OwnedObject
 from gateway_addon.messages import Meter
-from gateway_addon.messages.request import Reading, Request
+from gateway_addon.messages.request import ParsedRequest, Request
 from gateway_addon.policy import AppPolicy, caps
 from gateway_addon.pricing import kept
 from gateway_addon.refusals import Refusal, stated
@@ -51,26 +51,30 @@ class Workspace:
     """One process's. `clock` returns unix seconds."""
 
     ledger: Ledger
-    door: Door
+    queue: BudgetQueue
     clock: Callable[[], float]
-    closed: Closed
+    closed: OnBatchClosed
     resolve: Resolve
 
-    async def admit(self, arrived: Arrived, read: Reading, request: Request, call: NewCall, now: float) -> Pass | Answer | Refusal:
+    async def admit(
+        self, arrived: AuthenticatedRequest, read: ParsedRequest, request: Request, call: NewCall, now: float
+    ) -> Permit | OwnResponse | Refusal:
         """Decide about a request that the app's policy lets through. Raises LedgerUnavailable."""
         match read.endpoint:
             case "batches.create":
                 return await self._create_batch(arrived, request, call, now)
             case "files.upload":
                 problem = upload_problem(request)
-                return problem or Pass(arrived, call, now, errand=Errand(whole=partial(self._uploaded, arrived.app.name, now)))
+                return problem or Permit(
+                    arrived, call, now, response_hook=ResponseHook(whole=partial(self._uploaded, arrived.app.name, now))
+                )
             case "batches.list" | "files.list":
                 return await self._page(arrived.app, read, request)
         owned = await self.ledger.look(partial(ownership.find, id=read.item))
         if owned is None or owned.gone or owned.app != arrived.app.name:
             return _not_here(arrived.app, read)
-        errand = await self._errand(arrived, read, owned, now)
-        return errand if isinstance(errand, Refusal) else Pass(arrived, call, now, errand=errand)
+        response_hook = await self._errand(arrived, read, owned, now)
+        return response_hook if isinstance(response_hook, Refusal) else Permit(arrived, call, now, response_hook=response_hook)
 
     async def foreign_file(self, app: AppPolicy, file_ids: Iterable[str]) -> Refusal | None:
         """The refusal for a file that a request names and that is not the app's. Raises LedgerUnavailable.
@@ -88,7 +92,7 @@ class Workspace:
 
     # -- batches
 
-    async def _create_batch(self, arrived: Arrived, request: Request, call: NewCall, now: float) -> Pass | Refusal:
+    async def _create_batch(self, arrived: AuthenticatedRequest, request: Request, call: NewCall, now: float) -> Permit | Refusal:
         app, policy = arrived.app, arrived.policy
         # up to a hundred thousand requests, so beside the event loop
         asked = await asyncio.to_thread(batches.judged, app, policy.prices, request, now)
@@ -99,21 +103,21 @@ class Workspace:
         call = replace(call, model_asked=asked.model, quote_nano=asked.quote_nano)
         # Tokens a minute do not count here: the provider takes its time with a batch, and has other limits for it.
         rates = RateLimits(app.rates.requests_per_minute, None, app.rates.concurrent)
-        limits, offers = caps(policy, app), [Offer(0, asked.quote_nano)]
+        limits, reservation_options = caps(policy, app), [ReservationOption(0, asked.quote_nano)]
         observing, its_rates = app.observes("caps"), app.observes("rates")
-        result, _, passed = await self.door.observe(call, offers, limits, rates, now, caps=observing, its_rates=its_rates)
+        result, _, passed = await self.queue.observe(call, reservation_options, limits, rates, now, caps=observing, its_rates=its_rates)
         asked = replace(asked, flags=tuple(dict.fromkeys((*asked.flags, *(f"observed:{code}" for code in passed)))))
         if isinstance(result, Denied):
             return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), asked.quote_nano)
         creation = _Creation(self, arrived, call, asked, result, now)
-        errand = Errand(whole=creation.answered, ended=creation.ended)
-        return Pass(arrived, call, now, asked.body, edited=", ".join(asked.edited), errand=errand, reserved=True)
+        response_hook = ResponseHook(whole=creation.answered, ended=creation.ended)
+        return Permit(arrived, call, now, asked.body, edited=", ".join(asked.edited), response_hook=response_hook, reserved=True)
 
-    async def _errand(self, arrived: Arrived, read: Reading, owned: Belonging, now: float) -> Errand | Refusal:
+    async def _errand(self, arrived: AuthenticatedRequest, read: ParsedRequest, owned: OwnedObject, now: float) -> ResponseHook | Refusal:
         """What the answer about one batch or file of the app's own is for."""
         match read.endpoint:
             case "batches.get" | "batches.cancel":
-                return Errand(whole=partial(self._seen, owned))
+                return ResponseHook(whole=partial(self._seen, owned))
             case "batches.results":
                 return await self._results(arrived, read.item)
             case "batches.delete":
@@ -121,27 +125,27 @@ class Workspace:
                 if batch is not None and batch.open:
                     sentence = f"batch {read.item} is not settled yet; fetch its results first, or wait until the gateway has read them"
                     return replace(stated("unsettled", sentence), retry_after_s=60)
-                return Errand(whole=partial(self._deleted, read.item, now))
+                return ResponseHook(whole=partial(self._deleted, read.item, now))
             case "files.delete":
-                return Errand(whole=partial(self._deleted, read.item, now))
+                return ResponseHook(whole=partial(self._deleted, read.item, now))
             case "files.content":
-                return Errand(streamed=True)
-        return Errand()
+                return ResponseHook(streamed=True)
+        return ResponseHook()
 
-    async def _results(self, arrived: Arrived, batch_id: str) -> Errand:
+    async def _results(self, arrived: AuthenticatedRequest, batch_id: str) -> ResponseHook:
         batch: Batch | None = await self.ledger.look(partial(book.find, id=batch_id))
         if batch is None or not batch.open:
-            return Errand(streamed=True)
+            return ResponseHook(streamed=True)
         prices = await priced_by(self.ledger, batch, arrived.policy.prices)
-        results = batches.Results(prices, batch.made_at, hour_ttl=batch.hour_ttl)
-        booking = Booking(self.ledger, batch, results, self.closed, self.clock)
+        results = batches.PricedResults(prices, batch.made_at, hour_ttl=batch.hour_ttl)
+        booking = BatchBooking(self.ledger, batch, results, self.closed, self.clock)
 
-        def ended(ending: Ending) -> None:
+        def ended(ending: PermitEnd) -> None:
             booking.ended(whole=ending.ended_by == "whole" and ending.status == 200)
 
-        return Errand(streamed=True, tap=booking.tap, ended=ended)
+        return ResponseHook(streamed=True, tap=booking.tap, ended=ended)
 
-    async def _seen(self, batch: Belonging, status: int, body: bytes) -> bytes:
+    async def _seen(self, batch: OwnedObject, status: int, body: bytes) -> bytes:
         """The API's object of a batch, as the app may see it."""
         shown = batches.object_of(body) if status == 200 else None
         if shown is None or shown.id != batch.id:
@@ -160,12 +164,12 @@ class Workspace:
     async def _uploaded(self, app: str, now: float, status: int, body: bytes) -> bytes:
         made = file_of(body) if status == 200 else None
         if made is not None:
-            await self._kept(partial(ownership.own, belonging=Belonging(made.id, "file", app, now, made.content)))
+            await self._kept(partial(ownership.own, belonging=OwnedObject(made.id, "file", app, now, made.content)))
         return body
 
     # -- lists
 
-    async def _page(self, app: AppPolicy, read: Reading, request: Request) -> Answer | Refusal:
+    async def _page(self, app: AppPolicy, read: ParsedRequest, request: Request) -> OwnResponse | Refusal:
         """A page of the app's own, in the API's shape."""
         kind, _ = NAMES[read.endpoint.partition(".")[0]]
         query = parse_qs(request.target.partition("?")[2], keep_blank_values=True)
@@ -177,7 +181,7 @@ class Workspace:
         if "ids[]" in query or "ids" in query:
             ids = (query.get("ids[]", []) + query.get("ids", []))[:IDS_MAX]
             own = await self.ledger.look(partial(ownership.chosen, app=app.name, kind=kind, ids=ids))
-            return Answer({"data": [json.loads(each.content) for each in own], "next_page": None})
+            return OwnResponse({"data": [json.loads(each.content) for each in own], "next_page": None})
         after = before = None
         for name in ("after_id", "before_id", "page"):
             if name in query:
@@ -190,9 +194,9 @@ class Workspace:
         data = [json.loads(each.content) for each in page.items]
         if kind == "file":
             more = page.more and bool(page.items)
-            return Answer({"data": data, "next_page": f"page_{page.items[-1].id}" if more else None})
+            return OwnResponse({"data": data, "next_page": f"page_{page.items[-1].id}" if more else None})
         ends = {"first_id": page.items[0].id, "last_id": page.items[-1].id} if page.items else {"first_id": None, "last_id": None}
-        return Answer({"data": data, "has_more": page.more, **ends})
+        return OwnResponse({"data": data, "has_more": page.more, **ends})
 
     async def _kept(self, write: Callable[[Any], Any]) -> Any:
         """Have something written before the app is answered. A ledger that is away gets it later, and the app its answer."""
@@ -206,7 +210,9 @@ class Workspace:
 class _Creation:
     """A batch between its reservation and the provider's answer."""
 
-    def __init__(self, workspace: Workspace, arrived: Arrived, call: NewCall, asked: batches.Asked, reserved: Reserved, now: float):
+    def __init__(
+        self, workspace: Workspace, arrived: AuthenticatedRequest, call: NewCall, asked: batches.AskedBatch, reserved: Reserved, now: float
+    ):
         self._workspace, self._arrived, self._call, self._asked = workspace, arrived, call, asked
         self._call_id, self._now = reserved.call_id, now
         self._handed_over = False
@@ -230,7 +236,7 @@ class _Creation:
             self._handed_over = False
         return shown.content.encode()
 
-    def ended(self, ending: Ending) -> None:
+    def ended(self, ending: PermitEnd) -> None:
         """Resolve the reservation, unless a batch holds it now."""
         if self._handed_over:
             return
@@ -255,7 +261,7 @@ def _unbilled(status: int, body: bytes) -> str | None:
     return meter.close().unbilled(status)
 
 
-def _not_here(app: AppPolicy, read: Reading) -> Refusal:
+def _not_here(app: AppPolicy, read: ParsedRequest) -> Refusal:
     """The same words for what another app made, what was made elsewhere and what never was."""
     _, what = NAMES[read.endpoint.partition(".")[0]]
     return stated("not_found", f"app {app.name} has no {what} {read.item!r} here; it sees those that it made through this gateway")

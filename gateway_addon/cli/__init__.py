@@ -43,7 +43,7 @@ COMMANDS = {
 }
 
 
-class Gateway(click.Group):
+class CommandGroup(click.Group):
     """A group that imports a command's module on first use: `gateway meter` need not pay for mitmproxy's start-up."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -68,7 +68,7 @@ class Gateway(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
-@click.command(cls=Gateway, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gateway")
 def main() -> None:
     """The control plane for people who run several apps on one Claude API key."""

@@ -47,7 +47,7 @@ def ledger_option[F: Callable[..., Any]](command: F) -> F:
 def listen_option[F: Callable[..., Any]](command: F) -> F:
     return click.option(
         "--listen",
-        type=Address(),
+        type=ListenAddress(),
         envvar="GATEWAY_LISTEN",
         default="127.0.0.1:8080",
         show_default=True,
@@ -55,7 +55,7 @@ def listen_option[F: Callable[..., Any]](command: F) -> F:
     )(command)
 
 
-class Address(click.ParamType[tuple[str, int]]):
+class ListenAddress(click.ParamType[tuple[str, int]]):
     """HOST:PORT, PORT or [IPV6]:PORT, as (host, port)."""
 
     name = "HOST:PORT"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from gateway_addon.cli.common import Address, ledger_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import ListenAddress, ledger_option, policies_option, says_errors, stop
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.console.app import Console, Policies, server
 from gateway_addon.console.login import LINK_S, Login
@@ -22,7 +22,9 @@ NOT_HERE = (
 
 
 @click.command(epilog="Example: gateway console --listen 127.0.0.1:8090")
-@click.option("--listen", type=Address(), default="127.0.0.1:8090", show_default=True, help="Where the page is, on this machine only.")
+@click.option(
+    "--listen", type=ListenAddress(), default="127.0.0.1:8090", show_default=True, help="Where the page is, on this machine only."
+)
 @click.option(
     "--metrics-token",
     "token_file",

@@ -26,11 +26,11 @@ from gateway_addon.cli.common import (
 )
 from gateway_addon.cli.times import day, duration_s
 from gateway_addon.clocks import monotonic_s
-from gateway_addon.ledger import LedgerUnavailable, Server, admin
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.reports import token_usage
 from gateway_addon.ledger.reports.token_usage import Arrival, Straggler
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.onboarding.cutover import Now, Open, is_in, tally, unaccounted, unseen
+from gateway_addon.onboarding.cutover import FileToday, OpenReason, is_in, tally, unaccounted, unseen
 from gateway_addon.onboarding.inventory import inspect
 from gateway_addon.policy import PolicyError, Source, load
 from gateway_addon.pricing import PriceError
@@ -75,7 +75,7 @@ def cutover(record: Path | None, accept: tuple[str, ...], watch: str | None, as_
     files = [_as_it_is(each) for each in dict.fromkeys(consumer["path"] for consumer in known["consumers"])]
     reasons = unseen(tokens) + unaccounted(files, tokens, [each["path"] for each in known.get("accepted", ())])
     if not any(token.calls > token.refused for token in tokens):
-        reasons.insert(0, Open("the gateway", "has passed no call yet", "gateway token issue APP, and repoint the first app"))
+        reasons.insert(0, OpenReason("the gateway", "has passed no call yet", "gateway token issue APP, and repoint the first app"))
     if as_json:
         document = {"safe": not reasons, "reasons": [asdict(each) for each in reasons], "stragglers": [asdict(each) for each in coming]}
         click.echo(json.dumps({**document, "tokens": [asdict(token) for token in tokens]}, indent=2))
@@ -105,13 +105,13 @@ def _record(path: Path, accept: Sequence[str]) -> dict[str, Any]:
     return dict(known)
 
 
-def _as_it_is(path: str) -> Now:
+def _as_it_is(path: str) -> FileToday:
     try:
-        return Now(path, inspect(path, Path(path).read_bytes()))
+        return FileToday(path, inspect(path, Path(path).read_bytes()))
     except FileNotFoundError:
-        return Now(path)
+        return FileToday(path)
     except OSError as error:
-        return Now(path, problem=f"cannot be read now ({error.strerror})")
+        return FileToday(path, problem=f"cannot be read now ({error.strerror})")
 
 
 def _table(tokens: Sequence[Arrival]) -> str:
@@ -125,7 +125,7 @@ def _table(tokens: Sequence[Arrival]) -> str:
     return tabulate(rows, headers=("app", "token", "calls", "first seen (UTC)", "last seen (UTC)"), disable_numparse=True)
 
 
-def _consumers(made_at: str, files: Sequence[Now], coming: Sequence[Straggler]) -> str:
+def _consumers(made_at: str, files: Sequence[FileToday], coming: Sequence[Straggler]) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in tally(files).items()) or "none"
     lines = [f"Consumers of the inventory of {made_at[:16].replace('T', ' ')}, as they are now: {counts}."]
     for each in coming:
@@ -137,7 +137,7 @@ def _when(at: float | None) -> str:
     return "never" if at is None else day(at)
 
 
-def _verdict(reasons: Sequence[Open], key: Source) -> str:
+def _verdict(reasons: Sequence[OpenReason], key: Source) -> str:
     if reasons:
         lines = [f"  {_subject(each)} {each.problem}\n      {each.way_out}" for each in reasons]
         return "\n".join(["Not yet. Rotating the real key now would break, or leave unknown:", *lines, ACCEPT])
@@ -156,11 +156,11 @@ def _where(key: Source) -> str:
     return key.value[0] if isinstance(key.value, tuple) else str(key.value)
 
 
-def _subject(reason: Open) -> str:
+def _subject(reason: OpenReason) -> str:
     return shown_path(reason.subject) if reason.subject.startswith("/") else reason.subject
 
 
-def _watch(path: Path | Server, for_s: float) -> int:
+def _watch(path: Path | ServerAddress, for_s: float) -> int:
     """Say when the provider refuses the key, and at the end how it went."""
     started, ends_monotonic_s = time.time(), monotonic_s() + for_s
     told = 0

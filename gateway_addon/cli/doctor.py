@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors, status
-from gateway_addon.ledger import LedgerUnavailable, Server, admin
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import dollars
@@ -29,7 +29,7 @@ def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
     """
     path = sqlite_files.ledger_path(ledger)
     checks = [check_ledger(path, now=time.time())]
-    if not isinstance(path, Server):
+    if not isinstance(path, ServerAddress):
         checks += [check_files(path, policies), check_disk(path)]
     status("" if offline else "asking the upstream")
     checks += check_all(policies, offline=offline)
@@ -41,12 +41,12 @@ def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
     sys.exit(PROBLEM if any(check.findings for check in checks) else 0)
 
 
-def check_ledger(path: Path | Server, *, now: float) -> Check:
+def check_ledger(path: Path | ServerAddress, *, now: float) -> Check:
     """Recompute the ledger from its entries. Raises LedgerUnavailable where it cannot be read."""
     began = time.monotonic()
     with admin.reading(path, lambda: status(f"proving the ledger, {time.monotonic() - began:.0f} s")) as db:
         findings = invariants.findings(db)
-        running = [] if findings else invariants.open_calls(db, admin.obituary(path, db), now=now)
+        running = [] if findings else invariants.open_calls(db, admin.death_check(path, db), now=now)
         calls, entries = db.execute("SELECT (SELECT count(*) FROM calls), (SELECT count(*) FROM entries)").fetchone()
     seen = [f"{path}: {calls:,} calls, {entries:,} entries"]
     for call in running:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from gateway_addon.cli.common import ledger_option, policies_option, project_folder, says_errors
-from gateway_addon.ledger import LedgerUnavailable, Server, admin
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.store.sqlite_files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.operations.deploy import compose as deployment
@@ -99,7 +99,7 @@ def init(
     click.echo(f"\nNext: gateway token issue {first}   then: gateway serve")
 
 
-def _is_new_clone(policies: Path, ledger: Path | Server) -> bool:
+def _is_new_clone(policies: Path, ledger: Path | ServerAddress) -> bool:
     """True where only the examples of the repository are there. (A service runs `init --yes` at each start, on policies of its own.)"""
     return policies == project_folder() / "policies" and isinstance(ledger, Path) and not ledger.exists()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from gateway_addon.cli.common import Address, ledger_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import ListenAddress, ledger_option, policies_option, says_errors, stop
 from gateway_addon.cli.serve import NO_KEY
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, admin
@@ -34,7 +34,7 @@ IN_CLEAR = "The proxy listens on this machine alone: credentials travel to it in
 )
 @click.option("--app", default="", metavar="APP", help="Whose calls they are: the command's, or the captured programs'.")
 @click.option("--capture", metavar="PROGRAM", help="Capture a running program's connections, by its name or process id.")
-@click.option("--listen", type=Address(), help=f"Where to listen [default: 127.0.0.1:{PORT}; with a command, a free port].")
+@click.option("--listen", type=ListenAddress(), help=f"Where to listen [default: 127.0.0.1:{PORT}; with a command, a free port].")
 @click.option("--set", "options", multiple=True, metavar="K=V", help="An option for mitmproxy.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
 @policies_option
@@ -66,7 +66,7 @@ def local(
     if capture and (problem := capture_problem()):
         stop(problem)
     with bind(host, port) as listener, _token_of_the_run(app, ledger) as token:
-        settings = Settings(host, listener.getsockname()[1], policies, ledger, options, tell=click.echo)
+        settings = Settings(host, listener.getsockname()[1], policies, ledger, options, emit=click.echo)
         try:
             with asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:
                 code = runner.run(run(settings, command, app=app, token=token, capture=capture))

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from gateway_addon.cli.common import says_errors
-from gateway_addon.ledger import LedgerUnavailable, Server
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.interface import driver
 from gateway_addon.money import dollars
@@ -33,8 +33,8 @@ def migrate(source: str, target: str) -> None:
     with driver():
         from gateway_addon.ledger.maintenance import migrate as transfer
     click.echo(f"Proving {file}, then moving it ...", err=True)
-    with _progress() as tell:
-        proof = transfer.move(file, server, who=getpass.getuser(), now=time.time(), tell=tell)
+    with _progress() as emit:
+        proof = transfer.move(file, server, who=getpass.getuser(), now=time.time(), emit=emit)
     if proof is None:
         click.echo(f"{file} was moved to {server} already: nothing is left to do.")
         return
@@ -47,12 +47,12 @@ def migrate(source: str, target: str) -> None:
     click.echo(f"From now on, everywhere: GATEWAY_LEDGER={server} (with its password and options). {file} is kept, and refused.")
 
 
-def _ends(source: str, target: str) -> tuple[Path, Server]:
+def _ends(source: str, target: str) -> tuple[Path, ServerAddress]:
     """Raises ValueError with the way to what this command does not do."""
     one, other = sqlite_files.ledger_path(source), sqlite_files.ledger_path(target)
-    if isinstance(one, Path) and isinstance(other, Server):
+    if isinstance(one, Path) and isinstance(other, ServerAddress):
         return one, other
-    if isinstance(one, Server) and isinstance(other, Server):
+    if isinstance(one, ServerAddress) and isinstance(other, ServerAddress):
         raise ValueError("from one server to another a ledger goes by the server's own means: pg_dump --schema=gateway, then psql")
     if isinstance(one, Path):
         raise ValueError(f"both are files: gateway backup FILE --ledger {source}, then gateway restore FILE --ledger {target}")
@@ -66,7 +66,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     bar: Any = None
     with ExitStack() as shown:
 
-        def tell(done: int, of: int) -> None:
+        def emit(done: int, of: int) -> None:
             nonlocal bar, said
             if live:
                 bar = bar or shown.enter_context(click.progressbar(length=of, label="calls", show_pos=True, file=sys.stderr))
@@ -75,4 +75,4 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
                 click.echo(f"{done:,} of {of:,} calls", err=True)
                 said = share
 
-        yield tell
+        yield emit

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from gateway_addon.cli.common import policies_option, says_errors
 from gateway_addon.policy import PolicyError, load_prices
-from gateway_addon.pricing import Prices, Rates, Row
+from gateway_addon.pricing import PriceRow, Prices, Rates
 
 _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since", "also")
 
@@ -31,7 +31,7 @@ def prices(at: datetime | None, retired: bool, as_json: bool, policies: Path) ->
     click.echo(json.dumps(_document(table, rows, day), indent=2) if as_json else _text(table, rows, day))
 
 
-def _text(table: Prices, rows: list[Row], day: float) -> str:
+def _text(table: Prices, rows: list[PriceRow], day: float) -> str:
     lines = []
     for row in rows:
         lines.append((row.model, *_dollars(row.rates.times(row.multiplier)).values(), row.since or "", _also(row)))
@@ -47,12 +47,12 @@ def _text(table: Prices, rows: list[Row], day: float) -> str:
     )
 
 
-def _also(row: Row) -> str:
+def _also(row: PriceRow) -> str:
     notes = [f"fast x{_exact(row.fast)}"] if row.fast else []
     return ", ".join(notes + (["retired"] if row.retired else []))
 
 
-def _document(table: Prices, rows: list[Row], day: float) -> dict[str, Any]:
+def _document(table: Prices, rows: list[PriceRow], day: float) -> dict[str, Any]:
     return {
         "at": _day(day),
         "checked": table.checked,
@@ -62,7 +62,7 @@ def _document(table: Prices, rows: list[Row], day: float) -> dict[str, Any]:
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: PriceRow) -> dict[str, Any]:
     long = row.long_prompt
     return {
         "model": row.model,

@@ -9,7 +9,7 @@ import click
 
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, says_errors
-from gateway_addon.ledger import LedgerUnavailable, Server, admin
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.maintenance import prune as retention
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store import sqlite_files
@@ -43,11 +43,11 @@ def prune(before: str, dry_run: bool, ledger: str) -> None:
     with click.progressbar(length=found.calls, label=what) as bar:
         carries = _carry_all(path, until, bar.update)
     click.echo(f"{what} are {carries:,} rows now.")
-    if not isinstance(path, Server):
+    if not isinstance(path, ServerAddress):
         click.echo("The file keeps its size, and what is free in it is used again; README says how to give it back to the disk.")
 
 
-def _carry_all(path: Path | Server, until: float, tell: Callable[[int], None]) -> int:
+def _carry_all(path: Path | ServerAddress, until: float, emit: Callable[[int], None]) -> int:
     """Small transactions, and between them as much time for the gateways as each of them took. Returns the number of carries."""
     carries, calls_max = 0, 50
     day = _next_day(path, 0, until)
@@ -62,13 +62,13 @@ def _carry_all(path: Path | Server, until: float, tell: Callable[[int], None]) -
             calls = sum(map(len, bundle))
             calls_max = max(10, min(CALLS_MAX, int(calls * PAUSE_S / took_s)))
             carries += len(bundle)
-            tell(calls)
+            emit(calls)
             time.sleep(took_s)
         day = _next_day(path, day.end, until)
     return carries
 
 
-def _next_day(path: Path | Server, since: float, until: float) -> retention.Day | None:
+def _next_day(path: Path | ServerAddress, since: float, until: float) -> retention.PrunedDay | None:
     """Each day is read in a moment of its own: a reader that stays keeps SQLite's log from being emptied."""
     with admin.reading(path) as db:
         return retention.next_day(db, since, until)

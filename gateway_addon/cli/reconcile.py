@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, status, stop
 from gateway_addon.cli.times import duration_s, moment
-from gateway_addon.ledger import LedgerUnavailable, Server, admin
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.reports import provider_comparison
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
 from gateway_addon.ledger.store.sqlite_files import ledger_path
@@ -22,7 +22,7 @@ from gateway_addon.money import cents
 from gateway_addon.operations.reconcile import (
     Charged,
     Correction,
-    Line,
+    ReconcileLine,
     Reported,
     agreement_percent,
     bypassing,
@@ -33,7 +33,7 @@ from gateway_addon.operations.reconcile import (
 )
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.upstreams.credentials import Secret, SecretUnavailable
+from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
 from gateway_addon.upstreams.usage_report import AdminApi, ReportUnavailable
 
 NO_ADMIN_KEY = (
@@ -43,7 +43,7 @@ NO_ADMIN_KEY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class BothSides:
     """Both sides of a period."""
 
     reported: list[Reported]
@@ -91,20 +91,22 @@ def _day_start(text: str, now: float, *, ago: bool) -> int:
     return int(at) // DAY_S * DAY_S
 
 
-def _both_sides(path: Path | Server, policy: GatewayPolicy, start: int, end: int | None, workspaces: tuple[str, ...], now: float) -> Found:
+def _both_sides(
+    path: Path | ServerAddress, policy: GatewayPolicy, start: int, end: int | None, workspaces: tuple[str, ...], now: float
+) -> BothSides:
     if policy.admin_key is None:
         stop(NO_ADMIN_KEY)
-    key = Secret(policy.admin_key, withheld=policy.secret_variables)()
+    key = WatchedSecret(policy.admin_key, withheld=policy.secret_variables)()
     _take_turn(path)
     api = AdminApi(policy.upstream, key, lambda pages: status(f"page {pages} of the provider's reports"))
     reported, charged = api.usage(start, end, workspaces), api.cost(start, end, workspaces)
     status()
     with admin.reading(path) as db:
         period = {"since": float(start), "until": float(end or now + 1)}
-        return Found(reported, charged, provider_comparison.metered(db, **period), provider_comparison.estimates(db, **period))
+        return BothSides(reported, charged, provider_comparison.metered(db, **period), provider_comparison.estimates(db, **period))
 
 
-def _take_turn(path: Path | Server, sleep: Callable[[float], None] = time.sleep) -> None:
+def _take_turn(path: Path | ServerAddress, sleep: Callable[[float], None] = time.sleep) -> None:
     """Wait until a minute has passed since any process asked the provider."""
     said = False
     while True:
@@ -119,14 +121,14 @@ def _take_turn(path: Path | Server, sleep: Callable[[float], None] = time.sleep)
         sleep(min(1.0, wait_s))
 
 
-def _write(path: Path | Server, proved: Sequence[Correction], now: float) -> None:
+def _write(path: Path | ServerAddress, proved: Sequence[Correction], now: float) -> None:
     with admin.changing(path) as db:
         for correction in proved:
             for call_id, delta_nano in correction.deltas:
                 admin.adjust(db, call_id, delta_nano, who=getpass.getuser(), why=correction.why, now=now)
 
 
-def _document(lines: Sequence[Line], found: Found, proved: Sequence[Correction]) -> str:
+def _document(lines: Sequence[ReconcileLine], found: BothSides, proved: Sequence[Correction]) -> str:
     rows = [asdict(line) | {"day": written(line.day), "unseen": line.unseen} for line in lines]
     pairs = [(line.provider, line.gateway) for line in lines]
     provider_nano, gateway_nano = _money(found)
@@ -142,14 +144,20 @@ def _document(lines: Sequence[Line], found: Found, proved: Sequence[Correction])
     )
 
 
-def _money(found: Found) -> tuple[int, int]:
+def _money(found: BothSides) -> tuple[int, int]:
     """What the provider charges, and what the gateway booked by the metered tokens and the grants of those it could not meter."""
     exact_nano = sum(part.nano for part in found.metered if not part.estimated)
     return sum(each.nano for each in found.charged), exact_nano + sum(each.spent_nano for each in found.estimates)
 
 
 def _text(
-    lines: Sequence[Line], found: Found, proved: Sequence[Correction], silent: Sequence[str], policy: GatewayPolicy, *, adjusted: bool
+    lines: Sequence[ReconcileLine],
+    found: BothSides,
+    proved: Sequence[Correction],
+    silent: Sequence[str],
+    policy: GatewayPolicy,
+    *,
+    adjusted: bool,
 ) -> str:
     if not lines:
         return "Neither the provider nor the gateway saw a call in this period."
@@ -168,7 +176,7 @@ def _text(
     return "\n\n".join(parts)
 
 
-def _unseen(lines: Sequence[Line], found: Found, policy: GatewayPolicy) -> str:
+def _unseen(lines: Sequence[ReconcileLine], found: BothSides, policy: GatewayPolicy) -> str:
     past = bypassing(lines, found.estimates, policy.prices)
     if not past:
         lost = any(line.unseen for line in lines)
@@ -202,6 +210,6 @@ def _estimated(estimates: Sequence[Estimate], proved: Sequence[Correction], sile
     return ["\n".join([*said, *(f"  {sentence}" for sentence in silent)])]
 
 
-def _percent(lines: Sequence[Line]) -> str:
+def _percent(lines: Sequence[ReconcileLine]) -> str:
     share = agreement_percent((line.provider, line.gateway) for line in lines)
     return "" if share is None else f"{int(share * 100) / 100:.2f} %"

@@ -18,7 +18,7 @@ from gateway_addon.ledger.reports.entry_history import recorded
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import cents
 from gateway_addon.operations import policy_replay as room
-from gateway_addon.operations.policy_replay import Tally, Verdict
+from gateway_addon.operations.policy_replay import ReplayVerdict, Tally
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 
@@ -54,7 +54,7 @@ def replay(folder: Path, since: str | None, as_json: bool, ledger: str) -> None:
         click.echo(_text(apps, reasons))
 
 
-def _with_progress(verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
+def _with_progress(verdicts: Iterable[ReplayVerdict]) -> Iterator[ReplayVerdict]:
     for number, verdict in enumerate(verdicts, start=1):
         if number % PROGRESS_EVERY == 0:
             status(f"{number:,} calls")

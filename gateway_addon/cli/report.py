@@ -17,7 +17,7 @@ from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, admin, reservations
 from gateway_addon.ledger.reports import daily_totals, spending
-from gateway_addon.ledger.reports.spending import By, Drift, Line, Notable, Report
+from gateway_addon.ledger.reports.spending import By, DriftLine, Notable, Report, ReportLine
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import safe_name
@@ -68,7 +68,7 @@ def _report(found: Report) -> Report:
     return replace(found, lines=tuple(replace(line, key=safe_name(line.key)) for line in found.lines), before=before)
 
 
-def _named(drift: Drift) -> Drift:
+def _named(drift: DriftLine) -> DriftLine:
     return replace(drift, asked=safe_name(drift.asked), served=safe_name(drift.served))
 
 
@@ -76,7 +76,7 @@ def _notable(found: Notable | None) -> Notable | None:
     return found and replace(found, model=safe_name(found.model), line=replace(found.line, key=safe_name(found.line.key)))
 
 
-def _show(found: Report, drifts: list[Drift], as_json: bool, as_csv: bool) -> None:
+def _show(found: Report, drifts: list[DriftLine], as_json: bool, as_csv: bool) -> None:
     if as_json:
         click.echo(json.dumps(_document(found) | ({"drifts": [asdict(each) for each in drifts]} if found.by == "served" else {})))
     elif as_csv:
@@ -95,7 +95,7 @@ def _show(found: Report, drifts: list[Drift], as_json: bool, as_csv: bool) -> No
             click.echo(tabulate([_drift(each) for each in drifts], headers=("app", "asked", "served", "calls", "since", "last")))
 
 
-def _drift(found: Drift) -> tuple[str, ...]:
+def _drift(found: DriftLine) -> tuple[str, ...]:
     return found.app, found.asked, found.served, f"{found.calls:,}", _utc(found.first_at), _utc(found.last_at)
 
 
@@ -108,7 +108,7 @@ def _table(found: Report) -> str:
     return tabulate(rows, headers=(found.by, *_HEADINGS), disable_numparse=True, colalign=("left", *["right"] * len(_HEADINGS)))
 
 
-def _cells(line: Line, before: dict[str, int]) -> list[str]:
+def _cells(line: ReportLine, before: dict[str, int]) -> list[str]:
     return [
         line.key,
         f"{line.calls:,}",
@@ -132,7 +132,7 @@ def _change(spent_nano: int, before_nano: int) -> str:
     return f"{(spent_nano - before_nano) / before_nano:+.0%}"
 
 
-def _figures(line: Line, before: dict[str, int]) -> dict[str, object]:
+def _figures(line: ReportLine, before: dict[str, int]) -> dict[str, object]:
     shares = {"mean_nano": line.mean_nano, "cache_hit_share": line.cache_hit_share, "output_share": line.output_share}
     return asdict(line) | shares | {"spent_before_nano": before.get(line.key, 0)}
 
@@ -171,7 +171,7 @@ def _sentences(found: Notable | None, since: float) -> str:
     return " ".join([text, *_reasons(line, rest)])
 
 
-def _reasons(line: Line, rest: Line) -> list[str]:
+def _reasons(line: ReportLine, rest: ReportLine) -> list[str]:
     reasons = []
     if line.mean_nano and rest.mean_nano and line.mean_nano > rest.mean_nano:
         times = line.mean_nano / rest.mean_nano

@@ -23,9 +23,9 @@ from werkzeug.wrappers import Response as AnyResponse
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.console import charts, desk, metrics
 from gateway_addon.console.login import SESSION_S, Login
-from gateway_addon.ledger import LedgerUnavailable, Server, admin, reservations
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin, reservations
 from gateway_addon.ledger.reports import call_detail
-from gateway_addon.ledger.reports.day_cache import Days, Reading
+from gateway_addon.ledger.reports.day_cache import DayCache, ReadConnection
 from gateway_addon.ledger.reports.day_cache import apps as apps_of
 from gateway_addon.money import cents, dollars
 from gateway_addon.operations.reload import fingerprint
@@ -71,11 +71,11 @@ class Policies:
 class Console:
     """What the pages are made from."""
 
-    ledger: Path | Server
+    ledger: Path | ServerAddress
     policies: Policies
     login: Login
     clock: Callable[[], float] = time.time
-    memory: Days = field(default_factory=Days)
+    memory: DayCache = field(default_factory=DayCache)
     metrics_token: str | None = field(default=None, repr=False)
     """What a scraper must bring; None: there are no metrics."""
 
@@ -145,7 +145,7 @@ def _metrics(console: Console) -> Response:
 def _calls(console: Console) -> Response:
     asked, now = request.args, console.clock()
     filters = {name: asked.get(name, "") for name in ("app", "model", "state", "text")}
-    wanted = call_detail.Wanted(**filters, before=asked.get("before", call_detail.NEWEST, type=int))
+    wanted = call_detail.CallFilter(**filters, before=asked.get("before", call_detail.NEWEST, type=int))
     with admin.reading(console.ledger) as db:
         found, more = call_detail.search(db, wanted)
         days = console.memory.between(db, now - desk.CHART_DAYS * desk.DAY_S, now)
@@ -194,7 +194,7 @@ def _problem(title: str, sentence: str, status: int) -> Response:
     return make_response(render_template("problem.html", title=title, sentence=sentence), status)
 
 
-def _page(template: str, db: Reading, **values: Any) -> Response:
+def _page(template: str, db: ReadConnection, **values: Any) -> Response:
     """A page about the ledger, with its times in the ledger's zone, like its days."""
     calendar = reservations.zone(db)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from gateway_addon.console import charts
-from gateway_addon.ledger import Pause, Server, Standing, admin, app_scope, reservations, state, team_scope
+from gateway_addon.ledger import Pause, ServerAddress, Standing, admin, app_scope, reservations, state, team_scope
 from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.reports import day_cache, spending
 from gateway_addon.ledger.reports.call_detail import drifted
-from gateway_addon.ledger.reports.day_cache import Cached, Day, Days, Reading
+from gateway_addon.ledger.reports.day_cache import Cached, CachedDay, DayCache, ReadConnection
 from gateway_addon.policy import GatewayPolicy, caps
 from gateway_addon.pricing import Prices
 from gateway_addon.windows import Window, starts
@@ -73,7 +73,7 @@ class ModelLine:
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class DriftedModel:
     app: str
     asked: str
     served: str
@@ -92,14 +92,14 @@ class Desk:
     saved_nano: int
     cache_hit_share: float | None
     refusals: tuple[tuple[str, int], ...]
-    drift: tuple[Drift, ...]
+    drift: tuple[DriftedModel, ...]
     live: tuple[invariants.OpenCall, ...]
     batches: tuple[OpenBatch, ...]
     """As `gateway batches` lists them; they are not among the live calls."""
     alerts: tuple[dict[str, Any], ...]
 
 
-def look(db: Reading, policy: GatewayPolicy, memory: Days, ledger: Path | Server, now: float) -> Desk:
+def look(db: ReadConnection, policy: GatewayPolicy, memory: DayCache, ledger: Path | ServerAddress, now: float) -> Desk:
     """The whole desk at `now`. `ledger`: where it lies, to tell which processes are alive."""
     calendar = reservations.zone(db)
     month_start = starts(now, calendar).month
@@ -127,7 +127,7 @@ def look(db: Reading, policy: GatewayPolicy, memory: Days, ledger: Path | Server
         hit_share,
         tuple(day_cache.refusals(month)),
         _drift(month),
-        tuple(call for call in invariants.open_calls(db, admin.obituary(ledger, db), now=now) if call.call_id not in held_by_batches),
+        tuple(call for call in invariants.open_calls(db, admin.death_check(ledger, db), now=now) if call.call_id not in held_by_batches),
         tuple(batches),
         tuple(reversed(spending.alerts(db, since=month_start, until=now + 1)[-20:])),
     )
@@ -151,7 +151,7 @@ def cache_savings(cached: Iterable[Cached], prices: Prices, now: float) -> tuple
     return saved, read / prompt if prompt else None
 
 
-def _accounts(db: Reading, policy: GatewayPolicy, now: float) -> dict[tuple[str, str], Account]:
+def _accounts(db: ReadConnection, policy: GatewayPolicy, now: float) -> dict[tuple[str, str], Account]:
     """Every scope of the policy, and every app that the ledger still knows, today and this month."""
     names = sorted({*policy.apps, *day_cache.apps(db)})
     scopes = ["total", *(team_scope(team) for team in sorted(policy.teams)), *(app_scope(app) for app in names)]
@@ -172,14 +172,14 @@ def _account(standing: Standing, largest_nano: int) -> Account:
     )  # fmt: skip
 
 
-def _by_model(day: Day) -> Mapping[str, int]:
+def _by_model(day: CachedDay) -> Mapping[str, int]:
     amounts: dict[str, int] = defaultdict(int)
     for each in day.spending:
         amounts[each.asked] += each.spent_nano
     return amounts
 
 
-def _models(month: list[Day]) -> tuple[ModelLine, ...]:
+def _models(month: list[CachedDay]) -> tuple[ModelLine, ...]:
     calls: dict[str, int] = defaultdict(int)
     spent: dict[str, int] = defaultdict(int)
     for each in (each for day in month for each in day.spending):
@@ -190,7 +190,7 @@ def _models(month: list[Day]) -> tuple[ModelLine, ...]:
     return tuple(ModelLine(name, calls[name], spent[name], spent[name] / total if total else 0.0) for name in names)
 
 
-def _drift(month: list[Day]) -> tuple[Drift, ...]:
+def _drift(month: list[CachedDay]) -> tuple[DriftedModel, ...]:
     """Where another model answered than was asked for, the latest first."""
     found: dict[tuple[str, str, str], tuple[int, int]] = {}
     for day in month:
@@ -198,4 +198,4 @@ def _drift(month: list[Day]) -> tuple[Drift, ...]:
             if each.served is not None and drifted(each.asked, each.served):
                 key = (each.app, each.asked, each.served)
                 found[key] = (found.get(key, (0, 0))[0] + each.calls, day.start)
-    return tuple(Drift(*key, *facts) for key, facts in sorted(found.items(), key=lambda item: (-item[1][1], item[0])))
+    return tuple(DriftedModel(*key, *facts) for key, facts in sorted(found.items(), key=lambda item: (-item[1][1], item[0])))

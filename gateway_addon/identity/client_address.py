@@ -11,11 +11,11 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 FORWARDED_FOR = "x-forwarded-for"
 
-type Address = IPv4Address | IPv6Address
-type Network = IPv4Network | IPv6Network
+type IpAddress = IPv4Address | IPv6Address
+type IpNetwork = IPv4Network | IPv6Network
 
 
-def origin(peer: str, headers: tuple[tuple[str, str], ...], trusted: Collection[Network]) -> str:
+def origin(peer: str, headers: tuple[tuple[str, str], ...], trusted: Collection[IpNetwork]) -> str:
     """The address of the caller. Each proxy adds whom it saw at the right: from there, as long as who wrote is trusted."""
     at = _parsed(peer)
     if not trusted or at is None:
@@ -26,14 +26,14 @@ def origin(peer: str, headers: tuple[tuple[str, str], ...], trusted: Collection[
     return str(at)
 
 
-def within(address: str | Address, networks: Collection[Network]) -> bool:
+def within(address: str | IpAddress, networks: Collection[IpNetwork]) -> bool:
     """Whether an address is in one of these networks. Raises ValueError for what is none."""
     at = ipaddress.ip_address(address)
     return any(at in network for network in networks)
 
 
 @lru_cache(1024)  # the few that call, again and again
-def _parsed(text: str) -> Address | None:
+def _parsed(text: str) -> IpAddress | None:
     """An address, or None. IPv4 in IPv6's clothes (a listener on `::`) is IPv4."""
     try:
         at = ipaddress.ip_address(text)

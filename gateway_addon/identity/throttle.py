@@ -8,7 +8,7 @@ FAILURES_PER_MINUTE = 60
 ADDRESSES_MAX = 10_000
 
 
-class Noise:
+class FailedAuthenticationThrottle:
     """The failures of the running minute. One process's: several workers each count what they see."""
 
     def __init__(self) -> None:

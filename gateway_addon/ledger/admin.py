@@ -20,7 +20,7 @@ from gateway_addon.ledger.store import balances, sqlite_files
 from gateway_addon.ledger.store.interface import driver
 from gateway_addon.ledger.store.locks import Turnstile, is_dead
 from gateway_addon.ledger.store.sqlite_schema import is_behind
-from gateway_addon.ledger.types import TOTAL, Server, Token, app_scope
+from gateway_addon.ledger.types import TOTAL, ServerAddress, Token, app_scope
 from gateway_addon.money import AMOUNT_NANO_MAX, dollars
 from gateway_addon.windows import next_start, starts
 
@@ -48,9 +48,9 @@ class PolicyChange(NamedTuple):
 
 
 @contextlib.contextmanager
-def changing(path: Path | Server) -> Iterator[sqlite3.Connection]:
+def changing(path: Path | ServerAddress) -> Iterator[sqlite3.Connection]:
     """A write transaction of a command, in its turn among the gateway's processes. Raises LedgerUnavailable."""
-    if isinstance(path, Server):
+    if isinstance(path, ServerAddress):
         with driver():
             from gateway_addon.ledger.store import postgres
         with postgres.changing(path) as db:
@@ -77,7 +77,7 @@ def changing(path: Path | Server) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(path: Path | Server, beat: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
+def reading(path: Path | ServerAddress, beat: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
     """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable.
 
     A long statement on a file calls `beat` some times a second, and can be ended by Ctrl-C in between. An older version's ledger is
@@ -88,7 +88,7 @@ def reading(path: Path | Server, beat: Callable[[], None] = lambda: None, *, as_
         beat()
         return 0
 
-    if isinstance(path, Server):
+    if isinstance(path, ServerAddress):
         with driver():
             from gateway_addon.ledger.store import postgres
         with postgres.reading(path) as db:
@@ -119,9 +119,9 @@ def reading(path: Path | Server, beat: Callable[[], None] = lambda: None, *, as_
         raise sqlite_files.unavailable(path, error) from error
 
 
-def obituary(path: Path | Server, db: sqlite3.Connection) -> Callable[[str], bool]:
+def death_check(path: Path | ServerAddress, db: sqlite3.Connection) -> Callable[[str], bool]:
     """Tells of an owner's name whether its process is gone. (A batch is held by none: its reservation waits for its results.)"""
-    if isinstance(path, Server):
+    if isinstance(path, ServerAddress):
         with driver():
             from gateway_addon.ledger.store import postgres
         living = postgres.living(db) | {BATCHES}

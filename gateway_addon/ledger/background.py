@@ -13,16 +13,16 @@ from functools import partial
 from pathlib import Path
 
 from gateway_addon.ledger import admin
-from gateway_addon.ledger.types import Server
+from gateway_addon.ledger.types import ServerAddress
 
-type Gone = Callable[[], bool]
+type IsStopped = Callable[[], bool]
 """Whether nobody waits for the answer any more."""
 
 
-async def read[T](place: Path | Server, work: Callable[[sqlite3.Connection], T]) -> T:
+async def read[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connection], T]) -> T:
     """Run a read of one moment of the ledger. Raises LedgerUnavailable."""
 
-    def whole(gone: Gone) -> T:
+    def whole(gone: IsStopped) -> T:
         def beat() -> None:
             if gone():
                 raise asyncio.CancelledError
@@ -33,23 +33,23 @@ async def read[T](place: Path | Server, work: Callable[[sqlite3.Connection], T])
     return await _apart(whole)
 
 
-async def change[T](place: Path | Server, work: Callable[[sqlite3.Connection], T]) -> T:
+async def change[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connection], T]) -> T:
     """Run a change alone in the ledger, in its turn and however long it takes: calls find the ledger held meanwhile. One whose caller is
     cancelled may still be written. Raises what it raises, or LedgerUnavailable."""
 
-    def whole(_: Gone) -> T:
+    def whole(_: IsStopped) -> T:
         with admin.changing(place) as db:
             return work(db)
 
     return await _apart(whole)
 
 
-async def _apart[T](work: Callable[[Gone], T]) -> T:
+async def _apart[T](work: Callable[[IsStopped], T]) -> T:
     """Not in the loop's own threads: the loop's end waits for those."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def tell(answer: Callable[[], None]) -> None:
+    def emit(answer: Callable[[], None]) -> None:
         if not future.done():
             answer()
 
@@ -59,7 +59,7 @@ async def _apart[T](work: Callable[[Gone], T]) -> T:
         except BaseException as error:
             answer = partial(future.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(tell, answer)
+            loop.call_soon_threadsafe(emit, answer)
 
     threading.Thread(target=run, name="ledger-apart", daemon=True).start()
     return await future

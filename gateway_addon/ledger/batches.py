@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from gateway_addon.ledger import ownership, reservations
 from gateway_addon.ledger.orphans import BATCHES
-from gateway_addon.ledger.ownership import Belonging
+from gateway_addon.ledger.ownership import OwnedObject
 from gateway_addon.ledger.types import NewCall, Outcome, Resolution, Settlement
 from gateway_addon.names import safe_name
 
@@ -118,7 +118,7 @@ class _Sum:
         return self
 
 
-class Settled(NamedTuple):
+class SettledBatch(NamedTuple):
     """The call of a settled batch, as whoever listens to calls is told of it."""
 
     call: NewCall
@@ -175,7 +175,7 @@ FROM batches WHERE look_at IS NOT NULL ORDER BY made_at, batches.id
 
 def adopt(db: sqlite3.Connection, new: NewBatch) -> bool:
     """The provider has taken a batch: it is the app's, and its reservation no process's. False where the id was known before."""
-    if not ownership.own(db, Belonging(new.id, "batch", new.app, new.made_at, new.content)):
+    if not ownership.own(db, OwnedObject(new.id, "batch", new.app, new.made_at, new.content)):
         return False
     db.execute(KEEP_PRICES, (new.prices_digest, new.prices))
     facts = (new.id, new.call_id, new.app, new.made_at, new.requests, new.hour_ttl, new.prices_digest, " ".join(new.flags))
@@ -232,13 +232,13 @@ def close(db: sqlite3.Connection, id: str, *, anyway: str | None = None, now: fl
     return resolution
 
 
-def settled(db: sqlite3.Connection, call_id: int) -> Settled:
+def settled(db: sqlite3.Connection, call_id: int) -> SettledBatch:
     """What is written of a batch's call now that it is settled."""
     app, team, token_id, endpoint, model, quote_nano, session, agent, started_at, *ended = db.execute(CALL, (call_id,)).fetchone()
     status, served, request_id, complete, price_rows, flags, tier = ended
     call = NewCall(app, team, token_id, endpoint, model, quote_nano=quote_nano, session_id=session, agent_id=agent)
     outcome = Outcome(status, served, None, request_id, None, bool(complete), price_rows, tuple(flags.split()), tier)
-    return Settled(call, started_at, outcome, tuple(_Sum(*row) for row in db.execute(PARTS, (call_id,)).fetchall()))
+    return SettledBatch(call, started_at, outcome, tuple(_Sum(*row) for row in db.execute(PARTS, (call_id,)).fetchall()))
 
 
 def open_batches(db: sqlite3.Connection) -> list[OpenBatch]:

@@ -18,27 +18,27 @@ from typing import Literal, NamedTuple, Self, cast
 
 from gateway_addon.ledger import orphans, reservations, state
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.ledger.store.commit_queue import Line
+from gateway_addon.ledger.store.commit_queue import CommitQueue
 from gateway_addon.ledger.store.interface import EVERYTHING, Store, driver
 from gateway_addon.ledger.store.sqlite import FileStore
 from gateway_addon.ledger.store.writer import Operation
 from gateway_addon.ledger.types import (
     Alert,
-    Cap,
+    CapShape,
     Denied,
     DueAlert,
-    Ending,
-    Knock,
     LedgerUnavailable,
     NewCall,
     Outcome,
     Pause,
     RateLimits,
+    RecordedEnd,
     Reserved,
     Resolution,
-    Server,
+    ServerAddress,
     Settlement,
     Standing,
+    TokenLookup,
     app_scope,
 )
 
@@ -61,20 +61,20 @@ class _Held(NamedTuple):
     """A running call as it was admitted. `owner`: this process's name then."""
 
     app: str
-    caps: tuple[Cap, ...]
+    caps: tuple[CapShape, ...]
     owner: str
 
 
 class Ledger:
     """Made by `open`, in the process that uses it (after a fork) and on the loop that uses it."""
 
-    def __init__(self, place: Path | Server, store: Store, timeout_s: float) -> None:
+    def __init__(self, place: Path | ServerAddress, store: Store, timeout_s: float) -> None:
         self.place = place
         self._store = store
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, _Held] = {}
-        self._line = Line(store)
+        self._line = CommitQueue(store)
         self._letting_go = False
         self._heart: asyncio.Future[None] | None = None
 
@@ -122,7 +122,7 @@ class Ledger:
         self,
         call: NewCall,
         grant_nano: int,
-        caps: Sequence[Cap],
+        caps: Sequence[CapShape],
         *,
         quantum_nano: int = 0,
         rates: RateLimits | None = None,
@@ -170,10 +170,10 @@ class Ledger:
 
     def _end(self, kind: Literal["settle", "void"], call_id: int, settlement: Settlement, now: float) -> asyncio.Future[Resolution]:
         scopes, held = self._scopes(call_id), self._running.pop(call_id, None)
-        ending = Ending(kind, call_id, held.owner if held else self.owner, settlement, self._at(now))
+        ending = RecordedEnd(kind, call_id, held.owner if held else self.owner, settlement, self._at(now))
         return cast("asyncio.Future[Resolution]", self._lasting(partial(reservations.end, ending=ending), scopes, ending))
 
-    def adrift(self) -> frozenset[int]:
+    def lease_expiring(self) -> frozenset[int]:
         """The running calls that another gateway may soon settle, or has settled: all of them once this one's lease is about to end,
         those of before once it is back under a new name. Answers at once, whatever the ledger does."""
         if self._store.heartbeat_s is None:
@@ -191,9 +191,9 @@ class Ledger:
         """Keep a row for a forwarded request that costs nothing; nobody waits for it."""
         self._record(partial(reservations.free, owner=self.owner, call=call, outcome=outcome, now=self._at(now)))
 
-    def noise(self, reason: str, *, now: float) -> None:
+    def failed_authentication(self, reason: str, *, now: float) -> None:
         """Count a request without a valid token."""
-        self._record(partial(reservations.noise, reason=reason, now=self._at(now)), "noise")
+        self._record(partial(reservations.failed_authentication, reason=reason, now=self._at(now)), "noise")
 
     def ratelimits(self, headers: Mapping[str, str], *, now: float) -> None:
         """Keep the upstream's latest `anthropic-ratelimit-*` headers."""
@@ -224,7 +224,7 @@ class Ledger:
 
     async def _resume(self) -> None:
         """Write what dead processes of this machine could not, before their calls are settled at what they held."""
-        with self._store.left_behind() as journals:
+        with self._store.unwritten_journals() as journals:
             for left in journals:
                 known = 0
                 for some in batched(left.endings, RESUMED_AT_ONCE):
@@ -232,7 +232,7 @@ class Ledger:
                 log.warning("%d of %d calls of a process that died were settled as its journal says", known, len(left.endings))
                 left.done(len(left.endings) - known)
 
-    async def _resume_one(self, ending: Ending) -> object:
+    async def _resume_one(self, ending: RecordedEnd) -> object:
         write = partial(orphans.resume, ending=ending)
         instead = partial(orphans.resume, ending=replace(ending, settlement=UNSTORABLE))
         return await self._ask(RESOLVE, write, frozenset((EVERYTHING,)), instead)
@@ -259,15 +259,15 @@ class Ledger:
 
     # reads, on the request's path
 
-    async def knock(self, digest: str, *, now: float) -> Knock:
+    async def look_up_token(self, digest: str, *, now: float) -> TokenLookup:
         """Whose token has this SHA-256 (hexadecimal), and what else the door asks for each request. Raises LedgerUnavailable."""
-        return await self.look(partial(state.knock, digest=digest, now=self._at(now)))
+        return await self.look(partial(state.look_up_token, digest=digest, now=self._at(now)))
 
-    async def standing(self, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
+    async def standing(self, scopes: Iterable[str], caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
         """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
         return await self.look(partial(reservations.standing, scopes=scopes, caps=caps, now=self._at(now)))
 
-    async def capped(self, caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
+    async def capped(self, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
         """How each of these caps stands. Raises LedgerUnavailable."""
         return await self.look(partial(reservations.capped, caps=caps, now=self._at(now)))
 
@@ -317,8 +317,8 @@ class Ledger:
 
     async def _ask(self, rank: int, apply: Change, scopes: frozenset[str] = frozenset(), instead: Change | None = None) -> object:
         future: asyncio.Future[object] = self._loop.create_future()
-        tell = partial(self._tell, future)
-        self._line.put(Operation(apply, rank, scopes, instead=instead, wanted=lambda: not future.done(), tell=tell))
+        emit = partial(self._tell, future)
+        self._line.put(Operation(apply, rank, scopes, instead=instead, wanted=lambda: not future.done(), emit=emit))
         too_late = self._loop.call_later(self._timeout_s, self._give_up, future)
         try:
             return await future
@@ -338,11 +338,11 @@ class Ledger:
         if future.done() and not future.cancelled() and future.exception() is None:
             self._give_back(future.result())
 
-    def _lasting(self, apply: Change, scopes: frozenset[str], record: Ending | None = None) -> asyncio.Future[object]:
+    def _lasting(self, apply: Change, scopes: frozenset[str], record: RecordedEnd | None = None) -> asyncio.Future[object]:
         future: asyncio.Future[object] = self._loop.create_future()
         instead = partial(_end_unstorable, ending=record) if record and record.kind == "settle" else None
-        tell = partial(self._tell, future)
-        self._line.put(Operation(apply, RESOLVE, scopes, lasting=True, patient=True, instead=instead, record=record, tell=tell))
+        emit = partial(self._tell, future)
+        self._line.put(Operation(apply, RESOLVE, scopes, lasting=True, patient=True, instead=instead, record=record, emit=emit))
         return future
 
     def _record(self, apply: Change, *scopes: str) -> None:
@@ -367,9 +367,9 @@ class Ledger:
             self.void(answer.call_id, Outcome(flags=("abandoned",)), now=time.time())
 
 
-def _store(place: Path | Server, timeout_s: float) -> Store:
+def _store(place: Path | ServerAddress, timeout_s: float) -> Store:
     """Raises LedgerUnavailable."""
-    if isinstance(place, Server):
+    if isinstance(place, ServerAddress):
         with driver():
             from gateway_addon.ledger.store import postgres
         return postgres.ServerStore(place, timeout_s, sqlite_files.state_folder(place))
@@ -379,9 +379,9 @@ def _store(place: Path | Server, timeout_s: float) -> Store:
         raise sqlite_files.unavailable(place, error) from error
 
 
-def _touched(app: str, caps: Sequence[Cap]) -> frozenset[str]:
+def _touched(app: str, caps: Sequence[CapShape]) -> frozenset[str]:
     return frozenset((app_scope(app), *(cap.scope for cap in caps)))
 
 
-def _end_unstorable(db: sqlite3.Connection, ending: Ending) -> Resolution:
+def _end_unstorable(db: sqlite3.Connection, ending: RecordedEnd) -> Resolution:
     return reservations.end(db, replace(ending, settlement=UNSTORABLE))

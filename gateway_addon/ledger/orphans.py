@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterable
 
 from gateway_addon.ledger import reservations
-from gateway_addon.ledger.types import Ending, Outcome, Resolution, Settlement
+from gateway_addon.ledger.types import Outcome, RecordedEnd, Resolution, Settlement
 
 BATCHES = "batches"
 """The owner of a batch's reservation once the provider has taken the batch: no process, so none whose death could sweep it."""
@@ -23,7 +23,7 @@ def known(db: sqlite3.Connection) -> list[str]:
     return [owner for (owner,) in db.execute(every, (BATCHES,)).fetchall()]
 
 
-def resume(db: sqlite3.Connection, ending: Ending) -> Resolution | None:
+def resume(db: sqlite3.Connection, ending: RecordedEnd) -> Resolution | None:
     """Resolve a call as its dead process knew that it ended. None where no call of that process is here: a ledger restored since."""
     known = db.execute("SELECT 1 FROM calls WHERE id = ? AND owner = ?", (ending.call_id, ending.owner)).fetchall()
     return reservations.end(db, ending) if known else None

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 Kind = Literal["batch", "file"]
 
 
-class Belonging(NamedTuple):
+class OwnedObject(NamedTuple):
     """`content` is the API's own JSON object, as it was last seen. Gone: the app had it deleted."""
 
     id: str
@@ -22,10 +22,10 @@ class Belonging(NamedTuple):
     gone: bool = False
 
 
-class Page(NamedTuple):
+class OwnedPage(NamedTuple):
     """A part of an app's list, the newest first."""
 
-    items: tuple[Belonging, ...]
+    items: tuple[OwnedObject, ...]
     more: bool
 
 
@@ -50,12 +50,12 @@ ORDER BY made_at, id LIMIT :limit
 """
 
 
-def own(db: sqlite3.Connection, belonging: Belonging) -> bool:
+def own(db: sqlite3.Connection, belonging: OwnedObject) -> bool:
     """Enter what an app has made; False where the id is somebody's already."""
     return db.execute(OWN, belonging[:5]).rowcount == 1
 
 
-def find(db: sqlite3.Connection, id: str) -> Belonging | None:
+def find(db: sqlite3.Connection, id: str) -> OwnedObject | None:
     rows = db.execute(FIND, (id,)).fetchall()
     return _belonging(rows[0]) if rows else None
 
@@ -68,15 +68,15 @@ def owners(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def chosen(db: sqlite3.Connection, app: str, kind: Kind, ids: Iterable[str]) -> tuple[Belonging, ...]:
+def chosen(db: sqlite3.Connection, app: str, kind: Kind, ids: Iterable[str]) -> tuple[OwnedObject, ...]:
     """Those of these ids that are an app's own, in their order."""
     found = (find(db, id) for id in dict.fromkeys(ids))
     return tuple(each for each in found if each is not None and (each.app, each.kind, each.gone) == (app, kind, False))
 
 
 def page(
-    db: sqlite3.Connection, app: str, kind: Kind, limit: int, *, after: Belonging | None = None, before: Belonging | None = None
-) -> Page:
+    db: sqlite3.Connection, app: str, kind: Kind, limit: int, *, after: OwnedObject | None = None, before: OwnedObject | None = None
+) -> OwnedPage:
     """At most `limit` of an app's own, the newest, or those next to one of them."""
     cursor = after or before
     values = {"app": app, "kind": kind, "limit": limit + 1}
@@ -84,7 +84,7 @@ def page(
         values |= {"made_at": cursor.made_at, "id": cursor.id}
     rows = db.execute(NEWEST if cursor is None else AFTER if after else BEFORE, values).fetchall()
     items = [_belonging(row) for row in rows[:limit]]
-    return Page(tuple(reversed(items)) if before else tuple(items), len(rows) > limit)
+    return OwnedPage(tuple(reversed(items)) if before else tuple(items), len(rows) > limit)
 
 
 def seen(db: sqlite3.Connection, id: str, content: str) -> None:
@@ -97,6 +97,6 @@ def gone(db: sqlite3.Connection, id: str, now: float) -> None:
     db.execute("UPDATE belongings SET gone_at = ? WHERE id = ? AND gone_at IS NULL", (now, id))
 
 
-def _belonging(row: sqlite3.Row) -> Belonging:
+def _belonging(row: sqlite3.Row) -> OwnedObject:
     id, kind, app, made_at, content, gone = row
-    return Belonging(id, kind, app, made_at, content, bool(gone))
+    return OwnedObject(id, kind, app, made_at, content, bool(gone))

@@ -15,14 +15,14 @@ from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger.denials import Obstacle, explain
 from gateway_addon.ledger.types import (
-    Cap,
+    CapShape,
     Denied,
-    Ending,
     LedgerUnavailable,
     NewCall,
     Outcome,
-    PricedPart,
+    PartShape,
     RateLimits,
+    RecordedEnd,
     Reserved,
     Resolution,
     Settlement,
@@ -32,7 +32,7 @@ from gateway_addon.ledger.types import (
 )
 from gateway_addon.windows import WINDOWS, Starts, next_start, starts
 
-type Frame = tuple[str, str, int, int | None]
+type CapWindow = tuple[str, str, int, int | None]
 """A scope and a window of it, when that began, and the cap's amount where there is one."""
 
 # The statements are written once, for both engines; where a scope's balance is kept has a name because PostgreSQL says it otherwise
@@ -156,7 +156,7 @@ def reserve(
     owner: str,
     call: NewCall,
     grant_nano: int,
-    caps: Sequence[Cap],
+    caps: Sequence[CapShape],
     *,
     quantum_nano: int = 0,
     rates: RateLimits | None = None,
@@ -190,7 +190,7 @@ def reserve(
     return explain(obstacles, standings, limits, call.input_tokens, grant_nano, quantum_nano, now)
 
 
-def extend(db: sqlite3.Connection, call_id: int, more_nano: int, caps: Sequence[Cap], *, now: float) -> bool:
+def extend(db: sqlite3.Connection, call_id: int, more_nano: int, caps: Sequence[CapShape], *, now: float) -> bool:
     """Hold `more_nano` more for a running call; False where a cap does not allow it or the call is resolved.
 
     `caps` are those of its admission. What other streams keep free for themselves does not count: top-ups come first.
@@ -238,7 +238,7 @@ def void(db: sqlite3.Connection, call_id: int, outcome: Outcome, *, now: float) 
     return Resolution(True, 0, held_and_spent[0])
 
 
-def end(db: sqlite3.Connection, ending: Ending) -> Resolution:
+def end(db: sqlite3.Connection, ending: RecordedEnd) -> Resolution:
     """Settle or void a call. At most once."""
     if ending.kind == "void":
         return void(db, ending.call_id, ending.settlement.outcome, now=ending.at)
@@ -255,13 +255,13 @@ def free(db: sqlite3.Connection, owner: str, call: NewCall, outcome: Outcome, *,
     _aside(db, owner, call, "free", None, outcome, now)
 
 
-def noise(db: sqlite3.Connection, reason: str, *, now: float) -> None:
+def failed_authentication(db: sqlite3.Connection, reason: str, *, now: float) -> None:
     """Count a request without a valid token."""
     count = "INSERT INTO noise VALUES (?, ?, 1) ON CONFLICT (minute, reason) DO UPDATE SET calls = noise.calls + 1"
     db.execute(count, (int(now) // 60 * 60, reason))
 
 
-def standing(db: sqlite3.Connection, scopes: Iterable[str], caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
+def standing(db: sqlite3.Connection, scopes: Iterable[str], caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
     """Every scope in every window, with the caps among `caps` that limit it."""
     calendar = zone(db)
     windows = starts(now, calendar)
@@ -270,7 +270,7 @@ def standing(db: sqlite3.Connection, scopes: Iterable[str], caps: Sequence[Cap],
     return _standings(db, frames, now, calendar)
 
 
-def capped(db: sqlite3.Connection, caps: Sequence[Cap], *, now: float) -> tuple[Standing, ...]:
+def capped(db: sqlite3.Connection, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
     """How each of these caps stands."""
     calendar = zone(db)
     return _standings(db, _frames(caps, starts(now, calendar)), now, calendar)
@@ -284,7 +284,7 @@ def zone(db: sqlite3.Connection) -> tzinfo:
     return ZoneInfo(rows[0][0])
 
 
-def _frames(caps: Iterable[Cap], windows: Starts) -> list[Frame]:
+def _frames(caps: Iterable[CapShape], windows: Starts) -> list[CapWindow]:
     """The caps that the ledger keeps, each in its window's present frame."""
     return [(cap.scope, cap.window, getattr(windows, cap.window), cap.amount_nano) for cap in caps if cap.window != "request"]
 
@@ -302,11 +302,11 @@ def _asking(statement: str, count: int) -> str:
     return statement.replace(ASKED, f"(VALUES {rows}) AS asked" if count else ASKED_NOTHING)
 
 
-def _asked(frames: Sequence[Frame]) -> dict[str, Any]:
+def _asked(frames: Sequence[CapWindow]) -> dict[str, Any]:
     return dict(zip(_names(len(frames)), chain.from_iterable(frames), strict=True))
 
 
-def _standings(db: sqlite3.Connection, frames: Sequence[Frame], now: float, calendar: tzinfo) -> tuple[Standing, ...]:
+def _standings(db: sqlite3.Connection, frames: Sequence[CapWindow], now: float, calendar: tzinfo) -> tuple[Standing, ...]:
     if not frames:
         return ()
     rows = db.execute(_asking(STANDINGS, len(frames)), _asked(frames) | {"now": now}).fetchall()
@@ -363,7 +363,7 @@ def _outcome_values(outcome: Outcome, flags: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _usage_rows(call_id: int, parts: Sequence[PricedPart], spent_nano: int) -> list[tuple[object, ...]]:
+def _usage_rows(call_id: int, parts: Sequence[PartShape], spent_nano: int) -> list[tuple[object, ...]]:
     """The billed parts, and what of the settled amount no part explains (an estimate's surplus) as a row of its own."""
     rows: list[tuple[object, ...]] = []
     for number, part in enumerate(parts):

@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Mapping
 from operator import attrgetter
 
-from gateway_addon.ledger.types import Alert, DueAlert, Knock, Pause, Token
+from gateway_addon.ledger.types import Alert, DueAlert, Pause, Token, TokenLookup
 
 IN_FORCE = "FROM pauses WHERE until IS NULL OR until > ?"
 # In one statement, because every request asks for all of it, and a look costs more by the statement than by the row.
@@ -19,7 +19,7 @@ SELECT 'overrun', NULL, model, NULL, NULL, NULL, NULL, NULL FROM overruns
 PAUSES = f"SELECT scope, since, until, why, cut {IN_FORCE} ORDER BY scope"
 
 
-def knock(db: sqlite3.Connection, digest: str, now: float) -> Knock:
+def look_up_token(db: sqlite3.Connection, digest: str, now: float) -> TokenLookup:
     token: Token | None = None
     pauses: list[Pause] = []
     models: list[str] = []
@@ -31,7 +31,7 @@ def knock(db: sqlite3.Connection, digest: str, now: float) -> Knock:
             pauses.append(Pause(scope, since, until, why, bool(cut)))
         else:
             models.append(row[1])
-    return Knock(token, tuple(sorted(pauses, key=attrgetter("scope"))), frozenset(models))
+    return TokenLookup(token, tuple(sorted(pauses, key=attrgetter("scope"))), frozenset(models))
 
 
 def pauses(db: sqlite3.Connection, now: float) -> tuple[Pause, ...]:

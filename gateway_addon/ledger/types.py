@@ -32,7 +32,7 @@ class LedgerUnavailable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerAddress:
     """The address of a ledger on a PostgreSQL server. As a string it shows neither password nor options."""
 
     url: str
@@ -42,7 +42,7 @@ class Server:
         return f"postgresql://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-class Cap(Protocol):
+class CapShape(Protocol):
     """A limit of one policy. The window `request` is the gate's own business and ignored here."""
 
     @property
@@ -53,7 +53,7 @@ class Cap(Protocol):
     def amount_nano(self) -> int: ...
 
 
-class Tokens(Protocol):
+class TokenShape(Protocol):
     """Billed tokens by kind; `input_tokens` excludes everything cached."""
 
     @property
@@ -70,7 +70,7 @@ class Tokens(Protocol):
     def cache_write_unsplit_tokens(self) -> int: ...
 
 
-class PricedPart(Protocol):
+class PartShape(Protocol):
     """One billed part of an answer: the message itself, a compaction, an advisor's turn, a fallback."""
 
     @property
@@ -78,7 +78,7 @@ class PricedPart(Protocol):
     @property
     def model(self) -> str | None: ...
     @property
-    def tokens(self) -> Tokens: ...
+    def tokens(self) -> TokenShape: ...
     @property
     def web_searches(self) -> int: ...
     @property
@@ -190,12 +190,12 @@ class Settlement:
     """What a call cost. `cost_nano` None: it cannot be known, the whole of what is held is spent and flagged `estimated`."""
 
     cost_nano: int | None
-    parts: tuple[PricedPart, ...] = ()
+    parts: tuple[PartShape, ...] = ()
     outcome: Outcome = Outcome()
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class RecordedEnd:
     """How a call ended: all that it takes to resolve it, by its own process or a later one. `owner` and `call_id` name the call."""
 
     kind: Literal["settle", "void"]
@@ -248,7 +248,7 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
-class Knock:
+class TokenLookup:
     """What the door asks of the ledger about a request."""
 
     token: Token | None = None

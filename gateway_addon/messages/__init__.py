@@ -6,6 +6,6 @@ batch_results.py those of a batch's results. None of it knows prices.
 
 from gateway_addon.messages.batch_results import BatchMeter, BatchResult
 from gateway_addon.messages.meter import Meter, json_object
-from gateway_addon.messages.usage import Part, Tokens, Usage
+from gateway_addon.messages.usage import TokenCounts, Usage, UsagePart
 
-__all__ = ["BatchMeter", "BatchResult", "Meter", "Part", "Tokens", "Usage", "json_object"]
+__all__ = ["BatchMeter", "BatchResult", "Meter", "TokenCounts", "Usage", "UsagePart", "json_object"]

@@ -15,7 +15,7 @@ The rules, each learnt from recorded responses (reference: platform documentatio
 
 from typing import NamedTuple
 
-from gateway_addon.messages.usage import Part, Tokens, Usage
+from gateway_addon.messages.usage import TokenCounts, Usage, UsagePart
 from gateway_addon.names import safe_name
 
 _COUNT_MAX = 10**12  # no call comes near; what is larger could overflow the ledger's integers
@@ -34,8 +34,8 @@ class _Iteration(NamedTuple):
     model: str | None
     counts: dict[str, int]
 
-    def part(self) -> Part:
-        return Part(self.kind, self.model, _tokens(self.counts))
+    def part(self) -> UsagePart:
+        return UsagePart(self.kind, self.model, _tokens(self.counts))
 
 
 class Draft:
@@ -234,10 +234,10 @@ def _highest(before: dict[str, int], said: dict[str, int]) -> dict[str, int]:
     return before | {name: max(count, before.get(name, 0)) for name, count in said.items()}
 
 
-def _tokens(counts: dict[str, int]) -> Tokens:
+def _tokens(counts: dict[str, int]) -> TokenCounts:
     """The split lags the total, and never exceeds it in any recording: the remainder is tokens too."""
     five_minutes, hour = (counts.get(name, 0) for name in _NESTED_COUNTS["cache_creation"])
-    return Tokens(
+    return TokenCounts(
         input_tokens=counts.get("input_tokens", 0),
         output_tokens=counts.get("output_tokens", 0),
         cache_read_tokens=counts.get("cache_read_input_tokens", 0),

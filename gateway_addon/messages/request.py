@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
 from gateway_addon.messages.nfkc import nfkc_growth
-from gateway_addon.messages.scan import Survey, Use, survey
+from gateway_addon.messages.scan import FeatureUse, RequestScan, survey
 from gateway_addon.messages.schema import HEADER_FEATURES, UNTYPED
 from gateway_addon.refusals import Refusal, stated
 
@@ -78,7 +78,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ParsedRequest:
     """What a request asks for. `model` is the id as asked; for `model` requests it is the id in the path."""
 
     endpoint: str
@@ -91,7 +91,7 @@ class Reading:
     text_bytes: int = 0
     """An upper bound of the prompt's bytes as any tokenizer may see them: see `_text_bytes`."""
     betas: tuple[str, ...] = ()
-    found: Survey = field(default_factory=Survey)
+    found: RequestScan = field(default_factory=RequestScan)
     item: str = ""
     """The id in the path, of a batch or a file."""
 
@@ -135,7 +135,7 @@ def endpoint(method: str, target: str) -> str | Refusal:
     return name
 
 
-def read(endpoint: str, request: Request) -> Reading | Refusal:
+def read(endpoint: str, request: Request) -> ParsedRequest | Refusal:
     """Read a request of a known endpoint, strictly: one Refusal (`body`, `too_large`) for whatever has no single reading."""
     if len(request.body) > BODY_BYTES_MAX:
         whose = "API" if endpoint in ("messages", "count_tokens") else "gateway"
@@ -157,7 +157,7 @@ def parsed(request: Request) -> dict[str, Any]:
     return _parsed(request.body)
 
 
-def message(endpoint: str, body: dict[str, Any], raw: bytes, request: Request) -> Reading:
+def message(endpoint: str, body: dict[str, Any], raw: bytes, request: Request) -> ParsedRequest:
     """Read a message's parameters: the body of a request of its own, or one of a batch's. `raw`: the same as bytes.
 
     Raises Unreadable, ValueError or RecursionError, with a sentence.
@@ -166,7 +166,7 @@ def message(endpoint: str, body: dict[str, Any], raw: bytes, request: Request) -
     _readable_fields(endpoint, body, found)
     text_bytes = _text_bytes(raw, body, found)
     found.uses.extend(header_uses(request))
-    return Reading(
+    return ParsedRequest(
         endpoint=endpoint,
         model=body["model"],
         max_tokens=body["max_tokens"] if endpoint in MESSAGES else 0,
@@ -179,9 +179,9 @@ def message(endpoint: str, body: dict[str, Any], raw: bytes, request: Request) -
     )
 
 
-def header_uses(request: Request) -> list[Use]:
+def header_uses(request: Request) -> list[FeatureUse]:
     """The features that a request asks for in its headers."""
-    return [Use(feature, name, request.header(name)[0]) for name, feature in HEADER_FEATURES.items() if request.header(name)]
+    return [FeatureUse(feature, name, request.header(name)[0]) for name, feature in HEADER_FEATURES.items() if request.header(name)]
 
 
 def betas(request: Request) -> tuple[str, ...]:
@@ -189,26 +189,26 @@ def betas(request: Request) -> tuple[str, ...]:
     return tuple(beta for value in request.header("anthropic-beta") for beta in (part.strip() for part in value.split(",")) if beta)
 
 
-def edited(endpoint: str, request: Request, changes: Mapping[str, Any]) -> tuple[Request, Reading | Refusal]:
+def edited(endpoint: str, request: Request, changes: Mapping[str, Any]) -> tuple[Request, ParsedRequest | Refusal]:
     """The request with some top-level fields replaced, and the reading of its new bytes: still what is judged is what is sent."""
     body = json.dumps({**json.loads(request.body), **changes}, ensure_ascii=False, separators=(",", ":")).encode()
     changed = replace(request, body=body)
     return changed, read(endpoint, changed)
 
 
-def _read_the_door(endpoint: str, request: Request) -> Reading | Refusal:
+def _read_the_door(endpoint: str, request: Request) -> ParsedRequest | Refusal:
     """What method, path and headers say. Bodies of other shapes than a message's are read by the rooms that know them."""
     path = request.target.partition("?")[0]
     if request.body and endpoint not in ("batches.create", "files.upload"):
         return stated("body", f"{request.method} {path} takes no body; send none")
     model, item = _MODEL_PATH.match(path), _ITEM_PATH.match(path)
-    return Reading(
+    return ParsedRequest(
         endpoint=endpoint,
         model=model[1] if model else "",
         item=item[2] if item else "",
         size=len(request.body),
         betas=betas(request),
-        found=Survey(uses=header_uses(request)),
+        found=RequestScan(uses=header_uses(request)),
     )
 
 
@@ -253,7 +253,7 @@ def _constant(name: str) -> Never:
     raise Unreadable(f"{name} is not JSON; send a number, a string or null")
 
 
-def _readable_fields(endpoint: str, body: dict[str, Any], found: Survey) -> None:
+def _readable_fields(endpoint: str, body: dict[str, Any], found: RequestScan) -> None:
     """The fields that everything else rests on have one type each, and no other key looks like one of them."""
     for name in body:
         if name not in UNTYPED[""] and (known := _taken_for(name)) is not None:
@@ -287,7 +287,7 @@ def _whole_number(name: str, value: object) -> None:
         raise Unreadable(f"{name} must be a whole number from 0 to {MAX_TOKENS_MAX:,}")
 
 
-def _text_bytes(raw: bytes, body: dict[str, Any], found: Survey) -> int:
+def _text_bytes(raw: bytes, body: dict[str, Any], found: RequestScan) -> int:
     """The larger of the bytes as sent and the most that they can have after NFKC, without the base64 of images and PDFs.
 
     A byte-level tokenizer makes no more tokens than bytes; one that applies NFKC first (Anthropic's published one of 2023 did)

@@ -9,7 +9,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gateway_addon.messages.schema import BODY_FEATURES, BY_FIELD, ENCODED_PARENTS, FREE, FREE_IN, MAPS, TYPES, UNTYPED, Effect, Kind
+from gateway_addon.messages.schema import (
+    BODY_FEATURES,
+    BY_FIELD,
+    ENCODED_PARENTS,
+    FREE,
+    FREE_IN,
+    MAPS,
+    TYPES,
+    UNTYPED,
+    Effect,
+    ObjectSchema,
+)
 
 DEPTH_MAX = 64
 """Deeper than any request of the SDK's types outside its free zones (about 12); a depth bomb is not a request."""
@@ -19,7 +30,7 @@ Path = tuple["Path", str | int] | None
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class FeatureUse:
     """One thing in a request that a policy must name: the feature, where it stands, and the value itself."""
 
     feature: str
@@ -34,7 +45,7 @@ class Use:
 
 
 @dataclass(slots=True)
-class Survey:
+class RequestScan:
     """Filled by `survey()`, read-only afterwards."""
 
     messages: int = 0
@@ -47,7 +58,7 @@ class Survey:
     """Base64 of images and PDFs: bytes of the body that are not text."""
     cache_control: bool = False
     hour_ttl: bool = False
-    uses: list[Use] = field(default_factory=list)
+    uses: list[FeatureUse] = field(default_factory=list)
     models: list[tuple[str, Any]] = field(default_factory=list)
     """Other models that the request can reach, as (where, id)."""
     references: dict[str, int] = field(default_factory=dict)
@@ -64,9 +75,9 @@ class Survey:
         return ((tool, times) for name, times in self.references.items() for tool in self.definitions.get(name, ()))
 
 
-def survey(body: dict[str, Any]) -> Survey:
+def survey(body: dict[str, Any]) -> RequestScan:
     """Count and collect. Raises ValueError with a sentence when the body is nested deeper than DEPTH_MAX."""
-    seen = Survey()
+    seen = RequestScan()
     messages = body.get("messages")
     seen.messages = len(messages) if isinstance(messages, list) else 0
     _body_features(body, seen)
@@ -96,7 +107,7 @@ def survey(body: dict[str, Any]) -> Survey:
 _NESTED = (dict, list)
 
 
-def _passed_over(item: Any, name: str, seen: Survey) -> bool:
+def _passed_over(item: Any, name: str, seen: RequestScan) -> bool:
     """Count a message or block of mere text, as most are, without walking it; False for anything else."""
     if type(item) is not dict or len(item) != 2:
         return False
@@ -108,7 +119,7 @@ def _passed_over(item: Any, name: str, seen: Survey) -> bool:
     return False
 
 
-def _look_up(node: dict[str, Any], name: str, path: Path, seen: Survey) -> frozenset[str]:
+def _look_up(node: dict[str, Any], name: str, path: Path, seen: RequestScan) -> frozenset[str]:
     """Note one object; returns its fields that are free zones. An unknown object has none."""
     kind = _kind(node, name)
     _note_cache(node, path, seen)
@@ -127,7 +138,7 @@ def _look_up(node: dict[str, Any], name: str, path: Path, seen: Survey) -> froze
     return kind.free
 
 
-def _kind(node: dict[str, Any], name: str) -> Kind | None:
+def _kind(node: dict[str, Any], name: str) -> ObjectSchema | None:
     """The row of an object: by its type, or by the field that holds it. None: unknown."""
     type_name = node.get("type")
     if type_name is None or name in BY_FIELD:
@@ -135,18 +146,18 @@ def _kind(node: dict[str, Any], name: str) -> Kind | None:
     return _TYPED.get(type_name) if isinstance(type_name, str) else None
 
 
-_UNTYPED: Mapping[str, Kind] = {name: Kind(fields, free=fields & FREE) for name, fields in UNTYPED.items()}
-_TYPED: Mapping[str, Kind] = {
+_UNTYPED: Mapping[str, ObjectSchema] = {name: ObjectSchema(fields, free=fields & FREE) for name, fields in UNTYPED.items()}
+_TYPED: Mapping[str, ObjectSchema] = {
     name: replace(kind, fields=kind.fields | {"type"}, free=kind.fields & (FREE | {FREE_IN.get(name, "")})) for name, kind in TYPES.items()
 }
 """The tables of `fields` with what the walk asks of each row, worked out once."""
 
 _DATE = re.compile(r"_[0-9]{8}\Z")
-_FAMILIES: Mapping[str, Kind] = {_DATE.sub("", name): kind for name, kind in TYPES.items() if kind.effect is not Effect.NONE}
+_FAMILIES: Mapping[str, ObjectSchema] = {_DATE.sub("", name): kind for name, kind in TYPES.items() if kind.effect is not Effect.NONE}
 """A tool's next version is as yet unknown, but not what it does: where a policy passes what is unknown, it still needs the feature."""
 
 
-def _note_cache(node: dict[str, Any], path: Path, seen: Survey) -> None:
+def _note_cache(node: dict[str, Any], path: Path, seen: RequestScan) -> None:
     """A cache write, known or not: a lifetime that is not known is taken for the dearest."""
     if "ttl" in node or node.get("type") == "ephemeral":
         seen.cache_control = True
@@ -155,7 +166,7 @@ def _note_cache(node: dict[str, Any], path: Path, seen: Survey) -> None:
             seen.unknown.append(f"{_written((path, 'ttl'))} ({node['ttl']!r})")
 
 
-def _note(node: dict[str, Any], kind: Kind, name: str, path: Path, seen: Survey) -> None:
+def _note(node: dict[str, Any], kind: ObjectSchema, name: str, path: Path, seen: RequestScan) -> None:
     type_name = node.get("type")
     if type_name == "tool_reference":
         for tool in {str(node[key]) for key in ("tool_name", "name") if key in node}:
@@ -166,7 +177,7 @@ def _note(node: dict[str, Any], kind: Kind, name: str, path: Path, seen: Survey)
         return
     seen.blocks += 1
     if kind.feature is not None:
-        seen.uses.append(Use(kind.feature, _written(path), node, kind.effect))
+        seen.uses.append(FeatureUse(kind.feature, _written(path), node, kind.effect))
     if kind.effect is Effect.TYPED_TOOL or kind.effect is Effect.SERVER_TOOL:
         seen.typed_tools += 1
     if kind.feature == "advisor" and kind.effect is Effect.TYPED_TOOL:
@@ -175,12 +186,12 @@ def _note(node: dict[str, Any], kind: Kind, name: str, path: Path, seen: Survey)
         _encoded(node, seen)
 
 
-def _define(tool: Any, seen: Survey) -> None:
+def _define(tool: Any, seen: RequestScan) -> None:
     if isinstance(tool, dict) and isinstance(tool.get("name"), str):
         seen.definitions.setdefault(tool["name"], []).append(tool)
 
 
-def _encoded(node: dict[str, Any], seen: Survey) -> None:
+def _encoded(node: dict[str, Any], seen: RequestScan) -> None:
     """An image or a document: its base64 bytes are not text. Only plain ASCII is taken for base64: the rest counts as bytes."""
     source = node.get("source")
     data = source.get("data") if isinstance(source, dict) and source.get("type") == "base64" else None
@@ -190,21 +201,21 @@ def _encoded(node: dict[str, Any], seen: Survey) -> None:
         seen.encoded_bytes += len(data)
 
 
-def _body_features(body: dict[str, Any], seen: Survey) -> None:
+def _body_features(body: dict[str, Any], seen: RequestScan) -> None:
     """The top-level fields that a policy must name."""
     for name, feature in BODY_FEATURES.items():
         if body.get(name) not in (None, []):
-            seen.uses.append(Use(feature, name, body[name]))
+            seen.uses.append(FeatureUse(feature, name, body[name]))
     fallbacks = body.get("fallbacks")
     attempts = [entry for entry in fallbacks if isinstance(entry, dict)] if isinstance(fallbacks, list) else []
     seen.models.extend((f"fallbacks[{i}].model", entry.get("model")) for i, entry in enumerate(attempts))
     for where, holder in (("speed", body), *((f"fallbacks[{i}].speed", entry) for i, entry in enumerate(attempts))):
         if holder.get("speed") not in (None, "standard"):
-            seen.uses.append(Use("fast", where, holder["speed"]))
+            seen.uses.append(FeatureUse("fast", where, holder["speed"]))
     if body.get("service_tier") not in (None, "auto", "standard_only"):  # these two never raise the price
-        seen.uses.append(Use("service_tier", "service_tier", body["service_tier"]))
+        seen.uses.append(FeatureUse("service_tier", "service_tier", body["service_tier"]))
     if body.get("inference_geo") not in (None, "global"):
-        seen.uses.append(Use("inference_geo", "inference_geo", body["inference_geo"]))
+        seen.uses.append(FeatureUse("inference_geo", "inference_geo", body["inference_geo"]))
 
 
 def _written(path: Path) -> str:

@@ -22,7 +22,7 @@ class Effect(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ObjectSchema:
     """A row: the fields an object may have, the feature that a policy must name for it, its effect on the prompt."""
 
     fields: frozenset[str]
@@ -32,9 +32,9 @@ class Kind:
     """Those of its fields that are free zones."""
 
 
-def _rows(effect: Effect, feature: str | None, rows: dict[str, str]) -> dict[str, Kind]:
+def _rows(effect: Effect, feature: str | None, rows: dict[str, str]) -> dict[str, ObjectSchema]:
     """Rows written as {"type or types": "field names"}."""
-    return {name: Kind(frozenset(fields.split()), feature, effect) for names, fields in rows.items() for name in names.split()}
+    return {name: ObjectSchema(frozenset(fields.split()), feature, effect) for names, fields in rows.items() for name in names.split()}
 
 
 _TOOL = "name allowed_callers cache_control defer_loading strict "
@@ -45,7 +45,7 @@ _FETCH = _TOOL + "allowed_domains blocked_domains max_uses citations max_content
 _CUSTOM_TOOL = _CLIENT_TOOL + "description eager_input_streaming input_schema "
 _RESULT = "content tool_use_id cache_control "
 
-TYPES: dict[str, Kind] = {
+TYPES: dict[str, ObjectSchema] = {
     # tools that the app runs itself
     **_rows(Effect.NONE, None, {"custom": _CUSTOM_TOOL}),
     **_rows(

@@ -7,7 +7,7 @@ EDGE_REFUSALS = frozenset({403, 413, 429, 521, 523, 525, 526, 530})
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenCounts:
     """Token counts of one billed part, each kind disjoint from the others. `output_tokens` includes thinking."""
 
     input_tokens: int = 0
@@ -26,13 +26,13 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class UsagePart:
     """One entry of `usage.iterations`: a sampling run inside the request, with the model that it ran on."""
 
     kind: str
     """`message`, `compaction`, `advisor_message`, `fallback_message`, or a kind still unknown here."""
     model: str | None
-    tokens: Tokens
+    tokens: TokenCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Usage:
 
     model: str | None = None
     """The model that served (after a fallback: the one fallen back to)."""
-    tokens: Tokens = Tokens()
+    tokens: TokenCounts = TokenCounts()
     """The top-level counts. Where `iterations` is not empty those are the bill, and these are not."""
-    iterations: tuple[Part, ...] = ()
+    iterations: tuple[UsagePart, ...] = ()
     web_search_requests: int = 0
     web_fetch_requests: int = 0
     code_execution_requests: int = 0
@@ -95,5 +95,5 @@ class Usage:
         return replace(self, tokens=_longer(self.tokens, missing), iterations=parts, estimated=True)
 
 
-def _longer(tokens: Tokens, by: int) -> Tokens:
+def _longer(tokens: TokenCounts, by: int) -> TokenCounts:
     return replace(tokens, output_tokens=tokens.output_tokens + by)

@@ -20,7 +20,7 @@ DOUBTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Now:
+class FileToday:
     """A file of the inventory as it is today: its consumers, none if it is gone, or the sentence why it cannot be read."""
 
     path: str
@@ -29,7 +29,7 @@ class Now:
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
+class OpenReason:
     """One reason not to rotate yet: what it is about, what is wrong, the way out."""
 
     subject: str
@@ -37,20 +37,20 @@ class Open:
     way_out: str
 
 
-def unseen(arrivals: Iterable[Arrival]) -> list[Open]:
+def unseen(arrivals: Iterable[Arrival]) -> list[OpenReason]:
     """Tokens in force that nobody has called with, or that were only ever refused."""
     found = []
     for token in arrivals:
         name = f"app {token.app}, token {token.token_id}" + (f" ({token.label})" if token.label else "")
         if token.state == "in force" and not token.calls:
             way_out = f"switch the app, or if nobody has this token: gateway token revoke {token.app} --id {token.token_id}"
-            found.append(Open(name, "has never called", way_out))
+            found.append(OpenReason(name, "has never called", way_out))
         elif token.state == "in force" and token.calls == token.refused:
-            found.append(Open(name, "has called, and was refused each time", "gateway report --by token shows why"))
+            found.append(OpenReason(name, "has called, and was refused each time", "gateway report --by token shows why"))
     return found
 
 
-def unaccounted(files: Iterable[Now], arrivals: Sequence[Arrival], accepted: Iterable[str]) -> list[Open]:
+def unaccounted(files: Iterable[FileToday], arrivals: Sequence[Arrival], accepted: Iterable[str]) -> list[OpenReason]:
     """Consumers that are not switched, or hold a token that is not in force, and that nobody has accounted for."""
     good = {token.digest[:12] for token in arrivals if token.state == "in force"}
     exempt = tuple(accepted)
@@ -59,7 +59,7 @@ def unaccounted(files: Iterable[Now], arrivals: Sequence[Arrival], accepted: Ite
         if any(is_in(file.path, path) for path in exempt):
             continue
         if file.problem is not None:
-            found.append(Open(file.path, file.problem, f"look at it, then: gateway cutover --accept {file.path}"))
+            found.append(OpenReason(file.path, file.problem, f"look at it, then: gateway cutover --accept {file.path}"))
         found += [each for consumer in file.consumers if (each := _doubt(consumer, good)) is not None]
     return found
 
@@ -69,7 +69,7 @@ def is_in(path: str, place: str) -> bool:
     return path == place or path.startswith(f"{place.rstrip('/')}/")
 
 
-def tally(files: Iterable[Now]) -> Mapping[str, int]:
+def tally(files: Iterable[FileToday]) -> Mapping[str, int]:
     """How many consumers are in which state now; a file that is gone, or calls nobody any more, counts as `no longer one`."""
     counts: dict[str, int] = {}
     for file in files:
@@ -78,13 +78,13 @@ def tally(files: Iterable[Now]) -> Mapping[str, int]:
     return counts
 
 
-def _doubt(consumer: Consumer, good_tokens: set[str]) -> Open | None:
+def _doubt(consumer: Consumer, good_tokens: set[str]) -> OpenReason | None:
     place = f"{consumer.path}:{consumer.line}"
     if consumer.kind in NO_CALLERS or consumer.switch.startswith("stays"):
         return None
     if consumer.state in DOUBTS:
-        return Open(place, f"({consumer.kind}) {DOUBTS[consumer.state]}", consumer.switch)
+        return OpenReason(place, f"({consumer.kind}) {DOUBTS[consumer.state]}", consumer.switch)
     tokens = [key for key in consumer.keys if key.startswith("gwt_")]
     if consumer.state == "switched" and any(token.rpartition("…")[2] not in good_tokens for token in tokens):
-        return Open(place, f"({consumer.kind}) holds a token that is not in force here", "gateway token issue APP")
+        return OpenReason(place, f"({consumer.kind}) holds a token that is not in force here", "gateway token issue APP")
     return None

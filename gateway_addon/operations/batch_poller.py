@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from gateway_addon.calls import batch_booking
-from gateway_addon.calls.batches import Results, object_of
+from gateway_addon.calls.batches import PricedResults, object_of
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.ledger import Ledger, LedgerUnavailable, app_scope, ownership
 from gateway_addon.ledger import batches as book
@@ -29,7 +29,7 @@ PIECE = 64 * 1024
 UNREADABLE_TIMES = 3  # results never change: a file that lacks some after so many readings will always lack them
 
 
-class Answer(Protocol):
+class PolledAnswer(Protocol):
     """An answer of the upstream, read in a thread."""
 
     status: int
@@ -38,23 +38,23 @@ class Answer(Protocol):
     def read(self, size: int) -> bytes: ...
 
 
-type Ask = Callable[[str], AbstractContextManager[Answer]]
+type Ask = Callable[[str], AbstractContextManager[PolledAnswer]]
 """GET a path of the upstream, with the real key. Whatever it raises is a failure to ask again after."""
 
 
-class Gone(Exception):
+class BatchGone(Exception):
     """The API has no such batch any more, or no results of it."""
 
 
-class Failed(Exception):
+class PollFailed(Exception):
     """The API gave no useful answer: ask again later."""
 
 
-class Keeper:
+class BatchPoller:
     """One process's. `policy` returns the one in force."""
 
     def __init__(
-        self, ledger: Ledger, policy: Callable[[], GatewayPolicy], ask: Ask, closed: batch_booking.Closed, clocks: Clocks = SYSTEM
+        self, ledger: Ledger, policy: Callable[[], GatewayPolicy], ask: Ask, closed: batch_booking.OnBatchClosed, clocks: Clocks = SYSTEM
     ):  # fmt: skip
         self._ledger, self._policy, self._ask, self._closed, self._clocks = ledger, policy, ask, closed, clocks
 
@@ -79,7 +79,7 @@ class Keeper:
             return False
         try:
             await self._look_at(batch)
-        except Gone as error:
+        except BatchGone as error:
             logger.error("Batch %s of app %s: %s. It is settled at what it held.", batch.id, batch.app, error)
             await batch_booking.close(self._ledger, batch, self._closed, anyway="batch_gone", now=self._clocks.now())
         except LedgerUnavailable:
@@ -92,7 +92,7 @@ class Keeper:
         """Raises Gone, Failed, what `ask` raises, LedgerUnavailable."""
         shown = object_of(await asyncio.to_thread(self._whole, f"/v1/messages/batches/{batch.id}"))
         if shown is None or shown.id != batch.id:
-            raise Failed("the answer shows no such batch")
+            raise PollFailed("the answer shows no such batch")
         await self._ledger.keep(partial(ownership.seen, id=batch.id, content=shown.content), "workspace")
         if shown.status == "ended":
             await self._close(batch)
@@ -107,7 +107,7 @@ class Keeper:
             path = f"/v1/messages/batches/{batch.id}/results"
             answer = await asyncio.to_thread(lambda: opened.enter_context(self._ask(path)))
             _expect(answer.status)
-            results = Results(prices, batch.made_at, hour_ttl=batch.hour_ttl, content_encoding=answer.encoding)
+            results = PricedResults(prices, batch.made_at, hour_ttl=batch.hour_ttl, content_encoding=answer.encoding)
             renew_monotonic_s = self._clocks.monotonic_s() + book.TURN_S / 3
             while (rows := await asyncio.to_thread(_some, answer, results)) is not None:
                 await batch_booking.write(self._ledger, batch, rows)
@@ -117,7 +117,7 @@ class Keeper:
             await batch_booking.write(self._ledger, batch, results.close())
         anyway = "results_unreadable" if batch.failures >= UNREADABLE_TIMES else None
         if not await batch_booking.close(self._ledger, batch, self._closed, anyway=anyway, now=self._clocks.now()):
-            raise Failed("its results are not all there, or not to be read")
+            raise PollFailed("its results are not all there, or not to be read")
 
     def _whole(self, path: str) -> bytes:
         with self._ask(path) as answer:
@@ -142,7 +142,7 @@ class Keeper:
         await self._ledger.write(looked, app_scope(batch.app))
 
 
-def _some(answer: Answer, results: Results) -> list[ResultRow] | None:
+def _some(answer: PolledAnswer, results: PricedResults) -> list[ResultRow] | None:
     """The next results, read and priced in a thread; None at the end."""
     piece = answer.read(PIECE)
     return results.feed(piece) if piece else None
@@ -151,6 +151,6 @@ def _some(answer: Answer, results: Results) -> list[ResultRow] | None:
 def _expect(status: int) -> None:
     """Raises Gone or Failed unless the API has answered."""
     if status == 404:
-        raise Gone("the Claude API has no such batch any more (404)")
+        raise BatchGone("the Claude API has no such batch any more (404)")
     if status != 200:
-        raise Failed(f"the Claude API answered {status}")
+        raise PollFailed(f"the Claude API answered {status}")

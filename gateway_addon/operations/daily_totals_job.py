@@ -22,7 +22,7 @@ PAUSE_S = 1.0  # after each day, at least
 REST = 9  # times as long as the day has taken
 
 
-class Daybook:
+class DailyTotalsJob:
     """One process's. `clock` returns unix seconds."""
 
     def __init__(self, ledger: Ledger, clock: Callable[[], float]) -> None:

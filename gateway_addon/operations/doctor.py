@@ -22,7 +22,7 @@ from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import access
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.upstreams.credentials import Secret, SecretUnavailable
+from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
 
 DISK_FREE_BYTES_MIN = 100 * 2**20
 CLOCK_OFF_S_MAX = 60
@@ -51,7 +51,7 @@ def check_all(policies: Path, *, offline: bool, clock: Callable[[], float] = tim
     except (PolicyError, PriceError) as error:
         return [Check("policy", [str(policies)], [f"{error}"])]
     checks = [Check("policy", [f"{policies}: {len(policy.apps)} apps ({policy.digest[:12]})"], [])]
-    secret = Secret(policy.key, withheld=policy.secret_variables)
+    secret = WatchedSecret(policy.key, withheld=policy.secret_variables)
     try:
         key = secret()
     except SecretUnavailable as error:

@@ -12,18 +12,18 @@ from tabulate import tabulate
 
 from gateway_addon.calls.quote import Quote, quote
 from gateway_addon.calls.reservation_options import rewritten
-from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, reservations
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, Standing, admin, reservations
 from gateway_addon.messages import request as reading
-from gateway_addon.messages.request import Reading, Request
+from gateway_addon.messages.request import ParsedRequest, Request
 from gateway_addon.money import dollars
-from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, Verdict, caps, trail
+from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, RuleVerdict, caps, trail
 from gateway_addon.refusals import Refusal
 
 
-def explain(policy: GatewayPolicy, app: AppPolicy, request: Request, ledger: Path | Server, now: float) -> dict[str, Any]:
+def explain(policy: GatewayPolicy, app: AppPolicy, request: Request, ledger: Path | ServerAddress, now: float) -> dict[str, Any]:
     """Everything that admission would find out about a request to /v1/messages, as plain data."""
     read = reading.read("messages", request)
-    changes = rewritten(app, policy.prices, read, overrun=False, now=now) if isinstance(read, Reading) else {}
+    changes = rewritten(app, policy.prices, read, overrun=False, now=now) if isinstance(read, ParsedRequest) else {}
     if changes:
         request, read = reading.edited("messages", request, changes)
     explanation: dict[str, Any] = {"app": app.name, "rewritten": changes, "rules": [], "quote": None, "caps": [], "observed": []}
@@ -32,8 +32,8 @@ def explain(policy: GatewayPolicy, app: AppPolicy, request: Request, ledger: Pat
     verdicts = list(trail(app, read, policy.prices))
     explanation["rules"] = [verdict._asdict() for verdict in verdicts]
     refusing = [verdict for verdict in verdicts if verdict.code]
-    observed: list[Verdict | Refusal] = [verdict for verdict in refusing if app.observes(verdict.rule)]
-    refused: Verdict | Refusal | None = next((verdict for verdict in refusing if not app.observes(verdict.rule)), None)
+    observed: list[RuleVerdict | Refusal] = [verdict for verdict in refusing if app.observes(verdict.rule)]
+    refused: RuleVerdict | Refusal | None = next((verdict for verdict in refusing if not app.observes(verdict.rule)), None)
     bound = quote(read, app, policy.prices, now)
     if isinstance(bound, Quote):
         limits = caps(policy, app)
@@ -49,7 +49,7 @@ def explain(policy: GatewayPolicy, app: AppPolicy, request: Request, ledger: Pat
     return explanation | {"observed": [_refusal(each) for each in observed], "refused": refused and _refusal(refused)}
 
 
-def _refusal(refused: Verdict | Refusal) -> dict[str, Any]:
+def _refusal(refused: RuleVerdict | Refusal) -> dict[str, Any]:
     return {"code": refused.code, "sentence": refused.sentence}
 
 
@@ -87,7 +87,7 @@ def _too_large(cap: dict[str, Any], bound: Quote) -> Refusal | None:
     return Refusal("quote_over_cap", f"{sentence}; the largest max_tokens that fits: {largest}")
 
 
-def _standings(ledger: Path | Server, limits: Sequence[Cap], now: float) -> list[tuple[Cap, Standing | None]]:
+def _standings(ledger: Path | ServerAddress, limits: Sequence[Cap], now: float) -> list[tuple[Cap, Standing | None]]:
     """Each cap beside what the ledger says of it; nothing of it where there is no ledger to read."""
     try:
         with admin.reading(ledger) as db:

@@ -9,14 +9,14 @@ import logging
 import sys
 from collections.abc import Callable
 
-from gateway_addon.calls.record import Record
+from gateway_addon.calls.record import CallRecord
 from gateway_addon.identity.tokens import masked
 
 CALLS = logging.getLogger("gateway_addon.calls.record")
 LOUD = ("mitmproxy.proxy.server", "mitmproxy.proxy.mode_servers", "hpack", "asyncio", "tornado", "quic")
 
 
-class Masked(logging.Filter):
+class MaskedFilter(logging.Filter):
     """Replaces tokens and the key in a record, its arguments and its traceback. Lets every record pass."""
 
     def __init__(self, key: Callable[[], str]):
@@ -44,12 +44,12 @@ class Masked(logging.Filter):
 
 def mask(key: Callable[[], str]) -> None:
     """Mask what the handlers there are now write."""
-    masked = Masked(key)
+    masked = MaskedFilter(key)
     for each in logging.getLogger().handlers:
         each.addFilter(masked)
 
 
-class Json(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """Each record as one line of JSON: a call's own record, or `{"event": "log", ...}` for a sentence."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -62,7 +62,7 @@ class Json(logging.Formatter):
         return json.dumps(said)
 
 
-def call_line(call: Record) -> None:
+def call_line(call: CallRecord) -> None:
     """Say a call, as a line of JSON."""
     CALLS.info("%s", json.dumps(call))
 
@@ -70,7 +70,7 @@ def call_line(call: Record) -> None:
 def say_plainly(key: Callable[[], str], level: int = logging.INFO, *, as_json: bool = False) -> None:
     """Log to stderr, masked: the gateway's own lines from `level` on, of the proxy's only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Json() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers = [handler for handler in root.handlers if type(handler).__module__.startswith("mitmproxy")]
     root.addHandler(handler)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gateway_addon.ledger.reports.entry_history import Recorded
-from gateway_addon.messages.request import Reading
+from gateway_addon.messages.request import ParsedRequest
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, edits, trail
 from gateway_addon.pricing import Prices
 from gateway_addon.windows import Window
@@ -19,11 +19,11 @@ from gateway_addon.windows import Window
 JUDGED = frozenset(("endpoint", "model", "max_tokens"))
 """Refusals by the rules for which the ledger knows enough."""
 
-type Frame = tuple[str, Window, int]
-type Ruling = tuple[str | None, str]
+type ReplayWindow = tuple[str, Window, int]
+type ReplayRuling = tuple[str | None, str]
 
 
-class Verdict(NamedTuple):
+class ReplayVerdict(NamedTuple):
     """What would have become of one call. `code` None: it would have passed."""
 
     call: Recorded
@@ -42,10 +42,10 @@ class Tally:
     """Calls that were refused then, by a rule that would let them pass now. What they would have cost is not known."""
 
 
-def replay(calls: Iterable[Recorded], policy: GatewayPolicy) -> Iterator[Verdict]:
+def replay(calls: Iterable[Recorded], policy: GatewayPolicy) -> Iterator[ReplayVerdict]:
     """A verdict for each call, in the order of admission."""
-    spent: defaultdict[Frame, int] = defaultdict(int)
-    known: dict[tuple[str, str, str | None, int | None], Ruling] = {}  # calls that look alike to the rules are judged once
+    spent: defaultdict[ReplayWindow, int] = defaultdict(int)
+    known: dict[tuple[str, str, str | None, int | None], ReplayRuling] = {}  # calls that look alike to the rules are judged once
     for call in calls:
         like = (call.app, call.endpoint, call.model, call.max_tokens)
         if like not in known:
@@ -54,10 +54,10 @@ def replay(calls: Iterable[Recorded], policy: GatewayPolicy) -> Iterator[Verdict
         code, sentence = known[like]
         if code is None and not call.refusal:
             code, sentence = _capped(call, policy, spent)
-        yield Verdict(call, code, sentence)
+        yield ReplayVerdict(call, code, sentence)
 
 
-def tallied(verdicts: Iterable[Verdict]) -> tuple[dict[str, Tally], dict[tuple[str, str], Tally]]:
+def tallied(verdicts: Iterable[ReplayVerdict]) -> tuple[dict[str, Tally], dict[tuple[str, str], Tally]]:
     """Sums by app, and by app and reason."""
     apps: defaultdict[str, Tally] = defaultdict(Tally)
     reasons: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
@@ -75,17 +75,17 @@ def tallied(verdicts: Iterable[Verdict]) -> tuple[dict[str, Tally], dict[tuple[s
     return dict(apps), dict(reasons)
 
 
-def _ruling(app: AppPolicy, call: Recorded, prices: Prices) -> Ruling:
-    read = Reading(call.endpoint, call.model or "", call.max_tokens or 0)
+def _ruling(app: AppPolicy, call: Recorded, prices: Prices) -> ReplayRuling:
+    read = ParsedRequest(call.endpoint, call.model or "", call.max_tokens or 0)
     changes = edits(app, read, prices)
-    read = Reading(call.endpoint, changes.get("model", read.model), changes.get("max_tokens", read.max_tokens))
+    read = ParsedRequest(call.endpoint, changes.get("model", read.model), changes.get("max_tokens", read.max_tokens))
     refused = (verdict for verdict in trail(app, read, prices) if verdict.code in JUDGED)
     return next(((verdict.code, verdict.sentence) for verdict in refused), (None, ""))
 
 
-def _capped(call: Recorded, policy: GatewayPolicy, spent: defaultdict[Frame, int]) -> Ruling:
+def _capped(call: Recorded, policy: GatewayPolicy, spent: defaultdict[ReplayWindow, int]) -> ReplayRuling:
     """The first cap that the call would have passed; where there is none, it counts in its windows."""
-    frames: list[Frame] = []
+    frames: list[ReplayWindow] = []
     for cap in caps(policy, policy.apps[call.app]):
         if cap.window == "request":
             if call.quote_nano > cap.amount_nano and not call.endpoint.endswith("batches.create"):  # there it is of each request

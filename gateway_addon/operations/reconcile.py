@@ -21,7 +21,7 @@ from fractions import Fraction
 from typing import Self
 
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
-from gateway_addon.messages import Tokens
+from gateway_addon.messages import TokenCounts
 from gateway_addon.money import cents
 from gateway_addon.pricing import Prices, rates
 
@@ -81,7 +81,7 @@ class Charged:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ReconcileLine:
     """One day, model and kind. `exact` and `estimated` are the gateway's; `carried` of the day before may be dated here."""
 
     day: int
@@ -116,7 +116,7 @@ class Correction:
         return f"reconcile: the provider's report leaves at most {cents(self.at_most_nano)} for the estimated calls of this day"
 
 
-def compare(reported: Iterable[Reported], metered: Iterable[Metered], prices: Prices) -> list[Line]:
+def compare(reported: Iterable[Reported], metered: Iterable[Metered], prices: Prices) -> list[ReconcileLine]:
     """Line by line, by day, model and kind; only those in which either side counted anything."""
     metered = list(metered)
     sums: dict[str, dict[tuple[int, str], Counts]] = {"provider": {}, "exact": {}, "estimated": {}, "carried": {}}
@@ -132,7 +132,7 @@ def compare(reported: Iterable[Reported], metered: Iterable[Metered], prices: Pr
         if part.ended_day != part.day:
             add("carried", part.ended_day, part.model, _counts(part))
     lines = [
-        Line(day, model, kind, **{name: getattr(column.get((day, model), Counts()), kind) for name, column in sums.items()})
+        ReconcileLine(day, model, kind, **{name: getattr(column.get((day, model), Counts()), kind) for name, column in sums.items()})
         for day, model in sorted(set().union(*sums.values()))
         for kind in KINDS
     ]
@@ -146,7 +146,7 @@ def agreement_percent(pairs: Iterable[tuple[int, int]]) -> float | None:
     return 100 * sum(min(pair) for pair in pairs) / of if of else None
 
 
-def worth_nano(lines: Iterable[Line], prices: Prices) -> int:
+def worth_nano(lines: Iterable[ReconcileLine], prices: Prices) -> int:
     """What the unseen tokens cost, about: at list prices, their tier and region not being known. Models without a price count 0."""
     total = Fraction(0)
     for line in lines:
@@ -156,7 +156,7 @@ def worth_nano(lines: Iterable[Line], prices: Prices) -> int:
     return math.ceil(total)
 
 
-def bypassing(lines: Iterable[Line], estimates: Sequence[Estimate], prices: Prices) -> list[Line]:
+def bypassing(lines: Iterable[ReconcileLine], estimates: Sequence[Estimate], prices: Prices) -> list[ReconcileLine]:
     """The lines with tokens that only a call past the gateway explains.
 
     Left out are days on which it forwarded calls whose tokens it never saw (their answers were lost), and booked no less for them
@@ -277,5 +277,5 @@ def _counts(part: Metered) -> Counts:
     return Counts(**{kind: getattr(part, kind) for kind in KINDS})
 
 
-def _tokens(counts: Counts) -> Tokens:
-    return Tokens(**{kind: getattr(counts, kind) for kind in KINDS if kind != "web_searches"})
+def _tokens(counts: Counts) -> TokenCounts:
+    return TokenCounts(**{kind: getattr(counts, kind) for kind in KINDS if kind != "web_searches"})

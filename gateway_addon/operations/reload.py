@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from gateway_addon.calls.alerts import policy_broken
-from gateway_addon.calls.gateway import Gate
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Server, access, admin, background, reservations
+from gateway_addon.calls.gateway import Gateway
+from gateway_addon.ledger import Ledger, LedgerUnavailable, ServerAddress, access, admin, background, reservations
 from gateway_addon.onboarding.inventory import consumers
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.upstreams.credentials import Secret, SecretUnavailable
+from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,10 @@ KEY_PROBLEM = "The real key cannot be read again where `key:` points; the one th
 type Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 
-class Watcher:
+class PolicyWatcher:
     """Watches the folder of policies for one gate, and the key that its calls are sent with."""
 
-    def __init__(self, folder: Path, gate: Gate, key: Secret):
+    def __init__(self, folder: Path, gate: Gateway, key: WatchedSecret):
         self._folder, self._gate, self._key = folder, gate, key
         self._seen = self._resting = fingerprint(folder)
         self._key_problem: str | None = None
@@ -108,7 +108,7 @@ class Watcher:
     def _problem(self, sentence: str) -> None:
         if sentence != self._gate.policy_problem:
             logger.error("%s The policy in force stays %s.", sentence, self._gate.policy.digest[:12])
-            self._gate.tell(policy_broken(sentence, self._gate.policy.digest, time.time()))
+            self._gate.emit(policy_broken(sentence, self._gate.policy.digest, time.time()))
         self._gate.policy_problem = sentence
 
 
@@ -132,7 +132,7 @@ async def align(ledger: Ledger, policy: GatewayPolicy, who: str) -> None:
     Where past calls move, that may take minutes: it is waited for apart, and this gateway goes on by the policy that it has.
     Raises LedgerUnavailable.
     """
-    if not isinstance(ledger.place, Server):
+    if not isinstance(ledger.place, ServerAddress):
         for sentence in access.restrict(ledger.place, policy.ledger_mode):
             logger.warning("%s.", sentence)
     teams, now = {name: app.team for name, app in policy.apps.items()}, time.time()
@@ -141,13 +141,13 @@ async def align(ledger: Ledger, policy: GatewayPolicy, who: str) -> None:
     await ledger.change(partial(admin.keep_policy, digest=policy.digest, texts=policy.texts, who=who, now=now))
 
 
-async def audit_key(ledger: Ledger, key: Secret) -> None:
+async def audit_key(ledger: Ledger, key: WatchedSecret) -> None:
     """Keep which key is in use, by its fingerprint, once for all processes. Raises LedgerUnavailable."""
     shown, who = consumers.fingerprint(key()), await asyncio.to_thread(_saved_the_key, key)
     await ledger.change(partial(admin.keep_key, fingerprint=shown, place=key.place, who=who, now=time.time()))
 
 
-def _saved_the_key(key: Secret) -> str:
+def _saved_the_key(key: WatchedSecret) -> str:
     kind, _, place = key.place.partition(" ")
     try:
         return Path(place).owner() if kind == "file" else "unknown"

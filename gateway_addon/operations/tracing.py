@@ -7,7 +7,7 @@ behind. An edge: it talks to a network. Needs the extra `otel`.
 from collections.abc import Callable
 from typing import Any
 
-from gateway_addon.calls.record import Record, Tell
+from gateway_addon.calls.record import CallRecord, OnCall
 
 PACKAGES = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 MISSING = f"--otel needs OpenTelemetry, which is not installed: .venv/bin/pip install {PACKAGES}"
@@ -17,7 +17,7 @@ class OtelMissing(Exception):
     """OpenTelemetry is not installed. The message is a sentence with the way out."""
 
 
-def start(exporter: Any = None) -> tuple[Tell, Callable[[], None]]:
+def start(exporter: Any = None) -> tuple[OnCall, Callable[[], None]]:
     """How to tell of a call, and how to stop, which sends what is waiting. Raises OtelMissing.
 
     `exporter` None: OTLP over HTTP, to OTEL_EXPORTER_OTLP_ENDPOINT (http://localhost:4318).
@@ -35,28 +35,28 @@ def start(exporter: Any = None) -> tuple[Tell, Callable[[], None]]:
     provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
     tracer = provider.get_tracer("gateway_addon")
 
-    def tell(call: Record) -> None:
+    def emit(call: CallRecord) -> None:
         name = f"{operation(call)} {call['model'] or ''}".strip()
         span = tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes(call), start_time=_ns(call["started_at"]))
         if problem := error_type(call):
             span.set_status(Status(StatusCode.ERROR, problem))
         span.end(_ns(call["started_at"] + call["duration_s"]))
 
-    return tell, provider.shutdown
+    return emit, provider.shutdown
 
 
-def operation(call: Record) -> str:
+def operation(call: CallRecord) -> str:
     return "chat" if call["endpoint"].endswith("messages") else str(call["endpoint"])
 
 
-def error_type(call: Record) -> str | None:
+def error_type(call: CallRecord) -> str | None:
     """Low in cardinality, as the conventions ask: a refusal's code or a status."""
     status = call["status"]
     failed = status is not None and status >= 400
     return call["refusal"] or (str(status) if failed else None) or (None if call["complete"] else "incomplete")
 
 
-def attributes(call: Record) -> dict[str, Any]:
+def attributes(call: CallRecord) -> dict[str, Any]:
     """The span's attributes: `gen_ai.*` by the conventions (their input_tokens include everything cached), `gateway.*` our own."""
     found = {
         "gen_ai.operation.name": operation(call),

@@ -29,7 +29,7 @@ POST_TIMEOUT_S = 4.0
 QUEUE_MAX = 1000  # news that waits for a ledger that is away; the oldest goes first
 
 
-class Herald:
+class AlertDelivery:
     """One process's. `secret` reads a webhook's address (raises where it cannot); `clock` returns unix seconds."""
 
     def __init__(self, ledger: Ledger, secret: Callable[[Source], str], clock: Callable[[], float], *, retry_s: float = RETRY_S):
@@ -39,7 +39,7 @@ class Herald:
         """Thresholds known to be told: scope and `once`."""
         self._deliveries: asyncio.Task[None] | None = None
 
-    def tell(self, alert: Alert) -> None:
+    def emit(self, alert: Alert) -> None:
         """Tell this soon. Never waits."""
         self._news.append(alert)
 

@@ -7,7 +7,7 @@
 
 from gateway_addon.policy.loading import load, load_prices
 from gateway_addon.policy.model import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, all_caps, caps
-from gateway_addon.policy.rules import CLAMPED, Verdict, edits, judge, may_use, observed, trail
+from gateway_addon.policy.rules import CLAMPED, RuleVerdict, edits, judge, may_use, observed, trail
 from gateway_addon.yaml_file import FileError as PolicyError
 
 __all__ = [
@@ -18,9 +18,9 @@ __all__ = [
     "Feature",
     "GatewayPolicy",
     "PolicyError",
+    "RuleVerdict",
     "Source",
     "Tls",
-    "Verdict",
     "all_caps",
     "caps",
     "edits",

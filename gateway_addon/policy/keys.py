@@ -20,7 +20,7 @@ from gateway_addon.policy.kinds import (
     REQUIRED,
     SECONDS,
     Key,
-    Kind,
+    ValueKind,
     either,
     listing,
     mapping,
@@ -38,7 +38,7 @@ from gateway_addon.policy.model import (
     Feature,
     MaxTokens,
     Models,
-    RateLimits,
+    RatePolicy,
     Source,
     Team,
     Thinking,
@@ -100,7 +100,7 @@ def _zone(value: str) -> str:
     return value
 
 
-_COMMAND = Kind(listing(text()).read, listing(text()).schema, "a list: the program and its arguments")
+_COMMAND = ValueKind(listing(text()).read, listing(text()).schema, "a list: the program and its arguments")
 SOURCE = one_of(
     Source,
     {
@@ -124,7 +124,7 @@ def _caps(windows: Mapping[str, str], help: str, default: Any = REQUIRED) -> Key
         return MappingProxyType({window: amount for window, amount in amounts.items() if amount is not None})
 
     keys = {window: Key(AMOUNT, words, None) for window, words in windows.items()}
-    unlimited = Kind(lambda node, spot: NO_CAPS if word("unlimited").read(node, spot) else None, {"const": "unlimited"}, "`unlimited`")
+    unlimited = ValueKind(lambda node, spot: NO_CAPS if word("unlimited").read(node, spot) else None, {"const": "unlimited"}, "`unlimited`")
     return Key(either(unlimited, record(make, keys)), help, default, keys)
 
 
@@ -139,8 +139,8 @@ def _alerts(at: tuple[int, ...], webhook: Source | None, format: Any) -> Alerts:
     return Alerts(at_percent=at, webhook=webhook, format=format)
 
 
-def _rates(headroom: int | None, **limits: int | None) -> RateLimits:
-    return RateLimits(**limits, headroom_percent=headroom)
+def _rates(headroom: int | None, **limits: int | None) -> RatePolicy:
+    return RatePolicy(**limits, headroom_percent=headroom)
 
 
 ALERTS = _group(
@@ -218,7 +218,9 @@ _LIMIT = {
         "refuse",
     ),
 }
-_MAX_TOKENS = either(Kind(lambda node, spot: MaxTokens(COUNT.read(node, spot)), COUNT.schema, COUNT.written), record(MaxTokens, _LIMIT))
+_MAX_TOKENS = either(
+    ValueKind(lambda node, spot: MaxTokens(COUNT.read(node, spot)), COUNT.schema, COUNT.written), record(MaxTokens, _LIMIT)
+)
 
 APP: dict[str, Key] = {
     "models": _group(
@@ -278,7 +280,7 @@ APP: dict[str, Key] = {
             "headroom": Key(PERCENT, "stay out of this last share of the shared key's own rate limits", None),
         },
         "how fast it may call",
-        RateLimits(),
+        RatePolicy(),
     ),
     "alerts": ALERTS,
     "mode": Key(word("enforce", "observe"), "`observe` lets everything pass and records what would have been refused", "enforce"),

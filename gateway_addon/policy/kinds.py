@@ -20,7 +20,7 @@ REQUIRED = object()
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ValueKind:
     read: Callable[[Node, Spot], Any]
     schema: Mapping[str, Any]
     written: str
@@ -31,14 +31,14 @@ class Kind:
 class Key:
     """One key of a policy file: the kind of its value, what it does, and what holds where it is absent."""
 
-    kind: Kind
+    kind: ValueKind
     help: str
     default: Any = REQUIRED
     keys: "Mapping[str, Key] | None" = None
     """The keys inside, for the reference."""
 
 
-def text(pattern: str = r"\S(?:.*\S)?", what: str = "text") -> Kind:
+def text(pattern: str = r"\S(?:.*\S)?", what: str = "text") -> ValueKind:
     """Text of one line that the whole `pattern` matches."""
 
     def read(node: Node, spot: Spot) -> str:
@@ -47,10 +47,10 @@ def text(pattern: str = r"\S(?:.*\S)?", what: str = "text") -> Kind:
             raise spot.error(node, f"{value!r} is not {what}")
         return value
 
-    return Kind(read, {"type": "string", "pattern": f"^(?:{pattern})$"}, what)
+    return ValueKind(read, {"type": "string", "pattern": f"^(?:{pattern})$"}, what)
 
 
-def word(*words: str) -> Kind:
+def word(*words: str) -> ValueKind:
     """One of a few words."""
 
     def read(node: Node, spot: Spot) -> str:
@@ -59,10 +59,10 @@ def word(*words: str) -> Kind:
             raise spot.error(node, f"{value!r} is not a word known here{suggestion(value, words)}")
         return value
 
-    return Kind(read, {"enum": list(words)}, " or ".join(f"`{name}`" for name in words))
+    return ValueKind(read, {"enum": list(words)}, " or ".join(f"`{name}`" for name in words))
 
 
-def parsed(parse: Callable[[str], Any], schema: Mapping[str, Any], written: str) -> Kind:
+def parsed(parse: Callable[[str], Any], schema: Mapping[str, Any], written: str) -> ValueKind:
     """A scalar that a function reads, which says what is wrong by raising ValueError with a sentence."""
 
     def read(node: Node, spot: Spot) -> Any:
@@ -71,7 +71,7 @@ def parsed(parse: Callable[[str], Any], schema: Mapping[str, Any], written: str)
         except ValueError as error:
             raise spot.error(node, str(error)) from None
 
-    return Kind(read, schema, written)
+    return ValueKind(read, schema, written)
 
 
 def _count(value: str) -> int:
@@ -116,7 +116,7 @@ AMOUNT = parsed(
 )
 
 
-def listing(kind: Kind) -> Kind:
+def listing(kind: ValueKind) -> ValueKind:
     """A list of values of one kind, as a tuple."""
 
     def read(node: Node, spot: Spot) -> tuple[Any, ...]:
@@ -127,10 +127,10 @@ def listing(kind: Kind) -> Kind:
         problems.say()
         return tuple(values)
 
-    return Kind(read, {"type": "array", "items": kind.schema}, f"a list of {kind.written}")
+    return ValueKind(read, {"type": "array", "items": kind.schema}, f"a list of {kind.written}")
 
 
-def mapping(kind: Kind, what: str = "names") -> Kind:
+def mapping(kind: ValueKind, what: str = "names") -> ValueKind:
     """Values of one kind under names of the operator's choosing."""
 
     def read(node: Node, spot: Spot) -> Mapping[str, Any]:
@@ -141,10 +141,10 @@ def mapping(kind: Kind, what: str = "names") -> Kind:
         problems.say()
         return MappingProxyType(values)
 
-    return Kind(read, {"type": "object", "additionalProperties": kind.schema}, f"{what}, each with {kind.written}")
+    return ValueKind(read, {"type": "object", "additionalProperties": kind.schema}, f"{what}, each with {kind.written}")
 
 
-def record(make: Callable[..., Any], keys: Mapping[str, Key]) -> Kind:
+def record(make: Callable[..., Any], keys: Mapping[str, Key]) -> ValueKind:
     """A fixed set of keys, handed to `make` by name."""
 
     def read(node: Node, spot: Spot) -> Any:
@@ -169,19 +169,19 @@ def record(make: Callable[..., Any], keys: Mapping[str, Key]) -> Kind:
         "required": [name for name, key in keys.items() if key.default is REQUIRED],
         "properties": {name: {**key.kind.schema, "description": key.help} for name, key in keys.items()},
     }
-    return Kind(read, schema, "keys")
+    return ValueKind(read, schema, "keys")
 
 
-def either(plain: Kind, keyed: Kind) -> Kind:
+def either(plain: ValueKind, keyed: ValueKind) -> ValueKind:
     """A short form (one value) and a long form (keys)."""
 
     def read(node: Node, spot: Spot) -> Any:
         return (keyed if isinstance(node, MappingNode) else plain).read(node, spot)
 
-    return Kind(read, {"anyOf": [plain.schema, keyed.schema]}, f"{plain.written}, or {keyed.written}")
+    return ValueKind(read, {"anyOf": [plain.schema, keyed.schema]}, f"{plain.written}, or {keyed.written}")
 
 
-def one_of(make: Callable[[Any, Any], Any], kinds: Mapping[str, Kind]) -> Kind:
+def one_of(make: Callable[[Any, Any], Any], kinds: Mapping[str, ValueKind]) -> ValueKind:
     """Exactly one of several keys, like `{env: NAME}`."""
 
     def read(node: Node, spot: Spot) -> Any:
@@ -195,4 +195,4 @@ def one_of(make: Callable[[Any, Any], Any], kinds: Mapping[str, Kind]) -> Kind:
         {"type": "object", "additionalProperties": False, "required": [name], "properties": {name: kind.schema}}
         for name, kind in kinds.items()
     ]
-    return Kind(read, {"oneOf": forms}, " or ".join(f"`{{{name}: ...}}`" for name in kinds))
+    return ValueKind(read, {"oneOf": forms}, " or ".join(f"`{{{name}: ...}}`" for name in kinds))

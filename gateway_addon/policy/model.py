@@ -75,7 +75,7 @@ class Betas:
 
 
 @dataclass(frozen=True, slots=True)
-class RateLimits:
+class RatePolicy:
     requests_per_minute: int | None = None
     input_tokens_per_minute: int | None = None
     concurrent: int | None = None
@@ -128,7 +128,7 @@ class AppPolicy:
     thinking: Thinking
     require: tuple[str, ...]
     reserve: Literal["full", "progressive", "auto"]
-    rates: RateLimits
+    rates: RatePolicy
     alerts: Alerts
     mode: Literal["enforce", "observe"]
     observe: tuple[str, ...]

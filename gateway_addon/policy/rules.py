@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from gateway_addon.messages.request import MESSAGES, Reading
-from gateway_addon.messages.scan import Use
+from gateway_addon.messages.request import MESSAGES, ParsedRequest
+from gateway_addon.messages.scan import FeatureUse
 from gateway_addon.policy.model import AppPolicy
 from gateway_addon.pricing import Prices
 from gateway_addon.refusals import Refusal, stated
 
 
-class Verdict(NamedTuple):
+class RuleVerdict(NamedTuple):
     """One rule's answer to one request: a sentence, and the code of the refusal where it refuses. Rules are named as their keys are."""
 
     rule: str
@@ -31,7 +31,7 @@ CLAMPED = ("max_tokens", "thinking", "fallbacks")
 _ALWAYS = ("hello", "healthz", "me")
 
 
-def judge(app: AppPolicy, reading: Reading, prices: Prices) -> Refusal | None:
+def judge(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Refusal | None:
     """The refusal of the first rule that refuses, or None. Rules that are only observed refuse nothing."""
     for verdict in trail(app, reading, prices):
         if verdict.code is not None and not app.observes(verdict.rule):
@@ -39,7 +39,7 @@ def judge(app: AppPolicy, reading: Reading, prices: Prices) -> Refusal | None:
     return None
 
 
-def observed(app: AppPolicy, reading: Reading, prices: Prices) -> tuple[str, ...]:
+def observed(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> tuple[str, ...]:
     """The codes of what the observed rules would have refused, once each."""
     if app.mode == "enforce" and not app.observe:
         return ()
@@ -47,7 +47,7 @@ def observed(app: AppPolicy, reading: Reading, prices: Prices) -> tuple[str, ...
     return tuple(dict.fromkeys(verdict.code for verdict in verdicts if verdict.code is not None and app.observes(verdict.rule)))
 
 
-def trail(app: AppPolicy, reading: Reading, prices: Prices) -> Iterator[Verdict]:
+def trail(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Iterator[RuleVerdict]:
     """Every rule's verdict, in order. Rules after one that refuses are judged too: `explain` shows them all."""
     yield _endpoint(app, reading)
     if reading.endpoint in (*PROMPTS, "model"):
@@ -68,7 +68,7 @@ def trail(app: AppPolicy, reading: Reading, prices: Prices) -> Iterator[Verdict]
     yield from _requirements(app, reading)
 
 
-def edits(app: AppPolicy, reading: Reading, prices: Prices) -> dict[str, Any]:
+def edits(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> dict[str, Any]:
     """The top-level fields that the policy rewrites (an alias of a model, a moving name, a clamped `max_tokens` with the thinking
     that it still holds): opt-in, recorded."""
     changes: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def edits(app: AppPolicy, reading: Reading, prices: Prices) -> dict[str, Any]:
     return changes
 
 
-def _less_thinking(reading: Reading, limit: int) -> dict[str, Any]:
+def _less_thinking(reading: ParsedRequest, limit: int) -> dict[str, Any]:
     """The fields with a thinking budget that was below the `max_tokens` asked for and is no longer below a clamped one.
 
     A budget that was above before (interleaved thinking) is left alone.
@@ -122,35 +122,37 @@ def _rewritten(app: AppPolicy, model: str, prices: Prices) -> str:
     return pinned or model
 
 
-def _endpoint(app: AppPolicy, reading: Reading) -> Verdict:
+def _endpoint(app: AppPolicy, reading: ParsedRequest) -> RuleVerdict:
     name = {"model": "models", "batch_request": "batches"}.get(reading.endpoint, reading.endpoint.partition(".")[0])
     if name in app.endpoints or name in _ALWAYS:
-        return Verdict("endpoints", f"{name} is open to app {app.name}")
-    return Verdict("endpoints", f"app {app.name} may not call {name}; allowed: {_listed(app.endpoints)} ({app.file} endpoints)", "endpoint")
+        return RuleVerdict("endpoints", f"{name} is open to app {app.name}")
+    return RuleVerdict(
+        "endpoints", f"app {app.name} may not call {name}; allowed: {_listed(app.endpoints)} ({app.file} endpoints)", "endpoint"
+    )
 
 
-def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> Verdict:
+def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> RuleVerdict:
     """Judged by the canonical id, so that no spelling of a model is another model; a denied name is denied in each spelling."""
     shown = asked if where == "model" else f"{asked} ({where})"
     canonical = prices.canonical(asked)
     allowed = f"allowed: {_listed(app.models.allow)} ({app.file} models.allow)"
     if canonical is None:
-        return Verdict("models", f"app {app.name} asks for {asked[:100]!r} ({where}), which is no known model; {allowed}", "model")
+        return RuleVerdict("models", f"app {app.name} asks for {asked[:100]!r} ({where}), which is no known model; {allowed}", "model")
     for pattern in app.models.deny:
         if fnmatchcase(asked, pattern) or fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern):
             denied = f"app {app.name} may not use {shown}, denied by {pattern} ({app.file} models.deny)"
-            return Verdict("models", f"{denied}; {allowed}", "model")
+            return RuleVerdict("models", f"{denied}; {allowed}", "model")
     if not any(fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern) for pattern in app.models.allow):
-        return Verdict("models", f"app {app.name} may not use {shown}; {allowed}", "model")
+        return RuleVerdict("models", f"app {app.name} may not use {shown}; {allowed}", "model")
     if app.models.moving != "pass" and prices.moves(asked):
         known = prices.snapshot(asked)
         instead = f"ask for {known}" if known else "ask for a dated id"
         sentence = f"app {app.name} may not use {shown}, a name that the provider may move to another model; {instead}"
-        return Verdict("models", f"{sentence} ({app.file} models.moving)", "model")
-    return Verdict("models", f"{shown} is {canonical}, which app {app.name} may use")
+        return RuleVerdict("models", f"{sentence} ({app.file} models.moving)", "model")
+    return RuleVerdict("models", f"{shown} is {canonical}, which app {app.name} may use")
 
 
-def _reachable(app: AppPolicy, reading: Reading) -> Iterator[tuple[str, str]]:
+def _reachable(app: AppPolicy, reading: ParsedRequest) -> Iterator[tuple[str, str]]:
     """Other models that this one request can reach. (`fallbacks: "default"` reaches those that the policy says it does.)"""
     yield from reading.found.models
     fallbacks = app.features.get("fallbacks")
@@ -158,31 +160,31 @@ def _reachable(app: AppPolicy, reading: Reading) -> Iterator[tuple[str, str]]:
         yield from (("fallbacks default", model) for model in fallbacks.default)
 
 
-def _unknown(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+def _unknown(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
     unknown = reading.found.unknown
     if not unknown:
-        yield Verdict("unknown_fields", "every field and type is known")
+        yield RuleVerdict("unknown_fields", "every field and type is known")
     elif app.unknown_fields == "pass":
-        yield Verdict("unknown_fields", f"unknown, passed by unknown_fields: pass: {_listed(unknown[:5])}")
+        yield RuleVerdict("unknown_fields", f"unknown, passed by unknown_fields: pass: {_listed(unknown[:5])}")
     else:
         sentence = f"app {app.name} sends {unknown[0]}, which this gateway does not know and cannot bound; leave it out, or allow it with"
-        yield Verdict("unknown_fields", f"{sentence} unknown_fields: pass in {app.file}", "unknown_field")
+        yield RuleVerdict("unknown_fields", f"{sentence} unknown_fields: pass in {app.file}", "unknown_field")
 
 
-def _features(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+def _features(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
     uses: dict[str, int] = {}
     for use in reading.found.uses:
         refused = _feature_refused(app, use)
         if refused is None and use.is_tool and app.features[use.feature].max_uses is not None:
             refused = _too_many(app, use, uses)
         code = "thread" if use.feature == "thread" else "feature"
-        yield Verdict("features", refused or f"{use.feature} ({use.where}) is named by the policy", code if refused else None)
+        yield RuleVerdict("features", refused or f"{use.feature} ({use.where}) is named by the policy", code if refused else None)
     if reading.hour_ttl and "hour_ttl" not in app.features:
         sentence = f"app {app.name} may not write caches of an hour; leave out ttl, or set hour_ttl: true ({app.file} features)"
-        yield Verdict("features", sentence, "feature")
+        yield RuleVerdict("features", sentence, "feature")
 
 
-def _feature_refused(app: AppPolicy, use: Use) -> str | None:
+def _feature_refused(app: AppPolicy, use: FeatureUse) -> str | None:
     feature = app.features.get(use.feature)
     if feature is None:
         named = [name for name in app.features if name != "hour_ttl"]
@@ -202,7 +204,7 @@ the ones it may reach as default: [...] ({app.file} features.fallbacks)"""
     return None
 
 
-def _too_many(app: AppPolicy, use: Use, uses: dict[str, int]) -> str | None:
+def _too_many(app: AppPolicy, use: FeatureUse, uses: dict[str, int]) -> str | None:
     """The uses of one feature are counted over the whole request: two search tools do not make two budgets."""
     limit, stated = app.features[use.feature].max_uses, use.value.get("max_uses")
     if type(stated) is not int or stated < 0:
@@ -213,32 +215,32 @@ def _too_many(app: AppPolicy, use: Use, uses: dict[str, int]) -> str | None:
     return None
 
 
-def _betas(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+def _betas(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
     for beta in reading.betas:
         denied = any(fnmatchcase(beta, pattern) for pattern in app.betas.deny)
         if denied or not any(fnmatchcase(beta, pattern) for pattern in app.betas.allow):
             allowed = f"allowed: {_listed(app.betas.allow)}" + (f" without {_listed(app.betas.deny)}" if app.betas.deny else "")
-            yield Verdict("betas", f"app {app.name} may not send anthropic-beta {beta[:100]}; {allowed} ({app.file} betas)", "feature")
+            yield RuleVerdict("betas", f"app {app.name} may not send anthropic-beta {beta[:100]}; {allowed} ({app.file} betas)", "feature")
 
 
-def _max_tokens(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+def _max_tokens(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
     if app.max_tokens is None:
-        yield Verdict("max_tokens", f"{reading.max_tokens:,}; app {app.name} has no ceiling")
+        yield RuleVerdict("max_tokens", f"{reading.max_tokens:,}; app {app.name} has no ceiling")
         return
     limit = app.max_tokens.limit
     for where, asked in (("max_tokens", reading.max_tokens), *_fallback_values(reading, "max_tokens")):
         if where == "max_tokens" and app.max_tokens.over == "clamp" and reading.max_tokens > limit:
-            yield Verdict("max_tokens", f"{asked:,} is above {limit:,}, and passes: a stream that is held in steps is not clamped")
+            yield RuleVerdict("max_tokens", f"{asked:,} is above {limit:,}, and passes: a stream that is held in steps is not clamped")
         elif asked is not None and (type(asked) is not int or asked > limit):
             sentence = f"app {app.name} may ask for at most {limit:,} tokens of output, not {asked!r:.40} ({where}); lower it"
             if where == "max_tokens":
                 sentence += f", or have the gateway lower it by max_tokens: {{limit: {limit}, over: clamp}}"
-            yield Verdict("max_tokens", f"{sentence} ({app.file} max_tokens)", "max_tokens")
+            yield RuleVerdict("max_tokens", f"{sentence} ({app.file} max_tokens)", "max_tokens")
         else:
-            yield Verdict("max_tokens", f"{where} is within {limit:,}")
+            yield RuleVerdict("max_tokens", f"{where} is within {limit:,}")
 
 
-def _too_little_thinking(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+def _too_little_thinking(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
     """A clamp that leaves thinking less than the API takes: better a sentence than the API's 400."""
     ceiling = app.max_tokens
     if ceiling is None or ceiling.over != "clamp" or ceiling.limit > THINKING_TOKENS_MIN:
@@ -248,24 +250,24 @@ def _too_little_thinking(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
         if type(budget) is int and budget < THINKING_TOKENS_MIN:
             sentence = f"app {app.name} is held to {ceiling.limit:,} tokens of output, which leaves {where}.budget_tokens less than"
             sentence += f" the API's least, {THINKING_TOKENS_MIN:,}; ask without thinking, or raise the limit ({app.file} max_tokens)"
-            yield Verdict("max_tokens", sentence, "max_tokens")
+            yield RuleVerdict("max_tokens", sentence, "max_tokens")
 
 
-def _thinking(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+def _thinking(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
     limit, levels = app.thinking.budget_tokens, app.thinking.effort
     for where, thinking in (("thinking", reading.body.get("thinking")), *_fallback_values(reading, "thinking")):
         budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
         if limit is not None and budget is not None and (type(budget) is not int or budget > limit):
             sentence = f"app {app.name} may think with at most {limit:,} tokens, not {budget!r:.40} ({where}.budget_tokens); lower it"
-            yield Verdict("thinking", f"{sentence} ({app.file} thinking)", "feature")
+            yield RuleVerdict("thinking", f"{sentence} ({app.file} thinking)", "feature")
     for where, config in _output_configs(reading) if levels else ():
         effort = config.get("effort")
         if effort is not None and effort not in levels:
             sentence = f"app {app.name} may not ask for effort {effort!r:.40} ({where}); allowed: {_listed(levels)}"
-            yield Verdict("thinking", f"{sentence} ({app.file} thinking.effort)", "feature")
+            yield RuleVerdict("thinking", f"{sentence} ({app.file} thinking.effort)", "feature")
 
 
-def _output_configs(reading: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _output_configs(reading: ParsedRequest) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Wherever a request can set its effort: at the top, in a system message in mid-conversation, for a fallback."""
     places = [("output_config", reading.body.get("output_config")), *_fallback_values(reading, "output_config")]
     for i, message in enumerate(reading.body["messages"]):
@@ -274,13 +276,13 @@ def _output_configs(reading: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]
     return ((where, config) for where, config in places if isinstance(config, dict))
 
 
-def _fallback_values(reading: Reading, name: str) -> list[tuple[str, Any]]:
+def _fallback_values(reading: ParsedRequest, name: str) -> list[tuple[str, Any]]:
     fallbacks = reading.body.get("fallbacks")
     entries = fallbacks if isinstance(fallbacks, list) else []
     return [(f"fallbacks[{i}].{name}", entry[name]) for i, entry in enumerate(entries) if isinstance(entry, dict) and name in entry]
 
 
-def _requirements(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
+def _requirements(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
     metadata = reading.body.get("metadata")
     carried = {
         "metadata.user_id": metadata.get("user_id") if isinstance(metadata, dict) else None,
@@ -289,9 +291,9 @@ def _requirements(app: AppPolicy, reading: Reading) -> Iterator[Verdict]:
     for name in app.require:
         value = carried[name]
         if not value or (name == "metadata.user_id" and not isinstance(value, str)):
-            yield Verdict("require", f"app {app.name} must send {name} with each request ({app.file} require)", "requirement")
+            yield RuleVerdict("require", f"app {app.name} must send {name} with each request ({app.file} require)", "requirement")
         else:
-            yield Verdict("require", f"{name} is given")
+            yield RuleVerdict("require", f"{name} is given")
 
 
 def _listed(names: Any) -> str:

@@ -4,7 +4,7 @@ snapshot.py: the table as text, for what is settled long after its admission."""
 from gateway_addon.pricing.costing import FLAGS, Cost, PricedPart, cost, rates
 from gateway_addon.pricing.loading import LISTED_BY, load
 from gateway_addon.pricing.snapshot import kept, restored
-from gateway_addon.pricing.table import LongPrompt, PriceError, Prices, Rates, Row
+from gateway_addon.pricing.table import LongPrompt, PriceError, PriceRow, Prices, Rates
 
 __all__ = [
     "FLAGS",
@@ -12,10 +12,10 @@ __all__ = [
     "Cost",
     "LongPrompt",
     "PriceError",
+    "PriceRow",
     "PricedPart",
     "Prices",
     "Rates",
-    "Row",
     "cost",
     "kept",
     "load",

@@ -8,9 +8,9 @@ is the sum of its parts. The one place of modifiers is `rates`, which quoting us
 import math
 from dataclasses import dataclass, replace
 
-from gateway_addon.messages import Part, Tokens, Usage
+from gateway_addon.messages import TokenCounts, Usage, UsagePart
 from gateway_addon.money import dollars, rounded_up
-from gateway_addon.pricing.table import Prices, Rates, Row
+from gateway_addon.pricing.table import PriceRow, Prices, Rates
 
 FLAGS = {
     "error": "the API, or an edge in front of it, answered with an error before any work: nothing is billed",
@@ -37,7 +37,7 @@ class PricedPart:
     kind: str
     """As the iteration's, `message` for the top level, `web_search` for the searches."""
     model: str | None
-    tokens: Tokens
+    tokens: TokenCounts
     web_searches: int
     nano: int
     price_row: str | None
@@ -57,7 +57,7 @@ class Cost:
         return ", ".join(dict.fromkeys(part.price_row for part in self.parts if part.price_row)) or None
 
 
-def rates(row: Row, *, prompt_tokens: int, speed: str | None, inference_geo: str | None, batch: bool) -> Rates:
+def rates(row: PriceRow, *, prompt_tokens: int, speed: str | None, inference_geo: str | None, batch: bool) -> Rates:
     """What one token of each kind costs under all modifiers, in nano-dollars.
 
     The tier follows the length of the whole prompt; fast mode and the batch discount exclude each other; US-only inference
@@ -108,19 +108,19 @@ def cost(prices: Prices, usage: Usage, *, at: float, hour_ttl_requested: bool, s
             unpriced = True
         else:
             nano = rounded_up(row.web_search_nano * row.multiplier, usage.web_search_requests)
-            parts.append(PricedPart("web_search", None, Tokens(), usage.web_search_requests, nano, None))
+            parts.append(PricedPart("web_search", None, TokenCounts(), usage.web_search_requests, nano, None))
     if usage.iterations and not unpriced and not usage.refused_before_output:
         _compare_top_level(_nano(row, usage.tokens, usage, hour_ttl_requested), parts, flags)
     total_nano = None if unpriced else sum(part.nano for part in parts)
     return Cost(total_nano, tuple(parts), tuple(flags), tuple(flags.values()))
 
 
-def _billed(usage: Usage, flags: dict[str, str]) -> list[tuple[Part, bool]]:
+def _billed(usage: Usage, flags: dict[str, str]) -> list[tuple[UsagePart, bool]]:
     """The parts that make the bill, each with whether it is free."""
     if not usage.iterations:
         if usage.refused_before_output:
             flags["refused_before_output"] = FLAGS["refused_before_output"]
-        return [(Part("message", usage.model, usage.tokens), usage.refused_before_output)]
+        return [(UsagePart("message", usage.model, usage.tokens), usage.refused_before_output)]
     billed = []
     for index, part in enumerate(usage.iterations):
         attempt = part.kind in ("message", "fallback_message") and part.tokens.output_tokens == 0
@@ -134,7 +134,7 @@ def _billed(usage: Usage, flags: dict[str, str]) -> list[tuple[Part, bool]]:
     return billed
 
 
-def _nano(row: Row | None, tokens: Tokens, usage: Usage, hour_ttl: bool) -> int | None:
+def _nano(row: PriceRow | None, tokens: TokenCounts, usage: Usage, hour_ttl: bool) -> int | None:
     """One part, summed exactly and rounded up once."""
     if row is None:
         return None

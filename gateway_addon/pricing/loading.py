@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from yaml.nodes import MappingNode, Node
 
-from gateway_addon.pricing.table import LongPrompt, PriceError, Prices, Rates, Row
+from gateway_addon.pricing.table import LongPrompt, PriceError, PriceRow, Prices, Rates
 from gateway_addon.yaml_file import FileError, Spot, compose, entries, items, scalar
 
 SHIPPED = Path(__file__).parent / "prices.yaml"
@@ -158,18 +158,18 @@ def _aliases(models: dict[str, _Model]) -> dict[str, str]:
     return aliases
 
 
-def _rows(model: str, place: _Entry, keys: _Model, common: _Common) -> tuple[Row, ...]:
+def _rows(model: str, place: _Entry, keys: _Model, common: _Common) -> tuple[PriceRow, ...]:
     """All rows of one model, in the order of their dates."""
     for needed in ("source", "context_tokens", "output_tokens_max", "prices"):
         if needed not in keys:
             raise place.spot.error(place.node, f"{needed} is missing, and the shipped table has no such model")
     pace = common.assumed | {key: keys[key] for key in _ASSUMED_KEYS if key in keys}
-    rows: list[Row] = []
+    rows: list[PriceRow] = []
     for index, node in enumerate(items(*keys["prices"])):
         entry = _Entry(node, keys["prices"].spot.at(str(index)))
         row = _mapping(entry, ("from", *_KINDS, "long_prompt"))
         rows.append(
-            Row(
+            PriceRow(
                 model=model,
                 since=_day(row["from"]) if "from" in row else None,
                 rates=_rates(entry, row),

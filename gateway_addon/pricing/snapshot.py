@@ -9,7 +9,7 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
-from gateway_addon.pricing.table import LongPrompt, Prices, Rates, Row
+from gateway_addon.pricing.table import LongPrompt, PriceRow, Prices, Rates
 
 _FRACTIONS = ("batch", "geo_us", "web_search_nano", "multiplier")
 
@@ -40,7 +40,7 @@ def restored(text: str) -> Prices:
     )
 
 
-def _row(values: dict[str, Any]) -> Row:
+def _row(values: dict[str, Any]) -> PriceRow:
     long_prompt, fast = values["long_prompt"], values["fast"]
     own = {
         "rates": _rates(values["rates"]),
@@ -48,7 +48,7 @@ def _row(values: dict[str, Any]) -> Row:
         "fast": None if fast is None else Fraction(fast),
         **{name: Fraction(values[name]) for name in _FRACTIONS},
     }
-    return Row(**{**values, **own})
+    return PriceRow(**{**values, **own})
 
 
 def _rates(values: dict[str, str]) -> Rates:

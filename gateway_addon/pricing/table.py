@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from gateway_addon.messages import Tokens
+from gateway_addon.messages import TokenCounts
 
 
 class PriceError(Exception):
@@ -31,7 +31,7 @@ class Rates:
             self.cache_write_1h * factor,
         )
 
-    def price(self, tokens: Tokens, *, hour_ttl: bool) -> Fraction:
+    def price(self, tokens: TokenCounts, *, hour_ttl: bool) -> Fraction:
         """What the tokens cost, unrounded, in nano-dollars. `hour_ttl`: writes of unreported lifetime are priced as 1h writes."""
         billed = (
             (self.input, tokens.input_tokens),
@@ -59,7 +59,7 @@ class LongPrompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PriceRow:
     """One model's prices from one day on, with all that pricing and quoting need to know of the model."""
 
     model: str
@@ -101,7 +101,7 @@ _DATED = re.compile(r"(.+)-20[0-9]{6}")
 class Prices:
     """A snapshot of the whole table. A call is quoted and priced by the one in force when it was admitted."""
 
-    rows: Mapping[str, tuple[Row, ...]]
+    rows: Mapping[str, tuple[PriceRow, ...]]
     """By model id, each tuple in the order of its dates."""
     starts: Mapping[str, tuple[float, ...]]
     """Unix seconds at which the rows begin, beside `rows`."""
@@ -141,7 +141,7 @@ class Prices:
         dated = None if name is None else self.snapshots.get(name)
         return dated and dated + ("[1m]" if model.endswith("[1m]") else "")
 
-    def row(self, model: str, at: float) -> Row | None:
+    def row(self, model: str, at: float) -> PriceRow | None:
         """The row that prices `model` at `at` (unix seconds), or None: no price is not a price of zero."""
         name = self.canonical(model)
         if name is None:

@@ -12,10 +12,10 @@ from typing import Any
 
 from mitmproxy import connection, ctx, http
 
-from gateway_addon.calls.gateway import Gate
-from gateway_addon.calls.permits import Arrived, Pass
+from gateway_addon.calls.gateway import Gateway
+from gateway_addon.calls.permits import AuthenticatedRequest, Permit
 from gateway_addon.calls.responses import error_event
-from gateway_addon.calls.running import Running
+from gateway_addon.calls.running import InFlightCall
 from gateway_addon.calls.top_ups import cut_refusal
 from gateway_addon.clocks import Clocks
 from gateway_addon.proxy import inject
@@ -30,23 +30,23 @@ type Deadline = tuple[float, Callable[[], None]]
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
-class Life:
+class FlowState:
     """One flow, from its headers on."""
 
     flow: http.HTTPFlow
-    gate: Gate
+    gate: Gateway
     clocks: Clocks
-    arrived: Arrived | None = None
+    arrived: AuthenticatedRequest | None = None
     body_bytes: int = 0
     """Of the request, as announced by its headers."""
-    admission: "asyncio.Task[None] | None" = None
+    admitting: "asyncio.Task[None] | None" = None
     """Who waits for this call to be admitted, while somebody does."""
     left: bool = False
     """The client went while it waited."""
     began_monotonic_s: float = 0.0
     """When it was admitted."""
-    running: Running | None = None
-    free: Pass | None = None
+    running: InFlightCall | None = None
+    free: Permit | None = None
     server: connection.Server | None = None
     status: int | None = None
     last_byte_monotonic_s: float = 0.0
@@ -57,7 +57,7 @@ class Life:
     ended: bool = False
 
     @property
-    def wire(self) -> inject.Wire:
+    def wire(self) -> inject.WireState:
         return inject.wire(self.flow)
 
     # -- the bytes of a stream
@@ -75,7 +75,7 @@ class Life:
             running.cut = "budget"
         return chunk if running.cut is None else self._last_of(chunk, running)
 
-    def _last_of(self, chunk: bytes, running: Running) -> bytes:
+    def _last_of(self, chunk: bytes, running: InFlightCall) -> bytes:
         """What may still pass of a stream that is being cut: up to the end of an event, then the reason, then nothing."""
         if running.encoded:
             self.close_upstream()
@@ -94,8 +94,8 @@ class Life:
     def _passing(self, chunk: bytes, monotonic_s: float) -> None:
         """An answer without a meter passes as it is; its errand may read along."""
         self.last_byte_monotonic_s = monotonic_s
-        if self.free is not None and self.free.errand.tap is not None and chunk:
-            self.free.errand.tap(chunk)
+        if self.free is not None and self.free.response_hook.tap is not None and chunk:
+            self.free.response_hook.tap(chunk)
 
     # -- deadlines
 
@@ -174,7 +174,7 @@ class Life:
             self.wire.last_words = self._last_words(running)
         self.close_upstream()
 
-    def _last_words(self, running: Running) -> bytes:
+    def _last_words(self, running: InFlightCall) -> bytes:
         refusal = cut_refusal(running)
         return error_event(refusal.error_type, refusal.sentence)
 

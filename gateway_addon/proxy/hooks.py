@@ -18,16 +18,16 @@ from mitmproxy.proxy import server_hooks
 from mitmproxy.proxy.layer import NextLayer
 from OpenSSL import SSL
 
-from gateway_addon.calls.gateway import Gate
-from gateway_addon.calls.permits import Arrived, Ending
-from gateway_addon.calls.responses import Answer, cap_headers, edited_header
-from gateway_addon.calls.running import Ticket
+from gateway_addon.calls.gateway import Gateway
+from gateway_addon.calls.permits import AuthenticatedRequest, PermitEnd
+from gateway_addon.calls.responses import OwnResponse, cap_headers, edited_header
+from gateway_addon.calls.running import Admission
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.messages.request import Request
 from gateway_addon.proxy import inject
 from gateway_addon.proxy.certificate import Certificate
-from gateway_addon.proxy.flows import Life, close_forgotten
+from gateway_addon.proxy.flows import FlowState, close_forgotten
 from gateway_addon.refusals import Refusal, new_request_id
 from gateway_addon.upstreams import header_filter
 
@@ -92,7 +92,7 @@ def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 class GatewayAddon:
     def __init__(
-        self, gate: Gate, key: Callable[[], str], clocks: Clocks = SYSTEM, key_refused: Callable[[], None] = lambda: None
+        self, gate: Gateway, key: Callable[[], str], clocks: Clocks = SYSTEM, key_refused: Callable[[], None] = lambda: None
     ):
         """`key` returns the real API key, fresh after a rotation, `key_refused` hears of a 401."""
         self.gate = gate
@@ -103,8 +103,8 @@ class GatewayAddon:
         self.draining = False
         self.on_running: Callable[[], None] = lambda: None
         self.drops_told: set[bytes] = set()
-        self.lives: dict[str, Life] = {}
-        self.connections: dict[str, Life | None] = {}
+        self.flow_states: dict[str, FlowState] = {}
+        self.connections: dict[str, FlowState | None] = {}
         """By client connection that injects: the life of its current flow. HTTP/1 has one at a time."""
 
     # -- the proxy's own life
@@ -124,9 +124,9 @@ class GatewayAddon:
         self.draining = True
         await ctx.master.addons.get("proxyserver").servers.update([])
         deadline_monotonic_s = self.clocks.monotonic_s() + self.gate.policy.timeouts.drain_s
-        while self.lives and self.clocks.monotonic_s() < deadline_monotonic_s:
+        while self.flow_states and self.clocks.monotonic_s() < deadline_monotonic_s:
             await asyncio.sleep(0.05)
-        for flow_id in list(self.lives):
+        for flow_id in list(self.flow_states):
             self.finish(flow_id, "gateway", sent=True)
         await self.gate.stop()
 
@@ -148,19 +148,19 @@ class GatewayAddon:
     @guarded("connection")
     def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
         """Open a connection only for an admitted call, and remember it, so that the call can be cut."""
-        life = self.connections.get(data.client.id)
-        if life is None or (life.running is None and life.free is None):
+        flow_state = self.connections.get(data.client.id)
+        if flow_state is None or (flow_state.running is None and flow_state.free is None):
             data.server.error = "no admitted call asks for this connection"
         else:
-            life.server = data.server
+            flow_state.server = data.server
 
     @guarded("connection")
     def client_disconnected(self, client: connection.Client) -> None:
         """Whoever waits at the door for a client that has left stops waiting."""
-        life = self.connections.pop(client.id, None)
-        if life is not None and life.admission is not None:
-            life.left = True
-            life.admission.cancel()
+        flow_state = self.connections.pop(client.id, None)
+        if flow_state is not None and flow_state.admitting is not None:
+            flow_state.left = True
+            flow_state.admitting.cancel()
         close_forgotten(client)
 
     # -- a request
@@ -172,33 +172,33 @@ class GatewayAddon:
         kept = [field for field in flow.request.headers.fields if field[0].lower() not in REPLACED]
         flow.request.headers.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
         flow.request.stream = False
-        life = self.lives[flow.id] = Life(flow, self.gate, self.clocks)
+        flow_state = self.flow_states[flow.id] = FlowState(flow, self.gate, self.clocks)
         if flow.client_conn.id in self.connections:
-            self.connections[flow.client_conn.id] = life
+            self.connections[flow.client_conn.id] = flow_state
         arrived = await self._arrive(flow, headers)
-        life.body_bytes = _announced(flow.request.headers)
-        if isinstance(arrived, Arrived):
-            arrived = self.gate.crowded(arrived, life.body_bytes, self._held_bytes, self.clocks.now()) or arrived
-        if isinstance(arrived, Arrived):
-            life.arrived = arrived
+        flow_state.body_bytes = _announced(flow.request.headers)
+        if isinstance(arrived, AuthenticatedRequest):
+            arrived = self.gate.crowded(arrived, flow_state.body_bytes, self._held_bytes, self.clocks.now()) or arrived
+        if isinstance(arrived, AuthenticatedRequest):
+            flow_state.arrived = arrived
             label = (b"x-api-key", f"app:{arrived.app.name}".encode())  # for people; the wire copy gets the key
             flow.request.headers.fields = (*flow.request.headers.fields, label)
             return
         self.answer(flow, arrived)
-        inject.wire(flow).hang_up = life.body_bytes > UNREAD_BODY_MAX
+        inject.wire(flow).hang_up = flow_state.body_bytes > UNREAD_BODY_MAX
 
     def _held_bytes(self) -> int:
         """Of all bodies in flight, as announced."""
-        return sum(each.body_bytes for each in self.lives.values())
+        return sum(each.body_bytes for each in self.flow_states.values())
 
-    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
+    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> AuthenticatedRequest | OwnResponse | Refusal:
         if flow.is_replay:
             return Refusal("replay", "A replayed flow carries no token. Send the call again from its app.")
         return await self._at_the_door(flow, headers)
 
     async def _at_the_door(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...], digest: str | None = None
-    ) -> Arrived | Answer | Refusal:
+    ) -> AuthenticatedRequest | OwnResponse | Refusal:
         """`digest`: of the token that was verified before, where the request carries none."""
         if self.draining:
             return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
@@ -219,43 +219,43 @@ class GatewayAddon:
         """The body is here: have the call admitted, or answer it."""
         if flow.response or flow.error:
             return
-        life = self.lives[flow.id]
-        assert life.arrived is not None
+        flow_state = self.flow_states[flow.id]
+        assert flow_state.arrived is not None
         request, judged = judged_request(flow), (flow.request.headers.fields, flow.request.raw_content)
-        task = life.admission = asyncio.current_task()
+        task = flow_state.admitting = asyncio.current_task()
         assert task is not None
         try:
-            decision = await self.gate.admit(life.arrived, request, self.clocks.now())
+            decision = await self.gate.admit(flow_state.arrived, request, self.clocks.now())
         except asyncio.CancelledError:
-            if not life.left:
+            if not flow_state.left:
                 raise
             task.uncancel()
             return self.answer(flow, Refusal("draining", "The client left before the call was admitted."))
         finally:
-            life.admission = None
-        if isinstance(decision, Answer | Refusal):
+            flow_state.admitting = None
+        if isinstance(decision, OwnResponse | Refusal):
             return self.answer(flow, decision)
-        life.began_monotonic_s = self.clocks.monotonic_s()
-        if isinstance(decision, Ticket):
-            life.running = self.gate.run(decision, life.cut, life.began_monotonic_s)
+        flow_state.began_monotonic_s = self.clocks.monotonic_s()
+        if isinstance(decision, Admission):
+            flow_state.running = self.gate.run(decision, flow_state.cut, flow_state.began_monotonic_s)
         else:
-            life.free = decision
+            flow_state.free = decision
         if decision.body is not None:
             flow.request.headers.fields = judged[0]
             flow.request.content = decision.body
             judged = (flow.request.headers.fields, flow.request.raw_content)
-        record = life.wire
-        record.grant, record.on_sent = self._grant(life.arrived, request, *judged), life.watch
-        life.watch()
+        record = flow_state.wire
+        record.grant, record.on_sent = self._grant(flow_state.arrived, request, *judged), flow_state.watch
+        flow_state.watch()
 
     def _grant(
-        self, arrived: Arrived, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
-    ) -> inject.Grant:
+        self, arrived: AuthenticatedRequest, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
+    ) -> inject.SendPermission:
         """For what was judged, not for what the flow is by now: under mitmweb a person may have edited it meanwhile."""
         address, secure = inject.address(arrived.policy.upstream)
         leaving, dropped = header_filter.leaving(fields, arrived.policy.pass_headers)
         self._tell_of_drops(arrived.app.name, dropped)
-        return inject.Grant(address, secure, request.method, request.target, fields, leaving, body, ("x-api-key", self.key()))
+        return inject.SendPermission(address, secure, request.method, request.target, fields, leaving, body, ("x-api-key", self.key()))
 
     def _tell_of_drops(self, app: str, names: Iterable[bytes]) -> None:
         """Log the first drop of each header name: who misses it upstream finds out here why."""
@@ -273,69 +273,69 @@ class GatewayAddon:
     @guarded("response")
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """The upstream's status is here: start to read along. A stream passes chunk by chunk, unchanged."""
-        life, response = self.lives.get(flow.id), flow.response
-        if life is None or response is None or life.arrived is None:
+        flow_state, response = self.flow_states.get(flow.id), flow.response
+        if flow_state is None or response is None or flow_state.arrived is None:
             return
-        life.status, lowered = response.status_code, _lowered(response.headers)
-        self.gate.upstream_headers(life.arrived, response.status_code, lowered, self.clocks.now())
+        flow_state.status, lowered = response.status_code, _lowered(response.headers)
+        self.gate.upstream_headers(flow_state.arrived, response.status_code, lowered, self.clocks.now())
         if response.status_code == 401:
             self.key_refused()
         if (refusal := not_handed_on(response.status_code)) is not None:
-            if life.running is not None:
-                life.running.status = response.status_code
-            life.wire.refusal = refusal
+            if flow_state.running is not None:
+                flow_state.running.status = response.status_code
+            flow_state.wire.refusal = refusal
             flow.kill()
             return
         fields = header_filter.coming_in(response.headers.fields)
         response.data.reason = header_filter.plain_reason(response.data.reason)
-        if life.running is not None:
+        if flow_state.running is not None:
             known = dict(lowered)
             content_type = known.get("content-type", "")
-            life.running.answered(
+            flow_state.running.answered(
                 response.status_code, content_type, known.get("content-encoding"), known.get("request-id"),
                 now=self.clocks.now(), monotonic_s=self.clocks.monotonic_s(),
             )  # fmt: skip
             if response.status_code == 200 and "json" not in content_type:
-                response.stream = functools.partial(self._chunk, weakref.ref(life))
-            life.watch()
-            ticket = life.running.ticket
-            fields += _encoded([*edited_header(ticket.edited), *cap_headers(ticket.app.name, ticket.standings)])
-        elif life.free is not None:
-            fields += _encoded(edited_header(life.free.edited))
-            if life.free.errand.streamed and response.status_code == 200:
-                life.last_byte_monotonic_s = self.clocks.monotonic_s()
-                response.stream = functools.partial(self._chunk, weakref.ref(life))
-                life.watch()
+                response.stream = functools.partial(self._chunk, weakref.ref(flow_state))
+            flow_state.watch()
+            admission = flow_state.running.admission
+            fields += _encoded([*edited_header(admission.edited), *cap_headers(admission.app.name, admission.standings)])
+        elif flow_state.free is not None:
+            fields += _encoded(edited_header(flow_state.free.edited))
+            if flow_state.free.response_hook.streamed and response.status_code == 200:
+                flow_state.last_byte_monotonic_s = self.clocks.monotonic_s()
+                response.stream = functools.partial(self._chunk, weakref.ref(flow_state))
+                flow_state.watch()
         response.headers.fields = fields
 
-    def _chunk(self, its_life: weakref.ref[Life], chunk: bytes) -> bytes:
+    def _chunk(self, its_life: weakref.ref[FlowState], chunk: bytes) -> bytes:
         """The stream's tap. It must not raise: mitmproxy would drop the chunk.
 
         It hangs on the flow, which its life leads to: held firmly, each would keep the other.
         """
-        life = its_life()
-        if life is None:
+        flow_state = its_life()
+        if flow_state is None:
             return chunk
         try:
-            return life.chunk(chunk)
+            return flow_state.chunk(chunk)
         except Exception:
             logger.exception("The gateway failed in its stream tap.")
-            self.fail("response", life.flow)
+            self.fail("response", flow_state.flow)
             return chunk
 
     @guarded("response")
     def response(self, flow: http.HTTPFlow) -> Coroutine[Any, Any, None] | None:
         """The answer is whole. (Also reached by the gateway's own answers: they have nothing to settle.)"""
-        life, response = self.lives.get(flow.id), flow.response
-        if life is None or response is None:
+        flow_state, response = self.flow_states.get(flow.id), flow.response
+        if flow_state is None or response is None:
             return None
         body = response.raw_content
-        if life.running is not None and body is not None and response.stream is False:
+        if flow_state.running is not None and body is not None and response.stream is False:
             monotonic_s = self.clocks.monotonic_s()
-            life.running.feed(body, monotonic_s, self.gate.streams.lost_s(monotonic_s))
-        errand = life.free.errand if life.free is not None else None
-        if errand is not None and errand.whole is not None and response.stream is False:
-            return self._run_errand(flow, response, errand.whole)
+            flow_state.running.feed(body, monotonic_s, self.gate.streams.lost_s(monotonic_s))
+        response_hook = flow_state.free.response_hook if flow_state.free is not None else None
+        if response_hook is not None and response_hook.whole is not None and response.stream is False:
+            return self._run_response_hook(flow, response, response_hook.whole)
         # What the call cost is worked out while the client reads its answer, and before anything else that comes.
         asyncio.get_running_loop().call_soon(self.after_response, flow)
         return None
@@ -344,9 +344,11 @@ class GatewayAddon:
     def after_response(self, flow: http.HTTPFlow) -> None:
         self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
 
-    async def _run_errand(self, flow: http.HTTPFlow, response: http.Response, errand: Callable[[int, bytes], Awaitable[bytes]]) -> None:
+    async def _run_response_hook(
+        self, flow: http.HTTPFlow, response: http.Response, response_hook: Callable[[int, bytes], Awaitable[bytes]]
+    ) -> None:
         content = response.content or b""
-        said = await errand(response.status_code, content)
+        said = await response_hook(response.status_code, content)
         if said != content:
             response.headers.pop("content-encoding", None)
             response.content = said
@@ -360,7 +362,7 @@ class GatewayAddon:
 
     # -- endings
 
-    def answer(self, flow: http.HTTPFlow, said: Answer | Refusal) -> None:
+    def answer(self, flow: http.HTTPFlow, said: OwnResponse | Refusal) -> None:
         """Answer a flow here. A refused call opens no connection, not even to look the upstream up."""
         request_id = new_request_id()
         if isinstance(said, Refusal):
@@ -369,26 +371,26 @@ class GatewayAddon:
             status, headers = said.status, {"content-type": "application/json", "request-id": request_id}
             body = json.dumps(said.body).encode() if said.body is not None else b""
         flow.response = http.Response.make(status, body, headers)
-        self.lives.pop(flow.id, None)
+        self.flow_states.pop(flow.id, None)
 
     def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:
         """Resolve the flow's reservation, once: whoever comes second finds nothing to do."""
-        life = self.lives.pop(flow_id, None)
-        if life is None:
+        flow_state = self.flow_states.pop(flow_id, None)
+        if flow_state is None:
             return
-        life.end()
-        if ended_by != "gateway" and self.connections.get(life.flow.client_conn.id) is life:
-            self.connections[life.flow.client_conn.id] = None  # a connection that idles keeps no bodies
-        if life.running is not None:
-            self.gate.close(life.running, sent=sent, ended_by=ended_by, now=self.clocks.now())
-        elif life.free is not None:
-            self.gate.close_free(life.free, Ending(sent, ended_by, life.status), self.clocks.now())
+        flow_state.end()
+        if ended_by != "gateway" and self.connections.get(flow_state.flow.client_conn.id) is flow_state:
+            self.connections[flow_state.flow.client_conn.id] = None  # a connection that idles keeps no bodies
+        if flow_state.running is not None:
+            self.gate.close(flow_state.running, sent=sent, ended_by=ended_by, now=self.clocks.now())
+        elif flow_state.free is not None:
+            self.gate.close_free(flow_state.free, PermitEnd(sent, ended_by, flow_state.status), self.clocks.now())
 
     def fail(self, side: Side, data: Any) -> None:
         """A hook failed: nothing unjudged passes, and nothing that may have been billed is forgotten."""
         if isinstance(data, http.HTTPFlow):
             record = inject.wire(data)
-            life = self.lives.get(data.id)
+            flow_state = self.flow_states.get(data.id)
             if side == "request":
                 record.grant = None
                 try:
@@ -396,8 +398,8 @@ class GatewayAddon:
                 finally:
                     self.answer(data, Refusal("internal", FAILED))
             else:
-                if life is not None and life.running is not None and life.running.in_steps:
-                    life.close_upstream()  # nothing tops the grant up any more
+                if flow_state is not None and flow_state.running is not None and flow_state.running.in_steps:
+                    flow_state.close_upstream()  # nothing tops the grant up any more
                 self.finish(data.id, "gateway", sent=record.sent)
         elif isinstance(data, NextLayer):
             self.connections.pop(data.context.client.id, None)

@@ -2,7 +2,7 @@
 
 Promises that the key is in no flow, so in nothing that shows or stores flows; that it leaves only for the pinned host, over
 TLS where the upstream has it, once per admitted request; and that what leaves is what was admitted, byte for byte: a flow
-edited afterwards is not sent. Knows nothing of policy, money or the ledger: it is handed a `Grant` and reports what happened.
+edited afterwards is not sent. Knows nothing of policy, money or the ledger: it is handed a `SendPermission` and reports what happened.
 
 mitmproxy writes a request in `HttpStream`, which reads `flow.request`. The subclass below swaps the request in the one
 command that carries it to the wire. `install` puts it in place by the public `next_layer` hook.
@@ -54,7 +54,7 @@ def nothing() -> None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Grant:
+class SendPermission:
     """Permission to send one request, as admitted, to one address, with one credential."""
 
     address: tuple[str, int]
@@ -79,10 +79,10 @@ def address(upstream: str) -> tuple[tuple[str, int], bool]:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class Wire:
+class WireState:
     """What is known of one flow on the wire: the grant going in, the facts coming out."""
 
-    grant: Grant | None = None
+    grant: SendPermission | None = None
     sent: bool = False
     """The request was handed to the upstream's socket: from here on the provider may have done work."""
     on_sent: Callable[[], None] = nothing
@@ -96,14 +96,14 @@ class Wire:
     """The gateway's own last event of a stream that it cuts: sent when the upstream side is gone, and the body ends cleanly."""
 
 
-_WIRES: "WeakKeyDictionary[http.HTTPFlow, Wire]" = WeakKeyDictionary()
+_WIRES: "WeakKeyDictionary[http.HTTPFlow, WireState]" = WeakKeyDictionary()
 
 
-def wire(flow: http.HTTPFlow) -> Wire:
+def wire(flow: http.HTTPFlow) -> WireState:
     """The wire record of a flow, made on first use; it lives exactly as long as its flow."""
     record = _WIRES.get(flow)
     if record is None:
-        record = _WIRES[flow] = Wire()
+        record = _WIRES[flow] = WireState()
     return record
 
 
@@ -120,7 +120,7 @@ def install(top: layer.Layer | None) -> None:
         top = getattr(top, "child_layer", None)
 
 
-class InjectLayer(relay.Direct):
+class InjectLayer(relay.DirectLayer):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if isinstance(event, events.Start) and self.context.client.alpn != b"h2":  # none, none in common, or HTTP/1
             self.connections.setdefault(self.context.client, ApiHttp1Server(self.context.fork()))
@@ -134,7 +134,7 @@ class InjectLayer(relay.Direct):
         yield from self.event_to_child(stream, events.Start())
 
 
-class InjectStream(whole.Stream):
+class InjectStream(whole.WholeStream):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if isinstance(event, BROKEN):
             record = wire(self.flow)
@@ -233,7 +233,7 @@ class ApiProtocolError(ResponseProtocolError):
         self.refusal = refusal
 
 
-class ApiHttp1Server(whole.Server):
+class ApiHttp1Server(whole.WholeServer):
     """mitmproxy's HTTP/1 server with its own errors (400, 413, 502, in HTML) said in the API's shape, and a bounded head."""
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
@@ -272,7 +272,7 @@ class ApiHttp1Server(whole.Server):
         self.state = self.done
 
 
-def _wire_copy(request: http.Request, grant: Grant) -> http.Request:
+def _wire_copy(request: http.Request, grant: SendPermission) -> http.Request:
     """Copy the request with the real credential, in the gateway's own framing, without what stays here.
 
     A shallow copy by hand: `request.copy()` takes every field apart and checks its type, a tenth of all that a call costs here.

@@ -31,8 +31,8 @@ from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode
 from mitmproxy_rs.local import LocalRedirector
 
-from gateway_addon.calls.permits import Arrived
-from gateway_addon.calls.responses import Answer
+from gateway_addon.calls.permits import AuthenticatedRequest
+from gateway_addon.calls.responses import OwnResponse
 from gateway_addon.proxy.hooks import GatewayAddon, guarded
 from gateway_addon.proxy.server import on_signal, prepared
 from gateway_addon.proxy.settings import Settings
@@ -86,7 +86,7 @@ class LocalAddon(GatewayAddon):
         if not self._is_upstream(flow.request.host, flow.request.port):
             return
         if caller is None:
-            self.gate.ledger.noise("token_proxy", now=self.clocks.now())
+            self.gate.ledger.failed_authentication("token_proxy", now=self.clocks.now())
             self.answer(flow, Refusal("token_proxy", NO_CREDENTIALS.format(_address())))
             assert flow.response is not None
             flow.response.headers["proxy-authenticate"] = 'Basic realm="gateway"'
@@ -122,12 +122,12 @@ class LocalAddon(GatewayAddon):
             self.bystanders.add(flow.client_conn.id)
             flow.request.stream = True
 
-    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
+    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> AuthenticatedRequest | OwnResponse | Refusal:
         """The token of the tunnel takes the place of whatever key the app sends."""
         name, token = self._caller(flow.client_conn)
         own = [(key, value) for key, value in headers if key not in ("x-api-key", "authorization", "proxy-authorization")]
         arrived = await super()._arrive(flow, (*own, ("x-api-key", token)) if token else tuple(own))
-        if isinstance(arrived, Arrived) and name and name != arrived.app.name:
+        if isinstance(arrived, AuthenticatedRequest) and name and name != arrived.app.name:
             sentence = f"The proxy credentials name app {name}, but their token is {arrived.app.name}'s. Put the right two together."
             return Refusal("token_conflict", sentence)
         return arrived
@@ -139,7 +139,7 @@ class LocalAddon(GatewayAddon):
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
-        if flow.id in self.lives:
+        if flow.id in self.flow_states:
             await super().request(flow)
 
     @guarded("response")
@@ -218,7 +218,7 @@ async def run(
             if not command:
                 on_signal(master.shutdown)
                 for line in greeting(f"{host}:{port}", policy.upstream, ca_folder, capture):
-                    settings.tell(line)
+                    settings.emit(line)
                 await serving
                 return 0
             proxy = f"http://{app}:{token}@{host}:{port}"

@@ -23,27 +23,27 @@ from mitmproxy.addons import core, errorcheck, next_layer, proxyserver, tlsconfi
 from mitmproxy.master import Master
 from OpenSSL import SSL
 
-from gateway_addon.calls.gateway import Gate
-from gateway_addon.calls.record import Record, Tell
+from gateway_addon.calls.gateway import Gateway
+from gateway_addon.calls.record import CallRecord, OnCall
 from gateway_addon.clocks import SYSTEM
-from gateway_addon.ledger import Ledger, Server
+from gateway_addon.ledger import Ledger, ServerAddress
 from gateway_addon.ledger.store.sqlite_files import ledger_path, state_folder
 from gateway_addon.operations import tracing
-from gateway_addon.operations.batch_poller import Keeper
-from gateway_addon.operations.daily_totals_job import Daybook
+from gateway_addon.operations.batch_poller import BatchPoller
+from gateway_addon.operations.daily_totals_job import DailyTotalsJob
 from gateway_addon.operations.logs import call_line, say_plainly
-from gateway_addon.operations.reload import Watcher, align, audit_key, must_agree, saved_by
-from gateway_addon.operations.webhooks import Herald
+from gateway_addon.operations.reload import PolicyWatcher, align, audit_key, must_agree, saved_by
+from gateway_addon.operations.webhooks import AlertDelivery
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.proxy.certificate import Certificate
-from gateway_addon.proxy.fastpath.connection import Handlers, fits
+from gateway_addon.proxy.fastpath.connection import QuickHandlers, fits
 from gateway_addon.proxy.fastpath.dispatch import Dispatch
 from gateway_addon.proxy.hooks import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.proxy.reverse_tcp import reverse
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import ListeningLoop, stop_signals, when_the_parent_ends
 from gateway_addon.upstreams.client import ask
-from gateway_addon.upstreams.credentials import Secret, keep_fresh
+from gateway_addon.upstreams.credentials import WatchedSecret, keep_fresh
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class LeanMaster(Master):
             next_layer.NextLayer(),
             UpstreamTls(),
             errorcheck.ErrorCheck(repeat_errors_on_stderr=True),
-            Handlers(),
+            QuickHandlers(),
         )
 
 
@@ -107,7 +107,7 @@ async def _run(settings: Settings) -> int:
 
         def listening() -> None:
             for line in greeting(settings, policy):
-                settings.tell(line)
+                settings.emit(line)
             if settings.ready_fd is not None:
                 with suppress(BrokenPipeError):
                     os.write(settings.ready_fd, b"1")
@@ -154,21 +154,21 @@ async def prepared(
 
 
 @asynccontextmanager
-async def told_of(settings: Settings) -> AsyncIterator[Tell | None]:
+async def told_of(settings: Settings) -> AsyncIterator[OnCall | None]:
     """Who is told of each call, as the command line asks. Raises OtelMissing."""
-    listeners: list[Tell] = [call_line] if settings.log_json else []
+    listeners: list[OnCall] = [call_line] if settings.log_json else []
 
-    def tell(call: Record) -> None:
+    def emit(call: CallRecord) -> None:
         for listener in listeners:
             listener(call)
 
     if not settings.otel:
-        yield tell if listeners else None
+        yield emit if listeners else None
         return
     send, stop = tracing.start()
     listeners.append(send)
     try:
-        yield tell
+        yield emit
     finally:
         await asyncio.to_thread(stop)
 
@@ -179,11 +179,11 @@ async def assembled(
     ledger_url: str,
     make: Callable[..., GatewayAddon] = GatewayAddon,
     entrance: str = "",
-    on_call: Tell | None = None,
-) -> AsyncIterator[tuple[GatewayPolicy, Secret, GatewayAddon]]:
+    on_call: OnCall | None = None,
+) -> AsyncIterator[tuple[GatewayPolicy, WatchedSecret, GatewayAddon]]:
     """An addon and what it stands on: the policy in force and watched, the key read, the ledger open."""
     policy = load(policies)
-    key = Secret(policy.key, withheld=policy.secret_variables)
+    key = WatchedSecret(policy.key, withheld=policy.secret_variables)
     if policy.tls is not None:
         Certificate().context(policy.tls)
     key()  # a missing key is said now, not to the first caller
@@ -191,16 +191,18 @@ async def assembled(
     await must_agree(ledger, policy)
     await align(ledger, policy, saved_by(policies))
     await audit_key(ledger, key)
-    herald = Herald(ledger, lambda source: Secret(source, withheld=policy.secret_variables)(), time.time)
-    gate = Gate(ledger, policy, SYSTEM, herald, entrance, on_call)
+    alert_delivery = AlertDelivery(ledger, lambda source: WatchedSecret(source, withheld=policy.secret_variables)(), time.time)
+    gate = Gateway(ledger, policy, SYSTEM, alert_delivery, entrance, on_call)
     refused = asyncio.Event()
     addon = make(gate, key, key_refused=refused.set)
-    watcher = Watcher(policies, gate, key)
+    watcher = PolicyWatcher(policies, gate, key)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, watcher.read_again)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    keeper = Keeper(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key), gate.batch_closed)
-    daybook = Daybook(ledger, time.time)
-    watching = [asyncio.ensure_future(each) for each in (watcher.watch(), keep_fresh(key, refused), keeper.run(), daybook.run())]
+    batch_poller = BatchPoller(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key), gate.batch_closed)
+    daily_totals_job = DailyTotalsJob(ledger, time.time)
+    watching = [
+        asyncio.ensure_future(each) for each in (watcher.watch(), keep_fresh(key, refused), batch_poller.run(), daily_totals_job.run())
+    ]
     try:
         yield policy, key, addon
     finally:
@@ -272,6 +274,6 @@ def greeting(settings: Settings, policy: GatewayPolicy) -> list[str]:
     return [
         f"gateway  {scheme}://{host}:{settings.port}  ->  {policy.upstream}",
         f"policy   {settings.policies} ({policy.digest[:12]})",
-        f"ledger   {ledger if isinstance(ledger := ledger_path(settings.ledger), Server) else settings.ledger}",
+        f"ledger   {ledger if isinstance(ledger := ledger_path(settings.ledger), ServerAddress) else settings.ledger}",
         f"apps     {', '.join(sorted(policy.apps)) or 'none yet: gateway init'}",
     ]

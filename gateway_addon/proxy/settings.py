@@ -28,5 +28,5 @@ class Settings:
     """Set in a worker: the pipe that tells when the supervisor has ended."""
     ready_fd: int | None = None
     """Set in the first worker: the pipe by which the supervisor learns that this one listens."""
-    tell: Callable[[str], None] = field(default=partial(print, flush=True))
+    emit: Callable[[str], None] = field(default=partial(print, flush=True))
     """Says one line to the person who started it."""

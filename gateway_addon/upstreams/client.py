@@ -16,7 +16,7 @@ class UpstreamSilent(Exception):
     """The API cannot be asked. The message is a sentence for the log."""
 
 
-class Answer:
+class ApiAnswer:
     """The status is here; the body is read piece by piece."""
 
     def __init__(self, response: http.client.HTTPResponse):
@@ -36,7 +36,7 @@ class Answer:
 
 
 @contextmanager
-def ask(upstream: str, path: str, key: Callable[[], str]) -> Iterator[Answer]:
+def ask(upstream: str, path: str, key: Callable[[], str]) -> Iterator[ApiAnswer]:
     """GET a path of the upstream. Raises UpstreamSilent."""
     parts = urlsplit(upstream)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -47,4 +47,4 @@ def ask(upstream: str, path: str, key: Callable[[], str]) -> Iterator[Answer]:
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise UpstreamSilent(f"the Claude API cannot be reached ({type(error).__name__})") from None
-        yield Answer(response)
+        yield ApiAnswer(response)

@@ -44,7 +44,7 @@ class SecretUnavailable(Exception):
     """The secret cannot be read. The message is a sentence for the operator, and holds nothing of the secret."""
 
 
-class Secret:
+class WatchedSecret:
     """A secret behind a source. Call it to get the secret; raises SecretUnavailable."""
 
     def __init__(self, source: Source, environment: Mapping[str, str] = os.environ, withheld: Collection[str] = ()):
@@ -87,7 +87,7 @@ class Secret:
         """Read it from where the policy says now. Raises SecretUnavailable where nothing can be read there, and nothing changes."""
         with self._turn:
             if source != self._source:
-                other = Secret(source, self._environment, withheld)
+                other = WatchedSecret(source, self._environment, withheld)
                 self._value = other()
                 self._source, self._version, self.problem = source, other._version, None
             self._withheld = frozenset(withheld)
@@ -189,7 +189,7 @@ def _bounded(content: bytes, whose: str) -> str:
     return content.decode("utf-8-sig")
 
 
-def _plain(text: str, secret: Secret) -> str:
+def _plain(text: str, secret: WatchedSecret) -> str:
     text = text.strip()
     if _ASSIGNED.match(text):
         raise SecretUnavailable(f"What {secret!r} gives is not a key: it begins with NAME=, as in a .env file. Put the key alone there.")
@@ -209,7 +209,7 @@ def conceal() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-async def keep_fresh(secret: Secret, refused: asyncio.Event) -> None:
+async def keep_fresh(secret: WatchedSecret, refused: asyncio.Event) -> None:
     """Renew a secret every few minutes, and soon after the upstream has `refused` it. Runs until it is cancelled."""
     while True:
         await asyncio.sleep(ASK_AGAIN_S)

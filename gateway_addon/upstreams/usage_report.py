@@ -28,10 +28,10 @@ class ReportUnavailable(Exception):
 
 
 class AdminApi:
-    """`tell` hears the number of pages read so far."""
+    """`emit` hears the number of pages read so far."""
 
-    def __init__(self, upstream: str, key: str, tell: Callable[[int], None] = lambda pages: None):
-        self._upstream, self._key, self._tell = urlsplit(upstream), key, tell
+    def __init__(self, upstream: str, key: str, emit: Callable[[int], None] = lambda pages: None):
+        self._upstream, self._key, self._tell = urlsplit(upstream), key, emit
         self._pages = 0
 
     def usage(self, since: float, until: float | None, workspaces: tuple[str, ...] = ()) -> list[Reported]:

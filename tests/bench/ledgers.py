@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ledgers import Cap, url
 from postgresql import Postgres, binaries
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Server, Settlement, admin
+from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, ServerAddress, Settlement, admin
 from gateway_addon.ledger.store import sqlite_files
 
 CALLERS = 32
@@ -54,7 +54,7 @@ async def gateway(ledger_url: str, apps: int, total: bool, seconds: float) -> di
     return {"took": took, "refused": refused}
 
 
-def measure(place: Path | Server, gateways: int, apps: int, total: bool, seconds: float) -> str:
+def measure(place: Path | ServerAddress, gateways: int, apps: int, total: bool, seconds: float) -> str:
     """A cell: calls a second over all gateways, and their 99th percentile."""
     with admin.changing(place) as db:
         for app in range(apps):
@@ -89,7 +89,7 @@ def main(seconds: float, ledger_url: str | None, told: str | None) -> None:
                 cells = []
                 for count in GATEWAYS:
                     with tempfile.TemporaryDirectory() as folder:
-                        place = Path(folder) / "gateway.db" if engine == "SQLite" else server.ledger() if server else Server(ledger_url)
+                        place = Path(folder) / "gateway.db" if engine == "SQLite" else server.ledger() if server else ServerAddress(ledger_url)
                         sqlite_files.create(place)
                         cells.append(measure(place, count, apps, total, seconds))
                 print(f"| {name} | {engine} | {' | '.join(cells)} |", flush=True)

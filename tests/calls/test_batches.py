@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from gateway_addon import pricing
-from gateway_addon.calls.batches import REQUESTS_MAX, Results, judged, object_of
+from gateway_addon.calls.batches import REQUESTS_MAX, PricedResults, judged, object_of
 from gateway_addon.calls.quote import quote
 from gateway_addon.messages import Meter
 from gateway_addon.messages.request import Request, read
@@ -166,7 +166,7 @@ def line(custom_id, kind="succeeded", usage=USAGE, model="claude-haiku-4-5-20251
 
 
 def read_all(data, step=7, prices=PRICES):
-    results = Results(prices, NOON, hour_ttl=False)
+    results = PricedResults(prices, NOON, hour_ttl=False)
     rows = [row for start in range(0, len(data), step) for row in results.feed(data[start : start + step])]
     return rows + results.close()
 

@@ -10,7 +10,7 @@ import anthropic
 import pytest
 from gateway import gateway
 
-from gateway_addon.calls.running import Running
+from gateway_addon.calls.running import InFlightCall
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, orphans, reservations
 from gateway_addon.ledger.store import sqlite_files
@@ -94,27 +94,27 @@ async def test_the_wrapper_of_a_hook_keeps_a_failure_from_forwarding(tmp_path, m
 
     async def failing(self, flow):
         if not guarded:
-            life = self.lives[flow.id]
-            life.free = object()  # what a hook that fails late leaves behind
+            flow_state = self.flow_states[flow.id]
+            flow_state.free = object()  # what a hook that fails late leaves behind
             from gateway_addon.proxy import inject
 
             asked = hooks.judged_request(flow)
-            inject.wire(flow).grant = self._grant(life.arrived, asked, flow.request.headers.fields, flow.request.raw_content)
+            inject.wire(flow).grant = self._grant(flow_state.arrived, asked, flow.request.headers.fields, flow.request.raw_content)
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(hooks.GatewayAddon, "request", hooks.guarded("request")(failing) if guarded else failing)
     async with Simulator() as api, gateway(tmp_path, api) as gw:
         with contextlib.suppress(anthropic.APIError):
             await gw.client().messages.create(**HELLO)
-        gw.addon.lives.clear()
+        gw.addon.flow_states.clear()
         assert (len((await api.settled()).messages()) == 0) is guarded
 
 
 @pytest.mark.parametrize("guarded", [True, False])
 async def test_the_cut_keeps_a_stream_within_its_grant(tmp_path, monkeypatch, guarded):
     if not guarded:
-        monkeypatch.setattr(Running, "covers", lambda self, now: True)
-        monkeypatch.setattr(Running, "covered_until", lambda self: float("inf"))
+        monkeypatch.setattr(InFlightCall, "covers", lambda self, now: True)
+        monkeypatch.setattr(InFlightCall, "covered_until", lambda self: float("inf"))
     policy = "models: {allow: [claude-opus-5-5]}\ncaps: {day: $0.15}\nreserve: progressive\n"
     behaviour = Behaviour(output_tokens=9_000, tokens_per_s=2_500, tokens_per_event=50)
     async with Simulator(behaviour=behaviour) as api, gateway(tmp_path, api, {"app": policy}) as gw:
@@ -147,14 +147,14 @@ async def test_what_is_released_at_message_start_depends_on_an_input_that_cannot
             return "overrun" in db.execute("SELECT flags FROM calls").fetchone()[0]
 
     assert not await overruns(tmp_path / "kept")
-    release = Running.release_nano
+    release = InFlightCall.release_nano
 
     def released_on_its_word(self):
         from dataclasses import replace
 
-        self.ticket = replace(self.ticket, quote=replace(self.ticket.quote, releasable=True))
+        self.admission = replace(self.admission, quote=replace(self.admission.quote, releasable=True))
         return release(self)
 
-    monkeypatch.setattr(Running, "release_nano", released_on_its_word)
+    monkeypatch.setattr(InFlightCall, "release_nano", released_on_its_word)
     assert await overruns(tmp_path / "removed")
     await asyncio.sleep(0)

@@ -8,13 +8,13 @@ import pytest
 from ledgers import CALL, NOON, Cap
 
 from gateway_addon.calls import queue as room
-from gateway_addon.calls.queue import Door, Offer
+from gateway_addon.calls.queue import BudgetQueue, ReservationOption
 from gateway_addon.ledger import Denied, RateLimits, Reserved, Standing
 
 DAY = Standing("app:reports", "day", 0, None, 1000, 0, 900, 100, 0, 1)
 HELD = Denied("cap_held", standing=DAY)
 SPENT = Denied("cap_spent", standing=DAY)
-WHOLE, FIRST_STEP = Offer(100, 500), Offer(10, 50)
+WHOLE, FIRST_STEP = ReservationOption(100, 500), ReservationOption(10, 50)
 
 
 class Told:
@@ -40,8 +40,8 @@ def soon(monkeypatch):
     monkeypatch.setattr(room, "LOOK_S", 0.01)
 
 
-def come(door, *offers, call=CALL):
-    return door.reserve(call, offers or (WHOLE,), (), RateLimits(), NOON)
+def come(queue, *reservation_options, call=CALL):
+    return queue.reserve(call, reservation_options or (WHOLE,), (), RateLimits(), NOON)
 
 
 def reserved(number):
@@ -50,14 +50,14 @@ def reserved(number):
 
 async def test_the_first_offer_that_fits_is_taken():
     ledger = Told(HELD, reserved(1))
-    assert await come(Door(ledger), WHOLE, FIRST_STEP) == (reserved(1), FIRST_STEP)
+    assert await come(BudgetQueue(ledger), WHOLE, FIRST_STEP) == (reserved(1), FIRST_STEP)
     assert [hold for _, hold in ledger.asked] == [500, 50]
 
 
 @pytest.mark.parametrize("denied", [SPENT, Denied("rate"), Denied("paused"), Denied("quote_over_cap", standing=DAY)])
 async def test_nobody_waits_for_what_no_settlement_brings_back(denied):
     ledger = Told(denied)
-    assert (await come(Door(ledger)))[0] == denied
+    assert (await come(BudgetQueue(ledger)))[0] == denied
     assert len(ledger.asked) == 1
 
 
@@ -72,49 +72,49 @@ async def test_caps_of_its_own_that_are_only_observed_are_said_and_hold_nothing(
     own = DAY._replace(spent_nano=spent_nano, reserved_nano=held_nano)
     ledger = Told(reserved(1), own=(own,))
     rates = RateLimits(requests_per_minute=1)
-    result, offer, said = await Door(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), rates, NOON, caps=True, its_rates=False)
-    assert (result, offer, said) == (Reserved(1, (own,)), WHOLE, codes)
+    result, option, said = await BudgetQueue(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), rates, NOON, caps=True, its_rates=False)
+    assert (result, option, said) == (Reserved(1, (own,)), WHOLE, codes)
     assert (ledger.limits, ledger.rates) == ([TOTAL], rates)
 
 
 async def test_a_quote_above_an_observed_cap_is_said():
     ledger = Told(reserved(1), own=(DAY._replace(cap_nano=499),))
-    assert (await Door(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), RateLimits(), NOON, caps=True, its_rates=False))[2] == ("quote_over_cap",)
+    assert (await BudgetQueue(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), RateLimits(), NOON, caps=True, its_rates=False))[2] == ("quote_over_cap",)
 
 
 async def test_what_an_observed_app_shares_with_others_holds_it_too():
     ledger = Told(SPENT, own=())
-    assert (await Door(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), RateLimits(), NOON, caps=True, its_rates=True))[0] == SPENT
+    assert (await BudgetQueue(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), RateLimits(), NOON, caps=True, its_rates=True))[0] == SPENT
 
 
 @pytest.mark.parametrize(("its_rates", "outcome"), [(True, (Reserved(1, ()), ("rate",))), (False, (Denied("rate"), ()))])
 async def test_a_rate_holds_unless_it_is_only_observed(its_rates, outcome):
     ledger = Told(Denied("rate"), reserved(1))
-    result, _, said = await Door(ledger).observe(CALL, (WHOLE,), (OWN,), RateLimits(1), NOON, caps=False, its_rates=its_rates)
+    result, _, said = await BudgetQueue(ledger).observe(CALL, (WHOLE,), (OWN,), RateLimits(1), NOON, caps=False, its_rates=its_rates)
     assert (result, said) == outcome
     assert ledger.limits == [OWN]
 
 
 async def test_whoever_waits_gets_what_a_settlement_frees():
     ledger = Told(HELD, HELD, reserved(1))
-    door = Door(ledger)
-    waiting = asyncio.ensure_future(come(door))
+    queue = BudgetQueue(ledger)
+    waiting = asyncio.ensure_future(come(queue))
     await asyncio.sleep(0.005)
-    door.settled()
+    queue.settled()
     assert (await waiting)[0] == reserved(1)
 
 
 async def test_the_wait_is_bounded_and_ends_with_one_last_look():
     ledger = Told(HELD)
     began = asyncio.get_running_loop().time()
-    assert (await come(Door(ledger)))[0] == HELD
+    assert (await come(BudgetQueue(ledger)))[0] == HELD
     assert asyncio.get_running_loop().time() - began >= room.WAIT_S
     assert len(ledger.asked) > 2
 
 
 async def test_the_last_look_can_still_succeed(monkeypatch):
     monkeypatch.setattr(room, "WAIT_S", 0.0)
-    assert (await come(Door(Told(HELD, reserved(1)))))[0] == reserved(1)
+    assert (await come(BudgetQueue(Told(HELD, reserved(1)))))[0] == reserved(1)
 
 
 def asking_for(model):
@@ -124,10 +124,10 @@ def asking_for(model):
 async def test_newcomers_do_not_overtake_whoever_waits_in_their_scope():
     first, second = CALL, asking_for("second")
     ledger = Told(HELD, HELD, HELD, reserved(1), reserved(2))
-    door = Door(ledger)
-    waiting = asyncio.ensure_future(come(door, call=first))
+    queue = BudgetQueue(ledger)
+    waiting = asyncio.ensure_future(come(queue, call=first))
     await asyncio.sleep(0.002)
-    newcomer = asyncio.ensure_future(come(door, call=second))
+    newcomer = asyncio.ensure_future(come(queue, call=second))
     assert [(await waiting)[0], (await newcomer)[0]] == [reserved(1), reserved(2)]
     assert [call.model_asked for call, _ in ledger.asked] == [first.model_asked] * 4 + ["second"]
 
@@ -135,21 +135,21 @@ async def test_newcomers_do_not_overtake_whoever_waits_in_their_scope():
 async def test_another_scopes_line_is_not_ones_own():
     stranger = replace(CALL, app="other", team=None)
     ledger = Told(HELD)
-    door = Door(ledger)
-    waiting = asyncio.ensure_future(come(door))
+    queue = BudgetQueue(ledger)
+    waiting = asyncio.ensure_future(come(queue))
     await asyncio.sleep(0.002)
     ledger.answers = deque([reserved(7)])
-    assert (await asyncio.wait_for(come(door, call=stranger), 0.05))[0] == reserved(7)
+    assert (await asyncio.wait_for(come(queue, call=stranger), 0.05))[0] == reserved(7)
     assert (await waiting)[0] == reserved(7)
 
 
 async def test_whoever_leaves_the_line_leaves_nothing_behind():
     ledger = Told(HELD)
-    door = Door(ledger)
-    left = asyncio.ensure_future(come(door))
+    queue = BudgetQueue(ledger)
+    left = asyncio.ensure_future(come(queue))
     await asyncio.sleep(0.005)
     left.cancel()
     with pytest.raises(asyncio.CancelledError):
         await left
     ledger.answers = deque([HELD, reserved(1)])
-    assert (await asyncio.wait_for(come(door), 0.1))[0] == reserved(1)
+    assert (await asyncio.wait_for(come(queue), 0.1))[0] == reserved(1)

@@ -13,7 +13,7 @@ from quotes import NOW, PRICES, app, content, quoted, reading
 
 from gateway_addon import pricing
 from gateway_addon.calls.quote import Quote, input_bound, quote
-from gateway_addon.messages import Part, Tokens, Usage
+from gateway_addon.messages import TokenCounts, Usage, UsagePart
 from gateway_addon.refusals import Refusal
 
 BASE64 = {"type": "base64", "media_type": "x", "data": "A" * 4_000}
@@ -338,7 +338,7 @@ def test_no_answer_to_a_plain_request_costs_more_than_its_quote(
         five, hour = five + hour, 0
     if not found.cache_control:
         plain, five = plain + five, 0
-    tokens = Tokens(plain, found.max_tokens * output_percent // 100, cached, five, hour)
+    tokens = TokenCounts(plain, found.max_tokens * output_percent // 100, cached, five, hour)
     served_in = found.body.get("inference_geo") or (geo if row.geo else None)
     usage = Usage(model=found.model, tokens=tokens, inference_geo=served_in, readable=True, complete=True, started=True)
     cost = pricing.cost(PRICES, usage, at=NOW, hour_ttl_requested=found.hour_ttl)
@@ -354,9 +354,9 @@ def test_no_answer_with_searches_costs_more_than_its_quote(max_uses: int, prompt
     bound = quoted(found)
     tokens, read = [], found.size
     for output, result in [*turns[:max_uses], (1_000, 0)]:
-        tokens.append(Tokens(0, output, cache_write_5m_tokens=read))
+        tokens.append(TokenCounts(0, output, cache_write_5m_tokens=read))
         read += output + result
-    parts = tuple(Part("message", found.model, each) for each in tokens)
+    parts = tuple(UsagePart("message", found.model, each) for each in tokens)
     searches = len(turns[:max_uses])
     usage = Usage(model=found.model, iterations=parts, web_search_requests=searches, readable=True, complete=True, started=True)
     cost = pricing.cost(PRICES, usage, at=NOW, hour_ttl_requested=False)

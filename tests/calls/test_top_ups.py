@@ -227,7 +227,7 @@ async def test_a_model_that_was_held_back_while_a_body_was_still_coming_is_reser
         head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {gw.tokens['app']}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         writer.write(head.encode())
         async with asyncio.timeout(10):
-            while not any(life.arrived for life in gw.addon.lives.values()):
+            while not any(flow_state.arrived for flow_state in gw.addon.flow_states.values()):
                 await asyncio.sleep(0.01)
         with admin.changing(tmp_path / "gateway.db") as db:
             db.execute("INSERT INTO overruns VALUES ('claude-opus-5-5', 1, 0, 1)")

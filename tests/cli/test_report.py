@@ -32,7 +32,7 @@ def path(tmp_path):
         spend(db, CALL, 2 * DOLLAR, cached, at=NOW - 3 * 86_400)
         for code in ("cap_spent", "cap_spent", "model"):
             reservations.refused(db, "me", CALL, code, now=NOW - 60)
-        reservations.noise(db, "token_unknown", now=NOW - 60)
+        reservations.failed_authentication(db, "token_unknown", now=NOW - 60)
         reservations.free(db, "me", replace(CALL, endpoint="count_tokens"), Outcome(status=200), now=NOW - 60)
         reservations.reserve(db, "me", CALL, DOLLAR // 2, CAPS, now=NOW - 60)
         said = Alert("threshold", "total", "ever 0 80", "all apps together spent $20.00", {"threshold_percent": 80, "spent_nano": 20 * DOLLAR})

@@ -89,7 +89,7 @@ async def test_a_ledger_on_either_engine_has_its_pages(tmp_path, engine):
         held = await ledger.reserve(CALL, 5_000_000, [], now=now)
     await ledger.settle(held.call_id, Settlement(3_000_000, (Part(3_000_000),), Outcome(model_served="claude-sonnet-5")), now=now)
     ledger.refused(CALL, "model", now=now)
-    ledger.noise("token_unknown", now=now)
+    ledger.failed_authentication("token_unknown", now=now)
     (tmp_path / "policies" / "apps").mkdir(parents=True)
     (tmp_path / "policies" / "gateway.yaml").write_text(GATEWAY)
     desk = Console(place, Policies(tmp_path / "policies"), Login(monotonic_s()))

@@ -80,10 +80,10 @@ async def test_without_a_trusted_proxy_the_header_is_nobodys_word_and_the_way_ou
 async def test_noise_behind_a_proxy_is_counted_by_caller(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api, policy=TRUSTING) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
         wrong = {"x-api-key": tokens.mint()}
-        noisy = [
+        throttled = [
             await http.get("/v1/models", headers=wrong | {"x-forwarded-for": "198.51.100.4"}) for _ in range(2 * FAILURES_PER_MINUTE + 2)
         ]
-        assert noisy[-1].headers["x-gateway-refusal"] == "token_noise"
-        assert "198.51.100.4 has sent more than" in noisy[-1].json()["error"]["message"]
+        assert throttled[-1].headers["x-gateway-refusal"] == "token_noise"
+        assert "198.51.100.4 has sent more than" in throttled[-1].json()["error"]["message"]
         other = await http.get("/v1/models", headers=wrong | {"x-forwarded-for": "198.51.100.5"})
         assert other.headers["x-gateway-refusal"] == "token_unknown"

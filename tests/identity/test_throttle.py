@@ -4,26 +4,26 @@ import httpx2
 from gateway import gateway
 
 from gateway_addon.identity import tokens
-from gateway_addon.identity.throttle import ADDRESSES_MAX, FAILURES_PER_MINUTE, Noise
+from gateway_addon.identity.throttle import ADDRESSES_MAX, FAILURES_PER_MINUTE, FailedAuthenticationThrottle
 from gateway_addon.simulator import Simulator
 
 NOON = 1_800_000_000.0 - 1_800_000_000 % 60
 
 
 def test_an_address_has_its_answers_of_a_minute_and_new_ones_in_the_next():
-    noise = Noise()
-    assert [noise.too_much("10.0.0.1", NOON + 0.9 * second) for second in range(FAILURES_PER_MINUTE)] == [False] * FAILURES_PER_MINUTE
-    assert noise.too_much("10.0.0.1", NOON + 59)
-    assert not noise.too_much("10.0.0.2", NOON + 59), "another address has its own"
-    assert not noise.too_much("10.0.0.1", NOON + 60)
+    failed_authentication = FailedAuthenticationThrottle()
+    assert [failed_authentication.too_much("10.0.0.1", NOON + 0.9 * second) for second in range(FAILURES_PER_MINUTE)] == [False] * FAILURES_PER_MINUTE
+    assert failed_authentication.too_much("10.0.0.1", NOON + 59)
+    assert not failed_authentication.too_much("10.0.0.2", NOON + 59), "another address has its own"
+    assert not failed_authentication.too_much("10.0.0.1", NOON + 60)
 
 
 def test_ever_new_addresses_share_one_count():
-    noise = Noise()
+    failed_authentication = FailedAuthenticationThrottle()
     for number in range(ADDRESSES_MAX + FAILURES_PER_MINUTE):
-        assert not noise.too_much(f"address {number}", NOON)
-    assert noise.too_much("one more", NOON)
-    assert not noise.too_much("address 0", NOON), "and who was there before is not touched by them"
+        assert not failed_authentication.too_much(f"address {number}", NOON)
+    assert failed_authentication.too_much("one more", NOON)
+    assert not failed_authentication.too_much("address 0", NOON), "and who was there before is not touched by them"
 
 
 async def test_noise_is_limited_and_counted_and_a_valid_token_from_the_same_address_passes(tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, balance, new_ledger, until, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, background, reservations
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, admin, background, reservations
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import balances
 from gateway_addon.operations.reload import align
@@ -53,7 +53,7 @@ async def test_while_past_calls_move_the_loop_serves_and_calls_that_end_are_sett
     held = await ledger.reserve(CALL, 30, DAY_CAP, now=NOON)
     moving = asyncio.ensure_future(align(ledger, EDITORS, "ana"))
     await until(began.is_set)
-    assert (await ledger.knock("d1", now=NOON)).token is not None
+    assert (await ledger.look_up_token("d1", now=NOON)).token is not None
     with pytest.raises(LedgerUnavailable):
         await ledger.reserve(CALL, 30, DAY_CAP, now=NOON)
     settled = ledger.settle(held.call_id, Settlement(10, (Part(10),)), now=NOON)
@@ -88,7 +88,7 @@ async def test_where_nothing_moves_no_turn_is_taken(ledger, monkeypatch):
 
 @pytest.mark.parametrize("path", ["postgresql"], indirect=True)
 async def test_a_server_does_not_end_a_move_for_taking_longer_than_a_call_may(ledger, path):
-    assert isinstance(path, Server)
+    assert isinstance(path, ServerAddress)
     await background.change(path, lambda db: db.execute("SELECT pg_sleep(2)"))
 
 

@@ -13,7 +13,7 @@ from gateway_addon.cli.batches import batches as batches_command
 from gateway_addon.ledger import Ledger, admin, batches, ownership
 from gateway_addon.ledger.batches import NewBatch, ResultRow
 from gateway_addon.ledger.maintenance import invariants
-from gateway_addon.ledger.ownership import Belonging
+from gateway_addon.ledger.ownership import OwnedObject
 
 CAPS = []
 
@@ -62,7 +62,7 @@ async def test_a_batch_outlives_its_process_and_is_not_swept_as_an_orphan(path):
         assert balance(path) == (7, 1000, 1), "the call beside it is an orphan, the batch is not"
         with admin.reading(path) as db:
             assert invariants.findings(db) == []
-            [call] = invariants.open_calls(db, admin.obituary(path, db), now=NOON + 10)
+            [call] = invariants.open_calls(db, admin.death_check(path, db), now=NOON + 10)
             assert (call.alive, call.owner) == (True, "batch msgbatch_1")
     finally:
         await second.close()
@@ -172,13 +172,13 @@ async def test_an_id_that_was_given_before_is_not_given_again(path):
 def test_what_is_made_belongs_to_one_app_for_good(path):
     with admin.changing(path) as db:
         for app, id, at in (("a", "file_1", 1.0), ("a", "file_2", 2.0), ("a", "file_3", 2.0), ("b", "file_4", 3.0)):
-            assert ownership.own(db, Belonging(id, "file", app, at, "{}"))
-        assert not ownership.own(db, Belonging("file_1", "file", "b", 9.0, "{}"))
+            assert ownership.own(db, OwnedObject(id, "file", app, at, "{}"))
+        assert not ownership.own(db, OwnedObject("file_1", "file", "b", 9.0, "{}"))
         ownership.gone(db, "file_2", 4.0)
-        assert not ownership.own(db, Belonging("file_2", "file", "b", 9.0, "{}")), "an id stays taken"
+        assert not ownership.own(db, OwnedObject("file_2", "file", "b", 9.0, "{}")), "an id stays taken"
         ownership.seen(db, "file_1", '{"seen": 1}')
     with closing(writing(path)) as db:
-        assert ownership.find(db, "file_1") == Belonging("file_1", "file", "a", 1.0, '{"seen": 1}')
+        assert ownership.find(db, "file_1") == OwnedObject("file_1", "file", "a", 1.0, '{"seen": 1}')
         assert (ownership.find(db, "file_2").gone, ownership.find(db, "file_9")) == (True, None)
         assert ownership.owners(db, ["file_1", "file_2", "file_4", "file_9"]) == {"file_1": "a", "file_4": "b"}
         assert ownership.owners(db, []) == {}
@@ -188,8 +188,8 @@ def test_what_is_made_belongs_to_one_app_for_good(path):
 def test_a_list_has_pages_in_both_directions(path):
     with admin.changing(path) as db:
         for number in range(5):
-            ownership.own(db, Belonging(f"file_{number}", "file", "a", float(number // 2), "{}"))
-        ownership.own(db, Belonging("msgbatch_1", "batch", "a", 1.0, "{}"))
+            ownership.own(db, OwnedObject(f"file_{number}", "file", "a", float(number // 2), "{}"))
+        ownership.own(db, OwnedObject("msgbatch_1", "batch", "a", 1.0, "{}"))
     with closing(writing(path)) as db:
 
         def page(**where):

@@ -14,7 +14,7 @@ from ledgers import ENGINES, NOON, balance, rows, url, writing
 
 from gateway_addon.cli import main
 from gateway_addon.cli.doctor import check_ledger
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, Server, Settlement, admin
+from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, Settlement, admin
 from gateway_addon.ledger.reports import daily_totals
 from gateway_addon.ledger.store import sqlite_files
 
@@ -44,7 +44,7 @@ def within(known, found):
 
 def up_to_date(ledger):
     """As an operator does it: a file's tables follow by themselves, a server's by `gateway init`."""
-    if isinstance(ledger, Server):
+    if isinstance(ledger, ServerAddress):
         sqlite_files.create(ledger)
     return ledger
 
@@ -89,7 +89,7 @@ async def test_a_gateway_goes_on_with_a_kept_ledger(name, engine, tmp_path):
 def change_tables(ledger):
     """What a newer version's first start, or its `gateway init`, leaves."""
     with closing(writing(ledger)) as db:
-        if isinstance(ledger, Server):
+        if isinstance(ledger, ServerAddress):
             db.execute("INSERT INTO migrations (name) VALUES ('m999_later')")
         else:
             db.execute("INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES ('gateway_ledger', 'm999_later', 'now')")

@@ -17,7 +17,6 @@ from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, Part, Tokens, balance, ne
 from gateway_addon.ledger import (
     Alert,
     Denied,
-    Knock,
     Ledger,
     LedgerUnavailable,
     Outcome,
@@ -25,6 +24,7 @@ from gateway_addon.ledger import (
     RateLimits,
     Reserved,
     Settlement,
+    TokenLookup,
     admin,
     reservations,
 )
@@ -437,7 +437,7 @@ async def test_what_only_records_never_waits_and_is_kept(ledger, path):
     ledger.refused(CALL, "cap_spent", now=NOON)
     ledger.free(replace(CALL, endpoint="count_tokens"), Outcome(status=200), now=NOON)
     for _ in range(3):
-        ledger.noise("token_unknown", now=NOON + 59)
+        ledger.failed_authentication("token_unknown", now=NOON + 59)
     ledger.ratelimits({"anthropic-ratelimit-requests-remaining": "7"}, now=NOON)
     await ledger.change(lambda db: None)
     assert rows(path, "SELECT state, refusal FROM calls") == [("refused", "cap_spent"), ("free", None)]
@@ -447,25 +447,25 @@ async def test_what_only_records_never_waits_and_is_kept(ledger, path):
 
 
 async def test_a_token_is_found_by_its_digest_and_a_revocation_holds_at_once(ledger, path):
-    assert (await ledger.knock("d1", now=NOON)).token.app == "reports"
-    assert (await ledger.knock("nobody", now=NOON)).token is None
+    assert (await ledger.look_up_token("d1", now=NOON)).token.app == "reports"
+    assert (await ledger.look_up_token("nobody", now=NOON)).token is None
     with admin.changing(path) as db:
         admin.revoke_tokens(db, "reports", who="ops", now=NOON)
-    assert (await ledger.knock("d1", now=NOON)).token.refusal(NOON) == "token_revoked"
+    assert (await ledger.look_up_token("d1", now=NOON)).token.refusal(NOON) == "token_revoked"
 
 
 async def test_one_look_at_the_door_tells_the_token_the_pauses_in_force_and_the_models_held_back(ledger, path):
-    assert await ledger.knock("nobody", now=NOON) == Knock(None, (), frozenset())
+    assert await ledger.look_up_token("nobody", now=NOON) == TokenLookup(None, (), frozenset())
     with admin.changing(path) as db:
         admin.pause(db, "total", who="ops", why="bad night", now=NOON)
         admin.pause(db, "app:reports", who="ops", why="loop", until=NOON + 60, cut=True, now=NOON)
         db.execute("INSERT INTO overruns VALUES ('claude-haiku-4-5', 1, 0, 1), ('claude-opus-5-5', 2, 0, 1)")
-    found = await ledger.knock("d1", now=NOON + 59)
+    found = await ledger.look_up_token("d1", now=NOON + 59)
     assert (found.token.app, found.token.expires_at, found.token.last_used_at) == ("reports", None, None)
     assert found.pauses == (Pause("app:reports", NOON, NOON + 60, "loop", True), Pause("total", NOON, None, "bad night"))
     assert found.pauses == await ledger.pauses(now=NOON + 59)
     assert found.overruns == await ledger.overruns() == {"claude-haiku-4-5", "claude-opus-5-5"}
-    assert [pause.why for pause in (await ledger.knock("nobody", now=NOON + 60)).pauses] == ["bad night"]
+    assert [pause.why for pause in (await ledger.look_up_token("nobody", now=NOON + 60)).pauses] == ["bad night"]
 
 
 async def test_a_caller_that_leaves_while_it_waits_leaves_nothing_held(ledger, path):

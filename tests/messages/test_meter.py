@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway_addon.messages import BatchMeter, Meter, Part, Tokens, Usage
+from gateway_addon.messages import BatchMeter, Meter, TokenCounts, Usage, UsagePart
 
 SSE = "text/event-stream; charset=utf-8"
 
@@ -67,42 +67,42 @@ def of_json(**changes: object) -> Usage:
 # How running totals merge: the highest number holds, null and absent keep, nothing is added.
 BOTH = [{"type": "compaction", "input_tokens": 60_385, "output_tokens": 522}, {"type": "message", "input_tokens": 612, "output_tokens": 0}]
 MERGES = [
-    ("a delta replaces the placeholder of the output", {}, [{"output_tokens": 7}], Tokens(10, 7)),
-    ("input grows", {}, [{"input_tokens": 404_500, "output_tokens": 7}], Tokens(404_500, 7)),
-    ("beside iterations totals may fall", {"input_tokens": 60_385}, [{"input_tokens": 612, "output_tokens": 0, "iterations": BOTH}], Tokens(612, 0)),
-    ("an empty list of iterations lets nothing fall", {}, [{"input_tokens": 0, "output_tokens": 7, "iterations": []}], Tokens(10, 7)),
-    ("the placeholder of the output may fall", {"output_tokens": 3}, [{"output_tokens": 0}], Tokens(10, 0)),
-    ("a reported output never falls", {}, [{"output_tokens": 9}, {"output_tokens": 0}], Tokens(10, 9)),
-    ("a lower input never lowers", {"input_tokens": 60_385}, [{"input_tokens": 612, "output_tokens": 7}], Tokens(60_385, 7)),
-    ("null keeps", {"cache_read_input_tokens": 5}, [{"input_tokens": None, "cache_read_input_tokens": None}], Tokens(10, 1, 5)),
-    ("a zero never erases", {"cache_read_input_tokens": 5}, [{"cache_read_input_tokens": 0, "output_tokens": 7}], Tokens(10, 7, 5)),
+    ("a delta replaces the placeholder of the output", {}, [{"output_tokens": 7}], TokenCounts(10, 7)),
+    ("input grows", {}, [{"input_tokens": 404_500, "output_tokens": 7}], TokenCounts(404_500, 7)),
+    ("beside iterations totals may fall", {"input_tokens": 60_385}, [{"input_tokens": 612, "output_tokens": 0, "iterations": BOTH}], TokenCounts(612, 0)),
+    ("an empty list of iterations lets nothing fall", {}, [{"input_tokens": 0, "output_tokens": 7, "iterations": []}], TokenCounts(10, 7)),
+    ("the placeholder of the output may fall", {"output_tokens": 3}, [{"output_tokens": 0}], TokenCounts(10, 0)),
+    ("a reported output never falls", {}, [{"output_tokens": 9}, {"output_tokens": 0}], TokenCounts(10, 9)),
+    ("a lower input never lowers", {"input_tokens": 60_385}, [{"input_tokens": 612, "output_tokens": 7}], TokenCounts(60_385, 7)),
+    ("null keeps", {"cache_read_input_tokens": 5}, [{"input_tokens": None, "cache_read_input_tokens": None}], TokenCounts(10, 1, 5)),
+    ("a zero never erases", {"cache_read_input_tokens": 5}, [{"cache_read_input_tokens": 0, "output_tokens": 7}], TokenCounts(10, 7, 5)),
     (
         "a zero split never erases",
         {"cache_creation_input_tokens": 9, "cache_creation": {"ephemeral_5m_input_tokens": 5, "ephemeral_1h_input_tokens": 4}},
         [{"cache_creation_input_tokens": 0, "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}}],
-        Tokens(10, 1, 0, 5, 4, 0),
+        TokenCounts(10, 1, 0, 5, 4, 0),
     ),
-    ("three deltas: the last is the highest", {}, [{"output_tokens": 3}, {"output_tokens": 5}, {"output_tokens": 9}], Tokens(10, 9)),
-    ("a delta without usage keeps", {}, [{"output_tokens": 7}, None], Tokens(10, 7)),
-    ("no delta usage at all", {}, [None], Tokens(10, 1)),
+    ("three deltas: the last is the highest", {}, [{"output_tokens": 3}, {"output_tokens": 5}, {"output_tokens": 9}], TokenCounts(10, 9)),
+    ("a delta without usage keeps", {}, [{"output_tokens": 7}, None], TokenCounts(10, 7)),
+    ("no delta usage at all", {}, [None], TokenCounts(10, 1)),
     (
         "the split stays, the total grows",
         {"cache_creation_input_tokens": 2474, "cache_creation": {"ephemeral_5m_input_tokens": 2474, "ephemeral_1h_input_tokens": 0}},
         [{"cache_creation_input_tokens": 24_164, "output_tokens": 7}],
-        Tokens(10, 7, 0, 2474, 0, 21_690),
+        TokenCounts(10, 7, 0, 2474, 0, 21_690),
     ),
     (
         "a split without a total counts",
         {"cache_creation": {"ephemeral_5m_input_tokens": 3, "ephemeral_1h_input_tokens": 4}},
         [{"output_tokens": 7}],
-        Tokens(10, 7, 0, 3, 4, 0),
+        TokenCounts(10, 7, 0, 3, 4, 0),
     ),
-    ("no split at all", {"cache_creation_input_tokens": 50}, [{"output_tokens": 7}], Tokens(10, 7, 0, 0, 0, 50)),
+    ("no split at all", {"cache_creation_input_tokens": 50}, [{"output_tokens": 7}], TokenCounts(10, 7, 0, 0, 0, 50)),
 ]
 
 
 @pytest.mark.parametrize(("opening", "totals", "tokens"), [row[1:] for row in MERGES], ids=[row[0] for row in MERGES])
-def test_counts_are_cumulative(opening: dict[str, object], totals: list[dict[str, object] | None], tokens: Tokens) -> None:
+def test_counts_are_cumulative(opening: dict[str, object], totals: list[dict[str, object] | None], tokens: TokenCounts) -> None:
     body = start(**opening) + b"".join(delta(usage=usage) for usage in totals) + STOP
     usage = read(body)
     assert usage.tokens == tokens
@@ -139,7 +139,7 @@ def test_usage_may_come_only_in_the_delta(opening: dict[str, int] | None) -> Non
     whole = {"input_tokens": 10, "output_tokens": 7, "cache_read_input_tokens": 5, "server_tool_use": {"web_search_requests": 2}}
     for size in (None, 1, 7):
         usage = read(beginning + block() + text("Hi") + CLOSE + delta(usage=whole) + STOP, size=size)
-        assert (usage.tokens, usage.web_search_requests) == (Tokens(10, 7, 5), 2)
+        assert (usage.tokens, usage.web_search_requests) == (TokenCounts(10, 7, 5), 2)
         assert usage.readable
         assert usage.complete
         assert usage.notes == ()
@@ -164,7 +164,7 @@ def test_searches_are_cumulative_beside_iterations_too() -> None:
 def test_iterations_are_cumulative(later: list[dict[str, object]]) -> None:
     readable = all(entry["output_tokens"] is not None for entry in later)
     usage = read(start() + delta(usage={"output_tokens": 1, "iterations": BOTH}) + delta(usage={"iterations": later}) + STOP)
-    assert [(part.kind, part.tokens) for part in usage.iterations] == [("compaction", Tokens(60_385, 522)), ("message", Tokens(612, 0))]
+    assert [(part.kind, part.tokens) for part in usage.iterations] == [("compaction", TokenCounts(60_385, 522)), ("message", TokenCounts(612, 0))]
     assert usage.readable is readable
 
 
@@ -181,7 +181,7 @@ def test_a_message_start_may_be_the_whole_message(counts: dict[str, int]) -> Non
         for size in (None, 1, 7):
             assert read(body[:cut], size=size) == as_json
     assert (as_json.complete, as_json.readable, as_json.stop_reason, as_json.code_executed) == (True, True, "tool_use", True)
-    assert as_json.tokens == Tokens(**counts)
+    assert as_json.tokens == TokenCounts(**counts)
 
 
 def test_a_refusal_that_comes_whole_is_free_only_without_content() -> None:
@@ -277,10 +277,10 @@ def test_iterations_carry_their_own_model_and_an_advisor_without_one_gets_none()
     ]
     for usage in (of_json(usage={"iterations": entries}), read(start() + delta(usage={"output_tokens": 7, "iterations": entries}) + STOP)):
         assert usage.iterations == (
-            Part("message", "claude-opus-5-5", Tokens(1, 2)),
-            Part("advisor_message", "claude-opus-5", Tokens(3, 4)),
-            Part("advisor_message", None, Tokens(3, 4)),
-            Part("something_new", "claude-opus-5-5", Tokens(5, 6, 0, 0, 0, 9)),
+            UsagePart("message", "claude-opus-5-5", TokenCounts(1, 2)),
+            UsagePart("advisor_message", "claude-opus-5", TokenCounts(3, 4)),
+            UsagePart("advisor_message", None, TokenCounts(3, 4)),
+            UsagePart("something_new", "claude-opus-5-5", TokenCounts(5, 6, 0, 0, 0, 9)),
         )
 
 
@@ -343,13 +343,13 @@ def test_what_is_unknown_is_ignored() -> None:
     odd = event("some_new_event", usage={"input_tokens": 999}) + event("content_block_delta", index=0, delta={"type": "new_delta", "x": 1})
     body = b": comment\n\n" + PING + start(new_key={"a": 1}) + odd + block("new_block", x=[1])
     body += delta(usage={"output_tokens": 7, "novel": 3}) + STOP
-    assert read(body).tokens == Tokens(10, 7)
+    assert read(body).tokens == TokenCounts(10, 7)
     assert read(body).complete
 
 
 def test_a_doubled_message_start_changes_nothing() -> None:
     usage = read(start() + start() + b"".join(WHOLE[1:]))
-    assert usage.tokens == Tokens(10, 7)
+    assert usage.tokens == TokenCounts(10, 7)
     assert "message_start came twice" in usage.notes
 
 
@@ -366,7 +366,7 @@ def test_events_without_names_crlf_and_odd_spacing_read_the_same() -> None:
 def test_an_assumed_output_raises_the_count_and_says_so() -> None:
     cut = read(start() + block() + text("Hello"))
     assumed = cut.assuming_output(500)
-    assert assumed.tokens == Tokens(10, 500)
+    assert assumed.tokens == TokenCounts(10, 500)
     assert assumed.estimated
     assert not assumed.complete
     assert read(b"".join(WHOLE)).assuming_output(3).tokens.output_tokens == 7
@@ -433,7 +433,7 @@ def test_the_meter_knows_whether_it_stands_between_two_events() -> None:
 def test_evidence_before_the_end() -> None:
     meter = watch(start())
     assert meter.started
-    assert meter.usage_so_far().tokens == Tokens(10, 1)
+    assert meter.usage_so_far().tokens == TokenCounts(10, 1)
     meter.feed(delta(None, {"output_tokens": 40}))
     assert meter.reported_output_tokens == 40
     meter.feed(ERROR_EVENT)
@@ -451,7 +451,7 @@ def test_a_stream_of_many_megabytes_leaves_no_trace_in_memory() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     meter.feed(delta(usage={"output_tokens": 7}))
-    assert meter.close().tokens == Tokens(10, 7)
+    assert meter.close().tokens == TokenCounts(10, 7)
     assert meter.content_events == 150_000
     assert peak < 2 * 2**20
 
@@ -481,7 +481,7 @@ def test_an_event_of_twenty_megabytes_does_not_stay_and_does_not_end_the_reading
     tracemalloc.stop()
     meter.feed(delta(usage={"output_tokens": 7}))
     usage = meter.close()
-    assert usage.tokens == Tokens(10, 7)
+    assert usage.tokens == TokenCounts(10, 7)
     assert current < 2**20
     assert any("too long to look into" in note for note in usage.notes)
 
@@ -515,7 +515,7 @@ def test_batch_results_come_line_by_line_and_only_successes_carry_usage(size: in
         ("", "unreadable", False),
     ]
     assert kinds[6:] == ([("z", "canceled", False)] if tail else [])
-    assert (results[0].usage.model, results[0].usage.tokens, results[0].usage.service_tier) == ("claude-sonnet-5-5", Tokens(10, 7), "batch")
+    assert (results[0].usage.model, results[0].usage.tokens, results[0].usage.service_tier) == ("claude-sonnet-5-5", TokenCounts(10, 7), "batch")
     assert results[1].usage.error_type == "overloaded_error"
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway_addon.messages import scan
-from gateway_addon.messages.request import BODY_BYTES_MAX, Reading, Request, edited, endpoint, read
+from gateway_addon.messages.request import BODY_BYTES_MAX, ParsedRequest, Request, edited, endpoint, read
 from gateway_addon.messages.schema import Effect
 from gateway_addon.refusals import Refusal
 
@@ -24,9 +24,9 @@ def request(body: Any, *headers: tuple[str, str]) -> Request:
     return Request("POST", "/v1/messages?beta=true", headers, raw)
 
 
-def reading(body: Any, *headers: tuple[str, str]) -> Reading:
+def reading(body: Any, *headers: tuple[str, str]) -> ParsedRequest:
     found = read("messages", request(body, *headers))
-    assert isinstance(found, Reading), found
+    assert isinstance(found, ParsedRequest), found
     return found
 
 
@@ -92,13 +92,13 @@ def test_the_reading_says_what_is_asked_for():
 def test_count_tokens_needs_no_max_tokens():
     body = {name: value for name, value in PLAIN.items() if name != "max_tokens"}
     found = read("count_tokens", Request("POST", "/v1/messages/count_tokens", (), json.dumps(body).encode()))
-    assert isinstance(found, Reading)
+    assert isinstance(found, ParsedRequest)
     assert found.max_tokens == 0
 
 
 def test_a_model_in_the_path_is_the_model():
     found = read("model", Request("GET", "/v1/models/claude-haiku-4-5", (), b""))
-    assert isinstance(found, Reading)
+    assert isinstance(found, ParsedRequest)
     assert (found.endpoint, found.model) == ("model", "claude-haiku-4-5")
 
 
@@ -112,11 +112,11 @@ def test_a_model_in_the_path_is_the_model():
     ],
 )
 def test_plain_json_may_be_labelled_as_such(headers: tuple[tuple[str, str], ...]):
-    assert isinstance(read("messages", request(PLAIN, *headers)), Reading)
+    assert isinstance(read("messages", request(PLAIN, *headers)), ParsedRequest)
 
 
 def test_the_body_limit_is_the_api_s_own():
-    assert isinstance(read("messages", request(json.dumps(PLAIN).encode().ljust(BODY_BYTES_MAX))), Reading)
+    assert isinstance(read("messages", request(json.dumps(PLAIN).encode().ljust(BODY_BYTES_MAX))), ParsedRequest)
     over = read("messages", request(json.dumps(PLAIN).encode().ljust(BODY_BYTES_MAX + 1)))
     assert isinstance(over, Refusal)
     assert over.code == "too_large"
@@ -224,7 +224,7 @@ def test_what_is_text_to_the_model_or_the_default_is_no_use_of_a_feature(harmles
 def test_an_edited_request_is_read_again_from_its_new_bytes():
     old = request(PLAIN | {"system": "é", "temperature": 0.5}, ("anthropic-beta", "a-1"))
     new, found = edited("messages", old, {"model": "claude-sonnet-5", "max_tokens": 8})
-    assert isinstance(found, Reading)
+    assert isinstance(found, ParsedRequest)
     assert json.loads(new.body) == PLAIN | {"system": "é", "temperature": 0.5, "model": "claude-sonnet-5", "max_tokens": 8}
     assert (found.model, found.max_tokens, found.size, found.betas) == ("claude-sonnet-5", 8, len(new.body), ("a-1",))
     assert (new.target, new.headers) == (old.target, old.headers)
@@ -242,18 +242,18 @@ VALUES = st.recursive(
 def test_no_body_raises_and_what_is_read_is_what_another_parser_reads(changes: dict[str, Any]):
     raw = json.dumps(PLAIN | changes).encode()
     found = read("messages", request(raw))
-    if isinstance(found, Reading):
+    if isinstance(found, ParsedRequest):
         seen = json.loads(raw)
         assert (found.model, found.max_tokens, found.stream) == (seen["model"], seen["max_tokens"], seen.get("stream", False))
 
 
 @given(st.binary(max_size=60), st.integers(0, 100))
 @settings(max_examples=300, derandomize=True, deadline=None)
-def test_bytes_put_anywhere_are_refused_or_read_as_json_reads_them(noise: bytes, at: int):
+def test_bytes_put_anywhere_are_refused_or_read_as_json_reads_them(failed_authentication: bytes, at: int):
     plain = json.dumps(PLAIN).encode()
-    raw = plain[: at % len(plain)] + noise + plain[at % len(plain) :]
+    raw = plain[: at % len(plain)] + failed_authentication + plain[at % len(plain) :]
     found = read("messages", request(raw))
-    if isinstance(found, Reading):
+    if isinstance(found, ParsedRequest):
         assert json.loads(raw.decode()) == found.body
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ledgers import rows
 from rawhttp import send
 
-from gateway_addon.messages.request import Reading, Request, read
+from gateway_addon.messages.request import ParsedRequest, Request, read
 from gateway_addon.simulator import Simulator
 
 # Each reader: bytes -> what it takes for the body, or an error where it takes none.
@@ -70,7 +70,7 @@ READERS: tuple[Callable[[bytes], Any], ...] = (
 )
 
 
-def disagreements(raw: bytes, found: Reading) -> list[str]:
+def disagreements(raw: bytes, found: ParsedRequest) -> list[str]:
     """The readers that see another model, limit or kind of answer in the bytes than was judged."""
     judged = (found.model, found.max_tokens, found.stream)
     wrong = []
@@ -147,8 +147,8 @@ def test_nothing_is_admitted_that_two_parsers_read_differently(examples: int):
     @given(bodies())
     def never(raw: bytes) -> None:
         found = read("messages", Request("POST", "/v1/messages", (), raw))
-        judged[isinstance(found, Reading)] += 1
-        assert not isinstance(found, Reading) or disagreements(raw, found) == [], raw
+        judged[isinstance(found, ParsedRequest)] += 1
+        assert not isinstance(found, ParsedRequest) or disagreements(raw, found) == [], raw
 
     never()
     assert judged[True] > examples // 20, "enough of them are admitted for the claim to mean something"
@@ -166,7 +166,7 @@ def test_the_readers_see_what_a_careless_gateway_would_let_through():
     ]
     for raw in careless:
         seen = json.loads(raw)
-        assert disagreements(raw, Reading("messages", seen["model"], seen["max_tokens"], seen.get("stream", False))), raw
+        assert disagreements(raw, ParsedRequest("messages", seen["model"], seen["max_tokens"], seen.get("stream", False))), raw
 
 
 async def test_what_reaches_the_api_through_a_socket_is_what_the_ledger_says_was_asked(tmp_path):

@@ -17,7 +17,7 @@ from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin
 from gateway_addon.ledger.reports import token_usage
 from gateway_addon.ledger.reports.token_usage import Arrival
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.onboarding.cutover import Now, tally, unaccounted, unseen
+from gateway_addon.onboarding.cutover import FileToday, tally, unaccounted, unseen
 from gateway_addon.onboarding.inventory import inspect
 
 NOW = time.time()
@@ -60,7 +60,7 @@ def test_a_token_in_force_that_never_passed_is_a_reason(token, said):
     ],
 )
 def test_what_a_consumer_s_file_says_today(name, content, said):
-    found = unaccounted([Now(f"/srv/{name}", inspect(f"/srv/{name}", content.encode()))], [arrival()], [])
+    found = unaccounted([FileToday(f"/srv/{name}", inspect(f"/srv/{name}", content.encode()))], [arrival()], [])
     assert [said in each.problem for each in found] == ([True] if said else [])
 
 
@@ -68,12 +68,12 @@ def test_what_a_consumer_s_file_says_today(name, content, said):
     ("accepted", "left"), [("/srv/a.py", 0), ("/srv", 0), ("/srv/", 0), ("/srv/a", 1), ("/srv/a.pyc", 1), ("/other", 1)]
 )
 def test_what_a_person_accepts_is_accounted_for(accepted, left):
-    sqlite_files = [Now("/srv/a.py", inspect("/srv/a.py", b"import anthropic\n"))]
+    sqlite_files = [FileToday("/srv/a.py", inspect("/srv/a.py", b"import anthropic\n"))]
     assert len(unaccounted(sqlite_files, [], [accepted])) == left
 
 
 def test_a_file_that_is_gone_is_accounted_for_and_one_that_cannot_be_read_is_not():
-    gone, locked = Now("/srv/gone"), Now("/srv/locked", problem="cannot be read now (Permission denied)")
+    gone, locked = FileToday("/srv/gone"), FileToday("/srv/locked", problem="cannot be read now (Permission denied)")
     [reason] = unaccounted([gone, locked], [], [])
     assert (reason.subject, reason.way_out.endswith("gateway cutover --accept /srv/locked")) == ("/srv/locked", True)
     assert tally([gone, locked]) == {"no longer one": 1, "unreadable": 1}

@@ -16,7 +16,7 @@ from gateway_addon.clocks import Clocks
 from gateway_addon.ledger import admin, batches
 from gateway_addon.ledger.batches import PAUSE_MAX_S
 from gateway_addon.ledger.maintenance import invariants
-from gateway_addon.operations.batch_poller import KEPT_FOR_S, Keeper
+from gateway_addon.operations.batch_poller import KEPT_FOR_S, BatchPoller
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 from gateway_addon.upstreams import client as upstream
@@ -59,8 +59,8 @@ async def kept(folder, ask=None, behaviour=SLOW):
         made = await gw.client().messages.batches.create(requests=REQUESTS)
         clock = [time.time() + 61]
         ask = ask or (lambda path: upstream.ask(api.url, path, lambda: KEY))
-        keeper = Keeper(gw.gate.ledger, lambda: gw.gate.policy, ask, gw.gate.batch_closed, Clocks(lambda: clock[0], lambda: clock[0]))
-        yield gw, keeper, clock, made.id
+        batch_poller = BatchPoller(gw.gate.ledger, lambda: gw.gate.policy, ask, gw.gate.batch_closed, Clocks(lambda: clock[0], lambda: clock[0]))
+        yield gw, batch_poller, clock, made.id
 
 
 async def line(gw):
@@ -73,10 +73,10 @@ def shown(id, status):
 
 
 async def test_a_batch_that_nobody_fetches_is_closed_at_what_the_api_billed(tmp_path):
-    async with kept(tmp_path) as (gw, keeper, _clock, id):
+    async with kept(tmp_path) as (gw, batch_poller, _clock, id):
         gw.api.batches.made[id].ends_at = time.time()
-        assert await keeper.look()
-        assert not await keeper.look(), "nothing is left to look at"
+        assert await batch_poller.look()
+        assert not await batch_poller.look(), "nothing is left to look at"
         assert (await gw.spent_nano("app:app"), await gw.held_nano()) == (gw.api.book.billed_nano, 0)
         assert gw.api.book.billed_nano > 0
         [batch] = [batch async for batch in gw.client().messages.batches.list()]
@@ -84,12 +84,12 @@ async def test_a_batch_that_nobody_fetches_is_closed_at_what_the_api_billed(tmp_
 
 
 async def test_a_batch_that_runs_is_looked_at_less_often_the_older_it_is(tmp_path):
-    async with kept(tmp_path) as (gw, keeper, clock, _id):
+    async with kept(tmp_path) as (gw, batch_poller, clock, _id):
         began = (await line(gw)).made_at
         pauses = []
         for age_s in (61, 3600, 80_000):
             clock[0] = began + age_s
-            assert await keeper.look()
+            assert await batch_poller.look()
             pauses.append(round((await line(gw)).look_at - clock[0]))
         assert pauses == [60, 180, 900]
         assert (await line(gw)).status == "in_progress"
@@ -97,9 +97,9 @@ async def test_a_batch_that_runs_is_looked_at_less_often_the_older_it_is(tmp_pat
 
 async def test_nobody_is_asked_before_it_is_time(tmp_path):
     fake = Fake()
-    async with kept(tmp_path, fake) as (_gw, keeper, clock, _id):
+    async with kept(tmp_path, fake) as (_gw, batch_poller, clock, _id):
         clock[0] = time.time() + 30
-        assert not await keeper.look()
+        assert not await batch_poller.look()
         assert fake.asked == []
 
 
@@ -118,12 +118,12 @@ FAILURES = {
 
 async def test_after_a_failure_it_is_asked_again_after_longer_and_longer_pauses(tmp_path):
     fake = Fake()
-    async with kept(tmp_path, fake) as (gw, keeper, clock, id):
+    async with kept(tmp_path, fake) as (gw, batch_poller, clock, id):
         held = await gw.held_nano()
         for name, fake.answers["batch"] in FAILURES.items():
             pauses = []
             for _ in range(5):
-                assert await keeper.look(), name
+                assert await batch_poller.look(), name
                 pauses.append(round((await line(gw)).look_at - clock[0]))
                 clock[0] = (await line(gw)).look_at
             assert pauses == [120, 240, 480, PAUSE_MAX_S, PAUSE_MAX_S], name
@@ -132,41 +132,41 @@ async def test_after_a_failure_it_is_asked_again_after_longer_and_longer_pauses(
 
 
 async def test_a_batch_that_the_api_has_no_more_is_settled_at_what_it_held(tmp_path):
-    async with kept(tmp_path, Fake(batch=(404, b"{}"))) as (gw, keeper, _clock, _id):
+    async with kept(tmp_path, Fake(batch=(404, b"{}"))) as (gw, batch_poller, _clock, _id):
         held = await gw.held_nano()
-        assert await keeper.look()
+        assert await batch_poller.look()
         assert (await gw.spent_nano(), await gw.held_nano(), await line(gw)) == (held, 0, None)
 
 
 async def test_one_that_fails_for_a_month_is_settled_at_what_it_held(tmp_path):
-    async with kept(tmp_path, Fake(batch=(500, b"{}"))) as (gw, keeper, clock, _id):
+    async with kept(tmp_path, Fake(batch=(500, b"{}"))) as (gw, batch_poller, clock, _id):
         held = await gw.held_nano()
         clock[0] += KEPT_FOR_S
-        assert await keeper.look()
+        assert await batch_poller.look()
         assert (await gw.spent_nano(), await gw.held_nano(), await line(gw)) == (held, 0, None)
 
 
 @pytest.mark.parametrize("results", [b"", b"junk\n", b'{"custom_id": "r0", "result": {"type": "expired"}}\n'])
 async def test_results_that_lack_some_are_read_again_and_in_the_end_the_batch_is_settled_at_what_it_held(tmp_path, results):
     fake = Fake(results=(200, results))
-    async with kept(tmp_path, fake) as (gw, keeper, clock, id):
+    async with kept(tmp_path, fake) as (gw, batch_poller, clock, id):
         fake.answers["batch"] = shown(id, "ended")
         held = await gw.held_nano()
         for _ in range(3):
-            assert await keeper.look()
+            assert await batch_poller.look()
             clock[0] = (await line(gw)).look_at
-        assert await keeper.look()
+        assert await batch_poller.look()
         assert (await gw.spent_nano(), await gw.held_nano(), await line(gw)) == (held, 0, None)
 
 
 async def test_results_that_break_off_are_read_again(tmp_path):
-    async with kept(tmp_path, behaviour=Behaviour(cut_after_bytes=900)) as (gw, keeper, clock, _id):
+    async with kept(tmp_path, behaviour=Behaviour(cut_after_bytes=900)) as (gw, batch_poller, clock, _id):
         await asyncio.sleep(0.01)
-        assert await keeper.look()
+        assert await batch_poller.look()
         assert ((await line(gw)).failures, await gw.spent_nano()) == (1, 0)
         gw.api.behaviour = Behaviour()
         clock[0] = (await line(gw)).look_at
-        assert await keeper.look()
+        assert await batch_poller.look()
         assert (await gw.spent_nano(), await gw.held_nano()) == (gw.api.book.billed_nano, 0)
 
 
@@ -183,9 +183,9 @@ class Slow(Fake):
 async def test_a_reading_that_takes_long_keeps_its_turn(tmp_path, monkeypatch):
     lines = b"".join(json.dumps({"custom_id": f"r{number}", "result": {"type": "expired"}}).encode() + b"\n" for number in range(3))
     fake = Slow(results=(200, lines))
-    async with kept(tmp_path, fake) as (gw, keeper, clock, id):
+    async with kept(tmp_path, fake) as (gw, batch_poller, clock, id):
         fake.answers["batch"], fake.clock = shown(id, "ended"), clock
-        wrote, turns = keeper._ledger.write, []
+        wrote, turns = batch_poller._ledger.write, []
 
         async def watched(write, *scopes):
             answer = await wrote(write, *scopes)
@@ -193,18 +193,18 @@ async def test_a_reading_that_takes_long_keeps_its_turn(tmp_path, monkeypatch):
                 turns.append(found.look_at > clock[0])
             return answer
 
-        monkeypatch.setattr(keeper._ledger, "write", watched)
-        assert await keeper.look()
+        monkeypatch.setattr(batch_poller._ledger, "write", watched)
+        assert await batch_poller.look()
         assert (len(turns) > 3, all(turns), await gw.held_nano()) == (True, True, 0)
 
 
 async def test_a_batch_is_priced_by_the_table_of_its_admission(tmp_path):
-    async with kept(tmp_path) as (gw, keeper, _clock, id):
+    async with kept(tmp_path) as (gw, batch_poller, _clock, id):
         gw.api.batches.made[id].ends_at = time.time()
         dearer = tmp_path / "policies" / "prices.yaml"
         dearer.write_text("multiplier: 3\n")
         gw.gate.policy = load(tmp_path / "policies")
-        assert await keeper.look()
+        assert await batch_poller.look()
         assert await gw.spent_nano() == gw.api.book.billed_nano
 
 
@@ -241,10 +241,10 @@ async def test_a_killed_gateway_keeps_the_reservation_and_the_next_one_settles_i
 
 
 async def test_of_several_keepers_one_asks(tmp_path):
-    async with kept(tmp_path) as (gw, keeper, clock, id):
+    async with kept(tmp_path) as (gw, batch_poller, clock, id):
         gw.api.batches.made[id].ends_at = time.time()
         fake_clock = clock[0]
-        others = [Keeper(gw.gate.ledger, lambda: gw.gate.policy, partial(upstream.ask, gw.api.url, key=lambda: KEY), gw.gate.batch_closed, Clocks(lambda: fake_clock)) for _ in range(3)]
-        asked = await asyncio.gather(*(each.look() for each in (keeper, *others)))
+        others = [BatchPoller(gw.gate.ledger, lambda: gw.gate.policy, partial(upstream.ask, gw.api.url, key=lambda: KEY), gw.gate.batch_closed, Clocks(lambda: fake_clock)) for _ in range(3)]
+        asked = await asyncio.gather(*(each.look() for each in (batch_poller, *others)))
         assert sorted(asked) == [False, False, False, True]
         assert await gw.spent_nano() == gw.api.book.billed_nano

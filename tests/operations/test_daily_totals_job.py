@@ -16,7 +16,7 @@ from processes import ledgered
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, admin, background, reservations
 from gateway_addon.ledger.reports import daily_totals, spending
 from gateway_addon.operations import daily_totals_job
-from gateway_addon.operations.daily_totals_job import Daybook
+from gateway_addon.operations.daily_totals_job import DailyTotalsJob
 from gateway_addon.proxy.server import assembled
 from gateway_addon.simulator import KEY
 
@@ -44,7 +44,7 @@ def path(tmp_path, request):
 async def kept_by(path, now=NOON):
     ledger = await Ledger.open(url(path), now=now)
     try:
-        yield Daybook(ledger, lambda: now)
+        yield DailyTotalsJob(ledger, lambda: now)
     finally:
         await ledger.close()
 

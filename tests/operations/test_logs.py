@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from gateway_addon.operations.logs import LOUD, Masked, say_plainly
+from gateway_addon.operations.logs import LOUD, MaskedFilter, say_plainly
 
 KEY = "sk-ant-api03-the-real-one"
 TOKEN = "gwt_7aB37aB37aB37aB37aB37aB37aB37aB37aB37aB37aB4A6hPU"
@@ -16,7 +16,7 @@ def log():
     """A logger of its own and what it wrote."""
     written, logger = io.StringIO(), logging.Logger("test")
     handler = logging.StreamHandler(written)
-    handler.addFilter(Masked(lambda: KEY))
+    handler.addFilter(MaskedFilter(lambda: KEY))
     logger.addHandler(handler)
     return logger, written
 
@@ -57,12 +57,12 @@ def test_a_key_that_cannot_be_read_silences_nothing_and_tokens_stay_hidden():
     def broken() -> str:
         raise OSError("the key file is gone")
 
-    assert Masked(broken).mask(f"for {TOKEN}") == "for gwt_***"
+    assert MaskedFilter(broken).mask(f"for {TOKEN}") == "for gwt_***"
 
 
 def test_a_renewed_key_is_hidden_too():
     keys = iter(["sk-ant-first", "sk-ant-second"])
-    masked = Masked(lambda: next(keys))
+    masked = MaskedFilter(lambda: next(keys))
     assert masked.mask("sk-ant-first") == "***"
     assert masked.mask("sk-ant-second") == "***"
 

@@ -18,7 +18,7 @@ from gateway_addon.cli.check import check
 from gateway_addon.ledger import Ledger, LedgerUnavailable, admin
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.onboarding.inventory.consumers import fingerprint
-from gateway_addon.operations.reload import KEY_PROBLEM, LOOK_EVERY_S, Watcher, align, audit_key, must_agree
+from gateway_addon.operations.reload import KEY_PROBLEM, LOOK_EVERY_S, PolicyWatcher, align, audit_key, must_agree
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
@@ -29,8 +29,8 @@ BROKEN = "models: {allow: [claude-haiku-4-5]}\nmax_tokens: 200\ncaps: {mnth: $5}
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-def watcher(running: Running) -> Watcher:
-    return Watcher(running.folder / "policies", running.gate, running.addon.key)
+def watcher(running: Running) -> PolicyWatcher:
+    return PolicyWatcher(running.folder / "policies", running.gate, running.addon.key)
 
 
 @contextlib.asynccontextmanager

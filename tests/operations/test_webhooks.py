@@ -14,8 +14,8 @@ from ledgers import NOON, new_ledger, rows
 
 from gateway_addon.calls import alerts
 from gateway_addon.ledger import Alert, Ledger, LedgerUnavailable, Resolution, Standing
-from gateway_addon.operations.reload import Watcher
-from gateway_addon.operations.webhooks import Herald
+from gateway_addon.operations.reload import PolicyWatcher
+from gateway_addon.operations.webhooks import AlertDelivery
 from gateway_addon.policy import Source, load
 from gateway_addon.simulator import Behaviour, Simulator
 
@@ -128,9 +128,9 @@ def hook(statuses=()):
         server.server_close()
 
 
-async def until(herald, policy, condition):
+async def until(alert_delivery, policy, condition):
     for _ in range(200):
-        await herald.look(policy)
+        await alert_delivery.look(policy)
         if condition():
             return
         await asyncio.sleep(0.02)
@@ -148,7 +148,7 @@ HOOKED = "alerts: {webhook: {env: HOOK}}"
 
 
 def herald_of(ledger, address="", **options):
-    return Herald(ledger, {Source("env", "HOOK"): address}.__getitem__, time.time, **{"retry_s": 0.01, **options})
+    return AlertDelivery(ledger, {Source("env", "HOOK"): address}.__getitem__, time.time, **{"retry_s": 0.01, **options})
 
 
 def delivered(folder):
@@ -158,9 +158,9 @@ def delivered(folder):
 @pytest.mark.parametrize("status", [500, 404, 302])
 async def test_a_delivery_that_fails_is_tried_again_until_it_arrives_once(tmp_path, ledger, caplog, status):
     with hook([status, status]) as (address, bodies):
-        herald = herald_of(ledger, address)
-        herald.tell(NEWS)
-        await until(herald, policy(tmp_path, HOOKED), lambda: delivered(tmp_path) == [(1, 1, 3)])
+        alert_delivery = herald_of(ledger, address)
+        alert_delivery.emit(NEWS)
+        await until(alert_delivery, policy(tmp_path, HOOKED), lambda: delivered(tmp_path) == [(1, 1, 3)])
         assert [body["text"] for body in bodies] == ["gateway: a < b & c"] * 3
     assert f"the webhook answered {status}" in caplog.text
     assert "secret-path" not in caplog.text
@@ -169,7 +169,7 @@ async def test_a_delivery_that_fails_is_tried_again_until_it_arrives_once(tmp_pa
 async def test_what_was_not_delivered_before_a_restart_is_delivered_after_it(tmp_path, ledger):
     in_force = policy(tmp_path, HOOKED)
     before = herald_of(ledger, "http://127.0.0.1:1/nobody-listens")
-    before.tell(NEWS)
+    before.emit(NEWS)
     await until(before, in_force, lambda: delivered(tmp_path)[0][2] >= 1)
     await before.stop()
     assert delivered(tmp_path)[0][:2] == (0, 0)
@@ -184,9 +184,9 @@ async def test_two_processes_send_an_alert_once(tmp_path, ledger):
     sibling = await Ledger.open(f"sqlite:///{tmp_path / 'gateway.db'}")
     with hook() as (address, bodies):
         heralds = [herald_of(each, address, retry_s=10) for each in (ledger, sibling)]
-        for herald in heralds:
-            herald.tell(NEWS)
-        await asyncio.gather(*(until(herald, in_force, lambda: delivered(tmp_path) == [(1, 1, 1)]) for herald in heralds))
+        for alert_delivery in heralds:
+            alert_delivery.emit(NEWS)
+        await asyncio.gather(*(until(alert_delivery, in_force, lambda: delivered(tmp_path) == [(1, 1, 1)]) for alert_delivery in heralds))
         assert len(bodies) == 1
     await sibling.close()
 
@@ -194,8 +194,8 @@ async def test_two_processes_send_an_alert_once(tmp_path, ledger):
 async def test_a_delivery_is_given_up_after_a_day(tmp_path, ledger):
     in_force, yesterday = policy(tmp_path, HOOKED), time.time() - 90_000
     await ledger.alert_once(NEWS, send=True, now=yesterday)
-    herald = herald_of(ledger, "http://127.0.0.1:1/nobody-listens")
-    await until(herald, in_force, lambda: delivered(tmp_path) == [(0, 1, 1)])
+    alert_delivery = herald_of(ledger, "http://127.0.0.1:1/nobody-listens")
+    await until(alert_delivery, in_force, lambda: delivered(tmp_path) == [(0, 1, 1)])
 
 
 @pytest.mark.parametrize(("back_s", "due"), [(600, False), (3600, True)])
@@ -211,20 +211,20 @@ async def test_a_clock_set_back_does_not_hold_an_alert_up(ledger, back_s, due):
     [("http://example.org/secret-path", "not an https address"), ("file:///etc/secret-path", "not an https address"), (None, "KeyError")],
 )
 async def test_an_address_that_is_none_is_said_without_showing_it(tmp_path, ledger, caplog, address, said):
-    herald = herald_of(ledger, address, retry_s=60)
+    alert_delivery = herald_of(ledger, address, retry_s=60)
     if address is None:
-        herald = Herald(ledger, {}.__getitem__, time.time)
-    herald.tell(NEWS)
-    await until(herald, policy(tmp_path, HOOKED), lambda: said in caplog.text)
+        alert_delivery = AlertDelivery(ledger, {}.__getitem__, time.time)
+    alert_delivery.emit(NEWS)
+    await until(alert_delivery, policy(tmp_path, HOOKED), lambda: said in caplog.text)
     assert "secret-path" not in caplog.text
     assert delivered(tmp_path) == [(0, 0, 1)]
 
 
 async def test_without_a_webhook_an_alert_stands_in_the_log_and_the_ledger(tmp_path, ledger, caplog):
-    herald = herald_of(ledger)
-    herald.tell(NEWS)
-    herald.tell(NEWS)
-    await herald.look(policy(tmp_path))
+    alert_delivery = herald_of(ledger)
+    alert_delivery.emit(NEWS)
+    alert_delivery.emit(NEWS)
+    await alert_delivery.look(policy(tmp_path))
     assert caplog.text.count("Alert: a < b & c.") == 1
     assert delivered(tmp_path) == [(0, 1, 0)]
 
@@ -233,13 +233,13 @@ async def test_news_waits_for_a_ledger_that_is_away(tmp_path, ledger, monkeypatc
     async def away(*args, **options):
         raise LedgerUnavailable("away")
 
-    herald, in_force = herald_of(ledger), policy(tmp_path)
-    herald.tell(NEWS)
+    alert_delivery, in_force = herald_of(ledger), policy(tmp_path)
+    alert_delivery.emit(NEWS)
     with monkeypatch.context() as broken:
         broken.setattr(ledger, "alert_once", away)
         with pytest.raises(LedgerUnavailable):
-            await herald.look(in_force)
-    await herald.look(in_force)
+            await alert_delivery.look(in_force)
+    await alert_delivery.look(in_force)
     assert delivered(tmp_path) == [(0, 1, 0)]
 
 
@@ -259,12 +259,12 @@ async def ask(gw):
 async def test_an_app_that_spends_is_told_of_once_by_the_highest_threshold_and_its_calls_do_not_wait(tmp_path):
     with hook() as (address, bodies):
         async with Simulator(behaviour=Behaviour(output_tokens=100)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
-            herald = herald_of(gw.gate.ledger, address, retry_s=60)
+            alert_delivery = herald_of(gw.gate.ledger, address, retry_s=60)
             await ask(gw)
             await gw.quiet()
-            for each in (herald, herald_of(gw.gate.ledger, address, retry_s=60), herald):  # another process, or this one after a restart
+            for each in (alert_delivery, herald_of(gw.gate.ledger, address, retry_s=60), alert_delivery):  # another process, or this one after a restart
                 await each.look(gw.gate.policy)
-            await until(herald, gw.gate.policy, lambda: bodies)
+            await until(alert_delivery, gw.gate.policy, lambda: bodies)
             assert [(body["kind"], body["scope"], body["threshold_percent"]) for body in bodies] == [("threshold", "app:app", 20)]
             assert rows(tmp_path / "gateway.db", "SELECT once FROM alerts ORDER BY id")[-1][0].endswith(" 20")
             assert len(delivered(tmp_path)) == 2
@@ -273,7 +273,7 @@ async def test_an_app_that_spends_is_told_of_once_by_the_highest_threshold_and_i
 @pytest.fixture
 def news(monkeypatch):
     kept = []
-    monkeypatch.setattr("gateway_addon.calls.gateway.Gate.tell", lambda gate, alert: kept.append(alert))
+    monkeypatch.setattr("gateway_addon.calls.gateway.Gateway.emit", lambda gate, alert: kept.append(alert))
     return kept
 
 
@@ -318,7 +318,7 @@ async def test_a_bill_above_its_grant_is_told(tmp_path, news):
 
 async def test_a_policy_that_is_not_in_force_is_told(tmp_path, news):
     async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        watcher = Watcher(tmp_path / "policies", gw.gate, gw.addon.key)
+        watcher = PolicyWatcher(tmp_path / "policies", gw.gate, gw.addon.key)
         (tmp_path / "policies" / "apps" / "app.yaml").write_text(APP + "capz: {}\n")
         await watcher.look()
         await watcher.look()  # by now the file rests
@@ -329,8 +329,8 @@ async def test_a_policy_that_is_not_in_force_is_told(tmp_path, news):
 async def test_a_running_gateway_tells_by_itself(tmp_path, caplog):
     with hook() as (address, bodies), caplog.at_level(logging.WARNING):
         async with Simulator(behaviour=Behaviour(output_tokens=100)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
-            gw.gate._herald = herald_of(gw.gate.ledger, address)
-            gw.gate._heralding = asyncio.ensure_future(gw.gate._herald.run(lambda: gw.gate.policy))
+            gw.gate._alert_delivery = herald_of(gw.gate.ledger, address)
+            gw.gate._delivering = asyncio.ensure_future(gw.gate._alert_delivery.run(lambda: gw.gate.policy))
             await ask(gw)
             for _ in range(150):
                 await asyncio.sleep(0.02)

@@ -8,7 +8,7 @@ from gateway import FIRST, gateway
 from gateway_addon import pricing
 from gateway_addon.calls.quote import Quote, quote
 from gateway_addon.calls.reservation_options import rewritten
-from gateway_addon.messages.request import Reading, Request, read
+from gateway_addon.messages.request import ParsedRequest, Request, read
 from gateway_addon.policy import judge
 from gateway_addon.policy.loading import parse_app
 from gateway_addon.simulator import Behaviour, Simulator
@@ -25,7 +25,7 @@ def app(text=FIRST):
 def reading(**fields):
     body = {"model": "claude-sonnet-5", "max_tokens": 64_000, "messages": HELLO} | fields
     found = read("messages", Request("POST", "/v1/messages", (), json.dumps(body).encode()))
-    assert isinstance(found, Reading)
+    assert isinstance(found, ParsedRequest)
     return found
 
 

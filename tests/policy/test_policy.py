@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway_addon import policy, pricing
-from gateway_addon.messages.request import Reading, Request, edited, read
+from gateway_addon.messages.request import ParsedRequest, Request, edited, read
 from gateway_addon.policy import AppPolicy, Cap, PolicyError
 from gateway_addon.policy.loading import parse_app, parse_gateway
 from gateway_addon.policy.model import Source, Team
@@ -26,10 +26,10 @@ def app(text: str = "") -> AppPolicy:
     return parse_app(FILE, LEAST + text, PRICES, {"batch-jobs": Team(MappingProxyType({}))})
 
 
-def reading(body: dict[str, Any], *betas: str, endpoint: str = "messages") -> Reading:
+def reading(body: dict[str, Any], *betas: str, endpoint: str = "messages") -> ParsedRequest:
     headers = tuple(("anthropic-beta", beta) for beta in betas)
     found = read(endpoint, Request("POST", "/v1/messages", headers, json.dumps(PLAIN | body).encode()))
-    assert isinstance(found, Reading), found
+    assert isinstance(found, ParsedRequest), found
     return found
 
 
@@ -239,7 +239,7 @@ def test_an_alias_is_rewritten_to_its_model_and_judged_as_that():
     for alias, code in (("fast", None), ("dear", "model")):
         request = Request("POST", "/v1/messages", (), json.dumps(PLAIN | {"model": alias}).encode())
         _, changed = edited("messages", request, policy.edits(own, reading({"model": alias}), PRICES))
-        assert isinstance(changed, Reading)
+        assert isinstance(changed, ParsedRequest)
         refusal = policy.judge(own, changed, PRICES)
         assert (refusal and refusal.code) == code
 
@@ -270,7 +270,7 @@ def test_a_name_that_may_move_passes_is_refused_or_pinned_to_the_dated_id(moving
     changes = policy.edits(own, reading({"model": asked}), PRICES)
     assert changes == ({} if asked == sent else {"model": sent})
     _, changed = edited("messages", request, changes)
-    assert isinstance(changed, Reading)
+    assert isinstance(changed, ParsedRequest)
     refusal = policy.judge(own, changed, PRICES)
     assert (refusal and refusal.code) == code
     assert policy.may_use(own, asked, PRICES) == (code is None)
@@ -407,8 +407,8 @@ def test_an_endpoint_that_is_not_named_is_refused():
     assert (refusal.code, refusal.sentence) == (
         "endpoint", "App reports may not call count_tokens; allowed: messages (policies/apps/reports.yaml endpoints).",
     )  # fmt: skip
-    assert policy.judge(app("endpoints: [models]"), Reading("models"), PRICES) is None
-    assert policy.judge(app("endpoints: []"), Reading("me"), PRICES) is None
+    assert policy.judge(app("endpoints: [models]"), ParsedRequest("models"), PRICES) is None
+    assert policy.judge(app("endpoints: []"), ParsedRequest("me"), PRICES) is None
 
 
 def test_a_counted_request_is_judged_like_one_that_is_sent_but_for_its_length():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway_addon.messages import Meter, Part, Tokens, Usage
+from gateway_addon.messages import Meter, TokenCounts, Usage, UsagePart
 from gateway_addon.pricing import FLAGS, Cost, Prices, cost, load, rates
 
 PRICES = load()
@@ -21,7 +21,7 @@ def day(text: str) -> float:
 NOW = day("2026-11-23")
 
 
-def used(model: str | None = "claude-opus-5-5", tokens: Tokens = Tokens(), **more: Any) -> Usage:  # noqa: B008  frozen
+def used(model: str | None = "claude-opus-5-5", tokens: TokenCounts = TokenCounts(), **more: Any) -> Usage:  # noqa: B008  frozen
     return Usage(**({"model": model, "tokens": tokens, "readable": True, "complete": True, "started": True} | more))
 
 
@@ -32,18 +32,18 @@ def bill(usage: Usage, at: float = NOW, *, hour: bool = False, prices: Prices = 
 class Bill(NamedTuple):
     nano: int
     model: str
-    tokens: Tokens
+    tokens: TokenCounts
     more: dict[str, Any] | None = None
     at: str = "2026-11-23"
     hour: bool = False
 
 
-T = Tokens  # input, output, cache read, 5m write, 1h write, write of unknown lifetime
+T = TokenCounts  # input, output, cache read, 5m write, 1h write, write of unknown lifetime
 BATCH, FAST, US = {"service_tier": "batch"}, {"speed": "fast"}, {"inference_geo": "us"}
 
 
 def ran(*parts: tuple[Any, ...]) -> dict[str, Any]:
-    return {"iterations": tuple(Part(kind, model, T(*tokens)) for kind, model, *tokens in parts)}
+    return {"iterations": tuple(UsagePart(kind, model, T(*tokens)) for kind, model, *tokens in parts)}
 
 
 # Worked by hand: $1 per million tokens = 1,000 nano-dollars a token; "4.0M" is 4,000,000 nano-dollars.

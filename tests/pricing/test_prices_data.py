@@ -13,15 +13,15 @@ from genai_prices.types import PriceCalculation
 
 from gateway_addon import policy
 from gateway_addon.cli.prices import prices as prices_command
-from gateway_addon.messages import Tokens
-from gateway_addon.pricing import PriceError, Prices, Row, load, rates
+from gateway_addon.messages import TokenCounts
+from gateway_addon.pricing import PriceError, PriceRow, Prices, load, rates
 from gateway_addon.pricing.loading import SHIPPED
 
 PRICES = load()
 TODAY = datetime(2026, 11, 23, 12, tzinfo=UTC)
 
 
-def row(model: str, prices: Prices = PRICES, at: datetime = TODAY) -> Row:
+def row(model: str, prices: Prices = PRICES, at: datetime = TODAY) -> PriceRow:
     found = prices.row(model, at.timestamp())
     assert found is not None
     return found
@@ -77,13 +77,13 @@ GAPS = {
 }
 # In none of its rows: inference_geo (x1.1), the sonnet-5-5 reads before 2026-10-07, sonnet-4 over 200,000 tokens.
 SAMPLES = {
-    "plain": Tokens(1000, 100),
-    "every kind of cache": Tokens(1000, 100, 2000, 300, 400),
-    "long": Tokens(99_000, 10, 1_001),
+    "plain": TokenCounts(1000, 100),
+    "every kind of cache": TokenCounts(1000, 100, 2000, 300, 400),
+    "long": TokenCounts(99_000, 10, 1_001),
 }
 
 
-def theirs(model: str, tokens: Tokens, context: dict[str, str] | None = None) -> PriceCalculation:
+def theirs(model: str, tokens: TokenCounts, context: dict[str, str] | None = None) -> PriceCalculation:
     usage = genai_prices.Usage(
         input_tokens=tokens.prompt_tokens,
         output_tokens=tokens.output_tokens,

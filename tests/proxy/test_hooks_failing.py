@@ -14,8 +14,8 @@ from gateway import gateway
 from mitmproxy import exceptions, hooks
 from mitmproxy.addons.clientplayback import ClientPlayback
 
-from gateway_addon.calls.gateway import Gate
-from gateway_addon.proxy.flows import Life
+from gateway_addon.calls.gateway import Gateway
+from gateway_addon.proxy.flows import FlowState
 from gateway_addon.proxy.hooks import REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.simulator import Behaviour, Simulator
 
@@ -123,10 +123,10 @@ async def test_a_failure_on_the_way_out_forgets_nothing_of_the_bill(tmp_path, mo
 
 @pytest.mark.parametrize("reserve", ["full", "progressive"])
 async def test_a_failing_tap_drops_no_byte_and_forgets_no_bill(tmp_path, monkeypatch, caplog, reserve):
-    def fails(self: Life, chunk: bytes) -> bytes:
+    def fails(self: FlowState, chunk: bytes) -> bytes:
         raise Bug
 
-    monkeypatch.setattr(Life, "chunk", fails)
+    monkeypatch.setattr(FlowState, "chunk", fails)
     app = f"models: {{allow: [claude-haiku-4-5]}}\ncaps: {{day: $100}}\nreserve: {reserve}\n"
     async with Simulator(behaviour=Behaviour(delay_ms=1)) as api, gateway(tmp_path, api, {"app": app}) as gw:
         said = await ask(gw, stream=True, **({"extra_body": {"max_tokens": 60_000}} if reserve == "progressive" else {}))
@@ -145,7 +145,7 @@ async def test_a_failure_while_settling_leaves_the_call_held(tmp_path, monkeypat
         raise Bug
 
     async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        monkeypatch.setattr(Gate, "close", fails)
+        monkeypatch.setattr(Gateway, "close", fails)
         assert b"end_turn" in await ask(gw, stream=False)
         assert await gw.held_nano() > 0, "the next start settles it at its grant"
     assert "failed in its after_response hook" in caplog.text
@@ -156,7 +156,7 @@ async def test_a_failure_while_a_failure_is_handled_sends_nothing_either(tmp_pat
         raise Bug
 
     monkeypatch.setattr(GatewayAddon, "request", broken("request", "after"))
-    monkeypatch.setattr(Gate, "close", fails)
+    monkeypatch.setattr(Gateway, "close", fails)
     async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
         said = await ask(gw, stream=False)
         assert isinstance(said, anthropic.APIStatusError)

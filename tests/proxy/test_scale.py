@@ -61,7 +61,7 @@ async def test_a_large_body_beyond_those_in_flight_is_refused_before_it_is_read(
         large = request(gw.tokens["app"], turns_bytes=2_000_000)
         _, first = await asyncio.open_connection("127.0.0.1", gw.port)
         first.write(large[:1000])
-        while not gw.addon.lives:
+        while not gw.addon.flow_states:
             await asyncio.sleep(0.01)
         status, headers, body = await answer(gw.port, large)
         assert (status, headers["x-gateway-refusal"], headers["retry-after"]) == (503, "crowded", "1")
@@ -70,7 +70,7 @@ async def test_a_large_body_beyond_those_in_flight_is_refused_before_it_is_read(
         small = await answer(gw.port, request(gw.tokens["app"]))
         assert small[0] == 200, "a small body always finds room"
         first.close()
-        while gw.addon.lives:
+        while gw.addon.flow_states:
             await asyncio.sleep(0.01)
         assert "x-gateway-refusal" not in (await answer(gw.port, large))[1], "there is room again: the API judges it"
 

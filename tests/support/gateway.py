@@ -15,7 +15,7 @@ import anthropic
 from ledgers import new_file
 from mitmproxy.master import Master
 
-from gateway_addon.calls.gateway import Gate
+from gateway_addon.calls.gateway import Gateway
 from gateway_addon.cli import init
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.identity import tokens as identity
@@ -25,7 +25,7 @@ from gateway_addon.proxy.hooks import GatewayAddon
 from gateway_addon.proxy.server import build
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.simulator import KEY, Simulator
-from gateway_addon.upstreams.credentials import Secret
+from gateway_addon.upstreams.credentials import WatchedSecret
 
 AUTHORITIES = ssl.create_default_context()
 """For every client: reading them costs as much as a gateway's start."""
@@ -61,7 +61,7 @@ class Running:
 
     url: str
     api: Simulator
-    gate: Gate
+    gate: Gateway
     addon: GatewayAddon
     master: Master
     folder: Path
@@ -87,10 +87,10 @@ class Running:
     async def quiet(self) -> None:
         """Wait until every call has ended and every settlement is written."""
         for _ in range(500):
-            if not self.addon.lives and await self.open_calls() == 0:
+            if not self.addon.flow_states and await self.open_calls() == 0:
                 return
             await asyncio.sleep(0.01)
-        raise AssertionError(f"calls are still open: {list(self.addon.lives)}")
+        raise AssertionError(f"calls are still open: {list(self.addon.flow_states)}")
 
     async def open_calls(self) -> int:
         total = await self.gate.ledger.standing(["total"], (), now=time.time())
@@ -136,8 +136,8 @@ async def gateway(
         digest = identity.digest(tokens[app])
         await ledger.change(partial(admin.issue_token, app=app, digest=digest, label="test", who="test", now=time.time()))
     loaded = load(policies) if lag_s is None else with_lag(load(policies), lag_s)
-    gate = Gate(ledger, loaded, clocks, entrance=entrance, on_call=on_call)
-    addon = make(gate, Secret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), clocks)
+    gate = Gateway(ledger, loaded, clocks, entrance=entrance, on_call=on_call)
+    addon = make(gate, WatchedSecret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), clocks)
     master = build(Settings("127.0.0.1", 0, policies, url, **(settings or {})), loaded, addon)
     prepare(master)
     running = asyncio.Event()

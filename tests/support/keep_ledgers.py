@@ -21,7 +21,7 @@ import postgresql
 import psycopg
 from ledgers import NOON, Cap, Part, Tokens
 
-from gateway_addon.ledger import Alert, NewCall, Outcome, Server, Settlement, admin, batches, reservations, state
+from gateway_addon.ledger import Alert, NewCall, Outcome, ServerAddress, Settlement, admin, batches, reservations, state
 from gateway_addon.ledger.maintenance import invariants, prune
 from gateway_addon.ledger.orphans import settle_orphans
 from gateway_addon.ledger.reports import daily_totals, spending
@@ -42,7 +42,7 @@ SEARCH = NewCall("search", None, 2, "messages", "claude-sonnet-5", stream=True, 
 DONE = Outcome(200, "claude-haiku-4-5", "end_turn", "req_1", complete=True, price_rows="claude-haiku-4-5", service_tier="standard")
 
 
-def fill(path: Path | Server) -> None:
+def fill(path: Path | ServerAddress) -> None:
     """Make a ledger with whatever a ledger can have in it: of each kind of row at least one."""
     sqlite_files.create(path, ZONE)
     with admin.changing(path) as db:
@@ -73,7 +73,7 @@ def _ordinary_day(db: sqlite3.Connection, at: float) -> None:
         reservations.settle(db, call_id, Settlement(cost, (part,), replace(DONE, first_byte_at=now + 0.5)), now=now + 2)
     reservations.refused(db, "host-1", REPORTS, "cap_spent", now=at + 60)
     reservations.free(db, "host-1", NewCall("search", None, 2, "count_tokens", "claude-sonnet-5"), Outcome(200), now=at + 61)
-    reservations.noise(db, "token_unknown", now=at + 62)
+    reservations.failed_authentication(db, "token_unknown", now=at + 62)
 
 
 def _odd_calls(db: sqlite3.Connection, at: float) -> None:
@@ -137,7 +137,7 @@ def _reserve(db: sqlite3.Connection, owner: str, call: NewCall, grant_nano: int,
     return reserved.call_id
 
 
-def _prune(path: Path | Server, before: float) -> None:
+def _prune(path: Path | ServerAddress, before: float) -> None:
     with admin.changing(path) as db:
         prune.begin(db, before, prune.prunable(db, before), who="ops", now=NOON)
     since = 0.0
@@ -151,7 +151,7 @@ def _prune(path: Path | Server, before: float) -> None:
         since = day.end
 
 
-def said(path: Path | Server) -> dict[str, object]:
+def said(path: Path | ServerAddress) -> dict[str, object]:
     """What a version says of a ledger, as JSON would: every report, standing, token, batch, alert and open call, to the nano."""
     spans = {"january": (JANUARY, FEBRUARY), "february": (FEBRUARY, MARCH), "march": (MARCH, NOON + DAY_S)}
     caps = [Cap("app:reports", "month", 1_000_000_000), Cap("total", "day", 5_000_000)]
@@ -185,10 +185,10 @@ def _plain(found: spending.Notable | None) -> object:
     return found and asdict(found)
 
 
-def kept(name: str, engine: str, folder: Path) -> Path | Server:
+def kept(name: str, engine: str, folder: Path) -> Path | ServerAddress:
     """A kept ledger, to work on: in this folder, or in a new database of the shared server."""
     if engine == "postgresql":
-        server = Server(postgresql.shared().database())
+        server = ServerAddress(postgresql.shared().database())
         with psycopg.connect(server.url, autocommit=True) as db:
             db.execute(lzma.decompress((FOLDER / f"{name}.sql.xz").read_bytes()))
         return server
@@ -202,7 +202,7 @@ def expected(name: str) -> dict[str, object]:
     return document
 
 
-def _dump(server: Server) -> bytes:
+def _dump(server: ServerAddress) -> bytes:
     """A plain dump that any client can send: what only psql knows (lines that begin with a backslash) left out."""
     program = postgresql.binaries().with_name("bin") / "pg_dump"
     dumped = subprocess.run([program, "--inserts", "--no-owner", "--no-privileges", server.url], check=True, capture_output=True).stdout
@@ -213,7 +213,7 @@ def main(name: str) -> None:
     if name in NAMES:
         sys.exit(f"{FOLDER / name}.json is there already, and what was kept is not made again: choose another name")
     with tempfile.TemporaryDirectory() as folder:
-        path, server = Path(folder) / "gateway.db", Server(postgresql.shared().database())
+        path, server = Path(folder) / "gateway.db", ServerAddress(postgresql.shared().database())
         for ledger in (path, server):
             fill(ledger)
         document = said(path)

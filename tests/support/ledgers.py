@@ -13,7 +13,7 @@ from pathlib import Path
 import postgresql
 import pytest
 
-from gateway_addon.ledger import NewCall, Outcome, Server, Settlement, admin, reservations
+from gateway_addon.ledger import NewCall, Outcome, ServerAddress, Settlement, admin, reservations
 from gateway_addon.ledger.store import postgres, sqlite_files
 from gateway_addon.ledger.store.journal import Journal
 
@@ -70,7 +70,7 @@ def new_file(folder: Path) -> Path:
     return path
 
 
-def new_ledger(folder: Path, engine: str = "sqlite") -> Path | Server:
+def new_ledger(folder: Path, engine: str = "sqlite") -> Path | ServerAddress:
     """An empty ledger with one token (id 1) of the app `reports`."""
     path = postgresql.shared().ledger() if engine == "postgresql" else new_file(folder)
     with admin.changing(path) as db:
@@ -78,24 +78,24 @@ def new_ledger(folder: Path, engine: str = "sqlite") -> Path | Server:
     return path
 
 
-def copied(ledger: Path | Server, folder: Path) -> Path | Server:
+def copied(ledger: Path | ServerAddress, folder: Path) -> Path | ServerAddress:
     """The same ledger once more, for a test to change: what takes long to fill is filled once. Nobody may have it open."""
-    if isinstance(ledger, Server):
-        return Server(postgresql.shared().database(like=ledger.url.partition("@/")[2].partition("?")[0]))
+    if isinstance(ledger, ServerAddress):
+        return ServerAddress(postgresql.shared().database(like=ledger.url.partition("@/")[2].partition("?")[0]))
     return Path(shutil.copy(ledger, folder / "gateway.db"))
 
 
-def url(path: Path | Server) -> str:
-    return path.url if isinstance(path, Server) else f"sqlite:///{path}"
+def url(path: Path | ServerAddress) -> str:
+    return path.url if isinstance(path, ServerAddress) else f"sqlite:///{path}"
 
 
-def writing(path: Path | Server) -> sqlite3.Connection:
+def writing(path: Path | ServerAddress) -> sqlite3.Connection:
     """A connection to try the book's functions on, outside of a transaction."""
-    return postgres.connect(path) if isinstance(path, Server) else sqlite_files.writer_connection(path)
+    return postgres.connect(path) if isinstance(path, ServerAddress) else sqlite_files.writer_connection(path)
 
 
-def rows(path: Path | Server, sql: str, *values: object) -> list[tuple]:
-    with closing(postgres.connect(path) if isinstance(path, Server) else sqlite3.connect(path)) as db:
+def rows(path: Path | ServerAddress, sql: str, *values: object) -> list[tuple]:
+    with closing(postgres.connect(path) if isinstance(path, ServerAddress) else sqlite3.connect(path)) as db:
         return db.execute(sql, values).fetchall()
 
 
@@ -106,7 +106,7 @@ def spend(db: sqlite3.Connection, now: float, nano: int = 10, call: NewCall = CA
     return call_id
 
 
-def balance(path: Path | Server, scope: str = "app:reports", window: str = "ever") -> tuple[int, int, int]:
+def balance(path: Path | ServerAddress, scope: str = "app:reports", window: str = "ever") -> tuple[int, int, int]:
     """Spent, reserved and the number of open calls."""
     found = rows(path, "SELECT spent_nano, reserved_nano, open FROM balances WHERE scope = ? AND window = ?", scope, window)
     return found[0] if found else (0, 0, 0)

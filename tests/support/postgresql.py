@@ -21,7 +21,7 @@ from typing import Self
 import psycopg
 import pytest
 
-from gateway_addon.ledger import Server
+from gateway_addon.ledger import ServerAddress
 from gateway_addon.ledger.store import postgres
 
 MISSING = "PostgreSQL is not installed: apt-get install postgresql (or your system's package), then run this again"
@@ -91,11 +91,11 @@ class Postgres:
     def empty_ledger(self) -> str:
         """The name of a database with an empty ledger, to be copied."""
         url = self.database()
-        postgres.create(Server(url))
+        postgres.create(ServerAddress(url))
         return url.partition("@/")[2].partition("?")[0]
 
-    def ledger(self) -> Server:
-        return Server(self.database(self.empty_ledger))
+    def ledger(self) -> ServerAddress:
+        return ServerAddress(self.database(self.empty_ledger))
 
 
 @contextmanager
@@ -137,7 +137,7 @@ class Relay:
             way.cancel()
         await asyncio.gather(*self._ways, return_exceptions=True)
 
-    def url(self, server: Server) -> str:
+    def url(self, server: ServerAddress) -> str:
         port = self._listener.sockets[0].getsockname()[1]
         return server.url.partition("?")[0].replace("@/", f"@127.0.0.1:{port}/")
 

@@ -15,7 +15,7 @@ from gateway import write_policies
 from ledgers import new_file, url
 
 from gateway_addon.identity import tokens as identity
-from gateway_addon.ledger import Server, admin
+from gateway_addon.ledger import ServerAddress, admin
 from gateway_addon.simulator import KEY
 
 START_S = 60  # a start takes one; machines that are twenty times too busy have been seen
@@ -27,11 +27,11 @@ class Ledgered:
 
     folder: Path
     tokens: dict[str, str]
-    server: Server | None = None
+    server: ServerAddress | None = None
     """Where the ledger is, if not in the folder."""
 
     @property
-    def ledger(self) -> Path | Server:
+    def ledger(self) -> Path | ServerAddress:
         return self.server or self.folder / "gateway.db"
 
     async def serve(self, *options: str, **variables: str) -> tuple[asyncio.subprocess.Process, str]:
@@ -69,7 +69,7 @@ class Ledgered:
 
 
 def ledgered(
-    folder: Path, upstream: str, apps: Mapping[str, str], policy: str = "timeouts: {drain: 5s}\n", ledger: Server | None = None
+    folder: Path, upstream: str, apps: Mapping[str, str], policy: str = "timeouts: {drain: 5s}\n", ledger: ServerAddress | None = None
 ) -> Ledgered:
     write_policies(folder / "policies", upstream, apps, policy)
     place = ledger or new_file(folder)

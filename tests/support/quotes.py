@@ -6,7 +6,7 @@ from typing import Any
 
 from gateway_addon import pricing
 from gateway_addon.calls.quote import Quote, quote
-from gateway_addon.messages.request import Reading, Request, read
+from gateway_addon.messages.request import ParsedRequest, Request, read
 from gateway_addon.policy import AppPolicy
 from gateway_addon.policy.loading import parse_app
 
@@ -37,15 +37,15 @@ def app(geo: str = "global", text: str = EVERYTHING) -> AppPolicy:
     return parse_app("policies/apps/tester.yaml", text, PRICES, {}, workspace_geo=geo)
 
 
-def reading(**body: Any) -> Reading:
+def reading(**body: Any) -> ParsedRequest:
     plain = {"model": "claude-haiku-4-5", "max_tokens": 1000, "messages": [{"role": "user", "content": "hello"}]}
     raw = json.dumps(plain | body, separators=(",", ":"), ensure_ascii=False).encode()
     found = read("messages", Request("POST", "/v1/messages", (), raw))
-    assert isinstance(found, Reading), found
+    assert isinstance(found, ParsedRequest), found
     return found
 
 
-def quoted(found: Reading, geo: str = "global", text: str = EVERYTHING) -> Quote:
+def quoted(found: ParsedRequest, geo: str = "global", text: str = EVERYTHING) -> Quote:
     bound = quote(found, app(geo, text), PRICES, NOW)
     assert isinstance(bound, Quote), bound
     return bound

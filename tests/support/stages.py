@@ -149,7 +149,7 @@ def talk(*pieces: bytes, tls=None):
                 await beat()
                 before, idle = received, 0
                 while not (piece or closed or (idle > 1 and received != before)):
-                    idle = 0 if stage.gw.addon.lives else idle + 1
+                    idle = 0 if stage.gw.addon.flow_states else idle + 1
                     with suppress(TimeoutError):
                         async with asyncio.timeout(0.02):
                             more = await reader.read(65_536)

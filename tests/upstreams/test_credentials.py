@@ -16,7 +16,7 @@ from users import needs_root
 from gateway_addon.cli import main
 from gateway_addon.policy import Source, load
 from gateway_addon.upstreams import credentials as room
-from gateway_addon.upstreams.credentials import Secret, SecretUnavailable
+from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
 
 KEY = "sk-ant-api03-first"
 NEXT = "sk-ant-api03-second"
@@ -39,25 +39,25 @@ def held_in(folder: Path, kind: str) -> tuple[Source, dict[str, str]]:
 @pytest.mark.parametrize("kind", ["env", "file", "command"])
 def test_a_key_is_read_from_where_the_policy_says_and_is_in_no_repr(tmp_path, kind):
     source, environment = held_in(tmp_path, kind)
-    secret = Secret(source, environment)
+    secret = WatchedSecret(source, environment)
     assert secret() == KEY
     assert repr(secret).startswith(f"Secret({kind} ")
     assert kind == "command" or KEY not in repr(secret)  # this test's command is the key's text itself
 
 
 def test_a_file_is_read_again_as_soon_as_it_changes(tmp_path):
-    secret = Secret(held_in(tmp_path, "file")[0])
+    secret = WatchedSecret(held_in(tmp_path, "file")[0])
     assert secret() == KEY
     (tmp_path / "new").write_text(NEXT)
     os.replace(tmp_path / "new", tmp_path / "key")
     assert secret() == NEXT
 
 
-def counting(folder: Path) -> Secret:
+def counting(folder: Path) -> WatchedSecret:
     """Behind a command that says how often it was asked: x, xx, ... until there is a file `broken`."""
     code = f"import pathlib, sys; p = pathlib.Path({str(folder)!r}); (p / 'broken').exists() and sys.exit(1)"
     code += "; n = p / 'n'; n.write_text(n.read_text() + 'x' if n.exists() else 'x'); print(n.read_text())"
-    return Secret(Source("command", printing(code)))
+    return WatchedSecret(Source("command", printing(code)))
 
 
 def test_a_command_is_asked_once_and_again_when_told(tmp_path):
@@ -108,7 +108,7 @@ def test_a_command_sees_no_secret_of_the_gateway(tmp_path):
     own = dict.fromkeys((*policy.secret_variables, "ANTHROPIC_API_KEY", "GATEWAY_LEDGER"), "secret")
     shown = printing("import os; print(','.join(sorted(name for name in os.environ if not name.startswith('LC_'))))")
     given = {"PATH": os.environ["PATH"], "OP_SERVICE_ACCOUNT_TOKEN": "the manager's own", **own}
-    assert Secret(Source("command", shown), given, withheld=policy.secret_variables)() == "OP_SERVICE_ACCOUNT_TOKEN,PATH"
+    assert WatchedSecret(Source("command", shown), given, withheld=policy.secret_variables)() == "OP_SERVICE_ACCOUNT_TOKEN,PATH"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_command_sees_no_secret_of_the_gateway(tmp_path):
 )
 def test_a_key_that_cannot_be_read_is_a_sentence_without_it(source, said):
     with pytest.raises(SecretUnavailable, match=said) as problem:
-        Secret(source, {"PATH": os.environ["PATH"]})()
+        WatchedSecret(source, {"PATH": os.environ["PATH"]})()
     assert KEY not in str(problem.value) or source.kind == "command"
 
 
@@ -139,7 +139,7 @@ def test_a_key_that_cannot_be_read_is_a_sentence_without_it(source, said):
 def test_a_command_that_hangs_has_an_end(monkeypatch, code):
     monkeypatch.setattr(room, "COMMAND_TIMEOUT_S", 0.3)
     with pytest.raises(SecretUnavailable, match="TimeoutExpired"):
-        Secret(Source("command", printing(code)))()
+        WatchedSecret(Source("command", printing(code)))()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_command_that_hangs_has_an_end(monkeypatch, code):
 def test_a_key_file_is_read_or_refused_with_the_reason(tmp_path, content, said):
     """A key with quotes was sent with them, and refused by the provider at the first call."""
     (tmp_path / "key").write_text(content)
-    secret = Secret(Source("file", str(tmp_path / "key")))
+    secret = WatchedSecret(Source("file", str(tmp_path / "key")))
     if said is None:
         assert secret() == content.strip("\ufeff\r\n")
     else:
@@ -173,7 +173,7 @@ def test_of_a_large_key_file_little_is_read(tmp_path):
         file.truncate(100 * 2**20)
     tracemalloc.start()
     with pytest.raises(SecretUnavailable, match="gives more than 10,000 bytes"):
-        Secret(Source("file", str(tmp_path / "key")))()
+        WatchedSecret(Source("file", str(tmp_path / "key")))()
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 
@@ -195,19 +195,19 @@ def keyring(folder: Path, held: str | None) -> dict[str, str]:
 
 def test_a_key_comes_from_the_keyring(tmp_path):
     pytest.importorskip("keyring")
-    assert Secret(Source("keyring", "claude/gateway"), keyring(tmp_path, KEY))() == KEY
+    assert WatchedSecret(Source("keyring", "claude/gateway"), keyring(tmp_path, KEY))() == KEY
 
 
 def test_a_keyring_without_the_key_says_how_to_put_it_there(tmp_path):
     pytest.importorskip("keyring")
     with pytest.raises(SecretUnavailable, match=r"keyring for claude/other .keyring set SERVICE USER puts a key there. ended with status 1"):
-        Secret(Source("keyring", "claude/other"), keyring(tmp_path, KEY))()
+        WatchedSecret(Source("keyring", "claude/other"), keyring(tmp_path, KEY))()
 
 
 def test_without_the_keyring_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(room, "find_spec", lambda name: None)
     with pytest.raises(SecretUnavailable, match="pip install keyring"):
-        Secret(Source("keyring", "claude/gateway"))()
+        WatchedSecret(Source("keyring", "claude/gateway"))()
 
 
 # What other processes may look at

@@ -20,7 +20,7 @@ from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import balances, postgres, postgres_session, sqlite_files
 from gateway_addon.ledger.store.locks import Turnstile, living
 from gateway_addon.ledger.store.postgres_schema import MIGRATIONS
-from gateway_addon.ledger.types import LedgerUnavailable, Server
+from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
 UNFINISHED = "gateway_unfinished"
 CALLS_AT_ONCE = 10_000  # a commit's worth: a move that was cut off has lost no more than this
@@ -59,8 +59,10 @@ class Proof:
         return self.figures[table][0] or 0
 
 
-def move(source: Path, target: Server, *, who: str, now: float, tell: Callable[[int, int], None] = lambda done, of: None) -> Proof | None:
-    """Move a ledger, or go on moving it; None where it has been moved there before. `tell` hears of the calls that are there.
+def move(
+    source: Path, target: ServerAddress, *, who: str, now: float, emit: Callable[[int, int], None] = lambda done, of: None
+) -> Proof | None:
+    """Move a ledger, or go on moving it; None where it has been moved there before. `emit` hears of the calls that are there.
 
     Raises LedgerUnavailable where the source is in use or not sound, where the target has a ledger of its own, or where either fails.
     """
@@ -73,7 +75,7 @@ def move(source: Path, target: Server, *, who: str, now: float, tell: Callable[[
             columns = _columns(ledger)
             expected = _figures(ledger, columns, BYTES_IN_FILE)
             kept = _begin(db, target, {table: expected[table] for table in OF_CALLS})
-            _bring_calls(ledger, db, columns, expected["calls"][0] or 0, tell)
+            _bring_calls(ledger, db, columns, expected["calls"][0] or 0, emit)
             proved = _end(ledger, db, columns, expected, kept, source, who, now)
             admin.moved(ledger, str(source), str(target), who=who, now=now)
             ledger.execute("COMMIT")
@@ -107,14 +109,14 @@ def _held(source: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def _alone(target: Server) -> Iterator[postgres_session.Connection]:
+def _alone(target: ServerAddress) -> Iterator[postgres_session.Connection]:
     with contextlib.closing(postgres_session.connect(target, postgres_session.PATIENT | {"search_path": UNFINISHED})) as db:
         if not db.execute("SELECT pg_try_advisory_lock(hashtext('gateway migrate'))").fetchall()[0][0]:
             raise LedgerUnavailable(f"another ledger is being moved to {target} now: let that end first")
         yield db
 
 
-def _is_there(ledger: sqlite3.Connection, db: postgres_session.Connection, source: Path, target: Server) -> bool:
+def _is_there(ledger: sqlite3.Connection, db: postgres_session.Connection, source: Path, target: ServerAddress) -> bool:
     """Whether a move that was made is the one asked for. Raises LedgerUnavailable where one of the two is another's."""
     moved_to = sqlite_files.moved_to(ledger)
     if moved_to not in (None, str(target)):
@@ -128,7 +130,7 @@ def _is_there(ledger: sqlite3.Connection, db: postgres_session.Connection, sourc
     return False
 
 
-def _begin(db: postgres_session.Connection, target: Server, calls_figures: Figures) -> int:
+def _begin(db: postgres_session.Connection, target: ServerAddress, calls_figures: Figures) -> int:
     """Tables to move into: those of a move that was cut off, if the file's calls are still the same. Returns the calls in them."""
     mark = json.dumps([calls_figures, [name for name, _ in MIGRATIONS]])
     if _exists(db, UNFINISHED):
@@ -146,19 +148,19 @@ def _begin(db: postgres_session.Connection, target: Server, calls_figures: Figur
 
 
 def _bring_calls(
-    ledger: sqlite3.Connection, db: postgres_session.Connection, columns: Columns, total: int, tell: Callable[[int, int], None]
+    ledger: sqlite3.Connection, db: postgres_session.Connection, columns: Columns, total: int, emit: Callable[[int, int], None]
 ) -> None:
     """The calls that are missing there, in the order of their ids, each with all that belongs to it."""
     [(last, done)] = db.execute("SELECT coalesce(max(id), 0), count(*) FROM calls").fetchall()
     step = "SELECT max(id), count(*) FROM (SELECT id FROM calls WHERE id > ? ORDER BY id LIMIT ?)"
-    tell(done, total)
+    emit(done, total)
     while (found := ledger.execute(step, (last, CALLS_AT_ONCE)).fetchone())[1]:
         db.execute("BEGIN")
         for table, call in OF_CALLS.items():
             _pour(ledger, db, table, columns[table], f"WHERE {call} > ? AND {call} <= ?", (last, found[0]))
         db.execute("COMMIT")
         last, done = found[0], done + found[1]
-        tell(done, total)
+        emit(done, total)
 
 
 def _end(

@@ -18,16 +18,16 @@ from gateway_addon.windows import starts
 
 DAY_S = 86_400
 
-type Group = tuple[int, ...]
+type PruneGroup = tuple[int, ...]
 """The numbers of calls that become one carry."""
 
 
 @dataclass(frozen=True, slots=True)
-class Day:
+class PrunedDay:
     """Calls of one (UTC) day, grouped; `end` is where the next one begins."""
 
     end: int
-    groups: list[Group]
+    groups: list[PruneGroup]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +120,19 @@ def _sum_noise(db: sqlite3.Connection, day: int) -> None:
     db.executemany("INSERT INTO noise (minute, reason, calls) VALUES (?, ?, ?)", [(day, reason, calls) for reason, calls in counted])
 
 
-def next_day(db: sqlite3.Connection, since: float, before: float) -> Day | None:
+def next_day(db: sqlite3.Connection, since: float, before: float) -> PrunedDay | None:
     """The first day from `since` on that has calls to carry. Read before the write transactions: the keys of an ended call stay."""
     first = db.execute(_NEXT, {"since": since, "before": before}).fetchone()
     if first is None:
         return None
     end = (int(first[0]) // DAY_S + 1) * DAY_S
     calls = (tuple(row) for row in db.execute(_OF_A_DAY, {"since": first[0], "before": min(end, before)}).fetchall())
-    return Day(end, [tuple(call[-1] for call in alike) for _, alike in groupby(calls, key=lambda call: call[:-1])])
+    return PrunedDay(end, [tuple(call[-1] for call in alike) for _, alike in groupby(calls, key=lambda call: call[:-1])])
 
 
-def bundle(groups: Sequence[Group], calls_max: int) -> tuple[list[Group], list[Group]]:
+def bundle(groups: Sequence[PruneGroup], calls_max: int) -> tuple[list[PruneGroup], list[PruneGroup]]:
     """So many calls of these groups, for one transaction, and what is left for the next ones; a large group is divided."""
-    taken: list[Group] = []
+    taken: list[PruneGroup] = []
     for number, group in enumerate(groups):
         if len(group) >= calls_max:
             left = [group[calls_max:]] if len(group) > calls_max else []
@@ -142,7 +142,7 @@ def bundle(groups: Sequence[Group], calls_max: int) -> tuple[list[Group], list[G
     return taken, []
 
 
-def carry(db: sqlite3.Connection, groups: Sequence[Group], *, now: float) -> None:
+def carry(db: sqlite3.Connection, groups: Sequence[PruneGroup], *, now: float) -> None:
     """Put one row in each group's place. Inside a write transaction on everything. Raises LedgerUnavailable where calls have gone since."""
     for group in groups:
         rows = db.execute(_CARRY, (len(group), group[0])).fetchall()

@@ -12,7 +12,7 @@ NEWEST = 2**62
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class CallFilter:
     """What to look for; an empty text asks for nothing. `text` is a call's number, or a part of any of its labels."""
 
     app: str = ""
@@ -24,7 +24,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CallRow:
     """A call as listed. Times are unix seconds."""
 
     id: int
@@ -58,7 +58,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CallEntry:
     """One booking, and how the call stood after it."""
 
     at: float
@@ -71,7 +71,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class CallPart:
     """One billed part of the answer."""
 
     kind: str
@@ -88,10 +88,10 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
-    call: Call
-    entries: tuple[Entry, ...]
-    parts: tuple[Part, ...]
+class CallDetail:
+    call: CallRow
+    entries: tuple[CallEntry, ...]
+    parts: tuple[CallPart, ...]
 
 
 _LABELS = ("calls.app", "model_asked", "model_served", "refusal", "stop_reason", "request_id", "session_id", "agent_id", "flags")
@@ -112,7 +112,7 @@ _ENTRIES = """
 SELECT at, kind, reserved_nano, spent_nano, sum(reserved_nano) OVER (ORDER BY id), sum(spent_nano) OVER (ORDER BY id), note
 FROM entries WHERE call_id = ? ORDER BY id
 """
-_PARTS = f"SELECT {', '.join(Part.__slots__)} FROM usage WHERE call_id = ? ORDER BY part"
+_PARTS = f"SELECT {', '.join(CallPart.__slots__)} FROM usage WHERE call_id = ? ORDER BY part"
 
 
 def drifted(asked: str | None, served: str | None) -> bool:
@@ -122,24 +122,24 @@ def drifted(asked: str | None, served: str | None) -> bool:
     return not _dated(served, asked) and not _dated(asked, served)
 
 
-def search(db: sqlite3.Connection, wanted: Wanted) -> tuple[list[Call], bool]:
+def search(db: sqlite3.Connection, wanted: CallFilter) -> tuple[list[CallRow], bool]:
     """The newest calls that match, at most a page of them, and whether there are older ones."""
-    values = {name: getattr(wanted, name) for name in Wanted.__slots__} | {"text": wanted.text.strip().removeprefix("#")}
+    values = {name: getattr(wanted, name) for name in CallFilter.__slots__} | {"text": wanted.text.strip().removeprefix("#")}
     rows = db.execute(_SEARCH, values).fetchall()
     return [_call(row) for row in rows[:PAGE]], len(rows) > PAGE
 
 
-def story(db: sqlite3.Connection, call_id: int) -> Story | None:
+def story(db: sqlite3.Connection, call_id: int) -> CallDetail | None:
     """Everything that the ledger knows of one call; None where there is none of this number."""
     row = db.execute(f"SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id WHERE calls.id = ?", (call_id,)).fetchone()
     if row is None:
         return None
-    entries = tuple(Entry(*each) for each in db.execute(_ENTRIES, (call_id,)).fetchall())
-    return Story(_call(row), entries, tuple(Part(*each) for each in db.execute(_PARTS, (call_id,)).fetchall()))
+    entries = tuple(CallEntry(*each) for each in db.execute(_ENTRIES, (call_id,)).fetchall())
+    return CallDetail(_call(row), entries, tuple(CallPart(*each) for each in db.execute(_PARTS, (call_id,)).fetchall()))
 
 
-def _call(row: sqlite3.Row) -> Call:
-    return Call(**{name: row[name] for name in Call.__slots__} | {"stream": bool(row["stream"])})
+def _call(row: sqlite3.Row) -> CallRow:
+    return CallRow(**{name: row[name] for name in CallRow.__slots__} | {"stream": bool(row["stream"])})
 
 
 def _dated(name: str, model: str) -> bool:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from gateway_addon.ledger import admin
 from gateway_addon.ledger.reports import spending
-from gateway_addon.ledger.reports.spending import REFUSAL, Line
+from gateway_addon.ledger.reports.spending import REFUSAL, ReportLine
 from gateway_addon.ledger.reservations import zone
-from gateway_addon.ledger.types import Server
+from gateway_addon.ledger.types import ServerAddress
 from gateway_addon.windows import next_start, starts
 
 SETTLED_DOWN_S = 3600  # refused calls are written a moment after they came
@@ -41,10 +41,10 @@ ON CONFLICT (day_start, grouping) DO UPDATE SET day_end = excluded.day_end, read
 _CLAIMED = "SELECT day_start, day_end, grouping FROM kept_days WHERE ready = ? ORDER BY day_start, grouping"
 _READY = "UPDATE kept_days SET ready = 1 WHERE day_start = ? AND day_end = ? AND grouping = ? AND ready = ?"
 _FORGET = "DELETE FROM kept_lines WHERE day_start = ? AND grouping = ?"
-_KEEP = f"INSERT INTO kept_lines (day_start, grouping, {', '.join(Line.__slots__)}) VALUES (?, ?{', ?' * len(Line.__slots__)})"
+_KEEP = f"INSERT INTO kept_lines (day_start, grouping, {', '.join(ReportLine.__slots__)}) VALUES (?, ?{', ?' * len(ReportLine.__slots__)})"
 
 
-def keep(path: Path | Server, by: spending.By, *, since: float, until: float, now: float) -> None:
+def keep(path: Path | ServerAddress, by: spending.By, *, since: float, until: float, now: float) -> None:
     """Sum the closed days that a report of this period will ask for and that nobody has kept yet. Raises LedgerUnavailable."""
     with admin.reading(path) as db:
         wanted = list(missing(db, by, since - (until - since), until, now))
@@ -85,17 +85,17 @@ def claim(db: sqlite3.Connection, spans: Sequence[Span], *, now: float, alone: b
     return [Span(*row) for row in db.execute(_CLAIMED, (_claim(now),)).fetchall()]
 
 
-def lines(db: sqlite3.Connection, span: Span) -> list[Line]:
+def lines(db: sqlite3.Connection, span: Span) -> list[ReportLine]:
     """A day's report from its calls."""
     return spending.of_calls(db, span.grouping, span.start, span.end)
 
 
-def put(db: sqlite3.Connection, span: Span, found: Sequence[Line], *, claimed_at: float) -> bool:
+def put(db: sqlite3.Connection, span: Span, found: Sequence[ReportLine], *, claimed_at: float) -> bool:
     """Keep what was summed; False where the claim stands no longer: the day has changed since, or is another's to sum."""
     if db.execute(_READY, (*span, _claim(claimed_at))).rowcount == 0:
         return False
     db.execute(_FORGET, (span.start, span.grouping))
-    figures = [[getattr(line, name) for name in Line.__slots__] for line in found]
+    figures = [[getattr(line, name) for name in ReportLine.__slots__] for line in found]
     db.executemany(_KEEP, [(span.start, span.grouping, *each) for each in figures])
     return True
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.windows import next_start, starts
 
-type Reading = sqlite3.Connection
+type ReadConnection = sqlite3.Connection
 """One moment of the ledger, as `admin.reading` yields it, for rooms that only hand it on."""
 
 SETTLED_DOWN_S = 3600  # after its end a day gets no further rows of refused calls
@@ -42,7 +42,7 @@ class Cached:
 
 
 @dataclass(frozen=True, slots=True)
-class Day:
+class CachedDay:
     start: int
     """Unix seconds of its first instant in the ledger's zone."""
     spending: tuple[Spending, ...] = ()
@@ -74,12 +74,12 @@ _APPS = "SELECT substr(scope, 5) FROM balances WHERE scope LIKE 'app:%' AND wind
 
 
 @dataclass(slots=True)
-class Days:
+class DayCache:
     """One reader's memory of the days."""
 
-    _kept: dict[int, tuple[object, Day]] = field(default_factory=dict)
+    _kept: dict[int, tuple[object, CachedDay]] = field(default_factory=dict)
 
-    def between(self, db: sqlite3.Connection, since: float, now: float) -> list[Day]:
+    def between(self, db: sqlite3.Connection, since: float, now: float) -> list[CachedDay]:
         """Every day from the one that holds `since` to today."""
         calendar = zone(db)
         found, start = [], starts(since, calendar).day
@@ -89,7 +89,7 @@ class Days:
             start = end
         return found
 
-    def _day(self, db: sqlite3.Connection, start: int, end: int, now: float) -> Day:
+    def _day(self, db: sqlite3.Connection, start: int, end: int, now: float) -> CachedDay:
         version: list[object] = [end, *(db.execute(_VERSION, (start,)).fetchone() or ())]
         if now < end + SETTLED_DOWN_S:
             version += db.execute(_NEWEST, (start,)).fetchone()
@@ -106,7 +106,7 @@ def apps(db: sqlite3.Connection) -> list[str]:
     return [row[0] for row in db.execute(_APPS).fetchall()]
 
 
-def refusals(days: Iterable[Day]) -> list[tuple[str, int]]:
+def refusals(days: Iterable[CachedDay]) -> list[tuple[str, int]]:
     """By code, the most frequent first: calls with a token that were refused, and calls without a valid one."""
     counted: Counter[str] = Counter()
     for day in days:
@@ -114,12 +114,12 @@ def refusals(days: Iterable[Day]) -> list[tuple[str, int]]:
     return sorted(counted.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _read(db: sqlite3.Connection, start: int, end: int) -> Day:
+def _read(db: sqlite3.Connection, start: int, end: int) -> CachedDay:
     span = {"since": start, "until": end}
     counted: Counter[str] = Counter()
     for code, calls in db.execute(_REFUSALS, span).fetchall():
         counted[code] += calls
-    return Day(
+    return CachedDay(
         start,
         tuple(Spending(*row) for row in db.execute(_SPENDING, span).fetchall()),
         tuple(Cached(*row) for row in db.execute(_CACHED, span).fetchall()),

@@ -65,7 +65,7 @@ FROM seen LEFT JOIN money USING (key) LEFT JOIN metered USING (key) ORDER BY {{o
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ReportLine:
     """One row of a report. Shares are None where there is nothing to divide by."""
 
     key: str
@@ -107,7 +107,7 @@ class Report:
     by: By
     since: float
     until: float
-    lines: tuple[Line, ...]
+    lines: tuple[ReportLine, ...]
     before: dict[str, int]
     """Spent in the period of the same length just before, by key."""
     refusals: tuple[tuple[str, int], ...]
@@ -120,9 +120,9 @@ class Report:
         return sum(line.spent_nano for line in self.lines)
 
     @property
-    def total(self) -> Line:
+    def total(self) -> ReportLine:
         """All lines as one."""
-        return _sum("total", self.lines) if self.lines else Line("total", *(0 for _ in _FIGURES))
+        return _sum("total", self.lines) if self.lines else ReportLine("total", *(0 for _ in _FIGURES))
 
 
 def report(db: sqlite3.Connection, by: By, *, since: float, until: float) -> Report:
@@ -157,7 +157,7 @@ def _refusals(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class DriftLine:
     """Another model answered an app than the one it asked for: how often in the period, and since when at all."""
 
     app: str
@@ -177,9 +177,9 @@ HAVING count(*) FILTER (WHERE started_at >= :since AND started_at < :until) > 0 
 """
 
 
-def drifts(db: sqlite3.Connection, *, since: float, until: float) -> list[Drift]:
+def drifts(db: sqlite3.Connection, *, since: float, until: float) -> list[DriftLine]:
     """Which models answered in another's place; read from an index of such calls alone, so that `first_at` may lie before `since`."""
-    return [Drift(**dict(row)) for row in db.execute(_DRIFTS, {"since": since, "until": until}).fetchall()]
+    return [DriftLine(**dict(row)) for row in db.execute(_DRIFTS, {"since": since, "until": until}).fetchall()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +189,8 @@ class Notable:
     app: str
     model: str
     asked_tokens: int | None
-    line: Line
-    rest: Line
+    line: ReportLine
+    rest: ReportLine
 
 
 def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | None:
@@ -216,14 +216,14 @@ _KEPT_DAYS = """
 SELECT day_start, day_end FROM kept_days
 WHERE grouping = :by AND ready = 1 AND day_start >= :since AND day_end <= :until ORDER BY day_start
 """
-_FIGURES = tuple(name for name in Line.__slots__ if name != "key")
+_FIGURES = tuple(name for name in ReportLine.__slots__ if name != "key")
 _KEPT_LINES = f"""
 SELECT key, {", ".join(f"sum({name}) AS {name}" for name in _FIGURES)} FROM kept_days JOIN kept_lines USING (day_start, grouping)
 WHERE grouping = :by AND ready = 1 AND day_start >= :since AND day_end <= :until GROUP BY key
 """
 
 
-def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[Line]:
+def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[ReportLine]:
     """The days that are kept (daily_totals.py) as they were summed, what lies between them from the calls."""
     period = {"by": by, "since": since, "until": until}
     parts = [[_line(row, row["key"]) for row in db.execute(_KEPT_LINES, period).fetchall()]]
@@ -232,21 +232,21 @@ def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> 
         if at < start:
             parts.append(of_calls(db, by, at, start))
         at = end
-    merged: dict[str, list[Line]] = {}
+    merged: dict[str, list[ReportLine]] = {}
     for line in chain.from_iterable(parts):
         merged.setdefault(line.key, []).append(line)
     return [lines[0] if len(lines) == 1 else _sum(key, lines) for key, lines in merged.items()]
 
 
-def of_calls(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[Line]:
+def of_calls(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[ReportLine]:
     """The calls admitted in a span, each of them read."""
     query = _LINES.format(key=_KEY[by], order="key", only=_REFUSED if by == REFUSAL else "")
     rows = db.execute(query, {"since": since, "until": until}).fetchall()
     return [_line(row, _key(db, by, row["key"])) for row in rows]
 
 
-def _sum(key: str, lines: Iterable[Line]) -> Line:
-    return Line(key, *map(sum, zip(*([getattr(line, name) for name in _FIGURES] for line in lines), strict=True)))
+def _sum(key: str, lines: Iterable[ReportLine]) -> ReportLine:
+    return ReportLine(key, *map(sum, zip(*([getattr(line, name) for name in _FIGURES] for line in lines), strict=True)))
 
 
 def _key(db: sqlite3.Connection, by: Grouping, key: object) -> str:
@@ -263,5 +263,5 @@ def _key(db: sqlite3.Connection, by: Grouping, key: object) -> str:
 _TOKEN = "SELECT app || ' #' || id || coalesce(nullif(' ' || label, ' '), '') FROM tokens WHERE id = ?"
 
 
-def _line(row: sqlite3.Row, key: str) -> Line:
-    return Line(key, **{name: row[name] for name in _FIGURES})
+def _line(row: sqlite3.Row, key: str) -> ReportLine:
+    return ReportLine(key, **{name: row[name] for name in _FIGURES})

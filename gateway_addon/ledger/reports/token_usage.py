@@ -33,7 +33,7 @@ class Straggler:
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class ForwardedCalls:
     """Forwarded calls of a period, and those that the provider answered 401: it did not take the real key."""
 
     calls: int
@@ -72,7 +72,7 @@ def stragglers(db: sqlite3.Connection) -> list[Straggler]:
     return [Straggler(**dict(row)) for row in db.execute(_STRAGGLERS).fetchall()]
 
 
-def passed(db: sqlite3.Connection, *, since: float) -> Passed:
+def passed(db: sqlite3.Connection, *, since: float) -> ForwardedCalls:
     """What was forwarded and has ended since then."""
     [row] = db.execute(_PASSED, {"since": since}).fetchall()
-    return Passed(**dict(row))
+    return ForwardedCalls(**dict(row))

@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from gateway_addon.ledger.store.interface import Store
-from gateway_addon.ledger.store.writer import BATCH_MAX, CROWD, GATHER_S, LINGER_S, Answer, Begun, Operation, Writer
+from gateway_addon.ledger.store.writer import BATCH_MAX, CROWD, GATHER_S, LINGER_S, BegunCommit, Operation, Writer, Written
 
 log = logging.getLogger(__name__)
 
 TRY_S, TRIES = 0.001, 10  # for a turn that is not free
 
 
-class Line:
+class CommitQueue:
     """Made on the loop whose operations it takes. `start` it, `put` operations in, `stop` it."""
 
     def __init__(self, store: Store) -> None:
@@ -105,13 +105,13 @@ class Line:
         for operation in waiting:
             self._hand_over(operation)
 
-    def _hand_over(self, work: Operation | Begun) -> None:
+    def _hand_over(self, work: Operation | BegunCommit) -> None:
         self._given += 1
         self.writer.put(work)
 
     # from the thread to the loop
 
-    def _deliver(self, answers: Sequence[Answer], dealt_with: int | None) -> None:
+    def _deliver(self, answers: Sequence[Written], dealt_with: int | None) -> None:
         """On the thread: wake the loop once for the whole batch, and for its mere rest where that lets a batch begin there."""
         if not answers and not self._begins_here:
             return
@@ -120,9 +120,9 @@ class Line:
         except RuntimeError:
             log.debug("the loop ended before %d answers of the ledger", len(answers))
 
-    def _hear(self, answers: Sequence[Answer], dealt_with: int | None) -> None:
+    def _hear(self, answers: Sequence[Written], dealt_with: int | None) -> None:
         for answer in answers:
-            answer.operation.tell(answer.value)
+            answer.operation.emit(answer.value)
         if dealt_with == self._given and self._begins_here:
             self._thread = "rests"
             if self._waiting:
@@ -130,9 +130,9 @@ class Line:
         elif self.writer.failing and self._thread == "commits":
             self._to_the_thread()
 
-    def _on_the_loop(self, work: Callable[[], list[Answer]]) -> list[Answer]:
+    def _on_the_loop(self, work: Callable[[], list[Written]]) -> list[Written]:
         """On the thread: have the loop run the statements, between the lock and the commit that this thread waits for."""
-        outcome: concurrent.futures.Future[list[Answer]] = concurrent.futures.Future()
+        outcome: concurrent.futures.Future[list[Written]] = concurrent.futures.Future()
 
         def run() -> None:
             try:

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from gateway_addon.ledger.store.journal import Journal, Left
-from gateway_addon.ledger.types import LedgerUnavailable, Server
+from gateway_addon.ledger.store.journal import Journal, LeftJournal
+from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
 EVERYTHING = "*"
 """Among the scopes of an operation: it may touch any row, nothing else may write beside it."""
@@ -27,7 +27,7 @@ def driver() -> Iterator[None]:
         raise LedgerUnavailable(f"a ledger on PostgreSQL needs its driver: pip install 'gateway-addon[postgres]' ({error})") from error
 
 
-def must_be_known(ledger: Path | Server, applied: Iterable[str], known: Iterable[str]) -> None:
+def must_be_known(ledger: Path | ServerAddress, applied: Iterable[str], known: Iterable[str]) -> None:
     """Refuse a ledger whose tables a newer gateway has changed: this version's statements do not keep its rules.
 
     Both are names of migrations. Raises LedgerUnavailable.
@@ -60,7 +60,7 @@ class Store(Protocol):
     def journal(self) -> Journal | None:
         """Where settlements outlive this process while they cannot be written; None where the ledger is as near as a journal would be."""
 
-    def left_behind(self) -> AbstractContextManager[Sequence[Left]]:
+    def unwritten_journals(self) -> AbstractContextManager[Sequence[LeftJournal]]:
         """The journals of dead processes of this machine, held until they are dealt with."""
 
     @property

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gateway_addon.ledger.types import Ending, Outcome, PricedPart, Settlement
+from gateway_addon.ledger.types import Outcome, PartShape, RecordedEnd, Settlement
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Journal:
         nearest = next(folder for folder in self._path.parents if folder.exists())
         return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
-    def keep(self, endings: Sequence[Ending]) -> bool:
+    def keep(self, endings: Sequence[RecordedEnd]) -> bool:
         """Append, durably. False, said once in the log, where the disk does not take it: then memory is all there is."""
         lines = b"".join(map(_line, endings))
         try:
@@ -78,11 +78,11 @@ class Journal:
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class LeftJournal:
     """What a dead process has left behind. Open, so that no other process takes it up as well."""
 
     path: Path
-    endings: tuple[Ending, ...]
+    endings: tuple[RecordedEnd, ...]
     damaged: bool
     """A line in the middle cannot be read: no crash of ours does that."""
 
@@ -97,7 +97,7 @@ class Left:
 
 
 @contextlib.contextmanager
-def left_behind(folder: Path) -> Iterator[list[Left]]:
+def unwritten_journals(folder: Path) -> Iterator[list[LeftJournal]]:
     """The journals in a folder whose processes are gone, held for as long as the block lasts."""
     with contextlib.ExitStack() as held:
         found = []
@@ -106,11 +106,11 @@ def left_behind(folder: Path) -> Iterator[list[Left]]:
                 file = held.enter_context(open(path, "rb"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(file.fileno()).st_nlink:  # or another process has just dealt with it
-                    found.append(Left(path, *read(file.read())))
+                    found.append(LeftJournal(path, *read(file.read())))
         yield found
 
 
-def read(data: bytes) -> tuple[tuple[Ending, ...], bool]:
+def read(data: bytes) -> tuple[tuple[RecordedEnd, ...], bool]:
     """The endings in a journal, and whether a whole line of it is damaged. What follows the last line's end was being written."""
     whole = data.split(b"\n")[:-1]
     endings = tuple(ending for line in whole if (ending := _ending(line)) is not None)
@@ -137,7 +137,7 @@ class _Part:
     price_row: str | None
 
 
-def _line(ending: Ending) -> bytes:
+def _line(ending: RecordedEnd) -> bytes:
     settlement = ending.settlement
     values = {
         "kind": ending.kind,
@@ -152,13 +152,13 @@ def _line(ending: Ending) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _shown(part: PricedPart) -> dict[str, Any]:
+def _shown(part: PartShape) -> dict[str, Any]:
     """A part by the names that its readers know, whatever class it is of."""
     tokens = {each.name: getattr(part.tokens, each.name) for each in fields(_Tokens)}
     return {each.name: getattr(part, each.name) for each in fields(_Part)} | {"tokens": tokens}
 
 
-def _ending(line: bytes) -> Ending | None:
+def _ending(line: bytes) -> RecordedEnd | None:
     """None where the line is not what was written, or was written by a version that knows more."""
     check, _, text = line.partition(b" ")
     if check != b"%08x" % zlib.crc32(text):
@@ -168,7 +168,7 @@ def _ending(line: bytes) -> Ending | None:
         parts = tuple(_Part(**{**part, "tokens": _Tokens(**part["tokens"])}) for part in values["parts"])
         outcome = Outcome(**{**values["outcome"], "flags": tuple(values["outcome"]["flags"])})
         settlement = Settlement(values["cost_nano"], parts, outcome)
-        return Ending(values["kind"], values["call_id"], values["owner"], settlement, values["at"])
+        return RecordedEnd(values["kind"], values["call_id"], values["owner"], settlement, values["at"])
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -95,7 +95,7 @@ def living(ledger: Path) -> list[str]:
     return [owner for owner in owners if not is_dead(ledger, owner)]
 
 
-def bury(ledger: Path, owner: str) -> None:
+def forget_dead_owner(ledger: Path, owner: str) -> None:
     """Remove a dead owner's file, once nothing of it is open any more."""
     _owner_path(ledger, owner).unlink(missing_ok=True)
 

@@ -27,7 +27,7 @@ from psycopg_pool import ConnectionPool
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import orphans
 from gateway_addon.ledger.store.interface import EVERYTHING, must_be_known
-from gateway_addon.ledger.store.journal import Journal, Left, left_behind
+from gateway_addon.ledger.store.journal import Journal, LeftJournal, unwritten_journals
 from gateway_addon.ledger.store.postgres_schema import MIGRATIONS
 from gateway_addon.ledger.store.postgres_session import (
     BEHIND,
@@ -42,7 +42,7 @@ from gateway_addon.ledger.store.postgres_session import (
     settle_in,
     unavailable,
 )
-from gateway_addon.ledger.types import LedgerUnavailable, Server
+from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ UNION SELECT owner FROM calls WHERE state = 'open' AND owner <> '{orphans.BATCHE
 """
 
 
-def create(server: Server, zone: str = "UTC") -> None:
+def create(server: ServerAddress, zone: str = "UTC") -> None:
     """Make an empty ledger in a database that exists, or bring one up to date. Raises LedgerUnavailable."""
     try:
         with contextlib.closing(connect(server, PATIENT)) as db, db.raw.transaction():
@@ -75,7 +75,7 @@ def create(server: Server, zone: str = "UTC") -> None:
 
 
 @contextlib.contextmanager
-def changing(server: Server) -> Iterator[sqlite3.Connection]:
+def changing(server: ServerAddress) -> Iterator[sqlite3.Connection]:
     """A write transaction of a command, alone in the ledger. Raises LedgerUnavailable."""
     try:
         with contextlib.closing(connect(server, PATIENT)) as db:
@@ -90,7 +90,7 @@ def changing(server: Server) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(server: Server) -> Iterator[sqlite3.Connection]:
+def reading(server: ServerAddress) -> Iterator[sqlite3.Connection]:
     """A connection that sees one moment of the ledger and cannot write; rows by name. Raises LedgerUnavailable."""
     try:
         with contextlib.closing(connect(server, PATIENT)) as db:
@@ -123,7 +123,7 @@ def _begin(db: Connection, scopes: Collection[str]) -> None:
             db.execute(held, (wanted,))
 
 
-def _must_fit(server: Server, db: Connection) -> None:
+def _must_fit(server: ServerAddress, db: Connection) -> None:
     """Refuse tables of another version, older or newer: a server's ledger has gateways of its own, so `gateway init` alone changes them."""
     applied = {name for (name,) in db.execute("SELECT name FROM migrations").fetchall()}
     known = {name for name, _ in MIGRATIONS}
@@ -140,7 +140,7 @@ class ServerStore:
     scopes_max: int | None = SCOPES_MAX
     skew_s = 0
 
-    def __init__(self, server: Server, timeout_s: float, state: Path) -> None:
+    def __init__(self, server: ServerAddress, timeout_s: float, state: Path) -> None:
         self._server = server
         self._timeout_s = timeout_s
         self._unwritten = state / "unwritten"
@@ -202,8 +202,8 @@ class ServerStore:
             if not self.journal.possible:
                 log.warning("%s cannot be written: settlements that the server cannot take will wait in memory alone", self.journal)
 
-    def left_behind(self) -> AbstractContextManager[Sequence[Left]]:
-        return left_behind(self._unwritten)
+    def unwritten_journals(self) -> AbstractContextManager[Sequence[LeftJournal]]:
+        return unwritten_journals(self._unwritten)
 
     def still(self) -> None:
         """A server is what its address says."""

@@ -21,7 +21,7 @@ from psycopg.types.numeric import Int8Dumper
 
 from gateway_addon.ledger import reservations
 from gateway_addon.ledger.store import balances
-from gateway_addon.ledger.types import LedgerUnavailable, Server
+from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
 SESSION = {
     # milliseconds unless said. The gateway answers its caller after two seconds; nothing of it stays behind on the server.
@@ -83,7 +83,7 @@ _SENTENCES = {
 }
 _BUSY = {"40001", "40P01", "55P03"}
 
-type Row = Any
+type AnyRow = Any
 
 
 class NamedRow(tuple[Any, ...]):
@@ -136,7 +136,7 @@ class Connection:
         raw.adapters.register_dumper(int, Int8Dumper)  # one type for every amount: a product of two small ones must not overflow
         raw.adapters.register_dumper(bool, _Truth)
 
-    def execute(self, statement: str, values: Sequence[object] | Mapping[str, object] = ()) -> psycopg.Cursor[Row]:
+    def execute(self, statement: str, values: Sequence[object] | Mapping[str, object] = ()) -> psycopg.Cursor[AnyRow]:
         return self.raw.execute(spelled(statement), values)
 
     def executemany(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
@@ -160,14 +160,16 @@ def spelled(statement: str) -> bytes:
     return statement.encode()
 
 
-def defaults(server: Server) -> dict[str, Any]:
+def defaults(server: ServerAddress) -> dict[str, Any]:
     """How a connection is made where the address does not say otherwise."""
     given = conninfo_to_dict(server.url)
     ours = {"application_name": f"gateway {socket.gethostname()} {os.getpid()}", **CONNECT}
     return {name: value for name, value in ours.items() if name not in given}
 
 
-def connect(server: Server, session: Mapping[str, str] = SESSION, kind: type[psycopg.Connection[Any]] = psycopg.Connection) -> Connection:
+def connect(
+    server: ServerAddress, session: Mapping[str, str] = SESSION, kind: type[psycopg.Connection[Any]] = psycopg.Connection
+) -> Connection:
     """A connection with the ledger's settings. Raises psycopg.Error, LedgerUnavailable where there is no ledger."""
     raw = kind.connect(server.url, autocommit=True, **defaults(server))
     try:
@@ -185,7 +187,7 @@ def settle_in(raw: psycopg.Connection[Any], session: Mapping[str, str] = SESSION
     raw.execute("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'")
 
 
-def unavailable(server: Server, error: Exception) -> LedgerUnavailable:
+def unavailable(server: ServerAddress, error: Exception) -> LedgerUnavailable:
     """The sentence for an error of the server. The driver's own words follow, without what may be secret."""
     state = getattr(error, "sqlstate", None) or ""
     known = [_SENTENCES[code] for code in (state, state[:3], state[:2]) if code in _SENTENCES]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gateway_addon.ledger import access, orphans
 from gateway_addon.ledger.store import sqlite_files, sqlite_schema
-from gateway_addon.ledger.store.locks import OwnerLock, Turnstile, bury, is_dead
+from gateway_addon.ledger.store.locks import OwnerLock, Turnstile, forget_dead_owner, is_dead
 from gateway_addon.ledger.types import LedgerUnavailable
 
 STAMP = f"UPDATE owners SET commits = ? WHERE id = ? AND (SELECT count(*) FROM ({sqlite_schema.APPLIED})) <= ?"
@@ -65,7 +65,7 @@ class FileStore:
     def still(self) -> None:
         sqlite_files.still(self.path, self._known)
 
-    def left_behind(self) -> AbstractContextManager[tuple[()]]:
+    def unwritten_journals(self) -> AbstractContextManager[tuple[()]]:
         return nullcontext(())
 
     def turn(self) -> AbstractContextManager[None]:
@@ -95,7 +95,7 @@ class FileStore:
         dead = self.dead(db)
         swept = orphans.settle_orphans(db, dead, now=now)
         for owner in dead:
-            bury(self.path, owner)
+            forget_dead_owner(self.path, owner)
         return swept
 
     async def read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:

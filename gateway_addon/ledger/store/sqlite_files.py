@@ -12,7 +12,7 @@ from pathlib import Path
 from gateway_addon.ledger import access
 from gateway_addon.ledger.store.interface import driver, must_be_known
 from gateway_addon.ledger.store.sqlite_schema import APPLIED, known, migrate
-from gateway_addon.ledger.types import LedgerUnavailable, Server
+from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
 SCHEME = "sqlite:///"
 SERVER_SCHEMES = ("postgresql://", "postgres://")
@@ -42,10 +42,10 @@ type Identity = tuple[int, int]
 """Device and inode: two files of one name differ by it."""
 
 
-def ledger_path(url: str) -> Path | Server:
+def ledger_path(url: str) -> Path | ServerAddress:
     """The file of `sqlite:///PATH` (or a bare path), the server of `postgresql://...`. Raises ValueError with a sentence for any other."""
     if url.startswith(SERVER_SCHEMES):
-        return Server(url)
+        return ServerAddress(url)
     if "://" in url and not url.startswith(SCHEME):
         raise ValueError(f"the ledger {url.split('://')[0]}://... is not supported; write sqlite:///PATH or postgresql://...")
     path = url.removeprefix(SCHEME)
@@ -57,19 +57,19 @@ def ledger_path(url: str) -> Path | Server:
 def file_path(url: str) -> Path:
     """The file of a ledger that is one. Raises ValueError with a sentence for a server's."""
     path = ledger_path(url)
-    if isinstance(path, Server):
+    if isinstance(path, ServerAddress):
         raise ValueError(f"{path} is a server's ledger: copy it by the server's own means (pg_dump, its backups)")
     return path
 
 
-def state_folder(path: Path | Server) -> Path:
+def state_folder(path: Path | ServerAddress) -> Path:
     """Where a gateway keeps what is its own (certificates, unwritten settlements): beside the ledger's file; for a server, at home."""
     return path.resolve().parent / ".gateway" if isinstance(path, Path) else Path.home() / ".gateway"
 
 
-def create(path: Path | Server, zone: str = "UTC") -> None:
+def create(path: Path | ServerAddress, zone: str = "UTC") -> None:
     """Make an empty ledger, or bring an existing one up to date. Raises LedgerUnavailable."""
-    if isinstance(path, Server):
+    if isinstance(path, ServerAddress):
         with driver():
             from gateway_addon.ledger.store import postgres
         postgres.create(path, zone)

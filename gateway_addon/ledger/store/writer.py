@@ -19,7 +19,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from gateway_addon.ledger.store.interface import EVERYTHING, Store
-from gateway_addon.ledger.types import Ending, LedgerUnavailable
+from gateway_addon.ledger.types import LedgerUnavailable, RecordedEnd
 
 log = logging.getLogger(__name__)
 
@@ -41,42 +41,42 @@ class Operation:
     lasting: bool = False
     instead: Callable[[sqlite3.Connection], object] | None = None
     """What a lasting operation that cannot be stored as it is becomes (a figure beyond 64 bits)."""
-    record: Ending | None = None
+    record: RecordedEnd | None = None
     """What the store's journal keeps of a lasting operation while it cannot be written."""
     recorded: bool = False
     wanted: Callable[[], bool] = lambda: True
     """False once nobody waits for the answer any more: the operation is then left out."""
     patient: bool = False
     """Nobody waits for the answer: it may linger for a moment, to share the commit of an operation that somebody waits for."""
-    tell: Callable[[object], None] = lambda answer: None
+    emit: Callable[[object], None] = lambda answer: None
     """Takes the answer or the exception, on the thread that `deliver` chose."""
 
 
-class Answer(NamedTuple):
+class Written(NamedTuple):
     operation: Operation
     value: object
 
 
-class Begun(NamedTuple):
+class BegunCommit(NamedTuple):
     """A batch whose statements have run, in a turn that was free: what is left is to make it durable, and to end the turn."""
 
     db: sqlite3.Connection
-    answers: list[Answer]
+    answers: list[Written]
     leave: Callable[[], None]
 
 
-type Deliver = Callable[[Sequence[Answer], int | None], None]
+type Deliver = Callable[[Sequence[Written], int | None], None]
 """Takes answers, on the writer's thread. With a number: of what was handed over so many are dealt with, nothing is kept or in doubt, and
 the thread waits for more."""
 
 
-type Compute = Callable[[Callable[[], list[Answer]]], list[Answer]]
+type Compute = Callable[[Callable[[], list[Written]]], list[Written]]
 """Runs a batch's statements and returns their answers. They run where the answers are wanted, on the event loop: SQLite lets go of the
 interpreter at every step, and a thread that has to win it back from a busy loop each time costs both of them more than all the
 statements do (measured: 0.84 ms a call against 0.41). What can wait for a disk or a lock stays on this thread."""
 
 
-def _here(work: Callable[[], list[Answer]]) -> list[Answer]:
+def _here(work: Callable[[], list[Written]]) -> list[Written]:
     return work()
 
 
@@ -90,19 +90,19 @@ class Writer:
         self._store = store
         self._deliver = deliver
         self._compute = compute
-        self._queue: queue.SimpleQueue[Operation | Begun | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Operation | BegunCommit | None] = queue.SimpleQueue()
         self._taken = 0
-        self._begun: Begun | None = None
+        self._begun: BegunCommit | None = None
         self._db: sqlite3.Connection | None = None
         self._commits = 0
-        self._doubt: tuple[int, list[Answer]] | None = None
+        self._doubt: tuple[int, list[Written]] | None = None
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, work: Operation | Begun) -> None:
+    def put(self, work: Operation | BegunCommit) -> None:
         self._queue.put(work)
 
     @property
@@ -118,7 +118,7 @@ class Writer:
             log.debug("the turn could not be asked for; the writer's thread will say why", exc_info=True)
             return None
 
-    def begin(self, operations: Sequence[Operation], leave: Callable[[], None]) -> Begun | None:
+    def begin(self, operations: Sequence[Operation], leave: Callable[[], None]) -> BegunCommit | None:
         """Run a batch's statements here and now, in a turn of `turn_now`: to be `put`, next.
 
         None where anything stands in the way; the turn has ended then, and the batch is the thread's affair.
@@ -126,7 +126,7 @@ class Writer:
         assert self._db is not None
         try:
             self._store.still()
-            return Begun(self._db, self._statements(self._db, sorted(operations, key=_rank), _here), leave)
+            return BegunCommit(self._db, self._statements(self._db, sorted(operations, key=_rank), _here), leave)
         except BaseException as error:
             leave()
             if not isinstance(error, Exception):
@@ -186,7 +186,7 @@ class Writer:
             found = self._queue.get(timeout=wait_s) if wait_s != 0 else self._queue.get_nowait()
             while found is not None:
                 self._taken += 1
-                if isinstance(found, Begun):
+                if isinstance(found, BegunCommit):
                     self._begun = found
                     return False
                 taken.append(found)
@@ -230,7 +230,7 @@ class Writer:
         self._deliver(answers, None)
         return []
 
-    def _finish(self, begun: Begun) -> list[Operation]:
+    def _finish(self, begun: BegunCommit) -> list[Operation]:
         """Make durable what was begun on the loop, and end its turn; returns what is to be tried again."""
         try:
             try:
@@ -253,7 +253,7 @@ class Writer:
             self._db.close()
             self._db = None
 
-    def _transaction(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Answer] | None:
+    def _transaction(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Written] | None:
         """All of them in one commit. None where one of them breaks it: each is to have a commit of its own, so that it breaks alone."""
         try:
             return self._commit(db, operations)
@@ -267,19 +267,19 @@ class Writer:
             log.exception("an operation on the ledger failed")
         [operation] = operations
         if operation.instead is None:
-            return [Answer(operation, failure)]
+            return [Written(operation, failure)]
         operation.apply, operation.instead = operation.instead, None
         return self._transaction(db, operations)
 
-    def _commit(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Answer]:
+    def _commit(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Written]:
         answers = self._statements(db, operations, self._compute)
         self._make_durable(db, answers)
         return answers
 
-    def _statements(self, db: sqlite3.Connection, operations: Sequence[Operation], compute: Compute) -> list[Answer]:
+    def _statements(self, db: sqlite3.Connection, operations: Sequence[Operation], compute: Compute) -> list[Written]:
         self._store.begin(db, frozenset[str]().union(*(operation.scopes for operation in operations)))
         try:
-            answers = compute(lambda: [Answer(operation, operation.apply(db)) for operation in operations])
+            answers = compute(lambda: [Written(operation, operation.apply(db)) for operation in operations])
             self._store.stamp(db, self._commits + 1)
         except BaseException:
             if db.in_transaction:
@@ -288,7 +288,7 @@ class Writer:
         self._commits += 1
         return answers
 
-    def _make_durable(self, db: sqlite3.Connection, answers: list[Answer]) -> None:
+    def _make_durable(self, db: sqlite3.Connection, answers: list[Written]) -> None:
         try:
             self._store.commit(db)
         except BaseException:
@@ -317,7 +317,7 @@ class Writer:
         if self._failures == 0:
             log.error("%s", told)
         self._failures += 1
-        self._deliver([Answer(each, told) for each in operations if not each.lasting], None)
+        self._deliver([Written(each, told) for each in operations if not each.lasting], None)
         time.sleep(0.01)  # a failing store must not be asked as fast as a processor can ask
         return [each for each in operations if each.lasting]
 

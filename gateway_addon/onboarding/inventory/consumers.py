@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from gateway_addon.onboarding.inventory import rules
-from gateway_addon.onboarding.inventory.rules import Kind
+from gateway_addon.onboarding.inventory.rules import FileKind
 
 _BY_NAME = {kind.name: kind for kind in rules.KINDS}
 _KIND_PATHS = tuple((re.compile(kind.path), kind) for kind in rules.KINDS)
@@ -81,7 +81,7 @@ def inspect(path: str, data: bytes) -> tuple[Consumer, ...]:
     return tuple(_consumer(path, kind, findings if section == 1 else [*head, *findings]) for section, findings in sorted(groups.items()))
 
 
-def kind_of(path: str, text: str = "") -> Kind:
+def kind_of(path: str, text: str = "") -> FileKind:
     """The kind of file, by its path, or by the interpreter that its first line names."""
     kind = next(kind for pattern, kind in _KIND_PATHS if pattern.search(path))
     if kind.name == "other" and text.startswith("#!"):
@@ -126,7 +126,7 @@ def document(inventory: Inventory, made_at: str) -> dict[str, object]:
     }
 
 
-def _evidence(kind: Kind, text: str) -> Iterator[tuple[int, str, str]]:
+def _evidence(kind: FileKind, text: str) -> Iterator[tuple[int, str, str]]:
     """(offset, rule, value safe to print) for all that counts in a file of this kind."""
     yield from _secrets(text)
     if kind.text == "prose":
@@ -159,7 +159,7 @@ def _looks_real(secret: str) -> bool:
     return len(set(secret)) >= 8 and not rules.NOT_A_KEY.search(secret)
 
 
-def _mentions(kind: Kind, text: str) -> Iterator[tuple[int, str, str]]:
+def _mentions(kind: FileKind, text: str) -> Iterator[tuple[int, str, str]]:
     direct = rules.DIRECT_CALL if kind.text == "other" else rules.DIRECT_URL
     yield from ((match.start(), "direct url", match[1]) for match in direct.finditer(text))
     for match in rules.BASE_URL.finditer(text):
@@ -177,7 +177,7 @@ def _mentions(kind: Kind, text: str) -> Iterator[tuple[int, str, str]]:
         yield from ((match.start(1), "sdk", match[1]) for match in rules.SDK[kind.name].finditer(text))
 
 
-def _variable_rule(kind: Kind, text: str, match: re.Match[str]) -> str | None:
+def _variable_rule(kind: FileKind, text: str, match: re.Match[str]) -> str | None:
     """Does this place set the variable, read it, or only leave room for it (`ANTHROPIC_API_KEY=` in a template)?"""
     sets = match["assigned"] is not None and not (kind.text == "code" and match["sign"] == ":")
     if sets and match["sign"] == "=" and rules.PLACEHOLDER.fullmatch(match["value"]):
@@ -188,7 +188,7 @@ def _variable_rule(kind: Kind, text: str, match: re.Match[str]) -> str | None:
     return "sets" if sets and match["value"] else "reads"
 
 
-def _consumer(path: str, kind: Kind, findings: Sequence[Finding]) -> Consumer:
+def _consumer(path: str, kind: FileKind, findings: Sequence[Finding]) -> Consumer:
     def values(*wanted: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(finding.value for finding in findings if finding.rule in wanted))
 
@@ -219,7 +219,7 @@ def _state(found: set[str]) -> str:
     return "direct" if "sets" in found else "environment"
 
 
-def _switch(kind: Kind, state: str, keys: Sequence[str]) -> str:
+def _switch(kind: FileKind, state: str, keys: Sequence[str]) -> str:
     if keys and all(key.startswith("sk-ant-admin") for key in keys):
         return "stays: an admin key reads reports and calls no model"
     if state == "switched":

@@ -15,7 +15,7 @@ fast, and this is all that happens to nearly every file. (`nthropic` serves both
 `Z3d0X` of `gwt_`.)"""
 
 
-class Kind(NamedTuple):
+class FileKind(NamedTuple):
     name: str
     path: str
     """Searched in the absolute path, `/` between folders; the first row that matches is the kind."""
@@ -39,42 +39,100 @@ _C = r"//[^\n]*|/\*.*?\*/"
 _PYTHON_TEXT = r"#[^\n]*|[rR]?\"\"\".*?\"\"\"|[rR]?'''.*?'''"  # a docstring shows examples, it does not run them
 
 KINDS = (
-    Kind("gateway", r"/policies/gateway\.ya?ml$", "settings", "stays: this is the gateway's own policy"),
-    Kind("recording", r"/(?:cassettes|__snapshots__)/", "prose", "take the key out of the recording"),
-    Kind("example", r"[.-](?:example|sample|template|dist|tmpl)(?:\.\w+)?$", "prose", "take the key out: an example is read by everyone"),
-    Kind("claude-code", r"/\.claude/settings[^/]*\.json$|/managed-settings\.json$|/\.claude\.json$", "settings",
-         _issue("claude-code", "its env block in place of the key or apiKeyHelper"), secret=True),
-    Kind("notebook", r"\.ipynb$", "code", _issue("python", "its client in the cell; clear outputs that show the key"), r'"#[^\n]*'),
-    Kind("crontab", r"/crontab$|\.cron(?:tab)?$|/cron\.d/[^/]+$|/spool/cron/", "settings",
-         _issue("cron", "its lines above the job, the key out of the job"), section=r"^[ \t]*[\d*@]"),
-    Kind("systemd", r"\.(?:service|timer)$|\.service\.d/[^/]+\.conf$|/environment\.d/", "settings",
-         _issue("systemd", "its drop-in in place of the key, then daemon-reload and restart"), r"[#;][^\n]*"),
-    Kind("compose", r"/(?:docker-)?compose[^/]*\.ya?ml$", "settings",
-         _issue("dotenv", "its lines in the service's env_file, the key out of environment"), section=r"^  [\w.-]+:[ \t]*(?:#.*)?$"),
-    Kind("github-actions", r"/\.github/(?:workflows|actions)/.+\.ya?ml$", "settings",
-         _issue("github-actions", "its env block, the token as a repository secret")),
-    Kind("ci", r"/(?:\.gitlab-ci|\.travis|\.drone|\.woodpecker|azure-pipelines|bitbucket-pipelines)\.ya?ml$"
-         r"|/\.(?:circleci|buildkite)/|/Jenkinsfile$", "settings",
-         _issue("dotenv", "its lines as the CI's masked variables"), r"(?:#|//)[^\n]*"),
-    Kind("history", r"/\.?(?:bash|zsh|fish|sh|python|node_repl)_history$|/\.histfile$", "settings",
-         "delete the lines that hold a key; what they started is listed where it lives"),
-    Kind("dotenv", r"/\.env[^/]*$|\.env$|^/etc/environment$", "settings", _issue("dotenv", "its lines in place of the key"), secret=True),
-    Kind("dockerfile", r"/(?:Dockerfile|Containerfile)[^/]*$|\.[Dd]ockerfile$", "settings",
-         _issue("dotenv", "given when the container starts: an image keeps every key it was built with")),
-    Kind("document", r"\.(?:md|mdx|rst|txt|adoc|org|tex|html?|log|csv|tsv|jsonl|ndjson|har|po|svg)$"
-         r"|/(?:README|CHANGELOG|LICENSE|NOTICE)[^/]*$", "prose", "take the key out of the text"),
-    Kind("python", r"\.pyw?$", "code", _issue("python", "its client in place of this one"), _PYTHON_TEXT),
-    Kind("javascript", r"\.[cm]?[jt]sx?$|\.(?:vue|svelte|astro)$", "code", _issue("typescript", "its client in place of this one"), _C),
-    Kind("go", r"\.go$", "code", _issue("dotenv", "its lines in the environment, no WithBaseURL or WithAPIKey in the code"), _C),
-    Kind("ruby", r"\.(?:rb|rake|ru)$|/Rakefile$", "code", _issue("dotenv", "its lines in the environment, no key or URL in the code")),
-    Kind("java", r"\.(?:java|kts?|scala|groovy)$", "code", _issue("dotenv", "its lines in the environment, and fromEnv() in the code"), _C),
-    Kind("csharp", r"\.cs$", "code", _issue("dotenv", "its lines in the environment, no key or URL in the code"), _C),
-    Kind("php", r"\.php$", "code", _issue("dotenv", "its lines in the environment, no key or URL in the code"), r"#[^\n]*|" + _C),
-    Kind("shell", r"\.(?:ba|z|k|da|fi)?sh$|/\.(?:bashrc|bash_profile|bash_login|profile|zshrc|zshenv|zprofile|zlogin)$"
-         r"|/config\.fish$|/[Mm]akefile$|\.mk$|/[Jj]ustfile$", "settings", _issue("curl", "its URL and token in place of these")),
-    Kind("configuration", r"\.(?:ya?ml|json5?|jsonc|toml|ini|cfg|conf|config|tf|tfvars|hcl|properties|xml|plist|nix|ps1|bat|cmd|pkrvars)$",
-         "settings", _issue("dotenv", "its two values in place of the key"), r"(?:[#;]|//|REM\b)[^\n]*|<!--.*?-->"),
-    Kind("other", r"", "other", _issue("dotenv", "its two values in place of the key")),
+    FileKind("gateway", r"/policies/gateway\.ya?ml$", "settings", "stays: this is the gateway's own policy"),
+    FileKind("recording", r"/(?:cassettes|__snapshots__)/", "prose", "take the key out of the recording"),
+    FileKind(
+        "example", r"[.-](?:example|sample|template|dist|tmpl)(?:\.\w+)?$", "prose", "take the key out: an example is read by everyone"
+    ),
+    FileKind(
+        "claude-code",
+        r"/\.claude/settings[^/]*\.json$|/managed-settings\.json$|/\.claude\.json$",
+        "settings",
+        _issue("claude-code", "its env block in place of the key or apiKeyHelper"),
+        secret=True,
+    ),
+    FileKind("notebook", r"\.ipynb$", "code", _issue("python", "its client in the cell; clear outputs that show the key"), r'"#[^\n]*'),
+    FileKind(
+        "crontab",
+        r"/crontab$|\.cron(?:tab)?$|/cron\.d/[^/]+$|/spool/cron/",
+        "settings",
+        _issue("cron", "its lines above the job, the key out of the job"),
+        section=r"^[ \t]*[\d*@]",
+    ),
+    FileKind(
+        "systemd",
+        r"\.(?:service|timer)$|\.service\.d/[^/]+\.conf$|/environment\.d/",
+        "settings",
+        _issue("systemd", "its drop-in in place of the key, then daemon-reload and restart"),
+        r"[#;][^\n]*",
+    ),
+    FileKind(
+        "compose",
+        r"/(?:docker-)?compose[^/]*\.ya?ml$",
+        "settings",
+        _issue("dotenv", "its lines in the service's env_file, the key out of environment"),
+        section=r"^  [\w.-]+:[ \t]*(?:#.*)?$",
+    ),
+    FileKind(
+        "github-actions",
+        r"/\.github/(?:workflows|actions)/.+\.ya?ml$",
+        "settings",
+        _issue("github-actions", "its env block, the token as a repository secret"),
+    ),
+    FileKind(
+        "ci",
+        r"/(?:\.gitlab-ci|\.travis|\.drone|\.woodpecker|azure-pipelines|bitbucket-pipelines)\.ya?ml$"
+        r"|/\.(?:circleci|buildkite)/|/Jenkinsfile$",
+        "settings",
+        _issue("dotenv", "its lines as the CI's masked variables"),
+        r"(?:#|//)[^\n]*",
+    ),
+    FileKind(
+        "history",
+        r"/\.?(?:bash|zsh|fish|sh|python|node_repl)_history$|/\.histfile$",
+        "settings",
+        "delete the lines that hold a key; what they started is listed where it lives",
+    ),
+    FileKind(
+        "dotenv", r"/\.env[^/]*$|\.env$|^/etc/environment$", "settings", _issue("dotenv", "its lines in place of the key"), secret=True
+    ),
+    FileKind(
+        "dockerfile",
+        r"/(?:Dockerfile|Containerfile)[^/]*$|\.[Dd]ockerfile$",
+        "settings",
+        _issue("dotenv", "given when the container starts: an image keeps every key it was built with"),
+    ),
+    FileKind(
+        "document",
+        r"\.(?:md|mdx|rst|txt|adoc|org|tex|html?|log|csv|tsv|jsonl|ndjson|har|po|svg)$"
+        r"|/(?:README|CHANGELOG|LICENSE|NOTICE)[^/]*$",
+        "prose",
+        "take the key out of the text",
+    ),
+    FileKind("python", r"\.pyw?$", "code", _issue("python", "its client in place of this one"), _PYTHON_TEXT),
+    FileKind("javascript", r"\.[cm]?[jt]sx?$|\.(?:vue|svelte|astro)$", "code", _issue("typescript", "its client in place of this one"), _C),
+    FileKind("go", r"\.go$", "code", _issue("dotenv", "its lines in the environment, no WithBaseURL or WithAPIKey in the code"), _C),
+    FileKind("ruby", r"\.(?:rb|rake|ru)$|/Rakefile$", "code", _issue("dotenv", "its lines in the environment, no key or URL in the code")),
+    FileKind(
+        "java", r"\.(?:java|kts?|scala|groovy)$", "code", _issue("dotenv", "its lines in the environment, and fromEnv() in the code"), _C
+    ),
+    FileKind("csharp", r"\.cs$", "code", _issue("dotenv", "its lines in the environment, no key or URL in the code"), _C),
+    FileKind("php", r"\.php$", "code", _issue("dotenv", "its lines in the environment, no key or URL in the code"), r"#[^\n]*|" + _C),
+    FileKind(
+        "shell",
+        r"\.(?:ba|z|k|da|fi)?sh$|/\.(?:bashrc|bash_profile|bash_login|profile|zshrc|zshenv|zprofile|zlogin)$"
+        r"|/config\.fish$|/[Mm]akefile$|\.mk$|/[Jj]ustfile$",
+        "settings",
+        _issue("curl", "its URL and token in place of these"),
+    ),
+    FileKind(
+        "configuration",
+        r"\.(?:ya?ml|json5?|jsonc|toml|ini|cfg|conf|config|tf|tfvars|hcl|properties|xml|plist|nix|ps1|bat|cmd|pkrvars)$",
+        "settings",
+        _issue("dotenv", "its two values in place of the key"),
+        r"(?:[#;]|//|REM\b)[^\n]*|<!--.*?-->",
+    ),
+    FileKind("other", r"", "other", _issue("dotenv", "its two values in place of the key")),
 )
 
 INTERPRETERS = (

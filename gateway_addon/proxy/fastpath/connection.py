@@ -48,16 +48,16 @@ def _chosen(top: Any) -> Any:
     return top
 
 
-class Handlers:
+class QuickHandlers:
     """The addon that gives each new connection its handler, before its first event."""
 
     def client_connected(self, client: connection.Client) -> None:
         handler: Any = ctx.master.addons.get("proxyserver").connections.get(client.id)
         if type(handler) is ProxyConnectionHandler and isinstance(handler.master.addons, dispatch.Dispatch):
-            Handler.take_over(handler)
+            QuickHandler.take_over(handler)
 
 
-class Handler(ProxyConnectionHandler):
+class QuickHandler(ProxyConnectionHandler):
     arrived: deque[events.Event]
     hooks: dispatch.Dispatch
     hooking: set[asyncio.Task[None] | None]

@@ -84,7 +84,7 @@ class Chunks(bounded_http1.Chunks):
         return content, end if content else 0
 
 
-class Relay(whole.Client):
+class RelayClient(whole.WholeClient):
     """mitmproxy's HTTP/1 client, which hands the bytes of a running stream to the app's connection itself."""
 
     streams: Mapping[int, HttpStream]
@@ -144,7 +144,7 @@ def _each(sent: tuple[commands.SendData, ...]) -> layer.CommandGenerator[None]:
     yield from sent
 
 
-class Direct(HttpLayer):
+class DirectLayer(HttpLayer):
     """mitmproxy's HTTP layer, which takes what arrives on a connection to that connection's own layer without asking what else it is.
 
     Also without the bookkeeping of a layer that waits for answers: those below it wait, this one does not.
@@ -154,7 +154,7 @@ class Direct(HttpLayer):
         if not FITS:
             return super().handle_event(event)
         if type(event) is events.DataReceived and (own := self.connections.get(event.connection)):
-            if type(own) is Relay and (sent := own.at_once(event.data)) is not None:
+            if type(own) is RelayClient and (sent := own.at_once(event.data)) is not None:
                 return _each(sent)
             return self.event_to_child(own, event)
         return self._handle_event(event)  # type: ignore[no-any-return]
@@ -203,7 +203,7 @@ def install(top: HttpLayer, server: connection.Connection) -> None:
     if not FITS or top.context.options.store_streamed_bodies:
         bounded_http1.Client.take_over(client)
         return
-    Relay.relaying(client, top)
+    RelayClient.relaying(client, top)
     if above is None:
         top.connections[server] = client  # `HttpClient` has opened the connection and does nothing more
     else:

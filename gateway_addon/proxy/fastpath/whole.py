@@ -184,7 +184,7 @@ def _nothing() -> layer.CommandGenerator[None]:
     yield from ()
 
 
-class Server(bounded_http1.Body, Http1Server):
+class WholeServer(bounded_http1.Body, Http1Server):
     """mitmproxy's side towards the client."""
 
     def __init__(self, context: Context):
@@ -226,7 +226,7 @@ class Server(bounded_http1.Body, Http1Server):
             yield from self.state(events.DataReceived(self.conn, b""))
 
 
-class Client(bounded_http1.Client):
+class WholeClient(bounded_http1.Client):
     """mitmproxy's side towards the upstream."""
 
     @cached_property
@@ -256,7 +256,7 @@ class Client(bounded_http1.Client):
         yield commands.SendData(self.conn, http1.assemble_request_head(event.request) + event.content)
 
 
-class Stream(HttpStream):
+class WholeStream(HttpStream):
     """What happens between the two."""
 
     top: HttpLayer
@@ -366,10 +366,10 @@ class Stream(HttpStream):
         below: Any = self.top.connections[server]
         while (child := getattr(below, "child_layer", None)) is not None:
             below = child
-        return isinstance(below, Client)
+        return isinstance(below, WholeClient)
 
     def _answers_whole(self) -> bool:
-        return isinstance(self.top.connections.get(self.context.client), Server)
+        return isinstance(self.top.connections.get(self.context.client), WholeServer)
 
     def _answer(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
         flow: Any = self.flow

@@ -17,12 +17,12 @@ from mitmproxy import command, contentviews, ctx, exceptions, http
 from mitmproxy import flow as mflow
 from mitmproxy.hooks import UpdateHook
 
-from gateway_addon.calls.permits import Arrived, Pass
-from gateway_addon.calls.record import Record
-from gateway_addon.calls.responses import Answer
+from gateway_addon.calls.permits import AuthenticatedRequest, Permit
+from gateway_addon.calls.record import CallRecord
+from gateway_addon.calls.responses import OwnResponse
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import LedgerUnavailable, Server, Standing, admin, app_scope, reservations, scopes, team_scope
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, Standing, admin, app_scope, reservations, scopes, team_scope
 from gateway_addon.messages import Usage
 from gateway_addon.money import cents, dollars
 from gateway_addon.operations import explain as explanation
@@ -40,13 +40,13 @@ CALLER = "gateway_caller"
 """Where a flow's metadata keeps the word for its caller: copied with the flow, so that a duplicate can be replayed too."""
 
 
-class Caller(NamedTuple):
+class FlowCaller(NamedTuple):
     digest: str
     app: str
 
 
 @dataclass(slots=True, eq=False)
-class Admission:
+class LastAdmission:
     """Stands at the end of the chain of addons: whatever another did to a request, interception included, is judged."""
 
     gateway: "DebugAddon"
@@ -61,13 +61,13 @@ class Admission:
 class DebugAddon(GatewayAddon):
     """`place`: the ledger, for commands that read it."""
 
-    def __init__(self, *arguments: Any, place: Path | Server, **named: Any) -> None:
+    def __init__(self, *arguments: Any, place: Path | ServerAddress, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.place = place
         self.fixed: dict[str, Any] = {}
         """Options as they were when the proxy was running, where they must stay so."""
-        self.callers: dict[str, Caller] = {}
-        self.booked: WeakKeyDictionary[http.HTTPFlow, Record] = WeakKeyDictionary()
+        self.callers: dict[str, FlowCaller] = {}
+        self.booked: WeakKeyDictionary[http.HTTPFlow, CallRecord] = WeakKeyDictionary()
         self._awaited: dict[int, http.HTTPFlow] = {}
         self._comments: set[asyncio.Task[None]] = set()
         self._told, self.gate.on_call = self.gate.on_call, self._ended
@@ -96,17 +96,17 @@ class DebugAddon(GatewayAddon):
         if flow.is_replay:
             inject.wire(flow).hang_up = False  # there is no client whose body would have to be read
 
-    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> Arrived | Answer | Refusal:
+    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> AuthenticatedRequest | OwnResponse | Refusal:
         if flow.is_replay:
             return await self._again(flow) or await super()._arrive(flow, headers)
         flow.metadata.pop(CALLER, None)
         arrived = await super()._arrive(flow, headers)
         secret = tokens.credential(headers)
-        if isinstance(arrived, Arrived) and isinstance(secret, str):
-            flow.metadata[CALLER] = self._word(Caller(tokens.digest(secret), arrived.app.name))
+        if isinstance(arrived, AuthenticatedRequest) and isinstance(secret, str):
+            flow.metadata[CALLER] = self._word(FlowCaller(tokens.digest(secret), arrived.app.name))
         return arrived
 
-    def _word(self, caller: Caller) -> str:
+    def _word(self, caller: FlowCaller) -> str:
         """The word for a caller: always the same one, so that there are as many as there are tokens."""
         known = next((word for word, each in self.callers.items() if each == caller), None)
         if known is None:
@@ -114,39 +114,39 @@ class DebugAddon(GatewayAddon):
             self.callers[known] = caller
         return known
 
-    def caller(self, flow: mflow.Flow) -> Caller | None:
+    def caller(self, flow: mflow.Flow) -> FlowCaller | None:
         """Whose token came with this flow, or with the one that it is a copy of. None where this process has seen none."""
         return self.callers.get(str(flow.metadata.get(CALLER)))
 
-    async def _again(self, flow: http.HTTPFlow) -> Arrived | Answer | Refusal | None:
+    async def _again(self, flow: http.HTTPFlow) -> AuthenticatedRequest | OwnResponse | Refusal | None:
         """The flow as it is now at the door once more, as its caller."""
         caller = self.caller(flow)
         return caller and await self._at_the_door(flow, judged_request(flow).headers, caller.digest)
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
-        """Not yet: `Admission` is last."""
+        """Not yet: `LastAdmission` is last."""
 
     @guarded("request")
     async def admit(self, flow: http.HTTPFlow) -> None:
-        life = self.lives.get(flow.id)
-        if flow.response or flow.error or life is None:
+        flow_state = self.flow_states.get(flow.id)
+        if flow.response or flow.error or flow_state is None:
             return
         arrived = await self._again(flow)
-        if not isinstance(arrived, Arrived):
+        if not isinstance(arrived, AuthenticatedRequest):
             return self.answer(flow, arrived or Refusal("replay", "Nobody's token came with this flow. Send the call from its app."))
-        life.arrived = arrived
+        flow_state.arrived = arrived
         await super().request(flow)
-        if life.running is not None:
-            ticket = life.running.ticket
+        if flow_state.running is not None:
+            admission = flow_state.running.admission
             if flow.is_replay:
-                life.running.ticket = replace(ticket, flags=(*ticket.flags, "replayed"))
-            self._awaited[ticket.call_id] = flow
-            flow.comment = _line(arrived.app.name, ticket.reading.model, f"{cents(ticket.quote.total_nano)} at most")
+                flow_state.running.admission = replace(admission, flags=(*admission.flags, "replayed"))
+            self._awaited[admission.call_id] = flow
+            flow.comment = _line(arrived.app.name, admission.reading.model, f"{cents(admission.quote.total_nano)} at most")
 
     # -- what became of it
 
-    def answer(self, flow: http.HTTPFlow, said: Answer | Refusal) -> None:
+    def answer(self, flow: http.HTTPFlow, said: OwnResponse | Refusal) -> None:
         caller = self.caller(flow)
         if isinstance(said, Refusal):
             flow.marked = REFUSED
@@ -155,12 +155,12 @@ class DebugAddon(GatewayAddon):
         super().answer(flow, said)
 
     def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:
-        life = self.lives.get(flow_id)
+        flow_state = self.flow_states.get(flow_id)
         super().finish(flow_id, ended_by, sent=sent)
-        if life is not None and isinstance(life.free, Pass):
-            life.flow.comment = _line(life.free.arrived.app.name, life.free.arrived.endpoint, "free")
+        if flow_state is not None and isinstance(flow_state.free, Permit):
+            flow_state.flow.comment = _line(flow_state.free.arrived.app.name, flow_state.free.arrived.endpoint, "free")
 
-    def _ended(self, call: Record) -> None:
+    def _ended(self, call: CallRecord) -> None:
         """A call's cost is written: it goes on its flow."""
         if self._told is not None:
             self._told(call)
@@ -171,7 +171,7 @@ class DebugAddon(GatewayAddon):
             self._comments.add(task)
             task.add_done_callback(self._comments.discard)
 
-    async def _comment(self, flow: http.HTTPFlow, call: Record) -> None:
+    async def _comment(self, flow: http.HTTPFlow, call: CallRecord) -> None:
         flags = f" ({', '.join(call['flags'])})" if call["flags"] else ""
         flow.comment = _line(call["app"], call["model"], f"{cents(call['spent_nano'])}{flags}", await self._left(call["app"]))
         ctx.master.addons.trigger(UpdateHook([flow]))

@@ -5,7 +5,7 @@ import os
 from mitmproxy import options
 from mitmproxy.tools.web.master import WebMaster
 
-from gateway_addon.proxy.web.addon import Admission, DebugAddon
+from gateway_addon.proxy.web.addon import DebugAddon, LastAdmission
 from gateway_addon.proxy.web.lockdown import kept
 from gateway_addon.proxy.web.replays import gate_replays
 
@@ -14,7 +14,7 @@ class DebugMaster(WebMaster):
     def __init__(self, opts: options.Options, addon: DebugAddon) -> None:
         super().__init__(opts)
         gate_replays(self.addons.get("clientplayback"), addon.connections)
-        self.addons.add(Admission(addon))
+        self.addons.add(LastAdmission(addon))
         known = self.commands.commands
         for name in set(known) - kept(known):
             del known[name]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
-from gateway_addon.messages import Meter, Tokens, Usage
+from gateway_addon.messages import Meter, TokenCounts, Usage
 from gateway_addon.messages.sse import Framer, events
 
 BODY_BYTES_MAX = 8 * 2**20  # a larger one is not looked into: parsing it would hold up every call of this process
@@ -97,7 +97,7 @@ def _facts(usage: Usage, price: str) -> Iterator[tuple[str, str]]:
     yield from (("note", note) for note in usage.notes)
 
 
-def tokens(counts: Tokens) -> str:
+def tokens(counts: TokenCounts) -> str:
     """Counts in words, without those that are nothing."""
     named = (
         (counts.input_tokens, "input"),

@@ -15,7 +15,7 @@ from mitmproxy.options import Options
 from mitmproxy.proxy import server_hooks
 
 from gateway_addon.proxy import inject
-from gateway_addon.proxy.flows import Life
+from gateway_addon.proxy.flows import FlowState
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class GatedReplay(ReplayHandler):
 
 
 class GatedPlayback(ClientPlayback):
-    connections: MutableMapping[str, Life | None]
+    connections: MutableMapping[str, FlowState | None]
     """The addon's table of connections that inject."""
 
     async def playback(self) -> None:
@@ -54,7 +54,7 @@ class GatedPlayback(ClientPlayback):
             self.inflight = None
 
 
-def gate_replays(playback: Any, connections: MutableMapping[str, Life | None]) -> None:
+def gate_replays(playback: Any, connections: MutableMapping[str, FlowState | None]) -> None:
     """Make mitmproxy's playback, commands and all, one that sends through the gateway."""
     playback.__class__ = GatedPlayback
     playback.connections = connections

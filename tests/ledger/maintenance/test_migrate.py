@@ -18,7 +18,7 @@ from ledgers import NOON, Cap, balance, new_ledger, rows
 
 from gateway_addon.cli import main
 from gateway_addon.cli import migrate as command
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, Server, admin, reservations
+from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, admin, reservations
 from gateway_addon.ledger.maintenance import invariants, migrate
 from gateway_addon.ledger.store import sqlite_files
 
@@ -29,7 +29,7 @@ ODD = "tab\t line\n return\r slash\\ \\N quote' \N{SNOWMAN}"
 
 @pytest.fixture
 def target():
-    return Server(postgresql.shared().database())
+    return ServerAddress(postgresql.shared().database())
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def source(tmp_path):
         reservations.refused(db, "gone", NewCall("reports", None, token.id, model_asked=ODD), "model", now=NOON)
         admin.pause(db, "team:batch", why=ODD, who="test", now=NOON)
         admin.raise_cap(db, "total", "day", 2**62, until=NOON + 1e6, who="test", now=NOON)
-        reservations.noise(db, "token_unknown", now=NOON)
+        reservations.failed_authentication(db, "token_unknown", now=NOON)
     return path
 
 
@@ -76,7 +76,7 @@ def test_every_row_is_there_as_it_was(source, target, monkeypatch):
     monkeypatch.setattr(migrate, "CALLS_AT_ONCE", 50)
     tables, heard = tables_of(source), []
     before = content(source, tables)
-    proved = move(source, target, tell=lambda done, of: heard.append((done, of)))
+    proved = move(source, target, emit=lambda done, of: heard.append((done, of)))
     assert content(target, tables) == before == content(source, tables)
     assert heard == [(0, 132), (50, 132), (100, 132), (132, 132)]
     assert (proved.rows("calls"), proved.kept_calls, proved.spent_nano) == (132, 0, balance(source, "total")[0])
@@ -125,7 +125,7 @@ def test_both_sides_have_it_in_their_audit_and_a_second_move_finds_nothing_to_do
     note = "SELECT who, action, before, after FROM audit WHERE action = 'migrate'"
     assert rows(source, note) == [("test", "migrate", f'{{"ledger": "{source}"}}', f'{{"ledger": "{target}"}}')]
     assert rows(target, note) == [("test", "migrate", f'{{"ledger": "{source}"}}', '{"ledger": "here"}')]
-    elsewhere = Server(postgresql.shared().database())
+    elsewhere = ServerAddress(postgresql.shared().database())
     with pytest.raises(LedgerUnavailable, match="nothing is left to move"):
         move(source, elsewhere)
 
@@ -151,7 +151,7 @@ async def test_a_gateway_that_starts_while_the_ledger_is_moved_does_not_write_to
             while not list(source.with_name("gateway.db-locks").glob("owner-*")):
                 pass
 
-    await asyncio.to_thread(move, source, target, tell=start)
+    await asyncio.to_thread(move, source, target, emit=start)
     with pytest.raises(LedgerUnavailable, match="was moved to"):
         await asyncio.wrap_future(starting[0])
     assert rows(source, "SELECT count(*) FROM owners") == [(0,)]
@@ -201,7 +201,7 @@ def test_a_ledger_begun_there_meanwhile_is_kept(source, target):
                 admin.issue_token(db, "first", "d9", who="test", now=NOON)
 
     with pytest.raises(LedgerUnavailable, match="another ledger was begun there meanwhile"):
-        move(source, target, tell=begin)
+        move(source, target, emit=begin)
     assert rows(target, "SELECT app FROM tokens") == [("first",)]
     with admin.changing(source) as db:
         admin.issue_token(db, "still-here", "d8", who="test", now=NOON)
@@ -216,7 +216,7 @@ def test_calls_made_between_two_tries_are_moved_too(source, target):
             raise Cut
 
     with pytest.raises(Cut):
-        move(source, target, tell=cut)
+        move(source, target, emit=cut)
     with admin.changing(source) as db:
         assert admin.adjust(db, 1, 5, who="test", why="later", now=NOON)
     assert move(source, target).kept_calls == 0, "what had been brought was of another state of the file"
@@ -333,10 +333,10 @@ def test_a_terminal_sees_a_bar(monkeypatch):
             pass
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with command._progress() as tell:
-        tell(0, 10)
-        tell(5, 10)
-        tell(10, 10)
+    with command._progress() as emit:
+        emit(0, 10)
+        emit(5, 10)
+        emit(10, 10)
     assert "10/10" in "".join(written)
 
 

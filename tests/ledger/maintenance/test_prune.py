@@ -61,7 +61,7 @@ def fill(db):
                     reservations.settle(db, call_id, Settlement(40, (PART,), ANSWER), now=now + 5)
         reservations.refused(db, "me", call, "cap_spent", now=now)
         reservations.free(db, "me", replace(call, endpoint="count_tokens", max_tokens=None), Outcome(status=200), now=now)
-        reservations.noise(db, "token_unknown", now=now)
+        reservations.failed_authentication(db, "token_unknown", now=now)
     reservations.reserve(db, "me", CALL, 77, [], now=OLD + 5)
     batch = reservations.reserve(db, "me", replace(CALL, endpoint="batches.create"), 900, [], now=OLD + 7).call_id
     batches.adopt(db, NewBatch("msgbatch_1", batch, CALL.app, OLD, 2, False, "digest", "{}", "{}", "ended", OLD + 60))
@@ -77,7 +77,7 @@ def figures(path):
         seen = [spending.report(db, by, since=since, until=until) for by in groupings for since, until in spans]
         told = [spending.drifts(db, since=since, until=until) for since, until in spans]
         metered = [sorted(map(repr, provider_comparison.metered(db, since=since, until=until))) for since, until in spans]
-        memory = [(day.start, sorted(day.spending, key=repr), sorted(day.cached, key=repr), sorted(day.refusals)) for day in day_cache.Days().between(db, OLD, NOON)]
+        memory = [(day.start, sorted(day.spending, key=repr), sorted(day.cached, key=repr), sorted(day.refusals)) for day in day_cache.DayCache().between(db, OLD, NOON)]
         balances = [tuple(row) for row in db.execute("SELECT * FROM balances ORDER BY 1, 2, 3").fetchall()]
         return seen, told, metered, memory, balances
 

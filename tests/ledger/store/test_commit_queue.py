@@ -14,10 +14,10 @@ from stores import Store
 
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.ledger.store.commit_queue import Line
+from gateway_addon.ledger.store.commit_queue import CommitQueue
 from gateway_addon.ledger.store.locks import folder
 from gateway_addon.ledger.store.sqlite import FileStore
-from gateway_addon.ledger.store.writer import Begun, Operation
+from gateway_addon.ledger.store.writer import BegunCommit, Operation
 
 
 class Asked:
@@ -25,7 +25,7 @@ class Asked:
 
     def __init__(self, store, name="row", *, lasting=False, wanted=lambda: True, patient=False):
         self.told, self.threads, self.name, self._store = [], [], name, store
-        self.operation = Operation(self._apply, 0, lasting=lasting, patient=patient, wanted=wanted, tell=self.told.append)
+        self.operation = Operation(self._apply, 0, lasting=lasting, patient=patient, wanted=wanted, emit=self.told.append)
 
     def _apply(self, db):
         self.threads.append(threading.current_thread())
@@ -49,7 +49,7 @@ def handed_over(line):
 
 async def ready(store):
     """A line whose thread has a connection and rests."""
-    line = Line(store)
+    line = CommitQueue(store)
     line.start()
     first = Asked(store, "first")
     line.put(first.operation)
@@ -67,7 +67,7 @@ async def test_what_arrives_in_one_turn_of_the_loop_is_handed_over_once_with_its
         for asked in every:
             line.put(asked.operation)
         assert await asyncio.gather(*(asked.answer() for asked in every)) == ["written"] * count
-    assert given == [Begun]
+    assert given == [BegunCommit]
     assert [asked.threads for asked in every] == [[threading.main_thread()]] * count
     assert await line.stop(5)
 
@@ -82,11 +82,11 @@ async def test_what_nobody_waits_for_lingers_to_share_a_commit_and_is_written_by
         assert given == []
         line.put(reserved.operation)
         await asyncio.gather(settled.answer(), reserved.answer())
-        assert given == [Begun]
+        assert given == [BegunCommit]
         alone = Asked(store, "alone", lasting=True, patient=True)
         line.put(alone.operation)
         await alone.answer()
-    assert given == [Begun, Begun]
+    assert given == [BegunCommit, BegunCommit]
     last = Asked(store, "last", lasting=True, patient=True)
     line.put(last.operation)
     assert await line.stop(5)
@@ -128,7 +128,7 @@ async def test_a_commit_that_fails_brings_what_waits_on_the_loop_to_the_thread_a
 
 async def test_the_thread_rests_only_once_it_has_dealt_with_all_that_it_was_given():
     """Its word that it rests may cross what is on the way to it: the connection would be used from both sides."""
-    line = Line(Store(free=[False], scopes_max=None))
+    line = CommitQueue(Store(free=[False], scopes_max=None))
     asked = Asked(Store(), "on its way")
     line._to_the_thread()
     line.put(asked.operation)
@@ -144,7 +144,7 @@ async def test_every_operation_is_told_once_and_the_truth_however_turns_and_comm
     fails = [chance.choice(["", "", "", "down", "carried out"]) for _ in range(40)]
     free = [chance.random() < 0.7 for _ in range(40)]
     store = Store(*fails, scopes_max=None, free=free)
-    line = Line(store)
+    line = CommitQueue(store)
     line.start()
     every = [Asked(store, f"{number}", lasting=chance.random() < 0.5, patient=chance.random() < 0.3) for number in range(40)]
     for asked in every:

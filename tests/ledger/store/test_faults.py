@@ -143,7 +143,7 @@ async def test_a_removed_file_refuses_and_the_same_file_put_back_recovers(ledger
     path.rename(path.with_name("away.db"))
     await refused(ledger, "was removed while the gateway runs")
     with pytest.raises(LedgerUnavailable, match="was removed"):
-        await ledger.knock("d1", now=NOON)
+        await ledger.look_up_token("d1", now=NOON)
     settled = ledger.settle(held.call_id, Settlement(60), now=NOON)
     assert not path.exists(), "nothing makes a new ledger"
     path.with_name("away.db").rename(path)
@@ -156,7 +156,7 @@ async def test_a_replaced_file_refuses(ledger, path):
     sqlite_files.create(path)
     await refused(ledger, "was replaced while the gateway runs")
     with pytest.raises(LedgerUnavailable, match="was replaced"):
-        await ledger.knock("d1", now=NOON)
+        await ledger.look_up_token("d1", now=NOON)
 
 
 async def test_a_damaged_file_says_what_to_do(tmp_path):

@@ -7,20 +7,20 @@ from ledgers import Part, Tokens, die
 
 from gateway_addon.ledger import Outcome, Settlement
 from gateway_addon.ledger.store import journal
-from gateway_addon.ledger.store.journal import Journal, left_behind
-from gateway_addon.ledger.types import Ending
+from gateway_addon.ledger.store.journal import Journal, unwritten_journals
+from gateway_addon.ledger.types import RecordedEnd
 
 OUTCOME = Outcome(200, "claude-haiku-4-5", "end_turn", "req_1", 2.5, True, "claude-haiku-4-5", ("drift", "cut:budget"), "standard", None, "global")
 BILL = Settlement(250, (Part(200), Part(50, "compaction", None, Tokens(1, 2, 3, 4, 5, 6), 7, None)), OUTCOME)
 ENDINGS = [
-    Ending("settle", 1, "me", BILL, 10.25),
-    Ending("settle", 2, "me", Settlement(None), 11.0),
-    Ending("void", 3, "me", Settlement(0, (), Outcome(flags=("not_sent",))), 12.0),
+    RecordedEnd("settle", 1, "me", BILL, 10.25),
+    RecordedEnd("settle", 2, "me", Settlement(None), 11.0),
+    RecordedEnd("void", 3, "me", Settlement(0, (), Outcome(flags=("not_sent",))), 12.0),
 ]
 
 
 def found(folder):
-    with left_behind(folder) as journals:
+    with unwritten_journals(folder) as journals:
         return [(left.endings, left.damaged) for left in journals]
 
 
@@ -70,7 +70,7 @@ def test_a_living_process_keeps_its_journal_to_itself(tmp_path):
     kept.keep(ENDINGS)
     assert found(tmp_path) == []
     die(kept)
-    with left_behind(tmp_path) as first, left_behind(tmp_path) as second:
+    with unwritten_journals(tmp_path) as first, unwritten_journals(tmp_path) as second:
         assert (len(first), len(second)) == (1, 0)
 
 
@@ -90,7 +90,7 @@ def test_a_byte_that_the_disk_has_changed_costs_one_line_and_the_file_is_put_asi
     die(kept)
     path = tmp_path / "me.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"cost_nano":250', b'"cost_nano":150'))
-    with left_behind(tmp_path) as [left]:
+    with unwritten_journals(tmp_path) as [left]:
         assert [each.call_id for each in left.endings] == [2, 3]
         left.done(unknown=0)
     assert [path.name for path in tmp_path.iterdir()] == ["me.unread"]
@@ -110,7 +110,7 @@ def test_it_goes_once_all_of_it_is_in_the_ledger(tmp_path):
     kept = Journal(tmp_path, "me")
     kept.keep(ENDINGS)
     die(kept)
-    with left_behind(tmp_path) as [left]:
+    with unwritten_journals(tmp_path) as [left]:
         left.done(unknown=0)
     assert list(tmp_path.iterdir()) == []
 

@@ -21,7 +21,7 @@ from gateway_addon.ledger import ledger as facade
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import postgres
 from gateway_addon.ledger.store.journal import Journal
-from gateway_addon.ledger.types import Ending
+from gateway_addon.ledger.types import RecordedEnd
 from gateway_addon.simulator import Simulator
 
 
@@ -79,17 +79,17 @@ async def back(read, seconds=10):
 async def test_a_server_that_crashes_refuses_at_once_and_takes_the_settlement_once_when_it_is_back(server, place, home):
     ledger = await Ledger.open(url(place), now=NOON)
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
-    assert (await ledger.knock("d1", now=NOON)).token.app == "reports"
+    assert (await ledger.look_up_token("d1", now=NOON)).token.app == "reports"
     await asyncio.to_thread(server.stop)
     settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
     assert await refused(ledger, "gives no connection|shutting down") < 2.5
     with pytest.raises(LedgerUnavailable):
-        await ledger.knock("d1", now=NOON)
+        await ledger.look_up_token("d1", now=NOON)
     await until(lambda: len(journals(home)) == 1)
     await asyncio.to_thread(server.start)
     assert (await asyncio.wait_for(settled, 10)).first
     assert isinstance(await ledger.reserve(CALL, 800, DAY_CAP, now=NOON), Reserved)
-    assert (await back(partial(ledger.knock, "d1", now=NOON))).token.app == "reports"
+    assert (await back(partial(ledger.look_up_token, "d1", now=NOON))).token.app == "reports"
     assert balance(place) == (200, 800, 1)
     assert journals(home) == []
     await ledger.close()
@@ -148,7 +148,7 @@ async def test_a_journal_that_comes_after_the_survivors_only_ever_adds_and_adds_
     await gone.close()
     assert await survivor.sweep(now=NOON) == 1
     kept = journal_of(place, home, "gone")
-    kept.keep([Ending("settle", held.call_id, held.owner, Settlement(cost_nano), NOON)])
+    kept.keep([RecordedEnd("settle", held.call_id, held.owner, Settlement(cost_nano), NOON)])
     die(kept)
     again = kept._path.with_suffix(".copy")
     shutil.copy(kept._path, again)
@@ -169,7 +169,7 @@ async def test_the_journal_of_another_ledger_is_left_alone_and_of_a_restored_one
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     other = Journal(home / ".gateway" / "unwritten" / "another", "theirs")
     for kept in (other, journal_of(place, home, "restored")):
-        kept.keep([Ending("settle", held.call_id, "somebody", Settlement(1), NOON)])
+        kept.keep([RecordedEnd("settle", held.call_id, "somebody", Settlement(1), NOON)])
         die(kept)
     await ledger.sweep(now=NOON)
     assert balance(place) == (0, 300, 1)

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, until, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Server, Settlement, admin, reservations
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, admin, reservations
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import balances, postgres, postgres_session, sqlite_files
 
@@ -62,16 +62,16 @@ async def test_a_server_that_falls_silent_with_the_connection_open_is_given_up_a
     async with postgresql.Relay(postgresql.shared()) as relay:
         ledger = await Ledger.open(relay.url(server), timeout_s=0.6, now=NOON)
         held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
-        assert (await ledger.knock("d1", now=NOON)).token.app == "reports"
+        assert (await ledger.look_up_token("d1", now=NOON)).token.app == "reports"
         relay.silent = True
         settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
         assert await refused(ledger, "did not answer within 0.6 s") < 1
         with pytest.raises(LedgerUnavailable, match="did not answer within"):
-            await ledger.knock("d1", now=NOON)
+            await ledger.look_up_token("d1", now=NOON)
         await asyncio.sleep(postgres_session.SILENCE_S)  # the threads that hang in it give up too
         relay.silent = False
         assert (await asyncio.wait_for(settled, 10)).first
-        assert (await ledger.knock("d1", now=NOON)).token.app == "reports"
+        assert (await ledger.look_up_token("d1", now=NOON)).token.app == "reports"
         await ledger.close()
     assert balance(server) == (200, 0, 0)
 
@@ -122,7 +122,7 @@ async def test_a_wrong_address_is_said_in_a_sentence_without_the_password(server
 
 
 async def test_an_empty_database_is_no_ledger_until_init():
-    place = Server(postgresql.shared().database())
+    place = ServerAddress(postgresql.shared().database())
     with pytest.raises(LedgerUnavailable, match="has no ledger: `gateway init` makes one"):
         await Ledger.open(place.url)
     sqlite_files.create(place)

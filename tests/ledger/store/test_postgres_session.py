@@ -32,7 +32,7 @@ async def test_tls_is_what_the_address_asks_for_and_the_server_must_be_who_it_sa
         trusted = f"{relay.url(server)}?sslmode=verify-full&sslrootcert={cert}"
         ledger = await Ledger.open(trusted, now=NOON)
         assert isinstance(await ledger.reserve(CALL, 100, DAY_CAP, now=NOON), Reserved)
-        assert (await ledger.knock("d1", now=NOON)).token.app == "reports"
+        assert (await ledger.look_up_token("d1", now=NOON)).token.app == "reports"
         await ledger.close()
         assert relay.sealed >= 3, "the writer, a reader and the goodbye"
         for refused, why in (
@@ -67,7 +67,7 @@ async def test_another_host_of_the_address_takes_over_without_a_restart(server):
 @pytest.mark.parametrize(("said", "name"), [("", "gateway "), ("&application_name=desk", "desk")])
 async def test_every_connection_of_a_gateway_says_whose_it_is(server, said, name):
     ledger = await Ledger.open(url(server) + said, now=NOON)
-    await ledger.knock("d1", now=NOON)
+    await ledger.look_up_token("d1", now=NOON)
     with closing(psycopg.connect(url(server))) as shell:
         query = "SELECT application_name FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         named = [row[0] for row in shell.execute(query)]

@@ -41,12 +41,12 @@ def written(store, *names, broken=()):
 
     def deliver(answers, dealt_with):
         for answer in answers:
-            answer.operation.tell(answer.value)
+            answer.operation.emit(answer.value)
 
     writer = Writer(store, deliver)
     for name in names:
         scopes, write = frozenset((name.lower(),)), (lambda db, name=name: apply(name))
-        writer.put(Operation(write, 0, scopes, lasting=name.isupper(), tell=told[name].append))
+        writer.put(Operation(write, 0, scopes, lasting=name.isupper(), emit=told[name].append))
     writer.start()
     assert writer.stop(5)
     return {name: ["written" if answer is None else type(answer).__name__ for answer in answers] for name, answers in told.items()}

@@ -180,7 +180,7 @@ async def test_where_the_ground_has_moved_mitmproxys_own_client_stays(tmp_path, 
         writer.write(request(gw))
         await reader.readuntil(b"0\r\n\r\n")
         [handler] = gw.master.addons.get("proxyserver").connections.values()
-        assert (relay.Relay in {type(each) for each in handler.layer.connections.values()}) is known
+        assert (relay.RelayClient in {type(each) for each in handler.layer.connections.values()}) is known
         writer.close()
         await gw.quiet()
 
@@ -197,8 +197,8 @@ async def test_a_compressed_stream_passes_as_it_came(tmp_path):
 @pytest.mark.parametrize("known", [True, False], ids=["short", "long"])
 async def test_a_stream_passes_over_tls_on_both_sides(tmp_path, monkeypatch, known):
     monkeypatch.setattr(relay, "FITS", known)
-    handed_on, taken = relay.Relay._handed_on, []
-    monkeypatch.setattr(relay.Relay, "_handed_on", lambda self, stream, data: taken.append(data) or handed_on(self, stream, data))
+    handed_on, taken = relay.RelayClient._handed_on, []
+    monkeypatch.setattr(relay.RelayClient, "_handed_on", lambda self, stream, data: taken.append(data) or handed_on(self, stream, data))
     async with sealed(tmp_path, behaviour=Behaviour(output_tokens=100, delay_ms=30)) as far:
         policy = f"tls: {{cert: {far.ca}, key: {far.ca.with_suffix('.key')}}}\n"
         trusting = {"options": (f"ssl_verify_upstream_trusted_ca={far.ca}",)}

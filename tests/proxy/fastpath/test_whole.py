@@ -204,7 +204,7 @@ def taken(monkeypatch):
             return real(self, *found)
         return received
 
-    for at, end in enumerate((whole.Server, whole.Client)):
+    for at, end in enumerate((whole.WholeServer, whole.WholeClient)):
         monkeypatch.setattr(end, "_received", counting(at, end._received))
     return counts
 
@@ -432,9 +432,9 @@ def bare(kind, **facts):
 def test_an_answer_is_taken_whole_only_behind_a_plain_request_that_has_been_sent(monkeypatch, change, taken):
     """What keeps it so is not reached through a gateway, which forwards nothing else."""
     asked = http.Request.make("POST", "http://x/", b"hi")
-    client = bare(whole.Client, request=asked, request_done=True, whole_bytes_max=2, buf=bytearray())
+    client = bare(whole.WholeClient, request=asked, request_done=True, whole_bytes_max=2, buf=bytearray())
     vars(client).update({"state": client.read_headers} | change)
-    monkeypatch.setattr(whole.Client, "_received", lambda self, *found: "whole")
+    monkeypatch.setattr(whole.WholeClient, "_received", lambda self, *found: "whole")
     monkeypatch.setattr(Http1Client, "_handle_event", lambda self, event: "in parts")
     assert client._handle_event(events.DataReceived(None, OK + LENGTH + b"\r\nhi")) == ("whole" if taken else "in parts")
 
@@ -449,9 +449,9 @@ def test_an_answer_is_taken_whole_only_behind_a_plain_request_that_has_been_sent
     ],
 )
 def test_an_answer_is_sent_whole_only_to_a_client_that_has_said_all_and_stays(monkeypatch, change, plain):
-    server = bare(whole.Server, **({"request": http.Request.make("POST", "http://x/", b"hi"), "request_done": True} | change))
-    monkeypatch.setattr(whole.Server, "_sent", lambda self, event, chunked: "whole")
-    monkeypatch.setattr(whole.Server, "_in_parts", lambda self, event: "in parts")
+    server = bare(whole.WholeServer, **({"request": http.Request.make("POST", "http://x/", b"hi"), "request_done": True} | change))
+    monkeypatch.setattr(whole.WholeServer, "_sent", lambda self, event, chunked: "whole")
+    monkeypatch.setattr(whole.WholeServer, "_in_parts", lambda self, event: "in parts")
     assert server.send(whole.WholeAnswer(1, http.Response.make(200, b"hi"), content=b"hi")) == ("whole" if plain else "in parts")
 
 
@@ -461,5 +461,5 @@ def test_a_listed_connection_that_is_not_ready_is_left_to_mitmproxy(change, take
     server.state, server.error = change.get("state", ConnectionState.OPEN), change.get("error")
     flow = SimpleNamespace(request=http.Request.make("POST", "http://x/"), server_conn=Server(address=("x", 80)))
     top = SimpleNamespace(connections={server: None}, waiting_for_establishment={server: []} if "waits" in change else {})
-    stream = bare(whole.Stream, flow=flow, top=top, context=SimpleNamespace(server=None))
+    stream = bare(whole.WholeStream, flow=flow, top=top, context=SimpleNamespace(server=None))
     assert (stream._connected(), flow.server_conn is server) == (taken, taken)

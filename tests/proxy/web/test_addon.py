@@ -253,7 +253,7 @@ async def test_a_replay_can_be_cut_like_any_call(desk):
         api.behaviour = Behaviour(output_tokens=400, delay_ms=100)
         await seen.page.post(f"/flows/{flow['id']}/replay")
         async with asyncio.timeout(10):
-            while not any(life.running and life.running.meter for life in seen.gw.addon.lives.values()):
+            while not any(flow_state.running and flow_state.running.meter for flow_state in seen.gw.addon.flow_states.values()):
                 await asyncio.sleep(0.01)
         await seen.gw.gate.ledger.change(partial(admin.pause, scope="app:app", cut=True, who="test", now=time.time()))
         (found,) = await seen.flows(1)
@@ -309,13 +309,13 @@ async def test_a_request_edited_while_it_waits_at_the_door_is_not_sent(desk):
     ) as seen:
         first = asyncio.ensure_future(seen.gw.client().messages.create(**ASK))
         async with asyncio.timeout(10):
-            while not any(life.running for life in seen.gw.addon.lives.values()):
+            while not any(flow_state.running for flow_state in seen.gw.addon.flow_states.values()):
                 await asyncio.sleep(0.01)
         second = asyncio.ensure_future(seen.gw.client().messages.create(**ASK))
         async with asyncio.timeout(10):
-            while not [life for life in seen.gw.addon.lives.values() if life.admission]:
+            while not [flow_state for flow_state in seen.gw.addon.flow_states.values() if flow_state.admitting]:
                 await asyncio.sleep(0.01)
-        waiting = next(life.flow for life in seen.gw.addon.lives.values() if life.admission)
+        waiting = next(flow_state.flow for flow_state in seen.gw.addon.flow_states.values() if flow_state.admitting)
         await seen.edit({"id": waiting.id}, content=json.dumps(ASK | {"max_tokens": 4000}))
         await first
         with pytest.raises(anthropic.APIStatusError, match="changed after it was admitted"):
