@@ -8,10 +8,10 @@ with warnings.catch_warnings():
 
 import pytest
 
-from gateway_addon.proxy import server
+from gateway_addon.proxy.fastpath import dispatch
 
 
 @pytest.fixture(params=[True, False], ids=["dispatch", "walk"])
 def either_dispatch(request, monkeypatch):
     """A test that uses this runs with the gateway's own hook dispatch, and with mitmproxy's, as in a release where that has moved."""
-    monkeypatch.setattr(server, "fits", lambda: request.param)
+    monkeypatch.setattr(dispatch, "FITS", request.param)

@@ -16,7 +16,7 @@ from gateway_addon.operations.tracing import OtelMissing
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
-from gateway_addon.proxy.settings import Settings
+from gateway_addon.proxy.settings import FAST_PATH, Settings
 from gateway_addon.proxy.supervisor import bind, cores, is_loopback, supervise
 from gateway_addon.upstreams.credentials import SecretUnavailable, conceal
 
@@ -52,6 +52,10 @@ def _common[F: Callable[..., Any]](command: F) -> F:
     "--workers", type=click.IntRange(1, 64), default=lambda: min(cores(), WORKERS_MAX), show_default=f"one per core, up to {WORKERS_MAX}",
     help="Processes on the one port, with one ledger; one that dies is replaced."
 )  # fmt: skip
+@click.option(
+    "--no-fast-path", "slow", type=click.Choice(("all", *FAST_PATH)), multiple=True,
+    help="Leave mitmproxy's own way in place of all of the fast path, or of one part: as safe, but slower."
+)  # fmt: skip
 @click.option("--socket-fd", type=int, hidden=True)
 @click.option("--parent-fd", type=int, hidden=True)
 @click.option("--ready-fd", type=int, hidden=True)
@@ -64,6 +68,7 @@ def serve(
     log: str,
     otel: bool,
     workers: int,
+    slow: tuple[str, ...],
     socket_fd: int | None,
     parent_fd: int | None,
     ready_fd: int | None,
@@ -73,13 +78,16 @@ def serve(
     with _listener(listen, policies, insecure_listen, socket_fd) as listener:
         host, port = listener.getsockname()[:2]
         if workers == 1 or socket_fd is not None:
+            left_out = FAST_PATH if "all" in slow else slow
             own = Settings(
-                host, port, policies, ledger, options, log_json=log == "json", otel=otel, parent_fd=parent_fd, ready_fd=ready_fd
+                host, port, policies, ledger, options,
+                left_out=left_out, log_json=log == "json", otel=otel, parent_fd=parent_fd, ready_fd=ready_fd,
             )  # fmt: skip
             _serve(own, listener)
         os.environ["GATEWAY_LEDGER"] = ledger  # not an argument, which everybody on the machine can read: it may hold a password
         arguments = ["--listen", f"{host}:{port}", "--policies", str(policies)]
         arguments += [word for option in options for word in ("--set", option)]
+        arguments += [word for part in slow for word in ("--no-fast-path", part)]
         arguments += ["--log", log, *(["--otel"] if otel else []), *(["--insecure-listen"] if insecure_listen else [])]
         raise SystemExit(supervise(arguments, listener, workers))
 
@@ -110,7 +118,7 @@ def web(
         click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")
         hashed = FAST.hash(password)
         host, port = listener.getsockname()[:2]
-        _serve(Settings(host, port, policies, ledger, options, web_port, hashed, log == "json", otel), listener)
+        _serve(Settings(host, port, policies, ledger, options, web_port, hashed, log_json=log == "json", otel=otel), listener)
 
 
 SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, OtelMissing, ValueError, OSError)

@@ -36,8 +36,7 @@ from gateway_addon.operations.reload import PolicyWatcher, align, audit_key, mus
 from gateway_addon.operations.webhooks import AlertDelivery
 from gateway_addon.policy import GatewayPolicy, load
 from gateway_addon.proxy.certificate import Certificate
-from gateway_addon.proxy.fastpath.connection import QuickHandlers, fits
-from gateway_addon.proxy.fastpath.dispatch import Dispatch
+from gateway_addon.proxy.fastpath import connection, dispatch, relay, whole
 from gateway_addon.proxy.hooks import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
 from gateway_addon.proxy.reverse_tcp import reverse
 from gateway_addon.proxy.settings import Settings
@@ -49,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 DECIDED = frozenset(["mode", "server", "listen_host", "listen_port", "allow_hosts", "ignore_hosts", "tcp_hosts", "udp_hosts"])
 """Options by which it would listen elsewhere, or let calls pass as bytes that it does not read: it would start, and serve nobody."""
+FAST_PATH: dict[str, Any] = {"connection": connection, "dispatch": dispatch, "relay": relay, "whole": whole}
 COLLECT_AFTER = 20_000  # objects made and not yet gone: those of a hundred calls in flight
 
 
@@ -77,22 +77,25 @@ class LeanMaster(Master):
 
     def __init__(self, opts: options.Options):
         super().__init__(opts)
-        if fits():
-            self.addons = Dispatch(self)
-        else:
-            logger.warning("mitmproxy %s dispatches its events in another way than known here: as safe, but slower.", version.VERSION)
+        if dispatch.FITS:
+            self.addons = dispatch.Dispatch(self)
+        if unknown := [name for name, part in FAST_PATH.items() if not part.fits()]:
+            sentence = "mitmproxy %s works in another way than is known here, so that its own stays in place of %s: as safe, but slower."
+            logger.warning(sentence, version.VERSION, ", ".join(unknown))
         self.addons.add(
             core.Core(),
             proxyserver.Proxyserver(),
             next_layer.NextLayer(),
             UpstreamTls(),
             errorcheck.ErrorCheck(repeat_errors_on_stderr=True),
-            QuickHandlers(),
+            connection.QuickHandlers(),
         )
 
 
 def run(settings: Settings, listener: socket.socket) -> int:
     """Serve on a bound socket until SIGTERM or SIGINT. Returns the exit code."""
+    for name in settings.left_out:
+        FAST_PATH[name].FITS = False
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call holds two sockets, and many shells begin with 1,024
     with asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:

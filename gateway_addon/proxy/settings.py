@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+FAST_PATH = ("connection", "dispatch", "relay", "whole")
+"""Modules of proxy/fastpath that do mitmproxy's work in fewer steps, each of which may be left out."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -20,6 +23,8 @@ class Settings:
     """With a port for its page: run under mitmweb."""
     web_password: str = ""
     """Its argon2 hash, so that no option shows it."""
+    left_out: tuple[str, ...] = ()
+    """Parts of the fast path, for which mitmproxy's own way stays."""
     log_json: bool = False
     """Log lines of JSON, one for each call among them."""
     otel: bool = False

@@ -1,8 +1,9 @@
 """Hook dispatch without the walk: which addons have a hook is looked up once, not at every event.
 
-mitmproxy asks each of its addons at each event, through a context manager; under load that walk is about half of all CPU
-time. Promises the same calls in the same order with the same treatment of exceptions, in the releases whose manager it was
-written beside; in any other the walk stays (`fits`). Knows nothing of the gateway.
+mitmproxy asks each of its addons at each event, through a context manager. Without that walk a call costs 7 to 12 % less processor
+time (JSON and streams, 16 and 64 connections, beside `relay` and `whole`). Promises the same calls in the same order with the same
+treatment of exceptions, in the releases whose manager it was written beside; in any other the walk stays (`fits`). Knows nothing of the
+gateway.
 """
 
 import dataclasses
@@ -41,6 +42,9 @@ def has(owner: type, parts: Mapping[str, Sequence[str]]) -> bool:
         return list(inspect.signature(part).parameters) if callable(part) else None
 
     return all(parameters(name) == known for name, known in parts.items())
+
+
+FITS = fits()
 
 
 def _waits(result: object) -> bool:

@@ -1,14 +1,27 @@
 """A connection's handler: the layers that only pass events on are left out."""
 
 import asyncio
+import socket
 
+import pytest
+from click.testing import CliRunner
 from gateway import gateway
+from ledgers import new_file
+from mitmproxy.proxy.layers.modes import ReverseProxy
+from mitmproxy.proxy.mode_servers import ProxyConnectionHandler
 
+from gateway_addon.cli import main
+from gateway_addon.proxy import server
+from gateway_addon.proxy.fastpath import connection
+from gateway_addon.proxy.fastpath.connection import QuickHandler
 from gateway_addon.proxy.inject import InjectLayer
+from gateway_addon.proxy.settings import FAST_PATH
 from gateway_addon.simulator import Simulator
 
 
-async def test_a_connection_is_taken_to_the_layer_that_does_something(tmp_path):
+@pytest.mark.parametrize("known", [True, False], ids=["short", "long"])
+async def test_a_connection_is_taken_to_the_layer_that_does_something(tmp_path, monkeypatch, known):
+    monkeypatch.setattr(connection, "FITS", known)
     async with Simulator() as api, gateway(tmp_path, api) as gw:
         reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
         for _ in range(2):  # the first event is taken by those that choose the layer
@@ -16,6 +29,30 @@ async def test_a_connection_is_taken_to_the_layer_that_does_something(tmp_path):
             answer = await reader.readuntil(b"\r\n\r\n")
             await reader.readexactly(int(answer.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
         [handler] = gw.master.addons.get("proxyserver").connections.values()
-        assert type(handler.layer) is InjectLayer
         writer.close()
         await writer.wait_closed()
+        assert (type(handler), type(handler.layer)) == ((QuickHandler, InjectLayer) if known else (ProxyConnectionHandler, ReverseProxy))
+
+
+@pytest.mark.parametrize("said", ["all", *FAST_PATH])
+def test_a_part_of_the_fast_path_is_left_out_as_told(tmp_path, monkeypatch, said):
+    """By each process that serves, and by it alone."""
+
+    async def nothing(settings):
+        return 0
+
+    (tmp_path / "gateway.yaml").write_text("workspace_geo: global\n")
+    where = ["--policies", str(tmp_path), "--ledger", f"sqlite:///{new_file(tmp_path)}", "--listen", "127.0.0.1:0", "--no-fast-path", said]
+    for part in server.FAST_PATH.values():
+        monkeypatch.setattr(part, "FITS", True)
+    monkeypatch.setattr(server, "_run", nothing)
+    handed_on = []
+    monkeypatch.setattr("gateway_addon.cli.serve.supervise", lambda arguments, listener, count: handed_on.extend(arguments) or 0)
+    assert CliRunner().invoke(main, ["serve", *where, "--workers", "2"]).exit_code == 0
+    assert all(part.FITS for part in server.FAST_PATH.values())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        own = [*handed_on, "--socket-fd", str(listener.fileno())]
+        assert CliRunner().invoke(main, ["serve", *own]).exit_code == 0
+        listener.detach()
+    left_out = [name for name, part in server.FAST_PATH.items() if not part.FITS]
+    assert left_out == (list(FAST_PATH) if said == "all" else [said])

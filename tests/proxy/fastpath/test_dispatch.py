@@ -8,6 +8,7 @@ from mitmproxy.proxy.layers.http import HttpRequestHook
 from mitmproxy.test import tflow
 
 from gateway_addon.proxy import server
+from gateway_addon.proxy.fastpath import dispatch
 from gateway_addon.proxy.fastpath.dispatch import Dispatch, fits
 
 
@@ -63,7 +64,7 @@ class Recorder:
     ids=["fine", "an error", "a halt"],
 )
 async def test_hooks_are_called_in_the_order_of_the_walk(monkeypatch, known, raises, told):
-    monkeypatch.setattr(server, "fits", lambda: known)
+    monkeypatch.setattr(dispatch, "FITS", known)
     master = server.LeanMaster(Options())
     assert isinstance(master.addons, Dispatch) is known
     seen = []
