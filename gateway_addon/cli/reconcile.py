@@ -24,10 +24,12 @@ from gateway_addon.operations.reconcile import (
     Correction,
     ReconcileLine,
     Reported,
+    Short,
     agreement_percent,
     bypassing,
     compare,
     corrections,
+    shorts,
     worth_nano,
     written,
 )
@@ -76,11 +78,19 @@ def reconcile(
         stop("The period has no day in it: --since lies before --until, and before now.")
     found = _both_sides(path, policy, start, end, workspaces, now)
     lines = compare(found.reported, found.metered, policy.prices)
+    past = bypassing(lines, found.estimates, policy.prices)
+    short = shorts(past, found.estimates, policy.prices)
     proved, silent = corrections(found.reported, found.metered, found.estimates, policy.prices, now=now)
     if adjust:
         _write(path, proved, now)
-    click.echo(_document(lines, found, proved) if as_json else _text(lines, found, proved, silent, policy, adjusted=adjust))
-    sys.exit(PROBLEM if bypassing(lines, found.estimates, policy.prices) else FINE)
+    if as_json:
+        click.echo(_document(lines, found, proved, short))
+    else:
+        alone = {(each.day, each.model) for each in short if each.alone}
+        past_it = [line for line in past if (line.day, line.model) not in alone]
+        said = [_unseen(lines, past_it, found, policy), *map(_short, short), *_estimated(found.estimates, proved, silent, adjusted=adjust)]
+        click.echo(_text(lines, found, said))
+    sys.exit(PROBLEM if past else FINE)
 
 
 def _day_start(text: str, now: float, *, ago: bool) -> int:
@@ -128,7 +138,7 @@ def _write(path: Path | ServerAddress, proved: Sequence[Correction], now: float)
                 admin.adjust(db, call_id, delta_nano, who=getpass.getuser(), why=correction.why, now=now)
 
 
-def _document(lines: Sequence[ReconcileLine], found: BothSides, proved: Sequence[Correction]) -> str:
+def _document(lines: Sequence[ReconcileLine], found: BothSides, proved: Sequence[Correction], short: Sequence[Short]) -> str:
     rows = [asdict(line) | {"day": written(line.day), "unseen": line.unseen} for line in lines]
     pairs = [(line.provider, line.gateway) for line in lines]
     provider_nano, gateway_nano = _money(found)
@@ -139,6 +149,7 @@ def _document(lines: Sequence[ReconcileLine], found: BothSides, proved: Sequence
             "provider_nano": provider_nano,
             "gateway_nano": gateway_nano,
             "corrections": [asdict(each) | {"day": written(each.day)} for each in proved],
+            "pace_too_small": [asdict(each) | {"day": written(each.day)} for each in short],
         },
         indent=2,
     )
@@ -150,15 +161,7 @@ def _money(found: BothSides) -> tuple[int, int]:
     return sum(each.nano for each in found.charged), exact_nano + sum(each.spent_nano for each in found.estimates)
 
 
-def _text(
-    lines: Sequence[ReconcileLine],
-    found: BothSides,
-    proved: Sequence[Correction],
-    silent: Sequence[str],
-    policy: GatewayPolicy,
-    *,
-    adjusted: bool,
-) -> str:
+def _text(lines: Sequence[ReconcileLine], found: BothSides, said: Sequence[str]) -> str:
     if not lines:
         return "Neither the provider nor the gateway saw a call in this period."
     rows = [
@@ -170,14 +173,22 @@ def _text(
     parts = [
         tabulate(rows, headers=headings, disable_numparse=True, colalign=align),
         f"Agreement: {_percent(lines)}. The provider charges {cents(provider_nano)}, the gateway booked {cents(gateway_nano)}.",
-        _unseen(lines, found, policy),
-        *_estimated(found.estimates, proved, silent, adjusted=adjusted),
+        *said,
     ]
     return "\n\n".join(parts)
 
 
-def _unseen(lines: Sequence[ReconcileLine], found: BothSides, policy: GatewayPolicy) -> str:
-    past = bypassing(lines, found.estimates, policy.prices)
+def _short(short: Short) -> str:
+    calls = "1 call that broke off" if short.calls == 1 else f"{short.calls} calls that broke off"
+    unless = "" if short.alone else "unless calls bypass the gateway, "
+    return (
+        f"{written(short.day)}: the provider billed {short.output_tokens:,} output tokens of {short.model} more than is booked, on a day "
+        f"with {calls}: {unless}its lag_s or output_tokens_per_second_max is too small. Raise them in policies/prices.yaml "
+        f"(models: {{{short.model}: {{lag_s: ...}}}}), or let its apps say `reserve: full`."
+    )
+
+
+def _unseen(lines: Sequence[ReconcileLine], past: Sequence[ReconcileLine], found: BothSides, policy: GatewayPolicy) -> str:
     if not past:
         lost = any(line.unseen for line in lines)
         how = "what it did not meter was lost with the answers of calls that it forwarded" if lost else "it knows all that the provider saw"

@@ -6,6 +6,7 @@ import os
 import pty
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from gateway_addon.ledger import Ledger, Outcome, Settlement, admin
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.reports import provider_comparison
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
-from gateway_addon.operations.reconcile import Counts, Reported, bypassing, compare, corrections, worth_nano
+from gateway_addon.operations.reconcile import Counts, Reported, Short, bypassing, compare, corrections, shorts, worth_nano
 from gateway_addon.pricing import load
 from gateway_addon.simulator import ADMIN_KEY, KEY, Behaviour, Simulator
 from gateway_addon.upstreams.usage_report import AdminApi, ReportUnavailable
@@ -223,6 +224,38 @@ def test_tokens_of_answers_that_were_lost_are_no_bypass(estimates, past):
     given = [Estimate(1, DAY, ended, HAIKU, spent_nano, metered_nano, 0) for spent_nano, metered_nano, ended in estimates]
     lines = compare([seen(output_tokens=10)], [], PRICES)
     assert sum(line.unseen for line in bypassing(lines, given, PRICES)) == past
+
+
+@pytest.mark.parametrize(
+    ("reported", "left", "found"),
+    [
+        ([seen(output_tokens=30)], True, [Short(DAY, HAIKU, 10, 1, alone=True)]),
+        ([seen(output_tokens=30)], False, []),
+        ([seen(output_tokens=20)], True, []),
+        ([seen(output_tokens=30, input_tokens=1)], True, [Short(DAY, HAIKU, 10, 1, alone=False)]),
+        ([seen("claude-sonnet-5", output_tokens=30)], True, []),
+        ([seen(output_tokens=20, input_tokens=1)], True, []),
+    ],
+    ids=["left", "lost", "all is booked", "input too", "another model", "input alone"],
+)
+def test_more_output_than_booked_on_a_day_with_left_calls(reported, left, found):
+    given = [replace(estimate(100_000, 100_000, 20), left=left)]
+    lines = compare(reported, [replace(metered(output_tokens=20), estimated=True)], PRICES)
+    assert shorts(bypassing(lines, given, PRICES), given, PRICES) == found
+
+
+async def test_a_pace_that_is_too_small_is_said(tmp_path):
+    """The provider goes on longer than declared after a client left: that is no bypass."""
+    hours = Behaviour(overrun=True, output_tokens=30_000, delay_ms=5)
+    async with Simulator(behaviour=hours) as api, gateway(tmp_path, api, policy=ADMIN) as gw:
+        async with gw.client().messages.stream(**HELLO | {"max_tokens": 32_000}) as stream:
+            async for _ in stream:
+                break
+        await gw.quiet()
+        shown = await run(tmp_path)
+    assert shown.exit_code == 1
+    assert f"output tokens of {HAIKU} more than is booked, on a day with 1 call that broke off: its lag_s or output" in shown.output
+    assert "Nothing bypassed the gateway" in shown.output
 
 
 # Corrections. Haiku 4.5: $1 and $5 for a million tokens, so 1,000 and 5,000 nano-dollars for one.

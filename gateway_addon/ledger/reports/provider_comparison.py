@@ -44,11 +44,14 @@ class Estimate:
     spent_nano: int
     metered_nano: int
     output_tokens: int
+    left: bool = False
+    """It broke off, so that its output is bounded by the declared pace of its model."""
 
 
 _DAYS = f"CAST(started_at AS INTEGER) / {DAY_S} AS day, CAST(coalesce(ended_at, started_at) AS INTEGER) / {DAY_S} AS ended_day"
 _CHOSEN = "started_at >= :since AND started_at < :until"
 _ESTIMATED = "' ' || flags LIKE '% estimated%'"
+_LEFT = " OR ".join(f"' ' || flags LIKE '% estimated:{reason}%'" for reason in ("cut", "no_status", "stream_error"))
 _MODEL = "coalesce(model_served, model_asked, '(none)')"
 
 # An answer that was refused before any output shows tokens and bills none: `nano > 0` leaves it out, as the provider does.
@@ -66,7 +69,8 @@ _ESTIMATES = f"""
 SELECT id AS call_id, {_DAYS}, {_MODEL} AS model,
   (SELECT sum(spent_nano) FROM entries WHERE call_id = calls.id) AS spent_nano,
   (SELECT coalesce(sum(nano), 0) FROM usage WHERE call_id = calls.id AND kind <> 'estimate') AS metered_nano,
-  (SELECT coalesce(sum(output_tokens), 0) FROM usage WHERE call_id = calls.id) AS output_tokens
+  (SELECT coalesce(sum(output_tokens), 0) FROM usage WHERE call_id = calls.id) AS output_tokens,
+  {_LEFT} AS "left"
 FROM calls WHERE {_CHOSEN} AND carried IS NULL AND state = 'settled' AND {_ESTIMATED} ORDER BY id
 """
 
@@ -79,7 +83,8 @@ def metered(db: sqlite3.Connection, *, since: float, until: float) -> list[Meter
 
 def estimates(db: sqlite3.Connection, *, since: float, until: float) -> list[Estimate]:
     """Every estimated call of the period at what it counts now, corrections included."""
-    return [Estimate(**dict(row)) for row in db.execute(_ESTIMATES, {"since": since, "until": until}).fetchall()]
+    rows = db.execute(_ESTIMATES, {"since": since, "until": until}).fetchall()
+    return [Estimate(**{**dict(row), "left": bool(row["left"])}) for row in rows]
 
 
 def claim_poll(db: sqlite3.Connection, *, now: float) -> float:
