@@ -271,6 +271,12 @@ APP: dict[str, Key] = {
     ),
     "require": Key(listing(word("metadata.user_id", "system")), "what each request must carry", ()),
     "reserve": Key(word("auto", "full", "progressive"), "how much of a stream's worst case is held while it runs", "auto"),
+    "abandoned": Key(
+        word("finish", "close"),
+        "what becomes of a call that does not stream when its client leaves: read to its end and booked exactly, or closed and booked at "
+        "what it held",
+        "finish",
+    ),
     "rates": _group(
         _rates,
         {

@@ -128,6 +128,7 @@ class AppPolicy:
     thinking: Thinking
     require: tuple[str, ...]
     reserve: Literal["full", "progressive", "auto"]
+    abandoned: Literal["finish", "close"]
     rates: RatePolicy
     alerts: Alerts
     mode: Literal["enforce", "observe"]

@@ -23,6 +23,7 @@ from gateway_addon.refusals import Refusal
 
 CUT_GRACE_S = 0.1  # how long a cut stream may take to complete its current event
 LOOK_AGAIN_S = 3600.0
+HALF_CLOSED_S = 0.25  # how long who closed its side may still wait to be admitted: longer than it takes where there is budget
 UNREAD_ANSWER_S = 1.0  # how long a client may take to read the answer to a body that was not wanted
 
 type Deadline = tuple[float, Callable[[], None]]
@@ -42,7 +43,9 @@ class FlowState:
     admitting: "asyncio.Task[None] | None" = None
     """Who waits for this call to be admitted, while somebody does."""
     left: bool = False
-    """The client went while it waited."""
+    """The client has gone, for certain or, while it waited for budget, by all appearances."""
+    client_closed: bool = False
+    """The client has closed its side: it has left, or has only nothing more to say."""
     began_monotonic_s: float = 0.0
     """When it was admitted."""
     running: InFlightCall | None = None
@@ -55,6 +58,8 @@ class FlowState:
     """The moment at which a stream that is being cut closes, its current event complete or not."""
     watchdog: asyncio.TimerHandle | None = None
     ended: bool = False
+    over: "asyncio.Future[None] | None" = None
+    """Done at its end, where somebody waits for that."""
 
     @property
     def wire(self) -> inject.WireState:
@@ -129,7 +134,28 @@ class FlowState:
         """Nothing is watched any more, and nothing leads from the flow's record back to the flow: it can go when its stream does."""
         self.ended = True
         self.rest()
-        self.wire.on_sent = inject.nothing
+        self.wire.on_sent = self.wire.on_client_end = inject.nothing
+        if self.over is not None and not self.over.done():
+            self.over.set_result(None)
+
+    # -- a client that leaves
+
+    def client_ended(self) -> None:
+        """The client closed its side. Nobody can tell whether it still reads, so it gets its answer, but no place in a queue."""
+        self.client_closed = True
+        asyncio.get_running_loop().call_later(HALF_CLOSED_S, self.stop_waiting)
+
+    def stop_waiting(self) -> None:
+        """Give up waiting to be admitted."""
+        if self.admitting is not None:
+            self.left = True
+            self.admitting.cancel()
+
+    async def finished(self) -> None:
+        """Wait until the answer is read to its end, of a call that goes on without its client."""
+        if self.wire.sent and self.wire.hold_open and not self.ended:
+            self.over = asyncio.get_running_loop().create_future()
+            await self.over
 
     def _deadlines(self) -> list[Deadline]:
         assert self.arrived is not None

@@ -19,7 +19,7 @@ from mitmproxy.proxy.layer import NextLayer
 from OpenSSL import SSL
 
 from gateway_addon.calls.gateway import Gateway
-from gateway_addon.calls.permits import AuthenticatedRequest, PermitEnd
+from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd
 from gateway_addon.calls.responses import OwnResponse, cap_headers, edited_header
 from gateway_addon.calls.running import Admission
 from gateway_addon.calls.settlement import EndedBy
@@ -55,6 +55,7 @@ REDIRECT = (
     "The Claude API answered with a redirect ({}), which the gateway does not hand on: your client would send the whole prompt there, past "
     "the gateway. The call cost nothing. Whoever runs the gateway names the API's own address in gateway.yaml (upstream)."
 )
+LEFT = Refusal("draining", "The client left before the call was admitted.")
 
 type Side = Literal["connection", "request", "response"]
 
@@ -155,13 +156,17 @@ class GatewayAddon:
             flow_state.server = data.server
 
     @guarded("connection")
-    def client_disconnected(self, client: connection.Client) -> None:
-        """Whoever waits at the door for a client that has left stops waiting."""
+    async def client_disconnected(self, client: connection.Client) -> None:
+        """Whoever waits at the door for a client that has left stops waiting; what was sent and does not stream is read to its end.
+
+        mitmproxy closes the connection to the upstream when this hook is done.
+        """
         flow_state = self.connections.pop(client.id, None)
-        if flow_state is not None and flow_state.admitting is not None:
-            flow_state.left = True
-            flow_state.admitting.cancel()
         close_forgotten(client)
+        if flow_state is not None:
+            flow_state.left = True
+            flow_state.stop_waiting()
+            await flow_state.finished()
 
     # -- a request
 
@@ -181,6 +186,7 @@ class GatewayAddon:
             arrived = self.gate.crowded(arrived, flow_state.body_bytes, self._held_bytes, self.clocks.now()) or arrived
         if isinstance(arrived, AuthenticatedRequest):
             flow_state.arrived = arrived
+            flow_state.wire.hold_open, flow_state.wire.on_client_end = arrived.app.abandoned == "finish", flow_state.client_ended
             label = (b"x-api-key", f"app:{arrived.app.name}".encode())  # for people; the wire copy gets the key
             flow.request.headers.fields = (*flow.request.headers.fields, label)
             return
@@ -230,7 +236,7 @@ class GatewayAddon:
             if not flow_state.left:
                 raise
             task.uncancel()
-            return self.answer(flow, Refusal("draining", "The client left before the call was admitted."))
+            return self.answer(flow, LEFT)
         finally:
             flow_state.admitting = None
         if isinstance(decision, OwnResponse | Refusal):
@@ -240,11 +246,15 @@ class GatewayAddon:
             flow_state.running = self.gate.run(decision, flow_state.cut, flow_state.began_monotonic_s)
         else:
             flow_state.free = decision
+        record = flow_state.wire
+        record.hold_open = record.hold_open and not _streams(decision)
+        if flow_state.left or (flow_state.client_closed and not record.hold_open):
+            self.finish(flow.id, "client", sent=False)
+            return self.answer(flow, LEFT)
         if decision.body is not None:
             flow.request.headers.fields = judged[0]
             flow.request.content = decision.body
             judged = (flow.request.headers.fields, flow.request.raw_content)
-        record = flow_state.wire
         record.grant, record.on_sent = self._grant(flow_state.arrived, request, *judged), flow_state.watch
         flow_state.watch()
 
@@ -371,7 +381,8 @@ class GatewayAddon:
             status, headers = said.status, {"content-type": "application/json", "request-id": request_id}
             body = json.dumps(said.body).encode() if said.body is not None else b""
         flow.response = http.Response.make(status, body, headers)
-        self.flow_states.pop(flow.id, None)
+        if (flow_state := self.flow_states.pop(flow.id, None)) is not None:
+            flow_state.end()
 
     def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:
         """Resolve the flow's reservation, once: whoever comes second finds nothing to do."""
@@ -405,6 +416,11 @@ class GatewayAddon:
             self.connections.pop(data.context.client.id, None)
         elif isinstance(data, server_hooks.ServerConnectionHookData):
             data.server.error = "the gateway failed before the connection was opened"
+
+
+def _streams(decision: Admission | Permit) -> bool:
+    """Whether the answer passes as it comes: it is then never read on without a client."""
+    return decision.reading.stream if isinstance(decision, Admission) else decision.response_hook.streamed
 
 
 def judged_request(flow: http.HTTPFlow) -> Request:

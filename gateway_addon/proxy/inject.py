@@ -92,6 +92,10 @@ class WireState:
     """How to say it to the client if the exchange breaks before an answer began."""
     hang_up: bool = False
     """Answer with `flow.response` at once, without reading the body, and close."""
+    hold_open: bool = False
+    """The call goes on though its client closes its side: it may still read, and if not, the answer tells what it cost."""
+    on_client_end: Callable[[], None] = nothing
+    """Called when that happens."""
     last_words: bytes | None = None
     """The gateway's own last event of a stream that it cuts: sent when the upstream side is gone, and the body ends cleanly."""
 
@@ -123,7 +127,9 @@ def install(top: layer.Layer | None) -> None:
 class InjectLayer(relay.DirectLayer):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if isinstance(event, events.Start) and self.context.client.alpn != b"h2":  # none, none in common, or HTTP/1
-            self.connections.setdefault(self.context.client, ApiHttp1Server(self.context.fork()))
+            server = ApiHttp1Server(self.context.fork())
+            server.top = self
+            self.connections.setdefault(self.context.client, server)
         yield from super()._handle_event(event)
 
     def make_stream(self, stream_id: int) -> layer.CommandGenerator[None]:
@@ -234,7 +240,12 @@ class ApiProtocolError(ResponseProtocolError):
 
 
 class ApiHttp1Server(whole.WholeServer):
-    """mitmproxy's HTTP/1 server with its own errors (400, 413, 502, in HTML) said in the API's shape, and a bounded head."""
+    """mitmproxy's HTTP/1 server with its own errors (400, 413, 502, in HTML) said in the API's shape, and a bounded head.
+
+    A client that closes its side behind its request is taken for one that left, unless its call is one to `hold_open`.
+    """
+
+    top: HttpLayer
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         """Without the bookkeeping of a layer that waits for answers: this one asks nothing, in the releases that are known."""
@@ -252,6 +263,17 @@ class ApiHttp1Server(whole.WholeServer):
                 yield commands.CloseConnection(self.conn)
                 return
         yield from super().send(event)
+        if isinstance(event, ResponseEndOfMessage | whole.WholeAnswer) and self.conn.state is connection.ConnectionState.CAN_WRITE:
+            yield from self.state(events.ConnectionClosed(self.conn))  # as it was while the call went on
+
+    def wait(self, event: events.Event) -> layer.CommandGenerator[None]:
+        stream = self.top.streams.get(self.stream_id)
+        if isinstance(event, events.ConnectionClosed) and isinstance(stream, InjectStream):
+            record = wire(stream.flow)
+            if record.hold_open and (record.sent or self.conn.state is connection.ConnectionState.CAN_WRITE):
+                record.on_client_end()
+                return
+        yield from super().wait(event)
 
     def read_headers(self, event: events.ConnectionEvent) -> layer.CommandGenerator[None]:
         if len(self.buf) > HEAD_BYTES_MAX and b"\r\n\r\n" not in bytes(self.buf)[:HEAD_BYTES_MAX]:

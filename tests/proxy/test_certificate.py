@@ -1,7 +1,9 @@
 """The listener's own certificate."""
 
 import asyncio
+import json
 import os
+import socket
 import ssl
 import subprocess
 from pathlib import Path
@@ -12,7 +14,7 @@ from gateway import gateway
 
 from gateway_addon.policy import Tls
 from gateway_addon.proxy.certificate import Certificate, TlsUnavailable
-from gateway_addon.simulator import Simulator
+from gateway_addon.simulator import Behaviour, Simulator
 
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
 VERSION = {"anthropic-version": "2023-06-01"}
@@ -38,6 +40,26 @@ async def test_a_client_that_trusts_the_certificate_calls_over_https_and_nobody_
         assert refused.status_code == 400
         assert "over https alone" in refused.json()["error"]["message"]
         await gw.quiet()
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["closed", "half closed"])
+async def test_who_leaves_over_https_is_settled_exactly(tmp_path, tls, half):
+    policy = f"tls: {{cert: {tls.cert}, key: {tls.key}}}\n"
+    async with Simulator(behaviour=Behaviour(output_tokens=40, tokens_per_s=200)) as api, gateway(tmp_path, api, policy=policy) as gw:
+        trusting = ssl.create_default_context(cafile=tls.cert)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gw.port, ssl=trusting, server_hostname="localhost")
+        body = json.dumps(HELLO).encode()
+        head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {gw.tokens['app']}\r\nanthropic-version: 2023-06-01"
+        writer.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+        async with asyncio.timeout(10):
+            while not api.book.in_flight:
+                await asyncio.sleep(0.01)
+            if half:
+                writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+                assert b'"usage"' in await reader.read(-1)
+        writer.close()
+        await gw.quiet()
+        assert await gw.spent_nano() == (await api.settled()).billed_nano > 0
 
 
 def test_a_renewed_certificate_is_taken_and_a_broken_one_is_a_sentence(tls):
