@@ -22,6 +22,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import official
 import peers
 import table
 
@@ -32,21 +33,26 @@ HERE = Path(__file__).parent
 class Case:
     body: str
     callers: int
-    reconnect: bool = False
+    connections: str = "kept"
     https: bool = False
-    peers: tuple[str, ...] = ("direct", "nginx", "mitmdump", "gateway", "litellm", "official")
+    peers: tuple[str, ...] = ("direct", "nginx", "mitmdump", "gateway", peers.ON_POSTGRESQL, "litellm", "official")
     pinned: bool = True
 
 
+OWN = ("mitmdump", "gateway", peers.ON_POSTGRESQL, "official")
 CASES = {
     "JSON small, 64 connections": Case("json", 64),
     "JSON small, 1 connection": Case("json", 1),
+    "JSON small in two pieces, 64 connections": Case("two", 64, peers=OWN),
+    "JSON small by its length, 64 connections": Case("length", 64, peers=OWN),
+    "JSON small, 64 new connections at once": Case("json", 64, connections="at once"),
+    "JSON small, 256 new connections at once": Case("json", 256, connections="at once", peers=OWN),
     "JSON 100 KB, 1 connection": Case("json100k", 1),
     "burst SSE, 16 connections": Case("burst", 16),
     "paced SSE, 64 connections": Case("paced", 64),
     "paced SSE, 1 connection": Case("paced", 1),
-    "connection per call, 16 callers": Case("json", 16, reconnect=True),
-    "https upstream, JSON small, 16 connections": Case("json", 16, https=True, peers=("mitmdump", "gateway")),
+    "connection per call, 16 callers": Case("json", 16, connections="each"),
+    "https upstream, JSON small, 16 connections": Case("json", 16, https=True, peers=OWN[:3]),
     "JSON small, 64 connections, nothing pinned": Case("json", 64, peers=("mitmdump", "gateway", "gatewayx2"), pinned=False),
 }
 
@@ -77,7 +83,7 @@ def _certificate(path: Path) -> None:
 def measure(peer: peers.Peer, case: Case, seconds: float, core: int | None) -> dict[str, Any]:
     """One run. The first half second warms the peer up and is not counted."""
     for length in (min(0.5, seconds), seconds):
-        settings = {"port": peer.port, "credential": peer.credential, "body": case.body, "callers": case.callers, "seconds": length, "reconnect": case.reconnect}
+        settings = {"port": peer.port, "credential": peer.credential, "body": case.body, "callers": case.callers, "seconds": length, "connections": case.connections}
         before = peer.cpu_s()
         command = [sys.executable, str(HERE / "load.py"), json.dumps(settings)]
         if core is not None:
@@ -95,7 +101,8 @@ def run(case: Case, rounds: int, seconds: float, programs: Mapping[str, str], ot
     with tempfile.TemporaryDirectory(prefix="gateway-bench-", dir=Path.cwd()) as name, api(Path(name), callers_core, api_port, https=case.https) as upstream:
         for turn in range(rounds):
             for peer_name in case.peers:
-                if peer_name in peers.PROGRAMS and peer_name not in programs:
+                missing = peer_name in peers.PROGRAMS and peer_name not in programs
+                if missing or (peer_name == peers.ON_POSTGRESQL and not official.possible()):
                     continue
                 with peers.started(peer_name, Path(name) / f"{peer_name}-{turn}", upstream, peer_core, programs.get(peer_name, "")) as peer:
                     seen[peer_name].append(measure(peer, case, seconds, callers_core))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from ledgers import Cap, url
 from postgresql import Postgres, binaries

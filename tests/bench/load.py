@@ -1,6 +1,8 @@
 """Callers in a closed loop: each sends its next call when its last one was answered whole. Prints what it saw as JSON.
 
-    python load.py '{"port": 8080, "credential": "x-api-key: ...", "body": "json", "callers": 64, "seconds": 3, "reconnect": false}'
+    python load.py '{"port": 8080, "credential": "x-api-key: ...", "body": "json", "callers": 64, "seconds": 3, "connections": "kept"}'
+
+Connections are `kept`, or made anew for `each` call, or all made `at once`: each makes one call, and when all were answered the next begin.
 """
 
 import asyncio
@@ -18,6 +20,8 @@ def _body(turns: int, *, stream: bool, marker: str = "") -> bytes:
 
 BODIES = {
     "json": _body(1, stream=False),
+    "two": _body(1, stream=False, marker="bench-two "),
+    "length": _body(1, stream=False, marker="bench-length "),
     "json100k": _body(49, stream=False),
     "burst": _body(1, stream=True),
     "paced": _body(1, stream=True, marker="bench-paced "),
@@ -27,8 +31,8 @@ BODIES = {
 class Caller(asyncio.Protocol):
     """One connection; its answers' times go to `seen` as (whole, first byte of the body), in seconds."""
 
-    def __init__(self, request: bytes, until: float, seen: list[tuple[float, float]], faults: list[str], reconnect: bool) -> None:
-        self.request, self.until, self.seen, self.faults, self.reconnect = request, until, seen, faults, reconnect
+    def __init__(self, request: bytes, until: float, seen: list[tuple[float, float]], faults: list[str], kept: bool) -> None:
+        self.request, self.until, self.seen, self.faults, self.kept = request, until, seen, faults, kept
         self.done = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -67,14 +71,14 @@ class Caller(asyncio.Protocol):
             self.seen.append((now - self.began, self.first - self.began))
         else:
             self.faults.append(bytes(self.answer[:300]).decode("latin-1"))
-        if now < self.until and not self.reconnect:
+        if now < self.until and self.kept:
             self.send()
         else:
             self.done.set_result(None)
             self.transport.close()
 
 
-async def main(port: int, credential: str, body: str, callers: int, seconds: float, reconnect: bool) -> dict[str, object]:
+async def main(port: int, credential: str, body: str, callers: int, seconds: float, connections: str) -> dict[str, object]:
     loop = asyncio.get_running_loop()
     content = BODIES[body]
     head = f"POST /v1/messages HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\nanthropic-version: 2023-06-01\r\n{credential}\r\n"
@@ -86,12 +90,14 @@ async def main(port: int, credential: str, body: str, callers: int, seconds: flo
 
     async def call() -> None:
         while True:
-            _, caller = await loop.create_connection(lambda: Caller(request, until, seen, faults, reconnect), "127.0.0.1", port)
+            _, caller = await loop.create_connection(lambda: Caller(request, until, seen, faults, connections == "kept"), "127.0.0.1", port)
             await caller.done
-            if time.perf_counter() >= until or not reconnect:
+            if time.perf_counter() >= until or connections != "each":
                 return
 
     await asyncio.gather(*(call() for _ in range(callers)))
+    while connections == "at once" and time.perf_counter() < until:
+        await asyncio.gather(*(call() for _ in range(callers)))
     wholes, firsts = sorted(whole for whole, _ in seen), sorted(first for _, first in seen)
     at = len(seen) // 2
     return {

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 from postgresql import Postgres, binaries
 
@@ -51,7 +51,7 @@ def surroundings(folder: Path, port: int, upstream: str) -> Iterator[int]:
         with _provider() as issuer:
             text = CONFIG.format(port=port, issuer=issuer, secret=SECRET, store=server.database(), upstream=upstream, admin=ADMIN)
             (folder / "official.yaml").write_text(text)
-            yield int((server.data / "postmaster.pid").read_text().split()[0])
+            yield server.pid
     finally:
         server.remove()
 

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import official
+from postgresql import Postgres, binaries
 
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import ServerAddress, admin
 from gateway_addon.ledger.store import sqlite_files
 
 PROGRAMS = {"nginx": "nginx", "litellm": "litellm", "official": "claude"}
 """The peers that are not the project's own, by their programs' names."""
 
+ON_POSTGRESQL = "gateway-postgresql"
 START_S = 120  # LiteLLM takes seven seconds of a core of its own, and several times that of one that is shared
 NONE = "x-api-key: none"
 APP = "models: {allow: ['claude-*']}\ncaps: {day: $1000000, month: $1000000}\n"
@@ -106,19 +108,24 @@ def started(name: str, folder: Path, upstream: str, core: int | None, program: s
         elif name == "official":
             environment |= official.variables(folder)
             database = stack.enter_context(official.surroundings(folder, port, upstream))
-        command, credential = _command(name, folder, port, upstream, program)
+        place: Path | ServerAddress = folder / "gateway.db"
+        if name == ON_POSTGRESQL:
+            server = Postgres(binaries(), fsync=True)
+            stack.callback(server.remove)
+            place, database = server.ledger(), server.pid
+        command, credential = _command(name, folder, place, port, upstream, program)
         log = stack.enter_context(open(folder / "log", "wb"))
         process = subprocess.Popen(command if core is None else ["taskset", "-c", str(core), *command], stdout=log, stderr=log, env=environment)
         stack.callback(_stop, process)
         if core is not None:
             _pin(database, core)
-        _wait(process, lambda: _listens(port) and _workers(folder) >= _wanted(name), folder / "log")
+        _wait(process, lambda: _listens(port) and (database is not None or _workers(folder) >= _wanted(name)), folder / "log")
         if name == "official":
             official.cap(port)
         yield Peer(name, port, process.pid, credential, database)
 
 
-def _command(name: str, folder: Path, port: int, upstream: str, program: str) -> tuple[list[str], str]:
+def _command(name: str, folder: Path, place: Path | ServerAddress, port: int, upstream: str, program: str) -> tuple[list[str], str]:
     """How a peer is started, its files being written, and its credential."""
     bin_folder = Path(sys.executable).parent
     if name == "mitmdump":
@@ -133,21 +140,21 @@ def _command(name: str, folder: Path, port: int, upstream: str, program: str) ->
         return [program, *where, "--num_workers", "1", "--telemetry", "False"], "x-api-key: sk-bench"
     if name == "official":
         return [program, "gateway", "--config", str(folder / "official.yaml")], official.credential(port)
-    token = _policies(folder, upstream)
-    where = ["--listen", f"127.0.0.1:{port}", "--policies", str(folder / "policies"), "--ledger", f"sqlite:///{folder / 'gateway.db'}"]
+    token = _policies(folder, place, upstream)
+    where = ["--listen", f"127.0.0.1:{port}", "--policies", str(folder / "policies"), "--ledger", place.url if isinstance(place, ServerAddress) else f"sqlite:///{place}"]
     command = [sys.executable, "-O", "-m", "gateway_addon", "serve", *where, "--workers", str(_wanted(name))]
     if upstream.startswith("https:"):
         command += ["--set", f"ssl_verify_upstream_trusted_ca={folder.parent / 'upstream.pem'}"]
     return command, f"x-api-key: {token}"
 
 
-def _policies(folder: Path, upstream: str) -> str:
+def _policies(folder: Path, place: Path | ServerAddress, upstream: str) -> str:
     (folder / "policies" / "apps").mkdir(parents=True)
     (folder / "policies" / "gateway.yaml").write_text(f"upstream: {upstream}\nkey: {{env: BENCH_KEY}}\n")
     (folder / "policies" / "apps" / "bench.yaml").write_text(APP)
-    sqlite_files.create(folder / "gateway.db")
+    sqlite_files.create(place)
     token = tokens.mint()
-    with admin.changing(folder / "gateway.db") as db:
+    with admin.changing(place) as db:
         admin.issue_token(db, "bench", tokens.digest(token), who="bench", now=time.time())
     return token
 

@@ -1,6 +1,7 @@
 """A simulated API that costs next to nothing: it reads the framing of a request and answers from memory.
 
-What it answers is what the real API sends (wire format, usage, ids), but it bills nobody: `gateway_addon.simulator` does that.
+It answers as the real API does (wire format, usage, ids, and the headers of recorded answers: JSON in chunks, which arrive in one piece
+or in two), but it bills nobody: `gateway_addon.simulator` does that.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import ssl
 import sys
 
 PACED_S = 0.002
+SECOND_PIECE_S = 0.001
 DELTAS = 50
 
 _USAGE = {"input_tokens": 180, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 250, "service_tier": "standard"}
@@ -23,15 +25,30 @@ def _event(name: str, **data: object) -> bytes:
     return f"event: {name}\ndata: {json.dumps({'type': name} | data)}\n\n".encode()
 
 
-def _answer(content_type: str, body: bytes) -> bytes:
-    return f"HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\nrequest-id: req_bench\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+_LIMITS = "".join(
+    f"anthropic-ratelimit-{what}-limit: 4000\r\nanthropic-ratelimit-{what}-remaining: 3999\r\nanthropic-ratelimit-{what}-reset: 2026-11-28T12:00:00Z\r\n"
+    for what in ("requests", "tokens", "input-tokens", "output-tokens")
+)
+
+
+def _head(content_type: str, framing: str) -> bytes:
+    """With the names of the headers of the recorded answers."""
+    lines = (
+        "HTTP/1.1 200 OK", "date: Sat, 28 Nov 2026 12:00:00 GMT", f"content-type: {content_type}", framing, "connection: keep-alive", "request-id: req_bench",
+        "anthropic-organization-id: 00000000-0000-0000-0000-000000000000", "via: 1.1 google", "cf-cache-status: DYNAMIC", "x-robots-tag: none",
+        "strict-transport-security: max-age=31536000; includeSubDomains; preload", "server: cloudflare", "cf-ray: 87084f286b44103c-LAX",
+    )  # fmt: skip
+    return ("\r\n".join(lines) + f"\r\n{_LIMITS}\r\n").encode()
 
 
 def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-JSON = _answer("application/json", json.dumps(_message([{"type": "text", "text": "word " * 200}], _USAGE, "end_turn")).encode())
+BODY = json.dumps(_message([{"type": "text", "text": "word " * 200}], _USAGE, "end_turn")).encode()
+LAST_CHUNK = b"0\r\n\r\n"
+JSON = _head("application/json", "transfer-encoding: chunked") + _chunk(BODY)
+BY_LENGTH = _head("application/json", f"content-length: {len(BODY)}") + BODY
 EVENTS = [
     _event("message_start", message=_message([], _USAGE | {"output_tokens": 1}, None)),
     _event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
@@ -40,8 +57,8 @@ EVENTS = [
     _event("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 250}),
     _event("message_stop"),
 ]
-STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nrequest-id: req_bench\r\ntransfer-encoding: chunked\r\n\r\n"
-BURST = STREAM_HEAD + _chunk(b"".join(EVENTS)) + b"0\r\n\r\n"
+STREAM_HEAD = _head("text/event-stream; charset=utf-8", "transfer-encoding: chunked")
+BURST = STREAM_HEAD + _chunk(b"".join(EVENTS)) + LAST_CHUNK
 
 
 class Api(asyncio.Protocol):
@@ -68,8 +85,13 @@ class Api(asyncio.Protocol):
                 return
             body = bytes(self.buffer[end + 4 : total])
             del self.buffer[:total]
-            if b'"stream": true' not in body:
+            if b"bench-two" in body:
                 self.transport.write(JSON)
+                asyncio.get_running_loop().call_later(SECOND_PIECE_S, self.transport.write, LAST_CHUNK)
+            elif b"bench-length" in body:
+                self.transport.write(BY_LENGTH)
+            elif b'"stream": true' not in body:
+                self.transport.write(JSON + LAST_CHUNK)
             elif b"bench-paced" in body:
                 self.pacing = asyncio.ensure_future(self.pace())
             else:
@@ -83,7 +105,7 @@ class Api(asyncio.Protocol):
         for number, event in enumerate(EVENTS):
             await asyncio.sleep(began + number * PACED_S - loop.time())
             self.transport.write(_chunk(event))
-        self.transport.write(b"0\r\n\r\n")
+        self.transport.write(LAST_CHUNK)
 
 
 async def main(certificate: str, port: int) -> None:
