@@ -15,7 +15,7 @@ from gateway_addon.calls.quote import quote
 from gateway_addon.calls.refusal_messages import over_request_cap
 from gateway_addon.ledger.batches import ResultRow
 from gateway_addon.messages import BatchMeter, BatchResult, json_object
-from gateway_addon.messages.request import DEEP, ParsedRequest, Request, Unreadable, message, parsed
+from gateway_addon.messages.request import DEEP, ParsedRequest, Request, Unreadable, few_files, message, parsed
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, edits, judge, observed
 from gateway_addon.pricing import Prices, cost
@@ -87,6 +87,7 @@ def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Aske
             quote_nano, hour_ttl, rewritten = quote_nano + one.quote_nano, hour_ttl or one.reading.hour_ttl, rewritten or bool(one.changes)
             models.add(one.reading.model)
             files.update(one.reading.found.files)
+            few_files(len(files))
             flags |= dict.fromkeys((*(f"edited:{name}" for name in one.changes), *one.observed))
     except (Unreadable, ValueError) as error:
         return stated("body", f"{error}")

@@ -23,11 +23,11 @@ from typing import Any
 from gateway_addon.calls import alerts
 from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook, new_call
 from gateway_addon.calls.queue import BudgetQueue
-from gateway_addon.calls.quote import Quote, quote
+from gateway_addon.calls.quote import Quote
 from gateway_addon.calls.record import OnCall, record
 from gateway_addon.calls.refusal_messages import denied, elsewhere, headroom, in_force, over_request_cap, paused, throttled
-from gateway_addon.calls.reservation_options import reservation_options, rewritten
-from gateway_addon.calls.responses import OwnResponse, edited_text, me, visible_models
+from gateway_addon.calls.reservation_options import reservation_options
+from gateway_addon.calls.responses import OwnResponse, me, visible_models
 from gateway_addon.calls.running import Admission, InFlightCall
 from gateway_addon.calls.settlement import EndedBy, Void, drifted, settle
 from gateway_addon.calls.top_ups import Cut, RunningStreams
@@ -36,6 +36,8 @@ from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.identity import tokens
 from gateway_addon.identity.client_address import origin, within
 from gateway_addon.identity.throttle import FailedAuthenticationThrottle
+from gateway_addon.judging import judge_request
+from gateway_addon.judging_process import JudgingProcess
 from gateway_addon.ledger import (
     Alert,
     Denied,
@@ -57,7 +59,7 @@ from gateway_addon.messages.request import ParsedRequest, Request
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
 from gateway_addon.operations.webhooks import AlertDelivery
-from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, judge, observed
+from gateway_addon.policy import AppPolicy, GatewayPolicy, caps
 from gateway_addon.refusals import Refusal
 from gateway_addon.upstreams.rate_limits import shortage
 
@@ -97,7 +99,8 @@ class Gateway:
         self.streams = RunningStreams(ledger, clocks)
         self._queue = BudgetQueue(ledger)
         self._alert_delivery = alert_delivery
-        self.workspace = Workspace(ledger, self._queue, clocks.now, self.batch_closed, self._resolve)
+        self._judging = JudgingProcess()
+        self.workspace = Workspace(ledger, self._queue, clocks.now, self.batch_closed, self._resolve, self._judging)
         self._delivering: asyncio.Task[None] | None = None
         self._limits_monotonic_s = -math.inf
         self._throttle = FailedAuthenticationThrottle()
@@ -162,22 +165,13 @@ class Gateway:
 
     async def admit(self, arrived: AuthenticatedRequest, request: Request, now: float) -> Admission | Permit | OwnResponse | Refusal:
         """Judge a request by its policy and reserve what it can cost. On return the reservation is durable."""
-        app = arrived.app
-        read = reading.read(arrived.endpoint, request)
-        if isinstance(read, Refusal):
-            return self._refused(app, arrived.token, arrived.endpoint, read, now)
-        call = new_call(arrived, read, request, self._entrance)
-        flags: tuple[str, ...] = ()
-        body: bytes | None = None
-        asked, overrun = read.body, read.model in arrived.overruns
-        if changes := {} if read.shared else rewritten(app, arrived.policy.prices, read, overrun=overrun, now=now):
-            request, read = reading.edited(arrived.endpoint, request, changes)
-            if isinstance(read, Refusal):
-                return self._refused(app, arrived.token, arrived.endpoint, read, now)
-            flags, body = tuple(f"edited:{name}" for name in changes), request.body
-        refusal = judge(app, read, arrived.policy.prices)
-        flags += tuple(f"observed:{code}" for code in observed(app, read, arrived.policy.prices))
-        bound = refusal or (quote(read, app, arrived.policy.prices, now) if read.endpoint == "messages" else None)
+        app, prices, endpoint = arrived.app, arrived.policy.prices, arrived.endpoint
+        judged = await self._judging.judge(
+            endpoint, request.body, judge_request, app, prices, endpoint, request, arrived.overruns, now
+        )  # fmt: skip
+        if isinstance(judged, Refusal):
+            return self._refused(app, arrived.token, endpoint, judged, now)
+        call, read, bound = new_call(arrived, judged.asked, request, self._entrance), judged.reading, judged.verdict
         if isinstance(bound, Quote):
             call = replace(call, input_tokens=bound.input_tokens, quote_nano=bound.total_nano)
         try:
@@ -186,11 +180,11 @@ class Gateway:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
             self._turned_away(call, decision.code, now)
-        elif isinstance(decision, Admission) and (flags or body is not None):
-            decision = replace(decision, flags=(*flags, *decision.flags), body=body, edited=edited_text(changes, asked))
+        elif isinstance(decision, Admission) and (judged.flags or judged.body is not None):
+            decision = replace(decision, flags=(*judged.flags, *decision.flags), body=judged.body, edited=judged.edited)
         elif isinstance(decision, Permit):
-            edited = edited_text(changes, asked) or decision.edited
-            decision = replace(decision, flags=flags, body=decision.body if body is None else body, edited=edited)
+            body = decision.body if judged.body is None else judged.body
+            decision = replace(decision, flags=judged.flags, body=body, edited=judged.edited or decision.edited)
         return decision
 
     async def _decide(
@@ -263,6 +257,7 @@ class Gateway:
             self._delivering.cancel()
         if self._alert_delivery is not None:
             await self._alert_delivery.stop()
+        self._judging.close()
         await self.ledger.close()
 
     # -- close

@@ -23,6 +23,7 @@ from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd,
 from gateway_addon.calls.queue import BudgetQueue, ReservationOption
 from gateway_addon.calls.refusal_messages import BatchQuote, denied
 from gateway_addon.calls.responses import OwnResponse
+from gateway_addon.judging_process import JudgingProcess
 from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, ownership
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, NewBatch
@@ -55,6 +56,7 @@ class Workspace:
     clock: Callable[[], float]
     closed: OnBatchClosed
     resolve: Resolve
+    judging: JudgingProcess
 
     async def admit(
         self, arrived: AuthenticatedRequest, read: ParsedRequest, request: Request, call: NewCall, now: float
@@ -94,8 +96,7 @@ class Workspace:
 
     async def _create_batch(self, arrived: AuthenticatedRequest, request: Request, call: NewCall, now: float) -> Permit | Refusal:
         app, policy = arrived.app, arrived.policy
-        # up to a hundred thousand requests, so beside the event loop
-        asked = await asyncio.to_thread(batches.judged, app, policy.prices, request, now)
+        asked = await self.judging.judge(arrived.endpoint, request.body, batches.judged, app, policy.prices, request, now)
         if isinstance(asked, Refusal):
             return asked
         if (foreign := await self.foreign_file(app, asked.files)) is not None:

@@ -21,6 +21,14 @@ from gateway_addon.refusals import Refusal, stated
 BODY_BYTES_MAX = 32_000_000
 """The API's own limit for one message request (platform documentation, "Errors": request_too_large)."""
 
+VALUES_MAX = 2_000_000
+"""JSON values in one body. The API takes 100,000 messages, or requests of a batch, which need a tenth to a half of that; 31 MB of
+`[[],[],...]` would be ten million lists, 25 s and a gigabyte."""
+
+MODEL_CHARACTERS_MAX = 256
+FILES_MAX = 20_000
+"""Files at the provider that one body names: each is looked up in the ledger."""
+
 MAX_TOKENS_MAX = 10_000_000
 """More than any model can write (128,000, 300,000 in batches): beyond it the arithmetic is not worth doing."""
 
@@ -59,6 +67,8 @@ _ITEM_PATH = re.compile(r"(/v1/messages/batches/(?=msgbatch_)|/v1/files/(?=file_
 _PAIR = r"(?:[A-Za-z0-9_.\[\]-]|%5[BbDd])+(?:=[A-Za-z0-9_.:+-]*)?"  # brackets, plain and as some clients write them
 _QUERY = re.compile(rf"{_PAIR}(?:&{_PAIR})*\Z")
 DEEP = "the body is nested too deeply to be read safely; flatten it"
+_VALUE_MARKS = (b",", b"[", b"{")
+_NO_MARKS = bytes(set(range(256)) - {*b'",[{'})
 _KNOWN_FIELDS = {name.casefold(): name for name in UNTYPED[""]}
 _KNOWN_FIELD_CHARACTERS_MAX = max(map(len, _KNOWN_FIELDS))
 
@@ -226,6 +236,9 @@ def _plain_json_headers(request: Request) -> None:
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
+    if (values := value_count(raw)) > VALUES_MAX:
+        limits = f"the body holds {values:,} JSON values, the gateway reads {VALUES_MAX:,}"
+        raise Unreadable(f"{limits}; put data into the prompt as text, or send several requests")
     if raw.startswith(b"\xef\xbb\xbf"):
         raise Unreadable("the body begins with a byte order mark; send plain UTF-8 without one")
     try:
@@ -239,6 +252,20 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise Unreadable("the body is not a JSON object; send one, with model, max_tokens and messages")
     return body
+
+
+def value_count(raw: bytes) -> int:
+    """Count the values in a JSON text before anything is made of them, 0 where they are certainly fewer than VALUES_MAX.
+
+    Never fewer than a parser makes before it stops.
+    Without escapes each quote begins or ends a string, and only outside of strings does a mark begin another value.
+    """
+    if len(raw) <= VALUES_MAX or sum(map(raw.count, _VALUE_MARKS)) < VALUES_MAX:
+        return 0
+    marks_alone = raw.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_MARKS)
+    if (strings := marks_alone.count(b'"') // 2) > 2 * VALUES_MAX:  # each is a value or the key of one
+        return (strings + 1) // 2
+    return len(b"".join(marks_alone.split(b'"')[::2]))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -259,8 +286,8 @@ def _readable_fields(endpoint: str, body: dict[str, Any], found: RequestScan) ->
         if name not in UNTYPED[""] and (known := _taken_for(name)) is not None:
             raise Unreadable(f"the key {name[:80]!r} can be taken for {known!r}; spell it exactly so")
     model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise Unreadable("model must be one non-empty string, like claude-haiku-4-5")
+    if not isinstance(model, str) or not 0 < len(model) <= MODEL_CHARACTERS_MAX:
+        raise Unreadable(f"model must be one non-empty string of at most {MODEL_CHARACTERS_MAX} characters, like claude-haiku-4-5")
     if not isinstance(body.get("messages"), list):
         raise Unreadable("messages must be a list")
     if not isinstance(body.get("tools", []), list):
@@ -270,8 +297,15 @@ def _readable_fields(endpoint: str, body: dict[str, Any], found: RequestScan) ->
     if endpoint in MESSAGES:
         _whole_number("max_tokens", body.get("max_tokens"))
     for where, other in found.models:
-        if not isinstance(other, str) or not other:
-            raise Unreadable(f"{where} must be one non-empty string")
+        if not isinstance(other, str) or not 0 < len(other) <= MODEL_CHARACTERS_MAX:
+            raise Unreadable(f"{where} must be one non-empty string of at most {MODEL_CHARACTERS_MAX} characters")
+    few_files(len(found.files))
+
+
+def few_files(named: int) -> None:
+    """Raise Unreadable where one body names more files than the gateway looks up."""
+    if named > FILES_MAX:
+        raise Unreadable(f"the body names {named:,} files at the provider, the gateway looks up {FILES_MAX:,}; send several requests")
 
 
 def _taken_for(name: str) -> str | None:

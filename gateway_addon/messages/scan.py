@@ -25,6 +25,15 @@ from gateway_addon.messages.schema import (
 DEPTH_MAX = 64
 """Deeper than any request of the SDK's types outside its free zones (about 12); a depth bomb is not a request."""
 
+USES_MAX = 1_000
+"""Settings, tools and blocks that a policy must name, in one request: ten times what a long conversation with files and searches has."""
+MODELS_MAX = 100
+"""Other models that one request names: the API takes a handful."""
+UNKNOWN_KEPT = 10
+"""Unknown fields that are remembered by their places: sentences show five."""
+STEP_CHARACTERS_MAX = 64
+"""A step of a place that is written out: a key may be as long as the body, and stand above a million objects."""
+
 Path = tuple["Path", str | int] | None
 """Where in the body: linked, because a path is written out only for the few objects that somebody must be told of."""
 
@@ -68,7 +77,7 @@ class RequestScan:
     files: list[str] = field(default_factory=list)
     """Ids of files at the provider, wherever one is named, in unknown objects and fields too; not those in the echo of an answer."""
     unknown: list[str] = field(default_factory=list)
-    """Fields and types that the table does not know, by path."""
+    """Fields and types that the table does not know, by path: the first of them."""
 
     def expanded(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Each definition that is referred to, and how often."""
@@ -76,7 +85,7 @@ class RequestScan:
 
 
 def survey(body: dict[str, Any]) -> RequestScan:
-    """Count and collect. Raises ValueError with a sentence when the body is nested deeper than DEPTH_MAX."""
+    """Count and collect. Raises ValueError with a sentence when the body is nested deeper, or uses more, than any request does."""
     seen = RequestScan()
     messages = body.get("messages")
     seen.messages = len(messages) if isinstance(messages, list) else 0
@@ -88,6 +97,9 @@ def survey(body: dict[str, Any]) -> RequestScan:
         node, name, path, depth = stack.pop()
         if depth > DEPTH_MAX:
             raise ValueError(f"the body is nested deeper than {DEPTH_MAX} levels at {_written(path)[:80]}")
+        if len(seen.uses) > USES_MAX or len(seen.models) > MODELS_MAX:
+            limits = f"{USES_MAX:,} features and names at most {MODELS_MAX} other models"
+            raise ValueError(f"the body has too much for one request, which uses at most {limits} here; send several requests")
         if isinstance(node, list):
             walked = ((i, item) for i, item in enumerate(node) if isinstance(item, _NESTED) and not _passed_over(item, name, seen))
             stack.extend([(item, name, (path, i), depth + 1) for i, item in walked])
@@ -124,16 +136,18 @@ def _look_up(node: dict[str, Any], name: str, path: Path, seen: RequestScan) -> 
     kind = _kind(node, name)
     _note_cache(node, path, seen)
     if "file_id" in node and (kind is None or kind.effect is Effect.OUTSIDE or "file_id" not in kind.fields):
-        seen.files.append(str(node["file_id"]))
+        seen.files.append(file_id if isinstance(file_id := node["file_id"], str) else _shown(file_id))
     if kind is None:
-        seen.unknown.append(f"{_written(path)} (type {node['type']!r})" if "type" in node else f"{_written(path)} (an object)")
-        family = _FAMILIES.get(_DATE.sub("", str(node.get("type"))))
+        _note_unknown(seen, path, f" (type {_shown(node['type'])})" if "type" in node else " (an object)")
+        type_name = node.get("type")
+        family = _FAMILIES.get(_DATE.sub("", type_name)) if isinstance(type_name, str) else None
         if family is not None:
             _note(node, family, name, path, seen)
         return frozenset()
     if not node.keys() <= kind.fields:
         odd = [key for key in node if key not in kind.fields and (key != "type" or node[key] is not None)]
-        seen.unknown.extend(_written((path, key)) for key in odd)
+        for key in odd[:UNKNOWN_KEPT]:
+            _note_unknown(seen, (path, key))
     _note(node, kind, name, path, seen)
     return kind.free
 
@@ -163,7 +177,17 @@ def _note_cache(node: dict[str, Any], path: Path, seen: RequestScan) -> None:
         seen.cache_control = True
         seen.hour_ttl = seen.hour_ttl or node.get("ttl") not in (None, "5m")
         if node.get("ttl") not in (None, "5m", "1h"):
-            seen.unknown.append(f"{_written((path, 'ttl'))} ({node['ttl']!r})")
+            _note_unknown(seen, (path, "ttl"), f" ({_shown(node['ttl'])})")
+
+
+def _note_unknown(seen: RequestScan, path: Path, what: str = "") -> None:
+    if len(seen.unknown) < UNKNOWN_KEPT:
+        seen.unknown.append(_written(path) + what)
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence. One that holds others is not written out: it may be the whole body, and hold one that is shown too."""
+    return f"a {type(value).__name__}" if isinstance(value, _NESTED) else repr(value[:80] if isinstance(value, str) else value)
 
 
 def _note(node: dict[str, Any], kind: ObjectSchema, name: str, path: Path, seen: RequestScan) -> None:
@@ -222,5 +246,5 @@ def _written(path: Path) -> str:
     steps: list[str] = []
     while path is not None:
         path, step = path
-        steps.append(f"[{step}]" if isinstance(step, int) else f".{step}")
+        steps.append(f"[{step}]" if isinstance(step, int) else f".{step[:STEP_CHARACTERS_MAX]}")
     return "".join(reversed(steps)).removeprefix(".") or "the body"
