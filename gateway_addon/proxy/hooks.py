@@ -50,7 +50,6 @@ REQUIRED_OPTIONS: dict[str, Any] = {
     "websocket": False,
     "rawtcp": False,
 }
-FAILED = "The gateway failed while judging this request, so it was not sent. Its log says why; sending the same again will not help."
 REDIRECT = (
     "The Claude API answered with a redirect ({}), which the gateway does not hand on: your client would send the whole prompt there, past "
     "the gateway. The call cost nothing. Whoever runs the gateway names the API's own address in gateway.yaml (upstream)."
@@ -67,23 +66,23 @@ def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
 
     def guard(hook: Callable[..., Any]) -> Callable[..., Any]:
-        def failed(self: "GatewayAddon", data: Any) -> None:
-            logger.exception("The gateway failed in its %s hook.", hook.__name__)
-            self.fail(side, data)
+        def failed(self: "GatewayAddon", data: Any, error: Exception) -> None:
+            inject.say_failure(f"its {hook.__name__} hook", error)
+            self.fail(side, data, inject.failed(error))
 
         @functools.wraps(hook)
         def call(self: "GatewayAddon", data: Any) -> Any:
             try:
                 result = hook(self, data)
-            except Exception:
-                return failed(self, data)
+            except Exception as error:
+                return failed(self, data, error)
             return finish(self, result, data) if asyncio.iscoroutine(result) else None
 
         async def finish(self: "GatewayAddon", result: Any, data: Any) -> None:
             try:
                 await result
-            except Exception:
-                failed(self, data)
+            except Exception as error:
+                failed(self, data, error)
 
         call.guard = guard  # type: ignore[attr-defined]
         return call
@@ -209,7 +208,7 @@ class GatewayAddon:
         if self.draining:
             return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
         if flow.client_conn.id not in self.connections:
-            return Refusal("internal", FAILED)  # nothing injects here: its `next_layer` hook has failed
+            return Refusal("internal", inject.FAILED)  # nothing injects here: its `next_layer` hook has failed
         if flow.request.authority or flow.request.scheme not in ("http", "https"):
             return Refusal("request", "The request names another host in its first line. Use the gateway as the base URL, not as a proxy.")
         if any(name == "upgrade" and "websocket" in value.lower() for name, value in headers):  # any other is an offer, and may be ignored
@@ -328,9 +327,9 @@ class GatewayAddon:
             return chunk
         try:
             return flow_state.chunk(chunk)
-        except Exception:
-            logger.exception("The gateway failed in its stream tap.")
-            self.fail("response", flow_state.flow)
+        except Exception as error:
+            inject.say_failure("its stream tap", error)
+            self.fail("response", flow_state.flow, inject.failed(error))
             return chunk
 
     @guarded("response")
@@ -397,7 +396,7 @@ class GatewayAddon:
         elif flow_state.free is not None:
             self.gate.close_free(flow_state.free, PermitEnd(sent, ended_by, flow_state.status), self.clocks.now())
 
-    def fail(self, side: Side, data: Any) -> None:
+    def fail(self, side: Side, data: Any, refusal: Refusal) -> None:
         """A hook failed: nothing unjudged passes, and nothing that may have been billed is forgotten."""
         if isinstance(data, http.HTTPFlow):
             record = inject.wire(data)
@@ -407,7 +406,7 @@ class GatewayAddon:
                 try:
                     self.finish(data.id, "gateway", sent=record.sent)
                 finally:
-                    self.answer(data, Refusal("internal", FAILED))
+                    self.answer(data, refusal)
             else:
                 if flow_state is not None and flow_state.running is not None and flow_state.running.in_steps:
                     flow_state.close_upstream()  # nothing tops the grant up any more

@@ -42,6 +42,7 @@ from gateway_addon.refusals import Refusal, new_request_id
 
 logger = logging.getLogger(__name__)
 
+FAILED = "The gateway failed while judging this request, so it was not sent. Its log says why; sending the same again will not help."
 NOT_WELL_FORMED = "The request is not well-formed HTTP/1.1, so it was not judged. Use an HTTP client library to build it."
 _QUOTED = re.compile(r""":? b['"]""")
 BROKEN = (RequestProtocolError, ResponseProtocolError)
@@ -87,7 +88,7 @@ class WireState:
     """The request was handed to the upstream's socket: from here on the provider may have done work."""
     on_sent: Callable[[], None] = nothing
     """Called at that moment: other deadlines hold from then on."""
-    broken_by: Literal["client", "upstream"] | None = None
+    broken_by: Literal["client", "upstream", "gateway"] | None = None
     refusal: Refusal | None = None
     """How to say it to the client if the exchange breaks before an answer began."""
     hang_up: bool = False
@@ -125,6 +126,36 @@ def install(top: layer.Layer | None) -> None:
 
 
 class InjectLayer(relay.DirectLayer):
+    broken = False
+    """A layer has failed: what it was about is settled, the connections close, and nothing that still comes is looked at."""
+
+    def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
+        if self.broken:
+            return
+        try:
+            yield from super().handle_event(event)
+        except Exception as error:
+            self.broken = True
+            say_failure("a layer of the proxy", error)
+            refusal = failed(error)
+        else:
+            return
+        yield from self._broke_down(refusal)
+
+    def _broke_down(self, refusal: Refusal) -> layer.CommandGenerator[None]:
+        """End what was in flight: mitmproxy would log the failure and leave caller and upstream waiting for each other."""
+        flows = [each.flow for each in self.streams.values() if getattr(each, "flow", None) is not None]
+        self.streams.clear()  # with the bodies, where there was no memory for one more copy
+        for each in flows:
+            wire(each).broken_by = "gateway"
+            each.error = flow.Error(refusal.sentence)
+            yield HttpErrorHook(each)
+        client = self.connections.get(self.context.client)
+        if isinstance(client, ApiHttp1Server) and client.response is None:
+            yield commands.SendData(self.context.client, _raw_answer(refusal))
+        for connected in [*self.connections]:
+            yield commands.CloseConnection(connected)
+
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if isinstance(event, events.Start) and self.context.client.alpn != b"h2":  # none, none in common, or HTTP/1
             server = ApiHttp1Server(self.context.fork())
@@ -224,6 +255,21 @@ class InjectStream(whole.WholeStream):
     def _give_up(self) -> None:
         self.flow.live = False
         self.client_state = self.server_state = self.state_errored
+
+
+def failed(error: Exception) -> Refusal:
+    """What a caller is told whose request the gateway failed at."""
+    if isinstance(error, MemoryError):
+        return Refusal("crowded", "The gateway has no memory for this request beside those in flight. Send it again in a moment.", 1)
+    return Refusal("internal", FAILED)
+
+
+def say_failure(where: str, error: Exception) -> None:
+    """Log a failure, of memory in one line: its traceback would hold what there was no room for, and names a place by chance."""
+    if isinstance(error, MemoryError):
+        logger.error("Out of memory in %s: its call ends. Lower bodies_in_flight, or give the process more.", where)
+    else:
+        logger.error("The gateway failed in %s.", where, exc_info=error)
 
 
 def _over(event: events.Event) -> layer.CommandGenerator[None]:
