@@ -14,9 +14,9 @@ from mitmproxy import ctx, exceptions
 from mitmproxy.addonmanager import Loader
 from mitmproxy.proxy import server_hooks
 
-from gateway_addon.cli.common import project_folder
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.operations.logs import mask
+from gateway_addon.operations.places import project_folder
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable

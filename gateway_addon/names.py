@@ -6,7 +6,11 @@ terminal obeys, a line cannot hold or a database refuses; and no token that was 
 that length, however long a name came.
 """
 
-from gateway_addon.identity.tokens import masked
+import re
+
+TOKEN_PREFIX = "gwt_"
+TOKEN_PATTERN = re.compile(r"gwt_[0-9A-Za-z]{1,64}")
+"""A token of the gateway's, or a piece of one, in a text that must not show it."""
 
 NAME_CHARS_MAX = 200
 """Longer than any id of the API's (64 characters) or of Claude Code's (36)."""
@@ -24,3 +28,8 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def masked(text: str) -> str:
+    """Return a text that may be shown: each token in it, or piece of one, reads `gwt_***`."""
+    return TOKEN_PATTERN.sub(f"{TOKEN_PREFIX}***", text) if TOKEN_PREFIX in text else text

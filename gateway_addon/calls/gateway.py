@@ -21,6 +21,8 @@ from functools import partial
 from typing import Any
 
 from gateway_addon.calls import alerts
+from gateway_addon.calls.judging import judge_request
+from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook, new_call
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.quote import Quote
@@ -36,8 +38,6 @@ from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.identity import tokens
 from gateway_addon.identity.client_address import origin, within
 from gateway_addon.identity.throttle import FailedAuthenticationThrottle
-from gateway_addon.judging import judge_request
-from gateway_addon.judging_process import JudgingProcess
 from gateway_addon.ledger import (
     Alert,
     Denied,
@@ -58,7 +58,6 @@ from gateway_addon.messages import wrong_paths
 from gateway_addon.messages.request import ParsedRequest, Request
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
-from gateway_addon.operations.webhooks import AlertDelivery
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps
 from gateway_addon.refusals import Refusal
 from gateway_addon.upstreams.rate_limits import shortage
@@ -76,15 +75,21 @@ BROWSER = Refusal(
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
 
 
+def log_alert(alert: Alert) -> None:
+    """Tell a person by the log alone."""
+    logger.warning("%s", alert.sentence)
+
+
 class Gateway:
     """One process's door. `policy` is replaced whole by a reload; calls in flight keep the one they came under."""
 
     def __init__(
-        self, ledger: Ledger, policy: GatewayPolicy, clocks: Clocks = SYSTEM, alert_delivery: AlertDelivery | None = None,
+        self, ledger: Ledger, policy: GatewayPolicy, clocks: Clocks = SYSTEM, emit: Callable[[Alert], None] | None = None,
         entrance: str = "", on_call: OnCall | None = None,
     ):  # fmt: skip
         """`clocks` pace; what concerns windows and rows takes its `now` from the caller.
 
+        `emit` takes what a person should hear of, and never waits; without it the log does.
         `on_call` hears of each call once it has ended and what it cost is written.
         `entrance` stands before the endpoint in each call's row: which door it came by, where there are several.
         """
@@ -98,10 +103,9 @@ class Gateway:
         self.key_problem: str | None = None
         self.streams = RunningStreams(ledger, clocks)
         self._queue = BudgetQueue(ledger)
-        self._alert_delivery = alert_delivery
+        self.emit = log_alert if emit is None else emit
         self._judging = JudgingProcess()
         self.workspace = Workspace(ledger, self._queue, clocks.now, self.batch_closed, self._resolve, self._judging)
-        self._delivering: asyncio.Task[None] | None = None
         self._limits_monotonic_s = -math.inf
         self._throttle = FailedAuthenticationThrottle()
         self._ready_monotonic_s = -math.inf
@@ -245,20 +249,13 @@ class Gateway:
         self.streams.look_after(running, monotonic_s)
 
     def start(self) -> None:
-        """Begin to look after running streams, and to tell alerts, in the running loop."""
+        """Begin to look after running streams, in the running loop."""
         self.streams.start()
-        if self._alert_delivery is not None:
-            self._delivering = asyncio.ensure_future(self._alert_delivery.run(lambda: self.policy))
 
-    async def stop(self) -> None:
-        """Write what is waiting and let the ledger go."""
+    def stop(self) -> None:
+        """Look after no stream and judge no body any more. The ledger is its opener's to close."""
         self.streams.stop()
-        if self._delivering is not None:
-            self._delivering.cancel()
-        if self._alert_delivery is not None:
-            await self._alert_delivery.stop()
         self._judging.close()
-        await self.ledger.close()
 
     # -- close
 
@@ -323,13 +320,6 @@ class Gateway:
             self.emit(alerts.late(admission.app.name, admission.reading.model, admission.call_id, resolution, running.lost_s, now))
         elif resolution.overrun:
             self.emit(alerts.overrun(admission.app.name, admission.reading.model, admission.call_id, resolution, now))
-
-    def emit(self, alert: Alert) -> None:
-        """Let a person hear of something. Never waits."""
-        if self._alert_delivery is not None:
-            self._alert_delivery.emit(alert)
-        else:
-            logger.warning("%s", alert.sentence)
 
     def close_free(self, free: Permit, ending: PermitEnd, now: float) -> None:
         """A forwarded call without a meter has ended: its errand hears of it, and a row is kept of what cost nothing."""

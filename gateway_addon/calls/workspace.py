@@ -19,11 +19,11 @@ from urllib.parse import parse_qs
 from gateway_addon.calls import batches
 from gateway_addon.calls.batch_booking import BatchBooking, OnBatchClosed, priced_by
 from gateway_addon.calls.files import file_of, upload_problem
+from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook
 from gateway_addon.calls.queue import BudgetQueue, ReservationOption
 from gateway_addon.calls.refusal_messages import BatchQuote, denied
 from gateway_addon.calls.responses import OwnResponse
-from gateway_addon.judging_process import JudgingProcess
 from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, ownership
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, NewBatch

@@ -10,16 +10,11 @@ from typing import Any, NoReturn
 import click
 
 from gateway_addon.names import printable
+from gateway_addon.operations.places import project_folder
 
 FINE, PROBLEM, WRONG_USAGE = 0, 1, 2
 ROW_NUMBER = click.IntRange(1, 2**63 - 1)
 """A call's, a token's: what a ledger can count to."""
-
-
-def project_folder() -> Path:
-    """The checkout that this package runs from; for an installed package, a folder of the user's own."""
-    checkout = Path(__file__).resolve().parents[2]
-    return checkout if (checkout / "pyproject.toml").exists() else Path.home() / ".gateway"
 
 
 def policies_option[F: Callable[..., Any]](command: F) -> F:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import click
 
-from gateway_addon.cli.common import ledger_option, policies_option, project_folder, says_errors
+from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.store.sqlite_files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.operations.deploy import compose as deployment
 from gateway_addon.operations.deploy import services
+from gateway_addon.operations.places import project_folder
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.policy.keys import NAME
 from gateway_addon.pricing import PriceError

@@ -20,10 +20,8 @@ from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Me
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
 from gateway_addon.operations.reconcile import (
-    Charged,
     Correction,
     ReconcileLine,
-    Reported,
     Short,
     agreement_percent,
     bypassing,
@@ -36,7 +34,7 @@ from gateway_addon.operations.reconcile import (
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
-from gateway_addon.upstreams.usage_report import AdminApi, ReportUnavailable
+from gateway_addon.upstreams.usage_report import AdminApi, Charged, Reported, ReportUnavailable
 
 NO_ADMIN_KEY = (
     "No admin key is named. Write `admin_key: {env: ANTHROPIC_ADMIN_KEY}` (or file, command, keyring) in policies/gateway.yaml. It is "

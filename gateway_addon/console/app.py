@@ -28,7 +28,7 @@ from gateway_addon.ledger.reports import call_detail
 from gateway_addon.ledger.reports.day_cache import DayCache, ReadConnection
 from gateway_addon.ledger.reports.day_cache import apps as apps_of
 from gateway_addon.money import cents, dollars
-from gateway_addon.operations.reload import fingerprint
+from gateway_addon.operations.reload import files_now
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 
@@ -55,7 +55,7 @@ class Policies:
 
     def __call__(self) -> GatewayPolicy:
         """Raises PolicyError or PriceError where no policy was ever good."""
-        seen = fingerprint(self.folder)
+        seen = files_now(self.folder)
         if self._policy is None or seen != self._seen:
             try:
                 self._policy, self.problem = load(self.folder), None

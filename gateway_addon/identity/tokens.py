@@ -6,22 +6,18 @@ Knows nothing of apps, storage or HTTP libraries.
 """
 
 import hashlib
-import re
 import secrets
 import string
 import zlib
 from collections.abc import Iterable
 
+from gateway_addon.names import TOKEN_PATTERN, TOKEN_PREFIX
 from gateway_addon.refusals import Refusal
-
-PREFIX = "gwt_"
-PATTERN = re.compile(r"gwt_[0-9A-Za-z]{1,64}")
-"""What a token, or a piece of one, looks like in a text that must not show it."""
 
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _SECRET_DIGITS = 43  # 62^43 > 2^256
 _CHECK_DIGITS = 6  # 62^6 > 2^32
-_LENGTH = len(PREFIX) + _SECRET_DIGITS + _CHECK_DIGITS
+_LENGTH = len(TOKEN_PREFIX) + _SECRET_DIGITS + _CHECK_DIGITS
 
 ISSUE = "Ask the gateway's operator for one (gateway token issue APP)"
 
@@ -29,7 +25,7 @@ ISSUE = "Ask the gateway's operator for one (gateway token issue APP)"
 def mint() -> str:
     """A new token. It is shown once and never stored: keep `digest(token)`."""
     secret = _base62(secrets.randbits(256), _SECRET_DIGITS)
-    return PREFIX + secret + _check(secret)
+    return TOKEN_PREFIX + secret + _check(secret)
 
 
 def digest(token: str) -> str:
@@ -39,13 +35,9 @@ def digest(token: str) -> str:
 
 def well_formed(token: str) -> bool:
     """True if the token has the right prefix, length and checksum: it was pasted whole."""
-    secret, check = token[len(PREFIX) : -_CHECK_DIGITS], token[-_CHECK_DIGITS:]
-    return len(token) == _LENGTH and token.startswith(PREFIX) and PATTERN.fullmatch(token) is not None and _check(secret) == check
-
-
-def masked(text: str) -> str:
-    """A text that may be shown: whatever looks like a token, or a piece of one, is `gwt_***`."""
-    return PATTERN.sub(f"{PREFIX}***", text) if PREFIX in text else text
+    secret, check = token[len(TOKEN_PREFIX) : -_CHECK_DIGITS], token[-_CHECK_DIGITS:]
+    shaped = len(token) == _LENGTH and TOKEN_PATTERN.fullmatch(token) is not None
+    return shaped and _check(secret) == check
 
 
 def credential(headers: Iterable[tuple[str, str]]) -> str | Refusal:
@@ -74,10 +66,11 @@ def credential(headers: Iterable[tuple[str, str]]) -> str | Refusal:
 
 def _what_is_wrong(token: str) -> str:
     if token.startswith("sk-ant-"):
-        return f"This is a Claude API key; the gateway takes only its own tokens ({PREFIX}...). Put the app's token in its place. {ISSUE}."
-    if token.startswith(PREFIX):
+        own = f"the gateway takes only its own tokens ({TOKEN_PREFIX}...)"
+        return f"This is a Claude API key; {own}. Put the app's token in its place. {ISSUE}."
+    if token.startswith(TOKEN_PREFIX):
         return f"The token was cut or mistyped: it has {len(token)} of {_LENGTH} characters, or a wrong checksum. Paste it again, whole."
-    return f"The credential is not a gateway token: those begin with {PREFIX}. {ISSUE}."
+    return f"The credential is not a gateway token: those begin with {TOKEN_PREFIX}. {ISSUE}."
 
 
 def _check(secret: str) -> str:

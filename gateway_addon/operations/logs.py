@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from gateway_addon.calls.record import CallRecord
-from gateway_addon.identity.tokens import masked
+from gateway_addon.names import masked
 
 CALLS = logging.getLogger("gateway_addon.calls.record")
 LOUD = ("mitmproxy.proxy.server", "mitmproxy.proxy.mode_servers", "hpack", "asyncio", "tornado", "quic")

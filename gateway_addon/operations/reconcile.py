@@ -19,69 +19,19 @@ without a price, or whose report lacks tokens the gateway metered exactly (then 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from datetime import date, timedelta
 from fractions import Fraction
-from typing import Self
 
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
 from gateway_addon.messages import TokenCounts
 from gateway_addon.money import cents
 from gateway_addon.pricing import Prices, rates
+from gateway_addon.upstreams.usage_report import KINDS, Counts, Reported
 
 _EPOCH = date(1970, 1, 1)
 COMPLETE_AFTER_S = 3600
 """Reports are some five minutes late; an hour after its end a day is taken as complete."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Billed tokens by kind, and last the searches, of several calls."""
-
-    input_tokens: int = 0
-    cache_read_tokens: int = 0
-    cache_write_5m_tokens: int = 0
-    cache_write_1h_tokens: int = 0
-    output_tokens: int = 0
-    web_searches: int = 0
-
-    def __add__(self, other: Self) -> "Counts":
-        return Counts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
-
-    def without(self, other: Self) -> "Counts":
-        """What is left of each kind, nothing below zero."""
-        return Counts(*(max(0, mine - theirs) for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def tokens(self) -> int:
-        tokens: tuple[int, ...] = astuple(self)[:-1]
-        return sum(tokens)
-
-    def covers(self, other: Self) -> bool:
-        return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
-
-
-KINDS = tuple(field.name for field in fields(Counts))
-
-
-@dataclass(frozen=True, slots=True)
-class Reported:
-    """What the provider counted on a day, for one model, key, speed and region."""
-
-    day: int
-    model: str
-    key_id: str
-    speed: str | None
-    inference_geo: str | None
-    counts: Counts
-
-
-@dataclass(frozen=True, slots=True)
-class Charged:
-    """What the provider charges for a day, or a part of that."""
-
-    day: int
-    nano: int
 
 
 @dataclass(frozen=True, slots=True)

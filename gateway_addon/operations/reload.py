@@ -13,8 +13,8 @@ from pathlib import Path
 
 from gateway_addon.calls.alerts import policy_broken
 from gateway_addon.calls.gateway import Gateway
+from gateway_addon.identity.fingerprint import fingerprint
 from gateway_addon.ledger import Ledger, LedgerUnavailable, ServerAddress, access, admin, background, reservations
-from gateway_addon.onboarding.inventory import consumers
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
@@ -32,9 +32,9 @@ class PolicyWatcher:
 
     def __init__(self, folder: Path, gate: Gateway, key: WatchedSecret):
         self._folder, self._gate, self._key = folder, gate, key
-        self._seen = self._resting = fingerprint(folder)
+        self._seen = self._resting = files_now(folder)
         self._key_problem: str | None = None
-        self._audited = consumers.fingerprint(key())
+        self._audited = fingerprint(key())
         self._reading: asyncio.Future[None] | None = None
 
     async def watch(self) -> None:
@@ -64,7 +64,7 @@ class PolicyWatcher:
 
     async def look(self) -> None:
         """Put changed files in force once they rest, or say why not and keep what was."""
-        before = fingerprint(self._folder)
+        before = files_now(self._folder)
         if before == self._seen:
             return
         if before != self._resting:
@@ -75,11 +75,11 @@ class PolicyWatcher:
             self._refuse_another_upstream(policy)
             await asyncio.to_thread(self._key.follow, policy.key, policy.secret_variables)
         except (PolicyError, PriceError, SecretUnavailable) as error:
-            if fingerprint(self._folder) == before:  # else somebody is still saving: look again
+            if files_now(self._folder) == before:  # else somebody is still saving: look again
                 self._seen = before
                 self._problem(str(error))
             return
-        if fingerprint(self._folder) != before:
+        if files_now(self._folder) != before:
             return
         self._seen = before
         await align(self._gate.ledger, policy, await asyncio.to_thread(saved_by, self._folder))
@@ -96,7 +96,7 @@ class PolicyWatcher:
 
     async def look_at_the_key(self) -> None:
         """Audit a key that has changed, and say so where it cannot be read again. Raises LedgerUnavailable."""
-        shown, problem = consumers.fingerprint(self._key()), self._key.problem
+        shown, problem = fingerprint(self._key()), self._key.problem
         if problem is not None and problem != self._key_problem:
             logger.error("%s The key that was read before stays in use.", problem)
         self._key_problem = problem
@@ -143,7 +143,7 @@ async def align(ledger: Ledger, policy: GatewayPolicy, who: str) -> None:
 
 async def audit_key(ledger: Ledger, key: WatchedSecret) -> None:
     """Keep which key is in use, by its fingerprint, once for all processes. Raises LedgerUnavailable."""
-    shown, who = consumers.fingerprint(key()), await asyncio.to_thread(_saved_the_key, key)
+    shown, who = fingerprint(key()), await asyncio.to_thread(_saved_the_key, key)
     await ledger.change(partial(admin.keep_key, fingerprint=shown, place=key.place, who=who, now=time.time()))
 
 
@@ -164,7 +164,7 @@ def saved_by(folder: Path) -> str:
         return "unknown"
 
 
-def fingerprint(folder: Path) -> Fingerprint:
+def files_now(folder: Path) -> Fingerprint:
     """What tells one state of the policy files from another: names, times, sizes, inodes."""
     return tuple((str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino) for path in _files(folder) if (stat := path.stat()))
 

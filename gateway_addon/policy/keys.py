@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from gateway_addon.messages.header_filter import OWN
 from gateway_addon.policy.kinds import (
     AMOUNT,
     BOOLEAN,
@@ -46,7 +47,6 @@ from gateway_addon.policy.model import (
     Tls,
 )
 from gateway_addon.pricing import LISTED_BY
-from gateway_addon.upstreams.header_filter import OWN
 
 NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
 """Apps and teams: lower case, so that two spellings never mean two budgets."""

@@ -17,7 +17,7 @@ from mitmproxy.proxy.layers.http._http1 import Http1Connection
 HEAD_BYTES_MAX = 64 * 1024  # of a first line and the headers behind it; mitmproxy itself has no limit
 
 
-class Chunks(ChunkedReader):
+class BoundedChunks(ChunkedReader):
     """h11's reader of a chunked body, which says nothing of trailers."""
 
     def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:
@@ -30,7 +30,7 @@ class Body(Http1Connection):
 
     def read_body(self, event: events.Event) -> layer.CommandGenerator[None]:
         if type(self.body_reader) is ChunkedReader:
-            self.body_reader.__class__ = Chunks
+            self.body_reader.__class__ = BoundedChunks
         yield from super().read_body(event)
         # What is left of a body's bytes is no content: it is half of a line that frames a chunk, or trailers.
         if self.state == self.read_body and len(self.buf) > HEAD_BYTES_MAX:

@@ -24,12 +24,12 @@ from gateway_addon.calls.responses import OwnResponse, cap_headers, edited_heade
 from gateway_addon.calls.running import Admission
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.clocks import SYSTEM, Clocks
+from gateway_addon.messages import header_filter
 from gateway_addon.messages.request import Request
 from gateway_addon.proxy import inject
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.flows import FlowState, close_forgotten
 from gateway_addon.refusals import Refusal, new_request_id
-from gateway_addon.upstreams import header_filter
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class GatewayAddon:
             await asyncio.sleep(0.05)
         for flow_id in list(self.flow_states):
             self.finish(flow_id, "gateway", sent=True)
-        await self.gate.stop()
+        self.gate.stop()
 
     # -- a connection
 

@@ -195,7 +195,7 @@ async def assembled(
     await align(ledger, policy, saved_by(policies))
     await audit_key(ledger, key)
     alert_delivery = AlertDelivery(ledger, lambda source: WatchedSecret(source, withheld=policy.secret_variables)(), time.time)
-    gate = Gateway(ledger, policy, SYSTEM, alert_delivery, entrance, on_call)
+    gate = Gateway(ledger, policy, SYSTEM, alert_delivery.emit, entrance, on_call)
     refused = asyncio.Event()
     addon = make(gate, key, key_refused=refused.set)
     watcher = PolicyWatcher(policies, gate, key)
@@ -203,14 +203,22 @@ async def assembled(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     batch_poller = BatchPoller(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key), gate.batch_closed)
     daily_totals_job = DailyTotalsJob(ledger, time.time)
-    watching = [
-        asyncio.ensure_future(each) for each in (watcher.watch(), keep_fresh(key, refused), batch_poller.run(), daily_totals_job.run())
-    ]
+    jobs = (
+        watcher.watch(),
+        keep_fresh(key, refused),
+        batch_poller.run(),
+        daily_totals_job.run(),
+        alert_delivery.run(lambda: gate.policy),
+    )
+    watching = [asyncio.ensure_future(job) for job in jobs]
     try:
         yield policy, key, addon
     finally:
         for each in watching:
             each.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
+        await alert_delivery.stop()
+        await ledger.close()
 
 
 def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Master:

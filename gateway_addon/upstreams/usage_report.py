@@ -8,12 +8,11 @@ import http.client
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlencode, urlsplit
-
-from gateway_addon.operations.reconcile import Charged, Counts, Reported
 
 TIMEOUT_S = 60
 DAYS_A_PAGE = 31
@@ -21,6 +20,56 @@ USAGE = "/v1/organizations/usage_report/messages"
 COST = "/v1/organizations/cost_report"
 PAGES_MAX = 1000
 NANO_PER_CENT = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Billed tokens by kind, and last the searches, of several calls."""
+
+    input_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    output_tokens: int = 0
+    web_searches: int = 0
+
+    def __add__(self, other: Self) -> "Counts":
+        return Counts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def without(self, other: Self) -> "Counts":
+        """What is left of each kind, nothing below zero."""
+        return Counts(*(max(0, mine - theirs) for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def tokens(self) -> int:
+        tokens: tuple[int, ...] = astuple(self)[:-1]
+        return sum(tokens)
+
+    def covers(self, other: Self) -> bool:
+        return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+
+
+KINDS = tuple(field.name for field in fields(Counts))
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What the provider counted on a day, for one model, key, speed and region."""
+
+    day: int
+    model: str
+    key_id: str
+    speed: str | None
+    inference_geo: str | None
+    counts: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """What the provider charges for a day, or a part of that."""
+
+    day: int
+    nano: int
 
 
 class ReportUnavailable(Exception):

@@ -15,9 +15,9 @@ from gateway import Running, gateway
 from ledgers import ENGINES, new_ledger, url
 
 from gateway_addon.cli.check import check
+from gateway_addon.identity.fingerprint import fingerprint
 from gateway_addon.ledger import Ledger, LedgerUnavailable, admin
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.onboarding.inventory.consumers import fingerprint
 from gateway_addon.operations.reload import KEY_PROBLEM, LOOK_EVERY_S, PolicyWatcher, align, audit_key, must_agree
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator

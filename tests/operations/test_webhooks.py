@@ -273,7 +273,7 @@ async def test_an_app_that_spends_is_told_of_once_by_the_highest_threshold_and_i
 @pytest.fixture
 def news(monkeypatch):
     kept = []
-    monkeypatch.setattr("gateway_addon.calls.gateway.Gateway.emit", lambda gate, alert: kept.append(alert))
+    monkeypatch.setattr("gateway_addon.calls.gateway.log_alert", kept.append)
     return kept
 
 
@@ -329,12 +329,15 @@ async def test_a_policy_that_is_not_in_force_is_told(tmp_path, news):
 async def test_a_running_gateway_tells_by_itself(tmp_path, caplog):
     with hook() as (address, bodies), caplog.at_level(logging.WARNING):
         async with Simulator(behaviour=Behaviour(output_tokens=100)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
-            gw.gate._alert_delivery = herald_of(gw.gate.ledger, address)
-            gw.gate._delivering = asyncio.ensure_future(gw.gate._alert_delivery.run(lambda: gw.gate.policy))
+            delivery = herald_of(gw.gate.ledger, address)
+            gw.gate.emit = delivery.emit
+            delivering = asyncio.ensure_future(delivery.run(lambda: gw.gate.policy))
             await ask(gw)
             for _ in range(150):
                 await asyncio.sleep(0.02)
                 if bodies:
                     break
+            delivering.cancel()
+            await delivery.stop()
         assert bodies[0]["scope"] == "app:app"
     assert "Alert: app app spent" in caplog.text

@@ -152,5 +152,6 @@ async def gateway(
     finally:
         master.shutdown()
         await task
+        await ledger.close()
         while proxy.connections:
             await asyncio.sleep(0.01)

@@ -81,3 +81,7 @@ async def send(gw, data: bytes, *, finish: bool = False) -> bytes:
     finally:
         writer.close()
     return answer
+
+
+def gateway_head(*lines: str, token: str, line: str = "POST /v1/messages HTTP/1.1") -> bytes:
+    return "\r\n".join((line, "host: gateway.internal", f"x-api-key: {token}", *lines, "", "")).encode()

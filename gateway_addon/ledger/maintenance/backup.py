@@ -22,7 +22,7 @@ from gateway_addon.ledger.types import LedgerUnavailable
 LOGS = ("-wal", "-journal")
 """What SQLite appends to a database's name for changes that are not in it yet: it plays them into whatever has that name."""
 
-type Figures = tuple[int, ...]
+type CopyFigures = tuple[int, ...]
 
 _FIGURES = """
 SELECT (SELECT count(*) FROM calls), (SELECT count(*) FROM entries), (SELECT coalesce(sum(spent_nano), 0) FROM entries),
@@ -82,7 +82,7 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
     return figures[0], kept
 
 
-def _proved_copy(source: Path, target: Path, *, log: bool = False) -> Figures:
+def _proved_copy(source: Path, target: Path, *, log: bool = False) -> CopyFigures:
     """Copy a ledger into one file, with nothing of it beside. `log`: one that will keep a write-ahead log, as gateways need it."""
     with admin.reading(source, as_it_is=True) as db:
         sqlite_files.must_be_a_ledger(source, db)
@@ -97,7 +97,7 @@ def _proved_copy(source: Path, target: Path, *, log: bool = False) -> Figures:
             return _figures(written)
 
 
-def _prove_in_place(ledger: Path, expected: Figures, kept: list[Path], now: float) -> None:
+def _prove_in_place(ledger: Path, expected: CopyFigures, kept: list[Path], now: float) -> None:
     """Open what stands in the ledger's place, as a gateway would, and take it away again where it is not what was copied."""
     try:
         with contextlib.closing(sqlite_files.writer_connection(ledger)) as db:
@@ -110,7 +110,7 @@ def _prove_in_place(ledger: Path, expected: Figures, kept: list[Path], now: floa
         raise LedgerUnavailable(f"what was restored is not sound and is now {unsound}{before}: {'; '.join(findings)}")
 
 
-def _figures(db: sqlite3.Connection) -> Figures:
+def _figures(db: sqlite3.Connection) -> CopyFigures:
     [row] = db.execute(_FIGURES).fetchall()
     return tuple(row)
 

@@ -5,7 +5,8 @@ walks folders and reads the files (the only one that touches the disk). None of 
 becomes its fingerprint where it is found.
 """
 
-from gateway_addon.onboarding.inventory.consumers import Consumer, Finding, Inventory, document, fingerprint, inspect, shared_keys
+from gateway_addon.identity.fingerprint import fingerprint
+from gateway_addon.onboarding.inventory.consumers import Consumer, Finding, Inventory, document, inspect, shared_keys
 from gateway_addon.onboarding.inventory.tree import File, Skip, read
 
 __all__ = ["Consumer", "File", "Finding", "Inventory", "Skip", "document", "fingerprint", "inspect", "read", "shared_keys"]

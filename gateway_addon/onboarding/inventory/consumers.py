@@ -6,12 +6,12 @@ Knows nothing of folders, terminals or the ledger.
 """
 
 import base64
-import hashlib
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from gateway_addon.identity.fingerprint import fingerprint
 from gateway_addon.onboarding.inventory import rules
 from gateway_addon.onboarding.inventory.rules import FileKind
 
@@ -87,12 +87,6 @@ def kind_of(path: str, text: str = "") -> FileKind:
     if kind.name == "other" and text.startswith("#!"):
         return next((_BY_NAME[name] for pattern, name in rules.INTERPRETERS if pattern.match(text)), kind)
     return kind
-
-
-def fingerprint(secret: str) -> str:
-    """What may be shown of a key or token: its public prefix and the first 12 hex digits of its SHA-256."""
-    match = rules.KEY.regex.match(secret) or rules.TOKEN.regex.match(secret)
-    return f"{match[1] if match else ''}…{hashlib.sha256(secret.encode()).hexdigest()[:12]}"
 
 
 def shared_keys(consumers: Iterable[Consumer]) -> dict[str, list[Consumer]]:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from gateway_addon.identity.fingerprint import API_KEY, GATEWAY_TOKEN
+
 WORDS = (b"nthropic", b"NTHROPIC_", b"sk-ant-", b"c2stYW50", b"Z3d0X", b"claude", b"LAUDE_", b"gwt_", b"apiKeyHelper")
 """A file without any of these holds no consumer, whatever its kind. Substring searches, not one regex: measured twice as
 fast, and this is all that happens to nearly every file. (`nthropic` serves both spellings; `c2stYW50` is base64 of `sk-ant`,
@@ -154,11 +156,11 @@ class Pattern(NamedTuple):
         return self.regex.finditer(text) if any(word in text for word in self.words) else iter(())
 
 
-KEY = Pattern(("sk-ant-",), re.compile(r"(?<![A-Za-z0-9])(sk-ant-(?:[a-z]+[0-9]{2}-)?)([A-Za-z0-9_-]{16,})"))
+KEY = Pattern(("sk-ant-",), API_KEY)
 ENCODED_KEY = Pattern(("c2stYW50L",), re.compile(r"(?<![A-Za-z0-9+/])c2stYW50L[A-Za-z0-9+/]+={0,2}"))
 """base64 of a whole key: how a Kubernetes Secret holds one."""
 NOT_A_KEY = re.compile(r"your|example|placeholder|replace|redacted|change-?me|x{4}|\*{3}", re.IGNORECASE)
-TOKEN = Pattern(("gwt_",), re.compile(r"(?<![A-Za-z0-9_])(gwt_)[0-9A-Za-z]{16,64}"))
+TOKEN = Pattern(("gwt_",), GATEWAY_TOKEN)
 ENCODED_TOKEN = Pattern(("Z3d0X",), re.compile(r"(?<![A-Za-z0-9+/])Z3d0X[A-Za-z0-9+/]+={0,2}"))
 """The same, after the move."""
 

@@ -56,7 +56,7 @@ def fits(reader: Callable[[], object] = ChunkedReader) -> bool:
 FITS = fits()
 
 
-class Chunks(bounded_http1.Chunks):
+class Chunks(bounded_http1.BoundedChunks):
     """h11's reader of a chunked body, which takes whole chunks that are there together for one."""
 
     def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:

@@ -69,7 +69,7 @@ PARTS: dict[type, dict[str, list[str]]] = {
 
 OPEN = connection.ConnectionState.OPEN
 
-type Fields = tuple[tuple[bytes, bytes], ...]
+type RawFields = tuple[tuple[bytes, bytes], ...]
 
 _FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n\0]*+\r\n)++)\r\n"
 _REQUEST = re.compile(rb"POST (/[!-~]*+) HTTP/1\.1\r\n" + _FIELDS)
@@ -114,12 +114,12 @@ def answer(data: bytes) -> tuple[http.Response, bytes] | None:
     return http.Response(b"HTTP/1.1", int(head[1]), head[2], http.Headers(fields), None, None, time.time(), None), content
 
 
-def _fields(block: bytes) -> Fields:
+def _fields(block: bytes) -> RawFields:
     parted = [line.partition(b":") for line in block.split(b"\r\n")[:-1]]
     return tuple([(name, value.strip()) for name, _, value in parted])
 
 
-def _framing(fields: Fields) -> tuple[bytes, bytes] | None:
+def _framing(fields: RawFields) -> tuple[bytes, bytes] | None:
     """Find the header that says where a message ends, in lower case, where no other says it and the connection stays open."""
     found = []
     for name, value in fields:

@@ -43,9 +43,9 @@ def test_a_chunked_body_is_read_as_h11_reads_it_however_it_arrives(body):
     for first in range(len(body) + 1):
         for second in range(first, len(body) + 1):
             pieces = [piece for piece in (body[:first], body[first:second], body[second:]) if piece]
-            assert read(relay.Chunks(), pieces) == read(bounded_http1.Chunks(), pieces), pieces
+            assert read(relay.Chunks(), pieces) == read(bounded_http1.BoundedChunks(), pieces), pieces
     single = [body[at : at + 1] for at in range(len(body))]
-    assert read(relay.Chunks(), single)[:2] == read(bounded_http1.Chunks(), single)[:2]
+    assert read(relay.Chunks(), single)[:2] == read(bounded_http1.BoundedChunks(), single)[:2]
 
 
 def test_whole_chunks_that_are_there_together_are_one_piece():

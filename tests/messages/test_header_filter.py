@@ -7,12 +7,13 @@ import logging
 import pytest
 from bypass import PLAIN
 from gateway import APP, gateway, write_policies
+from rawhttp import gateway_head as head
 from rawhttp import send
 from upstreams import answer, message, upstream
 
+from gateway_addon.messages import header_filter
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.proxy.fastpath import relay, whole
-from gateway_addon.upstreams import header_filter
 
 BODY = json.dumps(PLAIN).encode()
 LEAVES = {
@@ -57,10 +58,6 @@ FRAMINGS = {
     "closing": (f"connection: close, cookie\r\ncontent-length: {len(BODY)}", BODY),
     "chunked": ("transfer-encoding: chunked", b"5\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (BODY[:5], len(BODY) - 5, BODY[5:])),
 }
-
-
-def head(*lines: str, token: str, line: str = "POST /v1/messages HTTP/1.1") -> bytes:
-    return "\r\n".join((line, "host: gateway.internal", f"x-api-key: {token}", *lines, "", "")).encode()
 
 
 def sent(received: bytes) -> tuple[bytes, dict[str, str], bytes]:

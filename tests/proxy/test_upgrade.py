@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from bypass import PLAIN
 from gateway import gateway
+from rawhttp import gateway_head as head
 from rawhttp import send
-from test_header_filter import head
 
 from gateway_addon.simulator import Simulator
 

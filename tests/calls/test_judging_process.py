@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from gateway_addon import pricing
 from gateway_addon.calls import quote
-from gateway_addon.judging import Judged, judge_request
-from gateway_addon.judging_process import HERE_BATCH_BYTES_MAX, HERE_BRACKETS_MAX, HERE_BYTES_MAX, JudgingProcess, is_large
+from gateway_addon.calls.judging import Judged, judge_request
+from gateway_addon.calls.judging_process import HERE_BATCH_BYTES_MAX, HERE_BRACKETS_MAX, HERE_BYTES_MAX, JudgingProcess, is_large
 from gateway_addon.messages import request, scan
 from gateway_addon.messages.request import Request, value_count
 from gateway_addon.policy.loading import parse_app

@@ -35,7 +35,7 @@ HERE_BATCH_BYTES_MAX = 16 * 1024
 ANSWER_WITHIN_S = 30.0  # the worst body that is judged to its end takes about 6 s; one that takes longer is a fault of the gateway's
 MEMORY_BYTES_MAX = 2 * 2**30
 _LENGTH = struct.Struct("!Q")
-_PROGRAM = "import sys; from gateway_addon.judging_process import serve; serve(int(sys.argv[1]))"
+_PROGRAM = "import sys; from gateway_addon.calls.judging_process import serve; serve(int(sys.argv[1]))"
 
 
 def is_large(endpoint: str, body: bytes) -> bool:
