@@ -82,6 +82,8 @@ class FlowState:
 
     def _last_of(self, chunk: bytes, running: InFlightCall) -> bytes:
         """What may still pass of a stream that is being cut: up to the end of an event, then the reason, then nothing."""
+        if self.wire.last_words is not None:
+            return b""  # what was on its way when the last word was said
         if running.encoded:
             self.close_upstream()
             return b""

@@ -117,6 +117,21 @@ async def test_a_stream_that_outgrows_its_budget_is_cut_after_a_whole_event_and_
         assert {"cut:budget", "estimated:cut"} <= set(flags.split())
 
 
+@pytest.mark.parametrize("piece_bytes", [None, 65_536, 1_000, 7_777])
+async def test_nothing_follows_the_last_word_of_a_cut_stream(tmp_path, piece_bytes):
+    """An answer that comes at once, faster than any model writes: the pieces that were on their way when it was cut stay out."""
+    opening = {"id": "msg_1", "type": "message", "model": "claude-opus-5-5", "usage": {"input_tokens": 9, "output_tokens": 1}}
+    block = event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+    told = [event("content_block_delta", index=0, delta={"type": "text_delta", "text": "word " * (n % 40)}) for n in range(4_000)]
+    whole = b"".join((event("message_start", message=opening), block, *told))
+    pieces = [whole[at : at + 3_001] for at in range(0, len(whole), 3_001)]  # as the API does, chunks end in the middle of events
+    async with upstream(chunked(*pieces), piece_bytes=piece_bytes) as api, gateway(tmp_path, None, {"app": SMALL}, upstream=api.url) as gw:
+        text = await asyncio.wait_for(events(gw, big(kilobytes=0)), 60)
+        parts = [json.loads(each.split("data: ", 1)[1]) for each in text.rstrip("\n").split("\n\n")]
+        assert [part["type"] for part in parts].count("error") == 1
+        assert parts[-1]["type"] == "error"
+
+
 async def test_a_silent_stream_is_closed_where_its_grant_ends(tmp_path):
     """Nothing arrives, so everything may have been generated: the clock alone ends it."""
     async with Simulator(behaviour=Behaviour(say_nothing_s=60, output_tokens=50_000)) as api, gateway(tmp_path, api, {"app": SMALL}) as gw:
