@@ -98,7 +98,7 @@ def run(settings: Settings, listener: socket.socket) -> int:
         FAST_PATH[name].FITS = False
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call holds two sockets, and many shells begin with 1,024
-    with asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:
+    with asyncio.Runner(loop_factory=lambda: ListeningLoop(listener, shared=settings.parent_fd is not None)) as runner:
         return runner.run(_run(settings))
 
 

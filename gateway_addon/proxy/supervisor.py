@@ -22,6 +22,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
+SHARED_ACCEPTS = 8  # at each turn of a worker's loop: of many that come at once the first worker to wake would take all
 FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 SAY_EVERY_S = 60.0
 RESTART_S = 1.0  # at least this long between two starts of one worker: a gateway that cannot start must not spin
@@ -33,11 +34,15 @@ OPTIMISED = ["-O"] if sys.flags.optimize else []
 class ListeningLoop(asyncio.SelectorEventLoop):
     """An event loop whose first server listens on a socket that is bound already, whatever address it is asked for.
 
+    It takes all callers who wait as it comes by, so that nobody's first call waits for the second and third of those who came before; but
+    few at a time from a socket that is `shared` with other workers.
+
     Where the process has no descriptor or memory left for one more connection, callers wait in the socket's queue, and one line says so.
     """
 
-    def __init__(self, listener: socket.socket):
+    def __init__(self, listener: socket.socket, *, shared: bool = False):
         super().__init__()
+        self._accepts = SHARED_ACCEPTS if shared else BACKLOG
         self._listener: socket.socket | None = listener
         self._full_at = -math.inf
 
@@ -55,8 +60,7 @@ class ListeningLoop(asyncio.SelectorEventLoop):
         if self._listener is None:
             return await super().create_server(protocol_factory, host, port, **options)
         listener, self._listener = self._listener, None
-        # asyncio accepts as many as `backlog` at each turn: of many that come at once the first worker to wake would take all.
-        server = await super().create_server(protocol_factory, sock=listener, backlog=1, **options)
+        server = await super().create_server(protocol_factory, sock=listener, backlog=self._accepts, **options)  # so many at each turn
         listener.listen(BACKLOG)
         return server
 

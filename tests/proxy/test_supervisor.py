@@ -21,7 +21,7 @@ from gateway import APP, write_policies
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.proxy.supervisor import ListeningLoop, bind, cores, stop_signals
+from gateway_addon.proxy.supervisor import SHARED_ACCEPTS, ListeningLoop, bind, cores, stop_signals
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -270,8 +270,12 @@ async def test_a_taken_port_is_said_in_a_sentence(tmp_path):
         assert done.stderr.startswith(f"Cannot listen on {listen} (Address already in use). Is another gateway running? Choose")
 
 
-def test_of_many_that_come_at_once_a_worker_takes_one_at_each_turn_and_keeps_none_waiting():
-    """Else the first worker to wake would take them all, and keep them: clients hold on to their connections."""
+@pytest.mark.parametrize(("shared", "most"), [(False, 64), (True, SHARED_ACCEPTS)])
+def test_of_many_that_come_at_once_a_lone_worker_takes_all(shared, most):
+    """Counted in turns of the loop: at one caller a turn, the last of 64 waited for several calls of each of the others.
+
+    One of several workers takes a few: the first to wake would take them all, and keep them, for clients hold on to their connections.
+    """
     listener = bind("127.0.0.1", 0)
     taken: list[int] = []
 
@@ -291,6 +295,6 @@ def test_of_many_that_come_at_once_a_worker_takes_one_at_each_turn_and_keeps_non
         await asyncio.sleep(0.05)
         return counts
 
-    with ExitStack() as stack, asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:
+    with ExitStack() as stack, asyncio.Runner(loop_factory=lambda: ListeningLoop(listener, shared=shared)) as runner:
         counts = runner.run(run([stack.enter_context(socket.socket()) for _ in range(64)]))
-    assert max(after - before for before, after in pairwise(counts)) == 1
+    assert max(after - before for before, after in pairwise(counts)) == most
