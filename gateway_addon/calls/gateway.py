@@ -231,7 +231,10 @@ class Gateway:
             return denied(result, app, bound, option.hold_nano)
         flags = tuple(f"observed:{code}" for code in dict.fromkeys((*notes, *passed)))
         prices = arrived.policy.prices
-        return Admission(result.call_id, call, app, prices, read, bound, option.granted_tokens, option.pace, now, result.standings, flags)
+        return Admission(
+            result.call_id, call, app, prices, read, bound, option.granted_tokens, option.pace, now, option.granted_turns,
+            result.standings, flags,
+        )  # fmt: skip
 
     # -- running
 

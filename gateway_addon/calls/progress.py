@@ -24,6 +24,8 @@ class Pace:
     tokens_per_second_max: int
     lag_s: float
     """Upstream buffering, one ledger write, and the provider noticing an abort, together."""
+    turn_s_min: float
+    """One use of a tool at the provider and the turn that reads its result, together; several at once count as that many."""
 
     def tokens_in(self, seconds: float) -> int:
         return math.ceil(self.tokens_per_second_max * max(0.0, seconds))
@@ -38,6 +40,11 @@ class Pace:
         """One further top-up, which admission keeps free for each running stream."""
         return self.tokens_in(self.lag_s + TICK_S)
 
+    @property
+    def first_turns(self) -> int:
+        """The first grant of turns: enough to be asked for more two ticks late."""
+        return math.ceil((self.lag_s + 2 * TICK_S) / self.turn_s_min)
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -48,6 +55,51 @@ class Seen:
     content_events: int = 0
     visible_open: bool = False
     reported_output_tokens: int = 0
+    tool_uses: int = 0
+    """How often a tool at the provider was used."""
+
+
+@dataclass(slots=True)
+class TurnProgress:
+    """The turns that one running stream can have had, where each shows the use of a tool as it happens.
+
+    Why this is a bound: what arrives was made at most one lag before, in the order in which it arrives. A turn ends with the use of
+    a tool, so each turn but the last is among the uses that were shown, or it began after what was last shown was made; and two
+    uses are `turn_s_min` apart at least. Text or a tool's input that arrives shows that no use before it is still unseen, but one may
+    follow at once. Thinking shows nothing: its summary may come late.
+    """
+
+    pace: Pace
+    turns_max: int
+    use_monotonic_s: float
+    """When a use was last shown, less the time in which nobody had read; at first, when the request was about to be sent."""
+    visible_monotonic_s: float = -math.inf
+    """The same of text, or of a tool's input."""
+    seen: Seen = field(default_factory=Seen)
+
+    def observe(self, seen: Seen, monotonic_s: float, unread_s: float = 0.0) -> None:
+        """Take note of what a chunk showed."""
+        if seen.tool_uses > self.seen.tool_uses:
+            self.use_monotonic_s = monotonic_s - unread_s
+        elif seen.content_events > self.seen.content_events and seen.visible_open:
+            self.visible_monotonic_s = monotonic_s - unread_s
+        self.seen = seen
+
+    def turns_at(self, monotonic_s: float) -> int:
+        """Turns that the provider can bill if the stream is cut at this moment."""
+        since_s = min(monotonic_s - self.use_monotonic_s, monotonic_s - self.visible_monotonic_s + self.pace.turn_s_min)
+        return min(self.turns_max, self.seen.tool_uses + math.ceil((since_s + self.pace.lag_s) / self.pace.turn_s_min))
+
+    def covered_until(self, granted_turns: int) -> float:
+        """The moment at which `turns_at` passes `granted_turns` if nothing more arrives."""
+        if granted_turns >= self.turns_max:
+            return math.inf
+        shown_s = max(self.use_monotonic_s, self.visible_monotonic_s - self.pace.turn_s_min)
+        return shown_s - self.pace.lag_s + (granted_turns - self.seen.tool_uses) * self.pace.turn_s_min
+
+    def turns_wanted(self, granted_turns: int, monotonic_s: float) -> int:
+        """Turns to add to the grant now, so that it lasts for two ticks and for one use more than the clock allows."""
+        return max(0, min(self.turns_max, self.turns_at(monotonic_s + 2 * TICK_S) + 1) - granted_turns)
 
 
 @dataclass(slots=True)

@@ -25,6 +25,8 @@ class ReservationOption:
     hold_nano: int
     pace: Pace | None = None
     quantum_nano: int = 0
+    granted_turns: int | None = None
+    """None: all that the provider may run."""
 
 
 class BudgetQueue:

@@ -44,6 +44,10 @@ UNRELEASABLE = frozenset(
 """With these in a request, the input that `message_start` reports is not yet all of the input."""
 
 
+SHOWN = frozenset({"web_search", "web_fetch"})
+"""The tools at the provider whose every use takes its time, and shows as it happens (unless code runs in between)."""
+
+
 class QuotePart(NamedTuple):
     """One line of a quote: what for, how many tokens (or uses), at which price, and the worst case in nano-dollars."""
 
@@ -76,22 +80,26 @@ class Turns:
     """The uses between the turns, as (tokens that one brings, how many such), the largest first. At least one in each gap."""
     uncounted: bool = False
     """Code may run in turns that no `max_uses` counts, so that only the loop's own maximum bounds them."""
+    shown: bool = False
+    """Each turn shows the use of a tool as it happens, so that a stream can be held for those that can have run."""
 
     @property
     def output_tokens(self) -> int:
         return self.count * self.max_tokens
 
-    def input_tokens(self, written_tokens: int) -> int:
-        """The prompts of all turns together, where all of them wrote at most `written_tokens`.
+    def input_tokens(self, written_tokens: int, turns: int | None = None) -> int:
+        """The prompts of all turns together, or of so many, where they wrote at most `written_tokens` in all.
 
-        Uses that are more than the gaps come in the first of them, because then most turns read what they brought.
+        Uses that are more than the gaps come in the first of them, because then most turns read what they brought. Of fewer turns
+        than all it is one use a gap: those are counted by the uses that can have been (progress.py), however many a turn makes.
         """
-        more = max(0, sum(uses for _, uses in self.brought) - (self.count - 1))
+        count = self.count if turns is None else min(turns, self.count)
+        more = max(0, sum(uses for _, uses in self.brought) - (count - 1)) if count == self.count else 0
         tokens = self.prompt_tokens
-        for turn in range(1, min(self.count, TURNS_SUMMED)):
+        for turn in range(1, min(count, TURNS_SUMMED)):
             prompt = self.prompt_tokens + min(turn * self.max_tokens, written_tokens) + self._brought_tokens(turn + more)
             tokens += self._window(prompt)
-        return tokens + max(0, self.count - TURNS_SUMMED) * self._window(self.context_tokens)
+        return tokens + max(0, count - TURNS_SUMMED) * self._window(self.context_tokens)
 
     def _window(self, prompt_tokens: int) -> int:
         """A prompt of a later turn: no longer than the window, unless the bound of the first one already is."""
@@ -142,9 +150,10 @@ class Quote:
     def total_nano(self) -> int:
         return self.for_output(self.output_tokens)
 
-    def for_output(self, tokens: int) -> int:
-        """Nano-dollars for the extras, this many tokens of output in all turns, and the prompts that can then be read, rounded up."""
-        return rounded_up(self.input_rate, self.turns.input_tokens(tokens)) + self.extra_nano + rounded_up(self.output_rate, tokens)
+    def for_output(self, tokens: int, turns: int | None = None) -> int:
+        """Nano-dollars for the extras, so many tokens of output in all turns (or so many), and the prompts that can then be read, rounded
+        up."""
+        return rounded_up(self.input_rate, self.turns.input_tokens(tokens, turns)) + self.extra_nano + rounded_up(self.output_rate, tokens)
 
     def output_within(self, amount_nano: int) -> int:
         """The largest `max_tokens` with which this request would fit an amount; 0 where none does."""
@@ -263,8 +272,14 @@ def _turns(terms: _Terms, row: PriceRow, max_tokens: int) -> Turns:
         max_tokens=max_tokens,
         context_tokens=row.context_tokens,
         brought=tuple(brought),
-        uncounted=any(map(_runs_code, loops)),
+        uncounted=comes_whole(terms.reading),
+        shown=bool(loops) and {use.feature for use in terms.reading.found.uses} & UNRELEASABLE <= SHOWN and all(map(_bounded, loops)),
     )
+
+
+def comes_whole(reading: ParsedRequest) -> bool:
+    """Whether the provider may run turns of which a stream shows nothing before its end: code that uses tools, MCP servers."""
+    return any(_loops(use) and _runs_code(use) for use in reading.found.uses)
 
 
 def _loops(use: FeatureUse) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gateway_addon.calls.progress import Pace
 from gateway_addon.calls.queue import ReservationOption
-from gateway_addon.calls.quote import Quote
+from gateway_addon.calls.quote import Quote, comes_whole
 from gateway_addon.messages.request import ParsedRequest
 from gateway_addon.policy import CLAMPED, AppPolicy, Cap, GatewayPolicy, edits
 from gateway_addon.pricing import Prices
@@ -20,13 +20,19 @@ def reservation_options(
     """The ways to reserve a call, the largest first: whole, in steps, or whole while that is little and in steps when it is not.
 
     Only a stream can be cut, so only a stream can run on less than its whole quote; and only on a model that keeps its pace.
+    What the provider may run unseen is held whole; where each turn shows, those that can have run so far are held.
     """
     pace = _pace(app, policy.prices, read, read.model, overrun=overrun, now=now)
     whole = ReservationOption(bound.output_tokens, bound.total_nano, pace)
-    if pace is None or not _steps(pace, read):
+    if pace is None or comes_whole(read):
         return [whole]
-    first_nano = bound.for_output(pace.first_tokens)
-    steps = ReservationOption(pace.first_tokens, first_nano, pace, bound.for_output(pace.first_tokens + pace.quantum_tokens) - first_nano)
+    turns = min(pace.first_turns, bound.turns.count) if bound.turns.shown else bound.turns.count
+    tokens = min(pace.first_tokens, bound.output_tokens)
+    if (tokens, turns) == (bound.output_tokens, bound.turns.count):
+        return [whole]
+    first_nano = bound.for_output(tokens, turns)
+    next_nano = bound.for_output(min(tokens + pace.quantum_tokens, bound.output_tokens), turns + 1)
+    steps = ReservationOption(tokens, first_nano, pace, next_nano - first_nano, turns)
     smallest_nano = min((cap.amount_nano for cap in limits if cap.window != "request"), default=math.inf)
     comfortable = app.reserve == "auto" and bound.total_nano * COMFORT <= smallest_nano
     return [whole, steps] if comfortable else [steps]
@@ -49,9 +55,9 @@ def _pace(app: AppPolicy, prices: Prices, read: ParsedRequest, model: str, *, ov
     row = prices.row(model, now)
     if not read.stream or app.reserve == "full" or overrun or row is None:
         return None
-    return Pace(row.output_tokens_per_second_max, row.lag_s)
+    return Pace(row.output_tokens_per_second_max, row.lag_s, row.turn_s_min)
 
 
 def _steps(pace: Pace, read: ParsedRequest) -> bool:
     """Tell whether a step is less than the whole."""
-    return pace.first_tokens < read.max_tokens
+    return pace.first_tokens < read.max_tokens and not comes_whole(read)

@@ -81,7 +81,7 @@ def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlemen
     def estimated(reason: str, *, left: bool = False) -> Settlement:
         """Exact input plus the output bound where the answer began and its input cannot have grown since; else the bounds of both."""
         most_tokens, held_nano = running.output_tokens_max(left=left), running.held_nano
-        most_nano = running.bound_nano(most_tokens)
+        most_nano = running.bound_nano(most_tokens, running.turns_max)
         if usage is not None and usage.started:
             most_nano = max(most_nano, held_nano)  # of the model that was asked, which need not be the one that answered
             if usage.prompt_known and admission.quote.releasable:
@@ -93,7 +93,7 @@ def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlemen
 
     def late(nano: int) -> tuple[str, ...]:
         """Flag what passed the grant only because the gateway stood still."""
-        return ("late",) if running.held_nano < nano <= running.bound_nano(running.output_tokens_max()) else ()
+        return ("late",) if running.held_nano < nano <= running.bound_nano(running.output_tokens_max(), running.turns_max) else ()
 
     def priced(used: Usage) -> Cost:
         return cost(admission.prices, used, at=admission.admitted_at, hour_ttl_requested=admission.reading.hour_ttl)

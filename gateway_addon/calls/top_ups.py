@@ -8,7 +8,7 @@ the ledger and running calls; nothing of mitmproxy, nor of who may ask for what.
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from gateway_addon.calls.progress import TICK_S
@@ -80,16 +80,31 @@ class RunningStreams:
             await asyncio.sleep(TICK_S / 4)  # however great the hurry: a few writes a second, not one per delta
 
     async def top_up(self) -> None:
-        """Ask for more output for every running stream that will need it, in one ledger write. Raises LedgerUnavailable."""
+        """Ask for more output for every running stream that will need it, in one ledger write. Raises LedgerUnavailable.
+
+        Further turns are asked for after that, each on its own: they are dear, and output shall not be refused because of them.
+        """
         monotonic_s = self._clocks.monotonic_s()
-        short = [(running, tokens) for running in self.running if (tokens := running.wanted_tokens(monotonic_s))]
-        wanted = [(running, tokens, nano) for running, tokens in short if (nano := running.extension_nano(tokens)) <= _room_nano(running)]
+        await self._extend([(running, tokens, 0) for running in self.running if (tokens := running.wanted_tokens(monotonic_s))])
+        await self._extend([(running, 0, turn) for running in self.running for turn in range(1, running.wanted_turns(monotonic_s) + 1)])
+
+    async def _extend(self, asked: Sequence[tuple[InFlightCall, int, int]]) -> None:
+        """Ask for so much more output, or for one more turn, the first, second, ... from now, for each stream.
+
+        No turn costs less than the one before it: where one is refused, so are those after it.
+        """
+        wanted = [
+            (running, tokens, turn, nano - running.extension_nano(0, turn - 1) if turn else nano)
+            for running, tokens, turn in asked
+            if (nano := running.extension_nano(tokens, turn)) <= _room_nano(running)
+        ]
         if not wanted:
             return
-        granted = await self._ledger.extend([(running.admission.call_id, nano) for running, _, nano in wanted], now=self._clocks.now())
-        for (running, tokens, _), ok in zip(wanted, granted, strict=True):
+        granted = await self._ledger.extend([(running.admission.call_id, nano) for running, _, _, nano in wanted], now=self._clocks.now())
+        for (running, tokens, turn, _), ok in zip(wanted, granted, strict=True):
             if ok:
                 running.granted_tokens += tokens
+                running.granted_turns += turn > 0
 
     async def _cut_paused(self) -> None:
         """End the running calls of whoever was paused `--now`. Raises LedgerUnavailable."""

@@ -78,6 +78,7 @@ def _row(row: PriceRow) -> dict[str, Any]:
         "output_tokens_max": row.output_tokens_max,
         "output_tokens_per_second_max": row.output_tokens_per_second_max,
         "lag_s": row.lag_s,
+        "turn_s_min": row.turn_s_min,
         "assumed": row.assumed,
         "retired": row.retired,
         "source": row.source,

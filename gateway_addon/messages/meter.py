@@ -47,7 +47,7 @@ class Meter:
     """Reads one response. `feed` what arrives, then `close`; the properties are live evidence, cheap after each feed."""
 
     __slots__ = ("_begun", "_body", "_closed", "_decoder", "_draft", "_form", "_framer", "_plain_stream",
-                 "blocks", "content_events", "seen_bytes", "visible_open")  # fmt: skip
+                 "blocks", "content_events", "seen_bytes", "tool_uses", "visible_open")  # fmt: skip
 
     def __init__(self, content_type: str, content_encoding: str | None = None) -> None:
         self._decoder = Decoder(content_encoding)
@@ -62,6 +62,8 @@ class Meter:
         """Bytes of text and tool input so far, JSON escapes included; the whole of an event too long to look into."""
         self.content_events = 0
         self.blocks = 0
+        self.tool_uses = 0
+        """Uses of tools at the provider, each shown by a block of its own."""
         self.visible_open = False
         """A text or tool block is open: what the model generates now can be seen."""
 
@@ -188,6 +190,7 @@ class Meter:
 
     def _block(self, block: object) -> None:
         self.blocks += 1
+        self.tool_uses += isinstance(block, dict) and block.get("type") == "server_tool_use"
         self.visible_open = isinstance(block, dict) and block.get("type") in _VISIBLE
         self._draft.block(block)
 

@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from gateway_addon.calls.quote import Quote, quote
-from gateway_addon.calls.reservation_options import rewritten
+from gateway_addon.calls.reservation_options import reservation_options, rewritten
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, Standing, admin, reservations
 from gateway_addon.messages import request as reading
 from gateway_addon.messages.request import ParsedRequest, Request
@@ -39,7 +39,10 @@ def explain(policy: GatewayPolicy, app: AppPolicy, request: Request, ledger: Pat
         limits = caps(policy, app)
         explanation["quote"] = _quote(bound)
         explanation["caps"] = [_cap(cap, bound, standing) for cap, standing in _standings(ledger, limits, now)]
-        if not read.stream or app.reserve == "full":  # a stream may be held in steps: only its first one must fit
+        least = reservation_options(bound, app, policy, read, limits, overrun=False, now=now)[-1]
+        if least.hold_nano < bound.total_nano:  # only the first step must fit
+            explanation["quote"]["held_at_first"] = dollars(least.hold_nano)
+        else:
             own = [cap["cap"].startswith("app:") and app.observes("caps") for cap in explanation["caps"]]
             too_large = [_too_large(cap, bound) for cap in explanation["caps"]]
             observed += [each for each, only_seen in zip(too_large, own, strict=True) if each and only_seen]
@@ -60,6 +63,7 @@ def _quote(bound: Quote) -> dict[str, Any]:
         "parts": [{"name": part.name, "tokens": part.tokens, "rate": part.rate, "nano": part.nano} for part in bound.parts],
         "price_rows": bound.price_rows,
         "input_released_at_message_start": bound.releasable,
+        "held_at_first": None,
     }
 
 
@@ -108,6 +112,8 @@ def written(explanation: dict[str, Any]) -> str:
         parts = [(p["name"], f"{p['tokens']:,}", p["rate"], dollars(p["nano"])) for p in explanation["quote"]["parts"]]
         parts.append(("at most", "", "", explanation["quote"]["total"]))
         lines += ["", tabulate(parts, headers=("quote", "tokens", "price", "worst case"), colalign=("left", "right", "left", "right"))]
+        if explanation["quote"]["held_at_first"]:
+            lines.append(f"held in steps: {explanation['quote']['held_at_first']} to begin with")
         lines.append("prices: " + ", ".join(explanation["quote"]["price_rows"]))
     if explanation["caps"]:
         rows = [[cap[name] for name in ("cap", "amount", "spent", "held")] + [_fits(cap)] for cap in explanation["caps"]]

@@ -38,7 +38,7 @@ _NANO_PER_TOKEN = 1000  # $1 per million tokens
 _KINDS = tuple(_DOLLARS_MIN)
 _SHIPPED_KEYS = ("checked", "sources", "factors", "web_search", "assumed", "models")
 _OVERRIDE_KEYS = ("multiplier", "assumed", "models")
-_ASSUMED_KEYS = ("output_tokens_per_second_max", "lag_s")
+_ASSUMED_KEYS = ("output_tokens_per_second_max", "lag_s", "turn_s_min")
 _MODEL_KEYS = (
     "source", "aliases", "snapshot", "context_tokens", "output_tokens_max", "fast", "geo", "high_resolution", "retired",
     *_ASSUMED_KEYS, "pace_source", "prices",
@@ -185,6 +185,7 @@ def _rows(model: str, place: _Entry, keys: _Model, common: _Common) -> tuple[Pri
                 high_resolution=_flag(keys, "high_resolution"),
                 output_tokens_per_second_max=_count(pace["output_tokens_per_second_max"]),
                 lag_s=float(_number(pace["lag_s"])),
+                turn_s_min=float(_number(pace["turn_s_min"])),
                 assumed="pace_source" not in keys,
                 retired=_flag(keys, "retired"),
                 source=scalar(*keys["source"]),

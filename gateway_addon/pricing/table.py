@@ -83,8 +83,10 @@ class PriceRow:
     """Images cost up to 4,784 tokens (from 4.7 on), else up to 1,568."""
     output_tokens_per_second_max: int
     lag_s: float
+    turn_s_min: float
+    """The least time that one use of a tool at the provider and the turn that reads its result take together."""
     assumed: bool
-    """The two constants above are this project's generous assumption, not a published figure."""
+    """The three constants above are this project's generous assumption, not a published figure."""
     retired: bool
     source: str
 

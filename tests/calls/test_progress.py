@@ -2,12 +2,15 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gateway_addon.calls.progress import BLOCK_TOKENS, TICK_S, Pace, Progress, Seen
+from gateway_addon.calls.progress import BLOCK_TOKENS, TICK_S, Pace, Progress, Seen, TurnProgress
 
-PACE = Pace(tokens_per_second_max=400, lag_s=5.0)
+PACE = Pace(tokens_per_second_max=400, lag_s=5.0, turn_s_min=2.0)
 
 
 def provider(seed, *, may_think):
@@ -134,3 +137,73 @@ def test_the_first_grant_lasts_until_the_first_top_up_and_a_lag_beyond():
     wanted = progress.tokens_wanted(PACE.first_tokens, 1000.0 + TICK_S)
     assert wanted > 0
     assert progress.covered_until(PACE.first_tokens + wanted) >= 1000.0 + 2 * TICK_S + PACE.lag_s
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_turns_never_pass_their_bound(seed):
+    """A provider that uses its tools as fast as declared, and delivers as late and as lumpily as declared, or all in one piece."""
+    chance = random.Random(seed)
+    count, late = chance.randint(2, 11), chance.random() < 0.3
+    begins, uses, texts, at_s = [0.0], [], [], 0.0
+    for _ in range(count - 1):  # each turn: text, then a use of a tool, then the next turn
+        use_s = at_s + PACE.turn_s_min * chance.choice([1.0, 1.0, chance.uniform(1, 4)])
+        texts += [chance.uniform(at_s, use_s) for _ in range(3)]
+        uses.append(use_s)
+        begins.append(use_s)
+        at_s = use_s
+    texts += [at_s + chance.uniform(0, 20) for _ in range(5)]
+    made = sorted([(s, False) for s in texts] + [(s, True) for s in uses])
+    turns, seen, delivered_s, end_s = TurnProgress(PACE, count, 1000.0), Seen(), 0.0, at_s + 20
+    cut_lag_s = PACE.lag_s / 2
+    for made_s, is_use in made:
+        if late:
+            break
+        arrives_s = max(delivered_s, made_s + chance.choice([0.0, chance.uniform(0, PACE.lag_s - cut_lag_s)]))
+        for look_s in (delivered_s, chance.uniform(delivered_s, arrives_s), arrives_s):
+            run = sum(begin <= look_s + cut_lag_s for begin in begins)
+            assert turns.turns_at(1000.0 + look_s) >= run, (seed, look_s)
+        delivered_s = arrives_s
+        seen = replace(seen, tool_uses=seen.tool_uses + is_use, content_events=seen.content_events + (not is_use), visible_open=not is_use)
+        turns.observe(seen, 1000.0 + arrives_s)
+    for look_s in (delivered_s + chance.uniform(0, end_s) for _ in range(20)):
+        run = sum(begin <= look_s + cut_lag_s for begin in begins)
+        assert turns.turns_at(1000.0 + look_s) >= run, (seed, look_s)
+
+
+def test_turns_are_counted_by_uses_shown_and_by_the_clock():
+    turns = TurnProgress(PACE, 9, 1000.0)
+    assert [turns.turns_at(1000.0 + s) for s in (0, 1, 1.1, 3, 3.1, 13, 99)] == [3, 3, 4, 4, 5, 9, 9]
+    turns.observe(Seen(tool_uses=1, content_events=1, visible_open=True), 1004.0)
+    assert [turns.turns_at(1004.0 + s) for s in (0, 1, 1.1)] == [4, 4, 5]
+    turns.observe(Seen(tool_uses=1, content_events=2, visible_open=True), 1014.0)
+    assert turns.turns_at(1014.0) == 5, "text shows that the second turn has used nothing until then; it may have the next moment"
+    turns.observe(Seen(tool_uses=1, content_events=9, visible_open=False), 1019.0)
+    assert turns.turns_at(1019.0) == 7, "thinking shows nothing"
+    turns.observe(Seen(tool_uses=3, content_events=9), 1020.0)
+    assert turns.turns_at(1020.0) == 6, "two uses in one turn count as two"
+
+
+def test_time_in_which_nobody_read_is_time_for_turns():
+    turns = TurnProgress(PACE, 9, 1000.0)
+    turns.observe(Seen(tool_uses=1), 1004.0, unread_s=2.0)
+    assert turns.turns_at(1004.0) == 1 + 4
+
+
+@given(st.integers(0, 6), st.floats(0, 60), st.floats(0, 60), st.integers(1, 9))
+def test_a_grant_of_turns_lasts_exactly_as_long_as_it_says(uses, use_s, text_s, granted):
+    turns = TurnProgress(PACE, 9, 1000.0 + use_s, 1000.0 + text_s, Seen(tool_uses=uses))
+    until = turns.covered_until(granted)
+    if until == math.inf:
+        assert granted == 9
+    else:
+        assert turns.turns_at(until - 0.001) <= granted
+        assert turns.turns_at(until + 0.001) > granted
+
+
+def test_a_grant_of_turns_is_asked_for_ahead_of_need():
+    turns = TurnProgress(PACE, 9, 1000.0)
+    assert PACE.first_turns == 4
+    wanted = turns.turns_wanted(PACE.first_turns, 1000.0)
+    assert wanted == 1, "one use more than the clock allows, so that two at once are no cut"
+    assert turns.covered_until(PACE.first_turns + wanted) >= 1000.0 + 2 * TICK_S
+    assert turns.turns_wanted(9, 1000.0) == 0

@@ -3,15 +3,22 @@
 import asyncio
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import anthropic
 import pytest
 from gateway import gateway
 from ledgers import rows
+from quotes import NOW, PRICES, app, quoted, reading
 
+from gateway_addon.calls.quote import quote
+from gateway_addon.calls.reservation_options import reservation_options
+from gateway_addon.policy import load
 from gateway_addon.simulator import Behaviour, Simulator
 
 DOLLAR = 1_000_000_000
+POLICIES = Path(__file__).parents[2] / "policies"
+SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
 POLICY = """
 models: {allow: [claude-opus-5-5]}
 caps: {day: CAP}
@@ -71,13 +78,94 @@ async def test_the_dearest_loop_stays_within_its_quote(tmp_path, version):
 
 
 async def test_a_streamed_loop_is_cut_where_its_budget_ends(tmp_path):
-    """What is written in one turn is read in all later ones: each token of a grant is held with the prompts that it lengthens."""
-    (tmp_path / "policies").mkdir()
-    (tmp_path / "policies" / "prices.yaml").write_text("assumed: {lag_s: 1}\n")
-    behaviour = replace(HOSTILE, tokens_per_s=380, tokens_per_event=40, ahead_s=0.2, after_disconnect_s=0.5)
-    async with Simulator(behaviour=behaviour) as api, gateway(tmp_path, api, policy("$1.21", "progressive")) as gw:
-        answer = await asyncio.wait_for(streamed(gw, ask()), 60)
+    """Eleven turns of a tool search: what one writes is read by all later ones, so a token of the grant costs seventy rather than twenty."""
+    declare(tmp_path, lag_s=1)
+    behaviour = replace(HOSTILE, turns=1, tokens_per_s=380, tokens_per_event=40, ahead_s=0.2, after_disconnect_s=0.5)
+    search = {"type": "tool_search_tool_bm25", "name": "tool_search_tool_bm25"}
+    apps = {"app": policy("$0.68", "progressive")["app"].replace("features: {", "features: {tool_search: true, ")}
+    async with Simulator(behaviour=behaviour) as api, gateway(tmp_path, api, apps) as gw:
+        answer = await asyncio.wait_for(streamed(gw, ask() | {"tools": [search]}), 60)
+        await gw.quiet()
+        written = (await api.settled()).messages()[0].usage.output_tokens
+        assert "does not allow this answer to go on" in answer
+        assert 1_000 < written < 2_800
+        assert await gw.spent_nano() <= 0.68 * DOLLAR
+
+
+CLAUDE_CODE = (POLICIES / "apps" / "claude-code.yaml").read_text()
+
+
+def claude_codes(kind, simulate=None):
+    """What Claude Code sends for its WebSearch, in 893 bytes: eight uses, 128,000 tokens a turn."""
+    tool = {"type": kind, "name": kind[:-9], "max_uses": 8}
+    text = f"simulate: {json.dumps(simulate)}" if simulate else "hello"
+    system = [{"type": "text", "text": "You are an assistant for performing a web search tool use. " * 10}]
+    return {"model": "claude-opus-5-5", "max_tokens": 128_000, "system": system, "tools": [tool], "messages": [{"role": "user", "content": text}]}
+
+
+@pytest.mark.parametrize("kind", ["web_search_20250305", "web_fetch_20250910"])
+async def test_claude_codes_search_runs_with_five_dollars_left(tmp_path, kind):
+    """Quoted at $56 under the example policy: held by the turns that can have run, it needs less than $3 to start."""
+    assert "caps: {day: $20," in CLAUDE_CODE
+    apps = {"app": CLAUDE_CODE.replace("caps: {day: $20,", "caps: {day: $5,")}
+    searches = Behaviour(turns=3, result_tokens=9_000, turn_s=0.7, output_tokens=60, tokens_per_s=60)
+    async with Simulator(behaviour=searches) as api, gateway(tmp_path, api, apps) as gw:
+        answer = await asyncio.wait_for(streamed(gw, claude_codes(kind)), 60)
+        assert "event: message_stop" in answer, answer[-500:]
+        await gw.quiet()
+        assert 0 < await gw.spent_nano() == (await api.settled()).billed_nano
+
+
+def declare(folder, **constants):
+    """Lay other constants over the price table of a gateway that is not there yet."""
+    (folder / "policies").mkdir()
+    text = ", ".join(f"{name}: {value}" for name, value in constants.items())
+    (folder / "policies" / "prices.yaml").write_text(f"assumed: {{{text}}}\n")
+
+
+@pytest.mark.parametrize("say_nothing_s", [0, 60], ids=["each turn as it runs", "all turns in one piece"])
+async def test_turns_are_cut_where_their_budget_ends(tmp_path, say_nothing_s):
+    """A provider that searches as fast as declared and brings all that the operator said: nine turns of it are billed $7.70."""
+    declare(tmp_path, lag_s=1, turn_s_min=1)
+    fast = Behaviour(
+        hostile=True, output_tokens=40, tokens_per_s=390, turn_s=1.0, result_tokens=40_000, say_nothing_s=say_nothing_s, after_disconnect_s=0.8
+    )  # fmt: skip
+    async with Simulator(behaviour=fast) as api, gateway(tmp_path, api, {"app": CLAUDE_CODE.replace("$20", "$3")}) as gw:
+        answer = await asyncio.wait_for(streamed(gw, claude_codes("web_search_20250305")), 60)
         await gw.quiet()
         billed_nano = (await api.settled()).billed_nano
         assert "does not allow this answer to go on" in answer
-        assert DOLLAR // 50 < billed_nano <= await gw.spent_nano() <= 1.21 * DOLLAR
+        assert DOLLAR // 2 < billed_nano <= await gw.spent_nano() <= 3 * DOLLAR
+
+
+def test_the_example_policy_needs_three_dollars_for_a_search():
+    policy = load(POLICIES)
+    asked = reading(**claude_codes("web_search_20250305"), stream=True)
+    bound = quote(asked, policy.apps["claude-code"], policy.prices, NOW)
+    [option] = reservation_options(bound, policy.apps["claude-code"], policy, asked, [], overrun=False, now=NOW)
+    assert (bound.total_nano // DOLLAR, option.granted_turns) == (56, 4)
+    assert option.hold_nano + option.quantum_nano < 3 * DOLLAR
+
+
+@pytest.mark.parametrize(
+    ("tools", "more", "turns"),
+    [
+        ([SEARCH], {}, 4),
+        ([SEARCH | {"type": "web_search_20260209", "allowed_callers": ["direct"]}], {}, 4),
+        ([SEARCH, {"type": "web_fetch_20250910", "name": "web_fetch", "max_uses": 1}], {}, 4),
+        ([SEARCH | {"max_uses": 2}], {}, 3),
+        ([SEARCH | {"type": "web_search_20260209"}], {}, None),
+        ([SEARCH, {"type": "code_execution_20250825", "name": "code_execution"}], {}, None),
+        ([SEARCH, {"type": "mcp_toolset", "mcp_server_name": "m"}], {"mcp_servers": [{"type": "url", "name": "m", "url": "https://m"}]}, None),
+        ([SEARCH, {"type": "tool_search_tool_bm25", "name": "tool_search_tool_bm25"}], {}, 11),  # in memory: no time that one could count
+        ([SEARCH], {"fallbacks": [{"model": "claude-haiku-4-5"}]}, 6),
+        ([], {}, 1),
+    ],
+)
+def test_only_turns_that_show_are_held_as_they_run(tools, more, turns):
+    """Whatever may run turns unseen is held whole (None), for its answer may come in one piece."""
+    asked = reading(model="claude-opus-5-5", max_tokens=128_000, stream=True, tools=tools, **more)
+    policy = replace(load(POLICIES), prices=PRICES)
+    [option] = reservation_options(quoted(asked), replace(app(), reserve="progressive"), policy, asked, [], overrun=False, now=NOW)
+    assert option.granted_turns == turns
+    assert (turns is None) == (option.granted_tokens == quoted(asked).output_tokens)

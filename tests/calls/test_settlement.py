@@ -91,7 +91,7 @@ def test_an_ending_is_settled_by_its_row(running, ended_by, cost_nano, flag):
     assert sum(part.nano for part in found.parts) == (cost_nano or 0)
 
 
-PACE = Pace(tokens_per_second_max=10, lag_s=1.0)
+PACE = Pace(tokens_per_second_max=10, lag_s=1.0, turn_s_min=2.0)
 
 
 def left(body=None, *, at_s=3.0, lost_s=0.0, granted=GRANTED, **more):
