@@ -35,6 +35,7 @@ IN_CLEAR = "The proxy listens on this machine alone: credentials travel to it in
 @click.option("--app", default="", metavar="APP", help="Whose calls they are: the command's, or the captured programs'.")
 @click.option("--capture", metavar="PROGRAM", help="Capture a running program's connections, by its name or process id.")
 @click.option("--listen", type=ListenAddress(), help=f"Where to listen [default: 127.0.0.1:{PORT}; with a command, a free port].")
+@click.option("--allow-none", is_flag=True, help="It is no failure when COMMAND makes no call.")
 @click.option("--set", "options", multiple=True, metavar="K=V", help="An option for mitmproxy.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
 @policies_option
@@ -44,6 +45,7 @@ def local(
     app: str,
     capture: str | None,
     listen: tuple[str, int] | None,
+    allow_none: bool,
     options: tuple[str, ...],
     command: tuple[str, ...],
     policies: Path,
@@ -52,7 +54,7 @@ def local(
     """Judge, cap and meter apps that call the Claude API by its own address, until they are moved.
 
     Without COMMAND it is a proxy to be named in HTTPS_PROXY, with an app's token as its credentials. With COMMAND it runs that
-    program through itself, ends with it and returns its exit code.
+    program through itself, ends with it and returns its exit code; where no call of it came by, it says so and returns 1 instead of 0.
     """
     conceal()
     host, port = listen or ("127.0.0.1", 0 if command else PORT)
@@ -69,7 +71,7 @@ def local(
         settings = Settings(host, listener.getsockname()[1], policies, ledger, options, emit=click.echo)
         try:
             with asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:
-                code = runner.run(run(settings, command, app=app, token=token, capture=capture))
+                code = runner.run(run(settings, command, app=app, token=token, capture=capture, allow_none=allow_none))
         except SecretUnavailable as error:
             stop(NO_KEY.format(error))
     raise SystemExit(code)

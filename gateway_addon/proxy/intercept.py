@@ -33,6 +33,7 @@ from mitmproxy_rs.local import LocalRedirector
 
 from gateway_addon.calls.permits import AuthenticatedRequest
 from gateway_addon.calls.responses import OwnResponse
+from gateway_addon.proxy import runtimes
 from gateway_addon.proxy.hooks import GatewayAddon, guarded
 from gateway_addon.proxy.server import on_signal, prepared
 from gateway_addon.proxy.settings import Settings
@@ -51,13 +52,22 @@ NO_CREDENTIALS = (
 )
 
 
-class LocalAddon(GatewayAddon):
-    """The gateway's addon in a forward proxy. `captured` is the token that stands for programs captured from the system,
-    which send no proxy credentials."""
+PASSED_BY = (
+    "No call of {0} came by: it made none to {1}, or it reads neither HTTPS_PROXY nor what Node and Java are told, and called past the "
+    "gateway, unmetered. Point it at the gateway itself (gateway token issue APP --for ...); --allow-none if it need not call."
+)
 
-    def __init__(self, *arguments: Any, captured: str | None = None, **named: Any):
+
+class LocalAddon(GatewayAddon):
+    """The gateway's addon in a forward proxy. `captured` is the token that stands for programs captured from the system, which send no
+    proxy credentials; `child` the one for a command that this gateway runs, whose runtime may have no words for them."""
+
+    def __init__(self, *arguments: Any, captured: str | None = None, child: str | None = None, **named: Any):
         super().__init__(*arguments, **named)
         self.captured = captured
+        self.child = child
+        self.calls = 0
+        """That came by, let in or not."""
         self.callers: dict[str, tuple[str, str]] = {}
         """By client connection: the app's name as given, and its token."""
         self.bystanders: set[str] = set()
@@ -85,6 +95,8 @@ class LocalAddon(GatewayAddon):
         caller = _proxy_credentials(flow.request.headers)
         if not self._is_upstream(flow.request.host, flow.request.port):
             return
+        if caller is None and self.child is not None:
+            return  # who it is, its call says, or the system
         if caller is None:
             self.gate.ledger.failed_authentication("token_proxy", now=self.clocks.now())
             self.answer(flow, Refusal("token_proxy", NO_CREDENTIALS.format(_address())))
@@ -99,16 +111,17 @@ class LocalAddon(GatewayAddon):
             super().server_connect(data)
 
     @guarded("connection")
-    def client_disconnected(self, client: connection.Client) -> None:
+    async def client_disconnected(self, client: connection.Client) -> None:
         self.callers.pop(client.id, None)
         self.bystanders.discard(client.id)
-        super().client_disconnected(client)
+        await super().client_disconnected(client)
 
     # -- a request
 
     @guarded("request")
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
         if flow.client_conn.id in self.connections:
+            self.calls += 1
             upstream = urlsplit(self.gate.policy.upstream)
             if flow.request.host != upstream.hostname and upstream.hostname:  # captured: the program had resolved the name itself
                 flow.request.host = upstream.hostname
@@ -123,10 +136,13 @@ class LocalAddon(GatewayAddon):
             flow.request.stream = True
 
     async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> AuthenticatedRequest | OwnResponse | Refusal:
-        """The token of the tunnel takes the place of whatever key the app sends."""
+        """The token of the tunnel takes the place of whatever key the app sends. In a command's tunnel that has none, a key of the app's
+        own may be a token: the command finds one in its environment."""
         name, token = self._caller(flow.client_conn)
         own = [(key, value) for key, value in headers if key not in ("x-api-key", "authorization", "proxy-authorization")]
-        arrived = await super()._arrive(flow, (*own, ("x-api-key", token)) if token else tuple(own))
+        if token or self.child is None:
+            headers = (*own, ("x-api-key", token)) if token else tuple(own)
+        arrived = await super()._arrive(flow, headers)
         if isinstance(arrived, AuthenticatedRequest) and name and name != arrived.app.name:
             sentence = f"The proxy credentials name app {name}, but their token is {arrived.app.name}'s. Put the right two together."
             return Refusal("token_conflict", sentence)
@@ -135,6 +151,8 @@ class LocalAddon(GatewayAddon):
     def _caller(self, client: connection.Client) -> tuple[str, str]:
         if isinstance(client.proxy_mode, mode_specs.LocalMode):
             return "", self.captured or ""
+        if client.id not in self.callers and self.child is not None and is_of_this_user(client):
+            return "", self.child
         return self.callers.get(client.id, ("", ""))
 
     @guarded("request")
@@ -151,6 +169,18 @@ class LocalAddon(GatewayAddon):
     def _is_upstream(self, host: str, port: int | None) -> bool:
         upstream = urlsplit(self.gate.policy.upstream)
         return host.lower() == upstream.hostname and port in (None, upstream.port or 443)
+
+
+def is_of_this_user(client: connection.Client) -> bool:
+    """Return whether the other end of a loopback connection is held by this process's own user, who could read the token in the command's
+    environment all the same. Linux alone tells; elsewhere it is taken for nobody's."""
+    ours, theirs = (f"{address[1]:04X}" for address in (client.sockname, client.peername))
+    for table in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")):
+        for line in table.read_text().splitlines()[1:] if table.exists() else ():
+            _, local, remote, state, _, _, _, user, *_ = line.split()
+            if (local[-5:], remote[-5:], state) == (f":{theirs}", f":{ours}", "01"):
+                return int(user) == os.getuid()
+    return False
 
 
 def _proxy_credentials(headers: http.Headers) -> tuple[str, str] | None:
@@ -197,12 +227,15 @@ async def run(
     capture: str | None = None,
     ca_folder: Path = CA_FOLDER,
     environment: Mapping[str, str] = os.environ,
+    allow_none: bool = False,
 ) -> int:
     """Serve as an intercepting proxy until stopped, or until `command` ends; returns its exit code, or 0.
 
-    `token` is the one that the command's calls, or the captured programs', are made under.
+    `token` is the one that the command's calls, or the captured programs', are made under. A command that ended with 0 and none of
+    whose calls came by is one that failed (1), unless `allow_none`.
     """
-    async with prepared(settings, partial(LocalAddon, captured=token), ENTRANCE) as (policy, addon, master):
+    make = partial(LocalAddon, captured=token, child=token if command else None)
+    async with prepared(settings, make, ENTRANCE) as (policy, addon, master):
         intercepting(master, policy.upstream, capture, ca_folder)
         listening = asyncio.Event()
         addon.on_running = listening.set
@@ -224,7 +257,12 @@ async def run(
             proxy = f"http://{app}:{token}@{host}:{port}"
             hidden, key = policy.secret_variables, addon.key()
             inherited = {name: value for name, value in environment.items() if name not in hidden and key not in value}
-            return await _command(command, child_environment(inherited, proxy, token or "", ca_folder))
+            code = await _command(command, child_environment(inherited, proxy, token or "", policy.upstream, ca_folder))
+            assert isinstance(addon, LocalAddon)
+            if addon.calls or allow_none:
+                return code
+            print(PASSED_BY.format(command[0], urlsplit(policy.upstream).hostname), file=sys.stderr)
+            return code or 1
         finally:
             master.shutdown()
             await serving
@@ -247,25 +285,26 @@ async def _command(command: Sequence[str], environment: Mapping[str, str]) -> in
     return code if code >= 0 else 128 - code  # killed by a signal: as a shell says it
 
 
-def child_environment(inherited: Mapping[str, str], proxy: str, token: str, ca_folder: Path) -> dict[str, str]:
-    """The environment for a program that shall call through `proxy`: the inherited one with its way and its trust.
+def child_environment(inherited: Mapping[str, str], proxy: str, token: str, upstream: str, ca_folder: Path) -> dict[str, str]:
+    """Return the environment for a program that shall call `upstream` through `proxy`: the inherited one with its way and its trust.
 
     ANTHROPIC_API_KEY becomes the app's token: the SDKs refuse to start without one, and what they send is replaced anyway.
     """
     own = {name: value for name, value in inherited.items() if name.lower() not in ("all_proxy", "no_proxy")}
     proxies = {name: proxy for each in ("HTTPS_PROXY", "HTTP_PROXY") for name in (each, each.lower())}
     trusted = next((inherited[name] for name in TOLD_A_BUNDLE if inherited.get(name)), None)
-    bundle = str(_bundle(ca_folder, trusted))
-    trust = dict.fromkeys(TOLD_A_BUNDLE, bundle) | {"NODE_EXTRA_CA_CERTS": str(ca_folder / CA_FILE), "NODE_USE_ENV_PROXY": "1"}
-    return {**own, **proxies, **trust, "ANTHROPIC_API_KEY": token}
+    bundle = _bundle(ca_folder, trusted, inherited.get("NODE_EXTRA_CA_CERTS"))
+    trust = dict.fromkeys((*TOLD_A_BUNDLE, "NODE_EXTRA_CA_CERTS"), str(bundle)) | {"NODE_USE_ENV_PROXY": "1"}
+    return {**own, **proxies, **trust, **runtimes.options(own, proxy, upstream, bundle), "ANTHROPIC_API_KEY": token}
 
 
-def _bundle(ca_folder: Path, trusted: str | None) -> Path:
+def _bundle(ca_folder: Path, trusted: str | None, extra: str | None) -> Path:
     """mitmproxy's authority beside those trusted before, in one file: the other tunnels are sealed, and show their true certificates."""
     before = trusted or ssl.get_default_verify_paths().cafile or certifi.where()
+    parts = (Path(before), *([Path(extra)] if extra else []), ca_folder / CA_FILE)
     bundle = ca_folder / "gateway-bundle.pem"
     unfinished = bundle.with_name(f"{bundle.name}.{os.getpid()}")
-    unfinished.write_bytes(Path(before).read_bytes() + b"\n" + (ca_folder / CA_FILE).read_bytes())
+    unfinished.write_bytes(b"\n".join(part.read_bytes() for part in parts if part.exists()))
     unfinished.replace(bundle)
     return bundle
 

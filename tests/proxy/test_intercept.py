@@ -242,12 +242,12 @@ sys.exit(7)
 
 
 @asynccontextmanager
-async def started(folder: Path, far: Sealed, *words: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def started(folder: Path, far: Sealed, *words: str, **more: str) -> AsyncIterator[asyncio.subprocess.Process]:
     home = folder / "home"
     home.mkdir()
     where = ["--policies", str(folder / "policies"), "--ledger", f"sqlite:///{folder / 'gateway.db'}"]
     options = ["--set", f"ssl_verify_upstream_trusted_ca={far.ca}", *where]
-    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "SIMULATED_KEY": KEY, "ANOTHER_COPY": f"the key is {KEY}"}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "SIMULATED_KEY": KEY, "ANOTHER_COPY": f"the key is {KEY}", **more}
     pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
     arguments = [sys.executable, "-u", "-m", "gateway_addon", "local", *options, *words]
     process = await asyncio.create_subprocess_exec(*arguments, env=environment, **pipes)
@@ -288,25 +288,84 @@ async def exit_code(folder: Path, *words: str) -> int | None:
     return process.returncode
 
 
+async def metered(folder: Path, *words: str, **environment: str) -> tuple[int | None, list[str], int]:
+    """The exit code of a program that is run through the proxy, the lines that it printed, and how many calls of it were settled."""
+    async with sealed(folder) as far:
+        place = ledgered(folder, far.url, {"app": APP})
+        command = ("--app", "app", "--", *(word.replace("{}", far.url) for word in words))
+        async with started(folder, far, *command, **environment) as process:
+            out, errors = await asyncio.wait_for(process.communicate(), 60)
+        settled = rows(place.ledger, "SELECT count(*) FROM calls WHERE app = 'app' AND endpoint = 'local/messages' AND state = 'settled'")
+        assert len(far.api.book.messages()) == settled[0][0]
+        print(errors.decode())  # shown where the test fails
+    return process.returncode, out.decode().splitlines(), settled[0][0]
+
+
 async def test_curl_trusts_it(tmp_path):
     assert await exit_code(tmp_path, "curl", "--silent", "--fail", "--head", "{}/api/hello") == 0
 
 
 NODE = """
-const https = require("node:https"), http = require("node:http");
-const proxy = new URL(process.env.HTTPS_PROXY), far = new URL(process.argv[1]);
-const basic = "Basic " + Buffer.from(`${proxy.username}:${proxy.password}`).toString("base64");
-http.request({ host: proxy.hostname, port: proxy.port, method: "CONNECT", path: far.host, headers: { "proxy-authorization": basic } })
-  .on("connect", (connected, socket) =>
-    https.get({ host: far.hostname, path: "/api/hello", socket, agent: false }, (answer) => process.exit(answer.statusCode === 200 ? 0 : 1)))
-  .end();
+const https = require("node:https"), other = require("node:http").createServer((_, answer) => answer.end("other"));
+const far = process.argv[1] + "/v1/messages", method = "POST";
+const headers = { "content-type": "application/json", "anthropic-version": "2023-06-01", "x-api-key": process.env.ANTHROPIC_API_KEY };
+const body = JSON.stringify({ model: "claude-haiku-4-5", max_tokens: 9, messages: [{ role: "user", content: "hi" }] });
+const asked = (options) => new Promise((done, failed) =>
+  https.request(far, { method, headers, ...options }, (answer) => { answer.resume(); answer.on("end", () => done(answer.statusCode)); })
+    .on("error", failed).end(body));
+other.listen(0, "127.0.0.1", async () => {
+  const own = new https.Agent({ keepAlive: true });
+  const fetched = async () => { const answer = await fetch(far, { method, headers, body }); await answer.text(); return answer.status; };
+  console.log(await asked({ }), await asked({ agent: own }), await asked({ agent: own }), await asked({ agent: false }));
+  console.log(await fetched(), await fetched(), await (await fetch(`http://127.0.0.1:${other.address().port}`)).text());
+  process.exit(process.env.NODE_OPTIONS.startsWith("--no-warnings ") ? 7 : 1);
+});
 """
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no Node here")
-async def test_node_trusts_it(tmp_path):
-    """By a tunnel of the script's own: Node's fetch takes HTTPS_PROXY from its environment only since 22.21 and 24."""
-    assert await exit_code(tmp_path, "node", "-e", NODE, "{}") == 0
+async def test_node_calls_through_it(tmp_path):
+    """By its https and by its fetch, which take HTTPS_PROXY from the environment only since 22.21 and 24.5."""
+    assert await metered(tmp_path, "node", "-e", NODE, "{}", NODE_OPTIONS="--no-warnings") == (7, ["200 200 200 200", "200 200 other"], 6)
+
+
+JAVA = """
+import java.net.URI;
+import java.net.http.*;
+
+public class Call {
+    public static void main(String[] arguments) throws Exception {
+        String body = "{\\"model\\": \\"claude-haiku-4-5\\", \\"max_tokens\\": 9, \\"messages\\": [{\\"role\\": \\"user\\", \\"content\\": \\"hi\\"}]}";
+        for (String key : new String[] {System.getenv("ANTHROPIC_API_KEY"), "sk-ant-in-the-code"}) {
+            HttpRequest request = HttpRequest.newBuilder(URI.create(arguments[0] + "/v1/messages")).header("x-api-key", key)
+                .header("anthropic-version", "2023-06-01").header("content-type", "application/json")
+                .POST(HttpRequest.BodyPublishers.ofString(body)).build();
+            System.out.println(HttpClient.newHttpClient().send(request, HttpResponse.BodyHandlers.ofString()).statusCode());
+        }
+    }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("javac") is None, reason="no JDK here")
+async def test_java_calls_through_it(tmp_path):
+    """It has no words for a proxy's credentials: its calls are known by the token in its environment, or by whose process it is."""
+    (tmp_path / "Call.java").write_text(JAVA)
+    code, printed, calls = await metered(tmp_path, "java", "-XX:TieredStopAtLevel=1", str(tmp_path / "Call.java"), "{}")
+    by_process = sys.platform == "linux"
+    assert (code, printed, calls) == (0, ["200", "200" if by_process else "401"], 1 + by_process)
+
+
+PAST = ("env", "-u", "HTTPS_PROXY", "-u", "https_proxy", "curl", "-s", "--insecure", "--head", "{}/api/hello")
+
+
+@pytest.mark.parametrize(("before", "words", "code"), [((), PAST, 1), (("--allow-none",), ("true",), 0), ((), ("sh", "-c", "exit 3"), 3)])
+async def test_a_command_whose_calls_do_not_come_by_fails(tmp_path, before, words, code):
+    async with sealed(tmp_path) as far:
+        ledgered(tmp_path, far.url, {"app": APP})
+        async with started(tmp_path, far, "--app", "app", *before, "--", *(word.replace("{}", far.url) for word in words)) as process:
+            _, errors = await asyncio.wait_for(process.communicate(), 60)
+    assert (process.returncode, f"No call of {words[0]} came by" in errors.decode()) == (code, not before), errors
 
 
 async def test_a_proxy_without_a_command_says_how_to_come_and_ends_on_ctrl_c(tmp_path):
