@@ -26,7 +26,7 @@ FLOORS = """
 """
 """From the top down: a room imports rooms of lower floors, and none of its own floor beside it."""
 
-ALONE = {"simulator": set(), "demo": {"simulator"}, "identity": {"names", "refusals"}, "messages": {"names", "refusals"}, "proxy.fastpath": {"proxy.bounded_http1"}}
+ALONE = {"simulator": set(), "demo": {"simulator"}, "identity": {"names", "refusals"}, "messages": {"names", "refusals"}, "proxy.fastpath": {"proxy.backpressure", "proxy.bounded_http1"}}
 """Rooms that know less than their floor allows; the simulated API stands for another machine, and knows nothing of ours."""
 
 LIBRARIES = {

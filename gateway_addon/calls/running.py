@@ -116,10 +116,11 @@ class InFlightCall:
         self.encoded = content_encoding not in (None, "", "identity")
         self.meter = Meter(content_type, content_encoding)
 
-    def feed(self, chunk: bytes, monotonic_s: float, lost_s: float = 0.0) -> None:
+    def feed(self, chunk: bytes, monotonic_s: float, lost_s: float = 0.0, paused_s: float = 0.0) -> None:
         """Some of the answer's body arrived, as sent. Never raises on what it contains.
 
-        `lost_s`: how long the event loop has stood still until now, in all.
+        `lost_s`: how long the event loop has stood still until now, in all. `paused_s`: how long the stream was not read since it
+        began, because its client was slow.
         """
         self.last_byte_monotonic_s, self.lost_s = monotonic_s, lost_s - self.lost_before_s
         if self.meter is None:
@@ -130,9 +131,9 @@ class InFlightCall:
             seen = Seen(
                 meter.seen_bytes, meter.blocks, meter.content_events, meter.visible_open, meter.reported_output_tokens, meter.tool_uses
             )
-            self.progress.observe(seen, monotonic_s, self.lost_s)
+            self.progress.observe(seen, monotonic_s, self.lost_s + paused_s)
             if self.turns is not None:
-                self.turns.observe(seen, monotonic_s, self.lost_s)
+                self.turns.observe(seen, monotonic_s, self.lost_s + paused_s)
 
     def ended(self, monotonic_s: float, lost_s: float) -> None:
         """Nothing more will arrive, and the provider will notice within its lag."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mitmproxy import connection, ctx, http
+from mitmproxy import connection, http
 
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.calls.permits import AuthenticatedRequest, Permit
@@ -19,6 +19,7 @@ from gateway_addon.calls.running import InFlightCall
 from gateway_addon.calls.top_ups import cut_refusal
 from gateway_addon.clocks import Clocks
 from gateway_addon.proxy import inject
+from gateway_addon.proxy.backpressure import handler_of
 from gateway_addon.refusals import Refusal
 
 CUT_GRACE_S = 0.1  # how long a cut stream may take to complete its current event
@@ -37,6 +38,8 @@ class FlowState:
     flow: http.HTTPFlow
     gate: Gateway
     clocks: Clocks
+    handler: Any
+    """The connection's (backpressure.py); None once it or the flow has ended."""
     arrived: AuthenticatedRequest | None = None
     body_bytes: int = 0
     """Of the request, as announced by its headers."""
@@ -48,6 +51,8 @@ class FlowState:
     """The client has closed its side: it has left, or has only nothing more to say."""
     began_monotonic_s: float = 0.0
     """When it was admitted."""
+    undrained_before_s: float = 0.0
+    """How long its connection had waited for a slow reader until then."""
     running: InFlightCall | None = None
     free: Permit | None = None
     server: connection.Server | None = None
@@ -65,6 +70,11 @@ class FlowState:
     def wire(self) -> inject.WireState:
         return inject.wire(self.flow)
 
+    def began(self, monotonic_s: float) -> None:
+        """It was admitted, and nothing of it was sent yet."""
+        self.began_monotonic_s = monotonic_s
+        self.undrained_before_s = self.handler.undrained_s if self.handler is not None else 0.0
+
     # -- the bytes of a stream
 
     def chunk(self, chunk: bytes) -> bytes:
@@ -74,7 +84,8 @@ class FlowState:
             self._passing(chunk, monotonic_s)
         if running is None or not chunk:
             return chunk
-        running.feed(chunk, monotonic_s, self.gate.streams.lost_s(monotonic_s))
+        paused_s = self.handler.undrained_s - self.undrained_before_s if self.handler is not None else 0.0
+        running.feed(chunk, monotonic_s, self.gate.streams.lost_s(monotonic_s), paused_s)
         self.gate.progressed(running, monotonic_s)
         if running.cut is None and not running.covers(monotonic_s):
             running.cut = "budget"
@@ -134,7 +145,7 @@ class FlowState:
 
     def end(self) -> None:
         """Nothing is watched any more, and nothing leads from the flow's record back to the flow: it can go when its stream does."""
-        self.ended = True
+        self.ended, self.handler = True, None
         self.rest()
         self.wire.on_sent = self.wire.on_client_end = inject.nothing
         if self.over is not None and not self.over.done():
@@ -208,7 +219,7 @@ class FlowState:
 
     def close_upstream(self) -> None:
         """Close the socket to the upstream; mitmproxy then ends the exchange towards the client."""
-        handler: Any = ctx.master.addons.get("proxyserver").connections.get(self.flow.client_conn.id)
+        handler = handler_of(self.flow.client_conn)
         transport = handler.transports.get(self.server or self.flow.server_conn) if handler is not None else None
         if transport is not None and transport.handler is not None:
             transport.handler.cancel("closed by the gateway")
@@ -219,7 +230,7 @@ def close_forgotten(client: connection.Client) -> None:
 
     Not at once: a client that is still sending would lose the answer that it has not read yet.
     """
-    handler: Any = ctx.master.addons.get("proxyserver").connections.get(client.id)
+    handler = handler_of(client)
     transport = handler.transports.get(client) if handler is not None else None
     if transport is not None and not transport.writer.is_closing():
         transport.writer.write_eof()

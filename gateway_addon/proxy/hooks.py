@@ -26,7 +26,7 @@ from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.messages import header_filter
 from gateway_addon.messages.request import Request
-from gateway_addon.proxy import inject
+from gateway_addon.proxy import backpressure, inject
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.flows import FlowState, close_forgotten
 from gateway_addon.refusals import Refusal, new_request_id
@@ -136,6 +136,7 @@ class GatewayAddon:
     def next_layer(self, data: NextLayer) -> None:
         ctx.master.addons.get("nextlayer").next_layer(data)
         inject.install(data.layer)
+        backpressure.install(data.context.client)
         self.connections.setdefault(data.context.client.id, None)
 
     @guarded("connection")
@@ -176,7 +177,8 @@ class GatewayAddon:
         kept = [field for field in flow.request.headers.fields if field[0].lower() not in REPLACED]
         flow.request.headers.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
         flow.request.stream = False
-        flow_state = self.flow_states[flow.id] = FlowState(flow, self.gate, self.clocks)
+        handler = backpressure.handler_of(flow.client_conn)
+        flow_state = self.flow_states[flow.id] = FlowState(flow, self.gate, self.clocks, handler)
         if flow.client_conn.id in self.connections:
             self.connections[flow.client_conn.id] = flow_state
         arrived = await self._arrive(flow, headers)
@@ -240,7 +242,7 @@ class GatewayAddon:
             flow_state.admitting = None
         if isinstance(decision, OwnResponse | Refusal):
             return self.answer(flow, decision)
-        flow_state.began_monotonic_s = self.clocks.monotonic_s()
+        flow_state.began(self.clocks.monotonic_s())
         if isinstance(decision, Admission):
             flow_state.running = self.gate.run(decision, flow_state.cut, flow_state.began_monotonic_s)
         else:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable
 from typing import Any
 
-from mitmproxy import connection, ctx
+from mitmproxy import connection
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.commands import ConnectionCommand, OpenConnection, RequestWakeup, SendData, StartHook
 from mitmproxy.proxy.layers import modes
@@ -21,6 +21,7 @@ from mitmproxy.proxy.mode_servers import ProxyConnectionHandler
 from mitmproxy.proxy.server import ConnectionHandler, ConnectionIO
 from mitmproxy.utils import asyncio_utils
 
+from gateway_addon.proxy.backpressure import TimedHandler, handler_of
 from gateway_addon.proxy.fastpath import dispatch
 
 PARTS = {
@@ -56,12 +57,12 @@ class QuickHandlers:
     """The addon that gives each new connection its handler, before its first event."""
 
     def client_connected(self, client: connection.Client) -> None:
-        handler: Any = ctx.master.addons.get("proxyserver").connections.get(client.id)
+        handler = handler_of(client)
         if FITS and type(handler) is ProxyConnectionHandler and isinstance(handler.master.addons, dispatch.Dispatch):
             QuickHandler.take_over(handler)
 
 
-class QuickHandler(ProxyConnectionHandler):
+class QuickHandler(TimedHandler):
     arrived: deque[events.Event]
     hooks: dispatch.Dispatch
     hooking: set[asyncio.Task[None] | None]

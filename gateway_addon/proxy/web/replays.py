@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 class GatedReplay(ReplayHandler):
     """One replay, on a client connection of its own."""
 
+    undrained_s = 0.0  # nobody reads it, so nobody is slow
+
     def __init__(self, flow: http.HTTPFlow, opts: Options) -> None:
         super().__init__(flow, opts)
         flow.client_conn = self.client

@@ -8,10 +8,10 @@ from click.testing import CliRunner
 from gateway import gateway
 from ledgers import new_file
 from mitmproxy.proxy.layers.modes import ReverseProxy
-from mitmproxy.proxy.mode_servers import ProxyConnectionHandler
 
 from gateway_addon.cli import main
 from gateway_addon.proxy import server
+from gateway_addon.proxy.backpressure import TimedHandler
 from gateway_addon.proxy.fastpath import connection
 from gateway_addon.proxy.fastpath.connection import QuickHandler
 from gateway_addon.proxy.inject import InjectLayer
@@ -31,7 +31,7 @@ async def test_a_connection_is_taken_to_the_layer_that_does_something(tmp_path, 
         [handler] = gw.master.addons.get("proxyserver").connections.values()
         writer.close()
         await writer.wait_closed()
-        assert (type(handler), type(handler.layer)) == ((QuickHandler, InjectLayer) if known else (ProxyConnectionHandler, ReverseProxy))
+        assert (type(handler), type(handler.layer)) == ((QuickHandler, InjectLayer) if known else (TimedHandler, ReverseProxy))
 
 
 @pytest.mark.parametrize("said", ["all", *FAST_PATH])
