@@ -143,10 +143,10 @@ def test_an_older_ledger_on_a_server_waits_for_init(tmp_path):
 
 UPGRADE = """
 import os, signal, sys
-from gateway_addon.ledger import files, pgsession, postgres, schema
+from gateway_addon.ledger.store import postgres, postgres_session, sqlite_files, sqlite_schema
 
 CHANGES = (("m901_first", ("ALTER TABLE calls ADD COLUMN later BIGINT", "UPDATE calls SET later = 1")), ("m902_second", ("CREATE TABLE laters (id BIGINT)",)))
-ledger, point = files.ledger_path(sys.argv[1]), sys.argv[2]
+ledger, point = sqlite_files.ledger_path(sys.argv[1]), sys.argv[2]
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -162,11 +162,11 @@ def file_change(statements):
     return change
 
 for name, statements in CHANGES:
-    schema.migrations(name=name)(file_change(statements))
+    sqlite_schema.migrations(name=name)(file_change(statements))
     postgres.MIGRATIONS += ((name, "SET LOCAL search_path = gateway; " + "; ".join(statements)),)
 if point != "never":
-    pgsession.Connection.execute = die  # on a server: the zone is kept last, in the same transaction
-files.create(ledger)
+    postgres_session.Connection.execute = die  # on a server: the zone is kept last, in the same transaction
+sqlite_files.create(ledger)
 """
 
 

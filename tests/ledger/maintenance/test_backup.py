@@ -102,7 +102,7 @@ def test_a_copy_that_is_not_sound_replaces_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(b"", "is another program's file, not a ledger"), (b"not a database" * 100, "is not a ledger or is damaged"), (None, "there is no backup at")],
+    [(b"", "is an empty file, not a ledger"), (b"not a database" * 100, "is not a ledger or is damaged"), (None, "there is no backup at")],
 )
 def test_what_is_no_backup_is_named(tmp_path, content, sentence):
     path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
@@ -184,7 +184,7 @@ def whole(path) -> bool:
 KILLED = """
 import os, shutil, sys
 from pathlib import Path
-from gateway_addon.ledger import copies
+from gateway_addon.ledger.maintenance import backup
 
 folder, steps = Path(sys.argv[1]), 0
 DURABLE = ("os.link", "os.rename", "os.remove")
@@ -202,7 +202,7 @@ for n in range(1, 30):
     if child == 0:
         steps = n
         sys.addaudithook(die)
-        copies.restore(folder / str(n) / "copy.db", folder / str(n) / "gateway.db", now=1.0)
+        backup.restore(folder / str(n) / "copy.db", folder / str(n) / "gateway.db", now=1.0)
         os._exit(0)
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
         break

@@ -226,9 +226,11 @@ def test_calls_made_between_two_tries_are_moved_too(source, target):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gateway_addon.ledger import Server, postgres, transfer
+from gateway_addon.ledger import ServerAddress
+from gateway_addon.ledger.maintenance import migrate
+from gateway_addon.ledger.store import postgres
 
-transfer.CALLS_AT_ONCE = 50
+migrate.CALLS_AT_ONCE = 50
 real = postgres.Connection.execute
 
 def dying(left, when):
@@ -247,7 +249,7 @@ for commit, when in ((1, "before"), (2, "before"), (2, "after"), (2, "before"), 
     child = os.fork()
     if child == 0:
         postgres.Connection.execute = dying(commit, when)
-        transfer.move(Path(sys.argv[1]), Server(sys.argv[2]), who="test", now=0.0)
+        migrate.move(Path(sys.argv[1]), ServerAddress(sys.argv[2]), who="test", now=0.0)
         os._exit(0)
     print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
 """
