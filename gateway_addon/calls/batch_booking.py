@@ -31,9 +31,17 @@ async def priced_by(ledger: Ledger, batch: Batch, current: Prices) -> Prices:
     return restored(await ledger.look(partial(book.prices, digest=batch.prices_digest)))
 
 
-async def close(ledger: Ledger, batch: Batch, closed: OnBatchClosed, *, anyway: str | None = None, now: float) -> bool:
+async def pricing(ledger: Ledger, batch: Batch, current: Prices, content_encoding: str | None = None) -> PricedResults:
+    """Make ready to read a batch's results: by the prices of its admission, held against its own ids. Raises LedgerUnavailable."""
+    prices, ids = await priced_by(ledger, batch, current), await ledger.look(partial(book.custom_ids, id=batch.id))
+    return PricedResults(prices, batch.made_at, hour_ttl=batch.hour_ttl, custom_ids=ids, content_encoding=content_encoding)
+
+
+async def close(
+    ledger: Ledger, batch: Batch, closed: OnBatchClosed, *, anyway: str | None = None, flags: tuple[str, ...] = (), now: float
+) -> bool:
     """Settle a batch from the results that were booked; False where some are missing. Raises LedgerUnavailable."""
-    resolution = await ledger.keep(partial(book.close, id=batch.id, anyway=anyway, now=now), app_scope(batch.app))
+    resolution = await ledger.keep(partial(book.close, id=batch.id, anyway=anyway, flags=flags, now=now), app_scope(batch.app))
     if resolution is not None and resolution.first:
         closed(batch, await ledger.look(partial(book.settled, call_id=batch.call_id)), resolution)
     return resolution is not None
@@ -81,7 +89,7 @@ class BatchBooking:
             await before
         await self._write()
         if not self._given_up:
-            await close(self._ledger, self._batch, self._closed, now=self._clock())
+            await close(self._ledger, self._batch, self._closed, flags=self._results.flags, now=self._clock())
 
 
 async def write(ledger: Ledger, batch: Batch, rows: list[ResultRow]) -> None:

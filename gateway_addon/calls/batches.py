@@ -4,6 +4,8 @@ Promises that each request of a batch is judged and quoted like a call of its ow
 sent; and that a result is priced by the table of the batch's admission, or not at all. Knows nothing of ledgers, sockets or clocks.
 """
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -26,6 +28,7 @@ REQUESTS_MAX = 100_000
 
 _CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}\Z")
 _ID = re.compile(r"msgbatch_[A-Za-z0-9]{1,128}\Z")
+_DIGEST_BYTES = 8
 _FREE = ("errored", "canceled", "expired")
 
 
@@ -44,6 +47,8 @@ class AskedBatch:
     """What the policy did to its requests beside admitting them, as on a call of its own."""
     body: bytes | None = None
     """The body to send where the policy rewrote some request; None: as it came."""
+    custom_ids: str = ""
+    """Those of its requests, packed."""
 
     @property
     def edited(self) -> list[str]:
@@ -75,6 +80,7 @@ def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Aske
     """Read, judge and quote a batch. The first request that would be refused as a call of its own refuses the batch, by its name."""
     quote_nano, hour_ttl, rewritten = 0, False, False
     models: set[str] = set()
+    ids: list[str] = []
     files: set[str] = set()
     flags: dict[str, None] = {}
     try:
@@ -84,6 +90,7 @@ def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Aske
             if isinstance(one, Refusal):
                 return one
             entry["params"] |= one.changes
+            ids.append(entry["custom_id"])
             quote_nano, hour_ttl, rewritten = quote_nano + one.quote_nano, hour_ttl or one.reading.hour_ttl, rewritten or bool(one.changes)
             models.add(one.reading.model)
             files.update(one.reading.found.files)
@@ -95,7 +102,7 @@ def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Aske
         return stated("body", DEEP)
     body = json.dumps({"requests": entries}, ensure_ascii=False, separators=(",", ":")).encode() if rewritten else None
     model = models.pop() if len(models) == 1 else None
-    return AskedBatch(len(entries), quote_nano, model, hour_ttl, frozenset(files), tuple(flags), body)
+    return AskedBatch(len(entries), quote_nano, model, hour_ttl, frozenset(files), tuple(flags), body, packed(ids))
 
 
 def object_of(body: bytes) -> BatchObject | None:
@@ -111,11 +118,18 @@ def object_of(body: bytes) -> BatchObject | None:
 class PricedResults:
     """Prices a results file as it passes. Holds one line at a time.
 
-    A result that cannot be read or priced is left out: the batch then lacks it, and is not settled by its results.
+    A result that cannot be read or priced is left out: the batch then lacks it, and is not settled by its results. So is one of a request
+    that the batch does not have, which is flagged.
     """
 
-    def __init__(self, prices: Prices, at: float, *, hour_ttl: bool, content_encoding: str | None = None):
+    def __init__(
+        self, prices: Prices, at: float, *, hour_ttl: bool, custom_ids: str | None = None, content_encoding: str | None = None
+    ):  # fmt: skip
+        """`custom_ids`: the packed ids of the batch's own requests; None: unknown, as of a batch that an older gateway made."""
         self._prices, self._at, self._hour_ttl = prices, at, hour_ttl
+        self._own = None if custom_ids is None else _unpacked(custom_ids)
+        self.flags: tuple[str, ...] = ()
+        """What was odd in the results so far."""
         self._meter = BatchMeter(content_encoding)
 
     def feed(self, chunk: bytes) -> list[ResultRow]:
@@ -127,6 +141,9 @@ class PricedResults:
         return [row for result in self._meter.close() for row in self._rows(result)]
 
     def _rows(self, result: BatchResult) -> Iterable[ResultRow]:
+        if not _CUSTOM_ID.match(result.custom_id) or (self._own is not None and _digest(result.custom_id) not in self._own):
+            self.flags = ("results_foreign",)
+            return []
         if result.kind in _FREE:
             return [ResultRow(result.custom_id, 0, result.kind, None, *(0,) * 7, 0, None, "")]
         if result.kind != "succeeded":
@@ -143,6 +160,20 @@ class PricedResults:
             )
             for number, part in enumerate(bill.parts)
         ]  # fmt: skip
+
+
+def packed(custom_ids: Iterable[str]) -> str:
+    """Return ids as one text by which each is known again: eight bytes of a digest apiece, where an id has up to 64."""
+    return base64.b64encode(b"".join(map(_digest, custom_ids))).decode()
+
+
+def _unpacked(text: str) -> frozenset[bytes]:
+    digests = base64.b64decode(text)
+    return frozenset(digests[at : at + _DIGEST_BYTES] for at in range(0, len(digests), _DIGEST_BYTES))
+
+
+def _digest(custom_id: str) -> bytes:
+    return hashlib.blake2b(custom_id.encode(), digest_size=_DIGEST_BYTES).digest()
 
 
 def _entries(body: dict[str, Any]) -> list[dict[str, Any]]:

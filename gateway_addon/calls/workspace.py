@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from gateway_addon.calls import batches
-from gateway_addon.calls.batch_booking import BatchBooking, OnBatchClosed, priced_by
+from gateway_addon.calls.batch_booking import BatchBooking, OnBatchClosed, pricing
 from gateway_addon.calls.files import file_of, upload_problem
 from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook
@@ -135,10 +135,9 @@ class Workspace:
 
     async def _results(self, arrived: AuthenticatedRequest, batch_id: str) -> ResponseHook:
         batch: Batch | None = await self.ledger.look(partial(book.find, id=batch_id))
-        if batch is None or not batch.open:
+        if batch is None or not await self.ledger.look(partial(book.lacks_results, batch=batch)):
             return ResponseHook(streamed=True)
-        prices = await priced_by(self.ledger, batch, arrived.policy.prices)
-        results = batches.PricedResults(prices, batch.made_at, hour_ttl=batch.hour_ttl)
+        results = await pricing(self.ledger, batch, arrived.policy.prices)
         booking = BatchBooking(self.ledger, batch, results, self.closed, self.clock)
 
         def ended(ending: PermitEnd) -> None:
@@ -229,6 +228,7 @@ class _Creation:
         new = NewBatch(
             shown.id, self._call_id, app.name, self._now, asked.requests, asked.hour_ttl, policy.prices.digest, kept(policy.prices),
             shown.content, shown.status, self._now + min(policy.timeouts.batch_poll_s, book.PAUSE_MAX_S), flags=asked.flags,
+            custom_ids=asked.custom_ids,
         )  # fmt: skip
         self._handed_over = True
         self._workspace.ledger.hand_over(self._call_id)

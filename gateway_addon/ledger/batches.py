@@ -40,6 +40,8 @@ class NewBatch:
     look_at: float
     request_id: str | None = None
     flags: tuple[str, ...] = ()
+    custom_ids: str | None = None
+    """Those of its own requests, packed."""
 
 
 class Batch(NamedTuple):
@@ -55,6 +57,8 @@ class Batch(NamedTuple):
     status: str
     look_at: float | None
     failures: int
+    lost_since: float | None = None
+    """Since when the API says, at each look, that it has no such batch or not all of its results."""
 
     @property
     def open(self) -> bool:
@@ -127,10 +131,10 @@ class SettledBatch(NamedTuple):
     parts: tuple[_Sum, ...]
 
 
-_COLUMNS = "id, call_id, app, made_at, requests, hour_ttl, prices, status, look_at, failures"
+_COLUMNS = "id, call_id, app, made_at, requests, hour_ttl, prices, status, look_at, failures, lost_since"
 ADOPT = """
-INSERT INTO batches (id, call_id, app, made_at, requests, hour_ttl, prices, flags, status, look_at)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
+INSERT INTO batches (id, call_id, app, made_at, requests, hour_ttl, prices, flags, custom_ids, status, look_at)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 """
 KEEP_PRICES = "INSERT INTO price_tables VALUES (?, ?) ON CONFLICT DO NOTHING"
 HOLD = "UPDATE calls SET owner = ?, status = 200, request_id = ? WHERE id = ? AND state = 'open'"
@@ -142,11 +146,30 @@ UPDATE batches SET look_at = :until
 WHERE id = (SELECT id FROM batches WHERE {DUE} ORDER BY look_at LIMIT 1)
 RETURNING {_COLUMNS}
 """
-LOOKED = "UPDATE batches SET status = ?, look_at = ?, failures = ? WHERE id = ? AND look_at IS NOT NULL"
-BOOK = f"INSERT INTO batch_usage VALUES ({', '.join('?' * 15)}) ON CONFLICT DO NOTHING"
-CLOSING = """
-SELECT call_id, requests, batches.flags, request_id FROM batches LEFT JOIN calls ON calls.id = call_id WHERE batches.id = ?
+LOOKED = "UPDATE batches SET status = ?, look_at = ?, failures = ?, lost_since = ? WHERE id = ? AND look_at IS NOT NULL"
+# Results never change, so the first reading stands. Where one errs and succeeds as well, the success does, and says so.
+BOOK = f"""
+INSERT INTO batch_usage VALUES ({", ".join("?" * 15)}) ON CONFLICT (call_id, custom_id, part) DO UPDATE SET kind = excluded.kind,
+  model = excluded.model, input_tokens = excluded.input_tokens, output_tokens = excluded.output_tokens,
+  cache_read_tokens = excluded.cache_read_tokens, cache_write_5m_tokens = excluded.cache_write_5m_tokens,
+  cache_write_1h_tokens = excluded.cache_write_1h_tokens, cache_write_unsplit_tokens = excluded.cache_write_unsplit_tokens,
+  web_search_requests = excluded.web_search_requests, nano = excluded.nano, price_row = excluded.price_row,
+  flags = trim(excluded.flags || ' results_contradict')
+WHERE batch_usage.kind IN ('errored', 'canceled', 'expired') AND excluded.nano > 0
 """
+CLOSING = """
+SELECT call_id, requests, batches.flags, request_id, look_at IS NOT NULL FROM batches LEFT JOIN calls ON calls.id = call_id
+WHERE batches.id = ?
+"""
+LOST = ("batch_gone", "results_unreadable", "results_gone")
+"""Why a batch was settled at what it held, without its results."""
+SETTLED_AT = """
+SELECT flags, (SELECT spent_nano FROM entries WHERE call_id = calls.id AND kind = 'settle'),
+  (SELECT sum(spent_nano) FROM entries WHERE call_id = calls.id)
+FROM calls WHERE id = ? AND state = 'settled' AND carried IS NULL
+"""
+CORRECT = "INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES (?, ?, 'adjust', ?, 'the results of the batch came')"
+CORRECTED = "UPDATE calls SET flags = ?, model_served = ?, price_rows = ?, complete = 1, service_tier = 'batch' WHERE id = ?"
 READ = "SELECT count(DISTINCT custom_id) FROM batch_usage WHERE call_id = ?"
 SUMS = """
 SELECT kind, model, price_row, sum(input_tokens), sum(output_tokens), sum(cache_read_tokens), sum(cache_write_5m_tokens),
@@ -179,7 +202,7 @@ def adopt(db: sqlite3.Connection, new: NewBatch) -> bool:
         return False
     db.execute(KEEP_PRICES, (new.prices_digest, new.prices))
     facts = (new.id, new.call_id, new.app, new.made_at, new.requests, new.hour_ttl, new.prices_digest, " ".join(new.flags))
-    db.execute(ADOPT, (*facts, new.status, new.look_at))
+    db.execute(ADOPT, (*facts, new.custom_ids, new.status, new.look_at))
     db.execute(HOLD, (BATCHES, new.request_id, new.call_id))
     return True
 
@@ -194,6 +217,17 @@ def prices(db: sqlite3.Connection, digest: str) -> str:
     return str(db.execute("SELECT content FROM price_tables WHERE digest = ?", (digest,)).fetchone()[0])
 
 
+def custom_ids(db: sqlite3.Connection, id: str) -> str | None:
+    """Return the packed ids of a batch's own requests, None where they were not kept."""
+    [(packed,)] = db.execute("SELECT custom_ids FROM batches WHERE id = ?", (id,)).fetchall()
+    return None if packed is None else str(packed)
+
+
+def lacks_results(db: sqlite3.Connection, batch: Batch) -> bool:
+    """Whether a batch is open, or was settled without its results: then they are worth reading."""
+    return batch.open or any(_is_lost(flags) for flags, *_ in db.execute(SETTLED_AT, (batch.call_id,)).fetchall())
+
+
 def waits(db: sqlite3.Connection, now: float) -> bool:
     """True where it is time to look at a batch."""
     return bool(db.execute(WAITS, {"now": now, "ahead_s": PAUSE_MAX_S}).fetchone()[0])
@@ -205,31 +239,57 @@ def take(db: sqlite3.Connection, now: float) -> Batch | None:
     return _batch(rows[0]) if rows else None
 
 
-def looked(db: sqlite3.Connection, id: str, status: str, *, look_at: float, failures: int) -> None:
+def looked(
+    db: sqlite3.Connection, id: str, status: str, *, look_at: float, failures: int, lost_since: float | None = None
+) -> None:
     """Note what was seen of an open batch, and when to look again."""
-    db.execute(LOOKED, (status, look_at, failures, id))
+    db.execute(LOOKED, (status, look_at, failures, lost_since, id))
 
 
 def book_results(db: sqlite3.Connection, call_id: int, rows: Iterable[ResultRow]) -> None:
-    """Keep results as they are read. A row that is there already stays as it is: results never change."""
+    """Keep results as they are read. A row that is there already stays as it is, unless it says that nothing was billed."""
     db.executemany(BOOK, [(call_id, *row) for row in rows])
 
 
-def close(db: sqlite3.Connection, id: str, *, anyway: str | None = None, now: float) -> Resolution | None:
-    """Settle a batch at the sum of its results; None where some are still missing.
+def close(
+    db: sqlite3.Connection, id: str, *, anyway: str | None = None, flags: tuple[str, ...] = (), now: float
+) -> Resolution | None:
+    """Settle a batch at the sum of its results; None where some are still missing. One that was settled without them is corrected.
 
-    `anyway`: they will never come, for this reason: settle at what it holds, `estimated`.
+    `anyway`: they will never come, for this reason (of `LOST`): settle at what it holds, `estimated`. `flags`: what was odd in them.
     """
-    call_id, requests, said, request_id = db.execute(CLOSING, (id,)).fetchone()
-    flags = tuple(str(said).split())
+    call_id, requests, said, request_id, is_open = db.execute(CLOSING, (id,)).fetchone()
+    flags = tuple(dict.fromkeys((*str(said).split(), *flags)))
     whole = db.execute(READ, (call_id,)).fetchone()[0] == requests
     if not whole and anyway is None:
         return None
     estimate = Settlement(None, (), Outcome(200, request_id=request_id, flags=(*flags, f"estimated:{anyway}")))
     settlement = _summed(db, call_id, request_id, flags) if whole else estimate
+    if not is_open:
+        if whole:
+            _correct(db, call_id, settlement, now)
+        return Resolution(first=False)
     resolution = reservations.settle(db, call_id, settlement, now=now)
     db.execute(CLOSE, (id,))
     return resolution
+
+
+def _correct(db: sqlite3.Connection, call_id: int, settlement: Settlement, now: float) -> None:
+    """Bring a call that was settled at what it held to what its results came to, by an entry of its own, once."""
+    for said, settled_nano, spent_nano in db.execute(SETTLED_AT, (call_id,)).fetchall():
+        if not _is_lost(said) or settlement.cost_nano is None:
+            return
+        db.execute(CORRECT, (call_id, now, settlement.cost_nano - spent_nano))
+        outcome = settlement.outcome
+        kept = (flag for flag in said.split() if not flag.startswith("estimated"))
+        flags = " ".join(dict.fromkeys((*kept, *outcome.flags, "corrected")))
+        db.execute(CORRECTED, (flags, outcome.model_served, outcome.price_rows, call_id))
+        db.execute("DELETE FROM usage WHERE call_id = ?", (call_id,))
+        db.executemany(reservations.PART, reservations.usage_rows(call_id, settlement.parts, settled_nano))
+
+
+def _is_lost(flags: str) -> bool:
+    return any(f"estimated:{reason}" in flags.split() for reason in LOST)
 
 
 def settled(db: sqlite3.Connection, call_id: int) -> SettledBatch:
@@ -257,5 +317,5 @@ def _summed(db: sqlite3.Connection, call_id: int, request_id: str | None, flags:
 
 
 def _batch(row: sqlite3.Row) -> Batch:
-    id, call_id, app, made_at, requests, hour_ttl, prices_digest, status, look_at, failures = row
-    return Batch(id, call_id, app, made_at, requests, bool(hour_ttl), prices_digest, status, look_at, failures)
+    id, call_id, app, made_at, requests, hour_ttl, prices_digest, status, look_at, failures, lost_since = row
+    return Batch(id, call_id, app, made_at, requests, bool(hour_ttl), prices_digest, status, look_at, failures, lost_since)

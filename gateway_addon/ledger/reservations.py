@@ -225,7 +225,7 @@ def settle(db: sqlite3.Connection, call_id: int, settlement: Settlement, *, now:
     if overrun and "late" not in flags:  # else it was the gateway that stood still, and the model kept its pace
         db.execute(OVERRUN, {"call_id": call_id, "now": now, "over_nano": spent_nano - held_nano})
     db.execute(FINISH, {"call_id": call_id, "state": "settled", "now": now} | _outcome_values(settlement.outcome, flags))
-    db.executemany(PART, _usage_rows(call_id, settlement.parts, spent_nano))
+    db.executemany(PART, usage_rows(call_id, settlement.parts, spent_nano))
     return Resolution(True, spent_nano, held_nano, overrun)
 
 
@@ -363,7 +363,7 @@ def _outcome_values(outcome: Outcome, flags: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _usage_rows(call_id: int, parts: Sequence[PartShape], spent_nano: int) -> list[tuple[object, ...]]:
+def usage_rows(call_id: int, parts: Sequence[PartShape], spent_nano: int) -> list[tuple[object, ...]]:
     """The billed parts, and what of the settled amount no part explains (an estimate's surplus) as a row of its own."""
     rows: list[tuple[object, ...]] = []
     for number, part in enumerate(parts):

@@ -26,7 +26,7 @@ LOOK_EVERY_S = 1.0  # a lookup in the ledger; how often the API is asked is the 
 OLDER = 20  # a batch is asked about again after this part of its age
 KEPT_FOR_S = 30 * 86_400.0  # the API keeps results for 29 days
 PIECE = 64 * 1024
-UNREADABLE_TIMES = 3  # results never change: a file that lacks some after so many readings will always lack them
+LOST_AFTER_S = 86_400.0  # so long the API must say that it has no such batch, or not all of its results, before a hold becomes a bill
 
 
 class PolledAnswer(Protocol):
@@ -42,8 +42,12 @@ type Ask = Callable[[str], AbstractContextManager[PolledAnswer]]
 """GET a path of the upstream, with the real key. Whatever it raises is a failure to ask again after."""
 
 
-class BatchGone(Exception):
-    """The API has no such batch any more, or no results of it."""
+class BatchLost(Exception):
+    """The API has no such batch, or not all of its results, for now. `reason` is how a batch is flagged that stays so."""
+
+    def __init__(self, reason: str, sentence: str):
+        super().__init__(sentence)
+        self.reason = reason
 
 
 class PollFailed(Exception):
@@ -79,9 +83,8 @@ class BatchPoller:
             return False
         try:
             await self._look_at(batch)
-        except BatchGone as error:
-            logger.error("Batch %s of app %s: %s. It is settled at what it held.", batch.id, batch.app, error)
-            await batch_booking.close(self._ledger, batch, self._closed, anyway="batch_gone", now=self._clocks.now())
+        except BatchLost as error:
+            await self._lost(batch, error)
         except LedgerUnavailable:
             raise
         except Exception as error:
@@ -89,7 +92,7 @@ class BatchPoller:
         return True
 
     async def _look_at(self, batch: Batch) -> None:
-        """Raises Gone, Failed, what `ask` raises, LedgerUnavailable."""
+        """Raises BatchLost, PollFailed, what `ask` raises, LedgerUnavailable."""
         shown = object_of(await asyncio.to_thread(self._whole, f"/v1/messages/batches/{batch.id}"))
         if shown is None or shown.id != batch.id:
             raise PollFailed("the answer shows no such batch")
@@ -101,23 +104,21 @@ class BatchPoller:
             await self._again(batch, shown.status, pause_s, 0)
 
     async def _close(self, batch: Batch) -> None:
-        """Read the results, a piece at a time, and settle by them; in the end without them. Raises as `_look_at`."""
-        prices = await batch_booking.priced_by(self._ledger, batch, self._policy().prices)
+        """Read the results, a piece at a time, and settle by them. Raises as `_look_at`."""
         with ExitStack() as opened:
             path = f"/v1/messages/batches/{batch.id}/results"
             answer = await asyncio.to_thread(lambda: opened.enter_context(self._ask(path)))
             _expect(answer.status)
-            results = PricedResults(prices, batch.made_at, hour_ttl=batch.hour_ttl, content_encoding=answer.encoding)
+            results = await batch_booking.pricing(self._ledger, batch, self._policy().prices, answer.encoding)
             renew_monotonic_s = self._clocks.monotonic_s() + book.TURN_S / 3
             while (rows := await asyncio.to_thread(_some, answer, results)) is not None:
                 await batch_booking.write(self._ledger, batch, rows)
                 if self._clocks.monotonic_s() >= renew_monotonic_s:
-                    await self._again(batch, batch.status, book.TURN_S, batch.failures)
+                    await self._again(batch, batch.status, book.TURN_S, batch.failures, batch.lost_since)
                     renew_monotonic_s = self._clocks.monotonic_s() + book.TURN_S / 3
             await batch_booking.write(self._ledger, batch, results.close())
-        anyway = "results_unreadable" if batch.failures >= UNREADABLE_TIMES else None
-        if not await batch_booking.close(self._ledger, batch, self._closed, anyway=anyway, now=self._clocks.now()):
-            raise PollFailed("its results are not all there, or not to be read")
+        if not await batch_booking.close(self._ledger, batch, self._closed, flags=results.flags, now=self._clocks.now()):
+            raise BatchLost("results_unreadable", "its results are not all there, or not to be read")
 
     def _whole(self, path: str) -> bytes:
         with self._ask(path) as answer:
@@ -127,7 +128,17 @@ class BatchPoller:
                 body += piece
             return body
 
-    async def _failed(self, batch: Batch, error: Exception) -> None:
+    async def _lost(self, batch: Batch, error: BatchLost) -> None:
+        """Look again for a day. An API that has lost sight of a batch for a moment would cost its app the whole hold."""
+        now = self._clocks.now()
+        since = min(now, batch.lost_since or now)
+        if now - since < LOST_AFTER_S:
+            return await self._failed(batch, error, since)
+        logger.error("Batch %s of app %s: %s, for a day. It is settled at what it held.", batch.id, batch.app, error)
+        await batch_booking.close(self._ledger, batch, self._closed, anyway=error.reason, now=now)
+        return None
+
+    async def _failed(self, batch: Batch, error: Exception, lost_since: float | None = None) -> None:
         if self._clocks.now() - batch.made_at > KEPT_FOR_S:
             logger.error("Batch %s of app %s never showed its results (%s). It is settled at what it held.", batch.id, batch.app, error)
             await batch_booking.close(self._ledger, batch, self._closed, anyway="results_gone", now=self._clocks.now())
@@ -135,10 +146,11 @@ class BatchPoller:
         failures = batch.failures + 1
         pause_s = min(self._policy().timeouts.batch_poll_s * 2.0 ** min(failures, 20), book.PAUSE_MAX_S)
         logger.warning("Batch %s of app %s could not be looked at, again in %.0f s: %s.", batch.id, batch.app, pause_s, error)
-        await self._again(batch, batch.status, pause_s, failures)
+        await self._again(batch, batch.status, pause_s, failures, lost_since or batch.lost_since)
 
-    async def _again(self, batch: Batch, status: str, pause_s: float, failures: int) -> None:
-        looked = partial(book.looked, id=batch.id, status=status, look_at=self._clocks.now() + pause_s, failures=failures)
+    async def _again(self, batch: Batch, status: str, pause_s: float, failures: int, lost_since: float | None = None) -> None:
+        look_at = self._clocks.now() + pause_s
+        looked = partial(book.looked, id=batch.id, status=status, look_at=look_at, failures=failures, lost_since=lost_since)
         await self._ledger.write(looked, app_scope(batch.app))
 
 
@@ -149,8 +161,8 @@ def _some(answer: PolledAnswer, results: PricedResults) -> list[ResultRow] | Non
 
 
 def _expect(status: int) -> None:
-    """Raises Gone or Failed unless the API has answered."""
+    """Raises BatchLost or PollFailed unless the API has answered."""
     if status == 404:
-        raise BatchGone("the Claude API has no such batch any more (404)")
+        raise BatchLost("batch_gone", "the Claude API has no such batch (404)")
     if status != 200:
         raise PollFailed(f"the Claude API answered {status}")

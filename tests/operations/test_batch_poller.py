@@ -9,14 +9,16 @@ from functools import partial
 import anthropic
 import postgresql
 import pytest
+import upstreams
 from gateway import gateway
+from ledgers import rows
 from processes import ledgered
 
 from gateway_addon.clocks import Clocks
 from gateway_addon.ledger import admin, batches
 from gateway_addon.ledger.batches import PAUSE_MAX_S
 from gateway_addon.ledger.maintenance import invariants
-from gateway_addon.operations.batch_poller import KEPT_FOR_S, BatchPoller
+from gateway_addon.operations.batch_poller import KEPT_FOR_S, LOST_AFTER_S, BatchPoller
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 from gateway_addon.upstreams import client as upstream
@@ -131,11 +133,64 @@ async def test_after_a_failure_it_is_asked_again_after_longer_and_longer_pauses(
             await gw.gate.ledger.write(partial(batches.looked, id=id, status="in_progress", look_at=clock[0], failures=0))
 
 
-async def test_a_batch_that_the_api_has_no_more_is_settled_at_what_it_held(tmp_path):
-    async with kept(tmp_path, Fake(batch=(404, b"{}"))) as (gw, batch_poller, _clock, _id):
-        held = await gw.held_nano()
+async def look_until_settled(gw, batch_poller, clock, held) -> float:
+    """Look whenever it is time; return for how long the whole hold stood."""
+    began = clock[0]
+    while await line(gw) is not None:
+        assert (await gw.held_nano(), await gw.spent_nano()) == (held, 0)
+        clock[0] = max(clock[0], (await line(gw)).look_at)
         assert await batch_poller.look()
-        assert (await gw.spent_nano(), await gw.held_nano(), await line(gw)) == (held, 0, None)
+    return clock[0] - began
+
+
+async def fetch_results(gw, id) -> None:
+    """As its app does, through the gateway, once the simulated API has them."""
+    client = gw.client()
+    while (await client.messages.batches.retrieve(id)).processing_status != "ended":
+        await asyncio.sleep(0.02)
+    assert len([each async for each in await client.messages.batches.results(id)]) == len(REQUESTS)
+    await gw.quiet()
+
+
+async def test_a_batch_that_the_api_has_no_more_is_billed_after_a_day(tmp_path):
+    """One 404 settled a batch at its hold, 47 times its cost, for ever."""
+    async with kept(tmp_path, Fake(batch=(404, b"{}"))) as (gw, batch_poller, clock, _id):
+        held = await gw.held_nano()
+        assert LOST_AFTER_S <= await look_until_settled(gw, batch_poller, clock, held) <= LOST_AFTER_S + 2 * PAUSE_MAX_S
+        assert (await gw.spent_nano(), await gw.held_nano()) == (held, 0)
+
+
+async def test_a_batch_that_is_found_again_has_a_day_again(tmp_path):
+    fake = Fake(batch=(404, b"{}"))
+    async with kept(tmp_path, fake) as (gw, batch_poller, clock, id):
+        for answer, days in (((404, b"{}"), 0.9), (shown(id, "in_progress"), 0.1), ((404, b"{}"), 0.9)):
+            fake.answers["batch"] = answer
+            assert await batch_poller.look()
+            clock[0] += days * LOST_AFTER_S
+        assert await batch_poller.look()
+        assert (await line(gw), await gw.spent_nano()) != (None, 0)
+        assert await gw.spent_nano() == 0
+
+
+async def test_results_that_come_after_all_correct_the_bill_once(tmp_path):
+    async with kept(tmp_path, Fake(batch=(404, b"{}")), Behaviour()) as (gw, batch_poller, clock, id):
+        held = await gw.held_nano()
+        await look_until_settled(gw, batch_poller, clock, held)
+        for _ in range(2):
+            await fetch_results(gw, id)
+            for _ in range(100):
+                if await gw.spent_nano() != held:
+                    break
+                await asyncio.sleep(0.02)
+            assert (await gw.spent_nano(), await gw.held_nano()) == (gw.api.book.billed_nano, 0)
+        [(flags, adjustments)] = rows(
+            tmp_path / "gateway.db",
+            "SELECT flags, (SELECT count(*) FROM entries WHERE call_id = calls.id AND kind = 'adjust') FROM calls"
+            " WHERE endpoint = 'batches.create'",
+        )
+        assert ("corrected" in flags.split(), "estimated" in flags, adjustments) == (True, False, 1)
+        with admin.reading(tmp_path / "gateway.db") as db:
+            assert invariants.findings(db) == []
 
 
 async def test_one_that_fails_for_a_month_is_settled_at_what_it_held(tmp_path):
@@ -147,16 +202,50 @@ async def test_one_that_fails_for_a_month_is_settled_at_what_it_held(tmp_path):
 
 
 @pytest.mark.parametrize("results", [b"", b"junk\n", b'{"custom_id": "r0", "result": {"type": "expired"}}\n'])
-async def test_results_that_lack_some_are_read_again_and_in_the_end_the_batch_is_settled_at_what_it_held(tmp_path, results):
+async def test_results_that_lack_some_are_read_again_for_a_day(tmp_path, results):
     fake = Fake(results=(200, results))
     async with kept(tmp_path, fake) as (gw, batch_poller, clock, id):
         fake.answers["batch"] = shown(id, "ended")
         held = await gw.held_nano()
-        for _ in range(3):
-            assert await batch_poller.look()
-            clock[0] = (await line(gw)).look_at
-        assert await batch_poller.look()
+        assert await look_until_settled(gw, batch_poller, clock, held) >= LOST_AFTER_S
         assert (await gw.spent_nano(), await gw.held_nano(), await line(gw)) == (held, 0, None)
+
+
+def result(custom_id: str, kind: str = "succeeded", **usage: int) -> bytes:
+    message = json.loads(upstreams.message(**usage))
+    return json.dumps({"custom_id": custom_id, "result": {"type": kind} | ({"message": message} if kind == "succeeded" else {})}).encode() + b"\n"
+
+
+@pytest.mark.parametrize("foreign", ["not_mine", "\ud800" * 99], ids=["of no request", "that is none"])
+async def test_results_are_held_against_the_batchs_own_ids(tmp_path, foreign):
+    """A line for a request that it does not have stood for one that was missing, at the price of that line."""
+    fake, ids = Fake(), [each["custom_id"] for each in REQUESTS]
+    async with kept(tmp_path, fake) as (gw, batch_poller, clock, id):
+        fake.answers["batch"] = shown(id, "ended")
+        fake.answers["results"] = 200, b"".join(result(each, output_tokens=2) for each in ids[1:]) + result(foreign, output_tokens=99)
+        assert await batch_poller.look()
+        assert (await gw.spent_nano(), (await line(gw)).results) == (0, len(ids) - 1)
+        clock[0] = (await line(gw)).look_at
+        fake.answers["results"] = 200, b"".join(result(each, output_tokens=2) for each in ids) + result(foreign, output_tokens=99)
+        assert await batch_poller.look()
+        assert await line(gw) is None
+    assert rows(tmp_path / "gateway.db", "SELECT sum(output_tokens) FROM usage") == [(2 * len(ids),)]
+    [(flags,)] = rows(tmp_path / "gateway.db", "SELECT flags FROM calls WHERE endpoint = 'batches.create'")
+    assert "results_foreign" in flags.split()
+
+
+async def test_a_result_that_errs_and_then_succeeds_is_billed_and_flagged(tmp_path):
+    """The second line was left out as one that is there already: what the provider billed was free."""
+    fake, ids = Fake(), [each["custom_id"] for each in REQUESTS]
+    async with kept(tmp_path, fake) as (gw, batch_poller, _clock, id):
+        fake.answers["batch"] = shown(id, "ended")
+        fake.answers["results"] = 200, result(ids[0], "errored") + b"".join(result(each, output_tokens=2) for each in ids)
+        assert await batch_poller.look()
+        assert await line(gw) is None
+    path = tmp_path / "gateway.db"
+    assert rows(path, "SELECT sum(output_tokens) FROM usage") == [(2 * len(ids),)]
+    [(flags,)] = rows(path, "SELECT flags FROM calls WHERE endpoint = 'batches.create'")
+    assert "results_contradict" in flags.split()
 
 
 async def test_results_that_break_off_are_read_again(tmp_path):

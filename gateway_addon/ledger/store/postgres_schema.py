@@ -299,5 +299,6 @@ MIGRATIONS = (
     ("m004_days", DAYS),
     ("m004_minutes", MINUTES),
     ("m005_observed", OBSERVED),
+    ("m006_batch_ids", "ALTER TABLE gateway.batches ADD COLUMN custom_ids TEXT, ADD COLUMN lost_since DOUBLE PRECISION"),
 )
 """Each runs once, in one transaction; its name is its identity."""

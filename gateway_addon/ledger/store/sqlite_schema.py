@@ -203,6 +203,14 @@ CREATE TABLE batch_usage (  -- what each request of a batch came to, read from i
 """
 
 
+# `custom_ids`: of the batch's own requests, as digests in one text (calls/batches.py); NULL in a batch of an older gateway. `lost_since`:
+# when the API first said, and has said since, that it has no such batch or not all of its results.
+BATCH_IDS = """
+ALTER TABLE batches ADD COLUMN custom_ids TEXT;
+ALTER TABLE batches ADD COLUMN lost_since REAL;
+"""
+
+
 @migrations()
 def m001_ledger(db: Database) -> None:
     _run(db, TABLES)
@@ -313,6 +321,11 @@ def m004_minutes(db: Database) -> None:
 @migrations()
 def m005_observed(db: Database) -> None:
     _run(db, OBSERVED)
+
+
+@migrations()
+def m006_batch_ids(db: Database) -> None:
+    _run(db, BATCH_IDS)
 
 
 def known() -> list[str]:
