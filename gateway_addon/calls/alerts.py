@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from gateway_addon.ledger import Alert, Facts, Resolution, Standing, app_scope
 from gateway_addon.money import cents
-from gateway_addon.policy import Alerts, GatewayPolicy, Source
+from gateway_addon.policy import Alerts, GatewayPolicy, Retiring, Source
 
 THRESHOLDS_PERCENT = (50, 80, 95, 100)  # where the policy does not say
 HOUR_S, DAY_S = 3600, 86_400
@@ -108,6 +108,19 @@ def redirected(upstream: str, status: int, now: float) -> Alert:
         "past the gateway. Name the API's own address in policies/gateway.yaml (upstream)"
     )
     return Alert("redirect", "total", str(int(now) // HOUR_S), sentence, {"status": status})
+
+
+def retiring(found: Retiring, now: float) -> Alert:
+    """Return the alert for a model that an app may use and that the provider is about to retire. Once for each app and model."""
+    what = found.what
+    facts: Facts = {"model": what.model, "fast": what.fast, "retires": what.day}
+    return Alert("retirement", app_scope(found.app), f"{what.what} {what.day}", found.sentence(now), facts)
+
+
+def refused_as_retired(app: str, model: str, why: str, call_id: int, now: float) -> Alert:
+    """Return the alert for a call that the provider refused since its model is no more. Once a day for an app and model."""
+    sentence = f"the Claude API refused a call of app {app} (call {call_id}) for {model}: {why}"
+    return Alert("retirement", app_scope(app), f"refused {model} {int(now) // DAY_S}", sentence, {"model": model, "call_id": call_id})
 
 
 def policy_broken(problem: str, digest: str, now: float) -> Alert:

@@ -272,6 +272,9 @@ class Gateway:
         end = result.outcome if isinstance(result, Void) else result
         on_resolution = partial(self._look_for_overrun, running, end.outcome if isinstance(end, Settlement) else end, now)
         self._resolve(call_id, running.admission.call, running.admission.admitted_at, end, now, on_resolution)
+        if (why := running.refused_as_retired()) is not None:
+            app_name, model = running.admission.app.name, running.admission.reading.model
+            self.emit(alerts.refused_as_retired(app_name, model, why, call_id, now))
         if isinstance(result, Void):
             return
         app, served = running.admission.app, result.outcome.model_served

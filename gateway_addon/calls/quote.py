@@ -14,7 +14,7 @@ from fractions import Fraction
 from heapq import nlargest
 from typing import Any, NamedTuple
 
-from gateway_addon.messages.request import MAX_TOKENS_MAX, ParsedRequest, definition_bytes
+from gateway_addon.messages.request import MAX_TOKENS_MAX, ParsedRequest, definition_bytes, is_fast
 from gateway_addon.messages.scan import FeatureUse
 from gateway_addon.messages.schema import Effect
 from gateway_addon.money import dollars, rounded_up
@@ -218,7 +218,7 @@ def _bound(terms: _Terms, max_tokens: int) -> Quote:
     assert row is not None, "the request's own model is the first of those that were looked up"
     turns = _turns(terms, row, max_tokens)
     input_tokens = turns.input_tokens(turns.output_tokens)
-    priced = terms.rates(row, input_tokens, fast=_fast(reading.body))
+    priced = terms.rates(row, input_tokens, fast=is_fast(reading.body))
     label, rate = terms.input_rate(priced, loops=turns.count > 1)
     extras = tuple(_extras(terms, row, turns))
     parts = (
@@ -327,7 +327,7 @@ def _brought_tokens(terms: _Terms, use: FeatureUse, row: PriceRow) -> int:
 
 def _extras(terms: _Terms, row: PriceRow, turns: Turns) -> Iterator[tuple[QuotePart, str]]:
     """What is billed beside the answer itself: (line, price row) each."""
-    yield from _beside(terms, row, turns, fast=_fast(terms.reading.body))
+    yield from _beside(terms, row, turns, fast=is_fast(terms.reading.body))
     for use in terms.reading.found.uses:
         if use.feature == "fallbacks":
             yield from _fallbacks(terms, use)
@@ -368,7 +368,7 @@ def _fallbacks(terms: _Terms, use: FeatureUse) -> Iterator[tuple[QuotePart, str]
         if row is not None:
             stated = attempt.get("max_tokens")
             turns = _turns(terms, row, stated if type(stated) is int else terms.max_tokens)
-            fast = _fast({**terms.reading.body, **attempt})
+            fast = is_fast({**terms.reading.body, **attempt})
             input_tokens = turns.input_tokens(turns.output_tokens)
             yield from _call(terms, f"fallback to {attempt['model']}", row, input_tokens, turns.output_tokens, fast=fast)
             yield from _beside(terms, row, turns, fast=fast, whose=f" of the fallback to {attempt['model']}")
@@ -395,13 +395,9 @@ def _part(name: str, tokens: int, label: str, rate: Fraction) -> QuotePart:
     return QuotePart(name, tokens, label, rate, rounded_up(rate, tokens))
 
 
-def _fast(body: Mapping[str, Any]) -> bool:
-    return body.get("speed") not in (None, "standard")
-
-
 def _priced_models(terms: _Terms) -> Iterator[tuple[str, bool]]:
     """Every model that the request can reach, and whether it must have a price for fast mode."""
-    yield terms.reading.model, _fast(terms.reading.body)
+    yield terms.reading.model, is_fast(terms.reading.body)
     yield from ((model, False) for _, model in terms.reading.found.models)
     for use in terms.reading.found.uses:
         if use.feature == "fallbacks":

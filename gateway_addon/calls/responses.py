@@ -36,6 +36,11 @@ def visible_models(app: AppPolicy, prices: Prices, body: bytes) -> bytes:
     return json.dumps(page).encode()
 
 
+def note_header(note: str | None) -> list[tuple[str, str]]:
+    """What the gateway has to say to the provider's own refusal, whose body passes unchanged."""
+    return [("x-gateway-note", note)] if note else []
+
+
 def cap_headers(app: str, standings: Sequence[Standing]) -> list[tuple[str, str]]:
     """`x-gateway-cap-WINDOW`: how the app's own caps stood when its call was admitted, the call's reservation included."""
     own = [standing for standing in standings if standing.scope == app_scope(app) and standing.cap_nano is not None]

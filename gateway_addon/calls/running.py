@@ -12,11 +12,11 @@ from gateway_addon.calls.progress import TICK_S, Pace, Progress, Seen, TurnProgr
 from gateway_addon.calls.quote import Quote
 from gateway_addon.ledger import NewCall, Standing, scopes
 from gateway_addon.messages import Meter, Usage
-from gateway_addon.messages.request import ParsedRequest
+from gateway_addon.messages.request import ParsedRequest, is_fast
 from gateway_addon.money import rounded_up
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy
-from gateway_addon.pricing import Prices, cost, rates
+from gateway_addon.pricing import Prices, cost, rates, retired
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +171,13 @@ class InFlightCall:
         if self.meter is not None and self.usage is None:
             self.usage = self.meter.close()
         return self.usage
+
+    def refused_as_retired(self) -> str | None:
+        """Return why the provider refused this call, where its model, or its fast mode, is no more."""
+        if self.status not in (400, 404):
+            return None
+        reading, admitted_at = self.admission.reading, self.admission.admitted_at
+        return retired(self.admission.prices, reading.model, admitted_at, fast=is_fast(reading.body))
 
     @property
     def elapsed_s(self) -> float:

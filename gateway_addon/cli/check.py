@@ -3,6 +3,7 @@
 import http.client
 import json
 import ssl
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from gateway_addon.cli.times import day
 from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import dollars
-from gateway_addon.policy import AppPolicy, GatewayPolicy, PolicyError, load
+from gateway_addon.policy import AppPolicy, GatewayPolicy, PolicyError, load, retiring
 
 ANSWER_WITHIN_S = 5
 
@@ -45,14 +46,17 @@ def check(
 
 
 def _show(policy: GatewayPolicy, *, as_json: bool) -> None:
-    facts = _facts(policy)
+    facts = _facts(policy, time.time())
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
+    warnings = facts.pop("retiring")
     apps = [{"app": name, **{key: _cell(value) for key, value in app.items()}} for name, app in facts.pop("apps").items()]
     click.echo(tabulate([(key, _cell(value)) for key, value in facts.items()], tablefmt="plain"))
     click.echo()
     click.echo(tabulate(apps, headers="keys") if apps else "no apps: what no file in apps/ allows is refused")
+    if warnings:
+        click.echo("\n" + "\n".join(f"warning: {sentence}" for sentence in warnings))
 
 
 def _compare(folder: Path, listen: tuple[str, int], *, as_json: bool) -> None:
@@ -112,7 +116,7 @@ def _show_changes(ledger: str, limit: int, *, as_json: bool) -> None:
         click.echo("No policy has come into force yet: gateway serve loads the first.")
 
 
-def _facts(policy: GatewayPolicy) -> dict[str, Any]:
+def _facts(policy: GatewayPolicy, now: float) -> dict[str, Any]:
     return {
         "policy": policy.digest[:12],
         "upstream": policy.upstream,
@@ -122,6 +126,7 @@ def _facts(policy: GatewayPolicy) -> dict[str, Any]:
         "teams": {name: _amounts(team.caps) for name, team in policy.teams.items()},
         "prices": f"{len(policy.prices.models())} models, checked {policy.prices.checked}, {policy.prices.digest[:12]}",
         "apps": {name: _app(app) for name, app in policy.apps.items()},
+        "retiring": [each.sentence(now) for each in retiring(policy, now)],
     }
 
 

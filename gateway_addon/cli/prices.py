@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from gateway_addon.cli.common import policies_option, says_errors
 from gateway_addon.policy import PolicyError, load_prices
-from gateway_addon.pricing import PriceRow, Prices, Rates
+from gateway_addon.pricing import PriceRow, Prices, Rates, Retirement
 
 _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since", "also")
 
@@ -27,14 +27,14 @@ def prices(at: datetime | None, retired: bool, as_json: bool, policies: Path) ->
     """Print the prices in force: dollars per million tokens, with your own rows and multiplier (prices.yaml, beside gateway.yaml)."""
     table = load_prices(policies)
     day = at.replace(tzinfo=UTC).timestamp() if at else time.time()
-    rows = [row for model in table.models() if (row := table.row(model, day)) and (retired or not row.retired)]
+    rows = [row for model in table.models() if (row := table.row(model, day)) and (retired or not _gone(row, day))]
     click.echo(json.dumps(_document(table, rows, day), indent=2) if as_json else _text(table, rows, day))
 
 
 def _text(table: Prices, rows: list[PriceRow], day: float) -> str:
     lines = []
     for row in rows:
-        lines.append((row.model, *_dollars(row.rates.times(row.multiplier)).values(), row.since or "", _also(row)))
+        lines.append((row.model, *_dollars(row.rates.times(row.multiplier)).values(), row.since or "", _also(row, day)))
         if row.long_prompt:
             over = f"  prompt > {row.long_prompt.above_tokens:,}"
             lines.append((over, *_dollars(row.long_prompt.rates.times(row.multiplier)).values(), row.since or "", "the whole request"))
@@ -47,9 +47,14 @@ def _text(table: Prices, rows: list[PriceRow], day: float) -> str:
     )
 
 
-def _also(row: PriceRow) -> str:
-    notes = [f"fast x{_exact(row.fast)}"] if row.fast else []
-    return ", ".join(notes + (["retired"] if row.retired else []))
+def _also(row: PriceRow, day: float) -> str:
+    notes = [f"fast x{_exact(row.fast)}" + (f" until {row.fast_retired}" if row.fast_retired else "")] if row.fast else []
+    ends = [] if row.retired is None else ["retired"] if _gone(row, day) else [f"until {row.retired}"]
+    return ", ".join(notes + ends)
+
+
+def _gone(row: PriceRow, at: float) -> bool:
+    return row.retired is not None and Retirement(row.model, False, row.retired).is_past(at)
 
 
 def _document(table: Prices, rows: list[PriceRow], day: float) -> dict[str, Any]:
@@ -58,11 +63,11 @@ def _document(table: Prices, rows: list[PriceRow], day: float) -> dict[str, Any]
         "checked": table.checked,
         "digest": table.digest,
         "unit": "dollars per million tokens",
-        "models": [_row(row) for row in rows],
+        "models": [_row(row, day) for row in rows],
     }
 
 
-def _row(row: PriceRow) -> dict[str, Any]:
+def _row(row: PriceRow, day: float) -> dict[str, Any]:
     long = row.long_prompt
     return {
         "model": row.model,
@@ -80,7 +85,9 @@ def _row(row: PriceRow) -> dict[str, Any]:
         "lag_s": row.lag_s,
         "turn_s_min": row.turn_s_min,
         "assumed": row.assumed,
-        "retired": row.retired,
+        "retired": _gone(row, day),
+        "retires": row.retired or None,
+        "fast_retires": row.fast_retired or None,
         "source": row.source,
     }
 

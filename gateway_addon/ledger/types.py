@@ -261,7 +261,7 @@ class TokenLookup:
 
 type Facts = Mapping[str, str | int | float | None]
 
-AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "redirect", "policy"]
+AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "redirect", "policy", "retirement"]
 
 
 @dataclass(frozen=True, slots=True)

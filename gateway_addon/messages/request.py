@@ -199,6 +199,11 @@ def betas(request: Request) -> tuple[str, ...]:
     return tuple(beta for value in request.header("anthropic-beta") for beta in (part.strip() for part in value.split(",")) if beta)
 
 
+def is_fast(body: Mapping[str, Any]) -> bool:
+    """Return whether a request, or one of its fallbacks, asks for fast mode."""
+    return body.get("speed") not in (None, "standard")
+
+
 def edited(endpoint: str, request: Request, changes: Mapping[str, Any]) -> tuple[Request, ParsedRequest | Refusal]:
     """The request with some top-level fields replaced, and the reading of its new bytes: still what is judged is what is sent."""
     body = json.dumps({**json.loads(request.body), **changes}, ensure_ascii=False, separators=(",", ":")).encode()

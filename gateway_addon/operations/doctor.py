@@ -20,7 +20,7 @@ import certifi  # brought by mitmproxy: the authorities that the gateway itself 
 
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import access
-from gateway_addon.policy import GatewayPolicy, PolicyError, load
+from gateway_addon.policy import GatewayPolicy, PolicyError, load, retiring
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
 
@@ -50,7 +50,7 @@ def check_all(policies: Path, *, offline: bool, clock: Callable[[], float] = tim
         policy = load(policies)
     except (PolicyError, PriceError) as error:
         return [Check("policy", [str(policies)], [f"{error}"])]
-    checks = [Check("policy", [f"{policies}: {len(policy.apps)} apps ({policy.digest[:12]})"], [])]
+    checks = [Check("policy", [f"{policies}: {len(policy.apps)} apps ({policy.digest[:12]})"], []), check_models(policy, clock())]
     secret = WatchedSecret(policy.key, withheld=policy.secret_variables)
     try:
         key = secret()
@@ -59,6 +59,14 @@ def check_all(policies: Path, *, offline: bool, clock: Callable[[], float] = tim
     if offline:
         return [*checks, Check("key", [f"{_source(policy)}; not tried (--offline)"], [])]
     return [*checks, *_asked(policy, key, clock)]
+
+
+def check_models(policy: GatewayPolicy, now: float) -> Check:
+    """Look for what apps may use that the provider retires: soon is only said, what is gone is a finding."""
+    found = retiring(policy, now)
+    soon = [each.sentence(now) for each in found if not each.what.is_past(now)]
+    seen = soon or [f"none that an app may use ends within a month (prices checked {policy.prices.checked})"]
+    return Check("models", seen, [each.sentence(now) for each in found if each.what.is_past(now)])
 
 
 def check_files(ledger: Path, policies: Path) -> Check:

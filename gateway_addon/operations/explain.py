@@ -14,9 +14,10 @@ from gateway_addon.calls.quote import Quote, quote
 from gateway_addon.calls.reservation_options import reservation_options, rewritten
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, Standing, admin, reservations
 from gateway_addon.messages import request as reading
-from gateway_addon.messages.request import ParsedRequest, Request
+from gateway_addon.messages.request import ParsedRequest, Request, is_fast
 from gateway_addon.money import dollars
 from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, RuleVerdict, caps, trail
+from gateway_addon.pricing import retired
 from gateway_addon.refusals import Refusal
 
 
@@ -28,7 +29,8 @@ def explain(policy: GatewayPolicy, app: AppPolicy, request: Request, ledger: Pat
         request, read = reading.edited("messages", request, changes)
     explanation: dict[str, Any] = {"app": app.name, "rewritten": changes, "rules": [], "quote": None, "caps": [], "observed": []}
     if isinstance(read, Refusal):
-        return explanation | {"refused": _refusal(read)}
+        return explanation | {"note": None, "refused": _refusal(read)}
+    explanation["note"] = retired(policy.prices, read.model, now, fast=is_fast(read.body))
     verdicts = list(trail(app, read, policy.prices))
     explanation["rules"] = [verdict._asdict() for verdict in verdicts]
     refusing = [verdict for verdict in verdicts if verdict.code]
@@ -120,6 +122,8 @@ def written(explanation: dict[str, Any]) -> str:
         lines += ["", tabulate(rows, headers=("cap", "amount", "spent", "held", "this call"))]
     refused = explanation["refused"]
     lines += ["", *(f"observed, so let pass and recorded: {each['code']}: {each['sentence']}" for each in explanation["observed"])]
+    if explanation["note"]:
+        lines.append(f"the Claude API would refuse it: {explanation['note']}")
     lines.append(f"refused: {refused['code']}: {refused['sentence']}" if refused else "allowed by the policy")
     return "\n".join(lines).lstrip("\n")
 

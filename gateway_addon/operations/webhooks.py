@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from gateway_addon.calls import alerts
 from gateway_addon.ledger import Alert, DueAlert, Ledger, LedgerUnavailable
-from gateway_addon.policy import Alerts, GatewayPolicy, Source, all_caps
+from gateway_addon.policy import Alerts, GatewayPolicy, Source, all_caps, retiring
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class AlertDelivery:
         self._passed: frozenset[tuple[str, str]] = frozenset()
         """Thresholds known to be told: scope and `once`."""
         self._deliveries: asyncio.Task[None] | None = None
+        self._models_looked: tuple[str, int] | None = None
+        """The policy and the day for which its models were looked at."""
 
     def emit(self, alert: Alert) -> None:
         """Tell this soon. Never waits."""
@@ -56,6 +58,7 @@ class AlertDelivery:
 
     async def look(self, policy: GatewayPolicy) -> None:
         """Tell what is new, in this process or in what all have spent, and have deliveries made. Raises LedgerUnavailable."""
+        self._look_at_models(policy)
         while self._news:
             await self._once(self._news[0], policy)
             self._news.popleft()
@@ -68,6 +71,16 @@ class AlertDelivery:
         if self._deliveries is not None:
             self._deliveries.cancel()
             await asyncio.gather(self._deliveries, return_exceptions=True)
+
+    def _look_at_models(self, policy: GatewayPolicy) -> None:
+        now = self._clock()
+        look = (policy.digest, int(now) // alerts.DAY_S)
+        if look == self._models_looked:
+            return
+        self._models_looked = look
+        for found in retiring(policy, now):
+            if not found.what.is_past(now):
+                self.emit(alerts.retiring(found, now))
 
     async def _look_at_caps(self, policy: GatewayPolicy) -> None:
         limits = all_caps(policy)

@@ -3,10 +3,12 @@
     kinds    the kinds of value, and their schema      keys    every key: kind, default, help
     values   what the operator decided                 loading a folder of files -> GatewayPolicy
     rules    what that means for one request           reference  the keys as the README shows them
+    retiring which apps the end of a model concerns
 """
 
 from gateway_addon.policy.loading import load, load_prices
 from gateway_addon.policy.model import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, all_caps, caps
+from gateway_addon.policy.retiring import Retiring, retiring
 from gateway_addon.policy.rules import CLAMPED, RuleVerdict, edits, judge, may_use, observed, trail
 from gateway_addon.yaml_file import FileError as PolicyError
 
@@ -18,6 +20,7 @@ __all__ = [
     "Feature",
     "GatewayPolicy",
     "PolicyError",
+    "Retiring",
     "RuleVerdict",
     "Source",
     "Tls",
@@ -29,5 +32,6 @@ __all__ = [
     "load_prices",
     "may_use",
     "observed",
+    "retiring",
     "trail",
 ]

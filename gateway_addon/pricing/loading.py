@@ -41,7 +41,7 @@ _OVERRIDE_KEYS = ("multiplier", "assumed", "models")
 _ASSUMED_KEYS = ("output_tokens_per_second_max", "lag_s", "turn_s_min")
 _MODEL_KEYS = (
     "source", "aliases", "snapshot", "context_tokens", "output_tokens_max", "fast", "geo", "high_resolution", "retired",
-    *_ASSUMED_KEYS, "pace_source", "prices",
+    "fast_retired", *_ASSUMED_KEYS, "pace_source", "prices",
 )  # fmt: skip
 
 
@@ -187,8 +187,9 @@ def _rows(model: str, place: _Entry, keys: _Model, common: _Common) -> tuple[Pri
                 lag_s=float(_number(pace["lag_s"])),
                 turn_s_min=float(_number(pace["turn_s_min"])),
                 assumed="pace_source" not in keys,
-                retired=_flag(keys, "retired"),
                 source=scalar(*keys["source"]),
+                retired=_end(keys, "retired"),
+                fast_retired=_end(keys, "fast_retired"),
             )
         )
         if index and (rows[-1].since is None or _unix(rows[-1].since) <= _unix(rows[-2].since)):
@@ -250,14 +251,21 @@ def _flag(keys: _Model, name: str) -> bool:
     return text == "true"
 
 
-def _day(entry: _Entry) -> str:
+def _end(keys: _Model, name: str) -> str | None:
+    """Read the day on which something ends; `true` stands for one long past, `false` for none."""
+    if name not in keys or scalar(*keys[name]) == "false":
+        return None
+    return "" if scalar(*keys[name]) == "true" else _day(keys[name], ", or true where it is long past")
+
+
+def _day(entry: _Entry, else_: str = "") -> str:
     text = scalar(*entry)
     try:
         if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
             return date.fromisoformat(text).isoformat()
     except ValueError:
         pass
-    raise entry.spot.error(entry.node, f"{text!r} is not a day; write YYYY-MM-DD")
+    raise entry.spot.error(entry.node, f"{text!r} is not a day; write YYYY-MM-DD{else_}")
 
 
 def _unix(day: str | None) -> float:

@@ -48,6 +48,8 @@ def _row(values: dict[str, Any]) -> PriceRow:
         "fast": None if fast is None else Fraction(fast),
         **{name: Fraction(values[name]) for name in _FRACTIONS},
     }
+    if isinstance(values["retired"], bool):  # as it was kept before there were days, and constants of turns, which price nothing
+        own |= {"retired": "" if values["retired"] else None, "turn_s_min": values.get("turn_s_min", 0.0)}
     return PriceRow(**{**values, **own})
 
 

@@ -87,8 +87,11 @@ class PriceRow:
     """The least time that one use of a tool at the provider and the turn that reads its result take together."""
     assumed: bool
     """The three constants above are this project's generous assumption, not a published figure."""
-    retired: bool
     source: str
+    retired: str | None = None
+    """The day (UTC) from which the provider serves the model no more; `""` where that is long past, None where none is known."""
+    fast_retired: str | None = None
+    """The same for its fast mode."""
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from OpenSSL import SSL
 
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd
-from gateway_addon.calls.responses import OwnResponse, cap_headers, edited_header
+from gateway_addon.calls.responses import OwnResponse, cap_headers, edited_header, note_header
 from gateway_addon.calls.running import Admission
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.clocks import SYSTEM, Clocks
@@ -310,7 +310,8 @@ class GatewayAddon:
                 response.stream = functools.partial(self._chunk, weakref.ref(flow_state))
             flow_state.watch()
             admission = flow_state.running.admission
-            fields += _encoded([*edited_header(admission.edited), *cap_headers(admission.app.name, admission.standings)])
+            own = [*edited_header(admission.edited), *note_header(flow_state.running.refused_as_retired())]
+            fields += _encoded([*own, *cap_headers(admission.app.name, admission.standings)])
         elif flow_state.free is not None:
             fields += _encoded(edited_header(flow_state.free.edited))
             if flow_state.free.response_hook.streamed and response.status_code == 200:

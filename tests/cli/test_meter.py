@@ -50,7 +50,7 @@ def test_the_shape_of_a_row_stays_put() -> None:
             "cache_write_unsplit_tokens": 40, "web_search_requests": 1, "web_fetch_requests": 0, "code_execution_requests": 0,
         },
         "iterations": [], "stop_reason": "end_turn", "service_tier": "standard", "speed": "standard", "inference_geo": "global",
-        "price_rows": ["claude-opus-5-5"], "error_type": None, "complete": True, "notes": [],
+        "price_rows": ["claude-opus-5-5@2026-09-22"], "error_type": None, "complete": True, "notes": [],
         "cost_nano": 16_302_000,  # 4.0M + 2.0M + 10 x 200 + 60 x 5,000 + 10.0M for the search
     }  # fmt: skip
     assert {key: answer[key] for key in promised} == promised

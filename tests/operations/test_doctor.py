@@ -158,7 +158,7 @@ async def test_a_gateway_that_could_work_passes_and_nothing_is_billed(path, poli
         write_policies(policies, api.url, {})
         code, output = await asyncio.to_thread(examine, path, "--json")
         checks = json.loads(output)
-        assert (code, [check["name"] for check in checks]) == (0, ["ledger", "files", "disk", "policy", "upstream", "key", "clock"])
+        assert (code, [check["name"] for check in checks]) == (0, ["ledger", "files", "disk", "policy", "models", "upstream", "key", "clock"])
         assert "the provider takes it" in output
         reservations = await api.settled()
         assert ([row.target for row in reservations.all()], reservations.billed_nano) == (["/v1/models?limit=1"], 0)

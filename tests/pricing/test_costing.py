@@ -282,7 +282,7 @@ def test_ids_resolve_by_rule_and_an_unknown_one_has_no_price(asked: str, canonic
 
 def test_the_row_of_the_day_holds_from_midnight_utc_and_the_first_covers_the_past() -> None:
     names = [PRICES.row("claude-sonnet-5-5", day("2026-10-07") + seconds) for seconds in (-1, 0)]
-    assert [row.name for row in names if row] == ["claude-sonnet-5-5", "claude-sonnet-5-5@2026-10-07"]
+    assert [row.name for row in names if row] == ["claude-sonnet-5-5@2026-09-28", "claude-sonnet-5-5@2026-10-07"]
     first = PRICES.row("claude-fable-5-2", 0)
     assert first is not None
     assert first.name == "claude-fable-5-2@2026-11-09"

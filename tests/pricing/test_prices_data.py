@@ -39,7 +39,7 @@ CURRENT = [
 @pytest.mark.parametrize("model", CURRENT)
 def test_every_current_model_is_priced_and_described(model: str) -> None:
     found = row(model)
-    assert not found.retired
+    assert found.retired != ""
     assert found.source
     assert found.context_tokens >= 200_000
     assert found.output_tokens_max >= 64_000
@@ -235,7 +235,8 @@ WRONG = {
     "an alias of another model": (NEW.replace("[own]", "[claude-opus-5]"), "claude-opus-5 already names claude-opus-5"),
     "an alias taken": (NEW.replace("[own]", "[claude-opus-4-0]"), "claude-opus-4-0 already names claude-opus-4"),
     "a window of no tokens": (own(more="    context_tokens: 0\n"), "'0' is not a whole number above 0; write one like 200_000"),
-    "a flag that is none": (own(more="    retired: yes\n"), "'yes' is neither true nor false"),
+    "a flag that is none": (own(more="    geo: yes\n"), "'yes' is neither true nor false"),
+    "an end that is no day": (own(more="    retired: yes\n"), "'yes' is not a day; write YYYY-MM-DD, or true where it is long past"),
     "an empty file": ("", ":1: the file is empty"),
     "no YAML": ("models: [", "not readable as YAML"),
     "a list": ("- 1\n", ":1: expected keys with values"),
@@ -277,7 +278,7 @@ def run(*arguments: str) -> str:
 def test_the_command_prints_the_table_of_a_day(tmp_path: Path) -> None:
     empty = ("--policies", str(tmp_path))
     line = next(line for line in run(*empty, "--at", "2026-10-06").splitlines() if line.startswith("claude-sonnet-5-5"))
-    assert line.split() == ["claude-sonnet-5-5", "2", "10", "2.50", "4", "0.20"]
+    assert line.split() == ["claude-sonnet-5-5", "2", "10", "2.50", "4", "0.20", "2026-09-28"]
     line = next(line for line in run(*empty, "--at", "2026-10-07").splitlines() if line.startswith("claude-sonnet-5-5"))
     assert line.split() == ["claude-sonnet-5-5", "2", "10", "2.50", "4", "0.10", "2026-10-07"]
     assert "claude-3-opus" not in run(*empty)
