@@ -1,12 +1,15 @@
 """Clients that read slowly or not at all: little of a stream is held for them, and what is generated meanwhile is booked."""
 
 import asyncio
+import time
 
 import pytest
 from call_rows import calls
 from gateway import gateway
+from mitmproxy.proxy.server import TimeoutWatchdog
 from slow import ask, provider, read_slowly
 
+from gateway_addon.proxy.backpressure import SteadyWatchdog
 from gateway_addon.proxy.fastpath import connection
 
 HELD_BYTES_MAX = 1_000_000
@@ -22,6 +25,17 @@ def held_bytes(gw) -> list[int]:
         sum(len(io.reader._buffer) + io.writer.transport.get_write_buffer_size() for io in handler.transports.values() if io.writer)
         for handler in handlers
     ]
+
+
+@pytest.mark.parametrize("step_s", [3600.0, -3600.0])
+def test_a_step_of_the_clock_is_no_idle_time(monkeypatch, step_s):
+    """What mitmproxy compares with its timeout is the time since the last activity, by a clock that never steps."""
+    watchdog, now = TimeoutWatchdog(660, lambda: None), time.time
+    SteadyWatchdog.take_over(watchdog)
+    monkeypatch.setattr(time, "time", lambda: now() + step_s)
+    assert 0 <= time.time() - watchdog.last_activity < 60
+    watchdog.active_monotonic_s -= 700
+    assert 700 <= time.time() - watchdog.last_activity < 760
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast path", "mitmproxy's own"])

@@ -11,7 +11,7 @@ from mitmproxy.proxy.layers.modes import ReverseProxy
 
 from gateway_addon.cli import main
 from gateway_addon.proxy import server
-from gateway_addon.proxy.backpressure import TimedHandler
+from gateway_addon.proxy.backpressure import SteadyWatchdog, TimedHandler
 from gateway_addon.proxy.fastpath import connection
 from gateway_addon.proxy.fastpath.connection import QuickHandler
 from gateway_addon.proxy.inject import InjectLayer
@@ -32,6 +32,7 @@ async def test_a_connection_is_taken_to_the_layer_that_does_something(tmp_path, 
         writer.close()
         await writer.wait_closed()
         assert (type(handler), type(handler.layer)) == ((QuickHandler, InjectLayer) if known else (TimedHandler, ReverseProxy))
+        assert type(handler.timeout_watchdog) is SteadyWatchdog
 
 
 @pytest.mark.parametrize("said", ["all", *FAST_PATH])
