@@ -1,17 +1,45 @@
-"""What mitmproxy's own dependencies deprecate as they are imported is not ours to fix; any other warning is an error."""
+"""Set up what every test stands on: quiet imports, signals as a terminal gives them, and the fast half of the suite."""
 
+import re
+import signal
 import warnings
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import mitmproxy.tools.web.master  # noqa: F401
+from pathlib import Path
 
 import pytest
 
-from gateway_addon.proxy.fastpath import dispatch
+STARTS = re.compile(
+    r"^ *(?:from|import) (?:gateway|processes|stages|nginx|browser|sealed|subprocess|mitmproxy|gateway_addon\.proxy|gateway_addon\.simulator)\b",
+    re.MULTILINE,
+)
+"""What a test module imports that starts processes or gateways, or loads mitmproxy."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="only modules that start no process and no gateway")
+
+
+def pytest_configure(config):
+    """Import mitmproxy once without warnings: what its own dependencies deprecate is not ours to fix, any other warning is an error.
+
+    A shell that starts the suite in the background has it ignore SIGINT, and whatever it starts would inherit that.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not config.getoption("--fast"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import mitmproxy.tools.web.master  # noqa: F401
+
+
+def pytest_ignore_collect(collection_path: Path, config):
+    if config.getoption("--fast") and collection_path.suffix == ".py" and STARTS.search(collection_path.read_text()):
+        return True
+    return None
 
 
 @pytest.fixture(params=[True, False], ids=["dispatch", "walk"])
 def either_dispatch(request, monkeypatch):
-    """A test that uses this runs with the gateway's own hook dispatch, and with mitmproxy's, as in a release where that has moved."""
+    """Run a test with the gateway's own hook dispatch, and with mitmproxy's, as in a release where that has moved."""
+    from gateway_addon.proxy.fastpath import dispatch
+
     monkeypatch.setattr(dispatch, "FITS", request.param)

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from gateway import APP, gateway, write_policies
 
+from gateway_addon import names
 from gateway_addon.cli import main
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin
@@ -37,7 +38,7 @@ def token(*words: str) -> Result:
 @pytest.mark.parametrize("kind", snippets.KINDS)
 def test_the_token_is_alone_on_stdout_and_in_none_of_the_lines_beside_it(here, kind):
     shown = token("issue", "app", "--for", kind)
-    assert tokens.PATTERN.fullmatch(shown.stdout.strip())
+    assert names.TOKEN_PATTERN.fullmatch(shown.stdout.strip())
     assert shown.stdout.strip() not in shown.stderr
     assert "http://127.0.0.1:8080" in shown.stderr
     with admin.reading(here / "gateway.db") as db:

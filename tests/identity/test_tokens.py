@@ -4,7 +4,8 @@ import hashlib
 
 import pytest
 
-from gateway_addon.identity.tokens import PATTERN, PREFIX, credential, digest, mint, well_formed
+from gateway_addon.identity.tokens import credential, digest, mint, well_formed
+from gateway_addon.names import TOKEN_PATTERN, TOKEN_PREFIX
 from gateway_addon.refusals import Refusal
 
 TOKEN = "gwt_7aB37aB37aB37aB37aB37aB37aB37aB37aB37aB37aB4A6hPU"  # whole, and nobody's
@@ -15,12 +16,12 @@ def test_tokens_differ_and_can_be_grepped_for():
     minted = {mint() for _ in range(1000)}
     assert len(minted) == 1000
     assert {len(token) for token in minted} == {len(TOKEN)}
-    assert all(PATTERN.fullmatch(token) and well_formed(token) for token in minted)
+    assert all(TOKEN_PATTERN.fullmatch(token) and well_formed(token) for token in minted)
 
 
 def test_a_token_carries_256_bits_beside_its_prefix_and_checksum():
     alphabet, check = 62, 6
-    assert alphabet ** (len(TOKEN) - len(PREFIX) - check) >= 2**256
+    assert alphabet ** (len(TOKEN) - len(TOKEN_PREFIX) - check) >= 2**256
 
 
 def test_only_its_sha_256_is_kept():
@@ -32,7 +33,7 @@ def test_a_token_that_was_cut_is_not_taken_for_one(length):
     assert not well_formed(TOKEN[:length])
 
 
-@pytest.mark.parametrize("at", range(len(PREFIX), len(TOKEN)))
+@pytest.mark.parametrize("at", range(len(TOKEN_PREFIX), len(TOKEN)))
 def test_a_mistyped_character_is_seen(at):
     wrong = "0" if TOKEN[at] != "0" else "1"
     assert not well_formed(TOKEN[:at] + wrong + TOKEN[at + 1 :])

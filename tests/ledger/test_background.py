@@ -13,7 +13,7 @@ from gateway_addon.ledger.store import balances
 from gateway_addon.operations.reload import align
 
 FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-EDITORS = SimpleNamespace(apps={"reports": SimpleNamespace(team="editors")}, timezone="UTC", digest="d", texts={})
+EDITORS = SimpleNamespace(apps={"reports": SimpleNamespace(team="editors")}, timezone="UTC", digest="d", texts={}, ledger_mode=0o600)
 TIMEOUT_S = 1.0
 
 

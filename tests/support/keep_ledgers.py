@@ -28,7 +28,7 @@ from gateway_addon.ledger.reports import daily_totals, spending
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.windows import starts
 
-FOLDER = Path(__file__).parents[1] / "kept_ledgers"
+FOLDER = Path(__file__).parents[1] / "ledger" / "kept_ledgers"
 NAMES = sorted(path.name.removesuffix(".json") for path in FOLDER.glob("*.json"))
 
 ZONE = "Europe/Berlin"

@@ -152,7 +152,8 @@ async def test_a_removed_file_refuses_and_the_same_file_put_back_recovers(ledger
 
 
 async def test_a_replaced_file_refuses(ledger, path):
-    path.rename(path.with_name("away.db"))
+    for each in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        each.rename(each.with_name(f"away-{each.name}"))
     sqlite_files.create(path)
     await refused(ledger, "was replaced while the gateway runs")
     with pytest.raises(LedgerUnavailable, match="was replaced"):
