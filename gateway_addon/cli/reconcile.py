@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ from gateway_addon.operations.reconcile import (
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
+from gateway_addon.upstreams.egress import egress
 from gateway_addon.upstreams.usage_report import AdminApi, Charged, Reported, ReportUnavailable
 
 NO_ADMIN_KEY = (
@@ -106,7 +108,8 @@ def _both_sides(
         stop(NO_ADMIN_KEY)
     key = WatchedSecret(policy.admin_key, withheld=policy.secret_variables)()
     _take_turn(path)
-    api = AdminApi(policy.upstream, key, lambda pages: status(f"page {pages} of the provider's reports"))
+    way = egress(policy, os.environ)
+    api = AdminApi(policy.upstream, key, lambda pages: status(f"page {pages} of the provider's reports"), way)
     reported, charged = api.usage(start, end, workspaces), api.cost(start, end, workspaces)
     status()
     with admin.reading(path) as db:

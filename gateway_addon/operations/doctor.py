@@ -6,6 +6,7 @@ is not followed) and is in no line. An edge: it reads files, the clock, the envi
 """
 
 import http.client
+import os
 import shutil
 import ssl
 import time
@@ -14,15 +15,13 @@ from contextlib import closing
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
-
-import certifi  # brought by mitmproxy: the authorities that the gateway itself trusts
 
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import access
 from gateway_addon.policy import GatewayPolicy, PolicyError, load, retiring
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
+from gateway_addon.upstreams.egress import Egress, connect, egress
 
 DISK_FREE_BYTES_MIN = 100 * 2**20
 CLOCK_OFF_S_MAX = 60
@@ -88,10 +87,15 @@ def check_disk(ledger: Path) -> Check:
 def _asked(policy: GatewayPolicy, key: str, clock: Callable[[], float]) -> list[Check]:
     began, began_monotonic_s = clock(), monotonic_s()
     try:
-        answered = _list_models(policy.upstream, key)
+        answered = _list_models(policy.upstream, key, egress(policy, os.environ))
     except ssl.SSLCertVerificationError as error:
-        unsafe = f"its certificate is not trusted ({error.verify_message}), so nothing is sent there: who stands between?"
+        unsafe = (
+            f"its certificate is not trusted ({error.verify_message}), so nothing is sent there: who stands between? "
+            "A company's own authority is named in gateway.yaml (egress.ca)"
+        )
         return [Check("upstream", [policy.upstream], [unsafe])]
+    except ValueError as error:
+        return [Check("upstream", [policy.upstream], [f"{error}"])]
     except (OSError, http.client.HTTPException) as error:
         away = f"it cannot be reached ({type(error).__name__}): see the network, a firewall, or `upstream` in gateway.yaml"
         return [Check("upstream", [policy.upstream], [away])]
@@ -117,16 +121,9 @@ def _clock(theirs: float, ours: float) -> Check:
     return Check("clock", [seen], wrong)
 
 
-def _list_models(upstream: str, key: str) -> Answered:
+def _list_models(upstream: str, key: str, way: Egress) -> Answered:
     """GET /v1/models, which is free. Raises OSError and HTTPException."""
-    parts = urlsplit(upstream)
-    connection: http.client.HTTPConnection
-    if parts.scheme == "https":
-        trusted = ssl.create_default_context(cafile=certifi.where())
-        connection = http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=TIMEOUT_S, context=trusted)
-    else:
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
-    with closing(connection):
+    with closing(connect(upstream, way, TIMEOUT_S)) as connection:
         connection.request("GET", "/v1/models?limit=1", headers={"x-api-key": key, "anthropic-version": "2023-06-01"})
         response = connection.getresponse()
         response.read()

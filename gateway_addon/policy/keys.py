@@ -36,6 +36,7 @@ from gateway_addon.policy.model import (
     OBSERVABLE,
     Alerts,
     Betas,
+    EgressPolicy,
     Feature,
     MaxTokens,
     Models,
@@ -72,6 +73,15 @@ def _proxy(value: str) -> Any:
     if network.prefixlen == 0:
         raise ValueError(f"{value} is everybody: every caller could name an address of his own; write where the proxy is")
     return network
+
+
+def _way_out(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.username or parts.password:
+        raise ValueError("a proxy's password is a secret; name where its address is read from, like {env: COMPANY_PROXY}")
+    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
+        raise ValueError(f"{value!r} must be a proxy's address, like http://proxy:3128")
+    return value
 
 
 def _header(value: str) -> str:
@@ -338,6 +348,20 @@ GATEWAY: dict[str, Key] = {
     ),
     "trusted_proxies": Key(
         listing(_PROXY), "proxies in front: whom they saw (X-Forwarded-For) is taken for the caller; nobody's word unless given", ()
+    ),
+    "egress": _group(
+        EgressPolicy,
+        {
+            "proxy": Key(
+                either(parsed(_way_out, {"type": "string", "format": "uri"}, "an address (`http://proxy:3128`)"), SOURCE),
+                "a proxy to reach the upstream through; one with a password is a secret, so name where it is read from",
+                None,
+            ),
+            "ca": Key(text(), "path of the certificate authorities (PEM) to trust there instead of the usual ones", None),
+        },
+        "the way to the upstream; unless given, as HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE and SSL_CERT_DIR say; "
+        "to change it, restart the gateway",
+        EgressPolicy(),
     ),
     "pass_headers": Key(
         listing(parsed(_header, {"type": "string"}, "a header's name")),

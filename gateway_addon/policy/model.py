@@ -107,6 +107,14 @@ class Tls:
 
 
 @dataclass(frozen=True, slots=True)
+class EgressPolicy:
+    """How calls leave: `proxy` is an address without a password, or where one with a password is read from."""
+
+    proxy: str | Source | None = None
+    ca: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Team:
     caps: Mapping[CapWindow, int]
 
@@ -161,6 +169,7 @@ class GatewayPolicy:
     """Permission bits of a ledger's files."""
     tls: Tls | None
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...]
+    egress: EgressPolicy
     pass_headers: tuple[str, ...]
     """Request headers that leave beside those that the API knows, in lower case."""
     alerts: Alerts
@@ -176,7 +185,8 @@ class GatewayPolicy:
     def secret_variables(self) -> frozenset[str]:
         """The environment variables from which some secret is read: no program that the gateway starts shall inherit them."""
         alerts = (self.alerts, *(app.alerts for app in self.apps.values()))
-        sources = (self.key, self.admin_key, *(each.webhook for each in alerts))
+        proxy = self.egress.proxy if isinstance(self.egress.proxy, Source) else None
+        sources = (self.key, self.admin_key, proxy, *(each.webhook for each in alerts))
         return frozenset(str(source.value) for source in sources if source is not None and source.kind == "env")
 
 

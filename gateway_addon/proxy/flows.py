@@ -220,9 +220,10 @@ class FlowState:
     def close_upstream(self) -> None:
         """Close the socket to the upstream; mitmproxy then ends the exchange towards the client."""
         handler = handler_of(self.flow.client_conn)
-        transport = handler.transports.get(self.server or self.flow.server_conn) if handler is not None else None
-        if transport is not None and transport.handler is not None:
-            transport.handler.cancel("closed by the gateway")
+        for each, transport in list(handler.transports.items()) if handler is not None else ():
+            # Each that a call may go by: to a proxy on the way, which the flow does not know, as to the upstream.
+            if isinstance(each, connection.Server) and transport.handler is not None:
+                transport.handler.cancel("closed by the gateway")
 
 
 def close_forgotten(client: connection.Client) -> None:

@@ -30,6 +30,7 @@ from gateway_addon.proxy import backpressure, inject
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.flows import FlowState, close_forgotten
 from gateway_addon.refusals import Refusal, new_request_id
+from gateway_addon.upstreams.egress import STRAIGHT
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ class GatewayAddon:
         self.certificate = Certificate()
         self.draining = False
         self.on_running: Callable[[], None] = lambda: None
+        self.way = STRAIGHT
+        """To the upstream."""
         self.drops_told: set[bytes] = set()
         self.flow_states: dict[str, FlowState] = {}
         self.connections: dict[str, FlowState | None] = {}
@@ -167,6 +170,12 @@ class GatewayAddon:
             flow_state.left = True
             flow_state.stop_waiting()
             await flow_state.finished()
+
+    @guarded("connection")
+    def http_connect_upstream(self, flow: http.HTTPFlow) -> None:
+        """Show a proxy on the way to the upstream what opens it."""
+        if self.way.authorization is not None:
+            flow.request.headers["proxy-authorization"] = self.way.authorization
 
     # -- a request
 
@@ -256,6 +265,8 @@ class GatewayAddon:
             flow.request.headers.fields = judged[0]
             flow.request.content = decision.body
             judged = (flow.request.headers.fields, flow.request.raw_content)
+        if self.way.proxy is not None:
+            flow.server_conn.via = "http", self.way.proxy
         record.grant, record.on_sent = self._grant(flow_state.arrived, request, *judged), flow_state.watch
         flow_state.watch()
 

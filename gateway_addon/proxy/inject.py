@@ -370,6 +370,8 @@ def _said_by_mitmproxy(event: ResponseProtocolError) -> Refusal | None:
             return Refusal("request", NOT_WELL_FORMED)
         case ErrorCode.CONNECT_FAILED:
             sentence = f"The gateway could not reach the Claude API: {event.message}. Nothing was sent; try again."
+            if "ertificate verify failed" in event.message:
+                sentence += " If a proxy of the company's opens TLS, name its authority in gateway.yaml (egress.ca)."
             return Refusal("upstream_unreachable", sentence)
         case ErrorCode.GENERIC_SERVER_ERROR | ErrorCode.RESPONSE_VALIDATION_FAILED | ErrorCode.RESPONSE_TOO_LARGE:
             told = _QUOTED.split(event.message)[0][:200]  # the bytes themselves may be an echo of the request, the key in it

@@ -43,6 +43,7 @@ from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import ListeningLoop, stop_signals, when_the_parent_ends
 from gateway_addon.upstreams.client import ask
 from gateway_addon.upstreams.credentials import WatchedSecret, keep_fresh
+from gateway_addon.upstreams.egress import STRAIGHT, Egress, egress
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ async def _run(settings: Settings) -> int:
             when_the_parent_ends(settings.parent_fd, master.shutdown)
 
         def listening() -> None:
-            for line in greeting(settings, policy):
+            for line in greeting(settings, policy, addon.way):
                 settings.emit(line)
             if settings.ready_fd is not None:
                 with suppress(BrokenPipeError):
@@ -201,7 +202,7 @@ async def assembled(
     watcher = PolicyWatcher(policies, gate, key)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, watcher.read_again)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    batch_poller = BatchPoller(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key), gate.batch_closed)
+    batch_poller = BatchPoller(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key, addon.way), gate.batch_closed)
     daily_totals_job = DailyTotalsJob(ledger, time.time)
     jobs = (
         watcher.watch(),
@@ -227,11 +228,14 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     Raises ValueError for an option that mitmproxy does not have, or that would open a way around the gateway.
     """
     opts = options.Options()
+    addon.way = egress(policy, os.environ)
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
         "mode": [reverse(policy.upstream)],
         "listen_host": settings.host,
         "listen_port": settings.port,
+        "ssl_verify_upstream_trusted_ca": addon.way.ca_file,
+        "ssl_verify_upstream_trusted_confdir": addon.way.ca_folder,
     }
     if settings.web_port is None:
         master: Master = LeanMaster(opts)
@@ -278,12 +282,13 @@ def on_signal(stop: Callable[[], None]) -> None:
         loop.add_signal_handler(number, stopping)
 
 
-def greeting(settings: Settings, policy: GatewayPolicy) -> list[str]:
+def greeting(settings: Settings, policy: GatewayPolicy, way: Egress) -> list[str]:
     """What a person wants to know first: where it listens, what is in force."""
     scheme = "https" if policy.tls else "http"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return [
         f"gateway  {scheme}://{host}:{settings.port}  ->  {policy.upstream}",
+        *([f"egress   {way}"] if way != STRAIGHT else []),
         f"policy   {settings.policies} ({policy.digest[:12]})",
         f"ledger   {ledger if isinstance(ledger := ledger_path(settings.ledger), ServerAddress) else settings.ledger}",
         f"apps     {', '.join(sorted(policy.apps)) or 'none yet: gateway init'}",

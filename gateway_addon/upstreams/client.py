@@ -7,7 +7,8 @@ followed). Promises that a body which broke off is never taken for a whole one, 
 import http.client
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from urllib.parse import urlsplit
+
+from gateway_addon.upstreams.egress import STRAIGHT, Egress, connect
 
 TIMEOUT_S = 15
 
@@ -36,12 +37,10 @@ class ApiAnswer:
 
 
 @contextmanager
-def ask(upstream: str, path: str, key: Callable[[], str]) -> Iterator[ApiAnswer]:
+def ask(upstream: str, path: str, key: Callable[[], str], way: Egress = STRAIGHT) -> Iterator[ApiAnswer]:
     """GET a path of the upstream. Raises UpstreamSilent."""
-    parts = urlsplit(upstream)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     headers = {"x-api-key": key(), "anthropic-version": "2023-06-01", "accept-encoding": "identity", "user-agent": "gateway-addon"}
-    with closing(kind(parts.hostname or "", parts.port, timeout=TIMEOUT_S)) as connection:
+    with closing(connect(upstream, way, TIMEOUT_S)) as connection:
         try:
             connection.request("GET", path, headers=headers)
             response = connection.getresponse()

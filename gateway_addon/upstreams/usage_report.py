@@ -12,7 +12,9 @@ from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any, Self
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
+
+from gateway_addon.upstreams.egress import STRAIGHT, Egress, connect
 
 TIMEOUT_S = 60
 DAYS_A_PAGE = 31
@@ -79,8 +81,8 @@ class ReportUnavailable(Exception):
 class AdminApi:
     """`emit` hears the number of pages read so far."""
 
-    def __init__(self, upstream: str, key: str, emit: Callable[[int], None] = lambda pages: None):
-        self._upstream, self._key, self._tell = urlsplit(upstream), key, emit
+    def __init__(self, upstream: str, key: str, emit: Callable[[int], None] = lambda pages: None, way: Egress = STRAIGHT):
+        self._upstream, self._key, self._tell, self._way = upstream, key, emit, way
         self._pages = 0
 
     def usage(self, since: float, until: float | None, workspaces: tuple[str, ...] = ()) -> list[Reported]:
@@ -95,8 +97,7 @@ class AdminApi:
         return [_charged(day, result) for day, result in found if not workspaces or result.get("workspace_id") in workspaces]
 
     def _results(self, path: str, query: list[tuple[str, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        kind = http.client.HTTPSConnection if self._upstream.scheme == "https" else http.client.HTTPConnection
-        with closing(kind(self._upstream.hostname or "", self._upstream.port, timeout=TIMEOUT_S)) as connection:
+        with closing(connect(self._upstream, self._way, TIMEOUT_S)) as connection:
             page: list[tuple[str, str]] = []
             for _ in range(PAGES_MAX):
                 answer = self._get(connection, f"{path}?{urlencode([*query, *page])}")
