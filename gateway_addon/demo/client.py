@@ -20,7 +20,7 @@ HEADERS = {
     "accept-encoding": "gzip, deflate",
     "anthropic-version": "2026-10-21",
     "content-type": "application/json",
-    "user-agent": "gateway demo, shaped like Anthropic/Python 2.12.0",
+    "user-agent": "gateway demo, shaped like Anthropic/Python 2.14.0",
     "x-stainless-lang": "python",
     "x-stainless-retry-count": "0",
 }

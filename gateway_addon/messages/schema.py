@@ -1,6 +1,6 @@
 """Every field, tool, block and source that a Messages request may carry, with what it can do to the bill.
 
-The table is data: what the `anthropic` SDK 2.12 sends (a test compares it with the SDK's types, so an update that adds a
+The table is data: what the `anthropic` SDK 2.14 sends (a test compares it with the SDK's types, so an update that adds a
 field turns red with its name), what Claude Code 2.1.330 sends, and the few fields that only older clients still send.
 New fields have been new ways to spend, so what is not here is refused by name unless a policy passes unknown fields.
 

@@ -19,7 +19,7 @@ BODY = json.dumps(PLAIN).encode()
 LEAVES = {
     "Content-Type": "application/json",
     "Accept": "application/json",
-    "User-Agent": "Anthropic/Python 2.12.0",
+    "User-Agent": "Anthropic/Python 2.14.0",
     "anthropic-version": "2023-06-01",
     "Anthropic-Dangerous-Direct-Browser-Access": "true",
     "x-anthropic-billing-header": "x",

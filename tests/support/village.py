@@ -52,7 +52,7 @@ VILLAGE = {
 LOOKALIKES = {
     "README.md": "Set ANTHROPIC_API_KEY and `import anthropic`, then call https://api.anthropic.com/v1/messages.\n",
     "CHANGELOG": "Moved from api.anthropic.com to the gateway.\n",
-    "requirements.txt": "anthropic==2.12.0\n",
+    "requirements.txt": "anthropic==2.14.0\n",
     "package.json": '{"dependencies": {"@anthropic-ai/sdk": "^1.12.0"}}\n',
     ".env.example": "ANTHROPIC_API_KEY=sk-ant-api03-your-key-goes-in-this-place\n",
     "empty.env": "ANTHROPIC_API_KEY=\nANTHROPIC_AUTH_TOKEN=\"\"  # fill in\n",
