@@ -26,6 +26,8 @@ SPENDING = {
     "a killed process whose calls are forgotten": ["ledger/test_crash: a_killed_gateway_loses_no_spend_and_frees_none", "calls/test_guards: the_sweep_settles_what_a_dead_process_held"],
     "calls pass because the ledger cannot be written": ["calls/test_ledger_outages: a_failing_ledger_refuses_every_call_and_is_used_again_when_it_is_back"],
     "a hook that fails and lets the call go on": ["proxy/test_hooks_failing: a_failure_on_the_way_in_sends_nothing", "calls/test_guards: the_wrapper_of_a_hook_keeps_a_failure_from_forwarding"],
+    "a stream that outruns its cap while a clock steps, the process stands still or its client is slow": ["calls/test_top_ups: a_clock_set_back_an_hour_does_not_pace_a_stream", "calls/test_top_ups: time_that_the_loop_lost_is_generating_time", "proxy/test_backpressure: slow_readers_are_booked_at_what_is_generated"],
+    "a stream that is left costs all that it asked for": ["calls/test_endings: a_stream_that_is_left_is_booked_by_then", "calls/test_settlement: a_loop_that_is_left_keeps_what_is_held"],
     "an unknown model at no price": ["pricing/test_costing: ids_resolve_by_rule_and_an_unknown_one_has_no_price", "calls/test_quote: what_has_no_price_is_refused"],
 }
 
@@ -59,6 +61,7 @@ RUNNING = {
     "prices that are reloaded under a running call": ["operations/test_reload: a_call_in_flight_is_priced_as_it_was_admitted"],
     "a reload that overwrites the operator's prices, or nobody knows whether it holds": ["pricing/test_prices_data: an_override_replaces_the_keys_that_it_names_and_leaves_the_rest", "operations/test_reload: what_cannot_come_into_force_is_told_and_the_old_stays"],
     "memory that grows with the calls": ["proxy/test_scale: memory_is_flat_over_many_streamed_calls", "messages/test_meter: three_hundred_megabytes_in_constant_memory"],
+    "a client that stops reading, and memory that grows with its stream": ["proxy/test_backpressure: clients_that_stop_reading_make_nothing_grow"],
     "a long silence with pings that something cuts": ["proxy/test_timeouts: a_stream_that_is_slow_but_not_silent_is_left_alone"],
     "a stream that is held back until it is whole": ["proxy/test_hooks: the_first_event_arrives_while_the_upstream_is_still_sending"],
     "a stream's tap that fails and drops bytes": ["proxy/test_hooks_failing: a_failing_tap_drops_no_byte_and_forgets_no_bill"],
