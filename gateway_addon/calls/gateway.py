@@ -27,7 +27,7 @@ from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd,
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.quote import Quote
 from gateway_addon.calls.record import OnCall, record
-from gateway_addon.calls.refusal_messages import denied, elsewhere, headroom, in_force, over_request_cap, paused, throttled
+from gateway_addon.calls.refusal_messages import denied, elsewhere, headroom, in_force, over_request_cap, paused, rate_reached, throttled
 from gateway_addon.calls.reservation_options import reservation_options
 from gateway_addon.calls.responses import OwnResponse, me, visible_models
 from gateway_addon.calls.running import Admission, InFlightCall
@@ -113,7 +113,13 @@ class Gateway:
     # -- arrive
 
     async def arrive(
-        self, method: str, target: str, headers: tuple[tuple[str, str], ...], peer: str, now: float, digest: str | None = None,
+        self,
+        method: str,
+        target: str,
+        headers: tuple[tuple[str, str], ...],
+        peer: str,
+        now: float,
+        digest: str | None = None,
         base_url: str = "",
     ) -> AuthenticatedRequest | OwnResponse | Refusal:
         """Find out who calls which endpoint, from the headers alone. `headers` have lower-case names; `peer` is an IP address.
@@ -188,7 +194,7 @@ class Gateway:
             decision = replace(decision, flags=(*judged.flags, *decision.flags), body=judged.body, edited=judged.edited)
         elif isinstance(decision, Permit):
             body = decision.body if judged.body is None else judged.body
-            decision = replace(decision, flags=judged.flags, body=body, edited=judged.edited or decision.edited)
+            decision = replace(decision, flags=(*judged.flags, *decision.flags), body=body, edited=judged.edited or decision.edited)
         return decision
 
     async def _decide(
@@ -203,7 +209,17 @@ class Gateway:
             return await self._reserve(arrived, read, call, bound, now)
         if read.endpoint == "models":
             return Permit(arrived, call, now, response_hook=ResponseHook(whole=partial(_visible, arrived)))
+        if read.endpoint == "count_tokens" and (denial := await self._too_many_counts(arrived.app, now)) is not None:
+            return (
+                Permit(arrived, call, now, flags=("observed:rate",)) if arrived.app.observes("rates") else rate_reached(denial, arrived.app)
+            )
         return Permit(arrived, call, now)
+
+    async def _too_many_counts(self, app: AppPolicy, now: float) -> Denied | None:
+        """Count a request to count_tokens against a rate of its own, of the same size: the API has one apart, too."""
+        limit = app.rates.requests_per_minute
+        denial = None if limit is None else await self.ledger.admit_request(f"{app.name} count_tokens", limit, now=now)
+        return denial and replace(denial, limit="requests per minute to count tokens")
 
     async def _reserve(
         self, arrived: AuthenticatedRequest, read: ParsedRequest, call: NewCall, bound: Quote, now: float
@@ -351,16 +367,16 @@ class Gateway:
     # -- answers of the gateway's own
 
     def crowded(self, arrived: AuthenticatedRequest, body_bytes: int, held_bytes: Callable[[], int], now: float) -> Refusal | None:
-        """A body for which there is no memory beside those held is refused before it is read; small ones always find room.
+        """Refuse a body for which there is no memory beside those held, before it is read or as it grows; small ones always find room.
 
-        `held_bytes` counts all bodies in flight, this one among them; it is asked for a large body alone.
+        `held_bytes` counts what has arrived of all others; it is asked for a large body alone.
         """
         limit = arrived.policy.bodies_in_flight
-        if body_bytes <= SMALL_BODY or (all_bytes := held_bytes()) <= limit:
+        if body_bytes <= SMALL_BODY or (held := held_bytes()) + body_bytes <= limit:
             return None
         sentence = (
-            f"The gateway holds {all_bytes - body_bytes:,} bytes of requests in flight and takes {limit:,} at once (bodies_in_flight); "
-            f"this one has up to {body_bytes:,}. Send it again in a moment."
+            f"The gateway holds {held:,} bytes of requests in flight and takes {limit:,} at once (bodies_in_flight); "
+            f"this one has {body_bytes:,} or more. Send it again in a moment."
         )
         return self._refused(arrived.app, arrived.token, arrived.endpoint, Refusal("crowded", sentence, retry_after_s=1), now)
 

@@ -45,9 +45,14 @@ def denied(denial: Denied, app: AppPolicy, bound: Quote | BatchQuote, granted_na
         case "paused":
             return paused(Pause(denial.limit or "", 0, denial.until, ""))
         case _:
-            limit = (denial.limit or "").replace("_", " ")
-            sentence = f"App {app.name} is at its limit of {denial.limit_max:,} {limit} ({app.file}: rates). Slow down, or raise it there."
-            return Refusal(denial.reason, sentence, denial.retry_after_s)
+            return rate_reached(denial, app)
+
+
+def rate_reached(denial: Denied, app: AppPolicy) -> Refusal:
+    """The refusal for a request that came sooner than a rate of its app allows."""
+    limit = (denial.limit or "").replace("_", " ")
+    sentence = f"App {app.name} is at its limit of {denial.limit_max:,} {limit} ({app.file}: rates). Slow down, or raise it there."
+    return Refusal(denial.reason, sentence, denial.retry_after_s)
 
 
 def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, bound: Quote | BatchQuote, granted_nano: int) -> Refusal:

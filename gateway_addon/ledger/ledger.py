@@ -142,6 +142,11 @@ class Ledger:
             self._running[answer.call_id] = _Held(call.app, held, answer.owner)
         return answer
 
+    async def admit_request(self, name: str, per_minute: int, *, now: float) -> Denied | None:
+        """Count a request that costs nothing against a rate, over all processes, or return why not. Raises LedgerUnavailable."""
+        count = partial(reservations.admit_request, name=name, per_minute=per_minute, now=self._at(now))
+        return cast(Denied | None, await self._ask(RECORD, count, frozenset((name,))))
+
     async def extend(self, top_ups: Sequence[tuple[int, int]], *, now: float) -> list[bool]:
         """Hold more for running calls, [(call_id, more_nano)], in one write. Raises LedgerUnavailable."""
         running = {call_id: self._running[call_id] for call_id, _ in top_ups if call_id in self._running}

@@ -83,6 +83,11 @@ OBSTACLES = f"""
   {_RATE.format(limit="input_tokens_per_minute", count="input_tokens", size=":input_tokens")}
 """
 
+ADMITTED = """
+INSERT INTO minutes (app, minute, requests, input_tokens) VALUES (:app, :minute, 1, 0)
+ON CONFLICT (app, minute) DO UPDATE SET requests = minutes.requests + 1
+"""
+
 RESERVE = f"""
 INSERT INTO calls (state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, session_id, agent_id,
   day_start, week_start, month_start, started_at, quote_nano, grant_nano, quantum_nano, input_tokens_quoted)
@@ -188,6 +193,18 @@ def reserve(
         return Reserved(written[0][0], standings, owner)
     obstacles = [Obstacle(*row) for row in db.execute(_asking(OBSTACLES, len(frames)), values).fetchall()]
     return explain(obstacles, standings, limits, call.input_tokens, grant_nano, quantum_nano, now)
+
+
+def admit_request(db: sqlite3.Connection, name: str, per_minute: int, *, now: float) -> Denied | None:
+    """Count a request of what has a rate and no reservation, under a name of its own, where its rate allows it."""
+    values = {"app": name, "minute": int(now) // 60, "second": int(now) % 60, "requests_per_minute": per_minute}
+    obstacles = [
+        Obstacle(*row) for row in db.execute(_RATE.format(limit="requests_per_minute", count="requests", size="1"), values).fetchall()
+    ]
+    if obstacles:
+        return explain(obstacles, (), RateLimits(per_minute), 0, 0, 0, now)
+    db.execute(ADMITTED, values)
+    return None
 
 
 def extend(db: sqlite3.Connection, call_id: int, more_nano: int, caps: Sequence[CapShape], *, now: float) -> bool:

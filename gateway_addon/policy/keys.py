@@ -290,7 +290,7 @@ APP: dict[str, Key] = {
     "rates": _group(
         _rates,
         {
-            "requests_per_minute": Key(COUNT, "requests a minute", None),
+            "requests_per_minute": Key(COUNT, "requests a minute; as many of `count_tokens` beside them", None),
             "input_tokens_per_minute": Key(COUNT, "quoted input tokens a minute", None),
             "concurrent": Key(COUNT, "calls in flight at once; a batch is one until it is settled", None),
             "headroom": Key(PERCENT, "stay out of this last share of the shared key's own rate limits", None),

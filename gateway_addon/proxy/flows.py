@@ -41,8 +41,6 @@ class FlowState:
     handler: Any
     """The connection's (backpressure.py); None once it or the flow has ended."""
     arrived: AuthenticatedRequest | None = None
-    body_bytes: int = 0
-    """Of the request, as announced by its headers."""
     admitting: "asyncio.Task[None] | None" = None
     """Who waits for this call to be admitted, while somebody does."""
     left: bool = False

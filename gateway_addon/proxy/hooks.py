@@ -92,9 +92,7 @@ def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class GatewayAddon:
-    def __init__(
-        self, gate: Gateway, key: Callable[[], str], clocks: Clocks = SYSTEM, key_refused: Callable[[], None] = lambda: None
-    ):
+    def __init__(self, gate: Gateway, key: Callable[[], str], clocks: Clocks = SYSTEM, key_refused: Callable[[], None] = lambda: None):
         """`key` returns the real API key, fresh after a rotation, `key_refused` hears of a 401."""
         self.gate = gate
         self.key = key
@@ -191,21 +189,36 @@ class GatewayAddon:
         if flow.client_conn.id in self.connections:
             self.connections[flow.client_conn.id] = flow_state
         arrived = await self._arrive(flow, headers)
-        flow_state.body_bytes = _announced(flow.request.headers)
+        announced_bytes = _announced(flow.request.headers)
         if isinstance(arrived, AuthenticatedRequest):
-            arrived = self.gate.crowded(arrived, flow_state.body_bytes, self._held_bytes, self.clocks.now()) or arrived
+            arrived = self._crowded(flow, arrived, announced_bytes or 0) or arrived
         if isinstance(arrived, AuthenticatedRequest):
             flow_state.arrived = arrived
+            flow_state.wire.body_grew = functools.partial(self._body_grew, weakref.ref(flow_state))
             flow_state.wire.hold_open, flow_state.wire.on_client_end = arrived.app.abandoned == "finish", flow_state.client_ended
             label = (b"x-api-key", f"app:{arrived.app.name}".encode())  # for people; the wire copy gets the key
             flow.request.headers.fields = (*flow.request.headers.fields, label)
             return
         self.answer(flow, arrived)
-        inject.wire(flow).hang_up = flow_state.body_bytes > UNREAD_BODY_MAX
+        inject.wire(flow).hang_up = announced_bytes is None or announced_bytes > UNREAD_BODY_MAX
 
-    def _held_bytes(self) -> int:
-        """Of all bodies in flight, as announced."""
-        return sum(each.body_bytes for each in self.flow_states.values())
+    def _crowded(self, flow: http.HTTPFlow, arrived: AuthenticatedRequest, body_bytes: int) -> Refusal | None:
+        """The refusal of a body for which there is no room beside what has arrived of the others."""
+
+        def held_bytes() -> int:
+            return sum(each.wire.body_bytes for each in self.flow_states.values() if each.flow is not flow)
+
+        return self.gate.crowded(arrived, body_bytes, held_bytes, self.clocks.now())
+
+    def _body_grew(self, its_state: weakref.ref[FlowState]) -> bool:
+        """Refuse a body that has grown beyond the room that there is, though its headers said nothing of it."""
+        flow_state = its_state()
+        if flow_state is None or flow_state.arrived is None or flow_state.flow.response:
+            return False
+        refusal = self._crowded(flow_state.flow, flow_state.arrived, flow_state.wire.body_bytes)
+        if refusal is not None:
+            self.answer(flow_state.flow, refusal)
+        return refusal is not None
 
     async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> AuthenticatedRequest | OwnResponse | Refusal:
         if flow.is_replay:
@@ -237,6 +250,7 @@ class GatewayAddon:
             return
         flow_state = self.flow_states[flow.id]
         assert flow_state.arrived is not None
+        flow_state.wire.body_bytes = len(flow.request.raw_content or b"")
         request, judged = judged_request(flow), (flow.request.headers.fields, flow.request.raw_content)
         task = flow_state.admitting = asyncio.current_task()
         assert task is not None
@@ -455,11 +469,11 @@ def _method(request: http.Request) -> str:
     return request.data.method.decode("ascii", "backslashreplace")
 
 
-def _announced(headers: http.Headers) -> int:
-    """The most bytes that a request's body can have, by its headers."""
+def _announced(headers: http.Headers) -> int | None:
+    """How many bytes a request's headers say that its body has; None where they do not say."""
     length = headers.get("content-length", "0")
     known = "transfer-encoding" not in headers and length.isdigit() and len(length) < 12
-    return min(int(length), BODY_BYTES_MAX) if known else BODY_BYTES_MAX
+    return int(length) if known else None
 
 
 def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:

@@ -27,6 +27,8 @@ from mitmproxy.proxy.layers.http import (
     HttpEvent,
     HttpLayer,
     HttpRequestHeadersHook,
+    ReceiveHttp,
+    RequestData,
     RequestHeaders,
     RequestProtocolError,
     ResponseData,
@@ -52,6 +54,11 @@ BODY_METHODS = ("POST", "PUT", "PATCH")
 
 def nothing() -> None:
     """What there is to do where nobody waits to hear."""
+
+
+def never() -> bool:
+    """What to answer where nobody counts."""
+    return False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,6 +100,10 @@ class WireState:
     """How to say it to the client if the exchange breaks before an answer began."""
     hang_up: bool = False
     """Answer with `flow.response` at once, without reading the body, and close."""
+    body_bytes: int = 0
+    """Of the request's body, as far as it has arrived."""
+    body_grew: Callable[[], bool] = never
+    """Called when more of it has; True where `flow.response` is to be sent at once, because there is no room for the rest."""
     hold_open: bool = False
     """The call goes on though its client closes its side: it may still read, and if not, the answer tells what it cost."""
     on_client_end: Callable[[], None] = nothing
@@ -176,6 +187,12 @@ class InjectStream(whole.WholeStream):
         if isinstance(event, BROKEN):
             record = wire(self.flow)
             record.broken_by = record.broken_by or ("client" if isinstance(event, RequestProtocolError) else "upstream")
+        elif type(event) is RequestData:
+            record = wire(self.flow)
+            record.body_bytes += len(event.data)
+            if record.body_grew() and self.flow.response:
+                yield from self._answer_and_close(self.flow.response)
+                return
         generator = super()._handle_event(event)
         reply: Any = None
         while True:
@@ -232,9 +249,7 @@ class InjectStream(whole.WholeStream):
         )
         self.flow.error = flow.Error(refusal.sentence)
         yield HttpErrorHook(self.flow)
-        yield SendHttp(
-            ApiProtocolError(self.stream_id, refusal.sentence, ErrorCode.GENERIC_SERVER_ERROR, refusal), self.context.client
-        )
+        yield SendHttp(ApiProtocolError(self.stream_id, refusal.sentence, ErrorCode.GENERIC_SERVER_ERROR, refusal), self.context.client)
         self._give_up()
 
     def _ending(self, event: ResponseProtocolError) -> HttpEvent:
@@ -333,6 +348,20 @@ class ApiHttp1Server(whole.WholeServer):
                 sentence = "The request's length headers are ambiguous or invalid. Send one Content-Length, or chunked alone."
                 command.data = _raw_answer(Refusal("request", sentence))
             yield command
+
+    def read_body(self, event: events.Event) -> layer.CommandGenerator[None]:
+        """Hand on as one piece what arrived of a body at once: 64 KB can be ten thousand chunks, each a walk through all layers."""
+        pieces: list[bytes] = []
+        for command in super().read_body(event):
+            if type(command) is ReceiveHttp and type(command.event) is RequestData:
+                pieces.append(command.event.data)
+                continue
+            if pieces:
+                yield ReceiveHttp(RequestData(self.stream_id, b"".join(pieces)))
+                pieces.clear()
+            yield command
+        if pieces:
+            yield ReceiveHttp(RequestData(self.stream_id, b"".join(pieces)))
 
     def _reject(self, refusal: Refusal) -> Iterator[commands.Command]:
         yield commands.SendData(self.conn, _raw_answer(refusal))

@@ -543,3 +543,11 @@ def test_a_part_needs_nothing_but_its_shape(db, path):
     reservations.settle(db, hold(db, 100).call_id, Settlement(90, (part,)), now=NOON)
     parts = rows(path, "SELECT kind, input_tokens, web_search_requests, nano FROM usage")
     assert parts == [("compaction", 10, 2, 60), ("estimate", 0, 0, 30)]
+
+
+def test_a_rate_without_reservations_counts_under_a_name_of_its_own(db):
+    limits = [reservations.admit_request(db, "reports count_tokens", 3, now=NOON) for _ in range(4)]
+    assert limits[:3] == [None] * 3
+    assert (limits[3].reason, limits[3].limit_max, limits[3].used) == ("rate", 3, 3)
+    assert reservations.admit_request(db, "reports count_tokens", 3, now=NOON + limits[3].retry_after_s) is None
+    assert isinstance(hold(db, 0, rates=RateLimits(requests_per_minute=1)), Reserved)

@@ -2,17 +2,20 @@
 
 import asyncio
 import gc
+import hashlib
 import json
 import os
 import resource
 import socket
 import sys
 from pathlib import Path
+from unittest import mock
 
 import anthropic
 import pytest
 from gateway import APP, gateway
 from mitmproxy.http import HTTPFlow
+from mitmproxy.proxy.layers.http import HttpStream
 from processes import ledgered
 from rawhttp import split_answer
 
@@ -56,13 +59,13 @@ def callers(port: int) -> list[socket.socket]:
     return [end for end in ends if end.fileno() >= 0]
 
 
-async def test_a_large_body_beyond_those_in_flight_is_refused_before_it_is_read(tmp_path):
+async def test_a_large_body_beyond_those_in_flight_is_refused(tmp_path):
+    """Before it is read: what has arrived of the others, and what it says of itself, is more than there is room for."""
     async with Simulator() as api, gateway(tmp_path, api, {"app": APP}, "bodies_in_flight: 3M") as gw:
         large = request(gw.tokens["app"], turns_bytes=2_000_000)
         _, first = await asyncio.open_connection("127.0.0.1", gw.port)
-        first.write(large[:1000])
-        while not gw.addon.flow_states:
-            await asyncio.sleep(0.01)
+        first.write(large[:1_900_000])
+        await arrived(gw, 1_899_000)
         status, headers, body = await answer(gw.port, large)
         assert (status, headers["x-gateway-refusal"], headers["retry-after"]) == (503, "crowded", "1")
         assert "takes 3,000,000 at once (bodies_in_flight)" in json.loads(body)["error"]["message"]
@@ -75,10 +78,78 @@ async def test_a_large_body_beyond_those_in_flight_is_refused_before_it_is_read(
         assert "x-gateway-refusal" not in (await answer(gw.port, large))[1], "there is room again: the API judges it"
 
 
-async def test_a_body_of_unknown_length_counts_as_the_largest(tmp_path):
-    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}, "bodies_in_flight: 30M") as gw:
-        head = request(gw.tokens["app"]).partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
-        assert (await answer(gw.port, head))[1]["x-gateway-refusal"] == "crowded"
+async def arrived(gw, count: int) -> None:
+    """Wait until so many bytes of bodies are here."""
+    for _ in range(500):
+        if sum(each.wire.body_bytes for each in gw.addon.flow_states.values()) >= count:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"no {count:,} bytes arrived")
+
+
+def chunked(token: str, *, chunk: bytes = b"") -> bytes:
+    head = request(token).partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
+    return head + (b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunk else b"")
+
+
+async def test_bodies_that_have_not_arrived_shut_nobody_out(tmp_path):
+    """Of a chunked body nobody knows how long it is, and an announced one may never come."""
+    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}, "bodies_in_flight: 3M") as gw:
+        large = request(gw.tokens["app"], turns_bytes=2_000_000)
+        writers = []
+        for head in [chunked(gw.tokens["app"], chunk=b"{")] * 7 + [large[:1_000]] * 7:
+            _, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+            writers.append(writer)
+            writer.write(head)
+        await arrived(gw, 7)
+        assert "x-gateway-refusal" not in (await answer(gw.port, large))[1]
+        for writer in writers:
+            writer.close()
+
+
+@pytest.mark.parametrize("says", ["chunked", "content-length"])
+async def test_a_body_that_outgrows_the_room_is_refused_then(tmp_path, says):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}, "bodies_in_flight: 3M") as gw:
+        large = request(gw.tokens["app"], turns_bytes=2_000_000)
+        growing = chunked(gw.tokens["app"], chunk=b" " * 2_500_000) if says == "chunked" else large
+        reader, second = await asyncio.open_connection("127.0.0.1", gw.port)
+        second.write(growing[:500])
+        _, first = await asyncio.open_connection("127.0.0.1", gw.port)
+        while not gw.addon.flow_states:
+            await asyncio.sleep(0.01)
+        first.write(large[:1_900_000])
+        await arrived(gw, 1_899_000)
+        second.write(growing[500:])
+        status, headers, _ = split_answer(await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20))
+        assert (status, headers["x-gateway-refusal"]) == (503, "crowded")
+        assert sum(each.wire.body_bytes for each in gw.addon.flow_states.values()) < 3_000_000
+        first.close()
+        second.close()
+        assert not (await api.settled()).messages()
+
+
+async def test_tiny_chunks_walk_through_the_layers_together(tmp_path):
+    """64 KB of a socket hold ten thousand chunks of a byte: one walk each took a fifth of a second for every such read."""
+    async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
+        grew = []
+        body = request(gw.tokens["app"], turns_bytes=20_000).partition(b"\r\n\r\n")[2]
+        with mock.patch.object(HttpStream, "state_consume_request_body", autospec=True, side_effect=counting(grew)):
+            sent = chunked(gw.tokens["app"]) + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+            assert (await answer(gw.port, sent))[0] == 200
+        assert len(grew) < 200
+        [row] = (await api.settled()).messages()
+        assert row.body_sha256 == hashlib.sha256(body).hexdigest()
+
+
+def counting(events):
+    """mitmproxy's own step of a stream that reads a body, with a note of each event."""
+    real = HttpStream.state_consume_request_body
+
+    def step(self, event):
+        events.append(event)
+        return real(self, event)
+
+    return step
 
 
 def resident_bytes(pid: int) -> int:

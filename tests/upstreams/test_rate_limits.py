@@ -6,6 +6,7 @@ import time
 import anthropic
 import pytest
 from gateway import gateway
+from ledgers import rows, until
 
 from gateway_addon.simulator import Behaviour, Simulator
 from gateway_addon.upstreams.rate_limits import shortage
@@ -70,3 +71,22 @@ async def test_requests_a_minute_hold_and_say_when_to_come_back(tmp_path):
         assert refused.value.response.headers["x-gateway-refusal"] == "rate"
         assert int(refused.value.response.headers["retry-after"]) >= 1
         assert len((await api.settled()).messages()) == 2
+
+
+async def test_count_tokens_has_the_rate_apart_from_messages(tmp_path):
+    apps = APPS | {"watched": APPS["slow"] + "observe: [rates]\n"}
+    async with Simulator() as api, gateway(tmp_path, api, apps) as gw:
+        while time.time() % 60 > 50:
+            await asyncio.sleep(0.5)
+        count = {"model": "claude-haiku-4-5", "messages": [{"role": "user", "content": "hi"}]}
+        for app in ("slow", "watched"):
+            for _ in range(2):
+                await ask(gw, app)
+                await gw.client(app).messages.count_tokens(**count)
+        with pytest.raises(anthropic.RateLimitError, match="at its limit of 2 requests per minute to count tokens") as refused:
+            await gw.client("slow").messages.count_tokens(**count)
+        assert refused.value.response.headers["x-gateway-refusal"] == "rate"
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        await gw.client("watched").messages.count_tokens(**count)
+        watched = "SELECT flags FROM calls WHERE app = 'watched' AND endpoint = 'count_tokens' ORDER BY id"
+        await until(lambda: rows(tmp_path / "gateway.db", watched) == [("",), ("",), ("observed:rate",)])
