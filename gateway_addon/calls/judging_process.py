@@ -125,7 +125,7 @@ def serve(descriptor: int) -> None:
     """Answer until the other end of the socket is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES_MAX, MEMORY_BYTES_MAX))
+    resource.setrlimit(resource.RLIMIT_AS, (_memory_bytes_max(),) * 2)
     gc.freeze()  # what was imported stays
     gc.disable()  # a parser's millions of objects hold no circles, and looking for some would take as long as making them
     with socket.socket(fileno=descriptor) as held, held.makefile("rb") as questions:
@@ -146,8 +146,14 @@ def _answer(question: bytes, body: bytes) -> bytes:
         function, arguments = pickle.loads(question, buffers=[body])
         return _dumped(function(*arguments), _shared(arguments))
     except MemoryError:
-        way_out = "send several requests, or data as text"
-        return _dumped(stated("body", f"the body needs more than {MEMORY_BYTES_MAX // 2**20:,} MB of memory to be judged; {way_out}"), ())
+        needed, way_out = f"{_memory_bytes_max() // 2**20:,} MB", "send several requests, or data as text"
+        return _dumped(stated("body", f"the body needs more than {needed} of memory to be judged; {way_out}"), ())
+
+
+def _memory_bytes_max() -> int:
+    """Of this process: less than is meant for it where the gateway was given less (`ulimit -v`), which cannot be raised."""
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    return MEMORY_BYTES_MAX if most == resource.RLIM_INFINITY else min(MEMORY_BYTES_MAX, most)
 
 
 def _shared(arguments: tuple[Any, ...]) -> list[Any]:

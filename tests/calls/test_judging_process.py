@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_addon import pricing
-from gateway_addon.calls import quote
+from gateway_addon.calls import judging_process, quote
 from gateway_addon.calls.judging import Judged, judge_request
 from gateway_addon.calls.judging_process import HERE_BATCH_BYTES_MAX, HERE_BRACKETS_MAX, HERE_BYTES_MAX, JudgingProcess, is_large
 from gateway_addon.messages import request, scan
@@ -272,3 +272,11 @@ def test_more_than_any_request_asks_for_is_refused(body):
     assert isinstance(refusal, Refusal)
     assert refusal.code == "body"
     assert " at most " in refusal.sentence or " looks up " in refusal.sentence
+
+
+async def test_a_process_that_is_given_less_memory_judges_with_what_it_has(process, monkeypatch):
+    """Under `ulimit -v` it ended at once, with a traceback, and every large body was refused as its own fault."""
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({700 * 2**20},) * 2); {judging_process._PROGRAM}"
+    monkeypatch.setattr(judging_process, "_PROGRAM", limited)
+    body = PLAIN | {"messages": [{"role": "user", "content": "x" * HERE_BYTES_MAX}]}
+    assert isinstance(await process.run(judge_request, *judged(body)), Judged)
