@@ -286,6 +286,7 @@ SCENARIOS: dict[str, tuple[Any, ...]] = {
     "a body like an answer": (talk(asked()), [(answer(200, "application/json", SAID)[: -len(SAID)], SAID)], (), {}, (1, 0)),
     "a header like an answer": (talk(asked()), [(OK + b"junk: ", SAID)], (), {}, (1, 0)),
     "another method": (talk(GET), [answer(200, "application/json", b'{"data": []}')], (), {}, (0, 0)),
+    "another method, answered in a chunk": (talk(GET, b"", GET), [chunked(b'{"data": []}', content_type="application/json")] * 2, (), {}, (0, 0)),
     "an addon that sends a call elsewhere": (talk(asked(), b"", asked(ASK.replace(b"64", b"65"))), [SAID, SAID], ("request", elsewhere), {}, (2, 1)),
     "a gateway whose flows are kept": (talk(asked()), [SAID], (), {"store_streamed_bodies": True}, (0, 0)),
 }  # fmt: skip
