@@ -102,6 +102,22 @@ def revoke(app: str, token_id: int | None, ledger: str) -> None:
     click.echo(f"Revoked {len(revoked)} of app {app}: {', '.join(_title(each) for each in revoked)}.", err=True)
 
 
+@token.command("forms", epilog="Example: gateway token forms langchain")
+@click.argument("kind", required=False, type=click.Choice(snippets.KINDS), metavar="[FORM]")
+@click.option("--app", default="app", show_default=True, help="The app whose lines they would be.")
+@policies_option
+@listen_option
+@SAY
+def show_forms(kind: str | None, app: str, policies: Path, listen: tuple[str, int]) -> None:
+    """List the forms of --for, or print the lines of one, without a token: nothing is issued."""
+    if kind is None:
+        click.echo(tabulate([(each, snippets.where(each, app=app)) for each in snippets.KINDS], tablefmt="plain", maxcolwidths=[None, 100]))
+        return
+    base_url = _address(load(policies), listen)
+    click.echo(f"{snippets.where(kind, app=app)}\n", err=True)
+    click.echo(snippets.lines(kind, base_url=base_url, app=app, token_placeholder="TOKEN"), nl=False)
+
+
 @token.command("list", epilog="Example: gateway token list --idle 30d")
 @click.argument("app", required=False)
 @click.option("--idle", metavar="DURATION", help="Only those in force that nobody used for so long: 30d. Candidates to revoke.")

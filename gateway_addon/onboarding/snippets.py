@@ -39,6 +39,145 @@ if (!token) throw new Error("GATEWAY_TOKEN is not set: it holds the gateway toke
 const client = new Anthropic({ baseURL: "@base_url@", apiKey: token, authToken: null });
 """,
     ),
+    "langchain": Form(
+        "In the program, in place of its own model; GATEWAY_TOKEN in its environment holds the token.",
+        """\
+import os
+
+from langchain_anthropic import ChatAnthropic
+
+model = ChatAnthropic(model="claude-haiku-4-5", base_url="@base_url@", api_key=os.environ["GATEWAY_TOKEN"])
+""",
+    ),
+    "pydantic-ai": Form(
+        "In the program, in place of its own agent; GATEWAY_TOKEN in its environment holds the token.",
+        """\
+import os
+
+from pydantic_ai import Agent
+from pydantic_ai.models.anthropic import AnthropicModel
+from pydantic_ai.providers.anthropic import AnthropicProvider
+
+provider = AnthropicProvider(base_url="@base_url@", api_key=os.environ["GATEWAY_TOKEN"])
+agent = Agent(AnthropicModel("claude-haiku-4-5", provider=provider))
+""",
+    ),
+    "litellm": Form(
+        "In the program, as arguments of its calls; GATEWAY_TOKEN in its environment holds the token.",
+        """\
+import os
+
+import litellm
+
+gateway = {"model": "anthropic/claude-haiku-4-5", "api_base": "@base_url@", "api_key": os.environ["GATEWAY_TOKEN"]}
+answer = litellm.completion(**gateway, messages=[{"role": "user", "content": "Hello"}])
+""",
+    ),
+    "instructor": Form(
+        "In the program, in place of its own client; GATEWAY_TOKEN in its environment holds the token.",
+        """\
+import os
+
+import instructor
+from anthropic import Anthropic
+
+client = instructor.from_anthropic(Anthropic(base_url="@base_url@", api_key=os.environ["GATEWAY_TOKEN"]))
+""",
+    ),
+    "dspy": Form(
+        "In the program, in place of its own model; GATEWAY_TOKEN in its environment holds the token. (Its base URL ends in /v1.)",
+        """\
+import os
+
+import dspy
+
+dspy.configure(lm=dspy.LM("anthropic/claude-haiku-4-5", api_base="@base_url@/v1", api_key=os.environ["GATEWAY_TOKEN"]))
+""",
+    ),
+    "smolagents": Form(
+        "In the program, in place of its own model; GATEWAY_TOKEN in its environment holds the token.",
+        """\
+import os
+
+from smolagents import LiteLLMModel
+
+model = LiteLLMModel("anthropic/claude-haiku-4-5", api_base="@base_url@", api_key=os.environ["GATEWAY_TOKEN"])
+""",
+    ),
+    "crewai": Form(
+        "In the program, in place of its own model; GATEWAY_TOKEN in its environment holds the token.",
+        """\
+import os
+
+from crewai import LLM
+
+llm = LLM(model="anthropic/claude-haiku-4-5", base_url="@base_url@", api_key=os.environ["GATEWAY_TOKEN"])
+""",
+    ),
+    "llama-index": Form(
+        "In the program, in place of its own model; GATEWAY_TOKEN in its environment holds the token.",
+        """\
+import os
+
+from llama_index.llms.anthropic import Anthropic
+
+llm = Anthropic(model="claude-haiku-4-5", base_url="@base_url@", api_key=os.environ["GATEWAY_TOKEN"])
+""",
+    ),
+    "vercel-ai": Form(
+        "In the program, in place of its own provider; GATEWAY_TOKEN in its environment holds the token. (Its base URL ends in /v1.)",
+        """\
+import { createAnthropic } from "@ai-sdk/anthropic";
+
+const token = process.env.GATEWAY_TOKEN;
+if (!token) throw new Error("GATEWAY_TOKEN is not set: it holds the gateway token of @app@");
+const anthropic = createAnthropic({ baseURL: "@base_url@/v1", apiKey: token });
+""",
+    ),
+    "agent-sdk": Form(
+        "In the program, as the options of its queries; GATEWAY_TOKEN in its environment holds the token.",
+        """\
+import os
+
+from claude_agent_sdk import ClaudeAgentOptions
+
+gateway = {"ANTHROPIC_BASE_URL": "@base_url@", "ANTHROPIC_AUTH_TOKEN": os.environ["GATEWAY_TOKEN"]}
+options = ClaudeAgentOptions(env=gateway)
+""",
+    ),
+    "java": Form(
+        "In the program; GATEWAY_TOKEN in its environment holds the token. (The SDK for Java reads the dotenv form's variables itself.)",
+        """\
+import java.net.URI;
+import java.net.http.HttpClient;
+import java.net.http.HttpRequest;
+
+class Gateway {
+    static final HttpClient CLIENT = HttpClient.newHttpClient();
+
+    static HttpRequest.Builder messages() {
+        return HttpRequest.newBuilder(URI.create("@base_url@/v1/messages"))
+                .header("x-api-key", System.getenv("GATEWAY_TOKEN"))
+                .header("anthropic-version", "2023-06-01")
+                .header("content-type", "application/json");
+    }
+}
+""",
+    ),
+    "llm": Form(
+        "In the shell's profile (llm's own key for anthropic goes first: `llm keys set anthropic` with the token, if there is one).",
+        """\
+export ANTHROPIC_BASE_URL='@base_url@'
+export ANTHROPIC_API_KEY='@token@'
+""",
+    ),
+    "aider": Form(
+        "In the project's .env, which aider reads (mode 600, in .gitignore).",
+        """\
+ANTHROPIC_API_BASE=@base_url@
+ANTHROPIC_API_KEY=@token@
+""",
+    ),
     "curl": Form(
         "In the script, or at the prompt to try the token.",
         """\

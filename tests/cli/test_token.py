@@ -115,3 +115,13 @@ async def test_a_leaked_token_is_revoked_and_the_other_apps_never_notice(tmp_pat
         told = CliRunner().invoke(main, ["report", "--by", "token", "--json", *ledger]).output
     lines = {line["key"]: line["calls"] for line in json.loads(told)["lines"]}
     assert [calls for key, calls in sorted(lines.items()) if key.startswith("leaky")] == [1, 1], "what the thief spent is told apart"
+
+
+def test_looking_at_the_forms_issues_no_token(here: Path):
+    listed = CliRunner().invoke(main, ["token", "forms"])
+    shown = CliRunner().invoke(main, ["token", "forms", "langchain", "--listen", "127.0.0.1:9090"])
+    assert (listed.exit_code, shown.exit_code) == (0, 0), listed.output + shown.output
+    assert all(kind in listed.stdout for kind in snippets.KINDS)
+    assert shown.stdout == snippets.lines("langchain", base_url="http://127.0.0.1:9090", app="app", token_placeholder="TOKEN")
+    with admin.reading(here / "gateway.db") as db:
+        assert admin.tokens(db) == []

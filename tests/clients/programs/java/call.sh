@@ -1,0 +1,3 @@
+cp form Gateway.java
+javac Gateway.java Call.java
+java -cp . Call "$@"
