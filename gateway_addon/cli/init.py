@@ -12,8 +12,7 @@ from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.store.sqlite_files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
-from gateway_addon.operations.deploy import compose as deployment
-from gateway_addon.operations.deploy import services
+from gateway_addon.operations import deploy
 from gateway_addon.operations.places import project_folder
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.policy.keys import NAME
@@ -64,12 +63,12 @@ def init(
     yes: bool, app: str | None, systemd: bool, container: bool, compose: bool, nginx: bool, policies: Path, ledger: str
 ) -> None:
     """Write what is missing of a first policy and an empty ledger. Nothing that exists is changed."""
-    unit = services.systemd(str(project_folder()), sys.executable)
-    texts_of = ((systemd, unit), (container, services.CONTAINERFILE), (compose, deployment.COMPOSE), (nginx, deployment.NGINX))
-    if asked := [text for wanted, text in texts_of if wanted]:
+    files = ((systemd, "gateway.service"), (container, "Containerfile"), (compose, "compose.yaml"), (nginx, "nginx.conf"))
+    if asked := [name for wanted, name in files if wanted]:
         if len(asked) > 1:
             raise click.UsageError("One text at a time: each is for a file of its own.")
-        click.echo(asked[0], nl=False)
+        is_unit = asked == ["gateway.service"]
+        click.echo(deploy.unit(str(project_folder()), sys.executable) if is_unit else deploy.text(asked[0]), nl=False)
         return
     place, has_gateway = ledger_path(ledger), (policies / "gateway.yaml").exists()
     wants_app = app is not None or not any((policies / "apps").glob("*.yaml")) or _is_new_clone(policies, place)

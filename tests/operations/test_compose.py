@@ -23,7 +23,7 @@ from processes import ledgered
 
 from gateway_addon.cli import main
 from gateway_addon.cli.init import init
-from gateway_addon.operations.deploy import compose, services
+from gateway_addon.operations import deploy
 from gateway_addon.simulator import Behaviour, Simulator
 
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 200, "messages": [{"role": "user", "content": "hello"}]}
@@ -174,7 +174,8 @@ async def test_a_gateway_that_is_stopped_without_a_word_to_nginx_drops_no_call_o
 
 # --- the compose file
 
-COMPOSE = yaml.safe_load(compose.COMPOSE)
+NGINX, COMPOSE_YAML = deploy.text("nginx.conf"), deploy.text("compose.yaml")
+COMPOSE = yaml.safe_load(COMPOSE_YAML)
 SERVICES = COMPOSE["services"]
 KNOWN = {  # the keys of the Compose Specification that are used here, each with the form of its value
     "image": str, "build": dict, "user": str, "environment": dict, "entrypoint": list, "command": list, "secrets": list, "tmpfs": list, "volumes": list,
@@ -228,11 +229,11 @@ def test_nginx_looks_for_the_gateways_where_the_compose_file_puts_them():
     [subnet] = COMPOSE["networks"]["inside"]["ipam"]["config"]
     places = {name: service["networks"]["inside"]["ipv4_address"] for name, service in SERVICES.items() if isinstance(service["networks"], dict)}
     assert all(ipaddress.ip_address(place) in ipaddress.ip_network(subnet["subnet"]) for place in places.values())
-    assert re.findall(r"^ +server ([\d.]+):8080 ", compose.NGINX, re.MULTILINE) == [places["gateway-1"], places["gateway-2"]] == [way.split(":")[0] for way in WAYS]
-    assert f"trusted_proxies: [{places['front']}]" in compose.COMPOSE
-    assert re.findall(r"listen (\d+) ssl", compose.NGINX) == [SERVICES["front"]["ports"][0].split(":")[1]]
+    assert re.findall(r"^ +server ([\d.]+):8080 ", NGINX, re.MULTILINE) == [places["gateway-1"], places["gateway-2"]] == [way.split(":")[0] for way in WAYS]
+    assert f"trusted_proxies: [{places['front']}]" in COMPOSE_YAML
+    assert re.findall(r"listen (\d+) ssl", NGINX) == [SERVICES["front"]["ports"][0].split(":")[1]]
     mounted = {f"/run/secrets/{secret}" for secret in SERVICES["front"]["secrets"]}
-    assert set(re.findall(r"/run/secrets/\w+", compose.NGINX)) == mounted
+    assert set(re.findall(r"/run/secrets/\w+", NGINX)) == mounted
 
 
 @pytest.mark.parametrize("name", ["gateway-1", "gateway-2", "commands"])
@@ -252,10 +253,10 @@ def test_a_gateways_container_runs_a_command_that_exists_with_the_password_from_
 def test_the_image_gets_the_driver_that_the_package_asks_for():
     extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert SERVICES["gateway-1"]["build"]["args"]["PACKAGES"].split() == extras["postgres"]
-    assert "ARG PACKAGES" in services.CONTAINERFILE
+    assert "ARG PACKAGES" in deploy.text("Containerfile")
 
 
-@pytest.mark.parametrize(("option", "text"), [("--compose", compose.COMPOSE), ("--nginx", compose.NGINX)])
+@pytest.mark.parametrize(("option", "text"), [("--compose", COMPOSE_YAML), ("--nginx", NGINX)])
 def test_init_prints_them(option, text):
     assert CliRunner().invoke(init, [option], catch_exceptions=False).stdout == text
     both = CliRunner().invoke(init, [option, "--systemd"])

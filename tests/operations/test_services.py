@@ -19,7 +19,7 @@ from processes import START_S, free_port
 
 from gateway_addon.cli import main
 from gateway_addon.cli.init import init
-from gateway_addon.operations.deploy import services
+from gateway_addon.operations import deploy
 from gateway_addon.simulator import KEY, Simulator
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_systemd_takes_the_unit_and_finds_it_hardened(tmp_path):
 
 @pytest.mark.parametrize(("root", "home"), [("/opt/gateway", "yes"), ("/home/ada/gateway", "read-only"), ("/root/gateway", "read-only")])
 def test_a_checkout_at_home_stays_readable_and_no_more(root, home):
-    unit = services.systemd(root, f"{root}/.venv/bin/python")
+    unit = deploy.unit(root, f"{root}/.venv/bin/python")
     assert dict(directives(unit))["ProtectHome"] == home
 
 
@@ -58,7 +58,7 @@ def test_a_checkout_may_lie_in_a_folder_with_spaces(tmp_path):
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
     unit = tmp_path / "gateway.service"
-    unit.write_text(services.systemd(str(python.parent), str(python)))
+    unit.write_text(deploy.unit(str(python.parent), str(python)))
     verified = subprocess.run([ANALYZE, "verify", unit], capture_output=True, text=True, timeout=60)
     assert (verified.returncode, verified.stderr) == (0, "")
 
@@ -87,7 +87,7 @@ async def test_the_units_commands_make_a_ledger_and_serve_until_they_are_stopped
 
 
 def test_the_container_copies_what_there_is_and_runs_commands_that_exist():
-    lines = services.CONTAINERFILE.replace("\\\n", " ").splitlines()
+    lines = deploy.text("Containerfile").replace("\\\n", " ").splitlines()
     instructions = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
     copied = [words.split()[:-1] for name, words in instructions if name == "COPY"]
     assert all((ROOT / path).exists() for paths in copied for path in paths)
@@ -104,7 +104,7 @@ def test_the_container_brings_the_bytecode_of_both_its_commands(tmp_path):
     (tmp_path / "gateway_addon" / "__init__.py").touch()
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "os.py").touch()
-    [command] = re.findall(r"^RUN (python -m compileall (?:.*\\\n)*.*)", services.CONTAINERFILE, re.MULTILINE)
+    [command] = re.findall(r"^RUN (python -m compileall (?:.*\\\n)*.*)", deploy.text("Containerfile"), re.MULTILINE)
     where = re.search(r"\$\((python -c '(.+?)')\)", command)
     assert subprocess.check_output([sys.executable, "-c", where[2]], text=True).strip() == str(Path(os.__file__).parent)
     command = command.replace(where[0], "lib").replace("python -m", f"{shlex.quote(sys.executable)} -m")

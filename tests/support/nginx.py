@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway_addon.operations.deploy.compose import NGINX
+from gateway_addon.operations import deploy
 
 MISSING = "nginx is not installed: apt-get install nginx-light (or your system's package), then run this again"
 WAYS = ("172.30.80.11:8080", "172.30.80.12:8080")
@@ -69,7 +69,7 @@ def front(folder: Path, *gateways: str) -> Iterator[Front]:
     subprocess.run([*made, *subject], check=True, capture_output=True)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    text = NGINX.replace("listen 8443 ", f"listen 127.0.0.1:{port} ").replace(" /tmp/", f" {folder}/nginx-").replace("/run/secrets/", f"{folder}/")
+    text = deploy.text("nginx.conf").replace("listen 8443 ", f"listen 127.0.0.1:{port} ").replace(" /tmp/", f" {folder}/nginx-").replace("/run/secrets/", f"{folder}/")
     for theirs, ours in zip(WAYS, gateways, strict=True):
         text = text.replace(theirs, ours.removeprefix("http://"))
     file = folder / "nginx.conf"
