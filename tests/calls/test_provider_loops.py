@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +13,14 @@ from gateway import gateway
 from ledgers import rows
 from quotes import NOW, PRICES, app, quoted, reading
 
+from gateway_addon.calls import progress, running, top_ups
 from gateway_addon.calls.quote import quote
 from gateway_addon.calls.reservation_options import reservation_options
 from gateway_addon.policy import load
 from gateway_addon.simulator import Behaviour, Simulator
 
 DOLLAR = 1_000_000_000
+HAIKU = "claude-haiku-4-5"
 POLICIES = Path(__file__).parents[2] / "policies"
 SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
 POLICY = """
@@ -36,13 +40,13 @@ def ask(version="20250305", *, max_tokens=32_000, max_uses=5, simulate=None, **m
 HOSTILE = Behaviour(hostile=True, result_tokens=10_000)
 
 
-async def create(gw, body):
-    return await gw.client().with_options(timeout=60).messages.create(**body)
+async def create(gw, body, app="app"):
+    return await gw.client(app).with_options(timeout=60).messages.create(**body)
 
 
-async def streamed(gw, body):
+async def streamed(gw, body, app="app"):
     """The raw text of a stream, as far as it came."""
-    async with gw.client().messages.with_streaming_response.create(**body, stream=True) as answer:
+    async with gw.client(app).messages.with_streaming_response.create(**body, stream=True) as answer:
         return "".join([chunk.decode() async for chunk in answer.iter_bytes()])
 
 
@@ -169,3 +173,68 @@ def test_only_turns_that_show_are_held_as_they_run(tools, more, turns):
     [option] = reservation_options(quoted(asked), replace(app(), reserve="progressive"), policy, asked, [], overrun=False, now=NOW)
     assert option.granted_turns == turns
     assert (turns is None) == (option.granted_tokens == quoted(asked).output_tokens)
+
+
+CROWD_CAP_NANO = 6 * DOLLAR
+CROWD = f"""
+models: {{allow: [{HAIKU}]}}
+caps: {{day: $6}}
+features: {{web_search: {{max_uses: 4, tokens_per_use: 4k}}}}
+reserve: progressive
+"""
+
+
+async def search_once(gw, app, chance, said, *, least=False):
+    """One call with searches, in one of the ways in which they come, every seventh left. Returns the code of its refusal."""
+    said["calls"] += 1
+    leaves_s = chance.uniform(0.05, 1.5) if said["calls"] % 7 == 4 else None
+    tool = SEARCH | {"max_uses": 1 if least else chance.randint(1, 4)}
+    if not least and leaves_s is None and chance.random() < 0.2:
+        tool["type"] = "web_search_20260209"
+    wishes = {"say_nothing_s": 3} if chance.random() < 0.2 else {}
+    text = f"{'a' * 40_000} simulate: {json.dumps(wishes)}"  # a prompt whose tokens are known well: the provider counts one a byte
+    body = {"model": HAIKU, "max_tokens": 5_000, "tools": [tool], "messages": [{"role": "user", "content": text}]}
+    stream = least or leaves_s is not None or chance.random() < 0.8
+    try:
+        async with asyncio.timeout(leaves_s):
+            await (streamed if stream else create)(gw, body, app)
+        said["answered"] += 1
+    except TimeoutError:
+        said["left"] += 1
+    except anthropic.RateLimitError as error:
+        code = error.response.headers["x-gateway-refusal"]
+        said[code] += 1
+        return code
+    return None
+
+
+@pytest.mark.parametrize("seeds", [pytest.param(range(i, i + 3), marks=[pytest.mark.soak] if i else []) for i in range(0, 30, 3)])
+async def test_a_crowd_that_searches_never_passes_its_cap(tmp_path, monkeypatch, seeds):
+    """Held by turns, in steps and whole, answered at once and late, a seventh of the streams left: until nothing more fits.
+
+    Each seed is an app with a cap of its own.
+    """
+    for module in (progress, running, top_ups):
+        monkeypatch.setattr(module, "TICK_S", 0.2)
+    declare(tmp_path, lag_s=0.6, turn_s_min=0.4)
+    fast = Behaviour(
+        hostile=True, output_tokens=60, tokens_per_s=390, turn_s=0.4, result_tokens=4_000, ahead_s=0.1, after_disconnect_s=0.4
+    )  # fmt: skip
+    said = {f"seed-{seed}": Counter() for seed in seeds}
+    async with Simulator(behaviour=fast) as api, gateway(tmp_path, api, dict.fromkeys(said, CROWD)) as gw:
+
+        async def caller(app, chance):
+            for least in (False, True):
+                while await search_once(gw, app, chance, said[app], least=least) not in ("cap_spent", "quote_over_cap"):
+                    await asyncio.sleep(chance.uniform(0, 0.2))
+
+        async with asyncio.timeout(120):
+            await asyncio.gather(*(caller(app, random.Random(f"{app} {i}")) for app in said for i in range(5)))
+        await gw.quiet()
+        billed_nano, held_nano = (await api.settled()).billed_nano, await gw.held_nano()
+        spent_nano = [await gw.spent_nano(f"app:{app}") for app in said]
+        flags = " ".join(flags for (flags,) in rows(tmp_path / "gateway.db", "SELECT flags FROM calls WHERE flags IS NOT NULL"))
+    assert held_nano == 0
+    assert 0.85 * 3 * CROWD_CAP_NANO <= billed_nano <= sum(spent_nano), said
+    assert max(spent_nano) <= CROWD_CAP_NANO or " late" in flags, "only a machine that stood still explains more"
+    assert all(each["answered"] > 10 and each["left"] for each in said.values()), said
