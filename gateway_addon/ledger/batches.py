@@ -188,6 +188,7 @@ SELECT kind, model, price_row, input_tokens, output_tokens, cache_read_tokens, c
 FROM usage WHERE call_id = ? ORDER BY part
 """
 CLOSE = "UPDATE batches SET look_at = NULL, status = 'ended' WHERE id = ?"
+FORGET_IDS = "UPDATE batches SET custom_ids = NULL WHERE id = ?"  # up to a megabyte
 OPEN = """
 SELECT batches.id, batches.call_id, batches.app, requests, batches.status,
   (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = batches.call_id),
@@ -265,6 +266,8 @@ def close(
         return None
     estimate = Settlement(None, (), Outcome(200, request_id=request_id, flags=(*flags, f"estimated:{anyway}")))
     settlement = _summed(db, call_id, request_id, flags) if whole else estimate
+    if whole:
+        db.execute(FORGET_IDS, (id,))
     if not is_open:
         if whole:
             _correct(db, call_id, settlement, now)

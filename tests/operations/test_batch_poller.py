@@ -176,6 +176,7 @@ async def test_results_that_come_after_all_correct_the_bill_once(tmp_path):
     async with kept(tmp_path, Fake(batch=(404, b"{}")), Behaviour()) as (gw, batch_poller, clock, id):
         held = await gw.held_nano()
         await look_until_settled(gw, batch_poller, clock, held)
+        assert await gw.gate.ledger.look(partial(batches.custom_ids, id=id)) is not None
         for _ in range(2):
             await fetch_results(gw, id)
             for _ in range(100):
@@ -183,6 +184,7 @@ async def test_results_that_come_after_all_correct_the_bill_once(tmp_path):
                     break
                 await asyncio.sleep(0.02)
             assert (await gw.spent_nano(), await gw.held_nano()) == (gw.api.book.billed_nano, 0)
+        assert await gw.gate.ledger.look(partial(batches.custom_ids, id=id)) is None, "they are needed no more"
         [(flags, adjustments)] = rows(
             tmp_path / "gateway.db",
             "SELECT flags, (SELECT count(*) FROM entries WHERE call_id = calls.id AND kind = 'adjust') FROM calls"
