@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,9 +70,14 @@ def _read(body: bytes, content_type: str, content_encoding: str | None) -> Usage
 
 
 def _cost(usage: Usage, request: object, prices: Prices, at: float, status: int | None = None) -> Cost:
-    """The exact cost of a whole answer; of one that broke off, the most it can have cost where the request says that."""
+    """The exact cost of a whole answer; of one that broke off, the most it can have cost where the request says that.
+
+    As settlement has it: an answer behind an error's status is none that is whole, and one that told no prompt bounds nothing.
+    """
     body = request if isinstance(request, dict) else {}
-    if usage.started and not usage.complete and type(body.get("max_tokens")) is int:
+    if usage.complete and usage.started and status is not None and status >= 400:
+        usage = replace(usage, complete=False)
+    if usage.prompt_known and not usage.complete and type(body.get("max_tokens")) is int:
         usage = usage.assuming_output(body["max_tokens"])
     hour_ttl = _asks_for_an_hour(body)
     known = cost(prices, usage, at=at, hour_ttl_requested=hour_ttl, status=status)

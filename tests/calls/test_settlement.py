@@ -205,6 +205,24 @@ def test_an_answer_that_is_an_error_first_is_void(body, content_type):
             assert found.outcome.flags == ("upstream:overloaded_error",)
 
 
+JSON = "application/json"
+SAME_BYTES = [
+    (200, START + ENDING, STREAM), (200, WHOLE_START, STREAM), (200, UNBILLED_START, STREAM), (200, UNTOLD + LATE, STREAM),
+    (200, ZEROES + LATE, STREAM), (200, START + FALLING, STREAM), (200, START, STREAM), (200, START + ERROR, STREAM),
+    (200, UNTOLD, STREAM), (200, ZEROES, STREAM), (200, event("ping"), STREAM), (200, message(), JSON), (200, REFUSED, JSON),
+    (200, b"junk", JSON), (200, message("claude-unheard-of-9"), JSON), (500, message(), JSON), (429, message(), JSON),
+    (500, ENVELOPE, JSON), (500, ENVELOPE[:-9], JSON), (504, b"<html>", "text/html"), (403, b"<html>", "text/html"),
+    *((200, *first) for first in FIRST),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "body", "content_type"), SAME_BYTES)
+def test_the_meter_and_settlement_agree_on_the_same_bytes(status, body, content_type):
+    """Where only all that is held bounds a call, the meter, which knows of no hold, says that it cannot tell."""
+    found = settle(call(status, body, content_type), sent=True, ended_by="whole")
+    assert metered(status, body, content_type) == (0 if isinstance(found, Void) else found.cost_nano)
+
+
 @pytest.mark.parametrize("body", [b"", b"<html>blocked</html>", b'{"detail":"blocked"}'])
 @pytest.mark.parametrize("status", [403, 413, 429, 521, 523, 525, 526, 530])
 def test_a_status_that_only_an_edge_makes_is_void(status, body):
