@@ -34,10 +34,24 @@ def collected():
     gc.collect()
 
 
+ODD = [
+    {"error": "overloaded_error", "error_after_events": 0},
+    {"error": "overloaded_error", "error_after_events": 1, "ping_first": True},
+    {"edge": 429},
+    {"edge": 502},
+    {"edge": 520, "delay_headers_s": 2.2},
+    {"whole_start": True},
+    {"opening_usage": "zeroes"},
+    {"closing_zeroes": True},
+]
+"""What comes of a fifth of the calls: errors first, edges that break (a third of the late ones bills), usage told at one end only."""
+
+
 async def caller(url, token, chance, said: Counter):
     """One call in one of the ways in which apps call, a third of them broken off by the caller."""
     tokens, stream, leaves = chance.randint(50, 2_000), chance.random() < 0.5, chance.random() < 0.3
-    simulate = json.dumps({"tokens_per_s": 350, "after_disconnect_s": 0.3, "tokens_per_event": 20})
+    odd = chance.choice(ODD) if chance.random() < 0.2 else {}
+    simulate = json.dumps({"tokens_per_s": 350, "after_disconnect_s": 0.3, "tokens_per_event": 20, **odd})
     body = {"model": MODEL, "max_tokens": tokens, "messages": [{"role": "user", "content": f"simulate: {simulate}"}]}
     http = anthropic.DefaultAsyncHttpxClient(verify=AUTHORITIES)
     async with anthropic.AsyncAnthropic(base_url=url, api_key=token, http_client=http, max_retries=0, timeout=60) as client:
