@@ -94,6 +94,8 @@ class Turns:
         than all it is one use a gap: those are counted by the uses that can have been (progress.py), however many a turn makes.
         """
         count = self.count if turns is None else min(turns, self.count)
+        if count == 1:  # nearly every call
+            return self.prompt_tokens
         more = max(0, sum(uses for _, uses in self.brought) - (count - 1)) if count == self.count else 0
         tokens = self.prompt_tokens
         for turn in range(1, min(count, TURNS_SUMMED)):
@@ -212,7 +214,7 @@ def quote(reading: ParsedRequest, app: AppPolicy, prices: Prices, now: float, *,
 
 def _bound(terms: _Terms, max_tokens: int) -> Quote:
     """The quote of a request whose models all have a price, if it asked for `max_tokens`."""
-    terms = replace(terms, max_tokens=max_tokens)
+    terms = terms if terms.max_tokens == max_tokens else replace(terms, max_tokens=max_tokens)
     reading = terms.reading
     row = terms.row(reading.model)
     assert row is not None, "the request's own model is the first of those that were looked up"
