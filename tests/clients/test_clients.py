@@ -7,7 +7,7 @@ test_first_requests.py replays.
 import datetime
 
 import pytest
-from client_tier import CLIENTS, keep, recorder, run
+from client_tier import CLIENTS, Client, keep, recorder, run
 from gateway import FIRST, gateway
 
 from gateway_addon.simulator import Behaviour, Simulator
@@ -53,3 +53,13 @@ async def test_a_clients_calls_work_and_what_is_refused_is_said(tmp_path, client
         broke = await run(client, tmp_path / "poor", gw.url, gw.tokens["poor"], "call", "Say hello.")
         assert "more than the cap for today of app poor" in broke.everything, broke.everything
         assert (await api.settled()).billed_nano == billed, "nothing of it reached the API"
+
+
+async def test_a_client_of_another_api_is_told_what_to_use_instead(tmp_path):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as gw:
+        ran = await run(Client("openai", None), tmp_path / "openai", gw.url, gw.tokens["app"], "call", "Say hello.")
+        assert ran.code != 0
+        assert "this gateway speaks the Messages API of Claude" in ran.everything
+        assert "Anthropic's SDK or LiteLLM with anthropic/MODEL" in ran.everything
+        assert await rows(gw) == [("app", "refused", "endpoint")]
+        assert api.book.bytes_received == 0
