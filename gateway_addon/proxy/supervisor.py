@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gateway_addon.proxy.connecting import ConnectingLoop
+
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
@@ -31,7 +33,7 @@ OPTIMISED = ["-O"] if sys.flags.optimize else []
 """Workers run as their supervisor does."""
 
 
-class ListeningLoop(asyncio.SelectorEventLoop):
+class ListeningLoop(ConnectingLoop):
     """An event loop whose first server listens on a socket that is bound already, whatever address it is asked for.
 
     It takes all callers who wait as it comes by, so that nobody's first call waits for the second and third of those who came before; but
