@@ -98,7 +98,7 @@ def build(console: Console) -> Flask:
     app.add_url_rule("/", "overview", lambda: _overview(console))
     app.add_url_rule("/gateway/metrics", "metrics", lambda: _metrics(console))
     app.add_url_rule("/calls", "calls", lambda: _calls(console))
-    app.add_url_rule("/calls/<int:call_id>", "call", lambda call_id: _call(console, call_id))
+    app.add_url_rule(f"/calls/<int(max={call_detail.NEWEST}):call_id>", "call", lambda call_id: _call(console, call_id))
     return app
 
 
@@ -145,7 +145,7 @@ def _metrics(console: Console) -> Response:
 def _calls(console: Console) -> Response:
     asked, now = request.args, console.clock()
     filters = {name: asked.get(name, "") for name in ("app", "model", "state", "text")}
-    wanted = call_detail.CallFilter(**filters, before=asked.get("before", call_detail.NEWEST, type=int))
+    wanted = call_detail.CallFilter(**filters, before=min(asked.get("before", call_detail.NEWEST, type=int), call_detail.NEWEST))
     with admin.reading(console.ledger) as db:
         found, more = call_detail.search(db, wanted)
         days = console.memory.between(db, now - desk.CHART_DAYS * desk.DAY_S, now)

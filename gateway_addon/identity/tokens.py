@@ -48,7 +48,7 @@ def credential(headers: Iterable[tuple[str, str]]) -> str | Refusal:
     """
     found = set()
     for name, value in headers:
-        if name == "x-api-key":
+        if name == "x-api-key" and value.strip():  # some clients send it empty beside the other
             found.add(value.strip())
         elif name == "authorization":
             scheme, _, rest = value.strip().partition(" ")

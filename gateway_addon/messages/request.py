@@ -64,7 +64,7 @@ ITEMS: dict[tuple[str, str], str] = {
 
 _MODEL_PATH = re.compile(r"/v1/models/([A-Za-z0-9][A-Za-z0-9._-]{0,199})\Z")
 _ITEM_PATH = re.compile(r"(/v1/messages/batches/(?=msgbatch_)|/v1/files/(?=file_))((?:msgbatch|file)_[A-Za-z0-9]{1,128})(/[a-z]+)?\Z")
-_PAIR = r"(?:[A-Za-z0-9_.\[\]-]|%5[BbDd])+(?:=[A-Za-z0-9_.:+-]*)?"  # brackets, plain and as some clients write them
+_PAIR = r"(?:[A-Za-z0-9_.\[\]-]|%5[BbDd])+(?:=(?:[A-Za-z0-9_.:+-]|%20)*)?"  # brackets, plain and as some clients write them
 _QUERY = re.compile(rf"{_PAIR}(?:&{_PAIR})*\Z")
 DEEP = "the body is nested too deeply to be read safely; flatten it"
 _VALUE_MARKS = (b",", b"[", b"{")
@@ -131,7 +131,7 @@ def endpoint(method: str, target: str) -> str | Refusal:
     A query is tolerated (Claude Code sends `?beta=true`) as long as it is plain and restates no field of the body:
     `?model=` has beaten the body's model in other gateways.
     """
-    path, mark, query = target.partition("?")
+    path, _, query = target.partition("?")
     name = ENDPOINTS.get((method, path))
     if name is None and method == "GET" and _MODEL_PATH.match(path):
         name = "model"
@@ -140,7 +140,7 @@ def endpoint(method: str, target: str) -> str | Refusal:
     if name is None:
         shown = target[:100].encode("ascii", "backslashreplace").decode()
         return stated("endpoint", f"{method[:20]} {shown} is not served here; this gateway forwards POST /v1/messages and a few more")
-    if mark and (not _QUERY.match(query) or any(part.partition("=")[0].casefold() in _KNOWN_FIELDS for part in query.split("&"))):
+    if query and (not _QUERY.match(query) or any(part.partition("=")[0].casefold() in _KNOWN_FIELDS for part in query.split("&"))):
         return stated("endpoint", f"the query {query[:100]!r} is not served here; {path} takes its fields from the body alone")
     return name
 

@@ -16,8 +16,12 @@ CALLS = logging.getLogger("gateway_addon.calls.record")
 LOUD = ("mitmproxy.proxy.server", "mitmproxy.proxy.mode_servers", "hpack", "asyncio", "tornado", "quic")
 
 
+FOREIGN_CHARACTERS_MAX = 300
+"""Of one of mitmproxy's sentences: it prints the bytes that it could not read, a TLS greeting as a page of hexadecimal digits."""
+
+
 class MaskedFilter(logging.Filter):
-    """Replaces tokens and the key in a record, its arguments and its traceback. Lets every record pass."""
+    """Replaces tokens and the key in a record, its arguments and its traceback, and cuts what mitmproxy says. Lets every record pass."""
 
     def __init__(self, key: Callable[[], str]):
         super().__init__()
@@ -29,6 +33,8 @@ class MaskedFilter(logging.Filter):
         if record.exc_info:
             record.exc_text = self.mask(record.exc_text or self._format.formatException(record.exc_info))
         shown = self.mask(message)
+        if record.name.startswith("mitmproxy.proxy") and len(shown) > FOREIGN_CHARACTERS_MAX:
+            shown = f"{shown[:FOREIGN_CHARACTERS_MAX]}…"
         if shown is not message:
             record.msg, record.args = shown, ()
         return True

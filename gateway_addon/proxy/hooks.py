@@ -26,7 +26,7 @@ from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.messages import header_filter
 from gateway_addon.messages.request import Request
-from gateway_addon.proxy import backpressure, inject
+from gateway_addon.proxy import backpressure, inject, request_head
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.flows import FlowState, close_forgotten
 from gateway_addon.refusals import Refusal, new_request_id
@@ -233,8 +233,12 @@ class GatewayAddon:
             return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
         if flow.client_conn.id not in self.connections:
             return Refusal("internal", inject.FAILED)  # nothing injects here: its `next_layer` hook has failed
-        if flow.request.authority or flow.request.scheme not in ("http", "https"):
+        if (wrong := request_head.problem(flow.request.http_version, headers)) is not None:
+            return Refusal("request", wrong)
+        if flow.request.authority:
             return Refusal("request", "The request names another host in its first line. Use the gateway as the base URL, not as a proxy.")
+        if flow.request.scheme not in ("http", "https"):  # mitmproxy has found something, and tells nobody what
+            return Refusal("request", request_head.NOT_WELL_FORMED)
         if any(name == "upgrade" and "websocket" in value.lower() for name, value in headers):  # any other is an offer, and may be ignored
             return Refusal("upgrade", "The gateway speaks no websockets. Send the call as plain HTTP/1.1, without an Upgrade header.")
         if self.gate.policy.tls and not flow.client_conn.tls:

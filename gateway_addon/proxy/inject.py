@@ -40,12 +40,12 @@ from mitmproxy.proxy.layers.http import (
 
 from gateway_addon.proxy.bounded_http1 import HEAD_BYTES_MAX
 from gateway_addon.proxy.fastpath import relay, whole
+from gateway_addon.proxy.request_head import NOT_WELL_FORMED
 from gateway_addon.refusals import Refusal, new_request_id
 
 logger = logging.getLogger(__name__)
 
 FAILED = "The gateway failed while judging this request, so it was not sent. Its log says why; sending the same again will not help."
-NOT_WELL_FORMED = "The request is not well-formed HTTP/1.1, so it was not judged. Use an HTTP client library to build it."
 _QUOTED = re.compile(r""":? b['"]""")
 BROKEN = (RequestProtocolError, ResponseProtocolError)
 BODY_METHODS = ("POST", "PUT", "PATCH")
@@ -337,6 +337,8 @@ class ApiHttp1Server(whole.WholeServer):
         yield from super().wait(event)
 
     def read_headers(self, event: events.ConnectionEvent) -> layer.CommandGenerator[None]:
+        if self.buf and (head := bytes(self.buf)).startswith((b"\r", b"\n")):  # empty lines before a request (RFC 9112, section 2.2)
+            self.buf.maybe_extract_at_most(len(head) - len(head.lstrip(b"\r\n")))
         if len(self.buf) > HEAD_BYTES_MAX and b"\r\n\r\n" not in bytes(self.buf)[:HEAD_BYTES_MAX]:
             sentence = f"The request's headers are longer than {HEAD_BYTES_MAX // 1024} KB. Send fewer or shorter headers."
             yield from self._reject(Refusal("request", sentence))

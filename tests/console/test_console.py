@@ -148,6 +148,11 @@ def test_calls_are_found_by(client, query, shown):
     assert ("No call matches" not in client.get(f"/calls?{query}").text) is shown
 
 
+@pytest.mark.parametrize(("path", "status"), [(f"/calls/{2**62 + 1}", 404), (f"/calls/{10**30}", 404), (f"/calls?before={10**30}", 200), (f"/calls?text={10**30}", 200), (f"/calls?text=%23{10**30}", 200)])
+def test_an_id_that_no_ledger_holds_is_no_fault(client, path, status):
+    assert client.get(path).status_code == status
+
+
 # who may look
 
 

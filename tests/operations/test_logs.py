@@ -47,6 +47,13 @@ def test_a_traceback_is_masked_like_its_message(log):
     assert "ValueError: bad header gwt_*** ***" in written.getvalue()
 
 
+def test_what_mitmproxy_prints_of_foreign_bytes_is_cut():
+    record = logging.LogRecord("mitmproxy.proxy.server", logging.WARNING, "", 0, "Cannot parse ClientHello: %s", (TOKEN + "16" * 5_000,), None)
+    assert MaskedFilter(lambda: KEY).filter(record)
+    assert record.getMessage().startswith("Cannot parse ClientHello: gwt_***")
+    assert len(record.getMessage()) < 400
+
+
 def test_what_is_no_secret_passes_unchanged(log):
     logger, written = log
     logger.info("app %s spent $%.2f", "reports", 1.5)

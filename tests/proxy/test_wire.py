@@ -52,7 +52,11 @@ FRAMED = {
     "chunked twice": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "transfer-encoding: chunked, chunked"), 400),
     "an unknown encoding": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "transfer-encoding: xchunked"), 400),
     "a space before the colon": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", f"content-length : {len(BODY)}", body=BODY), 400),
-    "a folded header": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "x-a: b\r\n c", LENGTH, body=BODY.replace(b"haiku-4-5", b"haiku-9-9")), 403),
+    "a folded header": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "x-a: b\r\n c", LENGTH, body=BODY), 400),
+    "a bare carriage return": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "anthropic-beta: a\rx-b: c", LENGTH, body=BODY), 400),
+    "a nul": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "anthropic-beta: a\0b", LENGTH, body=BODY), 400),
+    "compressed and chunked": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "transfer-encoding: gzip, chunked", body=b"0\r\n\r\n"), 400),
+    "chunked in HTTP/1.0": (raw("POST /v1/messages HTTP/1.0", "host: x", "x-api-key: {token}", "transfer-encoding: chunked", body=b"0\r\n\r\n"), 400),
     "bare line feeds": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", LENGTH).replace(b"\r\n", b"\n") + BODY.replace(b"haiku-4-5", b"haiku-9-9"), 403),
     "a bare line feed in a header": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", f"x-a: b\n{LENGTH}", "content-length: 3", body=BODY), 400),
     "no version": (raw("POST /v1/messages", "host: x"), 400),
@@ -67,6 +71,20 @@ FRAMED = {
 }
 
 
+SAID = {
+    "both lengths": "has a Content-Length and a Transfer-Encoding",
+    "a folded header": "The value of the header x-a has a line break or a NUL in it",
+    "a bare carriage return": "The value of the header anthropic-beta has a line break",
+    "a nul": "The value of the header anthropic-beta has a line break or a NUL in it",
+    "compressed and chunked": "Transfer-Encoding is 'gzip, chunked'",
+    "chunked in HTTP/1.0": "is HTTP/1.0, which knows no Transfer-Encoding",
+    "http/2 in clear": "speaks HTTP/2.0 in clear",
+    "another host in the first line": "names another host in its first line",
+    "33 megabytes": "larger than the gateway takes (33 MB)",
+}
+"""What the caller is told, where a wrong sentence was told once."""
+
+
 @pytest.mark.parametrize("trick", FRAMED)
 async def test_a_request_that_two_parsers_could_frame_differently_is_refused(tmp_path, trick):
     data, wanted = FRAMED[trick]
@@ -77,8 +95,40 @@ async def test_a_request_that_two_parsers_could_frame_differently_is_refused(tmp
         assert status == wanted, body
         assert headers["content-type"] == "application/json"
         assert json.loads(body)["type"] == "error"
+        assert SAID.get(trick, "") in json.loads(body)["error"]["message"]
         assert api.book.bytes_received == 0
         assert not await gw.open_calls()
+
+
+GOOD = ("host: x", "authorization: Bearer {token}", "anthropic-version: 2023-06-01", "content-type: application/json", "connection: close", LENGTH)
+LET_IN = {
+    "an empty query": raw("POST /v1/messages? HTTP/1.1", *GOOD, body=BODY),
+    "a space in a query's value": raw("POST /v1/messages?source=my%20app HTTP/1.1", *GOOD, body=BODY),
+    "an empty key beside a good token": raw("POST /v1/messages HTTP/1.1", "x-api-key:", *GOOD, body=BODY),
+    "empty lines before the request": b"\r\n\r\n" + raw("POST /v1/messages HTTP/1.1", *GOOD, body=BODY),
+}
+
+
+@pytest.mark.parametrize("oddity", LET_IN)
+async def test_what_is_odd_and_has_one_meaning_is_let_in(tmp_path, oddity):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": POLICY}) as gw:
+        answer = await send(gw, LET_IN[oddity].replace(b"{token}", gw.tokens["app"].encode()))
+        assert split_answer(answer)[0] == 200, answer
+        assert len((await api.settled()).messages()) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_of_http_1_0_gets_no_chunks(tmp_path, stream):
+    async with Simulator() as api, gateway(tmp_path, api, {"app": POLICY}) as gw:
+        body = json.dumps(PLAIN | {"stream": stream}).encode()
+        lines = [line for line in GOOD if not line.startswith(("connection", "content-length"))]
+        data = raw("POST /v1/messages HTTP/1.0", *lines, f"content-length: {len(body)}", body=body)
+        answer = await send(gw, data.replace(b"{token}", gw.tokens["app"].encode()))
+        status, headers, said = split_answer(answer)
+        assert status == 200, answer
+        assert "transfer-encoding" not in headers
+        assert said.startswith(b"event: " if stream else b"{")
+        assert said.rstrip().endswith(b"}")
 
 
 async def test_a_pipelined_request_is_judged_by_itself(tmp_path):

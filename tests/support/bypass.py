@@ -111,7 +111,7 @@ def _doors() -> Iterator[Hostile]:
         "other spending endpoints": ("/v1/complete", "/v1/messages/batches", "/v1/sessions", "/v1/agents", "/v1/deployments"),
         "other people's data": ("/v1/files", "/v1/skills", "/v1/organizations/users", "/v1/memory_stores", "/v1/oauth/token"),
         "model in the query": ("?model=claude-opus-5-5", "?beta=true&model=x", "?MODEL=x", "?max_tokens=100000", "?m%6fdel=x"),
-        "malformed query": ("?", "?beta=true&", "?a=b?c=d", "?;model=x", "?beta=%00"),
+        "malformed query": ("?%20=a", "?beta=true&", "?a=b?c=d", "?;model=x", "?beta=%00"),
     }.items():
         for target in targets:
             yield Hostile(trick, "endpoint", target=f"/v1/messages{target}" if "query" in trick else target)
