@@ -1,5 +1,6 @@
 """What the gate hands out beside tickets: who has arrived, and permission to forward what is not metered as it runs. Values only."""
 
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,9 @@ from gateway_addon.ledger import NewCall, Token
 from gateway_addon.messages.request import ParsedRequest, Request
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy
+
+TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+"""What an app's tracing says of the span in which it calls (https://www.w3.org/TR/trace-context/)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ def new_call(arrived: AuthenticatedRequest, read: ParsedRequest, request: Reques
         safe_name(text) or None
         for text in (read.model, *("".join(request.header(f"x-claude-code-{name}-id")[:1]) for name in ("session", "agent")))
     )
+    trace = "".join(request.header("traceparent")[:1])
     return NewCall(
         arrived.app.name,
         arrived.app.team,
@@ -80,4 +85,5 @@ def new_call(arrived: AuthenticatedRequest, read: ParsedRequest, request: Reques
         read.max_tokens or None,
         session_id=session,
         agent_id=agent,
+        traceparent=trace if TRACEPARENT.fullmatch(trace) else None,
     )

@@ -39,6 +39,7 @@ def record(
         "token": call.token_id,
         "session": call.session_id,
         "agent": call.agent_id,
+        "traceparent": call.traceparent,
         "endpoint": call.endpoint,
         "model": call.model_asked,
         "model_served": outcome.model_served,

@@ -102,6 +102,8 @@ class NewCall:
     quote_nano: int = 0
     session_id: str | None = None
     agent_id: str | None = None
+    traceparent: str | None = None
+    """The client's own span (W3C trace context): for the span of this call, and never written to the ledger."""
 
     @property
     def scopes(self) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """A span per call, by OpenTelemetry's conventions for generative AI, sent to where the standard OTEL_* variables point.
 
-Promises that the event loop never waits for the collector: spans are handed to the SDK's own thread, and dropped where it falls
-behind. An edge: it talks to a network. Needs the extra `otel`.
+A call stands below the span of which its app tells in `traceparent`. Promises that the event loop never waits for the
+collector: spans are handed to the SDK's own thread, and dropped where it falls behind. An edge: it talks to a network.
+Needs the extra `otel`.
 """
 
 from collections.abc import Callable
@@ -23,11 +24,13 @@ def start(exporter: Any = None) -> tuple[OnCall, Callable[[], None]]:
     `exporter` None: OTLP over HTTP, to OTEL_EXPORTER_OTLP_ENDPOINT (http://localhost:4318).
     """
     try:
+        from opentelemetry.context import Context
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.trace import SpanKind, Status, StatusCode
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
     except ImportError as error:
         raise OtelMissing(MISSING) from error
     resource = Resource.create({"service.name": "claude-gateway"}).merge(Resource.create())  # OTEL_SERVICE_NAME wins
@@ -37,7 +40,8 @@ def start(exporter: Any = None) -> tuple[OnCall, Callable[[], None]]:
 
     def emit(call: CallRecord) -> None:
         name = f"{operation(call)} {call['model'] or ''}".strip()
-        span = tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes(call), start_time=_ns(call["started_at"]))
+        within = TraceContextTextMapPropagator().extract({"traceparent": call["traceparent"]} if call["traceparent"] else {}, Context())
+        span = tracer.start_span(name, within, SpanKind.CLIENT, attributes(call), start_time=_ns(call["started_at"]))
         if problem := error_type(call):
             span.set_status(Status(StatusCode.ERROR, problem))
         span.end(_ns(call["started_at"] + call["duration_s"]))

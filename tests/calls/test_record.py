@@ -109,7 +109,7 @@ async def test_serve_logs_a_line_and_sends_a_span_for_a_call_without_a_secret(tm
         process, url = await gateways.serve("--log", "json", "--otel", OTEL_EXPORTER_OTLP_ENDPOINT=where)
         token = gateways.tokens["app"]
         async with anthropic.AsyncAnthropic(base_url=url, api_key=token, max_retries=0) as client:
-            labels = {"x-claude-code-session-id": token}
+            labels = {"x-claude-code-session-id": token, "traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
             await client.messages.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO, extra_headers=labels)
         process.terminate()
         await asyncio.wait_for(process.wait(), 20)
@@ -127,6 +127,7 @@ async def test_serve_logs_a_line_and_sends_a_span_for_a_call_without_a_secret(tm
     ]
     said = {each.key: each.value for each in span.attributes}
     assert span.name == "chat claude-haiku-4-5"
+    assert (span.trace_id, span.parent_span_id) == (b"\xab" * 16, b"\xcd" * 8)
     assert said["gen_ai.provider.name"].string_value == "anthropic"
     assert said["gateway.spent_nano"].int_value == call["spent_nano"]
     for secret in (KEY, token):
