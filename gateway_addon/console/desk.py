@@ -13,7 +13,6 @@ from gateway_addon.ledger import Pause, ServerAddress, Standing, admin, app_scop
 from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.reports import day_cache, spending
-from gateway_addon.ledger.reports.call_detail import drifted
 from gateway_addon.ledger.reports.day_cache import Cached, CachedDay, DayCache, ReadConnection
 from gateway_addon.policy import GatewayPolicy, caps
 from gateway_addon.pricing import Prices
@@ -195,7 +194,7 @@ def _drift(month: list[CachedDay]) -> tuple[DriftedModel, ...]:
     found: dict[tuple[str, str, str], tuple[int, int]] = {}
     for day in month:
         for each in day.spending:
-            if each.served is not None and drifted(each.asked, each.served):
+            if each.drifted and each.served is not None:
                 key = (each.app, each.asked, each.served)
                 found[key] = (found.get(key, (0, 0))[0] + each.calls, day.start)
     return tuple(DriftedModel(*key, *facts) for key, facts in sorted(found.items(), key=lambda item: (-item[1][1], item[0])))

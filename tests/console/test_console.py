@@ -15,6 +15,7 @@ import month
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
+from gateway import gateway
 from ledgers import CALL, ENGINES, Part, new_ledger, rows, url
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,11 +25,12 @@ from gateway_addon.cli.report import report
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.console.app import COOKIE, Console, Policies, build, server
 from gateway_addon.console.login import LINK_S, SESSION_S, Login
-from gateway_addon.console.metrics import _labels
+from gateway_addon.console.metrics import _labels, exposition
 from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, batches, reservations
 from gateway_addon.ledger.reports import spending
 from gateway_addon.ledger.reports.spending import GROUPINGS
 from gateway_addon.proxy.supervisor import bind
+from gateway_addon.simulator import Behaviour, Simulator
 
 CALLS = 2000
 GATEWAY = "upstream: https://api.anthropic.com\nkey: {env: ANTHROPIC_API_KEY}\ncaps: {month: $2000}\n"
@@ -87,7 +89,7 @@ async def test_a_ledger_on_either_engine_has_its_pages(tmp_path, engine):
     ledger = await Ledger.open(url(place))
     for _ in range(2):
         held = await ledger.reserve(CALL, 5_000_000, [], now=now)
-    await ledger.settle(held.call_id, Settlement(3_000_000, (Part(3_000_000),), Outcome(model_served="claude-sonnet-5")), now=now)
+    await ledger.settle(held.call_id, Settlement(3_000_000, (Part(3_000_000),), Outcome(model_served="claude-sonnet-5", flags=("drift",))), now=now)
     ledger.refused(CALL, "model", now=now)
     ledger.failed_authentication("token_unknown", now=now)
     (tmp_path / "policies" / "apps").mkdir(parents=True)
@@ -114,6 +116,26 @@ async def test_a_ledger_on_either_engine_has_its_pages(tmp_path, engine):
         assert rows(place, "SELECT call, spent, held FROM spend WHERE call < 3 ORDER BY call") == [(1, "$0.000000", "$0.005000"), (2, "$0.003000", "$0.000000")]
     finally:
         await ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "served", "calls"),
+    [("fast", None, 0), ("fast", "claude-haiku-4-5-20251001", 0), ("fast", "claude-sonnet-5", 1), ("claude-haiku-4-5", "claude-sonnet-5", 1)],
+)
+async def test_console_metrics_and_report_count_one_drift(tmp_path, asked, served, calls):
+    """An alias is rewritten by the policy: the model that it stands for is the one that was asked for."""
+    policy = "models: {allow: [claude-haiku-4-5], aliases: {fast: claude-haiku-4-5}}\ncaps: {day: $10}\n"
+    async with Simulator(behaviour=Behaviour(served_model=served)) as api, gateway(tmp_path, api, {"reports": policy}) as gw:
+        await gw.client("reports").messages.create(model=asked, max_tokens=10, messages=[{"role": "user", "content": "hi"}])
+        await gw.quiet()
+    desk = Console(tmp_path / "gateway.db", Policies(tmp_path / "policies"), Login(monotonic_s()))
+    client = build(desk).test_client()
+    client.get(f"/login/{desk.login.link}")
+    assert [each.calls for each in desk.look().drift] == [calls] * calls
+    assert f"\ngateway_drifted_calls {calls}\n" in exposition(desk.look(), policy_broken=False)
+    assert [each["calls"] for each in reported(desk, "served")["drifts"]] == [calls] * calls
+    marked = ("served claude-sonnet-5" in client.get("/calls").text, "not the one asked for" in client.get("/calls/1").text)
+    assert marked == (calls == 1, calls == 1)
 
 
 def test_spent_held_and_free_make_the_cap(desk):

@@ -53,8 +53,8 @@ class CallRow:
 
     @property
     def drifted(self) -> bool:
-        """Another model answered than was asked for (a dated name of the same model is the same model)."""
-        return drifted(self.model_asked, self.model_served)
+        """Tell whether settlement found another model than the one asked for: an alias or a dated name is none."""
+        return "drift" in self.flags.split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +115,6 @@ FROM entries WHERE call_id = ? ORDER BY id
 _PARTS = f"SELECT {', '.join(CallPart.__slots__)} FROM usage WHERE call_id = ? ORDER BY part"
 
 
-def drifted(asked: str | None, served: str | None) -> bool:
-    """True where another model answered; `claude-x-20260101` and `claude-x` are one."""
-    if asked is None or served is None or asked == served:
-        return False
-    return not _dated(served, asked) and not _dated(asked, served)
-
-
 def search(db: sqlite3.Connection, wanted: CallFilter) -> tuple[list[CallRow], bool]:
     """The newest calls that match, at most a page of them, and whether there are older ones."""
     values = {name: getattr(wanted, name) for name in CallFilter.__slots__} | {"text": wanted.text.strip().removeprefix("#")}
@@ -140,8 +133,3 @@ def story(db: sqlite3.Connection, call_id: int) -> CallDetail | None:
 
 def _call(row: sqlite3.Row) -> CallRow:
     return CallRow(**{name: row[name] for name in CallRow.__slots__} | {"stream": bool(row["stream"])})
-
-
-def _dated(name: str, model: str) -> bool:
-    rest = name.removeprefix(f"{model}-")
-    return rest != name and rest.isdigit() and len(rest) == 8

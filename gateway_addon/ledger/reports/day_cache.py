@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from gateway_addon.ledger.reports.spending import DRIFTED
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.windows import next_start, starts
 
@@ -26,6 +27,8 @@ class Spending:
     app: str
     asked: str
     served: str | None
+    drifted: bool
+    """Settlement found another model than the one asked for: an alias or a dated name is none."""
     calls: int
     spent_nano: int
 
@@ -50,9 +53,10 @@ class CachedDay:
     refusals: tuple[tuple[str, int], ...] = ()
 
 
-_SPENDING = """
-SELECT app, coalesce(model_asked, '(none)'), model_served, count(DISTINCT calls.id) + coalesce(sum(carried - 1), 0), sum(spent_nano)
-FROM calls CROSS JOIN entries ON entries.call_id = calls.id WHERE started_at >= :since AND started_at < :until GROUP BY 1, 2, 3
+_SPENDING = f"""
+SELECT app, coalesce(model_asked, '(none)'), model_served, {DRIFTED}, count(DISTINCT calls.id) + coalesce(sum(carried - 1), 0),
+  sum(spent_nano)
+FROM calls CROSS JOIN entries ON entries.call_id = calls.id WHERE started_at >= :since AND started_at < :until GROUP BY 1, 2, 3, 4
 """
 _CACHED = """
 SELECT model, sum(input_tokens), sum(cache_read_tokens), sum(cache_write_5m_tokens + cache_write_unsplit_tokens), sum(cache_write_1h_tokens)

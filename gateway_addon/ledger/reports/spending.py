@@ -168,11 +168,13 @@ class DriftLine:
     last_at: float
 
 
-_DRIFTS = """
+DRIFTED = "instr(' ' || flags || ' ', ' drift ') > 0"
+"""Settlement's word that another model answered, as the index `calls_drifted` spells it."""
+_DRIFTS = f"""
 SELECT app, model_asked AS asked, model_served AS served,
   sum(coalesce(carried, 1)) FILTER (WHERE started_at >= :since AND started_at < :until) AS calls,
   min(started_at) AS first_at, max(started_at) AS last_at
-FROM calls WHERE instr(' ' || flags || ' ', ' drift ') > 0 GROUP BY app, model_asked, model_served
+FROM calls WHERE {DRIFTED} GROUP BY app, model_asked, model_served
 HAVING count(*) FILTER (WHERE started_at >= :since AND started_at < :until) > 0 ORDER BY calls DESC, app, asked, served
 """
 
