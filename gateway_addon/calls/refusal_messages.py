@@ -63,7 +63,11 @@ def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, bound: Qu
         return Refusal("cap_held", f"{stands}, and calls in flight hold what is left. Try again shortly.", denial.retry_after_s or 1)
     reset = "" if standing.resets_at is None else f" It resets at {_time(standing.resets_at)}."
     kind, _, name = standing.scope.partition(":")
-    way_out = f"gateway cap raise {name or kind} {standing.window} AMOUNT --until DATE"
+    whom = f"{name or kind}" if kind != "team" else standing.scope
+    if standing.is_limited:
+        way_out = f"the operator's limit holds (gateway cap list), and gateway cap limit {whom} {standing.window} --lift takes it away"
+    else:
+        way_out = f"gateway cap raise {whom} {standing.window} AMOUNT --until DATE"
     return Refusal("cap_spent", f"{stands}.{reset} To go on before: {way_out}.", denial.retry_after_s)
 
 

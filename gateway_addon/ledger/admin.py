@@ -20,7 +20,7 @@ from gateway_addon.ledger.store import balances, sqlite_files
 from gateway_addon.ledger.store.interface import driver
 from gateway_addon.ledger.store.locks import Turnstile, is_dead
 from gateway_addon.ledger.store.sqlite_schema import is_behind
-from gateway_addon.ledger.types import TOTAL, ServerAddress, Token, app_scope
+from gateway_addon.ledger.types import TOTAL, Limit, Raise, ServerAddress, Token, app_scope
 from gateway_addon.money import AMOUNT_NANO_MAX, dollars
 from gateway_addon.windows import next_start, starts
 
@@ -28,6 +28,8 @@ BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
 
 EVER_CALLED = "SELECT 1 FROM tokens WHERE app = ? AND last_used_at IS NOT NULL"  # by refused calls too, of which no balance tells
 EVER_SPENT = "FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
+LIMITS = "SELECT scope, window, amount_nano, since, who, why FROM limits"
+RAISES = "SELECT id, scope, window, amount_nano, since, until, who, why FROM raises"
 TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
 
 PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (prune.py)
@@ -177,16 +179,54 @@ def tokens(db: sqlite3.Connection, app: str | None = None) -> list[Token]:
 
 def raise_cap(
     db: sqlite3.Connection, scope: str, window: str, amount_nano: int, *, until: float, who: str, why: str = "", now: float
-) -> None:
+) -> Raise:
     """Add `amount_nano` on top of a scope's cap for this window, until a date. Raises have an end so that none is forgotten."""
     if amount_nano <= 0 or until <= now:
-        raise ValueError("a cap is raised by more than $0 and until a time to come; to lower a cap, change the policy file")
-    before = _raised(db, scope, window, now)
-    db.execute(
-        "INSERT INTO raises (scope, window, amount_nano, since, until) VALUES (?, ?, ?, ?, ?)", (scope, window, amount_nano, now, until)
-    )
+        raise ValueError("a cap is raised by more than $0 and until a time to come; gateway cap limit lowers one")
+    before = sum(each.amount_nano for each in raises(db, now=now) if (each.scope, each.window) == (scope, window))
+    insert = "INSERT INTO raises (scope, window, amount_nano, since, until, who, why) VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING id"
+    [(number,)] = db.execute(insert, (scope, window, amount_nano, now, until, who, why)).fetchall()
     after = {"raised_nano": before + amount_nano, "until": until}
     audit(db, who, "cap raise", f"{scope} {window}", {"raised_nano": before}, after, why, now)
+    return Raise(number, scope, window, amount_nano, now, until, who, why)
+
+
+def raises(db: sqlite3.Connection, *, now: float) -> list[Raise]:
+    """Return the raises in force, in the order in which they were made."""
+    return [Raise(*row) for row in db.execute(f"{RAISES} WHERE until > ? ORDER BY id", (now,)).fetchall()]
+
+
+def withdraw_raise(db: sqlite3.Connection, number: int, *, who: str, why: str = "", now: float) -> Raise:
+    """End a raise at once; the audit keeps it. Raises ValueError where none of this number is in force."""
+    found = next((each for each in raises(db, now=now) if each.id == number), None)
+    if found is None:
+        raise ValueError(f"no raise {number} is in force; gateway cap list shows those that are")
+    db.execute("DELETE FROM raises WHERE id = ?", (number,))
+    audit(db, who, "cap withdraw", f"{found.scope} {found.window}", found._asdict(), None, why, now)
+    return found
+
+
+def limit_cap(db: sqlite3.Connection, scope: str, window: str, amount_nano: int, *, who: str, why: str = "", now: float) -> Limit | None:
+    """Lower a scope's cap for this window to `amount_nano` until the limit is lifted; returns the limit that stood before."""
+    if amount_nano < 0:
+        raise ValueError("a limit is $0 or more")
+    before = _lift(db, scope, window)
+    db.execute("INSERT INTO limits VALUES (?, ?, ?, ?, ?, ?)", (scope, window, amount_nano, now, who, why))
+    audit(db, who, "cap limit", f"{scope} {window}", before and before._asdict(), {"amount_nano": amount_nano}, why, now)
+    return before
+
+
+def lift_limit(db: sqlite3.Connection, scope: str, window: str, *, who: str, why: str = "", now: float) -> Limit | None:
+    """Take a limit away; returns it, None where there was none."""
+    before = _lift(db, scope, window)
+    if before is not None:
+        audit(db, who, "cap limit lift", f"{scope} {window}", before._asdict(), None, why, now)
+    return before
+
+
+def limits(db: sqlite3.Connection) -> list[Limit]:
+    """Return the limits in force, by scope and window."""
+    return [Limit(*row) for row in db.execute(f"{LIMITS} ORDER BY scope, window").fetchall()]
 
 
 def pause(
@@ -353,9 +393,10 @@ def _pruned_until(db: sqlite3.Connection, call_id: int) -> str | None:
     return datetime.fromtimestamp(float(rows[0][0]), UTC).strftime("%Y-%m-%d") if rows else None
 
 
-def _raised(db: sqlite3.Connection, scope: str, window: str, now: float) -> int:
-    in_force = "SELECT coalesce(sum(amount_nano), 0) FROM raises WHERE scope = ? AND window = ? AND until > ?"
-    return int(db.execute(in_force, (scope, window, now)).fetchall()[0][0])
+def _lift(db: sqlite3.Connection, scope: str, window: str) -> Limit | None:
+    rows = db.execute(f"{LIMITS} WHERE scope = ? AND window = ?", (scope, window)).fetchall()
+    db.execute("DELETE FROM limits WHERE scope = ? AND window = ?", (scope, window))
+    return Limit(*rows[0]) if rows else None
 
 
 def _pause(db: sqlite3.Connection, scope: str) -> dict[str, object] | None:

@@ -42,14 +42,16 @@ ASKED = "(VALUES :caps) AS asked"
 ASKED_NOTHING = "(SELECT NULL AS column1, NULL AS column2, NULL AS column3, NULL AS column4 WHERE 1 = 0) AS asked"
 ITS_BALANCE = "LEFT JOIN balances USING (scope, window, window_start)"
 
-# One row per cap asked about, with what stands against it.
+# One row per cap asked about, with what stands against it. In force is min(policy + raises, limit).
 STANDINGS = f"""
-  SELECT cap.scope, cap.window, cap.window_start, cap.amount_nano + cap.raised_nano AS cap_nano, cap.raised_nano,
-    coalesce(spent_nano, 0) AS spent_nano, coalesce(reserved_nano, 0) AS reserved_nano,
-    coalesce(quantum_nano, 0) AS quantum_nano, coalesce(open, 0) AS open
+  SELECT cap.scope, cap.window, cap.window_start,
+    CASE WHEN limit_nano < cap.amount_nano + cap.raised_nano THEN limit_nano ELSE cap.amount_nano + cap.raised_nano END AS cap_nano,
+    cap.raised_nano, coalesce(spent_nano, 0) AS spent_nano, coalesce(reserved_nano, 0) AS reserved_nano,
+    coalesce(quantum_nano, 0) AS quantum_nano, coalesce(open, 0) AS open, cap.limit_nano
   FROM (SELECT column1 AS scope, column2 AS window, CAST(column3 AS BIGINT) AS window_start, CAST(column4 AS BIGINT) AS amount_nano,
           (SELECT coalesce(sum(amount_nano), 0) FROM raises
-           WHERE scope = column1 AND window = column2 AND until > :now) AS raised_nano
+           WHERE scope = column1 AND window = column2 AND until > :now) AS raised_nano,
+          (SELECT amount_nano FROM limits WHERE scope = column1 AND window = column2) AS limit_nano
         FROM {ASKED}) AS cap
   {ITS_BALANCE}
 """

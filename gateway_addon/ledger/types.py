@@ -120,7 +120,7 @@ class RateLimits:
 
 
 class Standing(NamedTuple):
-    """How one scope stands in one window. `cap_nano` holds the raises in force (`raised_nano` of it); None: no cap asked about.
+    """How one scope stands in one window. `cap_nano` is in force: min(policy + `raised_nano`, `limit_nano`); None: no cap asked.
 
     `quantum_nano` is what running streams keep free for their next top-up: counted at admissions, not part of what is held.
     """
@@ -135,6 +135,36 @@ class Standing(NamedTuple):
     reserved_nano: int
     quantum_nano: int
     open: int
+    limit_nano: int | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """True where an operator's limit is what binds: no raise changes that."""
+        return self.limit_nano is not None and self.cap_nano == self.limit_nano
+
+
+class Raise(NamedTuple):
+    """An amount on top of a cap until a time (unix seconds)."""
+
+    id: int
+    scope: str
+    window: str
+    amount_nano: int
+    since: float
+    until: float
+    who: str
+    why: str
+
+
+class Limit(NamedTuple):
+    """What a cap is lowered to, until it is lifted."""
+
+    scope: str
+    window: str
+    amount_nano: int
+    since: float
+    who: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True)

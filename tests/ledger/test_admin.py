@@ -99,8 +99,31 @@ def test_rotation_ends_the_old_token_after_its_grace(db):
 
 @pytest.mark.parametrize(("amount_nano", "until"), [(0, NOON + 1), (-5, NOON + 1), (5, NOON)])
 def test_a_raise_is_positive_and_ends_in_the_future(db, amount_nano, until):
-    with pytest.raises(ValueError, match="change the policy file"):
+    with pytest.raises(ValueError, match="gateway cap limit lowers one"):
         admin.raise_cap(db, "total", "day", amount_nano, until=until, who="ann", now=NOON)
+
+
+def test_a_raise_is_withdrawn_once_and_others_stay(db):
+    first = admin.raise_cap(db, "app:reports", "day", 500, until=NOON + 60, who="ann", why="typo", now=NOON)
+    second = admin.raise_cap(db, "app:reports", "day", 5, until=NOON + 60, who="bob", now=NOON)
+    assert admin.withdraw_raise(db, first.id, who="bob", why="meant 5", now=NOON) == first
+    assert admin.raises(db, now=NOON) == [second]
+    assert audit(db)[-1] == ("bob", "cap withdraw", "app:reports day", {**first._asdict()}, None, "meant 5")
+    for gone, at in ((first.id, NOON), (second.id, NOON + 60), (99, NOON)):
+        with pytest.raises(ValueError, match=f"no raise {gone} is in force; gateway cap list"):
+            admin.withdraw_raise(db, gone, who="bob", now=at)
+
+
+def test_a_limit_is_audited_replaced_and_lifted(db):
+    assert admin.limit_cap(db, "total", "day", 500, who="ann", why="quiet", now=NOON) is None
+    [first] = admin.limits(db)
+    assert admin.limit_cap(db, "total", "day", 300, who="bob", now=NOON + 1) == first
+    assert [(each.amount_nano, each.who) for each in admin.limits(db)] == [(300, "bob")]
+    assert admin.lift_limit(db, "total", "day", who="bob", now=NOON + 2).amount_nano == 300
+    assert admin.lift_limit(db, "total", "day", who="bob", now=NOON + 2) is None
+    assert [row[1:3] for row in audit(db)[-3:]] == [("cap limit", "total day"), ("cap limit", "total day"), ("cap limit lift", "total day")]
+    with pytest.raises(ValueError, match=r"a limit is \$0 or more"):
+        admin.limit_cap(db, "total", "day", -1, who="ann", now=NOON)
 
 
 def test_adjustments_go_up_and_down_but_never_below_nothing(db, path):

@@ -86,6 +86,23 @@ async def test_a_gateway_goes_on_with_a_kept_ledger(name, engine, tmp_path):
     assert check_ledger(ledger, now=NOON).findings == []
 
 
+def test_who_raised_and_why_is_read_from_the_audit(engine, tmp_path):
+    """An older version kept both there alone."""
+    ledger = up_to_date(kept("m005_observed", engine, tmp_path))
+    with admin.reading(ledger) as db:
+        [raised] = admin.raises(db, now=NOON)
+    assert (raised.scope, raised.window, raised.who, raised.why) == ("app:reports", "month", "ops", "close of the books")
+
+
+def test_the_views_amounts_can_be_summed(engine, tmp_path):
+    ledger = up_to_date(kept("m005_observed", engine, tmp_path))
+    writing(ledger).close()  # a file's tables follow then
+    prefix = "gateway." if engine == "postgresql" else ""
+    total = [balance(ledger, "total")[:2]]
+    assert rows(ledger, f"SELECT sum(spent_nano), sum(held_nano) FROM {prefix}spend") == total
+    assert rows(ledger, f"SELECT spent_nano, held_nano FROM {prefix}standings WHERE scope = 'total' AND since = 'the beginning'") == total
+
+
 def change_tables(ledger):
     """What a newer version's first start, or its `gateway init`, leaves."""
     with closing(writing(ledger)) as db:

@@ -124,6 +124,44 @@ def test_a_raise_lifts_a_cap_until_its_end(db):
 
 
 @pytest.mark.parametrize("scope", ["total", "team:batch", "app:reports"])
+def test_a_limit_binds_below_cap_and_raises(db, scope):
+    caps = [Cap(scope, "day", 1000)]
+    running = hold(db, 300, caps)
+    admin.raise_cap(db, scope, "day", 500, until=NOON + 60, who="ops", now=NOON)
+    admin.limit_cap(db, scope, "day", 400, who="ops", now=NOON)
+    denied = hold(db, 101, caps)
+    assert (denied.reason, denied.standing.cap_nano, denied.standing.limit_nano, denied.standing.is_limited) == ("cap_held", 400, 400, True)
+    assert not reservations.extend(db, running.call_id, 101, caps, now=NOON), "a top-up is judged by it too"
+    assert isinstance(hold(db, 100, caps), Reserved)
+    admin.lift_limit(db, scope, "day", who="ops", now=NOON)
+    assert isinstance(hold(db, 1100, caps), Reserved)
+
+
+def test_a_limit_above_the_cap_changes_nothing(db):
+    admin.limit_cap(db, "app:reports", "day", 5000, who="ops", now=NOON)
+    assert hold(db, 1001).standing.cap_nano == 1000
+    standing = hold(db, 1000).standings[0]
+    assert (standing.cap_nano, standing.is_limited) == (1000, False)
+
+
+async def test_a_limit_in_mid_storm_holds_from_the_next_call(ledger, path):
+    """Every call that is asked after the change returned is judged by it, whatever came before: none passes the limit."""
+    caps, admitted = [Cap("total", "day", 10_000)], 0
+
+    async def storm(count):
+        asked = [ledger.reserve(CALL, 10, caps, now=NOON) for _ in range(count)]
+        return sum([isinstance(answer, Reserved) for answer in await asyncio.gather(*asked)])
+
+    before = asyncio.create_task(storm(60))
+    await asyncio.sleep(0)
+    await ledger.change(lambda db: admin.limit_cap(db, "total", "day", 800, who="ops", now=NOON))
+    after = await asyncio.gather(storm(60), storm(60))
+    admitted = await before + sum(after)
+    assert admitted == 80
+    assert balance(path, "total", "day")[:2] == (0, 800)
+
+
+@pytest.mark.parametrize("scope", ["total", "team:batch", "app:reports"])
 def test_a_pause_refuses_until_its_end_or_resume(db, scope):
     admin.pause(db, scope, until=NOON + 60, who="ops", now=NOON)
     assert hold(db, 1) == Denied("paused", limit=scope, until=NOON + 60)

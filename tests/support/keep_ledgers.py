@@ -118,6 +118,7 @@ def _batches(db: sqlite3.Connection, at: float) -> None:
 
 def _what_people_did(db: sqlite3.Connection, at: float) -> None:
     admin.raise_cap(db, "app:reports", "month", 7_000_000_000, until=NOON + 30 * DAY_S, who="ops", why="close of the books", now=at)
+    admin.limit_cap(db, "app:reports", "day", 3_000_000, who="ops", why="a quiet week", now=at)
     admin.pause(db, "app:search", until=NOON + 20 * DAY_S, cut=True, who="ops", why="loops \N{SNOWMAN}", now=at)
     admin.keep_policy(db, "p2", {"gateway.yaml": "caps: {month: $60}\n"}, who="gateway", now=at)
     admin.keep_key(db, "f00d", "env:ANTHROPIC_API_KEY", who="gateway", now=at)

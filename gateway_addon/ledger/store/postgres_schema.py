@@ -291,6 +291,41 @@ CREATE TABLE batch_usage (
 );
 """
 
+LIMITS = """
+SET LOCAL search_path = gateway;
+
+CREATE TABLE limits (
+  scope TEXT NOT NULL, "window" TEXT NOT NULL, amount_nano BIGINT NOT NULL, since DOUBLE PRECISION NOT NULL,
+  who TEXT NOT NULL, why TEXT NOT NULL, PRIMARY KEY (scope, "window")
+);
+
+ALTER TABLE raises ADD COLUMN who TEXT NOT NULL DEFAULT '', ADD COLUMN why TEXT NOT NULL DEFAULT '';
+UPDATE raises SET
+  who = coalesce((SELECT who FROM audit WHERE action = 'cap raise' AND at = since AND subject = scope || ' ' || "window" LIMIT 1), ''),
+  why = coalesce((SELECT why FROM audit WHERE action = 'cap raise' AND at = since AND subject = scope || ' ' || "window" LIMIT 1), '');
+"""
+
+NANO_IN_VIEWS = """
+SET LOCAL search_path = gateway;
+
+DROP VIEW spend;
+CREATE VIEW spend AS
+  SELECT id AS call, to_timestamp(started_at) AS started, app, team, model_asked, model_served, state, status, refusal,
+    (SELECT '$' || round(coalesce(sum(spent_nano), 0) / 1e9, 6) FROM entries WHERE call_id = calls.id) AS spent,
+    (SELECT '$' || round(coalesce(sum(reserved_nano), 0) / 1e9, 6) FROM entries WHERE call_id = calls.id) AS held,
+    flags, session_id, agent_id,
+    (SELECT coalesce(sum(spent_nano), 0)::bigint FROM entries WHERE call_id = calls.id) AS spent_nano,
+    (SELECT coalesce(sum(reserved_nano), 0)::bigint FROM entries WHERE call_id = calls.id) AS held_nano
+  FROM calls;
+
+DROP VIEW standings;
+CREATE VIEW standings AS
+  SELECT scope, "window", CASE window_start WHEN 0 THEN 'the beginning' ELSE to_timestamp(window_start)::text END AS since,
+    '$' || round(spent_nano / 1e9, 6) AS spent, '$' || round(reserved_nano / 1e9, 6) AS held, open AS calls_open,
+    spent_nano::bigint AS spent_nano, reserved_nano::bigint AS held_nano
+  FROM balances;
+"""
+
 MIGRATIONS = (
     ("m001_ledger", TABLES),
     ("m002_spend_call_by_call", SPEND_CALL_BY_CALL),
@@ -300,5 +335,7 @@ MIGRATIONS = (
     ("m004_minutes", MINUTES),
     ("m005_observed", OBSERVED),
     ("m006_batch_ids", "ALTER TABLE gateway.batches ADD COLUMN custom_ids TEXT, ADD COLUMN lost_since DOUBLE PRECISION"),
+    ("m007_limits", LIMITS),
+    ("m008_nano_in_views", NANO_IN_VIEWS),
 )
 """Each runs once, in one transaction; its name is its identity."""

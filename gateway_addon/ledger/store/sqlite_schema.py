@@ -284,6 +284,40 @@ CREATE TRIGGER entries_strike AFTER INSERT ON entries WHEN NEW.kind = 'adjust' B
 END;
 """
 
+# `limits`: what lowers a cap without an edit of its file. Who raised, and why, stood in the audit alone.
+LIMITS = """
+CREATE TABLE limits (
+  scope TEXT NOT NULL, window TEXT NOT NULL, amount_nano INTEGER NOT NULL, since REAL NOT NULL, who TEXT NOT NULL, why TEXT NOT NULL,
+  PRIMARY KEY (scope, window)
+) STRICT, WITHOUT ROWID;
+
+ALTER TABLE raises ADD COLUMN who TEXT NOT NULL DEFAULT '';
+ALTER TABLE raises ADD COLUMN why TEXT NOT NULL DEFAULT '';
+UPDATE raises SET
+  who = coalesce((SELECT who FROM audit WHERE action = 'cap raise' AND at = since AND subject = scope || ' ' || window), ''),
+  why = coalesce((SELECT why FROM audit WHERE action = 'cap raise' AND at = since AND subject = scope || ' ' || window), '');
+"""
+
+# Text cannot be summed: each amount stands there as whole nano-dollars too.
+NANO_IN_VIEWS = """
+DROP VIEW spend;
+CREATE VIEW spend AS
+  SELECT id AS call, datetime(started_at, 'unixepoch') AS started, app, team, model_asked, model_served, state, status, refusal,
+    (SELECT printf('$%.6f', total(spent_nano) / 1e9) FROM entries WHERE call_id = calls.id) AS spent,
+    (SELECT printf('$%.6f', total(reserved_nano) / 1e9) FROM entries WHERE call_id = calls.id) AS held,
+    flags, session_id, agent_id,
+    (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano,
+    (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = calls.id) AS held_nano
+  FROM calls;
+
+DROP VIEW standings;
+CREATE VIEW standings AS
+  SELECT scope, window, CASE window_start WHEN 0 THEN 'the beginning' ELSE datetime(window_start, 'unixepoch') END AS since,
+    printf('$%.6f', spent_nano / 1e9) AS spent, printf('$%.6f', reserved_nano / 1e9) AS held, open AS calls_open,
+    spent_nano, reserved_nano AS held_nano
+  FROM balances;
+"""
+
 # Of the few calls that passed though an observed rule would have refused them, so that a report need not look through all.
 OBSERVED = "CREATE INDEX calls_observed ON calls (started_at) WHERE instr(flags, 'observed:') > 0;\n"
 
@@ -326,6 +360,16 @@ def m005_observed(db: Database) -> None:
 @migrations()
 def m006_batch_ids(db: Database) -> None:
     _run(db, BATCH_IDS)
+
+
+@migrations()
+def m007_limits(db: Database) -> None:
+    _run(db, LIMITS)
+
+
+@migrations()
+def m008_nano_in_views(db: Database) -> None:
+    _run(db, NANO_IN_VIEWS)
 
 
 def known() -> list[str]:
