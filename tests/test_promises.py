@@ -35,7 +35,7 @@ ALLOWLIST = {
     "a passing-through path skips the allowlist and the budget": [BYPASS, SOCKET, "trick: other spending endpoints", "trick: doubled slash", "trick: trailing slash", "trick: percent encoding", "trick: upper case", "trick: other people's data"],
     "a pattern that is not anchored admits a longer name": ["policy/test_policy: models_are_judged_by_what_they_are_and_deny_wins", "trick: longer than the pattern"],
     "an alias or a prefixed name passes a denial": ["policy/test_policy: an_alias_is_rewritten_to_its_model_and_judged_as_that", "trick: denied model", "trick: provider prefix"],
-    "models reached from within a request are not judged": ["policy/test_policy: what_is_not_named_is_refused_and_what_is_named_keeps_its_limits", "trick: fallback model", "trick: advisor model", "trick: tool inside a message"],
+    "models reached from within a request are not judged": ["policy/test_policy: unnamed_features_are_refused_and_named_ones_keep_limits", "trick: fallback model", "trick: advisor model", "trick: tool inside a message"],
     "a model that is absent, empty, no string or given twice reaches the provider": ["messages/test_two_readings: nothing_is_admitted_that_two_parsers_read_differently", "trick: model is absent", "trick: model is empty", "trick: model is no string", "trick: duplicate model"],
     "a body that is encoded, marked or broken is judged as something else": [
         "messages/test_two_readings: what_reaches_the_api_through_a_socket_is_what_the_ledger_says_was_asked",
@@ -55,16 +55,16 @@ RUNNING = {
         "test_secrets: neither_key_nor_token_is_in_the_process_table_or_in_what_serve_prints",
         "proxy/web/test_process: a_flow_file_and_a_har_hold_no_secret_even_if_the_gateway_is_stopped_in_mid_flight",
         "operations/test_logs: a_traceback_is_masked_like_its_message",
-        "identity/test_tokens: a_refusal_says_what_is_wrong_and_never_repeats_the_credential",
+        "identity/test_tokens: a_refusal_never_repeats_the_credential",
     ],
     "prices that are reloaded under a running call": ["operations/test_reload: a_call_in_flight_is_priced_as_it_was_admitted"],
-    "a reload that overwrites the operator's prices, or nobody knows whether it holds": ["pricing/test_prices_data: an_override_replaces_the_keys_that_it_names_and_leaves_the_rest", "operations/test_reload: what_cannot_come_into_force_is_told_and_the_old_stays"],
+    "a reload that overwrites the operator's prices, or nobody knows whether it holds": ["pricing/test_prices_data: an_override_replaces_only_the_keys_that_it_names", "operations/test_reload: what_cannot_come_into_force_is_told_and_the_old_stays"],
     "memory that grows with the calls": ["proxy/test_scale: memory_is_flat_over_many_streamed_calls", "messages/test_meter: three_hundred_megabytes_in_constant_memory"],
     "a client that stops reading, and memory that grows with its stream": ["proxy/test_backpressure: clients_that_stop_reading_make_nothing_grow"],
     "a long silence with pings that something cuts": ["proxy/test_timeouts: a_stream_that_is_slow_but_not_silent_is_left_alone"],
     "a stream that is held back until it is whole": ["proxy/test_hooks: the_first_event_arrives_while_the_upstream_is_still_sending"],
     "a stream's tap that fails and drops bytes": ["proxy/test_hooks_failing: a_failing_tap_drops_no_byte_and_forgets_no_bill"],
-    "a budget that is silently not saved": ["policy/test_policy: an_app_s_file_that_cannot_be_in_force_says_where_and_why", "policy/test_policy: every_key_of_the_design_is_read"],
+    "a budget that is silently not saved": ["policy/test_policy: a_wrong_app_file_is_refused_with_place_and_reason", "policy/test_policy: every_key_of_the_design_is_read"],
     "a refusal for a budget that nobody has set, or without its amounts": ["calls/test_refusals_by_sdk: a_refusal_raises_the_sdks_own_class_with_a_sentence_that_helps"],
 }  # fmt: skip
 

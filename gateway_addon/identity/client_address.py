@@ -1,6 +1,6 @@
-"""Where a call comes from: the address at the other end of the connection, or what a trusted proxy in front says of it. Pure.
+"""Find the address of a caller: the connection's peer, or what a trusted proxy in front says of it. Pure.
 
-Promises that nobody chooses an address of his own: X-Forwarded-For is believed of the proxies that the policy names and of no one else,
+Promises that no caller chooses its own address: X-Forwarded-For is believed only from the proxies that the policy names,
 and of its list only the part that they wrote.
 """
 
@@ -16,25 +16,25 @@ type IpNetwork = IPv4Network | IPv6Network
 
 
 def origin(peer: str, headers: tuple[tuple[str, str], ...], trusted: Collection[IpNetwork]) -> str:
-    """The address of the caller. Each proxy adds whom it saw at the right: from there, as long as who wrote is trusted."""
+    """Return the caller's address. Each proxy adds its peer at the right: read from there while the writer is trusted."""
     at = _parsed(peer)
     if not trusted or at is None:
         return peer if at is None else str(at)
-    said = [hop.strip() for name, value in headers if name == FORWARDED_FOR for hop in value.split(",")]
-    while said and within(at, trusted) and (before := _parsed(said.pop())) is not None:
+    hops = [hop.strip() for name, value in headers if name == FORWARDED_FOR for hop in value.split(",")]
+    while hops and within(at, trusted) and (before := _parsed(hops.pop())) is not None:
         at = before
     return str(at)
 
 
 def within(address: str | IpAddress, networks: Collection[IpNetwork]) -> bool:
-    """Whether an address is in one of these networks. Raises ValueError for what is none."""
+    """Return whether an address is in one of these networks. Raises ValueError for a text that is no address."""
     at = ipaddress.ip_address(address)
     return any(at in network for network in networks)
 
 
 @lru_cache(1024)  # the few that call, again and again
 def _parsed(text: str) -> IpAddress | None:
-    """An address, or None. IPv4 in IPv6's clothes (a listener on `::`) is IPv4."""
+    """Return an address, or None. An IPv4-mapped IPv6 address (a listener on `::` sees them) becomes IPv4."""
     try:
         at = ipaddress.ip_address(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""Requests without a valid token, by address: how many answers of its own each one gets in a minute.
+"""Limit requests without a valid token: each address gets so many distinct answers in a minute.
 
-Promises bounded memory, however many addresses ask. Whoever has a valid token is never asked about here: the token is checked first, so
-noise from a shared address (a NAT, a neighbour on this machine) locks nobody out. Pure: no clock, no storage.
+Promises bounded memory, however many addresses ask. A request with a valid token never reaches it: the token is checked first, so
+failures from a shared address (a NAT, a neighbour on this machine) lock nobody out. Pure: no clock, no storage.
 """
 
 FAILURES_PER_MINUTE = 60
@@ -9,7 +9,7 @@ ADDRESSES_MAX = 10_000
 
 
 class FailedAuthenticationThrottle:
-    """The failures of the running minute. One process's: several workers each count what they see."""
+    """Count the failures of the current minute. Each worker process counts its own."""
 
     def __init__(self) -> None:
         self._minute = 0
@@ -18,7 +18,7 @@ class FailedAuthenticationThrottle:
     def too_much(self, address: str, monotonic_s: float) -> bool:
         """Count one failure of an address; True once it has had its answers of this minute.
 
-        Beyond the addresses that are told apart, new ones share one count: whoever sends from ever new addresses gains nothing.
+        When too many addresses are counted, new ones share one count: sending from ever new addresses gains nothing.
         """
         minute = int(monotonic_s) // 60
         if minute != self._minute:

@@ -1,7 +1,7 @@
-"""Tokens: mint, recognise, hash; and the one credential that a request carries.
+"""Mint, recognise and hash tokens; find the one credential that a request carries.
 
 Promises that a token is at least 256 bits of randomness behind a prefix that can be grepped for, with a checksum, so that
-a truncated paste is told apart from a revoked one without asking the ledger; and that only its SHA-256 leaves this room.
+a truncated paste is told apart from a revoked one without asking the ledger; and that only its SHA-256 leaves this module.
 Knows nothing of apps, storage or HTTP libraries.
 """
 
@@ -23,25 +23,25 @@ ISSUE = "Ask the gateway's operator for one (gateway token issue APP)"
 
 
 def mint() -> str:
-    """A new token. It is shown once and never stored: keep `digest(token)`."""
+    """Mint a token. It is shown once and never stored: keep `digest(token)`."""
     secret = _base62(secrets.randbits(256), _SECRET_DIGITS)
     return TOKEN_PREFIX + secret + _check(secret)
 
 
 def digest(token: str) -> str:
-    """The SHA-256 of a token in hex. A fast hash is enough: there is no dictionary of 256-bit random values to try."""
+    """Return the SHA-256 of a token in hex. A fast hash is enough: there is no dictionary of 256-bit random values to try."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def well_formed(token: str) -> bool:
-    """True if the token has the right prefix, length and checksum: it was pasted whole."""
+    """Return whether a token has the right prefix, length and checksum, so that it was pasted whole."""
     secret, check = token[len(TOKEN_PREFIX) : -_CHECK_DIGITS], token[-_CHECK_DIGITS:]
     shaped = len(token) == _LENGTH and TOKEN_PATTERN.fullmatch(token) is not None
     return shaped and _check(secret) == check
 
 
 def credential(headers: Iterable[tuple[str, str]]) -> str | Refusal:
-    """The token that a request carries as `x-api-key`, as `Authorization: Bearer`, or as both if they are equal.
+    """Return the token that a request carries as `x-api-key`, as `Authorization: Bearer`, or as both if equal.
 
     `headers` are (lower-cased name, value). The 0.x SDKs send the first form, the 2.x SDKs the second, Claude Code's
     apiKeyHelper both.

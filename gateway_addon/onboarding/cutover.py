@@ -1,7 +1,7 @@
-"""When is it safe to rotate the real key? When nobody is left who would notice: every token has called, every consumer is switched.
+"""Judge whether the real key may be rotated: every token has called, every consumer is switched.
 
-Pure: what the ledger saw and what the files say now, in; the reasons that speak against it, out. Rotating flushes out whoever was
-missed, so it comes last: what is doubtful counts as a reason until a person says otherwise (`gateway cutover --accept PATH`).
+Pure: the ledger's calls and the files as they are now, in; the reasons against rotating, out. Rotating breaks every consumer that was
+missed, so it comes last: a doubt counts as a reason until a person says otherwise (`gateway cutover --accept PATH`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ class OpenReason:
 
 
 def unseen(arrivals: Iterable[Arrival]) -> list[OpenReason]:
-    """Tokens in force that nobody has called with, or that were only ever refused."""
+    """Return the tokens in force that have never called, or were only ever refused."""
     found = []
     for token in arrivals:
         name = f"app {token.app}, token {token.token_id}" + (f" ({token.label})" if token.label else "")
@@ -51,7 +51,7 @@ def unseen(arrivals: Iterable[Arrival]) -> list[OpenReason]:
 
 
 def unaccounted(files: Iterable[FileToday], arrivals: Sequence[Arrival], accepted: Iterable[str]) -> list[OpenReason]:
-    """Consumers that are not switched, or hold a token that is not in force, and that nobody has accounted for."""
+    """Return the consumers that are not switched or hold a token not in force, unless a person accepted them."""
     good = {token.digest[:12] for token in arrivals if token.state == "in force"}
     exempt = tuple(accepted)
     found = []
@@ -65,12 +65,12 @@ def unaccounted(files: Iterable[FileToday], arrivals: Sequence[Arrival], accepte
 
 
 def is_in(path: str, place: str) -> bool:
-    """Whether a file is this one, or lies in this folder (both absolute)."""
+    """Return whether a file is this one, or lies in this folder (both absolute)."""
     return path == place or path.startswith(f"{place.rstrip('/')}/")
 
 
 def tally(files: Iterable[FileToday]) -> Mapping[str, int]:
-    """How many consumers are in which state now; a file that is gone, or calls nobody any more, counts as `no longer one`."""
+    """Count the consumers by state; a file that is gone, or calls nobody any more, counts as `no longer one`."""
     counts: dict[str, int] = {}
     for file in files:
         for state in [consumer.state for consumer in file.consumers] or ["unreadable" if file.problem else "no longer one"]:

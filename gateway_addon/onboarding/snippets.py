@@ -1,4 +1,4 @@
-"""The lines to paste so that an app calls the gateway instead of the provider, one form for each place where apps keep such things.
+"""Write the lines to paste so that an app calls the gateway: one form for each place where apps keep settings.
 
 Pure: a form is text with the gateway's address and, where the place is private, the token. Source code and workflows are
 committed, so those forms name a variable and never hold the token. Where a form sets variables they are the SDKs' own
@@ -238,7 +238,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9._<>…-]+")
 
 
 def lines(kind: str, *, base_url: str, app: str, token_placeholder: str) -> str:
-    """The exact lines of one form, ending in a newline; `token_placeholder` is the token itself or what stands for it.
+    """Return the exact lines of one form, ending in a newline; `token_placeholder` is the token or a stand-in.
 
     Raises ValueError for a kind that is not one of KINDS, and where a value could not be pasted as it is into every form
     (white space, quotes, `$`).
@@ -254,7 +254,7 @@ def lines(kind: str, *, base_url: str, app: str, token_placeholder: str) -> str:
 
 
 def where(kind: str, *, app: str) -> str:
-    """One sentence on where the lines go. Raises ValueError for a kind that is not one of KINDS."""
+    """Return one sentence on where the lines go. Raises ValueError for a kind that is not one of KINDS."""
     return _form(kind).where.replace("@secret@", _secret(app))
 
 
@@ -265,5 +265,5 @@ def _form(kind: str) -> Form:
 
 
 def _secret(app: str) -> str:
-    """A name that GitHub takes: letters, digits and underscores, not beginning with a digit or `GITHUB_`."""
+    """Return a name that GitHub takes: letters, digits and underscores, not beginning with a digit or `GITHUB_`."""
     return f"GATEWAY_TOKEN_{re.sub('[^A-Z0-9]', '_', app.upper())}"

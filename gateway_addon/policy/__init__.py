@@ -1,7 +1,7 @@
-"""Policy: who may ask for what. Files become frozen values (`load`), values judge a reading (`judge`, `trail`).
+"""Policy: who may ask for what. Files become frozen values (`load`), values judge a parsed request (`judge`, `trail`).
 
     kinds    the kinds of value, and their schema      keys    every key: kind, default, help
-    values   what the operator decided                 loading a folder of files -> GatewayPolicy
+    model    what the operator decided                 loading a folder of files -> GatewayPolicy
     rules    what that means for one request           reference  the keys as the README shows them
     retiring which apps the end of a model concerns
 """

@@ -1,7 +1,7 @@
 """Every key that a policy file may have: its kind, its default, what it does.
 
 The one source of validation, of `gateway schema` and of the reference of keys. Adding a key is adding a row here and the
-field that carries it in `values`.
+field that carries it in `model`.
 """
 
 import ipaddress
@@ -58,7 +58,7 @@ def _group(make: Any, keys: Mapping[str, Key], help: str, default: Any = REQUIRE
 
 
 def _upstream(value: str) -> str:
-    """Https, or plain http to this machine. Raises ValueError."""
+    """Return an https address, or a plain http one of this machine. Raises ValueError."""
     parts = urlsplit(value)
     loopback = parts.hostname == "localhost" or re.fullmatch(r"127(\.\d{1,3}){3}|::1", parts.hostname or "") is not None
     if parts.scheme != "https" and not (parts.scheme == "http" and loopback):
@@ -173,7 +173,7 @@ _PER_USE = {"tokens_per_use": Key(COUNT, "your word for what one use adds to the
 
 
 def _feature(help: str, keys: Mapping[str, Key] | None = None) -> Key:
-    """A feature is off unless named; `true` names it, where it has no key that must be given."""
+    """Return the key of a feature: off unless named; `true` names it, where it has no key that must be given."""
     if keys is None:
         return Key(BOOLEAN, help, False)
     named, needed = record(Feature, keys), [name for name, key in keys.items() if key.default is REQUIRED]
@@ -212,7 +212,7 @@ FEATURES: dict[str, Key] = {
     "workspace": _feature("choosing a workspace with `anthropic-workspace-id`"),
     "hour_ttl": Key(BOOLEAN, "prompt caching for an hour: allowed unless `false`, because its whole price is in the quote", True),
 }
-"""What an app may use beyond plain messages. None unless named, but for what the body itself bounds (`hour_ttl`)."""
+"""The features that an app may use beyond plain messages: off unless named, but for one that the body bounds (`hour_ttl`)."""
 
 
 def _features(**named: bool | Feature) -> Mapping[str, Feature]:

@@ -1,4 +1,4 @@
-"""A folder of policy files -> one GatewayPolicy, or a PolicyError that names file, line and key.
+"""Read a folder of policy files into one GatewayPolicy, or raise a PolicyError that names file, line and key.
 
 Promises all or nothing: no app is ever in force with half a file, and a file that would be ignored (a wrong ending, an app
 name that cannot be one) is an error, because nobody enforces an ignored file.
@@ -62,7 +62,7 @@ def load(directory: Path) -> GatewayPolicy:
 
 
 def parse_gateway(file: str, text: str) -> dict[str, Any]:
-    """The values of a gateway.yaml, by name. Raises PolicyError."""
+    """Return the values of a gateway.yaml, by name. Raises PolicyError."""
     values: dict[str, Any] = record(dict, GATEWAY).read(compose(file, text), Spot(file))
     if wrong := [team for team in values["teams"] if re.fullmatch(NAME, team) is None]:
         raise PolicyError("\n".join(f"{file}: teams.{team}: not a name; use lower-case letters, digits, - and _" for team in wrong))
@@ -72,9 +72,9 @@ def parse_gateway(file: str, text: str) -> dict[str, Any]:
 def parse_app(
     file: str, text: str, prices: Prices, teams: Mapping[str, Any] | None, *, workspace_geo: str = "unknown"
 ) -> AppPolicy:
-    """The policy of the app that the file is named after. Raises PolicyError; every model named must have a price.
+    """Return the policy of the app that the file is named after. Every model it names must have a price. Raises PolicyError.
 
-    `teams` None: nobody knows them, since gateway.yaml cannot be read.
+    `teams` None: they are unknown, because gateway.yaml cannot be read.
     """
     node, spot, problems = compose(file, text), Spot(file), Problems()
     values: dict[str, Any] = {}
@@ -83,7 +83,7 @@ def parse_app(
     found = entries(node, spot)
 
     def value(name: str) -> Any:
-        """One key's own, whatever is wrong with the others. Raises PolicyError, as the whole has."""
+        """Return one key's value, even where other keys are wrong. Raises PolicyError."""
         return APP[name].kind.read(found[name][1], spot.at(name)) if name in found else APP[name].default
 
     with problems.noted():
@@ -102,7 +102,7 @@ def parse_app(
 
 
 def _check_models(node: Any, spot: Spot, models: Models, prices: Prices) -> None:
-    """Every pattern matches a model that has a price; every alias leads to one that is allowed."""
+    """Check that every pattern matches a model with a price, and that every alias leads to an allowed model."""
     lines, problems = entries(node, spot), Problems()
     for name in ("allow", "deny"):
         for item in items(lines[name][1], spot) if name in lines else []:
@@ -124,7 +124,7 @@ def _near(model: str, prices: Prices) -> str:
 
 
 def _files(directory: Path) -> dict[str, _File]:
-    """Every policy file by its path in the folder, gateway.yaml first, the apps in the order of their names."""
+    """Return every policy file by its path in the folder: gateway.yaml first, then the apps by name."""
     gateway = directory / "gateway.yaml"
     apps = directory / "apps"
     paths = [gateway]
@@ -159,12 +159,12 @@ def _text(file: _File) -> str:
 
 
 def _shown(directory: Path, path: Path) -> str:
-    """The path as sentences name it: from the policy folder on, since refusals reach people who need not know the machine."""
+    """Return the path as sentences show it: from the policy folder on, because callers need not know the machine."""
     return (Path(directory.resolve().name) / path.relative_to(directory)).as_posix()
 
 
 def load_prices(directory: Path) -> Prices:
-    """The prices that the policies of a folder put in force; those of the shipped table where it has none. Raises PolicyError."""
+    """Return the prices that a policy folder puts in force: the shipped table where it names none. Raises PolicyError."""
     path = directory / "gateway.yaml"
     file = _File(_shown(directory, path), _bytes(directory, path) if path.exists() else b"{}")
     return _prices(directory, parse_gateway(file.shown, _text(file))["upstream"])

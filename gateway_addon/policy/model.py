@@ -26,7 +26,7 @@ class Cap(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where a secret is read from: `env` NAME, `file` PATH, `command` ARGV or `keyring` SERVICE/USER. Resolved at the edge."""
+    """Where a secret is read from: `env` NAME, `file` PATH, `command` ARGV or `keyring` SERVICE/USER. upstreams/credentials.py reads it."""
 
     kind: Literal["env", "file", "command", "keyring"]
     value: str | tuple[str, ...]
@@ -37,9 +37,9 @@ class Models:
     allow: tuple[str, ...]
     deny: tuple[str, ...] = ()
     aliases: Mapping[str, str] = MappingProxyType({})
-    """A name of the app's own for one model; using it rewrites the body's `model`."""
+    """Models by the app's own name for them: a request for such a name is sent with the model's id."""
     moving: Literal["pass", "refuse", "pin"] = "pass"
-    """What becomes of a name that the provider may point at another snapshot."""
+    """Pass, refuse or pin a name that the provider may point at another snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Feature:
 
     max_uses: int | None = None
     tokens_per_use: int | None = None
-    """The operator's own word for how much one use can bring into the prompt; None: up to the context window."""
+    """How much one use can bring into the prompt, as the operator says; None: up to the context window."""
     default: tuple[str, ...] = ()
     """The models that `fallbacks: "default"` may reach."""
     servers: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class Alerts:
     at_percent: tuple[int, ...] = ()
     webhook: Source | None = None
     format: Literal["json", "slack"] | None = None
-    """What the webhook takes; None: as its host suggests."""
+    """The format that the webhook takes; None: as its host suggests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Team:
 
 @dataclass(frozen=True, slots=True)
 class AppPolicy:
-    """What one app may ask for. `file` is the policy file as people know it, for sentences."""
+    """The policy of one app. `file` is the policy file as people know it, for sentences."""
 
     name: str
     file: str
@@ -141,14 +141,14 @@ class AppPolicy:
     alerts: Alerts
     mode: Literal["enforce", "observe"]
     observe: tuple[str, ...]
-    """Rules (of OBSERVABLE) that let pass and record what they would refuse, while the others are enforced."""
+    """Rules (of OBSERVABLE) that only record what they would refuse; the other rules are enforced."""
     served: Literal["exact", "any"]
     addresses: tuple[IPv4Network | IPv6Network, ...]
     workspace_geo: Literal["global", "us", "unknown"]
-    """The gateway's own word, repeated here because the quote of a request depends on it."""
+    """The gateway's setting, repeated here because the quote of a request depends on it."""
 
     def observes(self, rule: str) -> bool:
-        """Whether a rule only records what it would refuse. What the app shares with others is always enforced."""
+        """Return whether a rule only records what it would refuse. Caps shared with other apps are always enforced."""
         return self.mode == "observe" or rule in self.observe
 
 
@@ -164,7 +164,7 @@ class GatewayPolicy:
     teams: Mapping[str, Team]
     timeouts: Timeouts
     bodies_in_flight: int
-    """Bytes. What keeps many large requests at once from taking all of the machine's memory."""
+    """Bytes. This limit keeps many large requests at once from taking all of the machine's memory."""
     ledger_mode: int
     """Permission bits of a ledger's files."""
     tls: Tls | None
@@ -183,7 +183,7 @@ class GatewayPolicy:
 
     @property
     def secret_variables(self) -> frozenset[str]:
-        """The environment variables from which some secret is read: no program that the gateway starts shall inherit them."""
+        """Return the environment variables that hold secrets: no program that the gateway starts may inherit them."""
         alerts = (self.alerts, *(app.alerts for app in self.apps.values()))
         proxy = self.egress.proxy if isinstance(self.egress.proxy, Source) else None
         sources = (self.key, self.admin_key, proxy, *(each.webhook for each in alerts))
@@ -191,7 +191,7 @@ class GatewayPolicy:
 
 
 def caps(policy: GatewayPolicy, app: AppPolicy) -> tuple[Cap, ...]:
-    """Every cap that a call of this app stands under: the total's, its team's, its own."""
+    """Return every cap that limits a call of this app: the total's, its team's, its own."""
     scopes = [("total", policy.caps), (f"app:{app.name}", app.caps)]
     if app.team is not None:
         scopes.insert(1, (f"team:{app.team}", policy.teams[app.team].caps))
@@ -199,5 +199,5 @@ def caps(policy: GatewayPolicy, app: AppPolicy) -> tuple[Cap, ...]:
 
 
 def all_caps(policy: GatewayPolicy) -> tuple[Cap, ...]:
-    """Every cap of every app, of the teams that have one, and of all together, once each."""
+    """Return every cap of the apps, of the teams and of the total, once each."""
     return tuple(dict.fromkeys(cap for app in policy.apps.values() for cap in caps(policy, app)))

@@ -7,7 +7,7 @@ from gateway_addon.policy.kinds import REQUIRED, Key
 
 
 def reference() -> str:
-    """Two tables: policies/gateway.yaml and policies/apps/APP.yaml."""
+    """Return two tables: policies/gateway.yaml and policies/apps/APP.yaml."""
     files = {"policies/gateway.yaml": GATEWAY, "policies/apps/APP.yaml": APP}
     return "\n".join(line for file, keys in files.items() for line in _table(file, keys))
 

@@ -1,4 +1,4 @@
-"""Which apps a retirement concerns: those that may use what the provider stops to serve. Pure."""
+"""Find the apps that a retirement concerns: those that may use a model that the provider stops to serve. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from gateway_addon.pricing import Prices, Retirement, retirements
 
 @dataclass(frozen=True, slots=True)
 class Retiring:
-    """One app and what it may use that goes, or has gone."""
+    """One app, and the models it may use that retire or have retired."""
 
     app: str
     file: str
@@ -22,9 +22,9 @@ class Retiring:
 
 
 def retiring(policy: GatewayPolicy, now: float) -> tuple[Retiring, ...]:
-    """Return what each app may use that the provider stops to serve within a month, and what it names that is no more.
+    """Return, by app, the models that retire within a month and the named ones that have retired.
 
-    A pattern that also means models in service names none of those that have gone: it needs no change.
+    A pattern that also matches a model in service does not name the retired ones: it needs no change.
     """
     ends = retirements(policy.prices, now)
     return tuple(Retiring(app.name, app.file, each) for app in policy.apps.values() for each in _concerning(app, policy.prices, ends, now))
@@ -49,5 +49,5 @@ def _named(app: AppPolicy) -> tuple[str, ...]:
 
 
 def _may_use(app: AppPolicy, model: str, prices: Prices) -> bool:
-    """By its own id, or by the dated one of a name that moves."""
+    """Return whether an app may use a model: by its own id, or by the dated id of a moving name."""
     return may_use(app, model, prices) or ((dated := prices.snapshot(model)) is not None and may_use(app, dated, prices))

@@ -1,7 +1,7 @@
-"""Who may ask for what: the rules, in the order in which a request meets them.
+"""Judge a request by its app's policy: the rules, in the order in which they are applied.
 
 Promises one list of rules for the gateway's judgement and for what `explain` prints. Deny by default: a feature is used only
-where the app's policy names it. Knows nothing of money: what is allowed is then quoted (bounds) and capped (the ledger).
+where the app's policy names it. Knows nothing of money: an allowed request is then quoted (calls/quote.py) and capped (the ledger).
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ _ALWAYS = ("hello", "healthz", "me")
 
 
 def judge(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Refusal | None:
-    """The refusal of the first rule that refuses, or None. Rules that are only observed refuse nothing."""
+    """Return the refusal of the first rule that refuses, or None. Observed rules refuse nothing."""
     for verdict in trail(app, reading, prices):
         if verdict.code is not None and not app.observes(verdict.rule):
             return stated(verdict.code, verdict.sentence)
@@ -40,7 +40,7 @@ def judge(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Refusal | N
 
 
 def observed(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> tuple[str, ...]:
-    """The codes of what the observed rules would have refused, once each."""
+    """Return the refusal codes that the observed rules would have given, once each."""
     if app.mode == "enforce" and not app.observe:
         return ()
     verdicts = trail(app, reading, prices)
@@ -48,7 +48,7 @@ def observed(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> tuple[st
 
 
 def trail(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Iterator[RuleVerdict]:
-    """Every rule's verdict, in order. Rules after one that refuses are judged too: `explain` shows them all."""
+    """Yield every rule's verdict, in order. Rules after a refusal are judged too: `explain` shows them all."""
     yield _endpoint(app, reading)
     if reading.endpoint in (*PROMPTS, "model"):
         yield _model(app, reading.model, "model", prices)
@@ -69,8 +69,10 @@ def trail(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Iterator[Ru
 
 
 def edits(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> dict[str, Any]:
-    """The top-level fields that the policy rewrites (an alias of a model, a moving name, a clamped `max_tokens` with the thinking
-    that it still holds): opt-in, recorded."""
+    """Return the top-level fields that the policy rewrites: opt-in, recorded.
+
+    An alias or a moving name becomes its model; a clamped `max_tokens` takes a thinking budget down with it.
+    """
     changes: dict[str, Any] = {}
     model = _rewritten(app, reading.model, prices)
     if model != reading.model:
@@ -82,7 +84,7 @@ def edits(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> dict[str, A
 
 
 def _less_thinking(reading: ParsedRequest, limit: int) -> dict[str, Any]:
-    """The fields with a thinking budget that was below the `max_tokens` asked for and is no longer below a clamped one.
+    """Return the fields whose thinking budget no longer fits below the clamped `max_tokens`, with a smaller budget.
 
     A budget that was above before (interleaved thinking) is left alone.
     """
@@ -105,18 +107,18 @@ def _less_thinking(reading: ParsedRequest, limit: int) -> dict[str, Any]:
 
 
 def matching(pattern: str, prices: Prices) -> frozenset[str]:
-    """The models that a pattern of a policy means: by their canonical ids, of those that have a price."""
+    """Return the models that a policy's pattern matches: by canonical id, among those with a price."""
     exact = prices.canonical(pattern)
     return frozenset(model for model in prices.models() if model == exact or fnmatchcase(model, pattern))
 
 
 def may_use(app: AppPolicy, model: str, prices: Prices) -> bool:
-    """Whether an app may use a model, by any of its names."""
+    """Return whether an app may use a model, under any of its names."""
     return _model(app, _rewritten(app, model, prices), "model", prices).code is None
 
 
 def _rewritten(app: AppPolicy, model: str, prices: Prices) -> str:
-    """The model that a request for `model` is sent with."""
+    """Return the model that a request for `model` is sent with."""
     model = app.models.aliases.get(model, model)
     pinned = prices.snapshot(model) if app.models.moving == "pin" and prices.moves(model) else None
     return pinned or model
@@ -132,7 +134,7 @@ def _endpoint(app: AppPolicy, reading: ParsedRequest) -> RuleVerdict:
 
 
 def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> RuleVerdict:
-    """Judged by the canonical id, so that no spelling of a model is another model; a denied name is denied in each spelling."""
+    """Judge a model by its canonical id: no spelling makes it another model, and a denied name is denied in each."""
     shown = asked if where == "model" else f"{asked} ({where})"
     canonical = prices.canonical(asked)
     allowed = f"allowed: {_listed(app.models.allow)} ({app.file} models.allow)"
@@ -153,7 +155,7 @@ def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> RuleVerdic
 
 
 def _reachable(app: AppPolicy, reading: ParsedRequest) -> Iterator[tuple[str, str]]:
-    """Other models that this one request can reach. (`fallbacks: "default"` reaches those that the policy says it does.)"""
+    """Yield the other models that a request can reach. The policy says which ones `fallbacks: "default"` reaches."""
     yield from reading.found.models
     fallbacks = app.features.get("fallbacks")
     if fallbacks and reading.body.get("fallbacks") == "default":
@@ -205,7 +207,7 @@ the ones it may reach as default: [...] ({app.file} features.fallbacks)"""
 
 
 def _too_many(app: AppPolicy, use: FeatureUse, uses: dict[str, int]) -> str | None:
-    """The uses of one feature are counted over the whole request: two search tools do not make two budgets."""
+    """Count the uses of one feature over the whole request: two search tools do not make two budgets."""
     limit, stated = app.features[use.feature].max_uses, use.value.get("max_uses")
     if type(stated) is not int or stated < 0:
         return f"app {app.name} must give {use.where} a max_uses of its own, at most {limit} in a request ({app.file} features)"
@@ -241,7 +243,7 @@ def _max_tokens(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]
 
 
 def _too_little_thinking(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
-    """A clamp that leaves thinking less than the API takes: better a sentence than the API's 400."""
+    """Refuse a clamp that leaves less thinking than the API takes: a sentence is better than the API's 400."""
     ceiling = app.max_tokens
     if ceiling is None or ceiling.over != "clamp" or ceiling.limit > THINKING_TOKENS_MIN:
         return
@@ -268,7 +270,7 @@ def _thinking(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
 
 
 def _output_configs(reading: ParsedRequest) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Wherever a request can set its effort: at the top, in a system message in mid-conversation, for a fallback."""
+    """Yield every place where a request can set its effort: at the top, in a system message, for a fallback."""
     places = [("output_config", reading.body.get("output_config")), *_fallback_values(reading, "output_config")]
     for i, message in enumerate(reading.body["messages"]):
         if isinstance(message, dict) and "output_config" in message:

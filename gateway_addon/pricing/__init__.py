@@ -1,4 +1,4 @@
-"""Prices as data and what a call costs by them. values.py: the table; loading.py: prices.yaml -> the table; costing.py: usage -> cost;
+"""Prices as data, and the cost of a call. table.py: the table; loading.py: prices.yaml -> the table; costing.py: usage -> cost;
 snapshot.py: the table as text, for what is settled long after its admission; retirement.py: when models end."""
 
 from gateway_addon.pricing.costing import FLAGS, Cost, PricedPart, cost, rates

@@ -1,4 +1,4 @@
-"""Usage and prices -> what the call cost, exact to the nano-dollar, or the reason why that cannot be said.
+"""Price a call from its usage, exact to the nano-dollar, or give the reason why it cannot be priced.
 
 The one rule of rounding: each billed part (an iteration, or the top level where there are none) is summed exactly over its
 kinds of tokens and all modifiers, and rounded up once to a whole nano-dollar; web searches are a part of their own; the call
@@ -35,7 +35,7 @@ FLAGS = {
 @dataclass(frozen=True, slots=True)
 class PricedPart:
     kind: str
-    """As the iteration's, `message` for the top level, `web_search` for the searches."""
+    """The iteration's kind, `message` for the top level, `web_search` for the searches."""
     model: str | None
     tokens: TokenCounts
     web_searches: int
@@ -53,12 +53,12 @@ class Cost:
 
     @property
     def price_rows(self) -> str | None:
-        """The names of the rows used, once each, with commas between."""
+        """Return the names of the rows used, once each, with commas between."""
         return ", ".join(dict.fromkeys(part.price_row for part in self.parts if part.price_row)) or None
 
 
 def rates(row: PriceRow, *, prompt_tokens: int, speed: str | None, inference_geo: str | None, batch: bool) -> Rates:
-    """What one token of each kind costs under all modifiers, in nano-dollars.
+    """Return the rates under all modifiers: nano-dollars per token of each kind.
 
     The tier follows the length of the whole prompt; fast mode and the batch discount exclude each other; US-only inference
     multiplies every kind (platform documentation, "Pricing"). A region or speed not known here is taken at the dearest one.
@@ -80,7 +80,7 @@ def rates(row: PriceRow, *, prompt_tokens: int, speed: str | None, inference_geo
 
 
 def cost(prices: Prices, usage: Usage, *, at: float, hour_ttl_requested: bool, status: int | None = None) -> Cost:
-    """What the answer cost at the prices of `at` (unix seconds). Never raises; what cannot be priced has `nano` None.
+    """Return an answer's cost at the prices of `at` (unix seconds). Never raises; an unknown cost has `nano` None.
 
     `hour_ttl_requested`: the request asked for a 1h cache anywhere, which decides writes whose lifetime is not reported.
     `status`: of the answer, where it is known.
@@ -116,7 +116,7 @@ def cost(prices: Prices, usage: Usage, *, at: float, hour_ttl_requested: bool, s
 
 
 def _billed(usage: Usage, flags: dict[str, str]) -> list[tuple[UsagePart, bool]]:
-    """The parts that make the bill, each with whether it is free."""
+    """Return the parts that make the bill, each with whether it is free."""
     if not usage.iterations:
         if usage.refused_before_output:
             flags["refused_before_output"] = FLAGS["refused_before_output"]
@@ -135,7 +135,7 @@ def _billed(usage: Usage, flags: dict[str, str]) -> list[tuple[UsagePart, bool]]
 
 
 def _nano(row: PriceRow | None, tokens: TokenCounts, usage: Usage, hour_ttl: bool) -> int | None:
-    """One part, summed exactly and rounded up once."""
+    """Return the price of one part, summed exactly and rounded up once."""
     if row is None:
         return None
     batch = usage.service_tier == "batch"
@@ -150,14 +150,14 @@ def _nano(row: PriceRow | None, tokens: TokenCounts, usage: Usage, hour_ttl: boo
 
 
 def _compare_top_level(top_nano: int | None, parts: list[PricedPart], flags: dict[str, str]) -> None:
-    """Iterations are the bill. Where the top level would be dearer the two rules disagree, and somebody should look."""
+    """Flag an answer whose top level is dearer than its iterations: these are the bill, but a person should look."""
     tokens_nano = sum(part.nano for part in parts if part.kind != "web_search")
     if top_nano is not None and top_nano > tokens_nano:
         flags["top_level_larger"] = f"{FLAGS['top_level_larger']}; difference {dollars(top_nano - tokens_nano)}"
 
 
 def _flag_modifiers(usage: Usage, flags: dict[str, str]) -> None:
-    """What about this answer makes its cost less than certain, or not the plain list price."""
+    """Flag each property of the answer that makes its cost uncertain, or other than the list price."""
     found = {
         "estimated": usage.estimated,
         "incomplete": not usage.complete and not usage.estimated,

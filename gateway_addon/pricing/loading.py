@@ -1,4 +1,4 @@
-"""prices.yaml, and the operator's `policies/prices.yaml` over it -> the table in force.
+"""Read prices.yaml, with the operator's `policies/prices.yaml` over it, into the table in force.
 
 Promises that a table with a typo never comes into force: unknown or doubled keys, prices per token or per thousand instead
 of per million, prices of nothing, dates out of order are each an error with file, line and key. Numbers are read as the
@@ -56,7 +56,7 @@ type _Model = dict[str, _Entry]
 
 
 class _Common(NamedTuple):
-    """What holds for every model."""
+    """The settings that all models share."""
 
     batch: Fraction
     geo_us: Fraction
@@ -79,7 +79,7 @@ def load(path: Path | None = None, override_path: Path | None = None, upstream: 
 
 @lru_cache(maxsize=4)
 def _read(files: tuple[tuple[str, bytes, tuple[str, ...]], ...], upstream: str) -> Prices:
-    """The table that these bytes are, read once: not anew whenever a policy is saved."""
+    """Read these bytes into a table, once: a saved policy does not read them again."""
     documents = []
     try:
         for file, content, known in files:
@@ -131,7 +131,10 @@ def _table(shipped: dict[str, _Entry], override: dict[str, _Entry], upstream: st
 
 
 def _multiplier(entry: _Entry, upstream: str) -> Fraction:
-    """One number, or that of the upstream in force. An upstream that is not named would silently be billed at list prices: an error."""
+    """Return the multiplier: one number, or the number of the upstream in force.
+
+    An upstream that is not named is an error: it would silently be billed at list prices.
+    """
     if not isinstance(entry.node, MappingNode):
         return _number(entry)
     each = {name.rstrip("/"): _number(value) for name, value in _mapping(entry, None).items()}
@@ -141,7 +144,7 @@ def _multiplier(entry: _Entry, upstream: str) -> Fraction:
 
 
 def _models(document: dict[str, _Entry]) -> dict[str, tuple[_Entry, _Model]]:
-    """The models of one file: where each is, and its keys."""
+    """Return the models of one file: where each is, and its keys."""
     if "models" not in document:
         return {}
     return {model: (entry, _mapping(entry, _MODEL_KEYS)) for model, entry in _mapping(document["models"], None).items()}
@@ -159,7 +162,7 @@ def _aliases(models: dict[str, _Model]) -> dict[str, str]:
 
 
 def _rows(model: str, place: _Entry, keys: _Model, common: _Common) -> tuple[PriceRow, ...]:
-    """All rows of one model, in the order of their dates."""
+    """Return all rows of one model, in the order of their dates."""
     for needed in ("source", "context_tokens", "output_tokens_max", "prices"):
         if needed not in keys:
             raise place.spot.error(place.node, f"{needed} is missing, and the shipped table has no such model")
@@ -207,7 +210,7 @@ def _long_prompt(entry: _Entry) -> LongPrompt:
 
 
 def _rates(entry: _Entry, keys: dict[str, _Entry]) -> Rates:
-    """Five prices in dollars per million tokens, checked, as nano-dollars per token."""
+    """Return five checked prices, written in dollars per million tokens, as nano-dollars per token."""
     per_million: dict[str, Fraction] = {}
     for kind in _KINDS:
         if kind not in keys:

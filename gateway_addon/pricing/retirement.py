@@ -1,6 +1,6 @@
-"""When the provider stops to serve a model, or its fast mode: days from the price table, and the sentence that says so. Pure.
+"""Say when the provider retires a model, or its fast mode: days from the price table, and one sentence. Pure.
 
-Promises one sentence for all who tell of it: `check`, `doctor`, `explain`, the alerts, and the note on the provider's own 404.
+Promises the same sentence everywhere: in `check`, `doctor`, `explain`, the alerts, and the note on the provider's own 404.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from gateway_addon.pricing.table import Prices
 
 NOTICE_S = 30 * 86_400
-"""How long before its day a retirement is told of."""
+"""How long before its day a retirement is announced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +27,18 @@ class Retirement:
 
     @property
     def starts_at(self) -> float:
-        """Unix seconds."""
+        """Return the start of the retirement, in unix seconds."""
         return datetime.fromisoformat(self.day).replace(tzinfo=UTC).timestamp() if self.day else float("-inf")
 
     def is_past(self, at: float) -> bool:
         return at >= self.starts_at
 
     def is_near(self, at: float) -> bool:
-        """Whether it is to be told of, and still to come."""
+        """Return whether the retirement is to be announced, and still to come."""
         return 0 < self.starts_at - at <= NOTICE_S
 
     def sentence(self, at: float) -> str:
-        """Say it as it stands at a moment, without a full stop."""
+        """Return the sentence for a moment, without a full stop."""
         if not self.is_past(at):
             return f"the provider retires {self.what} on {self.day}"
         return f"the provider retired {self.what} on {self.day}" if self.day else f"the provider has retired {self.what}"

@@ -1,6 +1,6 @@
-"""A price table as text, for what is settled long after its admission: a batch may outlive the process that read the table.
+"""Write a price table as text, and read it back: a batch may be settled after the process that read the table.
 
-Promises that what is restored prices every answer exactly as the table that was kept: fractions stay fractions.
+Promises that a restored table prices every answer exactly as the kept one: fractions stay fractions.
 """
 
 import json
@@ -15,7 +15,7 @@ _FRACTIONS = ("batch", "geo_us", "web_search_nano", "multiplier")
 
 
 def kept(prices: Prices) -> str:
-    """The table as JSON, fractions as text."""
+    """Return the table as JSON, fractions as text."""
     table = {
         "rows": {model: [asdict(row) for row in rows] for model, rows in prices.rows.items()},
         "starts": dict(prices.starts),
@@ -28,7 +28,7 @@ def kept(prices: Prices) -> str:
 
 
 def restored(text: str) -> Prices:
-    """The table that `kept` wrote."""
+    """Return the table that `kept` wrote."""
     table = json.loads(text)
     return Prices(
         rows=MappingProxyType({model: tuple(_row(row) for row in rows) for model, rows in table["rows"].items()}),

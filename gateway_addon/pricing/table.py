@@ -32,7 +32,7 @@ class Rates:
         )
 
     def price(self, tokens: TokenCounts, *, hour_ttl: bool) -> Fraction:
-        """What the tokens cost, unrounded, in nano-dollars. `hour_ttl`: writes of unreported lifetime are priced as 1h writes."""
+        """Return the tokens' unrounded price in nano-dollars. `hour_ttl`: writes of unreported lifetime count as 1h."""
         billed = (
             (self.input, tokens.input_tokens),
             (self.output, tokens.output_tokens),
@@ -76,7 +76,7 @@ class PriceRow:
     """Whether the model takes `inference_geo` (from 4.6 on; older ones refuse the parameter)."""
     web_search_nano: Fraction
     multiplier: Fraction
-    """The operator's own: on everything that is billed."""
+    """The operator's factor on everything that is billed."""
     context_tokens: int
     output_tokens_max: int
     high_resolution: bool
@@ -91,11 +91,11 @@ class PriceRow:
     retired: str | None = None
     """The day (UTC) from which the provider serves the model no more; `""` where that is long past, None where none is known."""
     fast_retired: str | None = None
-    """The same for its fast mode."""
+    """The day (UTC) from which the model has no fast mode any more; as `retired`."""
 
     @property
     def name(self) -> str:
-        """`claude-sonnet-5-5@2026-10-07`: how reports and the ledger name the row that priced a call."""
+        """Return the row's name in reports and in the ledger: `claude-sonnet-5-5@2026-10-07`."""
         return f"{self.model}@{self.since}" if self.since else self.model
 
 
@@ -119,11 +119,11 @@ class Prices:
     """SHA-256 of the files it was read from."""
 
     def models(self) -> tuple[str, ...]:
-        """The ids of all models that have a price, retired ones included."""
+        """Return the ids of all models that have a price, retired ones included."""
         return tuple(self.rows)
 
     def canonical(self, model: str) -> str | None:
-        """The table's own id for a model id as clients and responses write it; None where there is no price.
+        """Return the table's id for a model id as clients and responses write it; None where there is no price.
 
         Rules, in this order: Claude Code's display suffix `[1m]` goes; an exact id; an alias; an id with the date of its
         snapshot (`-YYYYMMDD`) is its dateless model. Nothing else: no prefixes, no dots for dashes, no nearest match, because
@@ -136,18 +136,18 @@ class Prices:
         return name if name in self.rows else None
 
     def moves(self, model: str) -> bool:
-        """Whether the provider may point this name at another snapshot tomorrow: `-latest`, and dateless names of dated models."""
+        """Return whether the provider may move this name to another snapshot: `-latest`, dateless names of dated models."""
         name = model.removesuffix("[1m]")
         return name in self.aliases or (name in self.snapshots and not _DATED.fullmatch(name))
 
     def snapshot(self, model: str) -> str | None:
-        """The dated id that a moving name stands for, with Claude Code's suffix kept; None where none is known."""
+        """Return the dated id that a moving name stands for, with Claude Code's suffix kept; None where none is known."""
         name = self.canonical(model)
         dated = None if name is None else self.snapshots.get(name)
         return dated and dated + ("[1m]" if model.endswith("[1m]") else "")
 
     def row(self, model: str, at: float) -> PriceRow | None:
-        """The row that prices `model` at `at` (unix seconds), or None: no price is not a price of zero."""
+        """Return the row that prices `model` at `at` (unix seconds), or None: no price is not a price of zero."""
         name = self.canonical(model)
         if name is None:
             return None

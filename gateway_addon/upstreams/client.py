@@ -1,6 +1,6 @@
-"""The gateway's own questions to the Claude API, in a thread: for what no app asks about.
+"""Ask the Claude API for the gateway itself, in a thread: these are no app's calls.
 
-An edge: it asks over the network, with the real key, the policy's upstream alone (a redirect is an answer like any other, and not
+Does I/O: it asks over the network, with the real key, the policy's upstream alone (a redirect is an answer like any other, and not
 followed). Promises that a body which broke off is never taken for a whole one, and that the key is in no error.
 """
 
@@ -18,7 +18,7 @@ class UpstreamSilent(Exception):
 
 
 class ApiAnswer:
-    """The status is here; the body is read piece by piece."""
+    """An answer whose status is known; the body is read piece by piece."""
 
     def __init__(self, response: http.client.HTTPResponse):
         self.status = response.status
@@ -26,7 +26,7 @@ class ApiAnswer:
         self._response = response
 
     def read(self, size: int) -> bytes:
-        """The next bytes; none at the end of a whole body. Raises UpstreamSilent where it broke off, or where nobody can tell."""
+        """Return the next bytes; none at the end of a whole body. Raises UpstreamSilent where it broke off, or may have."""
         try:
             piece = self._response.read(size)
         except (OSError, http.client.HTTPException) as error:

@@ -1,9 +1,9 @@
-"""The real API key, read from where the policy says, and read again when it changes.
+"""Read the real API key from where the policy says, and again when it changes.
 
 Promises that the key is returned to its one caller and kept nowhere else: in no repr, no log line, no error. A file is looked
 at on every call (one `stat`); a password manager is asked again by the clock, and when the upstream refuses the key, off the
 event loop. Where it cannot be read again, what was read before stays in use, so that no call is lost to a file that is being saved.
-An edge: it reads the environment and files.
+Does I/O: it reads the environment and files.
 """
 
 import asyncio
@@ -54,14 +54,14 @@ class WatchedSecret:
         self._version: tuple[int, int, int] | None = None
         self._turn = threading.Lock()  # a password manager's answer must not arrive after the policy has named another source
         self.problem: str | None = None
-        """Why it could not be read again, while what was read before is in use: for the operator alone, it names places."""
+        """Why the secret could not be read again while the older value is in use. For the operator alone: it names places."""
 
     def __repr__(self) -> str:
         return f"Secret({self.place})"
 
     @property
     def place(self) -> str:
-        """Where it is read from, as the policy says."""
+        """Return where the secret is read from, as the policy says."""
         kind, value = self._source
         return f"{kind} {value if isinstance(value, str) else value[0]}"
 
@@ -73,7 +73,7 @@ class WatchedSecret:
         return self._value
 
     def renew(self) -> None:
-        """Read it anew, where that does not happen on every call. Raises SecretUnavailable, and what was read before stays."""
+        """Read the secret anew, if it is not read on every call. Raises SecretUnavailable; the older value then stays."""
         with self._turn:
             if self._source.kind == "file":
                 return
@@ -84,7 +84,7 @@ class WatchedSecret:
                 raise
 
     def follow(self, source: Source, withheld: Collection[str]) -> None:
-        """Read it from where the policy says now. Raises SecretUnavailable where nothing can be read there, and nothing changes."""
+        """Read the secret from a new source. Raises SecretUnavailable if that cannot be read; then nothing changes."""
         with self._turn:
             if source != self._source:
                 other = WatchedSecret(source, self._environment, withheld)
@@ -135,7 +135,7 @@ class WatchedSecret:
             raise SecretUnavailable(f"The key file {path} cannot be read ({type(error).__name__}).") from None
 
     def _output(self, command: list[str]) -> str:
-        """What a password manager prints. It gets no other secret of the gateway's environment."""
+        """Return a password manager's output. The program gets no other secret of the gateway's environment."""
         environment = {name: text for name, text in self._environment.items() if not self._is_withheld(name)}
         asked = self._asked(command)
         try:
@@ -164,7 +164,7 @@ class WatchedSecret:
 
 
 def _printed(process: subprocess.Popen[bytes]) -> bytes:
-    """What a program prints, up to a little more than a secret may have: then it is ended. Raises TimeoutExpired.
+    """Return a program's output, up to a little more than a secret may have: then end it. Raises TimeoutExpired.
 
     A child of its own may hold the pipe open after it has ended, so the wait is for the pipe and not for the program.
     """
@@ -183,7 +183,7 @@ def _printed(process: subprocess.Popen[bytes]) -> bytes:
 
 
 def _bounded(content: bytes, whose: str) -> str:
-    """A source's content as text, without the mark that some editors put first. Raises SecretUnavailable, UnicodeDecodeError."""
+    """Return a source's content as text, without a byte order mark. Raises SecretUnavailable, UnicodeDecodeError."""
     if len(content) > SECRET_BYTES_MAX:
         raise SecretUnavailable(f"{whose} gives more than {SECRET_BYTES_MAX:,} bytes: that is no key. Name what holds the key alone.")
     return content.decode("utf-8-sig")
@@ -201,9 +201,9 @@ def _plain(text: str, secret: WatchedSecret) -> str:
 
 
 def conceal() -> None:
-    """Keep other processes of this user, a program that is started here among them, from reading this one's memory and first environment.
+    """Keep other processes of this user from reading this one's memory and first environment.
 
-    (Root can. Programs that are started have a memory of their own again.)
+    Child programs are kept out too; root is not. The setting is not inherited by a child.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -2,7 +2,7 @@
 
 Promises one way for an app's calls and for the gateway's own questions alike: as `egress` in gateway.yaml says, else as HTTPS_PROXY,
 NO_PROXY, SSL_CERT_FILE and SSL_CERT_DIR do. A proxy opens a tunnel (CONNECT); the key and TLS go inside it. A proxy's password is in no
-repr and in no sentence. An edge: it opens connections and reads the files that the policy names.
+repr and in no sentence. Does I/O: it opens connections and reads the files that the policy names.
 """
 
 import base64

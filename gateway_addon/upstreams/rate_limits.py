@@ -1,4 +1,4 @@
-"""The shared key's own limits, and how much of them a background app must leave to the others.
+"""Judge the shared key's own limits: how much of them a background app must leave to the others.
 
 The API reports its limits with every answer (`anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,
 remaining,reset}`, platform documentation, "Rate limits"). Pure: it reads what the ledger kept of the latest ones.
@@ -20,13 +20,13 @@ class Shortage(NamedTuple):
     remaining: int
     limit: int
     wait_s: int
-    """Until it is replenished."""
+    """Seconds until the limit is replenished."""
 
 
 def shortage(latest: Mapping[str, tuple[str, float]], keep_percent: int, now: float) -> Shortage | None:
-    """The limit with the longest wait among those of which less than `keep_percent` is left; None while there is room.
+    """Return the limit with the longest wait among those below `keep_percent`; None while there is room.
 
-    `latest` maps header names to (value, unix seconds when seen). What was reported before its own reset says nothing any more.
+    `latest` maps header names to (value, unix seconds when seen). A report from before its own reset is ignored.
     """
     short = []
     for kind in KINDS:

@@ -1,6 +1,6 @@
-"""The provider's Usage & Cost Admin API: what it saw of the whole organisation, by day.
+"""Ask the provider's Usage & Cost Admin API about the whole organisation, by day.
 
-An edge: it asks over the network, with the admin key, the policy's upstream alone (a redirect is an error, not followed).
+Does I/O: it asks over the network, with the admin key, the policy's upstream alone (a redirect is an error, not followed).
 Promises values or one sentence, never the key.
 """
 
@@ -39,7 +39,7 @@ class Counts:
         return Counts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def without(self, other: Self) -> "Counts":
-        """What is left of each kind, nothing below zero."""
+        """Subtract other counts, kind by kind, nothing below zero."""
         return Counts(*(max(0, mine - theirs) for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     @property
@@ -56,7 +56,7 @@ KINDS = tuple(field.name for field in fields(Counts))
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """What the provider counted on a day, for one model, key, speed and region."""
+    """The provider's count for a day, one model, key, speed and region."""
 
     day: int
     model: str
@@ -68,7 +68,7 @@ class Reported:
 
 @dataclass(frozen=True, slots=True)
 class Charged:
-    """What the provider charges for a day, or a part of that."""
+    """The provider's charge for a day, or a part of it."""
 
     day: int
     nano: int
@@ -79,20 +79,20 @@ class ReportUnavailable(Exception):
 
 
 class AdminApi:
-    """`emit` hears the number of pages read so far."""
+    """A client of the Admin API. `emit` is called with the number of pages read so far."""
 
     def __init__(self, upstream: str, key: str, emit: Callable[[int], None] = lambda pages: None, way: Egress = STRAIGHT):
         self._upstream, self._key, self._tell, self._way = upstream, key, emit, way
         self._pages = 0
 
     def usage(self, since: float, until: float | None, workspaces: tuple[str, ...] = ()) -> list[Reported]:
-        """Tokens by day, model, key, speed and region. Raises ReportUnavailable."""
+        """Return tokens by day, model, key, speed and region. Raises ReportUnavailable."""
         groups = ("model", "api_key_id", "speed", "inference_geo")
         query = _query(since, until, groups) + [("workspace_ids[]", name) for name in workspaces]
         return [_reported(day, result) for day, result in self._results(USAGE, query)]
 
     def cost(self, since: float, until: float | None, workspaces: tuple[str, ...] = ()) -> list[Charged]:
-        """Money by day. (It cannot be narrowed by key, and by workspace only after the fact.) Raises ReportUnavailable."""
+        """Return money by day. (The API cannot narrow it by key, nor by workspace before the fact.) Raises ReportUnavailable."""
         found = self._results(COST, _query(since, until, ("workspace_id", "description")))
         return [_charged(day, result) for day, result in found if not workspaces or result.get("workspace_id") in workspaces]
 
@@ -139,7 +139,7 @@ def _refused(status: int) -> str:
 
 
 def _query(since: float, until: float | None, groups: tuple[str, ...]) -> list[tuple[str, str]]:
-    """From `since` to `until`, or to now."""
+    """Return the query for the time from `since` to `until`, or to now."""
     period = [("starting_at", _written(since)), ("bucket_width", "1d"), ("limit", str(DAYS_A_PAGE))]
     if until is not None:
         period.append(("ending_at", _written(until)))

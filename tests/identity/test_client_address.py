@@ -36,7 +36,8 @@ PROXY, INNER = ["10.0.0.1/32"], ["10.0.0.0/8"]
         ("", ["198.51.100.1"], PROXY, ""),
     ],
 )
-def test_a_list_is_followed_from_its_right_while_who_wrote_it_is_trusted(peer, forwarded, trusted, found):
+def test_forwarded_for_is_read_from_the_right_while_trusted(peer, forwarded, trusted, found):
+    """Each entry is believed only while the proxy that wrote it is a trusted one."""
     headers = (("x-api-key", "t"), *(("x-forwarded-for", value) for value in forwarded))
     assert origin(peer, headers, [ip_network(each) for each in trusted]) == found
 
@@ -57,7 +58,8 @@ async def models(gw, token, **headers):
         return await http.get("/v1/models", headers={"x-api-key": token, **headers})
 
 
-async def test_an_apps_addresses_hold_behind_a_trusted_proxy_and_its_header_ends_here(tmp_path):
+async def test_address_rules_hold_behind_a_trusted_proxy(tmp_path):
+    """The proxy's header does not leave for the API."""
     async with Simulator() as api, gateway(tmp_path, api, BOUND, TRUSTING) as gw:
         token = gw.tokens["app"]
         assert (await models(gw, token, **{"x-forwarded-for": "203.0.113.9, 198.51.100.4"})).status_code == 200
@@ -68,7 +70,8 @@ async def test_an_apps_addresses_hold_behind_a_trusted_proxy_and_its_header_ends
         assert "x-forwarded-for" not in dict(row.headers), "where a call came from is not the provider's to know"
 
 
-async def test_without_a_trusted_proxy_the_header_is_nobodys_word_and_the_way_out_is_said(tmp_path):
+async def test_an_untrusted_forwarded_for_is_ignored_with_a_way_out(tmp_path):
+    """The refusal's sentence says how to name a trusted proxy."""
     async with Simulator() as api, gateway(tmp_path, api, BOUND) as gw:
         refused = await models(gw, gw.tokens["app"], **{"x-forwarded-for": "198.51.100.4"})
         assert refused.headers["x-gateway-refusal"] == "token_address"

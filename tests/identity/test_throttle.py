@@ -10,7 +10,7 @@ from gateway_addon.simulator import Simulator
 NOON = 1_800_000_000.0 - 1_800_000_000 % 60
 
 
-def test_an_address_has_its_answers_of_a_minute_and_new_ones_in_the_next():
+def test_an_address_gets_so_many_answers_each_minute():
     failed_authentication = FailedAuthenticationThrottle()
     assert [failed_authentication.too_much("10.0.0.1", NOON + 0.9 * second) for second in range(FAILURES_PER_MINUTE)] == [False] * FAILURES_PER_MINUTE
     assert failed_authentication.too_much("10.0.0.1", NOON + 59)
@@ -26,7 +26,8 @@ def test_ever_new_addresses_share_one_count():
     assert not failed_authentication.too_much("address 0", NOON), "and who was there before is not touched by them"
 
 
-async def test_noise_is_limited_and_counted_and_a_valid_token_from_the_same_address_passes(tmp_path):
+async def test_failures_are_limited_and_a_valid_token_passes(tmp_path):
+    """The failures are counted; the valid token comes from the same address."""
     async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
         wrong = {"x-api-key": tokens.mint()}
         answers = [await http.post("/v1/messages", headers=wrong, content=b"{}") for _ in range(2 * FAILURES_PER_MINUTE + 2)]

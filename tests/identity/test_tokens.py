@@ -80,7 +80,8 @@ def test_a_request_carries_one_credential_or_is_refused_by_name(headers, outcome
         ("hunter2", "is not a gateway token"),
     ],
 )
-def test_a_refusal_says_what_is_wrong_and_never_repeats_the_credential(carried, words):
+def test_a_refusal_never_repeats_the_credential(carried, words):
+    """It says what is wrong with the credential in its own words."""
     refusal = credential([("x-api-key", carried)])
     assert isinstance(refusal, Refusal)
     assert words in refusal.sentence

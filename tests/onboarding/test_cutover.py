@@ -72,7 +72,7 @@ def test_what_a_person_accepts_is_accounted_for(accepted, left):
     assert len(unaccounted(sqlite_files, [], [accepted])) == left
 
 
-def test_a_file_that_is_gone_is_accounted_for_and_one_that_cannot_be_read_is_not():
+def test_a_gone_file_is_accounted_for_an_unreadable_one_is_not():
     gone, locked = FileToday("/srv/gone"), FileToday("/srv/locked", problem="cannot be read now (Permission denied)")
     [reason] = unaccounted([gone, locked], [], [])
     assert (reason.subject, reason.way_out.endswith("gateway cutover --accept /srv/locked")) == ("/srv/locked", True)
@@ -142,7 +142,8 @@ def test_only_what_the_inventory_found_is_accepted(here):
     assert "accepted" not in json.loads((here / "inventory.json").read_text())
 
 
-async def test_an_app_that_comes_through_local_is_a_straggler_until_it_comes_by_itself(here):
+async def test_an_app_is_a_straggler_while_it_comes_through_local(here):
+    """It is none any more once its latest call came by itself."""
     gateway("inventory", "village", "--save")
     await called(here, endpoint="local/messages")
     assert "App reports comes through gateway local" in gateway("cutover").output
@@ -161,7 +162,7 @@ async def test_it_says_the_same_to_programs(here):
     ("status", "said", "code"),
     [(200, "1 call passed, the provider refused the key 0 times", 0), (401, "the provider answered 401", 1), (None, "is not proved", 1)],
 )
-async def test_the_watch_hears_of_a_key_that_the_provider_does_not_take(here, monkeypatch, status, said, code):
+async def test_the_watch_reports_a_key_that_the_provider_refuses(here, monkeypatch, status, said, code):
     await called(here, 401, at=NOW - 3600)  # long before
     if status is not None:
         await called(here, status, at=NOW + 3600)  # in the watch's time

@@ -115,7 +115,7 @@ def test_every_job_and_every_service_is_a_consumer_of_its_own() -> None:
     assert [(service.line, service.keys) for service in services] == [(3, (fingerprint(KEY),)), (6, (fingerprint(OTHER_KEY),))]
 
 
-def test_a_switched_consumer_says_where_it_calls_without_the_url_s_secrets() -> None:
+def test_a_switched_consumer_shows_its_url_without_secrets() -> None:
     (found,) = inspect("/srv/.env", b"ANTHROPIC_BASE_URL=http://gw.example:8080/secret-path?token=1\n")
     assert (found.state, found.base_url, found.switch) == ("switched", "http://gw.example:8080", "done")
 
@@ -134,13 +134,13 @@ def test_every_form_that_a_row_names_exists() -> None:
 # Keys
 
 
-def test_a_fingerprint_is_the_same_everywhere_and_shows_nothing_of_the_secret() -> None:
+def test_a_fingerprint_is_stable_and_shows_nothing_secret() -> None:
     shown = fingerprint(KEY)
     assert re.fullmatch(r"sk-ant-api03-…[0-9a-f]{12}", shown)
     assert shown != fingerprint(OTHER_KEY)
 
 
-def test_a_token_s_fingerprint_is_the_beginning_of_the_hash_the_ledger_knows() -> None:
+def test_a_tokens_fingerprint_begins_its_hash_in_the_ledger() -> None:
     assert fingerprint(TOKEN) == f"gwt_…{tokens.digest(TOKEN)[:12]}"
 
 
@@ -187,7 +187,8 @@ NOT_IGNORED = {
 
 
 @pytest.mark.parametrize("repository", [True, False])
-def test_gitignore_is_honoured_nested_and_negated_in_a_repository_and_outside(tmp_path: Path, repository: bool) -> None:
+def test_gitignore_is_honoured_in_a_repository_and_outside(tmp_path: Path, repository: bool) -> None:
+    """Nested files and negated patterns too."""
     write(tmp_path, IGNORING)
     if repository:
         subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
@@ -196,14 +197,14 @@ def test_gitignore_is_honoured_nested_and_negated_in_a_repository_and_outside(tm
     assert ("ignored", "deep/build") in skips(tmp_path)
 
 
-def test_a_folder_inside_a_repository_is_judged_by_the_rules_above_it(tmp_path: Path) -> None:
+def test_a_folder_in_a_repository_follows_the_rules_above_it(tmp_path: Path) -> None:
     write(tmp_path, IGNORING)
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     assert paths(tmp_path / "deep") == set()
     assert paths(tmp_path / "sub") == {"only-here.py", ".gitignore", "a.log"}
 
 
-def test_a_repository_inside_another_tree_is_judged_by_its_own_rules(tmp_path: Path) -> None:
+def test_a_repository_in_another_tree_follows_its_own_rules(tmp_path: Path) -> None:
     write(tmp_path, {".gitignore": "*.py\n", "inner/a.py": "", "inner/b.ts": "", "inner/.gitignore": "*.ts\n", "c.py": ""})
     subprocess.run(["git", "init", "-q", str(tmp_path / "inner")], check=True)
     assert {path for path in paths(tmp_path) if ".git/" not in path} == {".gitignore", "inner/.gitignore", "inner/a.py"}
@@ -290,7 +291,7 @@ def test_what_vanishes_between_listing_and_reading_is_said(tmp_path: Path) -> No
 # The command
 
 
-def test_the_saved_record_is_private_whole_and_not_a_consumer_itself(tmp_path: Path) -> None:
+def test_the_saved_record_is_private_and_no_consumer_itself(tmp_path: Path) -> None:
     build_village(tmp_path, others=0)
     assert run(tmp_path, "--save", tmp_path / "inventory.json").exit_code == 0
     record = json.loads((tmp_path / "inventory.json").read_text())
@@ -299,7 +300,7 @@ def test_the_saved_record_is_private_whole_and_not_a_consumer_itself(tmp_path: P
     assert len(rows(tmp_path)) == 12
 
 
-def test_a_record_that_cannot_be_saved_is_refused_before_the_search(tmp_path: Path) -> None:
+def test_an_unwritable_record_is_refused_before_the_search(tmp_path: Path) -> None:
     result = run(tmp_path, "--save", tmp_path / "missing" / "inventory.json")
     assert (result.exit_code, "does not exist; create it first" in result.output) == (2, True)
 
@@ -312,7 +313,7 @@ def test_a_file_s_name_does_not_reach_the_terminal_as_an_escape(tmp_path: Path) 
     assert os.fsencode(rows(tmp_path)[0]["path"]) == name
 
 
-def test_progress_goes_to_a_terminal_and_the_answer_alone_to_a_pipe(tmp_path: Path) -> None:
+def test_progress_goes_to_a_terminal_and_the_answer_to_a_pipe(tmp_path: Path) -> None:
     write(tmp_path, {"a.py": "import anthropic\n"})
     code = "from gateway_addon.cli import inventory as command; command._PROGRESS_S = 0; command.inventory()"
     terminal, its_end = pty.openpty()

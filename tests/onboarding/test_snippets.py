@@ -98,7 +98,8 @@ def test_what_is_committed_never_holds_the_token(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", snippets.KINDS)
-def test_a_trailing_slash_is_dropped_because_the_sdk_adds_its_own(kind: str) -> None:
+def test_a_trailing_slash_of_the_base_url_is_dropped(kind: str) -> None:
+    """The SDK adds its own."""
     assert pasted(kind, "https://gateway.example:8443/") == pasted(kind, "https://gateway.example:8443")
 
 

@@ -30,7 +30,7 @@ def reading(**fields):
 
 
 @pytest.mark.parametrize("model", ["claude-haiku-4-5", "claude-sonnet-5"])
-def test_a_clamped_call_with_a_long_prompt_fits_the_first_request_cap(model):
+def test_a_clamped_call_fits_the_first_request_cap(model):
     """On each model that the policy allows, with 200 KB of prompt and a cache mark, at the geo's dearer price."""
     text = [{"type": "text", "text": "word " * 40_000, "cache_control": {"type": "ephemeral"}}]
     policy, asked = app(), reading(model=model, messages=[{"role": "user", "content": text}], max_tokens=32_000)

@@ -134,7 +134,7 @@ def test_the_key_has_one_source(text: str, key: Source):
         ("<<: {models: {}}\n", f"{FILE}:1: <<: unknown key"),
     ],
 )  # fmt: skip
-def test_an_app_s_file_that_cannot_be_in_force_says_where_and_why(text: str, sentence: str):
+def test_a_wrong_app_file_is_refused_with_place_and_reason(text: str, sentence: str):
     with pytest.raises(PolicyError) as caught:
         parse_app(FILE, text, PRICES, {"batch-jobs": None})
     assert sentence in str(caught.value)
@@ -158,7 +158,7 @@ def test_an_app_s_file_that_cannot_be_in_force_says_where_and_why(text: str, sen
         ("tls: {cert: a.pem}", "tls: key is missing"),
     ],
 )
-def test_a_gateway_file_that_cannot_be_in_force_says_where_and_why(text: str, sentence: str):
+def test_a_wrong_gateway_file_is_refused_with_place_and_reason(text: str, sentence: str):
     with pytest.raises(PolicyError) as caught:
         parse_gateway("policies/gateway.yaml", text)
     assert sentence in str(caught.value)
@@ -179,7 +179,7 @@ def test_a_file_that_would_be_ignored_is_an_error(tmp_path: Path, name: str):
         policy.load(tmp_path)
 
 
-def test_a_folder_is_loaded_whole_and_its_digest_tells_any_change(tmp_path: Path):
+def test_a_folder_is_loaded_whole_and_its_digest_holds_changes(tmp_path: Path):
     with pytest.raises(PolicyError, match=r"gateway\.yaml: no such file"):
         policy.load(tmp_path)
     (tmp_path / "apps").mkdir()
@@ -227,7 +227,7 @@ def test_models_are_judged_by_what_they_are_and_deny_wins(allow: str, deny: str,
     assert policy.may_use(own, model, PRICES) == admitted
 
 
-def test_a_refused_model_is_told_what_is_allowed_and_where_that_stands():
+def test_a_model_refusal_names_the_allowed_models_and_the_key():
     sentence = "App reports may not use claude-opus-5-5; allowed: claude-haiku-4-5* (policies/apps/reports.yaml models.allow)."
     assert refused("", {"model": "claude-opus-5-5"}) == f"model: {sentence}"
 
@@ -264,7 +264,8 @@ DATED = "claude-haiku-4-5-20251001"
         ("pin", "claude-3-opus-latest", "claude-3-opus-latest", "model"),
     ],
 )
-def test_a_name_that_may_move_passes_is_refused_or_pinned_to_the_dated_id(moving, asked, sent, code):
+def test_a_moving_name_passes_is_refused_or_is_pinned(moving, asked, sent, code):
+    """A moving name is one that the provider may point at another snapshot; pinned, its dated id is sent."""
     own = parse_app(FILE, MOVING % moving, PRICES, {})
     request = Request("POST", "/v1/messages", (), json.dumps(PLAIN | {"model": asked}).encode())
     changes = policy.edits(own, reading({"model": asked}), PRICES)
@@ -276,7 +277,8 @@ def test_a_name_that_may_move_passes_is_refused_or_pinned_to_the_dated_id(moving
     assert policy.may_use(own, asked, PRICES) == (code is None)
 
 
-def test_a_moving_name_inside_a_request_is_refused_where_it_cannot_be_pinned():
+def test_a_moving_name_that_cannot_be_pinned_is_refused():
+    """Only the top-level model is rewritten: a moving name in `fallbacks` cannot be."""
     text = MOVING % "pin" + "features: {fallbacks: true}\n"
     own = parse_app(FILE, text, PRICES, {})
     asked = reading({"model": "claude-opus-5-5", "fallbacks": [{"model": "claude-haiku-4-5"}]})
@@ -338,7 +340,7 @@ MCP = {"mcp_servers": [{"type": "url", "name": "x", "url": "https://mcp.example.
         ("unknown_fields: pass", {"surprise": {"tools": [SEARCH]}}, "feature: App reports may not use web_search (surprise.tools[0])"),
     ],
 )  # fmt: skip
-def test_what_is_not_named_is_refused_and_what_is_named_keeps_its_limits(text: str, body: dict[str, Any], outcome: str | None):
+def test_unnamed_features_are_refused_and_named_ones_keep_limits(text: str, body: dict[str, Any], outcome: str | None):
     found = refused(text, body)
     assert found == outcome if outcome is None or found is None else found.startswith(outcome)
 
@@ -388,14 +390,14 @@ def test_a_clamp_lowers_the_thinking_that_no_longer_fits(body, lowered):
     assert policy.edits(clamping, reading(body | {"max_tokens": 4_000}), PRICES) == {}
 
 
-@pytest.mark.parametrize(("limit", "asked", "told"), [(1_025, 2_000, False), (1_024, 2_000, True), (100, 1_100, True), (100, 100, False)])
-def test_a_clamp_that_leaves_no_thinking_is_refused(limit, asked, told):
-    """The API takes no budget under 1,024: a call that a clamp brings there is refused with that sentence."""
+@pytest.mark.parametrize(("limit", "asked", "too_little"), [(1_025, 2_000, False), (1_024, 2_000, True), (100, 1_100, True), (100, 100, False)])
+def test_a_clamp_that_leaves_no_thinking_is_refused(limit, asked, too_little):
+    """The API takes no budget under 1,024: a call that a clamp brings there is too_little with that sentence."""
     clamping = app(f"max_tokens: {{limit: {limit}, over: clamp}}")
     sent = reading({"max_tokens": asked, "thinking": budget(1_050)})
     sent = reading({**sent.body, **policy.edits(clamping, sent, PRICES)})
     refusal = policy.judge(clamping, sent, PRICES)
-    assert (refusal is not None) == told
+    assert (refusal is not None) == too_little
     if refusal is not None:
         assert refusal.code == "max_tokens"
         assert "which leaves thinking.budget_tokens less than the API's least, 1,024; ask without thinking" in refusal.sentence
@@ -411,14 +413,15 @@ def test_an_endpoint_that_is_not_named_is_refused():
     assert policy.judge(app("endpoints: []"), ParsedRequest("me"), PRICES) is None
 
 
-def test_a_counted_request_is_judged_like_one_that_is_sent_but_for_its_length():
+def test_count_tokens_is_judged_as_a_message_without_max_tokens():
     assert policy.judge(app("max_tokens: 1"), reading({}, endpoint="count_tokens"), PRICES) is None
     counted = policy.judge(app(), reading({"model": "claude-opus-5-5"}, endpoint="count_tokens"), PRICES)
     assert counted is not None
     assert counted.code == "model"
 
 
-def test_the_trail_holds_every_rule_in_order_and_the_judgement_is_its_first_refusal():
+def test_the_judgement_is_the_first_refusal_of_the_trail():
+    """The trail holds every rule in order, those after a refusal too."""
     body = {"model": "claude-opus-5-5", "surprise": 1, "max_tokens": 99}
     trail = list(policy.trail(app("max_tokens: 16\nrequire: [system]"), reading(body), PRICES))
     assert [(verdict.rule, verdict.code) for verdict in trail] == [

@@ -49,7 +49,7 @@ def test_a_model_ends_with_its_day(model, fast, day):
     assert fast is (retired(PRICES, model, at(day), fast=False) is None)
 
 
-def test_what_ended_long_ago_has_no_day_and_what_serves_has_no_end():
+def test_a_long_retired_model_has_no_day_and_a_served_one_no_end():
     assert retired(PRICES, "claude-opus-4-1", at("2026-11-28"), fast=False) == "the provider has retired claude-opus-4-1; ask for another model"
     for model in ("claude-opus-5-5", "claude-haiku-4-5", "claude-opus-4-8", "claude-no-such"):
         assert retired(PRICES, model, at("2027-06-01"), fast=False) is None
@@ -134,8 +134,8 @@ async def test_an_alert_is_told_once_for_each_app_and_model(tmp_path, policies):
         stack.push_async_callback(ledger.close)
         for clock in (now, now + 1, now + 86_400):
             await AlertDelivery(ledger, lambda source: "", lambda clock=clock: clock).look(load(policies))
-    told = rows(path, "SELECT kind, scope FROM alerts ORDER BY scope")
-    assert [tuple(row) for row in told] == [("retirement", f"app:{app}") for app in ("alias", "dated", "fast", "named", "pattern")]
+    alerts = rows(path, "SELECT kind, scope FROM alerts ORDER BY scope")
+    assert [tuple(row) for row in alerts] == [("retirement", f"app:{app}") for app in ("alias", "dated", "fast", "named", "pattern")]
 
 
 def test_explain_says_what_the_provider_will_say(policies):
@@ -150,7 +150,7 @@ def test_explain_says_what_the_provider_will_say(policies):
 
 @pytest.mark.filterwarnings("ignore:The model 'claude-mythos-preview' is deprecated:DeprecationWarning")
 async def test_the_providers_404_is_explained(tmp_path):
-    """Its body passes as it came; the sentence is that of `explain`, in a header, and in an alert."""
+    """The 404's body passes as it came; a header and an alert carry the sentence of `explain`."""
     policy = {"app": "models: {allow: [claude-mythos-preview, claude-haiku-4-5]}\n" + CAPS}
     ask = {"max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
     async with Simulator(behaviour=Behaviour(status=404)) as api, gateway(tmp_path, api, policy) as gw:

@@ -226,7 +226,7 @@ def test_every_flag_is_tested() -> None:
     assert set(FLAGGED) | {flag for _, flag in UNPRICED.values()} == set(FLAGS)
 
 
-def test_a_plain_answer_carries_no_flag_and_iterations_that_add_up_carry_none() -> None:
+def test_a_plain_answer_and_iterations_that_add_up_carry_no_flag() -> None:
     assert bill(used(tokens=T(10, 20))).flags == ()
     assert bill(used(tokens=T(10, 20), **ran(("message", "claude-opus-5-5", 4, 5), ("message", "claude-opus-5-5", 6, 15)))).flags == ()
 
@@ -280,7 +280,8 @@ def test_ids_resolve_by_rule_and_an_unknown_one_has_no_price(asked: str, canonic
     assert (row.model if row else None) == canonical
 
 
-def test_the_row_of_the_day_holds_from_midnight_utc_and_the_first_covers_the_past() -> None:
+def test_a_price_row_holds_from_midnight_utc() -> None:
+    """The first row also covers the past."""
     names = [PRICES.row("claude-sonnet-5-5", day("2026-10-07") + seconds) for seconds in (-1, 0)]
     assert [row.name for row in names if row] == ["claude-sonnet-5-5@2026-09-28", "claude-sonnet-5-5@2026-10-07"]
     first = PRICES.row("claude-fable-5-2", 0)
@@ -310,7 +311,7 @@ USAGE = st.fixed_dictionaries(
 
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(USAGE, st.sampled_from(["claude-opus-5-5", "claude-haiku-5-5", "claude-fable-5-2"]), st.booleans())
-def test_a_stream_and_a_json_answer_of_the_same_usage_cost_the_same(usage: dict[str, Any], model: str, hour: bool) -> None:
+def test_a_stream_and_a_json_answer_of_one_usage_cost_the_same(usage: dict[str, Any], model: str, hour: bool) -> None:
     whole = {"type": "message", "id": "m", "model": model, "content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn", "usage": usage}
     opening = {**whole, "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 1, "iterations": None}}
     totals = {key: value for key, value in usage.items() if key not in ("cache_creation", "service_tier", "speed", "inference_geo")}

@@ -47,14 +47,15 @@ def test_every_current_model_is_priced_and_described(model: str) -> None:
     assert found.geo == (not found.model.endswith("4-5"))
 
 
-def test_the_table_says_when_it_was_checked_and_each_source_letter_is_explained() -> None:
+def test_the_table_has_its_check_date_and_explains_its_sources() -> None:
     assert date.fromisoformat(PRICES.checked) >= date(2026, 11, 23)
     text = SHIPPED.read_text()
     letters = set(re.findall(r"^  ([A-Z]): ", text, re.MULTILINE))
     assert {letter for model in PRICES.models() for letter in row(model).source.split()} <= letters
 
 
-def test_the_declared_constants_of_progressive_reservations_are_generous_and_marked_assumed() -> None:
+def test_the_declared_pace_is_generous_and_marked_assumed() -> None:
+    """Pace and lag are what progressive reservations rest on."""
     for model in PRICES.models():
         found = row(model)
         assert found.output_tokens_per_second_max >= 400
@@ -62,7 +63,7 @@ def test_the_declared_constants_of_progressive_reservations_are_generous_and_mar
         assert found.assumed
 
 
-def test_only_models_known_to_offer_fast_mode_have_a_price_for_it() -> None:
+def test_only_models_with_a_fast_mode_have_a_price_for_it() -> None:
     fast = {model for model in PRICES.models() if row(model).fast}
     assert fast == {"claude-fable-5-2", "claude-mythos-5-2", "claude-opus-5-5", "claude-opus-5", "claude-opus-4-8"}
 
@@ -143,7 +144,7 @@ models:
 """
 
 
-def test_an_override_replaces_the_keys_that_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
+def test_an_override_replaces_only_the_keys_that_it_names(tmp_path: Path) -> None:
     found = override(tmp_path, "models:\n  claude-opus-5-5:\n    prices:\n      - {input: 3, output: 15, write_5m: 3.75, write_1h: 6, read: 0.15}\n")
     assert row("claude-opus-5-5", found).rates.input == 3000
     assert row("claude-opus-5-5", found).fast == 2
@@ -180,7 +181,8 @@ def test_each_upstream_may_have_a_multiplier_of_its_own(tmp_path: Path, upstream
     assert Fraction(document["models"][0]["multiplier"]) == multiplier
 
 
-def test_an_upstream_without_a_multiplier_among_others_is_not_taken_to_cost_the_list_price(tmp_path: Path) -> None:
+def test_an_upstream_missing_among_multipliers_is_an_error(tmp_path: Path) -> None:
+    """It would otherwise be billed at list prices."""
     (tmp_path / "prices.yaml").write_text("multiplier:\n  https://broker.example: 1.2\n")
     (tmp_path / "gateway.yaml").write_text("upstream: https://api.anthropic.com\n")
     with pytest.raises(policy.PolicyError, match=r"prices.yaml:2: multiplier: has no line for https://api.anthropic.com, the upstream in force"):
@@ -245,7 +247,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "sentence"), WRONG.values(), ids=WRONG)
-def test_a_wrong_price_file_never_comes_into_force_and_says_where(tmp_path: Path, text: str, sentence: str) -> None:
+def test_a_wrong_price_file_is_refused_with_its_place(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(PriceError) as caught:
         override(tmp_path, text)
     assert str(caught.value).startswith("policies/prices.yaml:")

@@ -15,7 +15,7 @@ from users import needs_root
 
 from gateway_addon.cli import main
 from gateway_addon.policy import Source, load
-from gateway_addon.upstreams import credentials as room
+from gateway_addon.upstreams import credentials
 from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
 
 KEY = "sk-ant-api03-first"
@@ -37,7 +37,7 @@ def held_in(folder: Path, kind: str) -> tuple[Source, dict[str, str]]:
 
 
 @pytest.mark.parametrize("kind", ["env", "file", "command"])
-def test_a_key_is_read_from_where_the_policy_says_and_is_in_no_repr(tmp_path, kind):
+def test_a_key_is_read_from_its_source_and_is_in_no_repr(tmp_path, kind):
     source, environment = held_in(tmp_path, kind)
     secret = WatchedSecret(source, environment)
     assert secret() == KEY
@@ -73,11 +73,11 @@ def test_a_command_is_asked_once_and_again_when_told(tmp_path):
 
 @pytest.mark.parametrize("refused", [True, False], ids=["after a refusal", "by the clock"])
 async def test_a_running_gateway_renews_its_key(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(room, "ASK_AGAIN_S", 0)
-    monkeypatch.setattr(room, "ASK_EVERY_S", 1000 if refused else 0.2)
+    monkeypatch.setattr(credentials, "ASK_AGAIN_S", 0)
+    monkeypatch.setattr(credentials, "ASK_EVERY_S", 1000 if refused else 0.2)
     secret, hurry = counting(tmp_path), asyncio.Event()
     assert secret() == "x"
-    working = asyncio.ensure_future(room.keep_fresh(secret, hurry))
+    working = asyncio.ensure_future(credentials.keep_fresh(secret, hurry))
     if refused:
         hurry.set()
     async with asyncio.timeout(20):
@@ -87,11 +87,11 @@ async def test_a_running_gateway_renews_its_key(tmp_path, monkeypatch, refused):
 
 
 async def test_a_password_manager_that_fails_leaves_the_key_in_use(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(room, "ASK_AGAIN_S", 0)
+    monkeypatch.setattr(credentials, "ASK_AGAIN_S", 0)
     secret, hurry = counting(tmp_path), asyncio.Event()
     assert secret() == "x"
     (tmp_path / "broken").touch()
-    working = asyncio.ensure_future(room.keep_fresh(secret, hurry))
+    working = asyncio.ensure_future(credentials.keep_fresh(secret, hurry))
     hurry.set()
     async with asyncio.timeout(20):
         while "stays in use" not in caplog.text:
@@ -137,7 +137,7 @@ def test_a_key_that_cannot_be_read_is_a_sentence_without_it(source, said):
     ids=["itself", "its child", "silently"],
 )
 def test_a_command_that_hangs_has_an_end(monkeypatch, code):
-    monkeypatch.setattr(room, "COMMAND_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(credentials, "COMMAND_TIMEOUT_S", 0.3)
     with pytest.raises(SecretUnavailable, match="TimeoutExpired"):
         WatchedSecret(Source("command", printing(code)))()
 
@@ -205,7 +205,7 @@ def test_a_keyring_without_the_key_says_how_to_put_it_there(tmp_path):
 
 
 def test_without_the_keyring_package_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(room, "find_spec", lambda name: None)
+    monkeypatch.setattr(credentials, "find_spec", lambda name: None)
     with pytest.raises(SecretUnavailable, match="pip install keyring"):
         WatchedSecret(Source("keyring", "claude/gateway"))()
 
@@ -229,7 +229,7 @@ for hide in (lambda: None, conceal):
 
 
 @needs_root
-def test_a_program_that_is_started_cannot_read_its_parents_environment():
+def test_a_child_program_cannot_read_its_parents_environment():
     """`gateway local` takes the real key out of a command's environment; the command looked it up in its parent's."""
     done = subprocess.run([sys.executable, "-c", CONCEALED], capture_output=True, text=True, env=os.environ | {"REAL_KEY": KEY}, check=True)
     before, after = done.stdout.splitlines()

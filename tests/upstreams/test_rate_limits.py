@@ -33,7 +33,7 @@ def reported(kind="requests", limit="100", remaining="10", reset=SOON):
         (reported() | reported("input-tokens", "1000", "1", "2026-09-21T14:15:20Z"), 20, ("input-tokens", 1, 1000, 120)),
     ],
 )
-def test_a_shortage_is_the_limit_with_the_longest_wait_of_which_too_little_is_left(latest, keep_percent, short):
+def test_a_shortage_is_the_short_limit_with_the_longest_wait(latest, keep_percent, short):
     assert shortage(latest, keep_percent, NOW) == short
 
 
@@ -48,7 +48,7 @@ async def ask(gw, app):
     return await gw.client(app).messages.create(model="claude-haiku-4-5", max_tokens=20, messages=[{"role": "user", "content": "hi"}])
 
 
-async def test_a_background_app_steps_back_before_the_interactive_one_starves(tmp_path):
+async def test_a_background_app_leaves_room_for_the_interactive_one(tmp_path):
     async with Simulator(behaviour=Behaviour(ratelimit_remaining_percent=10)) as api, gateway(tmp_path, api, APPS) as gw:
         await ask(gw, "interactive")
         await gw.quiet()

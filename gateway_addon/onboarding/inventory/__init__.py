@@ -1,6 +1,6 @@
-"""The inventory: who uses the Claude API, found in files, before anything is moved.
+"""The inventory: find who uses the Claude API in files, before anything is moved.
 
-Three rooms: `rules` says what a consumer looks like (a table), `consumers` reads one file's bytes by it (pure), `tree`
+Three modules: `rules` says what a consumer looks like (a table), `consumers` reads one file's bytes by it (pure), `tree`
 walks folders and reads the files (the only one that touches the disk). None of them keeps or prints a key: a key
 becomes its fingerprint where it is found.
 """

@@ -59,13 +59,13 @@ class Inventory:
     roots: tuple[str, ...]
     consumers: tuple[Consumer, ...]
     skipped: tuple[tuple[str, str], ...]
-    """(reason, path) of what was not read."""
+    """(reason, path) of each file or folder that was not read."""
     files: int
     """Files read."""
 
 
 def inspect(path: str, data: bytes) -> tuple[Consumer, ...]:
-    """The consumers in the file `path` (absolute) with the content `data`, in the order of their lines."""
+    """Return the consumers in the file `path` (absolute) with the content `data`, in the order of their lines."""
     if not any(word in data for word in rules.WORDS) or _OWN_DOCUMENT in data[:64]:
         return ()
     text = data.decode("utf-8", "replace")
@@ -82,7 +82,7 @@ def inspect(path: str, data: bytes) -> tuple[Consumer, ...]:
 
 
 def kind_of(path: str, text: str = "") -> FileKind:
-    """The kind of file, by its path, or by the interpreter that its first line names."""
+    """Return the kind of file, by its path, or by the interpreter that its first line names."""
     kind = next(kind for pattern, kind in _KIND_PATHS if pattern.search(path))
     if kind.name == "other" and text.startswith("#!"):
         return next((_BY_NAME[name] for pattern, name in rules.INTERPRETERS if pattern.match(text)), kind)
@@ -90,7 +90,7 @@ def kind_of(path: str, text: str = "") -> FileKind:
 
 
 def shared_keys(consumers: Iterable[Consumer]) -> dict[str, list[Consumer]]:
-    """Fingerprint -> the consumers that hold this key, the most shared key first."""
+    """Return, by fingerprint, the consumers that hold a key, the most shared key first."""
     holders: dict[str, list[Consumer]] = {}
     for consumer in consumers:
         for key in consumer.keys:
@@ -99,7 +99,7 @@ def shared_keys(consumers: Iterable[Consumer]) -> dict[str, list[Consumer]]:
 
 
 def document(inventory: Inventory, made_at: str) -> dict[str, object]:
-    """The inventory as `--json` prints it and `--save` writes it, for `gateway cutover` to read:
+    """Return the inventory as `--json` prints it and `--save` writes it, for `gateway cutover` to read:
 
         {"gateway_inventory": 1, "made_at": "2026-11-23T23:50:00Z", "roots": [...], "files": 100012,
          "consumers": [{"path", "line", "kind", "state", "keys": [fingerprint...], "variables": [name...], "base_url": url | null,
@@ -121,7 +121,7 @@ def document(inventory: Inventory, made_at: str) -> dict[str, object]:
 
 
 def _evidence(kind: FileKind, text: str) -> Iterator[tuple[int, str, str]]:
-    """(offset, rule, value safe to print) for all that counts in a file of this kind."""
+    """Yield (offset, rule, value safe to print) for each piece of evidence in a file of this kind."""
     yield from _secrets(text)
     if kind.text == "prose":
         return
@@ -172,7 +172,7 @@ def _mentions(kind: FileKind, text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _variable_rule(kind: FileKind, text: str, match: re.Match[str]) -> str | None:
-    """Does this place set the variable, read it, or only leave room for it (`ANTHROPIC_API_KEY=` in a template)?"""
+    """Return whether a place sets the variable or reads it; None for room left for it (`ANTHROPIC_API_KEY=`)."""
     sets = match["assigned"] is not None and not (kind.text == "code" and match["sign"] == ":")
     if sets and match["sign"] == "=" and rules.PLACEHOLDER.fullmatch(match["value"]):
         return None

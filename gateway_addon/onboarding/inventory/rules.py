@@ -1,4 +1,4 @@
-"""What a consumer of the Claude API looks like in a file: a table of kinds of file, and the patterns that count in each.
+"""Recognise a consumer of the Claude API in a file: a table of kinds of file, and the patterns of each.
 
 Promises data and nothing else: a new language or a new place is a new row. Knows nothing of the disk. The names and
 hosts are those of the official SDKs and of Claude Code (`apiKeyHelper`, `ANTHROPIC_*`, `claude -p`); a comment that says
@@ -26,7 +26,7 @@ class FileKind(NamedTuple):
     switch: str
     """How to move it, for the person who reads the row."""
     comment: str = r"#[^\n]*"
-    """What a comment looks like from the beginning of its line: it uses nothing (a key in it is still a key)."""
+    """A comment, from the beginning of its line: code in it uses nothing (a key in it is still a key)."""
     section: str | None = None
     """Where one file holds several consumers: the line on which the next one begins."""
     secret: bool = False
@@ -162,7 +162,7 @@ ENCODED_KEY = Pattern(("c2stYW50L",), re.compile(r"(?<![A-Za-z0-9+/])c2stYW50L[A
 NOT_A_KEY = re.compile(r"your|example|placeholder|replace|redacted|change-?me|x{4}|\*{3}", re.IGNORECASE)
 TOKEN = Pattern(("gwt_",), GATEWAY_TOKEN)
 ENCODED_TOKEN = Pattern(("Z3d0X",), re.compile(r"(?<![A-Za-z0-9+/])Z3d0X[A-Za-z0-9+/]+={0,2}"))
-"""The same, after the move."""
+"""base64 of a whole gateway token: the Kubernetes Secret after the move."""
 
 NAME = Pattern(
     ("ANTHROPIC_", "CLAUDE_", "anthropic_api_key", "anthropicApiKey", "claude_api_key", "claudeApiKey"),

@@ -1,9 +1,9 @@
-"""Walk folders and read their files, once each: the inventory's only room that touches the disk.
+"""Walk folders and read their files, once each: the inventory's only module that touches the disk.
 
-Promises that what it does not read it says: every file or folder passed over is yielded with its reason. It follows no
+Promises to yield every file or folder that it passes over, with the reason. It follows no
 symbolic link to a folder (so there are no loops) and runs nothing that a scanned tree brings along.
 
-What .gitignore means is decided by git itself, not by a second implementation of its rules: `git status` with an empty
+Git itself decides what .gitignore means, not a second implementation of the rules: `git status` runs with an empty
 repository of our own beside the tree, so that neither the scanned repository's configuration (which can name programs
 to run) nor its owner (git refuses other people's repositories) matters. Where git is missing everything is read and that
 is said: reading too much costs rows, reading too little costs an outage.
@@ -53,7 +53,7 @@ class File(NamedTuple):
 
 
 def read(roots: Sequence[Path], *, ignore: bool = True, history: bool = False) -> Iterator[File | Skip]:
-    """Every file under `roots` (files or folders) with its content, and what was not read.
+    """Yield every file under `roots` (files or folders) with its content, and each one that was not read.
 
     `ignore=False` reads what .gitignore names and installed packages too. Never raises on what it meets on the disk.
     """
@@ -68,13 +68,13 @@ def read(roots: Sequence[Path], *, ignore: bool = True, history: bool = False) -
 
 
 def _outermost(roots: Sequence[Path]) -> tuple[Path, ...]:
-    """The roots, absolute and without those that lie inside another: no file is read twice."""
+    """Return the roots, absolute and without those inside another: no file is read twice."""
     absolute = sorted({root.resolve() for root in roots})
     return tuple(root for root in absolute if not any(other in root.parents for other in absolute))
 
 
 def _walk(top: Path, tops: Sequence[Path], empty: str | None, history: bool) -> Iterator[File | Skip]:
-    """`empty` is the repository to ask git with, None to read what .gitignore names too."""
+    """Walk one folder. `empty` is the repository to ask git with, None to read what .gitignore names too."""
     ignored: frozenset[str] | None = None  # None: no .gitignore seen so far from the top down
     if empty and not (top / ".git").exists():
         above = next((folder for folder in top.parents if (folder / ".git").exists()), None)
@@ -156,7 +156,7 @@ def _empty_repository(scratch: str) -> str:
 
 
 def _ignored(empty: str, tree: Path, part: Path) -> frozenset[str] | None:
-    """The absolute paths under `part` that the .gitignore files from `tree` down name (of a named folder only itself).
+    """Return the absolute paths under `part` that .gitignore files from `tree` down name (a folder without its files).
 
     None where git cannot be asked.
     """
