@@ -11,18 +11,21 @@ root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 venv="$root/.venv"
 unset PYTHONDONTWRITEBYTECODE  # pip makes no bytecode for -O: where it may not be kept, each start compiles everything anew, 2.6 s
 
-# Executes each candidate: a name on the PATH may be a shim that finds no version behind it.
+# Finds the newest Python that the locks are made for. Executes each candidate: a name on the PATH may be a shim that finds
+# no version behind it, and Debian's has no pip of its own without python3-venv.
 find_python() {
-  local candidate
+  local candidate version newest=0 found=
   for candidate in python3.14 python3.13 python3.12 python3 \
-    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3 \
-    "${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/uv/python}"/cpython-3.1[2-9]*/bin/python3; do
-    if "$candidate" -c 'import sys; raise SystemExit(sys.version_info < (3, 12))' >/dev/null 2>&1; then
-      echo "$candidate"
-      return
-    fi
+    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-4]*/bin/python3 \
+    "${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/uv/python}"/cpython-3.1[2-4]*/bin/python3; do
+    version="$("$candidate" -c '
+import ensurepip, sqlite3, ssl, sys, sysconfig
+if (3, 12) <= sys.version_info < (3, 15) and sys.version_info.releaselevel == "final" and not sysconfig.get_config_var("Py_GIL_DISABLED"):
+    print("%d%02d%02d" % sys.version_info[:3])' 2>/dev/null)" || continue
+    if [ "${version:-0}" -gt "$newest" ]; then newest="$version" found="$candidate"; fi
   done
-  echo "The gateway needs Python 3.12 or newer and found none; install it (apt install python3.13, brew install python, or uv python install 3.13) and run this again." >&2
+  if [ -n "$found" ]; then echo "$found"; return; fi
+  echo "The gateway needs Python 3.12, 3.13 or 3.14 and found none; install it (apt install python3.13-venv, brew install python@3.13, or uv python install 3.13) and run this again." >&2
   exit 2
 }
 

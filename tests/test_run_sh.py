@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,22 +29,53 @@ def test_two_at_the_same_time_do_not_meet(tmp_path):
     assert [done.returncode for done in both] == [0, 0]
 
 
-def test_without_a_suitable_python_it_says_what_to_install(tmp_path):
-    root = clone(tmp_path)
+def machine(folder: Path, *pythons: tuple[str, str]) -> tuple[Path, dict[str, str]]:
+    """A clone without an environment, and a machine on which only these Pythons are found, as (path, version)."""
+    root = clone(folder)
     shutil.rmtree(root / ".venv")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for tool in ("bash", "dirname", "env"):
-        (tools / tool).symlink_to(shutil.which(tool))
-    old = tools / "python3"
-    old.write_text("#!/bin/sh\nexit 1\n")  # as an older Python answers the question for its version
-    old.chmod(0o755)
-    nowhere = {"PATH": str(tools), "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path), "UV_PYTHON_INSTALL_DIR": str(tmp_path)}
+    for tool in ("bin/bash", "bin/dirname", "bin/env"):
+        (folder / tool).parent.mkdir(exist_ok=True)
+        (folder / tool).symlink_to(shutil.which(Path(tool).name))
+    for path, version in pythons:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        # It answers the question for its version by this interpreter, with another version in its place, and else says who it is.
+        (folder / path).write_text(
+            f"""#!/bin/sh
+[ "$1" = -c ] || {{ echo "{path}" >&2; exit 7; }}
+exec "{sys.executable}" -c "import collections, sys, sysconfig
+Version = collections.namedtuple('Version', 'major minor micro releaselevel serial')
+sys.version_info = Version(*{version})
+$2"
+"""
+        )
+        (folder / path).chmod(0o755)
+    return root, {"PATH": str(folder / "bin"), "HOME": str(folder), "PYENV_ROOT": str(folder / "pyenv"), "UV_PYTHON_INSTALL_DIR": str(folder / "uv")}
+
+
+def test_without_a_suitable_python_it_says_what_to_install(tmp_path):
+    root, nowhere = machine(tmp_path, ("bin/python3", "(3, 11, 9, 'final', 0)"))
     done = run(root, "demo", cwd=tmp_path, **nowhere)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "Python 3.12 or newer" in done.stderr
+    assert "Python 3.12, 3.13 or 3.14" in done.stderr
     assert "install it" in done.stderr
+
+
+PYTHONS = [
+    # what is found on the machine, the newest that the locks are made for last
+    [("bin/python3", "(3, 15, 0, 'final', 0)"), ("bin/python3.12", "(3, 12, 9, 'final', 0)")],
+    [("bin/python3", "(3, 12, 3, 'final', 0)"), ("pyenv/versions/3.12.1/bin/python3", "(3, 12, 1, 'final', 0)"), ("pyenv/versions/3.13.0/bin/python3", "(3, 13, 0, 'final', 0)")],
+    [("pyenv/versions/3.13.2/bin/python3", "(3, 13, 2, 'final', 0)"), ("uv/cpython-3.13.10-linux/bin/python3", "(3, 13, 10, 'final', 0)")],
+    [("pyenv/versions/3.14.0rc2/bin/python3", "(3, 14, 0, 'candidate', 2)"), ("uv/cpython-3.15.0-linux/bin/python3", "(3, 15, 0, 'final', 0)"), ("bin/python3.13", "(3, 13, 1, 'final', 0)")],
+    [("bin/python3", "(3, 11, 2, 'final', 0)"), ("uv/cpython-3.14.1-linux/bin/python3", "(3, 14, 1, 'final', 0)")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pythons", PYTHONS, ids=["too new", "pyenv", "ten after two", "unfinished", "uv"])
+def test_it_takes_the_newest_python_that_the_locks_support(pythons, tmp_path):
+    root, found = machine(tmp_path, *pythons)
+    done = run(root, "demo", cwd=tmp_path, **found)
+    assert done.stderr == f"{pythons[-1][0]}\n"
 
 
 @pytest.mark.soak
