@@ -55,6 +55,28 @@ def run(*arguments):
     return done.stdout.strip() if done.returncode == 0 else sys.exit(f"{done.stderr}\nThe environment could not be prepared: the lines above say why.")
 
 
+def install(lock):
+    """Show on a terminal how far pip is, counted in packages; where it fails, its last lines."""
+    total, count, said = sum("==" in line for line in (root / lock).read_text().splitlines()), 0, []
+    command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "--require-hashes", "-r", root / lock]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+        for line in pip.stdout:
+            said = [*said[-9:], line]
+            count += line.startswith(("Collecting ", "Processing ", "Ignoring ", "Requirement already satisfied: "))
+            if line.startswith(("Collecting ", "Processing ")):
+                show(f"  {count} of {total}: {line.split()[1].rpartition('/')[2]}")
+            elif line.startswith("Installing "):
+                show("  unpacking all of them")
+    show("")
+    if pip.returncode:
+        sys.exit(f"{''.join(said)}\nThe environment could not be prepared: the lines above say why.")
+
+
+def show(line):
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
 if missing():
     with open(root / ".venv.lock", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
@@ -62,7 +84,7 @@ if missing():
             print(f"Installing {lock} (once) ...", file=sys.stderr)
             if not python.exists() or subprocess.run([python, "-c", "import pip"], capture_output=True).returncode:
                 venv.create(home, with_pip=True, clear=True)
-            run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes", "-r", str(root / lock))
+            install(lock)
             site = run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
             pathlib.Path(site, "gateway_addon.pth").write_text(f"{root}\n")
             stamp.write_text(wanted(lock))

@@ -1,6 +1,7 @@
 """`./run.sh`, from any folder, with spaces in the path, twice at the same time, and without a Python that will do."""
 
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,35 @@ def test_it_takes_the_newest_python_that_the_locks_support(pythons, tmp_path):
     root, found = machine(tmp_path, *pythons)
     done = run(root, "demo", cwd=tmp_path, **found)
     assert done.stderr == f"{pythons[-1][0]}\n"
+
+
+def test_a_terminal_shows_how_far_the_installation_is(tmp_path):
+    """The environment's pip is a script here, which says what the real one says; a file gets the one line that it got before."""
+    root = clone(tmp_path)
+    python = root / ".venv" / "bin" / "python"
+    said = "Collecting aioquic==1.2.0 (from -r requirements.lock (line 1))\\nProcessing /wheels/attrs-26.1.0-py3-none-any.whl\\nInstalling collected packages\\n"
+    (root / ".venv" / "site").mkdir()
+    pip = f"""#!/bin/sh
+case "$*" in "-m pip install"*) printf '{said}'; exit "${{PIP_ENDS:-0}}";; *purelib*) echo "{root}/.venv/site"; exit 0;; esac
+"""
+    python.write_text(python.read_text().replace("#!/bin/sh\n", pip))
+    stamp = root / ".venv" / "installed-requirements.lock"
+    stamp.unlink()
+    ours, theirs = pty.openpty()
+    done = subprocess.run([root / "run.sh", "--version"], stderr=theirs, stdout=subprocess.DEVNULL, timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    total = sum("==" in line for line in (root / "requirements.lock").read_text().splitlines())
+    assert done.returncode == 0
+    assert f"  1 of {total}: aioquic==1.2.0\r" in shown
+    assert f"  2 of {total}: attrs-26.1.0-py3-none-any.whl\r" in shown
+    stamp.unlink()
+    assert run(root, "--version", cwd=tmp_path).stderr == "Installing requirements.lock (once) ...\n"
+    stamp.unlink()
+    failed = run(root, "--version", cwd=tmp_path, PIP_ENDS="1")
+    assert (failed.returncode, stamp.exists()) == (1, False)
+    assert failed.stderr.endswith("Installing collected packages\n\nThe environment could not be prepared: the lines above say why.\n")
 
 
 @pytest.mark.soak
