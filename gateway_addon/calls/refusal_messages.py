@@ -39,13 +39,11 @@ def denied(denial: Denied, app: AppPolicy, bound: Quote | BatchQuote, granted_na
     """The refusal for what the ledger would not reserve. `granted_nano` is what was asked of it."""
     if denial.standing is not None:
         return _denied_by_cap(denial, denial.standing, app, bound, granted_nano)
-    match denial.reason:
-        case "token_unknown" | "token_revoked" | "token_expired":
-            return Refusal(denial.reason, f"The token of app {app.name} has just been revoked or expired. Ask the operator for a new one.")
-        case "paused":
-            return paused(Pause(denial.limit or "", 0, denial.until, ""))
-        case _:
-            return rate_reached(denial, app)
+    if denial.pause is not None:
+        return paused(denial.pause)
+    if denial.reason in ("token_unknown", "token_revoked", "token_expired"):
+        return Refusal(denial.reason, f"The token of app {app.name} has just been revoked or expired. Ask the operator for a new one.")
+    return rate_reached(denial, app)
 
 
 def rate_reached(denial: Denied, app: AppPolicy) -> Refusal:

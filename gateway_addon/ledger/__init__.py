@@ -3,6 +3,7 @@
 from gateway_addon.ledger.ledger import Ledger
 from gateway_addon.ledger.types import (
     Alert,
+    CallFacts,
     CapShape,
     Denied,
     DueAlert,
@@ -27,6 +28,7 @@ from gateway_addon.ledger.types import (
 
 __all__ = [
     "Alert",
+    "CallFacts",
     "CapShape",
     "Denied",
     "DueAlert",

@@ -1,94 +1,78 @@
-"""Why a reservation was not written: the one obstacle to name, and when it makes sense to ask again. Pure.
+"""Judge a call by all that the ledger knows of it: whether it may be reserved, else the one obstacle to name, and when to ask again. Pure.
+
+One judgement for a denial's sentence, for the queue, for `explain` and for `replay`. It enforces nothing: the statement that writes
+a reservation does (`reservations.RESERVE`), and it asks the same in SQL.
 
 The order is that of usefulness to the caller: who may not ask at all, then what is paused, then money that is gone (waiting does not
-help before the window's end), then what other calls hold, then rates.
+help before the window's end), then what other calls hold, then concurrency, then rates.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from gateway_addon.ledger.types import Denied, RateLimits, Standing
-
-
-class Obstacle(NamedTuple):
-    """A row of `book.OBSTACLES`. For a rate, `recent` and `before` count this calendar minute and the last one."""
-
-    what: str
-    name: str | None
-    recent: int | None
-    before: int | None
-    until: float | None
+from gateway_addon.ledger.types import CallFacts, Denied, MinuteCount, RateLimits, Standing
 
 
-def explain(
-    obstacles: Sequence[Obstacle],
-    standings: Sequence[Standing],
-    limits: RateLimits,
-    input_tokens: int,
-    grant_nano: int,
-    quantum_nano: int,
-    now: float,
-) -> Denied:
-    """The refusal for a call of `input_tokens` that wanted `grant_nano` and `quantum_nano` to keep free; `obstacles` is not empty."""
-    first = obstacles[0]
-    match first.what:
-        case "token_unknown" | "token_revoked" | "token_expired":
-            return Denied(first.what)
-        case "paused":
-            return Denied("paused", limit=first.name, until=first.until)
-        case "cap":
-            names = {obstacle.name for obstacle in obstacles if obstacle.what == "cap"}
-            caps = [standing for standing in standings if f"{standing.scope} {standing.window}" in names]
-            return _by_cap(caps, grant_nano, quantum_nano, now)
-        case "concurrency":
-            return Denied("concurrency", limit="concurrent", limit_max=limits.concurrent, used=first.recent, retry_after_s=1)
-        case _:
-            return _by_rate(first, limits, input_tokens, now)
+def judge(facts: CallFacts, limits: RateLimits, grant_nano: int, quantum_nano: int, input_tokens: int, now: float) -> Denied | None:
+    """Return why a call of `input_tokens` may not hold `grant_nano` and keep `quantum_nano` free at `now`; None where it may."""
+    if facts.token is None:
+        return Denied("token_unknown")
+    if (code := facts.token.refusal(now)) is not None:
+        return Denied(code)
+    if facts.pauses:
+        return Denied("paused", pause=facts.pauses[0])
+    if (by_cap := judge_caps(facts.standings, grant_nano, quantum_nano, now)) is not None:
+        return by_cap
+    if limits.concurrent is not None and facts.open >= limits.concurrent:
+        return Denied("concurrency", limit="concurrent", limit_max=limits.concurrent, used=facts.open, retry_after_s=1)
+    by_requests = judge_rate("requests_per_minute", limits.requests_per_minute, 1, facts.requests, now)
+    return by_requests or judge_rate("input_tokens_per_minute", limits.input_tokens_per_minute, input_tokens, facts.input_tokens, now)
 
 
-def _by_cap(caps: Sequence[Standing], grant_nano: int, quantum_nano: int, now: float) -> Denied:
-    never = [cap for cap in caps if grant_nano + quantum_nano > _amount(cap)]
+def judge_caps(standings: Sequence[Standing], grant_nano: int, quantum_nano: int, now: float) -> Denied | None:
+    """Judge by the caps alone. What other streams keep free for their next step counts as taken; so does this call's own."""
+    asked_nano = grant_nano + quantum_nano
+    full = [cap for cap in standings if cap.spent_nano + cap.reserved_nano + cap.quantum_nano + asked_nano > amount_nano(cap)]
+    if not full:
+        return None
+    never = [cap for cap in full if asked_nano > amount_nano(cap)]
     if never:
-        return Denied("quote_over_cap", min(never, key=_amount))
+        return Denied("quote_over_cap", min(never, key=amount_nano))
     # Waiting helps only if the call fits once everything in flight came back; judged with its own quantum, or a stream that
     # finds the window idle but nearly used up would be told to wait for ever.
-    gone = [cap for cap in caps if cap.spent_nano + grant_nano + quantum_nano > _amount(cap)]
+    gone = [cap for cap in full if cap.spent_nano + asked_nano > amount_nano(cap)]
     if not gone:
-        return Denied("cap_held", min(caps, key=lambda cap: _amount(cap) - cap.spent_nano), retry_after_s=1)
+        return Denied("cap_held", min(full, key=lambda cap: amount_nano(cap) - cap.spent_nano), retry_after_s=1)
     last = max(gone, key=lambda cap: math.inf if cap.resets_at is None else cap.resets_at)
     return Denied("cap_spent", last, retry_after_s=None if last.resets_at is None else max(1, math.ceil(last.resets_at - now)))
 
 
-def _amount(cap: Standing) -> int:
+def amount_nano(cap: Standing) -> int:
+    """Return what a cap allows in all, its raises included."""
     assert cap.cap_nano is not None
     return cap.cap_nano
 
 
-def _by_rate(rate: Obstacle, limits: RateLimits, input_tokens: int, now: float) -> Denied:
-    assert rate.name is not None
-    assert rate.recent is not None
-    assert rate.before is not None
-    limit_max: int = getattr(limits, rate.name)
-    size = 1 if rate.name == "requests_per_minute" else input_tokens
+def judge_rate(name: str, limit: int | None, size: int, counted: MinuteCount, now: float) -> Denied | None:
+    """Judge by a rate: a sliding minute, in which the last calendar minute counts by the share that is still within sixty seconds.
+
+    So a minute's turn lets no double burst through.
+    """
     second = int(now) % 60
-    used = rate.recent + -(-rate.before * (60 - second) // 60)
-    return Denied(
-        "rate",
-        limit=rate.name,
-        limit_max=limit_max,
-        used=used,
-        retry_after_s=_rate_wait_s(limit_max - size, rate.recent, rate.before, second),
-    )
+    if limit is None or 60 * counted.recent + (60 - second) * counted.before + 60 * size <= 60 * limit:
+        return None
+    used = counted.recent + -(-counted.before * (60 - second) // 60)
+    wait_s = _rate_wait_s(limit - size, counted, second)
+    return Denied("rate", limit=name, limit_max=limit, used=used, retry_after_s=wait_s)
 
 
-def _rate_wait_s(room: int, recent: int, before: int, second: int) -> int | None:
+def _rate_wait_s(room: int, counted: MinuteCount, second: int) -> int | None:
     """Seconds until a request fits beside what the last two minutes admitted; `room` is the limit less its own size.
 
     None: it is larger than the limit and never fits.
     """
     if room < 0:
         return None
-    if recent <= room:  # enough of the minute before falls out of the sliding sixty seconds within this one
-        return max(1, math.ceil(60 - 60 * (room - recent) / before) - second)
-    return 60 - second + max(0, math.ceil(60 - 60 * room / recent))
+    if counted.recent <= room:  # enough of the minute before falls out of the sliding sixty seconds within this one
+        return max(1, math.ceil(60 - 60 * (room - counted.recent) / counted.before) - second)
+    return 60 - second + max(0, math.ceil(60 - 60 * room / counted.recent))

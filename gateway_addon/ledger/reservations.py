@@ -1,7 +1,7 @@
 """The ledger's arithmetic: synchronous functions on a connection inside a transaction that the caller opened.
 
-Promises: a reservation is written by one statement whose WHERE is the judgement, so check and write cannot come apart; the
-explanation is read by the same text (`OBSTACLES`) only when it said no. Each function here is one small group of statements,
+Promises: a reservation is written by one statement whose WHERE is the judgement, so check and write cannot come apart; why it
+said no is judged from values (`denials.judge`) in the same transaction. Each function here is one small group of statements,
 all searches by key: their cost does not grow with the ledger. Knows nothing of files, threads, clocks or policies.
 """
 
@@ -13,11 +13,14 @@ from itertools import chain
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from gateway_addon.ledger.denials import Obstacle, explain
+from gateway_addon.ledger import state
+from gateway_addon.ledger.denials import judge, judge_rate
 from gateway_addon.ledger.types import (
+    CallFacts,
     CapShape,
     Denied,
     LedgerUnavailable,
+    MinuteCount,
     NewCall,
     Outcome,
     PartShape,
@@ -27,6 +30,7 @@ from gateway_addon.ledger.types import (
     Resolution,
     Settlement,
     Standing,
+    Token,
     app_scope,
     team_scope,
 )
@@ -56,34 +60,34 @@ STANDINGS = f"""
   {ITS_BALANCE}
 """
 
-# What stands in the way of a reservation, in the order in which it is named; no row: nothing does. Rates are a sliding minute: the last
-# calendar minute counts by the share of it that is still within sixty seconds, so a minute's turn lets no double burst through.
+# What stands in the way of a reservation; no row: nothing does. `denials.judge` asks the same of values, and says what it is.
 _RATE = """
-  SELECT 'rate' AS what, '{limit}' AS name, recent, before, NULL AS until
-    FROM (SELECT coalesce(sum({count}) FILTER (WHERE minute = :minute), 0) AS recent,
+  SELECT 1 FROM (SELECT coalesce(sum({count}) FILTER (WHERE minute = :minute), 0) AS recent,
             coalesce(sum({count}) FILTER (WHERE minute < :minute), 0) AS before
           FROM minutes WHERE CAST(:{limit} AS BIGINT) IS NOT NULL AND app = :app AND minute IN (:minute, :minute - 1)) AS counted
     WHERE 60 * recent + (60 - :second) * before + 60 * {size} > 60 * :{limit}
 """
 OBSTACLES = f"""
-  SELECT CASE WHEN id IS NULL THEN 'token_unknown' WHEN revoked_at <= :now THEN 'token_revoked' ELSE 'token_expired' END AS what,
-      NULL AS name, CAST(NULL AS BIGINT) AS recent, CAST(NULL AS BIGINT) AS before, CAST(NULL AS REAL) AS until
-    FROM (SELECT 1) AS caller LEFT JOIN tokens ON id = :token_id AND app = :app
+  SELECT 1 FROM (SELECT 1) AS caller LEFT JOIN tokens ON id = :token_id AND app = :app
     WHERE id IS NULL OR revoked_at <= :now OR expires_at <= :now
   UNION ALL
-  SELECT 'paused', scope, NULL, NULL, until FROM pauses
-    WHERE scope IN ('total', :app_scope, :team_scope) AND (until IS NULL OR until > :now)
+  SELECT 1 FROM pauses WHERE scope IN ('total', :app_scope, :team_scope) AND (until IS NULL OR until > :now)
   UNION ALL
-  SELECT 'cap', scope || ' ' || window, NULL, NULL, NULL FROM ({STANDINGS}) AS standing
-    WHERE spent_nano + reserved_nano + quantum_nano + :grant_nano + :own_quantum_nano > cap_nano
+  SELECT 1 FROM ({STANDINGS}) AS standing WHERE spent_nano + reserved_nano + quantum_nano + :grant_nano + :own_quantum_nano > cap_nano
   UNION ALL
-  SELECT 'concurrency', 'concurrent', open, NULL, NULL FROM balances
-    WHERE scope = :app_scope AND window = 'ever' AND window_start = 0 AND open >= :concurrent
+  SELECT 1 FROM (SELECT 1) AS caller LEFT JOIN balances ON scope = :app_scope AND window = 'ever' AND window_start = 0
+    WHERE coalesce(open, 0) >= :concurrent
   UNION ALL
   {_RATE.format(limit="requests_per_minute", count="requests", size="1")}
   UNION ALL
   {_RATE.format(limit="input_tokens_per_minute", count="input_tokens", size=":input_tokens")}
 """
+
+ITS_TOKEN = """
+SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens WHERE id = ? AND app = ?
+"""
+IN_FLIGHT = "SELECT open FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
+COUNTED = "SELECT minute, requests, input_tokens FROM minutes WHERE app = ? AND minute IN (?, ?)"
 
 ADMITTED = """
 INSERT INTO minutes (app, minute, requests, input_tokens) VALUES (:app, :minute, 1, 0)
@@ -190,22 +194,43 @@ def reserve(
     frames = _frames(caps, windows)
     values |= _asked(frames)
     written = db.execute(_asking(RESERVE, len(frames)), values).fetchall()
-    standings = _standings(db, frames, now, calendar)
     if written:
-        return Reserved(written[0][0], standings, owner)
-    obstacles = [Obstacle(*row) for row in db.execute(_asking(OBSTACLES, len(frames)), values).fetchall()]
-    return explain(obstacles, standings, limits, call.input_tokens, grant_nano, quantum_nano, now)
+        return Reserved(written[0][0], _standings(db, frames, now, calendar), owner)
+    denial = judge(facts(db, call, caps, now=now), limits, grant_nano, quantum_nano, call.input_tokens, now)
+    if denial is None:
+        raise LedgerUnavailable("the ledger did not write a reservation and nothing in it says why: `gateway doctor` looks for the fault")
+    return denial
+
+
+def facts(db: sqlite3.Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> CallFacts:
+    """Read all that decides about a call, for `denials.judge`."""
+    tokens = db.execute(ITS_TOKEN, (call.token_id, call.app)).fetchall()
+    in_flight = db.execute(IN_FLIGHT, (app_scope(call.app),)).fetchall()
+    requests, input_tokens = _counted(db, call.app, now)
+    return CallFacts(
+        Token(*tokens[0]) if tokens else None,
+        tuple(pause for pause in state.pauses(db, now) if pause.scope in call.scopes),
+        capped(db, caps, now=now),
+        in_flight[0][0] if in_flight else 0,
+        requests,
+        input_tokens,
+    )
+
+
+def _counted(db: sqlite3.Connection, app: str, now: float) -> tuple[MinuteCount, MinuteCount]:
+    """Return what an app was admitted with in this calendar minute and the last: requests, and input tokens."""
+    minute = int(now) // 60
+    counted = {at: (requests, tokens) for at, requests, tokens in db.execute(COUNTED, (app, minute, minute - 1)).fetchall()}
+    recent, before = counted.get(minute, (0, 0)), counted.get(minute - 1, (0, 0))
+    return MinuteCount(recent[0], before[0]), MinuteCount(recent[1], before[1])
 
 
 def admit_request(db: sqlite3.Connection, name: str, per_minute: int, *, now: float) -> Denied | None:
     """Count a request of what has a rate and no reservation, under a name of its own, where its rate allows it."""
-    values = {"app": name, "minute": int(now) // 60, "second": int(now) % 60, "requests_per_minute": per_minute}
-    obstacles = [
-        Obstacle(*row) for row in db.execute(_RATE.format(limit="requests_per_minute", count="requests", size="1"), values).fetchall()
-    ]
-    if obstacles:
-        return explain(obstacles, (), RateLimits(per_minute), 0, 0, 0, now)
-    db.execute(ADMITTED, values)
+    requests, _ = _counted(db, name, now)
+    if (denial := judge_rate("requests_per_minute", per_minute, 1, requests, now)) is not None:
+        return denial
+    db.execute(ADMITTED, {"app": name, "minute": int(now) // 60})
     return None
 
 

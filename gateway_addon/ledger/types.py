@@ -188,7 +188,7 @@ class Denied:
 
     `cap_held` means that the call would fit if everything in flight came back; `cap_spent` that it would not; `quote_over_cap`
     that it would not fit an untouched window either. `standing` names the cap; `limit`, `limit_max` and `used` name a rate or the
-    concurrency; `paused` names its scope in `limit` and its end in `until`.
+    concurrency.
     """
 
     reason: Reason
@@ -196,7 +196,7 @@ class Denied:
     limit: str | None = None
     limit_max: int | None = None
     used: int | None = None
-    until: float | None = None
+    pause: "Pause | None" = None
     retry_after_s: int | None = None
 
 
@@ -277,6 +277,32 @@ class Pause:
     why: str
     cut: bool = False
     """Calls in flight are ended too."""
+
+
+class MinuteCount(NamedTuple):
+    """What an app was admitted with in this calendar minute, and in the one before."""
+
+    recent: int = 0
+    before: int = 0
+
+
+NOTHING_COUNTED = MinuteCount()
+
+
+@dataclass(frozen=True, slots=True)
+class CallFacts:
+    """All that the ledger knows at one moment that decides about a call."""
+
+    token: Token | None
+    """The call's, if it is one of the app's; revoked and expired ones too."""
+    pauses: tuple[Pause, ...] = ()
+    """Those in force in the call's scopes."""
+    standings: tuple[Standing, ...] = ()
+    """One for each cap that it stands under."""
+    open: int = 0
+    """The app's calls in flight."""
+    requests: MinuteCount = NOTHING_COUNTED
+    input_tokens: MinuteCount = NOTHING_COUNTED
 
 
 @dataclass(frozen=True, slots=True)

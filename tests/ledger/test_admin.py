@@ -14,7 +14,7 @@ from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, Part, balance, new_ledger
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-from gateway_addon.ledger import Denied, Ledger, Outcome, Settlement, admin, reservations
+from gateway_addon.ledger import Denied, Ledger, Outcome, Pause, Settlement, admin, reservations
 from gateway_addon.ledger.maintenance import backup, invariants
 from gateway_addon.ledger.reports import spending
 from gateway_addon.ledger.store import sqlite_files, sqlite_schema
@@ -213,7 +213,7 @@ async def test_a_command_holds_for_the_next_call_of_a_running_gateway(path):
     ledger = await Ledger.open(f"sqlite:///{path}", now=NOON)
     with admin.changing(path) as db:
         admin.pause(db, "total", who="ann", why="bad night", now=NOON)
-    assert await ledger.reserve(CALL, 1, DAY_CAP, now=NOON) == Denied("paused", limit="total")
+    assert await ledger.reserve(CALL, 1, DAY_CAP, now=NOON) == Denied("paused", pause=Pause("total", int(NOON), None, "bad night"))
     assert [pause.why for pause in await ledger.pauses(now=NOON)] == ["bad night"]
     with admin.changing(path) as db:
         admin.resume(db, "total", who="ann", now=NOON)

@@ -3,9 +3,11 @@
 import asyncio
 import sqlite3
 import threading
+from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import psycopg
@@ -28,6 +30,7 @@ from gateway_addon.ledger import (
     admin,
     reservations,
 )
+from gateway_addon.ledger.denials import judge
 from gateway_addon.ledger.store import balances
 from gateway_addon.windows import WINDOWS
 
@@ -164,7 +167,7 @@ async def test_a_limit_in_mid_storm_holds_from_the_next_call(ledger, path):
 @pytest.mark.parametrize("scope", ["total", "team:batch", "app:reports"])
 def test_a_pause_refuses_until_its_end_or_resume(db, scope):
     admin.pause(db, scope, until=NOON + 60, who="ops", now=NOON)
-    assert hold(db, 1) == Denied("paused", limit=scope, until=NOON + 60)
+    assert hold(db, 1) == Denied("paused", pause=Pause(scope, NOON, NOON + 60, ""))
     assert isinstance(hold(db, 1, now=NOON + 60), Reserved)
     admin.pause(db, scope, who="ops", now=NOON)
     assert hold(db, 1, now=NOON + 61).reason == "paused"
@@ -181,6 +184,37 @@ def test_the_token_is_judged_again_with_the_money(db):
     assert hold(db, 1).reason == "token_revoked"
     assert hold(db, 1, call=replace(CALL, token_id=99)).reason == "token_unknown"
     assert hold(db, 1, call=replace(call, app="other")).reason == "token_unknown"
+
+
+def test_no_call_is_taken_where_none_may_run(db):
+    assert hold(db, 1, rates=RateLimits(concurrent=0)).reason == "concurrency"
+
+
+def test_the_statement_and_the_pure_judgement_agree(db):
+    """SQL enforces, values explain: over random standings and clocks they say the same, on both engines."""
+    random, now, running, said = Random(23), NOON, [], Counter()
+    tokens = [admin.issue_token(db, "reports", f"t{at}", expires_at=NOON + at, who="ops", now=NOON) for at in (60, 3000)]
+    for number in range(150):
+        now += random.choice((0, 0, 0.5, 1, 7, 61))
+        if running and random.random() < 0.4:
+            reservations.settle(db, running.pop(random.randrange(len(running))), Settlement(random.randrange(60)), now=now)
+        if number % 30 == 20:
+            admin.pause(db, random.choice(("total", "team:batch", "team:other", "app:reports")), until=now + 5, who="ops", now=now)
+        if number % 30 == 10:
+            admin.raise_cap(db, "app:reports", "day", 100, until=now + 20, who="ops", now=now)
+        caps = [Cap(scope, window, random.choice((0, 100, 500, 2000))) for scope in ("total", "app:reports") for window in random.sample(WINDOWS, 2)]
+        limits = RateLimits(*(random.choice((None, None, *some)) for some in ((0, 3, 9), (500, 3000), (0, 1, 4))))
+        call = replace(CALL, token_id=random.choice((1, 1, 1, 99, *(token.id for token in tokens))), input_tokens=random.randrange(900))
+        grant_nano, quantum_nano = random.randrange(120), random.choice((0, 0, 40))
+        expected = judge(reservations.facts(db, call, caps, now=now), limits, grant_nano, quantum_nano, call.input_tokens, now)
+        answer = hold(db, grant_nano, caps, call, now, quantum_nano=quantum_nano, rates=limits)
+        said[expected and expected.reason] += 1
+        if isinstance(answer, Reserved):
+            assert expected is None
+            running.append(answer.call_id)
+        else:
+            assert answer == expected
+    assert len(said) >= 8, f"too little was tried: {said}"
 
 
 def test_a_revoked_token_does_not_keep_a_running_call_from_settling(db):
