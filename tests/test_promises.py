@@ -38,7 +38,7 @@ ALLOWLIST = {
     "models reached from within a request are not judged": ["policy/test_policy: unnamed_features_are_refused_and_named_ones_keep_limits", "trick: fallback model", "trick: advisor model", "trick: tool inside a message"],
     "a model that is absent, empty, no string or given twice reaches the provider": ["messages/test_two_readings: nothing_is_admitted_that_two_parsers_read_differently", "trick: model is absent", "trick: model is empty", "trick: model is no string", "trick: duplicate model"],
     "a body that is encoded, marked or broken is judged as something else": [
-        "messages/test_two_readings: what_reaches_the_api_through_a_socket_is_what_the_ledger_says_was_asked",
+        "messages/test_two_readings: the_api_gets_through_a_socket_what_the_ledger_has",
         "proxy/test_wire: a_request_that_two_parsers_could_frame_differently_is_refused",
         "trick: content-encoding", "trick: byte order mark or another UTF", "trick: invalid UTF-8", "trick: too large",
     ],

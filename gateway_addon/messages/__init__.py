@@ -1,7 +1,8 @@
-"""Response bytes -> `Usage`: JSON, SSE and batch results. Sans-IO, incremental, never raising on content.
+"""Read the Messages API on the wire: requests into parsed ones, response bytes into `Usage`. Sans-IO, never raising on a
+response's content.
 
-values.py is what comes out, merge.py the rules by which objects of the API add up, meter.py the bytes of one response,
-batch_results.py those of a batch's results. None of it knows prices.
+request.py, scan.py and schema.py read a request; meter.py the bytes of one response, batch_results.py those of a batch's
+results, merge.py adds the API's objects up, usage.py is the outcome. None of it knows prices.
 """
 
 from gateway_addon.messages.batch_results import BatchMeter, BatchResult

@@ -1,8 +1,8 @@
-"""The results of a message batch: JSONL lines -> one `BatchResult` each, incrementally.
+"""Read the results of a message batch: JSONL lines -> one `BatchResult` each, incrementally.
 
-Only `succeeded` lines are billed, and of those none whose message is the API's error: such a line comes out as `errored`. What a
-line's message used is counted by the rules of any other message. Results can be fetched again for 29 days: whoever books them keys
-by batch and `custom_id`.
+Only `succeeded` lines are billed, and of those none whose message is the API's error: such a line comes out as `errored`. A
+line's usage is counted by the rules of any other message. Results can be fetched again for 29 days, so they are booked by batch
+and `custom_id`.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class BatchResult:
 
 
 class BatchMeter:
-    """Reads the results file as it passes. Holds one line at a time; a line over the bound comes out as `unreadable`."""
+    """Read a results file as it passes. Holds one line at a time; a line over the bound comes out as `unreadable`."""
 
     __slots__ = ("_decoder", "_line", "_oversized")
 

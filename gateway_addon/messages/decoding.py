@@ -1,4 +1,4 @@
-"""Content codings undone as the bytes arrive: gzip, deflate, br, zstd, and bodies that lie about theirs.
+"""Undo content codings as the bytes arrive: gzip, deflate, br, zstd, and bodies that lie about theirs.
 
 Promises pieces of bounded size whatever a bomb holds, and no exception on any bytes: a corrupt body ends with `broken` set.
 The first bytes decide before the header does, because recorded traffic has both lies: compressed bodies without a
@@ -25,7 +25,7 @@ _HEAD_BYTES = 8
 
 
 class Decoder:
-    """Undoes one content coding. `feed` and `close` yield decoded pieces; after `broken` is set nothing more comes."""
+    """Undo one content coding. `feed` and `close` yield decoded pieces; after `broken` is set nothing more comes."""
 
     __slots__ = ("_declared", "_head", "_unpack", "broken", "plain")
 
@@ -49,7 +49,7 @@ class Decoder:
                 yield from self._begin()
 
     def close(self) -> Iterator[bytes]:
-        """Yield what a body shorter than the head that decides had to say."""
+        """Yield the content of a body that was too short for its coding to be decided."""
         if self._head:
             yield from self._begin()
 
@@ -86,7 +86,7 @@ def _sniff(head: bytes, declared: str) -> str:
 
 
 class _Inflate:
-    """zlib with an output limit; gzip members may follow each other, and padding after the last one is ignored."""
+    """Inflate with an output limit; gzip members may follow each other, and padding after the last one is ignored."""
 
     __slots__ = ("_begun", "_member", "_members", "_wbits")
 

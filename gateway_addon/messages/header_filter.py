@@ -1,8 +1,8 @@
 """Choose the headers that cross between an app and the provider: which of a request leave, which of an answer come in.
 
-Promises that of a request only what the API knows leaves, and what the policy adds by name: cookies, where a call came from and what a
-proxy in front wrote stay here, and so does a beta that speaks of the app's own credential. Of an answer, what is about the account that
-all apps share, what only the gateway says, and what one hop says to the next stay out. Pure; values stay as they came.
+Promises that only those request headers leave that the API knows or the policy adds by name: cookies, a caller's address and a front
+proxy's headers stay here, and so does a beta that belongs to the app's own credential. Answer headers about the account that all apps
+share, headers that only the gateway sets, and hop-by-hop headers stay out. Pure; values stay as they came.
 """
 
 import re
@@ -31,7 +31,7 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]+")
 
 
 def leaving(fields: Fields, passed: Iterable[str]) -> tuple[Fields, tuple[bytes, ...]]:
-    """Return the request headers that leave, and the names of those that do not and are worth a line in the log.
+    """Return the request headers that leave, and the names of dropped ones that are worth a line in the log.
 
     `passed`: names that the policy adds, in lower case.
     """
@@ -48,7 +48,7 @@ def leaving(fields: Fields, passed: Iterable[str]) -> tuple[Fields, tuple[bytes,
 
 
 def without_credential_betas(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
-    """Take the betas off that go with an OAuth or OIDC credential: that credential ends here, and the real key is none."""
+    """Drop the betas that go with an OAuth or OIDC credential: it ends here, and the real key is none."""
     kept = []
     for name, value in fields:
         if name.lower() == b"anthropic-beta" and any(beta in value.lower() for beta in _CREDENTIAL_BETAS):
@@ -60,7 +60,7 @@ def without_credential_betas(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
 
 
 def coming_in(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
-    """Return the headers of an answer that its app gets; one whose value holds control characters is none."""
+    """Return the answer headers that the app gets; one whose value holds control characters is dropped."""
     return tuple([
         (name, value) for name, value in fields
         if (lower := name.lower()) not in _STAYS_OUT and not lower.startswith(_STAYS_OUT_PREFIXES) and not _CONTROL.search(value)

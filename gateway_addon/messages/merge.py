@@ -1,7 +1,7 @@
-"""The rules by which JSON objects of the Messages API add up to one `Usage`. Pure; never raises on content.
+"""Merge the JSON objects of one answer into one `Usage`. Pure; never raises on content.
 
 The rules, each learnt from recorded responses (reference: platform documentation, "Streaming messages" and "Usage"):
-- counts are running totals: the highest that was said holds, so that a zero or null in a later event never erases it, and nothing is
+- counts are running totals: the highest reported one holds, so that a zero or null in a later event never erases it, and nothing is
   added up; but beside `iterations`, which are the bill, the top level speaks of the last turn alone, and may fall;
 - the `output_tokens` of a message_start are a placeholder, neither a floor nor a count: the first later number replaces them;
 - usage may come with message_start, with message_delta, or with both;
@@ -39,7 +39,7 @@ class _Iteration(NamedTuple):
 
 
 class Draft:
-    """One answer as far as it has been seen: takes the objects in the order in which they come."""
+    """An answer as far as it has been seen. Give it the objects in the order in which they come."""
 
     __slots__ = ("_asked", "_counts", "_iterations", "_names", "_notes", "_output_is_placeholder", "_served", "_unreadable",
                  "code_executed", "complete", "error_type", "fallback", "has_content", "message_id", "started", "stop_reason")  # fmt: skip
@@ -75,7 +75,7 @@ class Draft:
         self.note(sentence)
 
     def message_start(self, message: object) -> None:
-        """Take a stream's opening, which may be the whole message. A second one, seen from a middleman, adds what it says."""
+        """Take a stream's opening, which may be the whole message. A second one, which a middleman sent, is merged."""
         if not isinstance(message, dict):
             return self.not_understood("message_start carries no message")
         if self.started:
@@ -87,7 +87,7 @@ class Draft:
             self._finish(message)
 
     def message_delta(self, event: dict[str, object]) -> None:
-        """A stream's running totals. Some carry no usage at all, which keeps what was there."""
+        """Take a stream's running totals. An event without usage changes nothing."""
         delta = event.get("delta")
         if isinstance(delta, dict):
             self.stop_reason = _name(delta.get("stop_reason")) or self.stop_reason
@@ -97,7 +97,7 @@ class Draft:
             self._usage(event["usage"])
 
     def block(self, block: object) -> None:
-        """A content block: of interest are only whether there is content, a change of model, and code that ran."""
+        """Take a content block: only the presence of content, a change of model and code that ran count."""
         if not isinstance(block, dict):
             return
         kind = block.get("type")
@@ -136,13 +136,13 @@ class Draft:
         self.complete = True
 
     def error(self, envelope: dict[str, object]) -> None:
-        """The API's error envelope, as a whole body or as an event in mid-stream."""
+        """Take the API's error envelope, as a whole body or as an event in mid-stream."""
         error = envelope.get("error")
-        said = (_name(error.get("type")) if isinstance(error, dict) else None) or "error"
-        self.error_type = said.replace(" ", "_")  # it becomes one of a call's flags, which spaces part
+        kind = (_name(error.get("type")) if isinstance(error, dict) else None) or "error"
+        self.error_type = kind.replace(" ", "_")  # it becomes one of a call's flags, which spaces part
 
     def usage(self) -> Usage:
-        """What has been seen so far, as a value."""
+        """Return the usage seen so far."""
         counts = self._counts
         readable = not self._unreadable and "input_tokens" in counts and "output_tokens" in counts
         if self.started and self.complete and not counts:
@@ -173,10 +173,10 @@ class Draft:
     def _usage(self, usage: object) -> None:
         if not isinstance(usage, dict):
             return self.not_understood("usage is not an object")
-        said = self._numbers(usage, "usage")
+        counts = self._numbers(usage, "usage")
         fall = set(_COUNTS) if usage.get("iterations") else {"output_tokens"} if self._output_is_placeholder else set()
-        self._counts = _highest(self._counts, said) | {name: said[name] for name in fall & said.keys()}
-        self._output_is_placeholder = self._output_is_placeholder and "output_tokens" not in said
+        self._counts = _highest(self._counts, counts) | {name: counts[name] for name in fall & counts.keys()}
+        self._output_is_placeholder = self._output_is_placeholder and "output_tokens" not in counts
         for name in _NAMES:
             if value := _name(usage.get(name)):
                 self._names[name] = value
@@ -206,7 +206,7 @@ class Draft:
             self._served = fallbacks[-1].model or self._served
 
     def _numbers(self, usage: dict[str, object], where: str) -> dict[str, int]:
-        """The counts that are present, flat by name. `where` names the object in the note about one not understood."""
+        """Return the counts that are present, flat by name. `where` names the object in a note about a count not understood."""
         found = {name: usage[name] for name in _COUNTS if usage.get(name) is not None}
         for parent, names in _NESTED_COUNTS.items():
             child = usage.get(parent)
@@ -229,13 +229,13 @@ def _name(value: object) -> str | None:
     return safe_name(value) if isinstance(value, str) and value else None
 
 
-def _highest(before: dict[str, int], said: dict[str, int]) -> dict[str, int]:
+def _highest(before: dict[str, int], counts: dict[str, int]) -> dict[str, int]:
     """Merge two states of the same running totals."""
-    return before | {name: max(count, before.get(name, 0)) for name, count in said.items()}
+    return before | {name: max(count, before.get(name, 0)) for name, count in counts.items()}
 
 
 def _tokens(counts: dict[str, int]) -> TokenCounts:
-    """The split lags the total, and never exceeds it in any recording: the remainder is tokens too."""
+    """Return the token counts. The cache split lags the total and never exceeds it in any recording: the rest is tokens too."""
     five_minutes, hour = (counts.get(name, 0) for name in _NESTED_COUNTS["cache_creation"])
     return TokenCounts(
         input_tokens=counts.get("input_tokens", 0),

@@ -1,10 +1,10 @@
-"""Bytes of one response -> `Usage`, while they pass: sans-IO, constant memory on streams, never raising on content.
+"""Meter the bytes of one response while they pass: sans-IO, constant memory on streams, never raising on content.
 
 The tap of a proxy calls `feed` with every chunk, so most bytes must cost almost nothing: content deltas, which are nearly all
 of a stream, are recognised and measured by two regular expressions over the raw bytes; only the few events that carry money
 or change of model are parsed as JSON. Knows nothing of prices.
 
-How an answer can end, and what `close` then says (the settlement rules are the gate's, these are its facts):
+How an answer can end, and what `close` then returns (calls/settlement.py has the rules, these are its facts):
 | ending | started | readable | complete | error_type |
 |---|---|---|---|---|
 | whole JSON message, or a stream with a stop reason | yes | yes | yes | - |
@@ -44,7 +44,7 @@ _VISIBLE = ("text", "tool_use", "server_tool_use", "mcp_tool_use")
 
 
 class Meter:
-    """Reads one response. `feed` what arrives, then `close`; the properties are live evidence, cheap after each feed."""
+    """Read one response. `feed` what arrives, then `close`; the properties are live evidence, cheap after each feed."""
 
     __slots__ = ("_begun", "_body", "_closed", "_decoder", "_draft", "_form", "_framer", "_plain_stream",
                  "blocks", "content_events", "seen_bytes", "tool_uses", "visible_open")  # fmt: skip
@@ -63,9 +63,9 @@ class Meter:
         self.content_events = 0
         self.blocks = 0
         self.tool_uses = 0
-        """Uses of tools at the provider, each shown by a block of its own."""
+        """Uses of tools at the provider: each has a block."""
         self.visible_open = False
-        """A text or tool block is open: what the model generates now can be seen."""
+        """True while a text or tool block is open: then the generated tokens are visible."""
 
     @property
     def started(self) -> bool:
@@ -73,7 +73,7 @@ class Meter:
 
     @property
     def complete(self) -> bool:
-        """A stop reason was seen: nothing that is billed follows."""
+        """Return whether a stop reason was seen: nothing that is billed follows it."""
         return self._draft.complete
 
     @property
@@ -82,12 +82,12 @@ class Meter:
 
     @property
     def reported_output_tokens(self) -> int:
-        """The last total that the provider gave."""
+        """Return the last total that the provider gave."""
         return self._draft.output_tokens
 
     @property
     def at_event_boundary(self) -> bool:
-        """True when the bytes fed end exactly between two events of an uncompressed stream: an event may be put in here."""
+        """Return whether the bytes fed end between two events of a plain stream: an event may be inserted here."""
         return self._plain_stream and self._framer.at_boundary
 
     def usage_so_far(self) -> Usage:
@@ -108,7 +108,7 @@ class Meter:
             self._take(piece)
 
     def close(self) -> Usage:
-        """The body has ended, whole or not. Asking again gives the same answer."""
+        """End the body, whole or not, and return its usage. A second call returns the same."""
         if self._closed is None:
             for piece in self._decoder.close():
                 self._take(piece)
@@ -133,7 +133,7 @@ class Meter:
             self._body += piece
 
     def _begin(self, piece: bytes) -> None:
-        """The body's own first byte outweighs its content-type: the error to a streaming call is JSON, whatever it is called."""
+        """Choose the framing. The first byte beats the content-type: the error to a streaming call is JSON in any case."""
         first = piece.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         if first:
             self._begun = True
@@ -195,7 +195,7 @@ class Meter:
         self._draft.block(block)
 
     def _garbled(self, name: bytes, data: bytes, cut: bool) -> None:
-        """An event that is not JSON. A last one that was to bring new totals is a cut: the totals before it were not the end."""
+        """Note an event that is not JSON. A last event of totals that is cut off means that the earlier totals were not final."""
         if cut and b"message_delta" in name + data:
             self._draft.complete = False
         elif not cut and name in _MONEY:
@@ -215,8 +215,9 @@ class Meter:
 
 
 def json_object(data: bytes) -> dict[str, object] | None:
-    """Return the object that these bytes are, or None. Of a key that is given twice the larger value holds: other readers of the same
-    bytes may bill by either, and what is booked is never less than what is billed."""
+    """Parse a JSON object; return None for anything else.
+
+    The larger value of a doubled key holds: other readers may bill by either, and no less than the bill may be booked."""
     try:
         value = json.loads(data, object_pairs_hook=_object)
     except (ValueError, RecursionError):
@@ -235,7 +236,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _larger(one: object, other: object) -> object:
-    """Return the larger of two values of one key: the higher count, or all that stands in either of two objects or lists."""
+    """Return the larger of a key's two values: the higher count, or the union of two objects or lists."""
     if other is None:
         return one
     if type(one) is int and type(other) is int:

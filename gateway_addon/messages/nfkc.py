@@ -83,13 +83,13 @@ def nfkc_growth(text: bytes) -> int:
 
 @cache
 def _added(character: str) -> int:
-    """Bytes that NFKC adds to one character that stands alone."""
+    """Return the bytes that NFKC adds to one character alone."""
     return max(0, _bytes("NFKC", character) - len(character.encode()))
 
 
 @cache
 def _taken_apart(character: str) -> int:
-    """Bytes that a character's parts have more than its NFKC."""
+    """Return by how many bytes a character's parts are longer than its NFKC."""
     return _bytes("NFKD", character) - _bytes("NFKC", character)
 
 

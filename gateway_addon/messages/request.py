@@ -1,8 +1,8 @@
-"""The one judged reading of a request: what is judged is what is sent.
+"""Parse a request strictly: the bytes that are judged are the bytes that are sent.
 
-Promises that whatever two parsers could read differently (a key given twice, a byte order mark, an odd spelling of a path)
-is refused, so that the model and the limits that were judged are those the provider sees. Pure: no clock, no files, no
-policy; it knows the shape of the API, not who may use it.
+Promises to refuse every body that two parsers could read differently (a key given twice, a byte order mark, an odd spelling of
+a path): the provider sees the model and the limits that were judged. Pure: no clock, no files, no
+policy; it knows the API's shape, not who may use it.
 """
 
 import json
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
 from gateway_addon.messages.nfkc import nfkc_growth
-from gateway_addon.messages.scan import FeatureUse, RequestScan, survey
+from gateway_addon.messages.scan import FeatureUse, RequestScan, scan_request
 from gateway_addon.messages.schema import HEADER_FEATURES, UNTYPED
 from gateway_addon.refusals import Refusal, stated
 
@@ -46,10 +46,10 @@ ENDPOINTS: dict[tuple[str, str], str] = {
     ("GET", "/gateway/readyz"): "readyz",
     ("GET", "/gateway/me"): "me",
 }
-"""The whole door, with what has an id in its path (`ITEMS`, models): every other method and path is refused."""
+"""All endpoints but those with an id in the path (`ITEMS`, models). Any other method and path is refused."""
 
 MESSAGES = ("messages", "batch_request")
-"""What has a model generate: a call of its own, and each request inside a batch, which is read and judged as one."""
+"""Kinds of request that make a model generate: a message, and each request of a batch, judged like a message."""
 
 ITEMS: dict[tuple[str, str], str] = {
     ("GET", "/v1/messages/batches/{}"): "batches.get",
@@ -75,7 +75,7 @@ _KNOWN_FIELD_CHARACTERS_MAX = max(map(len, _KNOWN_FIELDS))
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as it arrived: the target undecoded, header names in lower case, the body's bytes."""
+    """A request as it arrived: target undecoded, header names in lower case, the body as bytes."""
 
     method: str
     target: str
@@ -83,13 +83,13 @@ class Request:
     body: bytes
 
     def header(self, name: str) -> tuple[str, ...]:
-        """Every value sent for a header."""
+        """Return every value sent for a header."""
         return tuple([value for key, value in self.headers if key == name])
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """What a request asks for. `model` is the id as asked; for `model` requests it is the id in the path."""
+    """A request as parsed. `model` is the id as asked; for `model` requests it is the id in the path."""
 
     endpoint: str
     model: str = ""
@@ -107,22 +107,22 @@ class ParsedRequest:
 
     @property
     def shared(self) -> bool:
-        """About what apps make in the workspace that they share: batches and files."""
+        """Return whether a request is about batches or files, which live in the workspace that all apps share."""
         return self.endpoint.startswith(("batches.", "files."))
 
     @property
     def cache_control(self) -> bool:
-        """The request asks for a cache write."""
+        """Return whether the request asks for a cache write."""
         return self.found.cache_control
 
     @property
     def hour_ttl(self) -> bool:
-        """The request asks for a cache write of an hour (or of a length that is not known)."""
+        """Return whether the request asks for a cache write of an hour (or of an unknown length)."""
         return self.found.hour_ttl
 
 
 class Unreadable(Exception):
-    """Says why a body has no single reading; becomes a Refusal at the edge of the module that reads it."""
+    """A body without a single reading, with the reason; `read` makes a Refusal of it."""
 
 
 def endpoint(method: str, target: str) -> str | Refusal:
@@ -146,13 +146,13 @@ def endpoint(method: str, target: str) -> str | Refusal:
 
 
 def read(endpoint: str, request: Request) -> ParsedRequest | Refusal:
-    """Read a request of a known endpoint, strictly: one Refusal (`body`, `too_large`) for whatever has no single reading."""
+    """Parse a request of a known endpoint, strictly. A body without a single reading is a Refusal (`body`, `too_large`)."""
     if len(request.body) > BODY_BYTES_MAX:
         whose = "API" if endpoint in ("messages", "count_tokens") else "gateway"
         limits = f"the body has {len(request.body):,} bytes, the {whose} takes {BODY_BYTES_MAX:,}"
         return stated("too_large", f"{limits}; send less in one request")
     if endpoint not in ("messages", "count_tokens"):
-        return _read_the_door(endpoint, request)
+        return _read_head(endpoint, request)
     try:
         return message(endpoint, parsed(request), request.body, request)
     except (Unreadable, ValueError) as error:
@@ -162,17 +162,17 @@ def read(endpoint: str, request: Request) -> ParsedRequest | Refusal:
 
 
 def parsed(request: Request) -> dict[str, Any]:
-    """The one JSON object that a request's body is. Raises Unreadable, RecursionError."""
+    """Parse a body as one JSON object. Raises Unreadable, RecursionError."""
     _plain_json_headers(request)
     return _parsed(request.body)
 
 
 def message(endpoint: str, body: dict[str, Any], raw: bytes, request: Request) -> ParsedRequest:
-    """Read a message's parameters: the body of a request of its own, or one of a batch's. `raw`: the same as bytes.
+    """Parse a message's parameters: a request's body, or one request of a batch. `raw`: the parameters as bytes.
 
     Raises Unreadable, ValueError or RecursionError, with a sentence.
     """
-    found = survey(body)
+    found = scan_request(body)
     _readable_fields(endpoint, body, found)
     text_bytes = _text_bytes(raw, body, found)
     found.uses.extend(header_uses(request))
@@ -190,12 +190,12 @@ def message(endpoint: str, body: dict[str, Any], raw: bytes, request: Request) -
 
 
 def header_uses(request: Request) -> list[FeatureUse]:
-    """The features that a request asks for in its headers."""
+    """Return the features that a request asks for in its headers."""
     return [FeatureUse(feature, name, request.header(name)[0]) for name, feature in HEADER_FEATURES.items() if request.header(name)]
 
 
 def betas(request: Request) -> tuple[str, ...]:
-    """The values of `anthropic-beta`, however many headers they come in."""
+    """Return the values of `anthropic-beta`, from one header or several."""
     return tuple(beta for value in request.header("anthropic-beta") for beta in (part.strip() for part in value.split(",")) if beta)
 
 
@@ -205,14 +205,14 @@ def is_fast(body: Mapping[str, Any]) -> bool:
 
 
 def edited(endpoint: str, request: Request, changes: Mapping[str, Any]) -> tuple[Request, ParsedRequest | Refusal]:
-    """The request with some top-level fields replaced, and the reading of its new bytes: still what is judged is what is sent."""
+    """Replace some top-level fields; return the new request and its parse, so that the judged bytes are still the sent ones."""
     body = json.dumps({**json.loads(request.body), **changes}, ensure_ascii=False, separators=(",", ":")).encode()
     changed = replace(request, body=body)
     return changed, read(endpoint, changed)
 
 
-def _read_the_door(endpoint: str, request: Request) -> ParsedRequest | Refusal:
-    """What method, path and headers say. Bodies of other shapes than a message's are read by the rooms that know them."""
+def _read_head(endpoint: str, request: Request) -> ParsedRequest | Refusal:
+    """Parse method, path and headers. A body that is no message is parsed by the module that knows its shape."""
     path = request.target.partition("?")[0]
     if request.body and endpoint not in ("batches.create", "files.upload"):
         return stated("body", f"{request.method} {path} takes no body; send none")
@@ -228,7 +228,7 @@ def _read_the_door(endpoint: str, request: Request) -> ParsedRequest | Refusal:
 
 
 def _plain_json_headers(request: Request) -> None:
-    """An encoded or re-labelled body has as many readings as decoders: only plain UTF-8 JSON is taken."""
+    """Refuse an encoded or re-labelled body: it has as many readings as decoders. Only plain UTF-8 JSON is taken."""
     encodings = [value.strip().casefold() for value in request.header("content-encoding")]
     if any(value not in ("", "identity") for value in encodings):
         raise Unreadable(f"the body is encoded ({', '.join(encodings)}) and cannot be judged as it is; send it without content-encoding")
@@ -286,7 +286,7 @@ def _constant(name: str) -> Never:
 
 
 def _readable_fields(endpoint: str, body: dict[str, Any], found: RequestScan) -> None:
-    """The fields that everything else rests on have one type each, and no other key looks like one of them."""
+    """Check the types of the fields that everything else rests on, and that no other key looks like one of them."""
     for name in body:
         if name not in UNTYPED[""] and (known := _taken_for(name)) is not None:
             raise Unreadable(f"the key {name[:80]!r} can be taken for {known!r}; spell it exactly so")
@@ -314,7 +314,7 @@ def few_files(named: int) -> None:
 
 
 def _taken_for(name: str) -> str | None:
-    """The field of a request that somebody may read in a key. NFKC never makes a shorter name of plain letters, so a long one is none."""
+    """Return the request field that a key may be taken for. NFKC makes no name of plain letters shorter: a long key is none."""
     name = name.strip()
     if len(name) > _KNOWN_FIELD_CHARACTERS_MAX:
         return None
@@ -327,7 +327,7 @@ def _whole_number(name: str, value: object) -> None:
 
 
 def _text_bytes(raw: bytes, body: dict[str, Any], found: RequestScan) -> int:
-    """The larger of the bytes as sent and the most that they can have after NFKC, without the base64 of images and PDFs.
+    """Return a bound of a prompt's bytes: as sent or after NFKC, whichever is more, without base64 of images and PDFs.
 
     A byte-level tokenizer makes no more tokens than bytes; one that applies NFKC first (Anthropic's published one of 2023 did)
     sees more of them for a few characters: U+FDFA has 3 bytes, or 6 as `\\ufdfa`, and becomes 33.
@@ -343,6 +343,6 @@ def _text_bytes(raw: bytes, body: dict[str, Any], found: RequestScan) -> int:
 
 
 def definition_bytes(tool: Mapping[str, Any]) -> int:
-    """Return what a tool's definition adds to a prompt where it is expanded, as a bound like `text_bytes`."""
+    """Return a bound, as `text_bytes`, of what an expanded tool definition adds to a prompt."""
     text = json.dumps(tool, ensure_ascii=False).encode(errors="replace")  # half a surrogate pair has been refused, or is a question mark
     return len(text) + nfkc_growth(text)

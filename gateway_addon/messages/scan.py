@@ -1,6 +1,6 @@
-"""What a request's body contains, counted in one walk: the facts that rules and bounds are made of.
+"""Count a request body's contents in one walk: the facts that policy rules and the quote rest on.
 
-Promises that nothing which can spend is overlooked because of where it stands: every object is looked up in `fields`,
+Promises to overlook nothing that can spend because of its place: every object is looked up in `schema`,
 wherever it is, except inside the free zones (schemas, tool arguments), which the provider reads as text. Judges nothing.
 """
 
@@ -28,14 +28,14 @@ DEPTH_MAX = 64
 USES_MAX = 1_000
 """Settings, tools and blocks that a policy must name, in one request: ten times what a long conversation with files and searches has."""
 MODELS_MAX = 100
-"""Other models that one request names: the API takes a handful."""
+"""Other models that one request may name: the API takes a handful."""
 UNKNOWN_KEPT = 10
 """Unknown fields that are remembered by their places: sentences show five."""
 STEP_CHARACTERS_MAX = 64
-"""A step of a place that is written out: a key may be as long as the body, and stand above a million objects."""
+"""Length of a step in a written path: a key may be as long as the body, and stand above a million objects."""
 
 Path = tuple["Path", str | int] | None
-"""Where in the body: linked, because a path is written out only for the few objects that somebody must be told of."""
+"""A place in the body. Linked, because only the few paths that a sentence names are written out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,13 @@ class FeatureUse:
 
     @property
     def is_tool(self) -> bool:
-        """A tool that may be used, not a setting or the echo of an earlier answer."""
+        """Return whether the use is a tool that may run, not a setting or the echo of an earlier answer."""
         return self.effect in (Effect.SERVER_TOOL, Effect.TYPED_TOOL)
 
 
 @dataclass(slots=True)
 class RequestScan:
-    """Filled by `survey()`, read-only afterwards."""
+    """The contents of a body. Filled by `scan_request()`, read-only afterwards."""
 
     messages: int = 0
     blocks: int = 0
@@ -80,12 +80,12 @@ class RequestScan:
     """Fields and types that the table does not know, by path: the first of them."""
 
     def expanded(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """Each definition that is referred to, and how often."""
+        """Yield each definition that is referred to, and how often."""
         return ((tool, times) for name, times in self.references.items() for tool in self.definitions.get(name, ()))
 
 
-def survey(body: dict[str, Any]) -> RequestScan:
-    """Count and collect. Raises ValueError with a sentence when the body is nested deeper, or uses more, than any request does."""
+def scan_request(body: dict[str, Any]) -> RequestScan:
+    """Scan a request's body. Raises ValueError, with a sentence, for one that nests deeper or uses more than any request."""
     seen = RequestScan()
     messages = body.get("messages")
     seen.messages = len(messages) if isinstance(messages, list) else 0
@@ -132,7 +132,7 @@ def _passed_over(item: Any, name: str, seen: RequestScan) -> bool:
 
 
 def _look_up(node: dict[str, Any], name: str, path: Path, seen: RequestScan) -> frozenset[str]:
-    """Note one object; returns its fields that are free zones. An unknown object has none."""
+    """Note one object; return its fields that are free zones. An unknown object has none."""
     kind = _kind(node, name)
     _note_cache(node, path, seen)
     if "file_id" in node and (kind is None or kind.effect is Effect.OUTSIDE or "file_id" not in kind.fields):
@@ -153,7 +153,7 @@ def _look_up(node: dict[str, Any], name: str, path: Path, seen: RequestScan) -> 
 
 
 def _kind(node: dict[str, Any], name: str) -> ObjectSchema | None:
-    """The row of an object: by its type, or by the field that holds it. None: unknown."""
+    """Return the schema row of an object: by its type, or by the field that holds it. None: unknown."""
     type_name = node.get("type")
     if type_name is None or name in BY_FIELD:
         return _UNTYPED.get(name)
@@ -164,15 +164,15 @@ _UNTYPED: Mapping[str, ObjectSchema] = {name: ObjectSchema(fields, free=fields &
 _TYPED: Mapping[str, ObjectSchema] = {
     name: replace(kind, fields=kind.fields | {"type"}, free=kind.fields & (FREE | {FREE_IN.get(name, "")})) for name, kind in TYPES.items()
 }
-"""The tables of `fields` with what the walk asks of each row, worked out once."""
+"""The tables of `schema`, with the facts that the walk needs of each row worked out once."""
 
 _DATE = re.compile(r"_[0-9]{8}\Z")
 _FAMILIES: Mapping[str, ObjectSchema] = {_DATE.sub("", name): kind for name, kind in TYPES.items() if kind.effect is not Effect.NONE}
-"""A tool's next version is as yet unknown, but not what it does: where a policy passes what is unknown, it still needs the feature."""
+"""Tools without their version. A new version does what the old one did: it needs the feature even if unknown fields pass."""
 
 
 def _note_cache(node: dict[str, Any], path: Path, seen: RequestScan) -> None:
-    """A cache write, known or not: a lifetime that is not known is taken for the dearest."""
+    """Note a cache write. An unknown lifetime is taken for the dearest."""
     if "ttl" in node or node.get("type") == "ephemeral":
         seen.cache_control = True
         seen.hour_ttl = seen.hour_ttl or node.get("ttl") not in (None, "5m")
@@ -186,7 +186,7 @@ def _note_unknown(seen: RequestScan, path: Path, what: str = "") -> None:
 
 
 def _shown(value: object) -> str:
-    """A value in a sentence. One that holds others is not written out: it may be the whole body, and hold one that is shown too."""
+    """Return a value for a sentence. A nested one is not written out: it may be the whole body."""
     return f"a {type(value).__name__}" if isinstance(value, _NESTED) else repr(value[:80] if isinstance(value, str) else value)
 
 
@@ -216,7 +216,7 @@ def _define(tool: Any, seen: RequestScan) -> None:
 
 
 def _encoded(node: dict[str, Any], seen: RequestScan) -> None:
-    """An image or a document: its base64 bytes are not text. Only plain ASCII is taken for base64: the rest counts as bytes."""
+    """Count the base64 bytes of an image or document: they are not text. Anything but plain ASCII counts as text."""
     source = node.get("source")
     data = source.get("data") if isinstance(source, dict) and source.get("type") == "base64" else None
     seen.images += node["type"] == "image"
@@ -226,7 +226,7 @@ def _encoded(node: dict[str, Any], seen: RequestScan) -> None:
 
 
 def _body_features(body: dict[str, Any], seen: RequestScan) -> None:
-    """The top-level fields that a policy must name."""
+    """Note the top-level fields that a policy must name."""
     for name, feature in BODY_FEATURES.items():
         if body.get(name) not in (None, []):
             seen.uses.append(FeatureUse(feature, name, body[name]))

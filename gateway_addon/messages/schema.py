@@ -13,7 +13,7 @@ from enum import Enum
 
 
 class Effect(Enum):
-    """What an object of a type does to the prompt that the model reads, beyond its own bytes."""
+    """The effect of an object on the prompt that the model reads, beyond its own bytes."""
 
     NONE = "the bytes bound it"
     TYPED_TOOL = "adds a hidden description to the prompt"
@@ -29,11 +29,11 @@ class ObjectSchema:
     feature: str | None = None
     effect: Effect = Effect.NONE
     free: frozenset[str] = frozenset()
-    """Those of its fields that are free zones."""
+    """The fields that are free zones."""
 
 
 def _rows(effect: Effect, feature: str | None, rows: dict[str, str]) -> dict[str, ObjectSchema]:
-    """Rows written as {"type or types": "field names"}."""
+    """Return the rows written as {"type or types": "field names"}."""
     return {name: ObjectSchema(frozenset(fields.split()), feature, effect) for names, fields in rows.items() for name in names.split()}
 
 
@@ -226,7 +226,7 @@ FREE = frozenset({"input", "input_examples", "input_schema", "schema"})
 """Fields that hold any JSON at all (schemas, a tool's arguments): text to the model, whatever its keys are called."""
 
 FREE_IN = {"fallback": "trigger"}
-"""The same, for one type only."""
+"""The free field of one type only."""
 
 ENCODED_PARENTS = {"image", "document"}
 """Blocks whose base64 source is an image or a PDF: its bytes are not text."""

@@ -1,4 +1,4 @@
-"""Bytes of a server-sent event stream -> whole events: incremental, bounded in memory, never raising.
+"""Cut a server-sent event stream into whole events: incremental, bounded in memory, never raising.
 
 `Framer` cuts the stream at its blank lines and holds only the event that is still arriving; `events` takes whole events
 apart. Framing is the HTML standard's (section 9.2, "Server-sent events"): LF, CRLF or CR, comments, several `data:` lines,
@@ -14,7 +14,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Framer:
-    """Cuts a stream at event boundaries. Bytes go in as they come; whole events come out, line ends unified to LF."""
+    """Cut a stream at event boundaries. Bytes go in as they come; whole events come out, line ends unified to LF."""
 
     __slots__ = ("_carriage_return", "_event_bytes_max", "_fresh", "_held", "_skipping", "skipped_bytes")
 
@@ -29,7 +29,7 @@ class Framer:
 
     @property
     def at_boundary(self) -> bool:
-        """True when the bytes fed so far end exactly between two events."""
+        """Return whether the bytes fed so far end exactly between two events."""
         return not (self._held or self._skipping or self._carriage_return)
 
     def feed(self, chunk: bytes) -> bytes:

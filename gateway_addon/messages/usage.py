@@ -1,4 +1,4 @@
-"""What a response says about its own cost, as values. Tokens and names only: no prices, no policy, no bytes."""
+"""A response's usage, as frozen values. Tokens and names only: no prices, no policy, no bytes."""
 
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ class TokenCounts:
 
     @property
     def prompt_tokens(self) -> int:
-        """The length of the prompt, which chooses the price tier: input, cache reads and cache writes."""
+        """Return the length of the prompt, which chooses the price tier: input, cache reads and cache writes."""
         writes = self.cache_write_5m_tokens + self.cache_write_1h_tokens + self.cache_write_unsplit_tokens
         return self.input_tokens + self.cache_read_tokens + writes
 
@@ -37,7 +37,7 @@ class UsagePart:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What is known of one answer. Names are as the API spells them; None where the answer does not say."""
+    """The usage of one answer. Names are as the API spells them; None where the answer does not say."""
 
     model: str | None = None
     """The model that served (after a fallback: the one fallen back to)."""
@@ -72,7 +72,7 @@ class Usage:
 
     @property
     def prompt_known(self) -> bool:
-        """The tokens of the prompt were told. Zeroes are not: no prompt has none, and some message_start leaves them to the end."""
+        """Return whether the prompt's tokens are known. Zero is unknown: some message_start leaves the counts to the end."""
         return self.readable and self.tokens.prompt_tokens > 0
 
     def unbilled(self, status: int | None) -> str | None:
@@ -87,7 +87,7 @@ class Usage:
         return f"edge:{status}" if status in EDGE_REFUSALS else None
 
     def assuming_output(self, output_tokens: int) -> "Usage":
-        """The same answer, taken to have at least `output_tokens`: how a cut stream is settled at its grant."""
+        """Return the usage with at least `output_tokens`, marked as estimated: a cut stream is settled at its grant."""
         missing = max(0, output_tokens - self.tokens.output_tokens)
         parts = self.iterations
         if parts:

@@ -1,4 +1,4 @@
-"""Say to a request at a path that is not served where its client's base URL should point instead.
+"""Refuse a path that is not served with a sentence that names the right base URL.
 
 Promises a sentence with the right base URL wherever a served path is the end of the one that came: most clients append `/v1/messages`
 to their base URL, a few append `/messages` alone, so a base URL that was right for one is wrong for the other. Pure; decides nothing:
@@ -15,7 +15,7 @@ _OPENAI = ("/chat/completions", "/completions", "/responses", "/embeddings")
 
 
 def refusal(method: str, target: str, address: str) -> Refusal | None:
-    """Return what to say of a request that is served at another path, None where nothing like it is served.
+    """Return the refusal of a request that is served at another path, None where nothing like it is served.
 
     `address`: where the client reaches this gateway, as `http://HOST:PORT`; "" where a proxy stands in front and nobody can tell.
     """

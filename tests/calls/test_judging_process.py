@@ -251,7 +251,7 @@ for _ in range(50):
     ids=["objects", "odd values", "long keys", "nested"],
 )
 def test_places_are_written_out_for_a_few_objects_only(body):
-    found = scan.survey(body)
+    found = scan.scan_request(body)
     assert len(found.unknown) <= scan.UNKNOWN_KEPT
     assert sum(map(len, (*found.unknown, *found.files))) < 30_000
 

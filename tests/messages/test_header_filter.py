@@ -1,4 +1,4 @@
-"""What leaves the house: of a request's headers only those that the API knows, in framing of the gateway's own, on every way out."""
+"""Only the request headers that the API knows leave, in the gateway's own framing, on every way out."""
 
 import asyncio
 import json
@@ -101,8 +101,8 @@ async def test_the_policy_lets_a_header_leave_and_a_first_drop_is_told(tmp_path,
             await send(gw, request)
         assert api.received.lower().count(b"x-trace: t") == 2
         assert b"cookie" not in api.received
-        told = [record.getMessage() for record in caplog.records if "is not sent on" in record.getMessage()]
-        assert [("cookie" in line, "pass_headers: [cookie]" in line) for line in told] == [(True, True)]
+        warnings = [record.getMessage() for record in caplog.records if "is not sent on" in record.getMessage()]
+        assert [("cookie" in line, "pass_headers: [cookie]" in line) for line in warnings] == [(True, True)]
         gw.addon._tell_of_drops("app", [b"x-%d" % each for each in range(3_000)])
         assert len(gw.addon.drops_told) == 1_000, "an app that makes names up does not fill the log, nor the memory"
 
@@ -149,7 +149,7 @@ async def test_who_pays_is_chosen_by_those_alone_who_may(tmp_path, name, line):
     allowed = APP + "features: {workspace: true, user_profile: true}\n"
     reply = answer(200, "application/json", message())
     async with upstream(reply) as api, gateway(tmp_path, None, {"app": APP, "payer": allowed}, upstream=api.url) as gw:
-        said = [await send(gw, head(f"{name}: w", f"content-length: {len(body)}", token=gw.tokens[app], line=line) + body) for app in ("app", "payer")]
-        assert said[0].startswith(b"HTTP/1.1 403"), said[0]
+        answers = [await send(gw, head(f"{name}: w", f"content-length: {len(body)}", token=gw.tokens[app], line=line) + body) for app in ("app", "payer")]
+        assert answers[0].startswith(b"HTTP/1.1 403"), answers[0]
         await asyncio.sleep(0)
         assert api.received.count(f"{name}: w".encode()) == 1

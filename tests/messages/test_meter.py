@@ -229,7 +229,8 @@ def test_each_ending_is_told_apart(body: bytes, content_type: str, ending: tuple
         assert (usage.started, usage.readable, usage.complete, usage.error_type) == ending
 
 
-def test_a_stream_cut_at_any_byte_never_claims_to_be_whole_before_its_stop_reason() -> None:
+def test_a_stream_cut_before_its_stop_reason_is_never_complete() -> None:
+    """The stream is cut at every byte."""
     body = b"".join(WHOLE)
     known_from = body.index(b"event: message_stop") - 2  # message_delta is there but for its blank line, which may be missing
     for cut in range(len(body) + 1):
@@ -253,7 +254,7 @@ def test_a_count_that_is_no_count_makes_the_usage_unreadable(where: str, value: 
 
 
 @pytest.mark.parametrize("iterations", ["x", {}, [1], [{"type": "message"}], [{"input_tokens": 1, "output_tokens": None}]])
-def test_iterations_that_cannot_be_read_make_the_usage_unreadable(iterations: object) -> None:
+def test_unreadable_iterations_make_the_usage_unreadable(iterations: object) -> None:
     assert not of_json(usage={"iterations": iterations}).readable
 
 
@@ -268,7 +269,7 @@ def test_names_come_from_the_first_usage_and_are_kept() -> None:
     assert (usage.model, usage.message_id, usage.stop_reason) == ("claude-opus-5-5", "msg_1", "end_turn")
 
 
-def test_iterations_carry_their_own_model_and_an_advisor_without_one_gets_none() -> None:
+def test_iterations_have_their_own_model_an_advisor_perhaps_none() -> None:
     entries = [
         {"type": "message", "input_tokens": 1, "output_tokens": 2, "model": None},
         {"type": "advisor_message", "input_tokens": 3, "output_tokens": 4, "model": "claude-opus-5"},
@@ -293,7 +294,8 @@ def test_a_fallback_block_names_the_model_that_served() -> None:
         assert usage.fallback
 
 
-def test_a_fallback_iteration_names_the_model_that_served_and_the_first_hop_keeps_the_asked_one() -> None:
+def test_a_fallback_iteration_names_the_model_that_served() -> None:
+    """The first hop keeps the model that was asked for."""
     hops = [
         {"type": "message", "input_tokens": 535, "output_tokens": 0},
         {"type": "fallback_message", "model": "claude-opus-5-5", "input_tokens": 412, "output_tokens": 264},
@@ -323,7 +325,7 @@ def test_a_refusal_is_before_output_only_without_any_content(opening: bytes, fre
     ("content", "free"),
     [([], True), ([{"type": "text", "text": ""}], True), ([{"type": "text", "text": "I"}], False), (None, False)],
 )
-def test_a_json_refusal_is_before_output_only_without_any_content(content: object, free: bool) -> None:
+def test_a_json_refusal_is_before_output_only_without_content(content: object, free: bool) -> None:
     assert of_json(content=content, stop_reason="refusal").refused_before_output is free
 
 
@@ -384,7 +386,8 @@ def watch(*events: bytes) -> Meter:
     return meter
 
 
-def test_text_and_tool_input_are_evidence_by_their_bytes_and_thinking_is_none() -> None:
+def test_text_and_tool_input_are_evidence_and_thinking_is_none() -> None:
+    """The evidence is their bytes."""
     tool = event("content_block_delta", index=12, delta={"type": "input_json_delta", "partial_json": '{"a": "é'})
     escaped = len(json.dumps('{"a": "é')) - 2
     meter = watch(start(), block(), text("Hello"), thinking("a long thought"), tool)
@@ -396,7 +399,8 @@ def test_text_and_tool_input_are_evidence_by_their_bytes_and_thinking_is_none() 
     assert at_once.content_events == 3
 
 
-def test_padding_and_envelopes_are_no_evidence_and_a_forged_opening_is_text() -> None:
+def test_padding_and_envelopes_are_no_evidence() -> None:
+    """A forged opening inside a text counts as text."""
     padded = text("Hi").replace(b"}}\n", b"}}          \n")
     forged = text('"delta":{"type":"text_delta","text":"' + "x" * 50 + '"')
     assert watch(start(), block(), padded).seen_bytes == 2
@@ -470,7 +474,7 @@ def test_three_hundred_megabytes_in_constant_memory() -> None:
     assert peak < 2 * 2**20
 
 
-def test_an_event_of_twenty_megabytes_does_not_stay_and_does_not_end_the_reading() -> None:
+def test_an_event_of_20_mb_is_not_kept_and_does_not_end_metering() -> None:
     meter = watch(start(), block())
     tracemalloc.start()
     meter.feed(b'event: content_block_start\ndata: {"type":"content_block_start","index":1,"content_block":{"type":"x","data":"')
@@ -501,7 +505,8 @@ BATCH = b"\n".join(json.dumps(line).encode() for line in LINES) + b"\n\nnot json
 @pytest.mark.parametrize("size", [1, 50, 10_000])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
 @pytest.mark.parametrize("tail", [b"", b'{"custom_id":"z","result":{"type":"canceled"}}'], ids=["", "no last line end"])
-def test_batch_results_come_line_by_line_and_only_successes_carry_usage(size: int, pack, tail: bytes) -> None:
+def test_only_succeeded_batch_results_carry_usage(size: int, pack, tail: bytes) -> None:
+    """Results come line by line, in pieces of any size."""
     meter = BatchMeter()
     body = pack(BATCH + tail)
     results = [result for at in range(0, len(body), size) for result in meter.feed(body[at : at + size])] + list(meter.close())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gateway_addon import pricing
 from gateway_addon.calls.batches import judged
 from gateway_addon.messages import nfkc
-from gateway_addon.messages import request as reading
+from gateway_addon.messages import request as request_module
 from gateway_addon.messages.nfkc import nfkc_growth
 from gateway_addon.messages.request import Request
 from gateway_addon.policy.loading import parse_app
@@ -99,7 +99,7 @@ def test_marks_are_looked_up_one_by_one_and_never_sorted(body, endpoint, ascii_o
         if endpoint == "batch":
             judged(APP, PRICES, request, 0.0)
         else:
-            reading.read(endpoint, request)
+            request_module.read(endpoint, request)
     assert sum(visited) < 1_000
 
 
@@ -116,6 +116,6 @@ def test_a_key_given_twice_among_many_is_found_in_one_pass():
             return str.__eq__(self, other)
 
     pairs = [(Key(f"k{i}"), i) for i in range(3_000)] + [(Key("k2999"), 0)]
-    with pytest.raises(reading.Unreadable, match="'k2999' is given twice"):
-        reading._object(pairs)
+    with pytest.raises(request_module.Unreadable, match="'k2999' is given twice"):
+        request_module._object(pairs)
     assert compared < 30_000

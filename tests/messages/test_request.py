@@ -133,7 +133,7 @@ def test_the_body_limit_is_the_api_s_own():
     ],
 )
 @pytest.mark.parametrize("ascii_only", [True, False])
-def test_text_is_bounded_by_its_bytes_after_nfkc_however_it_is_escaped(text: str, bytes_min: int, ascii_only: bool):
+def test_text_is_bounded_by_its_nfkc_bytes_escaped_or_not(text: str, bytes_min: int, ascii_only: bool):
     raw = json.dumps(PLAIN | {"system": text}, ensure_ascii=ascii_only).encode()
     found = reading(raw)
     assert found.text_bytes >= max(len(raw), bytes_min + len(json.dumps(PLAIN)))
@@ -159,7 +159,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"type": "text", "text": "A" * 9_000}, 10_000, 0, 0),
     ],
 )
-def test_base64_of_images_and_pdfs_is_not_text_and_anything_else_is(block: Any, bytes_of_text_max: int, images: int, pdfs: int):
+def test_base64_of_images_and_pdfs_is_no_text_all_else_is(block: Any, bytes_of_text_max: int, images: int, pdfs: int):
     found = reading(PLAIN | {"messages": [{"role": "user", "content": [block]}]})
     assert bytes_of_text_max - 1_000 < found.text_bytes < bytes_of_text_max
     assert (found.found.images, found.found.pdfs) == (images, pdfs)
@@ -176,7 +176,8 @@ def test_base64_that_is_none_counts_as_text():
     + [({"type": "ephemeral", "ttl": ttl}, (True, True)) for ttl in ("1h", "24h")]
     + [({"ttl": "1h"}, (True, True))],
 )
-def test_a_cache_write_is_found_wherever_it_is_and_a_lifetime_not_known_is_the_dearest(cache_control: Any, expected: tuple[bool, bool]):
+def test_a_cache_write_is_found_anywhere(cache_control: Any, expected: tuple[bool, bool]):
+    """A lifetime that is not known counts as the dearest."""
     block = {"type": "text", "text": "hello", "cache_control": cache_control}
     inside = {"type": "tool_result", "tool_use_id": "x", "content": [block]}
     for body in (PLAIN | {"cache_control": cache_control}, PLAIN | {"messages": [{"role": "user", "content": [inside]}]}):
@@ -216,7 +217,7 @@ def tool_use(**fields: Any) -> dict[str, Any]:
         {"service_tier": "standard_only", "inference_geo": "global", "speed": "standard", "fallbacks": [], "container": None},
     ],
 )
-def test_what_is_text_to_the_model_or_the_default_is_no_use_of_a_feature(harmless: dict[str, Any]):
+def test_plain_text_and_defaults_use_no_feature(harmless: dict[str, Any]):
     found = reading(PLAIN | harmless)
     assert (found.found.uses, found.found.unknown, found.hour_ttl) == ([], [], False)
 
@@ -239,7 +240,7 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(st.sampled_from(["model", "max_tokens", "messages", "tools", "fallbacks", "system", "stream", "X"]), VALUES))
 @settings(max_examples=100, derandomize=True, deadline=None)  # test_two_readings looks for disagreements in bytes, many more
-def test_no_body_raises_and_what_is_read_is_what_another_parser_reads(changes: dict[str, Any]):
+def test_no_body_raises_and_another_parser_reads_the_same(changes: dict[str, Any]):
     raw = json.dumps(PLAIN | changes).encode()
     found = read("messages", request(raw))
     if isinstance(found, ParsedRequest):
@@ -249,9 +250,9 @@ def test_no_body_raises_and_what_is_read_is_what_another_parser_reads(changes: d
 
 @given(st.binary(max_size=60), st.integers(0, 100))
 @settings(max_examples=300, derandomize=True, deadline=None)
-def test_bytes_put_anywhere_are_refused_or_read_as_json_reads_them(failed_authentication: bytes, at: int):
+def test_inserted_bytes_are_refused_or_read_as_json_reads_them(inserted: bytes, at: int):
     plain = json.dumps(PLAIN).encode()
-    raw = plain[: at % len(plain)] + failed_authentication + plain[at % len(plain) :]
+    raw = plain[: at % len(plain)] + inserted + plain[at % len(plain) :]
     found = read("messages", request(raw))
     if isinstance(found, ParsedRequest):
         assert json.loads(raw.decode()) == found.body
@@ -270,7 +271,7 @@ def test_a_large_body_is_read_in_milliseconds():
     assert min(took) < 0.02  # about 1 ms on an idle machine
 
 
-def test_a_file_is_seen_wherever_it_is_named_but_for_the_echo_of_an_answer():
+def test_a_file_is_seen_anywhere_but_in_the_echo_of_an_answer():
     blocks = [
         {"type": "document", "source": {"type": "file", "file_id": "file_1"}},
         {"type": "container_upload", "file_id": "file_2"},
@@ -297,7 +298,8 @@ BODIES = st.dictionaries(FIELDS, st.lists(st.recursive(TEXT_LIKE, lambda inner: 
 @settings(deadline=None)
 @example({"messages": [{"role": "user", "content": [{"type": "image", "file_id": "f"}]}]})
 @given(BODIES)
-def test_what_is_passed_over_as_mere_text_would_have_told_nothing(body):
+def test_blocks_that_the_scan_skips_would_have_changed_nothing(body):
+    """Messages and blocks of mere text are skipped."""
     with mock.patch.object(scan, "_passed_over", return_value=False):
-        walked = scan.survey(body)
-    assert scan.survey(body) == walked
+        walked = scan.scan_request(body)
+    assert scan.scan_request(body) == walked

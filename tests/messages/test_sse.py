@@ -39,7 +39,8 @@ FRAMINGS = {
 
 
 @pytest.mark.parametrize("stream", FRAMINGS.values(), ids=FRAMINGS)
-def test_each_framing_reads_the_same_whole_bytewise_and_split_anywhere(stream: bytes) -> None:
+def test_each_framing_reads_the_same_however_it_is_split(stream: bytes) -> None:
+    """Whole, byte by byte and split at every byte."""
     assert read([stream]) == EXPECTED
     assert read(single(stream)) == EXPECTED
     for cut in range(len(stream)):
@@ -50,7 +51,7 @@ def test_several_data_lines_are_one_datum() -> None:
     assert read([b"data: {\ndata: }\n\n"]) == [(b"", b"{\n}")]
 
 
-def test_an_event_is_handed_out_with_its_blank_line_and_not_before() -> None:
+def test_an_event_comes_out_with_its_blank_line_and_not_before() -> None:
     framer = Framer()
     assert framer.feed(b"data: 1\n") == b""
     assert not framer.at_boundary
@@ -60,7 +61,8 @@ def test_an_event_is_handed_out_with_its_blank_line_and_not_before() -> None:
     assert framer.at_boundary
 
 
-def test_an_event_over_the_bound_is_skipped_and_counted_and_the_next_one_read() -> None:
+def test_an_event_over_the_bound_is_skipped_and_counted() -> None:
+    """The next event is read."""
     huge = b"event: huge\ndata: " + b"x" * 1000 + b"\n\n"
     framer = Framer(event_bytes_max=100)
     stream = TWO + huge + TWO

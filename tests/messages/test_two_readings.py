@@ -154,7 +154,7 @@ def test_nothing_is_admitted_that_two_parsers_read_differently(examples: int):
     assert judged[True] > examples // 20, "enough of them are admitted for the claim to mean something"
 
 
-def test_the_readers_see_what_a_careless_gateway_would_let_through():
+def test_the_readers_see_what_a_careless_gateway_lets_through():
     """Each kind of trick, read as a gateway would that takes the last of two keys and decodes what it can: some other reader differs."""
     careless = [
         b'{"model":"claude-opus-5-5","model":"claude-haiku-4-5","max_tokens":16}',
@@ -169,7 +169,8 @@ def test_the_readers_see_what_a_careless_gateway_would_let_through():
         assert disagreements(raw, ParsedRequest("messages", seen["model"], seen["max_tokens"], seen.get("stream", False))), raw
 
 
-async def test_what_reaches_the_api_through_a_socket_is_what_the_ledger_says_was_asked(tmp_path):
+async def test_the_api_gets_through_a_socket_what_the_ledger_has(tmp_path):
+    """Model and limits that the API reads are those that the ledger says were asked for."""
     sent: dict[str, bytes] = {}
 
     @settings(max_examples=120, derandomize=True, deadline=None, database=None)

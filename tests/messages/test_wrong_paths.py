@@ -40,24 +40,24 @@ def sentence(method, target, address=HERE):
     ],
 )
 def test_a_wrong_base_url_is_answered_with_the_right_one(method, target, served, base):
-    said = sentence(method, target)
-    assert f"is not served here, {method} {served} is; set the client's base URL to {base}" in said
-    assert said.startswith(f"{method} {target.partition('?')[0]} ")
+    refusal = sentence(method, target)
+    assert f"is not served here, {method} {served} is; set the client's base URL to {base}" in refusal
+    assert refusal.startswith(f"{method} {target.partition('?')[0]} ")
 
 
-def test_a_client_that_appends_less_is_told_its_base_url_too():
+def test_a_client_that_appends_less_gets_its_base_url_too():
     assert sentence("POST", "/v1/v1/messages").endswith("http://127.0.0.1:8080 (http://127.0.0.1:8080/v1 for a client that appends only /messages).")
 
 
-def test_behind_a_proxy_the_base_url_is_said_without_an_address():
+def test_behind_a_proxy_the_base_url_comes_without_an_address():
     assert sentence("POST", "/messages", "").endswith("set the client's base URL to the gateway's address followed by /v1.")
 
 
 @pytest.mark.parametrize("target", ["/v1/chat/completions", "/chat/completions", "/v1/responses", "/openai/v1/embeddings", "/v1/completions/"])
-def test_the_api_of_openai_is_answered_with_clients_that_speak_this_one(target):
-    said = sentence("POST", target)
-    assert "this gateway speaks the Messages API of Claude (POST /v1/messages), not the API of OpenAI" in said
-    assert "Anthropic's SDK or LiteLLM" in said
+def test_an_openai_path_is_answered_with_clients_that_fit(target):
+    refusal = sentence("POST", target)
+    assert "this gateway speaks the Messages API of Claude (POST /v1/messages), not the API of OpenAI" in refusal
+    assert "Anthropic's SDK or LiteLLM" in refusal
 
 
 @pytest.mark.parametrize(("method", "target"), [("GET", "/v1/messages"), ("POST", "/v1/agents"), ("POST", "/"), ("GET", "/v1/models/../x"), ("PUT", "/messages")])
@@ -80,7 +80,7 @@ async def test_the_sdk_with_a_wrong_base_url_shows_the_right_one(tmp_path):
         assert api.book.bytes_received == 0
 
 
-async def test_a_browser_is_told_why_pages_hold_no_tokens(tmp_path):
+async def test_a_browser_reads_why_pages_hold_no_tokens(tmp_path):
     """A preflight carries no token; many of them are throttled like other requests without one."""
     ask = b"OPTIONS /v1/messages HTTP/1.1\r\nhost: x\r\norigin: https://page.example\r\naccess-control-request-method: POST\r\n\r\n"
     async with Simulator() as api, gateway(tmp_path, api) as gw:

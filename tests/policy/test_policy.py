@@ -392,7 +392,7 @@ def test_a_clamp_lowers_the_thinking_that_no_longer_fits(body, lowered):
 
 @pytest.mark.parametrize(("limit", "asked", "too_little"), [(1_025, 2_000, False), (1_024, 2_000, True), (100, 1_100, True), (100, 100, False)])
 def test_a_clamp_that_leaves_no_thinking_is_refused(limit, asked, too_little):
-    """The API takes no budget under 1,024: a call that a clamp brings there is too_little with that sentence."""
+    """The API takes no budget under 1,024: a call that a clamp brings there is refused with that sentence."""
     clamping = app(f"max_tokens: {{limit: {limit}, over: clamp}}")
     sent = reading({"max_tokens": asked, "thinking": budget(1_050)})
     sent = reading({**sent.body, **policy.edits(clamping, sent, PRICES)})
