@@ -22,7 +22,7 @@ FLOORS = """
     policy
     pricing
     ledger identity messages
-    money windows clocks refusals names yaml_file __init__
+    money windows clocks refusals names yaml_file http_client __init__
 """
 """From the top down: a room imports rooms of lower floors, and none of its own floor beside it."""
 
@@ -30,18 +30,21 @@ ALONE = {"simulator": set(), "demo": {"simulator"}, "identity": {"names", "refus
 """Rooms that know less than their floor allows; the simulated API stands for another machine, and knows nothing of ours."""
 
 LIBRARIES = {
-    # an outside library: the rooms that may import it
+    # an outside library, or a module of it: the rooms and modules that may import it
     "mitmproxy": {"addon", "proxy"},
     "psycopg": {"ledger"}, "psycopg_pool": {"ledger"}, "sqlite3": {"ledger"}, "sqlite_utils": {"ledger"},
     "yaml": {"policy", "pricing", "yaml_file"},
     "click": {"cli", "simulator"}, "tabulate": {"cli", "demo", "operations"},
     "flask": {"console"}, "werkzeug": {"console"},
+    # who asks over the network: the one client, and those who speak to a database, to callers, or to a process of their own
+    "http.client": {"http_client"}, "urllib.request": set(), "urllib3": set(),
+    "socket": {"http_client", "ledger.store", "proxy", "calls.judging_process", "cli.serve", "console.app"},
 }  # fmt: skip
 EDGES = {"addon", "cli", "console", "demo", "operations", "onboarding", "proxy", "upstreams", "simulator", "ledger", "clocks"}
 """Rooms with modules that may read the clock, the environment and files."""
 OUTSIDE = {"time", "os", "pathlib", "io", "tempfile", "shutil", "socket", "subprocess"}
-MAY_LOOK_OUTSIDE = {"policy.loading", "pricing.loading", "calls.judging_process"}
-"""Modules of pure rooms that load files, or start a process, and do nothing else."""
+MAY_LOOK_OUTSIDE = {"policy.loading", "pricing.loading", "calls.judging_process", "http_client"}
+"""Modules of pure rooms that load files, start a process or ask over the network, and do nothing else."""
 
 
 @cache
@@ -72,7 +75,7 @@ def imported(name: str, *, when_run: bool = False) -> Iterator[str]:
             base = ".".join([*(PACKAGE.name, *above(name))[: -node.level or None], *([node.module] if node.module else [])]) if node.level else str(node.module)
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
-                yield inner if inner.removeprefix("gateway_addon.") in modules() else base
+                yield inner if not base.startswith(PACKAGE.name) or inner.removeprefix("gateway_addon.") in modules() else base
 
 
 def above(name: str) -> tuple[str, ...]:
@@ -134,7 +137,8 @@ def test_an_outside_library_is_imported_by_its_rooms_alone():
         f"{name} imports {target}"
         for name in modules()
         for target in imported(name)
-        if (rooms := LIBRARIES.get(target.partition(".")[0])) is not None and room(name) not in rooms
+        for library, rooms in LIBRARIES.items()
+        if f"{target}.".startswith(f"{library}.") and not any(f"{name}.".startswith(f"{each}.") for each in rooms)
     ]
     assert strangers == []
 

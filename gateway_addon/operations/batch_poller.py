@@ -15,6 +15,7 @@ from typing import Protocol
 from gateway_addon.calls import batch_booking
 from gateway_addon.calls.batches import PricedResults, object_of
 from gateway_addon.clocks import SYSTEM, Clocks
+from gateway_addon.http_client import PIECE_BYTES, whole
 from gateway_addon.ledger import Ledger, LedgerUnavailable, app_scope, ownership
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, ResultRow
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0  # a lookup in the ledger; how often the API is asked is the policy's
 OLDER = 20  # a batch is asked about again after this part of its age
 KEPT_FOR_S = 30 * 86_400.0  # the API keeps results for 29 days
-PIECE = 64 * 1024
 LOST_AFTER_S = 86_400.0  # so long the API must say that it has no such batch, or not all of its results, before a hold becomes a bill
 
 
@@ -123,10 +123,7 @@ class BatchPoller:
     def _whole(self, path: str) -> bytes:
         with self._ask(path) as answer:
             _expect(answer.status)
-            body = b""
-            while piece := answer.read(PIECE):
-                body += piece
-            return body
+            return whole(answer)
 
     async def _lost(self, batch: Batch, error: BatchLost) -> None:
         """Look again for a day. An API that has lost sight of a batch for a moment would cost its app the whole hold."""
@@ -156,7 +153,7 @@ class BatchPoller:
 
 def _some(answer: PolledAnswer, results: PricedResults) -> list[ResultRow] | None:
     """The next results, read and priced in a thread; None at the end."""
-    piece = answer.read(PIECE)
+    piece = answer.read(PIECE_BYTES)
     return results.feed(piece) if piece else None
 
 

@@ -5,27 +5,26 @@ Promises that asking costs nothing (one list of models, which is free), that the
 is not followed) and is in no line. An edge: it reads files, the clock, the environment and the network.
 """
 
-import http.client
 import os
 import shutil
-import ssl
 import time
 from collections.abc import Callable
-from contextlib import closing
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from gateway_addon.clocks import monotonic_s
+from gateway_addon.http_client import Egress, Unanswered
 from gateway_addon.ledger import access
 from gateway_addon.policy import GatewayPolicy, PolicyError, load, retiring
 from gateway_addon.pricing import PriceError
+from gateway_addon.upstreams.client import ask
 from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
-from gateway_addon.upstreams.egress import Egress, connect, egress
+from gateway_addon.upstreams.egress import egress
 
 DISK_FREE_BYTES_MIN = 100 * 2**20
 CLOCK_OFF_S_MAX = 60
-TIMEOUT_S = 10
+TIMEOUT_S = 10.0
 
 
 class Check(NamedTuple):
@@ -88,17 +87,10 @@ def _asked(policy: GatewayPolicy, key: str, clock: Callable[[], float]) -> list[
     began, began_monotonic_s = clock(), monotonic_s()
     try:
         answered = _list_models(policy.upstream, key, egress(policy, os.environ))
-    except ssl.SSLCertVerificationError as error:
-        unsafe = (
-            f"its certificate is not trusted ({error.verify_message}), so nothing is sent there: who stands between? "
-            "A company's own authority is named in gateway.yaml (egress.ca)"
-        )
-        return [Check("upstream", [policy.upstream], [unsafe])]
     except ValueError as error:
         return [Check("upstream", [policy.upstream], [f"{error}"])]
-    except (OSError, http.client.HTTPException) as error:
-        away = f"it cannot be reached ({type(error).__name__}): see the network, a firewall, or `upstream` in gateway.yaml"
-        return [Check("upstream", [policy.upstream], [away])]
+    except Unanswered as error:
+        return [Check("upstream", [policy.upstream], [_unanswered(error)])]
     took_s = monotonic_s() - began_monotonic_s
     up = [] if answered.status < 500 else [f"it answers {answered.status}: see the provider's status page"]
     checks = [Check("upstream", [f"{policy.upstream} answers in {took_s * 1000:.0f} ms"], up)]
@@ -113,6 +105,15 @@ def _asked(policy: GatewayPolicy, key: str, clock: Callable[[], float]) -> list[
     return checks
 
 
+def _unanswered(error: Unanswered) -> str:
+    if error.untrusted is None:
+        return f"{error}: see the network, a firewall, or `upstream` in gateway.yaml"
+    return (
+        f"its certificate is not trusted ({error.untrusted}), so nothing is sent there: who stands between? "
+        "A company's own authority is named in gateway.yaml (egress.ca)"
+    )
+
+
 def _clock(theirs: float, ours: float) -> Check:
     off_s = ours - theirs
     way = "ahead of" if off_s > 0 else "behind"
@@ -122,16 +123,13 @@ def _clock(theirs: float, ours: float) -> Check:
 
 
 def _list_models(upstream: str, key: str, way: Egress) -> Answered:
-    """GET /v1/models, which is free. Raises OSError and HTTPException."""
-    with closing(connect(upstream, way, TIMEOUT_S)) as connection:
-        connection.request("GET", "/v1/models?limit=1", headers={"x-api-key": key, "anthropic-version": "2023-06-01"})
-        response = connection.getresponse()
-        response.read()
-        date = response.getheader("date")
+    """GET /v1/models, which is free. Raises Unanswered."""
+    with ask(upstream, "/v1/models?limit=1", key, way, timeout_s=TIMEOUT_S) as answer:
+        status, date = answer.status, answer.header("date")
     try:
-        return Answered(response.status, parsedate_to_datetime(date).timestamp() if date else None)
+        return Answered(status, parsedate_to_datetime(date).timestamp() if date else None)
     except ValueError:
-        return Answered(response.status, None)
+        return Answered(status, None)
 
 
 def _source(policy: GatewayPolicy) -> str:

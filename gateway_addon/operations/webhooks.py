@@ -7,16 +7,13 @@ appears in no log. A webhook can hear of an alert twice only if a process dies b
 
 import asyncio
 import logging
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any
-from urllib.parse import urlsplit
 
 from gateway_addon.calls import alerts
+from gateway_addon.http_client import STRAIGHT, Egress, Unanswered, ask
 from gateway_addon.ledger import Alert, DueAlert, Ledger, LedgerUnavailable
 from gateway_addon.policy import Alerts, GatewayPolicy, Source, all_caps, retiring
 
@@ -30,10 +27,18 @@ QUEUE_MAX = 1000  # news that waits for a ledger that is away; the oldest goes f
 
 
 class AlertDelivery:
-    """One process's. `secret` reads a webhook's address (raises where it cannot); `clock` returns unix seconds."""
+    """One process's. `secret` reads a webhook's address (raises where it cannot), to which `way` leads; `clock` returns unix seconds."""
 
-    def __init__(self, ledger: Ledger, secret: Callable[[Source], str], clock: Callable[[], float], *, retry_s: float = RETRY_S):
-        self._ledger, self._secret, self._clock, self._retry_s = ledger, secret, clock, retry_s
+    def __init__(
+        self,
+        ledger: Ledger,
+        secret: Callable[[Source], str],
+        clock: Callable[[], float],
+        way: Callable[[str], Egress] = lambda url: STRAIGHT,
+        *,
+        retry_s: float = RETRY_S,
+    ):
+        self._ledger, self._secret, self._clock, self._way, self._retry_s = ledger, secret, clock, way, retry_s
         self._news: deque[Alert] = deque(maxlen=QUEUE_MAX)
         self._passed: frozenset[tuple[str, str]] = frozenset()
         """Thresholds known to be told: scope and `once`."""
@@ -113,39 +118,23 @@ class AlertDelivery:
             return
         try:
             address = self._secret(to.webhook)
-            await asyncio.to_thread(_post, address, alerts.payload(due.alert, due.at, address, to.format))
+            await asyncio.to_thread(post, address, alerts.payload(due.alert, due.at, address, to.format), self._way)
         except Exception as error:
             logger.warning("An alert could not be sent (try %d): %s.", due.tries, _what_failed(error))
         else:
             self._ledger.alert_done(due.id, self._clock())
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A webhook that moves is an error: urllib would follow it with a GET, to wherever it points."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-_open = urllib.request.build_opener(_NoRedirect).open
-
-
-def _post(address: str, body: bytes) -> None:
-    """Send, in a thread. Raises what urllib raises, ValueError for an address that is neither https nor this machine."""
-    parts = urlsplit(address)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")):
-        raise ValueError
-    request = urllib.request.Request(address, body, {"content-type": "application/json"}, method="POST")
-    with _open(request, timeout=POST_TIMEOUT_S):
-        pass
+def post(address: str, body: bytes, way: Callable[[str], Egress]) -> None:
+    """Send, in a thread. Raises Unanswered, and what finding the way raises."""
+    headers = {"content-type": "application/json", "user-agent": "gateway-addon"}
+    sent = ask(address, "the webhook", timeout_s=POST_TIMEOUT_S, way=way(address), method="POST", headers=headers, body=body, inside=True)
+    with sent as answer:
+        if not 200 <= answer.status < 300:
+            phrase = HTTPStatus(answer.status).phrase if answer.status in list(HTTPStatus) else ""
+            raise Unanswered(f"the webhook answered {answer.status} {phrase}".rstrip())
 
 
 def _what_failed(error: Exception) -> str:
-    """For the log: the kind of failure, and never its words, which can hold the address."""
-    match error:
-        case urllib.error.HTTPError(code=status):
-            return f"the webhook answered {status}" + (f" {HTTPStatus(status).phrase}" if status in list(HTTPStatus) else "")
-        case ValueError():
-            return "the webhook's address is not an https address"
-        case _:
-            return f"the webhook failed ({type(error).__name__})"
+    """Return the kind of failure, for the log, and never its words, which can hold the address."""
+    return f"{error}" if isinstance(error, Unanswered) else f"the webhook failed ({type(error).__name__})"

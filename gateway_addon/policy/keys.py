@@ -159,7 +159,8 @@ ALERTS = _group(
         "at": Key(listing(PERCENT), "tell when this share of a cap is spent; unless given, as in gateway.yaml, else 50, 80, 95, 100%", ()),
         "webhook": Key(
             SOURCE,
-            "where to send alerts: its https address is read from there, since such addresses are secrets; without it, gateway.yaml's",
+            "where to send alerts: its address (https, or http inside the network) is read from there, since such addresses are secrets; "
+            "without it, gateway.yaml's",
             None,
         ),
         "format": Key(word("json", "slack"), "what the webhook takes; unless given, `slack` for hooks.slack.com, else `json`", None),
@@ -354,12 +355,12 @@ GATEWAY: dict[str, Key] = {
         {
             "proxy": Key(
                 either(parsed(_way_out, {"type": "string", "format": "uri"}, "an address (`http://proxy:3128`)"), SOURCE),
-                "a proxy to reach the upstream through; one with a password is a secret, so name where it is read from",
+                "a proxy to go through; one with a password is a secret, so name where it is read from",
                 None,
             ),
             "ca": Key(text(), "path of the certificate authorities (PEM) to trust there instead of the usual ones", None),
         },
-        "the way to the upstream; unless given, as HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE and SSL_CERT_DIR say; "
+        "the way to the upstream and to webhooks; unless given, as HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE and SSL_CERT_DIR say; "
         "to change it, restart the gateway",
         EgressPolicy(),
     ),

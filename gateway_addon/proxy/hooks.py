@@ -24,13 +24,13 @@ from gateway_addon.calls.responses import OwnResponse, cap_headers, edited_heade
 from gateway_addon.calls.running import Admission
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.clocks import SYSTEM, Clocks
+from gateway_addon.http_client import STRAIGHT
 from gateway_addon.messages import header_filter
 from gateway_addon.messages.request import Request
 from gateway_addon.proxy import backpressure, inject, request_head
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.flows import FlowState, close_forgotten
 from gateway_addon.refusals import Refusal, new_request_id
-from gateway_addon.upstreams.egress import STRAIGHT
 
 logger = logging.getLogger(__name__)
 

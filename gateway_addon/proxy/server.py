@@ -26,6 +26,7 @@ from OpenSSL import SSL
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.calls.record import CallRecord, OnCall
 from gateway_addon.clocks import SYSTEM
+from gateway_addon.http_client import STRAIGHT, Egress
 from gateway_addon.ledger import Ledger, ServerAddress
 from gateway_addon.ledger.store.sqlite_files import ledger_path, state_folder
 from gateway_addon.operations import tracing
@@ -34,7 +35,7 @@ from gateway_addon.operations.daily_totals_job import DailyTotalsJob
 from gateway_addon.operations.logs import call_line, say_plainly
 from gateway_addon.operations.reload import PolicyWatcher, align, audit_key, must_agree, saved_by
 from gateway_addon.operations.webhooks import AlertDelivery
-from gateway_addon.policy import GatewayPolicy, load
+from gateway_addon.policy import GatewayPolicy, Source, load
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.fastpath import connection, dispatch, relay, whole
 from gateway_addon.proxy.hooks import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
@@ -43,7 +44,7 @@ from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import ListeningLoop, stop_signals, when_the_parent_ends
 from gateway_addon.upstreams.client import ask
 from gateway_addon.upstreams.credentials import WatchedSecret, keep_fresh
-from gateway_addon.upstreams.egress import STRAIGHT, Egress, egress
+from gateway_addon.upstreams.egress import egress
 
 logger = logging.getLogger(__name__)
 
@@ -195,14 +196,18 @@ async def assembled(
     await must_agree(ledger, policy)
     await align(ledger, policy, saved_by(policies))
     await audit_key(ledger, key)
-    alert_delivery = AlertDelivery(ledger, lambda source: WatchedSecret(source, withheld=policy.secret_variables)(), time.time)
+
+    def webhook(source: Source) -> str:
+        return WatchedSecret(source, withheld=policy.secret_variables)()
+
+    alert_delivery = AlertDelivery(ledger, webhook, time.time, partial(egress, policy, os.environ))
     gate = Gateway(ledger, policy, SYSTEM, alert_delivery.emit, entrance, on_call)
     refused = asyncio.Event()
     addon = make(gate, key, key_refused=refused.set)
     watcher = PolicyWatcher(policies, gate, key)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, watcher.read_again)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    batch_poller = BatchPoller(ledger, lambda: gate.policy, lambda path: ask(gate.policy.upstream, path, key, addon.way), gate.batch_closed)
+    batch_poller = BatchPoller(ledger, lambda: gate.policy, lambda path: ask(policy.upstream, path, key(), addon.way), gate.batch_closed)
     daily_totals_job = DailyTotalsJob(ledger, time.time)
     jobs = (
         watcher.watch(),

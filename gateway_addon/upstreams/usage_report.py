@@ -1,22 +1,20 @@
 """Ask the provider's Usage & Cost Admin API about the whole organisation, by day.
 
-Does I/O: it asks over the network, with the admin key, the policy's upstream alone (a redirect is an error, not followed).
-Promises values or one sentence, never the key.
+Promises values or one sentence, never the key, which goes to the policy's upstream alone (a redirect is an error, not followed).
 """
 
-import http.client
 import json
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any, Self
 from urllib.parse import urlencode
 
-from gateway_addon.upstreams.egress import STRAIGHT, Egress, connect
+from gateway_addon.http_client import STRAIGHT, Egress, Unanswered, whole
+from gateway_addon.upstreams.client import ask
 
-TIMEOUT_S = 60
+TIMEOUT_S = 60.0
 DAYS_A_PAGE = 31
 USAGE = "/v1/organizations/usage_report/messages"
 COST = "/v1/organizations/cost_report"
@@ -97,30 +95,27 @@ class AdminApi:
         return [_charged(day, result) for day, result in found if not workspaces or result.get("workspace_id") in workspaces]
 
     def _results(self, path: str, query: list[tuple[str, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        with closing(connect(self._upstream, self._way, TIMEOUT_S)) as connection:
-            page: list[tuple[str, str]] = []
-            for _ in range(PAGES_MAX):
-                answer = self._get(connection, f"{path}?{urlencode([*query, *page])}")
-                self._pages += 1
-                self._tell(self._pages)
-                for bucket in answer["data"]:
-                    day = int(datetime.fromisoformat(bucket["starting_at"]).timestamp()) // 86400
-                    yield from ((day, result) for result in bucket["results"])
-                if not answer["has_more"]:
-                    return
-                page = [("page", str(answer["next_page"]))]
+        page: list[tuple[str, str]] = []
+        for _ in range(PAGES_MAX):
+            answer = self._get(f"{path}?{urlencode([*query, *page])}")
+            self._pages += 1
+            self._tell(self._pages)
+            for bucket in answer["data"]:
+                day = int(datetime.fromisoformat(bucket["starting_at"]).timestamp()) // 86400
+                yield from ((day, result) for result in bucket["results"])
+            if not answer["has_more"]:
+                return
+            page = [("page", str(answer["next_page"]))]
         raise ReportUnavailable(f"The provider's report {path} does not end. Choose a shorter period.")
 
-    def _get(self, connection: http.client.HTTPConnection, target: str) -> dict[str, Any]:
-        headers = {"x-api-key": self._key, "anthropic-version": "2023-06-01"}
+    def _get(self, target: str) -> dict[str, Any]:
         try:
-            connection.request("GET", target, headers=headers)
-            response = connection.getresponse()
-            body = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise ReportUnavailable(f"The provider's reports cannot be reached ({type(error).__name__}). Try again later.") from None
-        if response.status != 200:
-            raise ReportUnavailable(_refused(response.status))
+            with ask(self._upstream, target, self._key, self._way, timeout_s=TIMEOUT_S) as answered:
+                if answered.status != 200:
+                    raise ReportUnavailable(_refused(answered.status))
+                body = whole(answered)
+        except Unanswered as error:
+            raise ReportUnavailable(f"The provider's reports cannot be had: {error}. Try again later.") from None
         try:
             answer = json.loads(body)
             if isinstance(answer["data"], list) and isinstance(answer["has_more"], bool):

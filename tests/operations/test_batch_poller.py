@@ -15,6 +15,7 @@ from ledgers import rows
 from processes import ledgered
 
 from gateway_addon.clocks import Clocks
+from gateway_addon.http_client import Unanswered
 from gateway_addon.ledger import admin, batches
 from gateway_addon.ledger.batches import PAUSE_MAX_S
 from gateway_addon.ledger.maintenance import invariants
@@ -60,7 +61,7 @@ async def kept(folder, ask=None, behaviour=SLOW):
     async with Simulator(behaviour=behaviour) as api, gateway(folder, api, {"app": APP}, "timeouts: {batch_poll: 60s}") as gw:
         made = await gw.client().messages.batches.create(requests=REQUESTS)
         clock = [time.time() + 61]
-        ask = ask or (lambda path: upstream.ask(api.url, path, lambda: KEY))
+        ask = ask or (lambda path: upstream.ask(api.url, path, KEY))
         batch_poller = BatchPoller(gw.gate.ledger, lambda: gw.gate.policy, ask, gw.gate.batch_closed, Clocks(lambda: clock[0], lambda: clock[0]))
         yield gw, batch_poller, clock, made.id
 
@@ -112,7 +113,7 @@ FAILURES = {
     "a redirect": (302, b""),
     "another program's page": (200, b"<html>"),
     "another batch": shown("msgbatch_another", "ended"),
-    "silence": upstream.UpstreamSilent("gone"),
+    "silence": Unanswered("gone"),
     "no network": OSError("refused"),
     "a bug": RuntimeError("a bug"),
 }
@@ -335,7 +336,7 @@ async def test_of_several_keepers_one_asks(tmp_path):
     async with kept(tmp_path) as (gw, batch_poller, clock, id):
         gw.api.batches.made[id].ends_at = time.time()
         fake_clock = clock[0]
-        others = [BatchPoller(gw.gate.ledger, lambda: gw.gate.policy, partial(upstream.ask, gw.api.url, key=lambda: KEY), gw.gate.batch_closed, Clocks(lambda: fake_clock)) for _ in range(3)]
+        others = [BatchPoller(gw.gate.ledger, lambda: gw.gate.policy, partial(upstream.ask, gw.api.url, key=KEY), gw.gate.batch_closed, Clocks(lambda: fake_clock)) for _ in range(3)]
         asked = await asyncio.gather(*(each.look() for each in (batch_poller, *others)))
         assert sorted(asked) == [False, False, False, True]
         assert await gw.spent_nano() == gw.api.book.billed_nano

@@ -187,7 +187,7 @@ def say(status, date):
         (say(200, "date: Mon, 23 Nov 2026 00:00:00 GMT\r\n"), "s off: set it by NTP"),
         (say(200, "date: yesterday\r\n"), None),
         (say(302, "location: http://127.0.0.1:1/\r\n"), None),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", "it cannot be reached (BadStatusLine)"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "the Claude API cannot be reached (BadStatusLine)"),
     ],
 )
 async def test_what_is_wrong_with_the_upstream_or_the_clock_is_named(path, policies, said, finding):

@@ -208,7 +208,7 @@ async def test_a_clock_set_back_does_not_hold_an_alert_up(ledger, back_s, due):
 
 @pytest.mark.parametrize(
     ("address", "said"),
-    [("http://example.org/secret-path", "not an https address"), ("file:///etc/secret-path", "not an https address"), (None, "KeyError")],
+    [("http://8.8.8.8/secret-path", "use https"), ("file:///etc/secret-path", "not of the form https://HOST/PATH"), (None, "KeyError")],
 )
 async def test_an_address_that_is_none_is_said_without_showing_it(tmp_path, ledger, caplog, address, said):
     alert_delivery = herald_of(ledger, address, retry_s=60)
