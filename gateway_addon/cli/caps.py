@@ -1,140 +1,251 @@
-"""`gateway cap raise`, `pause`, `resume`, `adjust`, `overrun clear`: the bad night. In force on the next call, in every process."""
+"""`gateway cap list|raise|withdraw|limit`: what may be spent, changed for a while. In force on the next call, in every process."""
 
 import getpass
+import json
 import time
+from datetime import tzinfo
 from pathlib import Path
+from typing import Any
 
 import click
+from tabulate import tabulate
 
-from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, ledger_option, policies_option, says_errors, stop
-from gateway_addon.cli.times import day, moment
-from gateway_addon.ledger import LedgerUnavailable, admin, app_scope, team_scope
+from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, json_option, ledger_option, policies_option, says_errors, stop, why_option
+from gateway_addon.cli.scopes import scope_of, typed
+from gateway_addon.cli.times import shown, to_come
+from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger.reports.day_cache import ReadConnection
+from gateway_addon.ledger.reservations import capped, zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.ledger.types import TOTAL
+from gateway_addon.ledger.types import Limit, Raise
 from gateway_addon.money import dollars, parse_nano
-from gateway_addon.policy import GatewayPolicy, PolicyError, load
-from gateway_addon.pricing import PriceError
+from gateway_addon.policy import Cap, Outline, outline
 from gateway_addon.windows import WINDOWS
 
-SAY = says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError)
-why_option = click.option("--why", default="", help="Kept in the audit trail.")
+SAY = says_errors(LedgerUnavailable, ValueError)
+AMOUNTS = {"ignore_unknown_options": True}  # -5 is an amount, and refused as one
+window_argument = click.argument("window", type=click.Choice(WINDOWS))
 
 
-@click.group(epilog="Example: gateway cap raise reviews day 5 --until 2026-12-01")
+@click.group(epilog="Example: gateway cap list")
 def cap() -> None:
-    """Change what may be spent, for a while. Caps themselves live in the policy files."""
+    """Change what may be spent, for a while, and take it back. Caps themselves live in the policy files."""
 
 
-@cap.command("raise", epilog="Example: gateway cap raise reviews day 5 --until 12h --why 'launch day'")
+@cap.command("list", epilog="Example: gateway cap list reviews")
+@click.argument("name", metavar="[APP]", required=False)
+@json_option
+@policies_option
+@ledger_option
+@SAY
+def list_caps(name: str | None, as_json: bool, policies: Path, ledger: str) -> None:
+    """List the caps of APP (or team:NAME, total; all without it), and the raises and limits in force: until when, by whom, why."""
+    now, found = time.time(), outline(policies)
+    with admin.reading(ledger_path(ledger)) as db:
+        calendar = zone(db)
+        wanted = None if name is None else scope_of(name, db, found)
+        asked = [
+            Cap(scope, window, nano) for scope, caps in found.caps.items() for window, nano in (caps or {}).items() if window != "request"
+        ]
+        standings = capped(db, [each for each in asked if wanted in (None, each.scope)], now=now)
+        raises = [each for each in admin.raises(db, now=now) if wanted in (None, each.scope)]
+        limits = [each for each in admin.limits(db) if wanted in (None, each.scope)]
+    policy_nano = {(each.scope, each.window): each.amount_nano for each in asked}
+    unread = [scope for scope, caps in found.caps.items() if caps is None and wanted in (None, scope)]
+    rows = [
+        {
+            "scope": each.scope,
+            "window": each.window,
+            "policy_nano": policy_nano[each.scope, each.window],
+            "raised_nano": each.raised_nano,
+            "limit_nano": each.limit_nano,
+            "in_force_nano": each.cap_nano,
+            "spent_nano": each.spent_nano,
+            "held_nano": each.reserved_nano,
+        }
+        for each in standings
+    ]
+    if as_json:
+        changes = {"raises": [each._asdict() for each in raises], "limits": [each._asdict() for each in limits]}
+        click.echo(json.dumps({"caps": rows, **changes, "unread": unread}, indent=2))
+        return
+    click.echo(_caps_table(rows) if rows else "No caps.")
+    if raises or limits:
+        click.echo(f"\n{_changes_table(raises, limits, calendar)}")
+    if unread:
+        click.echo(
+            f"\nNot shown, since their files cannot be read now (gateway check says why): {', '.join(map(typed, unread))}.", err=True
+        )
+
+
+@cap.command("raise", epilog="Example: gateway cap raise reviews day 5 --until 12h --why 'launch day'", context_settings=AMOUNTS)
 @click.argument("name", metavar="APP")
-@click.argument("window", type=click.Choice(WINDOWS))
+@window_argument
 @click.argument("amount")
 @click.option("--until", required=True, metavar="DATE", help="When the raise ends: 2026-12-01, 12h, 3d.")
+@click.option("--replace", type=ROW_NUMBER, metavar="ID", help="In place of this raise (see gateway cap list) instead of beside it.")
+@click.option("--lift-limit", is_flag=True, help="Take away the limit that would hold it down.")
+@json_option
 @why_option
 @policies_option
 @ledger_option
 @SAY
-def raise_cap(name: str, window: str, amount: str, until: str, why: str, policies: Path, ledger: str) -> None:
+def raise_cap(
+    name: str,
+    window: str,
+    amount: str,
+    until: str,
+    replace: int | None,
+    lift_limit: bool,
+    as_json: bool,
+    why: str,
+    policies: Path,
+    ledger: str,
+) -> None:
     """Add AMOUNT on top of the cap of APP (or team:NAME, or total) in each WINDOW, until a date."""
-    now = time.time()
-    policy = load(policies)
-    scope, ends_at, amount_nano = _scope(name, policy), moment(until, now), parse_nano(amount)
-    limits = {TOTAL: policy.caps, **{team_scope(team): each.caps for team, each in policy.teams.items()}}
-    limits |= {app_scope(app): each.caps for app, each in policy.apps.items()}
-    if window not in limits[scope]:
-        stop(f"{name} has no cap for a {window}, so there is nothing to raise; its caps: {', '.join(limits[scope]) or 'none'}.")
+    now, who, found, amount_nano = time.time(), getpass.getuser(), outline(policies), _amount(amount, f"gateway cap limit {name} {window}")
     with admin.changing(ledger_path(ledger)) as db:
-        admin.raise_cap(db, scope, window, amount_nano, until=ends_at, who=getpass.getuser(), why=why, now=now)
-    base_nano = limits[scope][window]  # type: ignore[index]  # a key of this mapping, as looked up above
-    click.echo(f"{name} may spend {dollars(amount_nano)} above its {dollars(base_nano)} a {window}, until {day(ends_at)} UTC.")
+        scope, calendar = scope_of(name, db, found), zone(db)
+        ends_at, base_nano = to_come(until, now, calendar), _base_nano(name, scope, window, found)
+        if replace is not None:
+            replaced = admin.withdraw_raise(db, replace, who=who, why=why or "replaced", now=now)
+            if (replaced.scope, replaced.window) != (scope, window):
+                raise ValueError(
+                    f"raise {replace} is of {typed(replaced.scope)} {replaced.window}, not of {name} {window}: nothing was changed"
+                )
+        beside = [each for each in admin.raises(db, now=now) if (each.scope, each.window) == (scope, window)]
+        together_nano = amount_nano + sum(each.amount_nano for each in beside)
+        limit = _limit_of(db, scope, window)
+        if limit and lift_limit:
+            admin.lift_limit(db, scope, window, who=who, why=why, now=now)
+        elif limit and (base_nano is None or limit.amount_nano < base_nano + together_nano):
+            _held_down(name, limit, calendar)
+        made = admin.raise_cap(db, scope, window, amount_nano, until=ends_at, who=who, why=why, now=now)
+    if as_json:
+        click.echo(json.dumps(made._asdict() | {"adds_to": [each.id for each in beside], "raised_nano": together_nano}))
+        return
+    above = "its cap" if base_nano is None else f"its {dollars(base_nano)}"
+    click.echo(f"{name} may spend {dollars(amount_nano)} above {above} a {window}, until {shown(ends_at, calendar)} (raise {made.id}).")
+    if beside:
+        others = ", ".join(f"{each.id} of {dollars(each.amount_nano)}" for each in beside)
+        click.echo(f"It adds to raise {others}: {dollars(together_nano)} above in all. To change one instead: --replace ID.")
 
 
-@click.command(epilog="Example: gateway pause experiments --until 8h --why 'runaway loop'")
-@click.argument("name", metavar="APP", required=False)
-@click.option("--all", "everything", is_flag=True, help="Every app.")
-@click.option("--until", metavar="DATE", help="End by itself then: 2026-12-01, 12h. Without it: until gateway resume.")
-@click.option("--now", "cut", is_flag=True, help="End streams in flight too, within a second or so.")
+@cap.command(epilog="Example: gateway cap withdraw 3 --why 'meant 5, not 500'")
+@click.argument("number", metavar="ID", type=ROW_NUMBER)
+@json_option
+@why_option
+@ledger_option
+@SAY
+def withdraw(number: int, as_json: bool, why: str, ledger: str) -> None:
+    """Take the raise ID back, from the next call on. gateway cap list shows the raises in force."""
+    with admin.changing(ledger_path(ledger)) as db:
+        gone = admin.withdraw_raise(db, number, who=getpass.getuser(), why=why, now=time.time())
+    if as_json:
+        click.echo(json.dumps(gone._asdict()))
+    else:
+        click.echo(f"{typed(gone.scope)} may no longer spend {dollars(gone.amount_nano)} above its cap a {gone.window}.")
+
+
+@cap.command(epilog="Example: gateway cap limit reviews day 1 --why 'until the loop is found'", context_settings=AMOUNTS)
+@click.argument("name", metavar="APP")
+@window_argument
+@click.argument("amount", required=False)
+@click.option("--lift", is_flag=True, help="Take the limit away.")
+@json_option
 @why_option
 @policies_option
 @ledger_option
 @SAY
-def pause(name: str | None, everything: bool, until: str | None, cut: bool, why: str, policies: Path, ledger: str) -> None:
-    """Refuse every further call of APP (or team:NAME, or --all)."""
-    scope, now = _which(name, everything, policies), time.time()
-    ends_at = None if until is None else moment(until, now)
+def limit(name: str, window: str, amount: str | None, lift: bool, as_json: bool, why: str, policies: Path, ledger: str) -> None:
+    """Lower the cap of APP (or team:NAME, or total) to AMOUNT in each WINDOW, raises or not, until --lift."""
+    if lift == (amount is not None):
+        stop("Say to what: an AMOUNT, or --lift to take the limit away.")
+    now, who, found = time.time(), getpass.getuser(), outline(policies)
+    amount_nano = None if amount is None else _amount(amount, f"gateway cap limit {name} {window} 0")
     with admin.changing(ledger_path(ledger)) as db:
-        admin.pause(db, scope, until=ends_at, cut=cut, who=getpass.getuser(), why=why, now=now)
-    ending = "until gateway resume" if ends_at is None else f"until {day(ends_at)} UTC"
-    click.echo(f"{scope} is paused {ending}. Calls in flight {'are cut' if cut else 'may finish'}.")
+        scope = scope_of(name, db, found)
+        if amount_nano is None:
+            before = admin.lift_limit(db, scope, window, who=who, why=why, now=now)
+        else:
+            base_nano = _base_nano(name, scope, window, found)
+            if base_nano is not None and amount_nano > base_nano:
+                way_out = f"gateway cap raise {name} {window} AMOUNT --until DATE"
+                raise ValueError(f"a limit lowers a cap, and {name} has {dollars(base_nano)} a {window}: to raise it, {way_out}")
+            before = admin.limit_cap(db, scope, window, amount_nano, who=who, why=why, now=now)
+    if lift and before is None:
+        stop(f"{name} has no limit for a {window}; gateway cap list shows those in force.", PROBLEM)
+    if as_json:
+        click.echo(json.dumps({"scope": scope, "window": window, "amount_nano": amount_nano, "before_nano": before and before.amount_nano}))
+    elif amount_nano is None:
+        click.echo(f"{name} has its cap for a {window} again, raises included.")
+    else:
+        click.echo(
+            f"{name} may spend {dollars(amount_nano)} a {window}, whatever its raises, until gateway cap limit {name} {window} --lift."
+        )
 
 
-@click.command(epilog="Example: gateway resume experiments")
-@click.argument("name", metavar="APP", required=False)
-@click.option("--all", "everything", is_flag=True, help="The pause of every app.")
-@why_option
-@policies_option
-@ledger_option
-@SAY
-def resume(name: str | None, everything: bool, why: str, policies: Path, ledger: str) -> None:
-    """End a pause of APP (or team:NAME, or --all)."""
-    scope = _which(name, everything, policies)
-    with admin.changing(ledger_path(ledger)) as db:
-        ended = admin.resume(db, scope, who=getpass.getuser(), why=why, now=time.time())
-    if not ended:
-        stop(f"{scope} was not paused.", PROBLEM)
-    click.echo(f"{scope} may call again.")
+def _amount(text: str, instead: str) -> int:
+    """An amount as typed. Raises ValueError for one below zero too, with the command that was probably meant."""
+    if text.lstrip().startswith("-"):
+        raise ValueError(f"{text} is below zero; to lower a cap: {instead}")
+    return parse_nano(text)
 
 
-@click.command(
-    context_settings={"ignore_unknown_options": True},  # -0.25 is an amount
-    epilog="Example: gateway adjust 4711 -0.25 --why 'invoice shows less'",
-)
-@click.argument("call_id", type=ROW_NUMBER)
-@click.argument("amount")
-@click.option("--why", required=True, help="Kept in the audit trail.")
-@ledger_option
-@SAY
-def adjust(call_id: int, amount: str, why: str, ledger: str) -> None:
-    """Correct what call CALL_ID cost by AMOUNT (-0.25 takes off), as an entry of its own. The view `spend` of the ledger shows ids."""
-    delta_nano = -parse_nano(amount[1:]) if amount.startswith("-") else parse_nano(amount)
-    with admin.changing(ledger_path(ledger)) as db:
-        cost_nano = admin.adjust(db, call_id, delta_nano, who=getpass.getuser(), why=why, now=time.time())
-    click.echo(f"Call {call_id} now costs {dollars(cost_nano)}.")
+def _base_nano(name: str, scope: str, window: str, found: Outline) -> int | None:
+    """The policy's cap; None where its file cannot be read now. Raises ValueError where there is none to change."""
+    caps = found.caps.get(scope)
+    if caps is None:
+        click.echo(
+            f"The file of {name} cannot be read now: this changes the cap that is in force for a {window}, if there is one.", err=True
+        )
+        return None
+    if window not in caps:
+        raise ValueError(f"{name} has no cap for a {window} to change; its caps: {', '.join(caps) or 'none'}. Write one in its policy file")
+    return caps[window]  # type: ignore[index]  # a key of this mapping, as looked up above
 
 
-@click.group(epilog="Example: gateway overrun clear claude-opus-5-5")
-def overrun() -> None:
-    """Models whose bill passed a grant: reserved in full until an operator has looked."""
+def _limit_of(db: ReadConnection, scope: str, window: str) -> Limit | None:
+    return next((each for each in admin.limits(db) if (each.scope, each.window) == (scope, window)), None)
 
 
-@overrun.command("clear", epilog="Example: gateway overrun clear claude-opus-5-5 --why 'pace raised in prices.yaml'")
-@click.argument("model")
-@why_option
-@ledger_option
-@SAY
-def clear(model: str, why: str, ledger: str) -> None:
-    """Let MODEL reserve in steps again."""
-    with admin.changing(ledger_path(ledger)) as db:
-        cleared = admin.clear_overrun(db, model, who=getpass.getuser(), why=why, now=time.time())
-    if not cleared:
-        stop(f"{model} was not held back.", PROBLEM)
-    click.echo(f"{model} reserves in steps again.")
+def _held_down(name: str, limit: Limit, calendar: tzinfo) -> None:
+    why = f" ({limit.why})" if limit.why else ""
+    stop(
+        f"{name} is limited to {dollars(limit.amount_nano)} a {limit.window} by {limit.who} since {shown(limit.since, calendar)}{why}, "
+        "so a raise would have no effect or not its whole one. To take the limit away with it: --lift-limit.",
+        PROBLEM,
+    )
 
 
-def _which(name: str | None, everything: bool, policies: Path) -> str:
-    if everything == (name is not None):
-        stop("Say which: an APP, team:NAME, or --all.")
-    return TOTAL if name is None else _scope(name, load(policies))
+def _caps_table(rows: list[dict[str, Any]]) -> str:
+    names = ("policy_nano", "raised_nano", "limit_nano", "in_force_nano", "spent_nano", "held_nano")
+    cells = [
+        (
+            typed(row["scope"]),
+            row["window"],
+            *("" if row[name] is None or (not row[name] and name == "raised_nano") else dollars(row[name]) for name in names),
+        )
+        for row in rows
+    ]
+    heads = ("of", "window", "policy", "raised", "limit", "in force", "spent", "held")
+    return tabulate(cells, headers=heads, disable_numparse=True, colalign=("left", "left", *["right"] * 6))
 
 
-def _scope(name: str, policy: GatewayPolicy) -> str:
-    """The ledger's scope for what people write. Raises ValueError for what no policy knows."""
-    kind, colon, team = name.partition(":")
-    if name == TOTAL:
-        return TOTAL
-    if colon and kind == "team" and team in policy.teams:
-        return team_scope(team)
-    if name in policy.apps:
-        return app_scope(name)
-    known = [*sorted(policy.apps), *(f"team:{team}" for team in sorted(policy.teams)), TOTAL]
-    raise ValueError(f"{name!r} is no app, team or total of this policy; it knows {', '.join(known)}")
+def _changes_table(raises: list[Raise], limits: list[Limit], calendar: tzinfo) -> str:
+    cells = [
+        (
+            f"raise {each.id}",
+            typed(each.scope),
+            each.window,
+            f"+{dollars(each.amount_nano)}",
+            shown(each.until, calendar),
+            each.who,
+            each.why,
+        )
+        for each in raises
+    ]
+    cells += [("limit", typed(each.scope), each.window, dollars(each.amount_nano), "--lift", each.who, each.why) for each in limits]
+    return tabulate(
+        cells, headers=("change", "of", "window", "amount", "until", "by", "why"), disable_numparse=True, maxcolwidths=[None] * 6 + [40]
+    )

@@ -39,6 +39,14 @@ def ledger_option[F: Callable[..., Any]](command: F) -> F:
     )(command)
 
 
+def json_option[F: Callable[..., Any]](command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+def why_option[F: Callable[..., Any]](command: F) -> F:
+    return click.option("--why", default="", help="Kept in the audit trail.")(command)
+
+
 def listen_option[F: Callable[..., Any]](command: F) -> F:
     return click.option(
         "--listen",

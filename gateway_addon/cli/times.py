@@ -1,7 +1,7 @@
-"""Times as people write and read them on a command line."""
+"""Times as people write and read them on a command line: in the gateway's zone, which each printed time names."""
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -14,8 +14,8 @@ def duration_s(text: str) -> float:
     return int(match[1]) * _UNITS_S[match[2]]
 
 
-def moment(text: str, now: float) -> float:
-    """Unix seconds of a date (`2026-12-01`, its first instant in UTC), a time (`2026-12-01T18:00`), or a duration from now.
+def moment(text: str, now: float, zone: tzinfo = UTC) -> float:
+    """Unix seconds of a date (`2026-12-01`, its first instant in the zone), a time (`2026-12-01T18:00`), or a duration from now.
 
     Raises ValueError for anything else.
     """
@@ -26,15 +26,42 @@ def moment(text: str, now: float) -> float:
             return now + duration_s(text)
         except ValueError:
             raise ValueError(f"{text!r} is neither a date like 2026-12-01 nor a duration like 12h or 30d") from None
-    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    return (at if at.tzinfo else at.replace(tzinfo=zone)).timestamp()
 
 
-def since(text: str, now: float) -> float:
+def to_come(text: str, now: float, zone: tzinfo) -> float:
+    """Unix seconds of an end that lies ahead. Raises ValueError for one that has passed, with what was probably meant."""
+    at = moment(text, now, zone)
+    if at > now:
+        return at
+    passed, today = datetime.fromtimestamp(at, zone), datetime.fromtimestamp(now, zone)
+    for year in (today.year, today.year + 1, today.year + 4):  # four: the 29th of February
+        try:
+            meant = passed.replace(year=year)
+        except ValueError:
+            continue
+        if meant > today:
+            return _refuse(text, shown(now, zone), f"{meant:%Y-%m-%d}")
+    return _refuse(text, shown(now, zone), "12h")
+
+
+def _refuse(text: str, today: str, meant: str) -> float:
+    raise ValueError(f"{text} is past, so it would have no effect (it is {today}); did you mean {meant}?")
+
+
+def since(text: str, now: float, zone: tzinfo = UTC) -> float:
     """Unix seconds of a date, or of a while ago (`7d`). Raises ValueError for anything else."""
     try:
         return now - duration_s(text)
     except ValueError:
-        return moment(text, now)
+        return moment(text, now, zone)
+
+
+def shown(at: float, zone: tzinfo) -> str:
+    """A time to the minute with its zone: `2026-12-01 09:30 CET`."""
+    there = datetime.fromtimestamp(at, zone)
+    name = there.tzname() or "UTC"
+    return f"{there:%Y-%m-%d %H:%M} {'UTC' * name.startswith(('+', '-'))}{name}"
 
 
 def day(at: float) -> str:

@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,13 +11,25 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
-from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, ledger_option, listen_option, policies_option, says_errors, stop, write_privately
-from gateway_addon.cli.times import day, duration_s
+from gateway_addon.cli.common import (
+    PROBLEM,
+    ROW_NUMBER,
+    json_option,
+    ledger_option,
+    listen_option,
+    policies_option,
+    says_errors,
+    stop,
+    write_privately,
+)
+from gateway_addon.cli.scopes import must_know
+from gateway_addon.cli.times import duration_s, shown
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Token, admin
+from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.onboarding import snippets
-from gateway_addon.policy import GatewayPolicy, PolicyError, load
+from gateway_addon.policy import Outline, PolicyError, outline
 from gateway_addon.pricing import PriceError
 
 FOR = click.option("--for", "kind", type=click.Choice(snippets.KINDS), help="Also print the lines to paste, in this form.")
@@ -41,6 +54,7 @@ def token() -> None:
 @click.option("--expires", metavar="DURATION", help="When it ends by itself: 12h, 30d.")
 @FOR
 @TO
+@json_option
 @policies_option
 @ledger_option
 @listen_option
@@ -51,15 +65,16 @@ def issue(
     expires: str | None,
     kind: str | None,
     file: Path | None,
+    as_json: bool,
     policies: Path,
     ledger: str,
     listen: tuple[str, int],
 ) -> None:
     """Print a new token for APP, alone on stdout, once."""
-    policy, now = _policy(app, policies), time.time()
+    found, now = _with_policy(app, policies), time.time()
     expires_at = now + duration_s(expires) if expires else None
     write = partial(admin.issue_token, app=app, label=name, expires_at=expires_at, who=getpass.getuser(), now=now)
-    _show_new(app, write, kind, file, ledger, _address(policy, listen))
+    _show_new(app, write, kind, file, ledger, _address(found, listen), as_json=as_json)
 
 
 @token.command(epilog="Example: gateway token rotate reviews --overlap 1h")
@@ -68,6 +83,7 @@ def issue(
 @click.option("--name", default="", help="What to call the new one in lists.")
 @FOR
 @TO
+@json_option
 @policies_option
 @ledger_option
 @listen_option
@@ -78,27 +94,38 @@ def rotate(
     name: str,
     kind: str | None,
     file: Path | None,
+    as_json: bool,
     policies: Path,
     ledger: str,
     listen: tuple[str, int],
 ) -> None:
     """Print a new token for APP and revoke its others, now or after an overlap."""
-    policy, keep_old_s, now = _policy(app, policies), duration_s(overlap), time.time()
+    found, keep_old_s, now = _with_policy(app, policies), duration_s(overlap), time.time()
     write = partial(admin.rotate_token, app=app, label=name, keep_old_s=keep_old_s, who=getpass.getuser(), now=now)
-    _show_new(app, write, kind, file, ledger, _address(policy, listen))
+    _show_new(app, write, kind, file, ledger, _address(found, listen), as_json=as_json)
 
 
 @token.command(epilog="Example: gateway token revoke reviews --id 3")
 @click.argument("app")
 @click.option("--id", "token_id", type=ROW_NUMBER, help="Only this one (see gateway token list).")
+@click.option("--all", "everything", is_flag=True, help="All that the app has, without asking.")
+@json_option
+@policies_option
 @ledger_option
 @SAY
-def revoke(app: str, token_id: int | None, ledger: str) -> None:
-    """Revoke APP's tokens, all of them or one. It holds from the next request on; calls in flight finish."""
+def revoke(app: str, token_id: int | None, everything: bool, as_json: bool, policies: Path, ledger: str) -> None:
+    """Revoke APP's token; of several, one (--id) or --all. It holds from the next request on; calls in flight finish."""
+    now = time.time()
+    if token_id is None and not everything:
+        _ask_whether_all(app, now, policies, ledger)
     with admin.changing(ledger_path(ledger)) as db:
-        revoked = admin.revoke_tokens(db, app, token_id=token_id, who=getpass.getuser(), now=time.time())
+        must_know(app, db, policies)
+        revoked = admin.revoke_tokens(db, app, token_id=token_id, who=getpass.getuser(), now=now)
     if not revoked:
         stop(f"App {app} has no such token in force; gateway token list {app} shows what it has.", PROBLEM)
+    if as_json:
+        click.echo(json.dumps([_row(each, now) for each in revoked], indent=2))
+        return
     click.echo(f"Revoked {len(revoked)} of app {app}: {', '.join(_title(each) for each in revoked)}.", err=True)
 
 
@@ -113,7 +140,7 @@ def show_forms(kind: str | None, app: str, policies: Path, listen: tuple[str, in
     if kind is None:
         click.echo(tabulate([(each, snippets.where(each, app=app)) for each in snippets.KINDS], tablefmt="plain", maxcolwidths=[None, 100]))
         return
-    base_url = _address(load(policies), listen)
+    base_url = _address(outline(policies), listen)
     click.echo(f"{snippets.where(kind, app=app)}\n", err=True)
     click.echo(snippets.lines(kind, base_url=base_url, app=app, token_placeholder="TOKEN"), nl=False)
 
@@ -121,50 +148,69 @@ def show_forms(kind: str | None, app: str, policies: Path, listen: tuple[str, in
 @token.command("list", epilog="Example: gateway token list --idle 30d")
 @click.argument("app", required=False)
 @click.option("--idle", metavar="DURATION", help="Only those in force that nobody used for so long: 30d. Candidates to revoke.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@json_option
+@policies_option
 @ledger_option
 @SAY
-def list_tokens(app: str | None, idle: str | None, as_json: bool, ledger: str) -> None:
+def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path, ledger: str) -> None:
     """List tokens: when each was issued and last used, and whether it is in force. The tokens themselves are not kept."""
     now = time.time()
     with admin.reading(ledger_path(ledger)) as db:
-        found = admin.tokens(db, app)
+        found, calendar = admin.tokens(db, None if app is None else must_know(app, db, policies)), zone(db)
     if idle is not None:
         found = [each for each in found if each.refusal(now) is None and (each.last_used_at or each.created_at) < now - duration_s(idle)]
     rows = [_row(each, now) for each in found]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif not rows:
-        click.echo("No token in force has been idle for so long." if idle is not None else "No tokens yet: gateway token issue APP")
+        click.echo(
+            "No token in force has been idle for so long." if idle is not None else f"No tokens yet: gateway token issue {app or 'APP'}"
+        )
     else:
-        shown = [{name: day(value) if isinstance(value, float) else value for name, value in row.items()} for row in rows]
-        click.echo(tabulate([row | {"last used": row["last used"] or "never"} for row in shown], headers="keys"))
+        table = [{name: shown(value, calendar) if isinstance(value, float) else value for name, value in row.items()} for row in rows]
+        click.echo(tabulate([row | {"last used": row["last used"] or "never"} for row in table], headers="keys"))
 
 
-def _policy(app: str, policies: Path) -> GatewayPolicy:
-    """The policy in force, which must know the app."""
-    policy = load(policies)
-    if app not in policy.apps:
-        known = ", ".join(sorted(policy.apps)) or "none"
-        stop(f"No policy for app {app}: write {policies}/apps/{app}.yaml first. Apps with one: {known}.")
-    return policy
+def _with_policy(app: str, policies: Path) -> Outline:
+    """What the policy files say, which must have one of this app; whatever is in it."""
+    found = outline(policies)
+    if app not in found.apps:
+        stop(f"No policy for app {app}: write {policies}/apps/{app}.yaml first. Apps with one: {', '.join(found.apps) or 'none'}.")
+    return found
 
 
-def _address(policy: GatewayPolicy, listen: tuple[str, int]) -> str:
+def _ask_whether_all(app: str, now: float, policies: Path, ledger: str) -> None:
+    """Of several tokens, all are revoked only where a person says so."""
+    with admin.reading(ledger_path(ledger)) as db:
+        good = [each for each in admin.tokens(db, must_know(app, db, policies)) if each.refusal(now) is None]
+    if len(good) < 2:
+        return
+    several = f"App {app} has {len(good)} tokens in force: {', '.join(map(_title, good))}"
+    if not sys.stdin.isatty():
+        stop(f"{several}. Name one with --id, or revoke them --all.")
+    if not click.confirm(f"{several}. Revoke all of them?", err=True):
+        stop("Nothing was revoked; --id ID revokes one.", PROBLEM)
+
+
+def _address(found: Outline, listen: tuple[str, int]) -> str:
     host = f"[{listen[0]}]" if ":" in listen[0] else listen[0]
-    return f"{'https' if policy.tls else 'http'}://{host}:{listen[1]}"
+    return f"{'https' if found.tls else 'http'}://{host}:{listen[1]}"
 
 
-def _show_new(app: str, write: Callable[..., Token], kind: str | None, file: Path | None, ledger: str, base_url: str) -> None:
+def _show_new(
+    app: str, write: Callable[..., Token], kind: str | None, file: Path | None, ledger: str, base_url: str, *, as_json: bool
+) -> None:
     if file is not None and kind is None:
         stop("Say in which form the lines shall be: --for dotenv, for example.")
     if file is not None and file.exists():
         stop(f"{file} exists and is not changed. Name a new file, or paste the lines that --for prints into it.")
     secret = tokens.mint()
     with admin.changing(ledger_path(ledger)) as db:
-        write(db, digest=tokens.digest(secret))
+        made = write(db, digest=tokens.digest(secret))
     click.echo(f"Token for app {app}, shown this once (only its SHA-256 is kept):", err=True)
-    click.echo(secret)
+    click.echo(
+        json.dumps({"id": made.id, "app": app, "name": made.label, "token": secret, "expires": made.expires_at}) if as_json else secret
+    )
     if kind is None:
         return
     where = snippets.where(kind, app=app)

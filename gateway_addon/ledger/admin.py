@@ -177,6 +177,33 @@ def tokens(db: sqlite3.Connection, app: str | None = None) -> list[Token]:
     return [Token(*row) for row in rows]
 
 
+def apps(db: sqlite3.Connection) -> list[str]:
+    """Return every app that the ledger knows: those with a token, and those that ever had a call reserved."""
+    rows = db.execute("SELECT DISTINCT app FROM tokens UNION SELECT substr(scope, 5) FROM balances WHERE scope LIKE 'app:%'").fetchall()
+    return sorted(app for (app,) in rows)
+
+
+def teams(db: sqlite3.Connection) -> list[str]:
+    """Return every team that an app of the policy last in force belongs to."""
+    rows = db.execute("SELECT DISTINCT value FROM settings WHERE name LIKE 'team:%' AND value <> ''").fetchall()
+    return sorted(team for (team,) in rows)
+
+
+_AUDIT = """
+SELECT id, at, who, action, subject, before, after, why FROM audit
+WHERE at >= :since AND (CAST(:app AS TEXT) IS NULL OR subject = 'app:' || :app OR subject LIKE 'app:' || :app || ' %'
+  OR CASE WHEN subject LIKE 'call:%' THEN (SELECT app FROM calls WHERE id = CAST(substr(subject, 6) AS BIGINT)) END = :app)
+ORDER BY id
+"""
+
+
+def audit_trail(db: sqlite3.Connection, app: str | None, *, since: float) -> list[dict[str, Any]]:
+    """Return the changes since a time, of one app (its tokens, caps, pauses, corrections) or of all, in their order."""
+    names = ("id", "at", "who", "action", "subject", "before", "after", "why")
+    found = [dict(zip(names, row, strict=True)) for row in db.execute(_AUDIT, {"since": since, "app": app}).fetchall()]
+    return [row | {name: row[name] and json.loads(row[name]) for name in ("before", "after")} for row in found]
+
+
 def raise_cap(
     db: sqlite3.Connection, scope: str, window: str, amount_nano: int, *, until: float, who: str, why: str = "", now: float
 ) -> Raise:
@@ -197,11 +224,11 @@ def raises(db: sqlite3.Connection, *, now: float) -> list[Raise]:
 
 
 def withdraw_raise(db: sqlite3.Connection, number: int, *, who: str, why: str = "", now: float) -> Raise:
-    """End a raise at once; the audit keeps it. Raises ValueError where none of this number is in force."""
+    """End a raise at once; returns it as it was. Raises ValueError where none of this number is in force."""
     found = next((each for each in raises(db, now=now) if each.id == number), None)
     if found is None:
         raise ValueError(f"no raise {number} is in force; gateway cap list shows those that are")
-    db.execute("DELETE FROM raises WHERE id = ?", (number,))
+    db.execute("UPDATE raises SET until = since WHERE id = ?", (number,))  # not deleted: its number must never mean another raise
     audit(db, who, "cap withdraw", f"{found.scope} {found.window}", found._asdict(), None, why, now)
     return found
 

@@ -6,7 +6,7 @@
     retiring which apps the end of a model concerns
 """
 
-from gateway_addon.policy.loading import load, load_prices
+from gateway_addon.policy.loading import Outline, load, load_prices, outline
 from gateway_addon.policy.model import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, all_caps, caps
 from gateway_addon.policy.retiring import Retiring, retiring
 from gateway_addon.policy.rules import CLAMPED, RuleVerdict, edits, judge, may_use, observed, trail
@@ -19,6 +19,7 @@ __all__ = [
     "Cap",
     "Feature",
     "GatewayPolicy",
+    "Outline",
     "PolicyError",
     "Retiring",
     "RuleVerdict",
@@ -32,6 +33,7 @@ __all__ = [
     "load_prices",
     "may_use",
     "observed",
+    "outline",
     "retiring",
     "trail",
 ]

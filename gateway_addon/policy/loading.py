@@ -6,15 +6,15 @@ name that cannot be one) is an error, because nobody enforces an ignored file.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gateway_addon import pricing
 from gateway_addon.policy.keys import APP, GATEWAY, NAME
-from gateway_addon.policy.kinds import record
-from gateway_addon.policy.model import AppPolicy, GatewayPolicy, Models
+from gateway_addon.policy.kinds import REQUIRED, Key, record
+from gateway_addon.policy.model import AppPolicy, CapWindow, GatewayPolicy, Models
 from gateway_addon.policy.rules import matching
 from gateway_addon.pricing import LISTED_BY, PriceError, Prices
 from gateway_addon.yaml_file import FileError as PolicyError
@@ -59,6 +59,48 @@ def load(directory: Path) -> GatewayPolicy:
     return GatewayPolicy(
         **general, apps=MappingProxyType(apps), prices=prices, digest=digest.hexdigest(), texts=MappingProxyType(texts)
     )  # fmt: skip
+
+
+class Outline(NamedTuple):
+    """What a folder of policy files says as far as it can be read, whatever else in it is broken.
+
+    `caps`: by scope (`total`, `team:NAME`, `app:NAME`) what its file caps; None where that cannot be read. A file's name makes an app.
+    """
+
+    caps: Mapping[str, Mapping[CapWindow, int] | None]
+    tls: bool
+
+    @property
+    def apps(self) -> list[str]:
+        return [scope.removeprefix("app:") for scope in self.caps if scope.startswith("app:")]
+
+
+def outline(directory: Path) -> Outline:
+    """Read apps and caps alone, for commands that must work while a file is broken. Never raises."""
+    general = _read_keys(directory / "gateway.yaml", GATEWAY, ("caps", "teams", "tls"))
+    found = {"total": general["caps"]} | {f"team:{name}": team.caps for name, team in (general["teams"] or {}).items()}
+    for path in sorted((directory / "apps").glob("*.yaml")):
+        if _APP_FILE.fullmatch(path.name):
+            found[f"app:{path.stem}"] = _read_keys(path, APP, ("caps",))["caps"]
+    return Outline(MappingProxyType(found), general["tls"] is not None)
+
+
+def _read_keys(path: Path, keys: Mapping[str, Key], names: Sequence[str]) -> dict[str, Any]:
+    """These keys' values in a file, whatever is wrong with the others; None for what cannot be read, or is wrong itself."""
+    try:
+        spot = Spot(path.name)
+        found = entries(compose(path.name, path.read_text(encoding="utf-8")), spot)
+    except (OSError, ValueError, PolicyError):
+        return dict.fromkeys(names)
+    values: dict[str, Any] = {}
+    for name in names:
+        try:
+            values[name] = keys[name].kind.read(found[name][1], spot.at(name)) if name in found else keys[name].default
+        except PolicyError:
+            values[name] = None
+        if values[name] is REQUIRED:
+            values[name] = None
+    return values
 
 
 def parse_gateway(file: str, text: str) -> dict[str, Any]:

@@ -108,7 +108,9 @@ def test_a_raise_is_withdrawn_once_and_others_stay(db):
     second = admin.raise_cap(db, "app:reports", "day", 5, until=NOON + 60, who="bob", now=NOON)
     assert admin.withdraw_raise(db, first.id, who="bob", why="meant 5", now=NOON) == first
     assert admin.raises(db, now=NOON) == [second]
-    assert audit(db)[-1] == ("bob", "cap withdraw", "app:reports day", {**first._asdict()}, None, "meant 5")
+    admin.withdraw_raise(db, second.id, who="bob", now=NOON)
+    assert admin.raise_cap(db, "total", "day", 1, until=NOON + 60, who="bob", now=NOON).id == second.id + 1, "no number means two raises"
+    assert audit(db)[3] == ("bob", "cap withdraw", "app:reports day", {**first._asdict()}, None, "meant 5")
     for gone, at in ((first.id, NOON), (second.id, NOON + 60), (99, NOON)):
         with pytest.raises(ValueError, match=f"no raise {gone} is in force; gateway cap list"):
             admin.withdraw_raise(db, gone, who="bob", now=at)

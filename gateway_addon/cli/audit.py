@@ -1,0 +1,58 @@
+"""`gateway audit`: who changed what, and why."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+from gateway_addon.cli import times
+from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
+from gateway_addon.cli.scopes import must_know
+from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.store.sqlite_files import ledger_path
+
+CHANGE_CHARS_MAX = 300
+
+
+@click.command(epilog="Example: gateway audit --app reviews --since 7d")
+@click.option("--app", help="Of this app alone: its tokens, caps, pauses, corrections.")
+@click.option(
+    "--since", metavar="WHEN", default="30d", show_default=True, help="A date in the gateway's zone (2026-12-01) or a while ago (7d)."
+)
+@json_option
+@policies_option
+@ledger_option
+@says_errors(LedgerUnavailable, ValueError)
+def audit(app: str | None, since: str, as_json: bool, policies: Path, ledger: str) -> None:
+    """List the changes that people made: when, who, what, before and after, why."""
+    with admin.reading(ledger_path(ledger)) as db:
+        calendar = zone(db)
+        if app is not None:
+            must_know(app, db, policies)
+        found = admin.audit_trail(db, app, since=times.since(since, time.time(), calendar))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    elif not found:
+        click.echo(f"No change since {since}.")
+    else:
+        rows = [(times.shown(row["at"], calendar), row["who"], row["action"], row["subject"], _change(row), row["why"]) for row in found]
+        widths = [None, None, None, None, 44, 30]
+        click.echo(
+            tabulate(rows, headers=("when", "who", "did", "to", "before > after", "why"), disable_numparse=True, maxcolwidths=widths)
+        )
+
+
+def _change(row: dict[str, Any]) -> str:
+    """Before and after in short; a policy's diff is `gateway check --changes`."""
+    before, after = ("" if row[side] is None else _short(row[side]) for side in ("before", "after"))
+    return " > ".join(part for part in (before, after) if part)[:CHANGE_CHARS_MAX]
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name} {str(each)[:40]}" for name, each in value.items() if name != "diff" and each not in (None, ""))

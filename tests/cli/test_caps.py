@@ -1,0 +1,175 @@
+"""The bad night's commands: each can be listed and taken back, works beside a broken file, and refuses what would have no effect."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from gateway import APP, write_policies
+from ledgers import CALL, Cap
+
+from gateway_addon.cli import main
+from gateway_addon.ledger import Reserved, admin, reservations
+from gateway_addon.ledger.store import sqlite_files
+
+DOLLAR = 1_000_000_000
+REPORTS = "models: {allow: [claude-haiku-4-5]}\nteam: batch\ncaps: {request: $1, day: $10}\n"
+GENERAL = "\ncaps: {day: $40}\nteams: {batch: {caps: {day: $20}}}\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Policies for `reports` and `app`, a ledger in Berlin's zone with a token of `reports`."""
+    write_policies(tmp_path / "policies", "https://localhost", {"app": APP, "reports": REPORTS})
+    with (tmp_path / "policies/gateway.yaml").open("a") as file:
+        file.write(GENERAL)
+    sqlite_files.create(tmp_path / "gateway.db", "Europe/Berlin")
+    with admin.changing(tmp_path / "gateway.db") as db:
+        admin.issue_token(db, "reports", "d1", who="test", now=time.time())
+        admin.align(db, "Europe/Berlin", {"reports": "batch", "app": None}, who="test", now=time.time())
+    monkeypatch.setenv("GATEWAY_POLICIES", str(tmp_path / "policies"))
+    monkeypatch.setenv("GATEWAY_LEDGER", f"sqlite:///{tmp_path / 'gateway.db'}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def gateway(line: str) -> Result:
+    return CliRunner().invoke(main, line.split())
+
+
+def refused(line: str, code: int = 2) -> str:
+    done = gateway(line)
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def told(line: str) -> dict:
+    done = gateway(f"{line} --json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def hold(here: Path, nano: int) -> bool:
+    """Whether a call of `reports` that costs so much is let in now."""
+    caps = [Cap("app:reports", "day", 10 * DOLLAR), Cap("team:batch", "day", 20 * DOLLAR), Cap("total", "day", 40 * DOLLAR)]
+    with admin.changing(here / "gateway.db") as db:
+        return isinstance(reservations.reserve(db, "me", CALL, nano, caps, now=time.time()), Reserved)
+
+
+def test_a_mistyped_raise_is_replaced_or_withdrawn(here):
+    wrong = told("cap raise reports day 500 --until 12h")
+    assert told(f"cap raise reports day 5 --until 12h --replace {wrong['id']}")["adds_to"] == []
+    assert [each["amount_nano"] for each in told("cap list")["raises"]] == [5 * DOLLAR]
+    second = gateway("cap raise reports day 2 --until 3d")
+    assert "It adds to raise 2 of $5.00: $7.00 above in all." in second.output
+    assert hold(here, 17 * DOLLAR)
+    assert gateway("cap withdraw 2").output == "reports may no longer spend $5.00 above its cap a day.\n"
+    assert "no raise 2 is in force" in refused("cap withdraw 2")
+    assert not hold(here, 1)
+
+
+def test_a_replacement_for_another_scope_changes_nothing(here):
+    made = told("cap raise team:batch day 5 --until 12h")
+    assert "is of team:batch day, not of reports day: nothing was changed" in refused(f"cap raise reports day 1 --until 12h --replace {made['id']}")
+    assert [each["id"] for each in told("cap list")["raises"]] == [made["id"]]
+
+
+def test_a_limit_binds_from_the_next_call_until_lifted(here):
+    assert gateway("cap limit reports day 1 --why loop").exit_code == 0
+    assert not hold(here, DOLLAR + 1)
+    said = refused("cap raise reports day 5 --until 12h", 1)
+    assert "is limited to $1.00 a day by" in said
+    assert "(loop)" in said
+    assert told("cap list")["raises"] == [], "a raise without effect is not kept"
+    [row] = [each for each in told("cap list reports")["caps"] if each["window"] == "day"]
+    assert (row["policy_nano"], row["limit_nano"], row["in_force_nano"]) == (10 * DOLLAR, DOLLAR, DOLLAR)
+    assert gateway("cap limit reports day --lift").exit_code == 0
+    assert "has no limit for a day" in refused("cap limit reports day --lift", 1)
+    assert hold(here, 10 * DOLLAR)
+
+
+def test_a_raise_can_take_the_limit_away_with_it(here):
+    gateway("cap limit total day 1")
+    assert gateway("cap raise total day 5 --until 12h --lift-limit").exit_code == 0
+    found = told("cap list total")
+    assert (found["limits"], [each["in_force_nano"] for each in found["caps"]]) == ([], [45 * DOLLAR])
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("cap raise reports day -5 --until 12h", "-5 is below zero; to lower a cap: gateway cap limit reports day"),
+        ("cap limit reports day -5", "-5 is below zero"),
+        ("cap limit reports day 11", "a limit lowers a cap, and reports has $10.00 a day: to raise it, gateway cap raise"),
+        ("cap limit reports week 1", "reports has no cap for a week to change; its caps: request, day"),
+        ("cap limit reports day", "Say to what: an AMOUNT, or --lift"),
+        ("cap limit reports day 1 --lift", "Say to what: an AMOUNT, or --lift"),
+        ("cap raise reports day 5 --until 2020-01-01", "2020-01-01 is past, so it would have no effect (it is 20"),
+        ("pause reports --until 2020-01-01", "did you mean 20"),
+        ("pause reports --until 0s", "is past"),
+        ("pause reprots", "no app 'reprots': did you mean reports?"),
+        ("pause team:bach", "no team 'bach': did you mean batch?"),
+        ("cap list nothing-like-it", "no app 'nothing-like-it'; known: app, reports"),
+        ("token list nope", "no app 'nope'"),
+        ("token revoke nope", "no app 'nope'"),
+        ("audit --app nope", "no app 'nope'"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(here, line, sentence):
+    assert sentence in refused(line)
+    with admin.reading(here / "gateway.db") as db:
+        assert db.execute("SELECT (SELECT count(*) FROM pauses) + (SELECT count(*) FROM raises) + (SELECT count(*) FROM limits)").fetchone()[0] == 0
+
+
+BAD_NIGHT = [
+    "cap list", "cap raise reports day 5 --until 12h", "cap withdraw 1", "cap limit reports day 1", "cap limit reports day --lift",
+    "pause reports --now", "resume reports", "pause team:batch", "resume team:batch", "pause --all", "resume --all",
+    "token issue reports", "token rotate reports", "token list", "token revoke reports --all", "audit --app reports",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"apps/app.yaml": "caps: {mnth: $5}\n"},
+        {"apps/app.yaml": "\tno: yaml"},
+        {"apps/reports.yaml": "modles: {}\ncaps: [1]\n"},
+        {"gateway.yaml": "caps: [what\n"},
+        {"prices.yaml": "nonsense"},
+        {"gateway.yaml": None},
+    ],
+    ids=str,
+)
+def test_the_bad_nights_commands_work_beside_a_broken_file(here, broken):
+    for name, text in broken.items():
+        (here / "policies" / name).unlink(missing_ok=True)
+        if text is not None:
+            (here / "policies" / name).write_text(text)
+    assert gateway("check").exit_code == 2, "it is broken"
+    for line in BAD_NIGHT:
+        done = gateway(f"{line} --json")
+        assert done.exit_code == 0, (line, done.output)
+        json.loads(done.stdout)
+
+
+def test_a_pauses_end_is_read_and_said_in_the_gateways_zone(here):
+    assert gateway("pause reports --until 2099-07-01").output.startswith("app:reports is paused until 2099-07-01 00:00 CEST.")
+    assert told("audit --app reports")[-1]["after"] == {"until": 4086540000.0, "cut": False}
+
+
+def test_of_several_tokens_all_are_revoked_only_when_said(here):
+    gateway("token issue reports")
+    assert "App reports has 2 tokens in force: 1, 2. Name one with --id, or revoke them --all." in refused("token revoke reports")
+    assert [each["state"] for each in told("token list reports")] == ["in force", "in force"]
+    assert gateway("token revoke reports --id 1").exit_code == 0
+    assert gateway("token revoke reports").exit_code == 0, "one is left: there is nothing to ask"
+
+
+def test_the_audit_names_who_did_what_to_an_app(here):
+    gateway("cap raise reports day 5 --until 12h --why launch")
+    gateway("pause app")
+    shown = gateway("audit --app reports").output
+    assert [line.split()[-1] for line in shown.splitlines() if "cap raise" in line] == ["launch"]
+    assert "pause" not in shown
+    assert len(told("audit")) > len(told("audit --app reports"))
