@@ -16,7 +16,7 @@ from mitmproxy.proxy import server_hooks
 
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.operations.logs import mask
-from gateway_addon.operations.places import project_folder
+from gateway_addon.operations.places import PlacesUnclear, places
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
@@ -28,22 +28,23 @@ logger = logging.getLogger(__name__)
 
 MODE = "The policy's upstream is {0}: start mitmdump with --mode reverse:{0} and nothing else there."
 IN_CLEAR = "Tokens would cross the network in clear: start mitmdump with --listen-host 127.0.0.1, or set tls: in policies/gateway.yaml."
-SAID = (PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, SecretUnavailable, OSError, ValueError)
+SAID = (PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, SecretUnavailable, PlacesUnclear, OSError, ValueError)
 
 
 class Shim:
     """Puts the gateway into a mitmdump that somebody else configured. It takes `GATEWAY_POLICIES` and `GATEWAY_LEDGER`."""
 
     def __init__(self) -> None:
-        folder = project_folder()
-        self.policies = Path(os.environ.get("GATEWAY_POLICIES") or folder / "policies")
-        self.ledger = os.environ.get("GATEWAY_LEDGER") or f"sqlite:///{folder / 'gateway.db'}"
+        self.policies = Path()
+        self.ledger = ""
         self.in_place = False
         self._open = AsyncExitStack()
 
     def load(self, loader: Loader) -> None:
         """Harden the options. Whatever is wrong is logged as an error, upon which mitmdump does not start."""
         try:
+            self.policies = Path(os.environ.get("GATEWAY_POLICIES") or places().policies)
+            self.ledger = os.environ.get("GATEWAY_LEDGER") or f"sqlite:///{places().ledger}"
             ctx.options.update(**hardened(ctx.options, load(self.policies)))
         except SAID as error:
             logger.error("%s", error)

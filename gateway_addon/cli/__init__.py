@@ -14,6 +14,7 @@ COMMANDS = {
     # command: (module, one line for `gateway --help`), in the order in which a newcomer meets them
     "demo": ("demo", "see the whole thing work on this machine, with no account"),
     "init": ("init", "write what is missing of a first policy and an empty ledger"),
+    "where": ("where", "where policies, ledger and state live, and why there"),
     "check": ("check", "validate policies and prices, print what is in force"),
     "token": ("token", "issue, rotate, revoke and list the apps' tokens"),
     "cap": ("caps", "list caps, raise or lower one for a while, take it back"),

@@ -10,11 +10,19 @@ from typing import Any, NoReturn
 import click
 
 from gateway_addon.names import printable
-from gateway_addon.operations.places import project_folder
+from gateway_addon.operations.places import Places, PlacesUnclear, places
 
 FINE, PROBLEM, WRONG_USAGE = 0, 1, 2
 ROW_NUMBER = click.IntRange(1, 2**63 - 1)
 """A call's, a token's: what a ledger can count to."""
+
+
+def default_places() -> Places:
+    """Return where policies and ledger lie by default; exit 2 with both paths where two places hold some."""
+    try:
+        return places()
+    except PlacesUnclear as error:
+        raise click.UsageError(str(error)) from None
 
 
 def policies_option[F: Callable[..., Any]](command: F) -> F:
@@ -22,8 +30,8 @@ def policies_option[F: Callable[..., Any]](command: F) -> F:
         "--policies",
         type=click.Path(path_type=Path, file_okay=False),
         envvar="GATEWAY_POLICIES",
-        default=lambda: project_folder() / "policies",
-        show_default="policies, in the project folder",
+        default=lambda: default_places().policies,
+        show_default="see gateway where",
         help="Folder of policy files (GATEWAY_POLICIES).",
     )(command)
 
@@ -33,8 +41,8 @@ def ledger_option[F: Callable[..., Any]](command: F) -> F:
         "--ledger",
         metavar="URL",
         envvar="GATEWAY_LEDGER",
-        default=lambda: f"sqlite:///{project_folder() / 'gateway.db'}",
-        show_default="gateway.db, in the project folder",
+        default=lambda: f"sqlite:///{default_places().ledger}",
+        show_default="see gateway where",
         help="The ledger, sqlite:///PATH or postgresql://HOST/NAME (GATEWAY_LEDGER).",
     )(command)
 
@@ -99,9 +107,9 @@ def status(line: str = "") -> None:
 
 
 def record_path(ledger: str) -> Path:
-    """Where the last inventory is kept: beside the ledger's file, or in the project folder where the ledger is elsewhere."""
+    """Where the last inventory is kept: beside the ledger's file, or where that would lie by default if the ledger is elsewhere."""
     on_this_machine = ledger.startswith("sqlite:///") or "://" not in ledger
-    folder = Path(ledger.removeprefix("sqlite:///")).absolute().parent if on_this_machine else project_folder()
+    folder = Path(ledger.removeprefix("sqlite:///")).absolute().parent if on_this_machine else default_places().ledger.parent
     return folder / "inventory.json"
 
 

@@ -13,7 +13,7 @@ from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.store.sqlite_files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.operations import deploy
-from gateway_addon.operations.places import project_folder
+from gateway_addon.operations.places import clone_folder
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.policy.keys import NAME
 from gateway_addon.pricing import PriceError
@@ -68,7 +68,7 @@ def init(
         if len(asked) > 1:
             raise click.UsageError("One text at a time: each is for a file of its own.")
         is_unit = asked == ["gateway.service"]
-        click.echo(deploy.unit(str(project_folder()), sys.executable) if is_unit else deploy.text(asked[0]), nl=False)
+        click.echo(deploy.unit(str(clone_folder() or sys.prefix), sys.executable) if is_unit else deploy.text(asked[0]), nl=False)
         return
     place, has_gateway = ledger_path(ledger), (policies / "gateway.yaml").exists()
     wants_app = app is not None or not any((policies / "apps").glob("*.yaml")) or _is_new_clone(policies, place)
@@ -101,7 +101,8 @@ def init(
 
 def _is_new_clone(policies: Path, ledger: Path | ServerAddress) -> bool:
     """True where only the examples of the repository are there. (A service runs `init --yes` at each start, on policies of its own.)"""
-    return policies == project_folder() / "policies" and isinstance(ledger, Path) and not ledger.exists()
+    clone = clone_folder()
+    return clone is not None and policies == clone / "policies" and isinstance(ledger, Path) and not ledger.exists()
 
 
 def _write(path: Path, text: str) -> None:

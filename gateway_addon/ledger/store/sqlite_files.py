@@ -63,8 +63,18 @@ def file_path(url: str) -> Path:
 
 
 def state_folder(path: Path | ServerAddress) -> Path:
-    """Where a gateway keeps what is its own (certificates, unwritten settlements): beside the ledger's file; for a server, at home."""
-    return path.resolve().parent / ".gateway" if isinstance(path, Path) else Path.home() / ".gateway"
+    """Return where a gateway keeps what is its own (certificates, unwritten settlements): beside the ledger's file; for a server's
+    ledger at home, in `~/.gateway` where there is one."""
+    if isinstance(path, Path):
+        return path.resolve().parent / ".gateway"
+    before = Path.home() / ".gateway"
+    return before if before.is_dir() else at_home("XDG_STATE_HOME", ".local/state")
+
+
+def at_home(variable: str, below_home: str) -> Path:
+    """Return this program's folder in a base directory of the user's: the one that a variable names, if by an absolute path."""
+    named = os.environ.get(variable, "")
+    return (Path(named) if named.startswith("/") else Path.home() / below_home) / "gateway"
 
 
 def create(path: Path | ServerAddress, zone: str = "UTC") -> None:

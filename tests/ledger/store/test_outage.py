@@ -42,17 +42,18 @@ def place(server):
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     return tmp_path
 
 
 def journals(home):
-    return sorted(path.name for path in home.glob(".gateway/unwritten/*/*"))
+    return sorted(path.name for path in home.glob(".local/state/gateway/unwritten/*/*"))
 
 
 def journal_of(place, home, owner):
     """Where a process on this ledger would keep its journal."""
     [(identity,)] = rows(place, "SELECT value FROM settings WHERE name = 'identity'")
-    return Journal(home / ".gateway" / "unwritten" / identity, owner)
+    return Journal(home / ".local/state/gateway" / "unwritten" / identity, owner)
 
 
 def sound(place):
@@ -122,7 +123,7 @@ async def test_what_a_gateway_knew_when_it_was_killed_beside_a_dead_server_is_bo
     await asyncio.to_thread(server.stop)
     process.stdin.write("\n")
     process.stdin.flush()
-    await until(lambda: [path.read_bytes().count(b"\n") for path in home.glob(".gateway/unwritten/*/*")] == [3])
+    await until(lambda: [path.read_bytes().count(b"\n") for path in home.glob(".local/state/gateway/unwritten/*/*")] == [3])
     process.send_signal(signal.SIGKILL)
     process.communicate()
     await asyncio.to_thread(server.start)
@@ -167,7 +168,7 @@ async def test_a_journal_that_comes_after_the_survivors_only_ever_adds_and_adds_
 async def test_the_journal_of_another_ledger_is_left_alone_and_of_a_restored_one_put_aside(place, home, caplog):
     ledger = await Ledger.open(url(place), now=NOON)
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
-    other = Journal(home / ".gateway" / "unwritten" / "another", "theirs")
+    other = Journal(home / ".local/state/gateway" / "unwritten" / "another", "theirs")
     for kept in (other, journal_of(place, home, "restored")):
         kept.keep([RecordedEnd("settle", held.call_id, "somebody", Settlement(1), NOON)])
         die(kept)
