@@ -21,22 +21,22 @@ from functools import partial
 from typing import Any
 
 from gateway_addon.calls import alerts
+from gateway_addon.calls.authentication import Rejected, authenticate
+from gateway_addon.calls.judgement import plan
 from gateway_addon.calls.judging import judge_request
 from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook, new_call
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.quote import Quote
 from gateway_addon.calls.record import OnCall, record
-from gateway_addon.calls.refusal_messages import denied, elsewhere, headroom, in_force, over_request_cap, paused, rate_reached, throttled
-from gateway_addon.calls.reservation_options import reservation_options
+from gateway_addon.calls.refusal_messages import denied, rate_reached, throttled
 from gateway_addon.calls.responses import OwnResponse, me, visible_models
 from gateway_addon.calls.running import Admission, InFlightCall
 from gateway_addon.calls.settlement import EndedBy, Void, drifted, settle
 from gateway_addon.calls.top_ups import Cut, RunningStreams
 from gateway_addon.calls.workspace import Workspace
 from gateway_addon.clocks import SYSTEM, Clocks
-from gateway_addon.identity import tokens
-from gateway_addon.identity.client_address import origin, within
+from gateway_addon.identity.client_address import origin
 from gateway_addon.identity.throttle import FailedAuthenticationThrottle
 from gateway_addon.ledger import (
     Alert,
@@ -45,12 +45,9 @@ from gateway_addon.ledger import (
     LedgerUnavailable,
     NewCall,
     Outcome,
-    RateLimits,
     Resolution,
     Settlement,
     Token,
-    TokenLookup,
-    scopes,
 )
 from gateway_addon.ledger.batches import Batch, SettledBatch
 from gateway_addon.messages import request as reading
@@ -60,7 +57,6 @@ from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps
 from gateway_addon.refusals import Refusal
-from gateway_addon.upstreams.rate_limits import shortage
 
 logger = logging.getLogger(__name__)
 
@@ -132,44 +128,36 @@ class Gateway:
             return OwnResponse(None)
         if endpoint == "healthz":
             return OwnResponse(self._health())
+        address = origin(peer, headers, self.policy.trusted_proxies)
         try:
             if endpoint == "readyz":
                 return await self._readiness()
-            token, found = (BROWSER, TokenLookup()) if method == "OPTIONS" else await self._look_up_token(headers, digest, now)
+            caller = (
+                Rejected(BROWSER)
+                if method == "OPTIONS"
+                else await authenticate(headers, digest, address, self.policy, partial(self.ledger.look_up_token, now=now), now)
+            )
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
-        address = origin(peer, headers, self.policy.trusted_proxies)
-        if isinstance(token, Refusal):
-            monotonic_s = self._clocks.monotonic_s()
-            failed_authentication = throttled(address, monotonic_s) if self._throttle.too_much(address, monotonic_s) else token
-            self.ledger.failed_authentication(failed_authentication.code, now=now)
-            return failed_authentication
-        app = self.policy.apps.get(token.app)
-        if app is not None and (pause := next((each for each in found.pauses if each.scope in scopes(app.name, app.team)), None)):
-            return self._refused(app, token, str(endpoint), paused(pause), now)
-        if app is None:
-            sentence = f"App {token.app} has a token but no policy: write policies/apps/{token.app}.yaml (gateway init shows one)."
-            return Refusal("app_unknown", sentence)
+        if isinstance(caller, Rejected):
+            return self._rejected(caller, address, "unknown" if isinstance(endpoint, Refusal) else endpoint, now)
         if isinstance(endpoint, Refusal):
             better = wrong_paths.refusal(method, target, base_url)
-            return self._refused(app, token, "unknown", better or endpoint, now)
-        if app.addresses and not within(address, app.addresses):
-            return self._refused(app, token, str(endpoint), elsewhere(app, address, headers), now)
+            return self._refused(caller.app, caller.token, "unknown", better or endpoint, now)
         if endpoint == "me":
-            return await self._me(app, now)
-        return AuthenticatedRequest(app, token, endpoint, self.policy, self._clocks.monotonic_s(), found.overruns)
+            return await self._me(caller.app, now)
+        return AuthenticatedRequest(caller.app, caller.token, endpoint, self.policy, self._clocks.monotonic_s(), caller.overruns)
 
-    async def _look_up_token(
-        self, headers: tuple[tuple[str, str], ...], digest: str | None, now: float
-    ) -> tuple[Token | Refusal, TokenLookup]:
-        """Whose token this is, or why it is none, beside all that the ledger said."""
-        if digest is None:
-            secret = tokens.credential(headers)
-            if isinstance(secret, Refusal):
-                return secret, TokenLookup()
-            digest = tokens.digest(secret)
-        found = await self.ledger.look_up_token(digest, now=now)
-        return in_force(found.token, now), found
+    def _rejected(self, caller: Rejected, address: str, endpoint: str, now: float) -> Refusal:
+        """Record a caller that may not call: in a row of its app where that is known, else in a count."""
+        if caller.token is None:
+            monotonic_s = self._clocks.monotonic_s()
+            refusal = throttled(address, monotonic_s) if self._throttle.too_much(address, monotonic_s) else caller.refusal
+            self.ledger.failed_authentication(refusal.code, now=now)
+            return refusal
+        if caller.app is None:
+            return caller.refusal
+        return self._refused(caller.app, caller.token, endpoint, caller.refusal, now)
 
     # -- admit
 
@@ -224,28 +212,16 @@ class Gateway:
     async def _reserve(
         self, arrived: AuthenticatedRequest, read: ParsedRequest, call: NewCall, bound: Quote, now: float
     ) -> Admission | Refusal:
-        app, limits = arrived.app, caps(arrived.policy, arrived.app)
-        notes: dict[str, None] = {}  # what observed rules would have said
-        if app.rates.headroom_percent is not None:
-            short = shortage(await self.ledger.upstream_limits(), app.rates.headroom_percent, now)
-            if short is not None and not app.observes("rates"):
-                return headroom(app, short)
-            if short is not None:
-                notes["headroom"] = None
+        app = arrived.app
+        upstream_limits = {} if app.rates.headroom_percent is None else await self.ledger.upstream_limits()
         known = arrived.overruns if self._clocks.monotonic_s() - arrived.monotonic_s < KNOWN_FOR_S else await self.ledger.overruns()
-        ways = reservation_options(bound, app, arrived.policy, read, limits, overrun=read.model in known, now=now)
-        request_cap, observing = app.caps.get("request", math.inf), app.observes("caps")
-        if not observing:
-            if ways[-1].hold_nano > request_cap:
-                return over_request_cap(app, bound, int(request_cap))
-            ways = [option for option in ways if option.hold_nano <= request_cap]
-        elif ways[-1].hold_nano > request_cap:
-            notes["quote_over_cap"] = None
-        rates = RateLimits(app.rates.requests_per_minute, app.rates.input_tokens_per_minute, app.rates.concurrent)
-        result, option, passed = await self._queue.observe(call, ways, limits, rates, now, caps=observing, its_rates=app.observes("rates"))
+        asked = plan(app, arrived.policy, read, bound, upstream_limits, known, now)
+        if isinstance(asked, Refusal):
+            return asked
+        result, option, passed = await self._queue.observe(call, asked, now)
         if isinstance(result, Denied):
             return denied(result, app, bound, option.hold_nano)
-        flags = tuple(f"observed:{code}" for code in dict.fromkeys((*notes, *passed)))
+        flags = tuple(f"observed:{code}" for code in dict.fromkeys((*(note.code for note in asked.notes), *passed)))
         prices = arrived.policy.prices
         return Admission(
             result.call_id, call, app, prices, read, bound, option.granted_tokens, option.pace, now, option.granted_turns,

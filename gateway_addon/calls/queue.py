@@ -8,25 +8,14 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from gateway_addon.calls.progress import Pace
-from gateway_addon.ledger import CapShape, Denied, Ledger, NewCall, RateLimits, Reserved, Standing, app_scope
+from gateway_addon.calls.judgement import RATES, observed_denials
+from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan
+from gateway_addon.ledger import CapShape, Denied, Ledger, NewCall, RateLimits, Reserved
 
 WAIT_S = 2.0  # for budget that is held, not spent
 LOOK_S = 0.05  # another process's settlement makes no sound here
-
-
-@dataclass(frozen=True, slots=True)
-class ReservationOption:
-    """One way to reserve a call: whole, or in steps of which this is the first. `pace` None: nothing but its end bounds the call."""
-
-    granted_tokens: int
-    hold_nano: int
-    pace: Pace | None = None
-    quantum_nano: int = 0
-    granted_turns: int | None = None
-    """None: all that the provider may run."""
 
 
 class BudgetQueue:
@@ -72,30 +61,19 @@ class BudgetQueue:
         return await attempt()
 
     async def observe(
-        self,
-        call: NewCall,
-        reservation_options: Sequence[ReservationOption],
-        limits: Sequence[CapShape],
-        rates: RateLimits,
-        now: float,
-        *,
-        caps: bool,
-        its_rates: bool,
+        self, call: NewCall, asked: ReservationPlan, now: float
     ) -> tuple[Reserved | Denied, ReservationOption, tuple[str, ...]]:
-        """The same where the app's own `caps` or `its_rates` are only observed: also the codes of what they would have said.
+        """Reserve as planned; also return the codes of what the rules that are only observed would have said.
 
-        Its own caps are then left out from the first, or a stream's later top-ups would still be judged by them; those that it shares
-        hold all the same. Raises LedgerUnavailable.
+        Caps that are only observed are left out from the first, or a stream's later top-ups would still be judged by them.
+        Raises LedgerUnavailable.
         """
-        own: tuple[Standing, ...] = ()
-        if caps:
-            own = await self._ledger.capped([cap for cap in limits if cap.scope == app_scope(call.app)], now=now)
-            limits = [cap for cap in limits if cap.scope != app_scope(call.app)]
-        codes = dict.fromkeys(code for standing in own if (code := _said(standing, reservation_options[-1].hold_nano)) is not None)
-        result, option = await self.reserve(call, reservation_options, limits, rates, now)
-        if its_rates and isinstance(result, Denied) and result.reason in ("rate", "concurrency"):
+        own = await self._ledger.capped(asked.observed_caps, now=now) if asked.observed_caps else ()
+        codes = dict.fromkeys(denied.reason for denied in observed_denials(own, asked.options[-1], now))
+        result, option = await self.reserve(call, asked.options, asked.limits, asked.rates, now)
+        if asked.observes_rates and isinstance(result, Denied) and result.reason in RATES:
             codes[result.reason] = None
-            result, option = await self.reserve(call, reservation_options, limits, RateLimits(), now)
+            result, option = await self.reserve(call, asked.options, asked.limits, RateLimits(), now)
         if own and isinstance(result, Reserved):
             result = replace(result, standings=(*result.standings, *own))
         return result, option, tuple(codes)
@@ -108,13 +86,3 @@ class BudgetQueue:
     async def _next_settlement(self) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._settled.wait(), LOOK_S)
-
-
-def _said(standing: Standing, hold_nano: int) -> str | None:
-    """What a cap would have said to a call."""
-    cap_nano = standing.cap_nano or 0
-    if hold_nano > cap_nano:
-        return "quote_over_cap"
-    if standing.spent_nano + hold_nano > cap_nano:
-        return "cap_spent"
-    return "cap_held" if standing.spent_nano + standing.reserved_nano + hold_nano > cap_nano else None

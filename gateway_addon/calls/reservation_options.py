@@ -1,15 +1,45 @@
 """The ways in which a call may be reserved: whole, in steps, or the one where the other does not fit. Pure."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gateway_addon.calls.progress import Pace
-from gateway_addon.calls.queue import ReservationOption
 from gateway_addon.calls.quote import Quote, comes_whole
+from gateway_addon.ledger import CapShape, RateLimits, app_scope
 from gateway_addon.messages.request import ParsedRequest
-from gateway_addon.policy import CLAMPED, AppPolicy, Cap, GatewayPolicy, edits
+from gateway_addon.policy import CLAMPED, AppPolicy, Cap, GatewayPolicy, caps, edits
 from gateway_addon.pricing import Prices
+from gateway_addon.refusals import Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationOption:
+    """One way to reserve a call: whole, or in steps of which this is the first. `pace` None: nothing but its end bounds the call."""
+
+    granted_tokens: int
+    hold_nano: int
+    pace: Pace | None = None
+    quantum_nano: int = 0
+    granted_turns: int | None = None
+    """None: all that the provider may run."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationPlan:
+    """All that is asked of the ledger for one call."""
+
+    options: Sequence[ReservationOption]
+    """The largest first; the first that fits is taken."""
+    limits: Sequence[CapShape]
+    rates: RateLimits
+    observed_caps: Sequence[CapShape] = ()
+    """The app's own, where they only record what they would refuse."""
+    observes_rates: bool = False
+    notes: Sequence[Refusal] = ()
+    """What observed rules said before the ledger was asked."""
+
 
 COMFORT = 50  # `reserve: auto` reserves a stream whole while its quote is at most this part of each of its caps
 
@@ -36,6 +66,15 @@ def reservation_options(
     smallest_nano = min((cap.amount_nano for cap in limits if cap.window != "request"), default=math.inf)
     comfortable = app.reserve == "auto" and bound.total_nano * COMFORT <= smallest_nano
     return [whole, steps] if comfortable else [steps]
+
+
+def planned(
+    app: AppPolicy, policy: GatewayPolicy, options: Sequence[ReservationOption], rates: RateLimits, notes: Sequence[Refusal] = ()
+) -> ReservationPlan:
+    """Return the plan for a call of these options. What an app shares with others is enforced even where its own caps are observed."""
+    limits = caps(policy, app)
+    own = [cap for cap in limits if app.observes("caps") and cap.scope == app_scope(app.name)]
+    return ReservationPlan(options, [cap for cap in limits if cap not in own], rates, own, app.observes("rates"), notes)
 
 
 def rewritten(app: AppPolicy, prices: Prices, read: ParsedRequest, *, overrun: bool, now: float) -> dict[str, Any]:

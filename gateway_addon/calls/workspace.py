@@ -21,8 +21,9 @@ from gateway_addon.calls.batch_booking import BatchBooking, OnBatchClosed, prici
 from gateway_addon.calls.files import file_of, upload_problem
 from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook
-from gateway_addon.calls.queue import BudgetQueue, ReservationOption
+from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.refusal_messages import BatchQuote, denied
+from gateway_addon.calls.reservation_options import ReservationOption, planned
 from gateway_addon.calls.responses import OwnResponse
 from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, ownership
 from gateway_addon.ledger import batches as book
@@ -30,7 +31,7 @@ from gateway_addon.ledger.batches import Batch, NewBatch
 from gateway_addon.ledger.ownership import Kind, OwnedObject
 from gateway_addon.messages import Meter
 from gateway_addon.messages.request import ParsedRequest, Request
-from gateway_addon.policy import AppPolicy, caps
+from gateway_addon.policy import AppPolicy
 from gateway_addon.pricing import kept
 from gateway_addon.refusals import Refusal, stated
 
@@ -104,9 +105,8 @@ class Workspace:
         call = replace(call, model_asked=asked.model, quote_nano=asked.quote_nano)
         # Tokens a minute do not count here: the provider takes its time with a batch, and has other limits for it.
         rates = RateLimits(app.rates.requests_per_minute, None, app.rates.concurrent)
-        limits, reservation_options = caps(policy, app), [ReservationOption(0, asked.quote_nano)]
-        observing, its_rates = app.observes("caps"), app.observes("rates")
-        result, _, passed = await self.queue.observe(call, reservation_options, limits, rates, now, caps=observing, its_rates=its_rates)
+        whole = planned(app, policy, [ReservationOption(0, asked.quote_nano)], rates)
+        result, _, passed = await self.queue.observe(call, whole, now)
         asked = replace(asked, flags=tuple(dict.fromkeys((*asked.flags, *(f"observed:{code}" for code in passed)))))
         if isinstance(result, Denied):
             return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), asked.quote_nano)

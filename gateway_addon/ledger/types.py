@@ -286,11 +286,7 @@ class MinuteCount(NamedTuple):
     before: int = 0
 
 
-NOTHING_COUNTED = MinuteCount()
-
-
-@dataclass(frozen=True, slots=True)
-class CallFacts:
+class CallFacts(NamedTuple):
     """All that the ledger knows at one moment that decides about a call."""
 
     token: Token | None
@@ -301,8 +297,8 @@ class CallFacts:
     """One for each cap that it stands under."""
     open: int = 0
     """The app's calls in flight."""
-    requests: MinuteCount = NOTHING_COUNTED
-    input_tokens: MinuteCount = NOTHING_COUNTED
+    requests: MinuteCount = MinuteCount()
+    input_tokens: MinuteCount = MinuteCount()
 
 
 @dataclass(frozen=True, slots=True)

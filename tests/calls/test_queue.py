@@ -8,7 +8,8 @@ import pytest
 from ledgers import CALL, NOON, Cap
 
 from gateway_addon.calls import queue as room
-from gateway_addon.calls.queue import BudgetQueue, ReservationOption
+from gateway_addon.calls.queue import BudgetQueue
+from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan
 from gateway_addon.ledger import Denied, RateLimits, Reserved, Standing
 
 DAY = Standing("app:reports", "day", 0, None, 1000, 0, 900, 100, 0, 1)
@@ -72,25 +73,25 @@ async def test_caps_of_its_own_that_are_only_observed_are_said_and_hold_nothing(
     own = DAY._replace(spent_nano=spent_nano, reserved_nano=held_nano)
     ledger = Told(reserved(1), own=(own,))
     rates = RateLimits(requests_per_minute=1)
-    result, option, said = await BudgetQueue(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), rates, NOON, caps=True, its_rates=False)
+    result, option, said = await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (TOTAL,), rates, (OWN,)), NOON)
     assert (result, option, said) == (Reserved(1, (own,)), WHOLE, codes)
     assert (ledger.limits, ledger.rates) == ([TOTAL], rates)
 
 
 async def test_a_quote_above_an_observed_cap_is_said():
     ledger = Told(reserved(1), own=(DAY._replace(cap_nano=499),))
-    assert (await BudgetQueue(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), RateLimits(), NOON, caps=True, its_rates=False))[2] == ("quote_over_cap",)
+    assert (await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (TOTAL,), RateLimits(), (OWN,)), NOON))[2] == ("quote_over_cap",)
 
 
 async def test_what_an_observed_app_shares_with_others_holds_it_too():
     ledger = Told(SPENT, own=())
-    assert (await BudgetQueue(ledger).observe(CALL, (WHOLE,), (OWN, TOTAL), RateLimits(), NOON, caps=True, its_rates=True))[0] == SPENT
+    assert (await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (TOTAL,), RateLimits(), (OWN,), True), NOON))[0] == SPENT
 
 
 @pytest.mark.parametrize(("its_rates", "outcome"), [(True, (Reserved(1, ()), ("rate",))), (False, (Denied("rate"), ()))])
 async def test_a_rate_holds_unless_it_is_only_observed(its_rates, outcome):
     ledger = Told(Denied("rate"), reserved(1))
-    result, _, said = await BudgetQueue(ledger).observe(CALL, (WHOLE,), (OWN,), RateLimits(1), NOON, caps=False, its_rates=its_rates)
+    result, _, said = await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (OWN,), RateLimits(1), observes_rates=its_rates), NOON)
     assert (result, said) == outcome
     assert ledger.limits == [OWN]
 

@@ -1,0 +1,70 @@
+"""Authenticate a request: who calls, and whether that app may call now, and from there.
+
+In one order, for the gateway and for `explain`: the token, the app's policy, pauses, the address. Knows nothing of what is asked
+for, and keeps no count: who answers the refused does.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from gateway_addon.calls.refusal_messages import elsewhere, in_force, paused
+from gateway_addon.identity import tokens
+from gateway_addon.identity.client_address import within
+from gateway_addon.ledger import Token, TokenLookup, scopes
+from gateway_addon.policy import AppPolicy, GatewayPolicy
+from gateway_addon.refusals import Refusal
+
+type Headers = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """An app that may call, by a token that is in force."""
+
+    app: AppPolicy
+    token: Token
+    overruns: frozenset[str]
+    """Models that are reserved in full, as the ledger said then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A caller that may not call, and as whom it is known: `token` None where none is in force, `app` None where it has no policy."""
+
+    refusal: Refusal
+    token: Token | None = None
+    app: AppPolicy | None = None
+
+
+async def authenticate(
+    headers: Headers,
+    digest: str | None,
+    address: str,
+    policy: GatewayPolicy,
+    look_up: Callable[[str], Awaitable[TokenLookup]],
+    now: float,
+) -> Caller | Rejected:
+    """Authenticate by the credential in `headers`, or by `digest`, that of a replayed request's token. Raises what `look_up` raises."""
+    if digest is None:
+        secret = tokens.credential(headers)
+        if isinstance(secret, Refusal):
+            return Rejected(secret)
+        digest = tokens.digest(secret)
+    return judge_caller(await look_up(digest), address, headers, policy, now)
+
+
+def judge_caller(found: TokenLookup, address: str | None, headers: Headers, policy: GatewayPolicy, now: float) -> Caller | Rejected:
+    """Judge what the ledger knows of a caller. Pure. `address` None: not known, and not judged."""
+    token = in_force(found.token, now)
+    if isinstance(token, Refusal):
+        return Rejected(token)
+    app = policy.apps.get(token.app)
+    if app is None:
+        sentence = f"App {token.app} has a token but no policy: write policies/apps/{token.app}.yaml (gateway init shows one)."
+        return Rejected(Refusal("app_unknown", sentence), token)
+    pause = next((each for each in found.pauses if each.scope in scopes(app.name, app.team)), None)
+    if pause is not None:
+        return Rejected(paused(pause), token, app)
+    if address is not None and app.addresses and not within(address, app.addresses):
+        return Rejected(elsewhere(app, address, headers), token, app)
+    return Caller(app, token, found.overruns)
