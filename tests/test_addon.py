@@ -10,6 +10,7 @@ from pathlib import Path
 import anthropic
 import httpx2
 import pytest
+from ledgers import until
 from processes import START_S, free_port, ledgered
 from secret_hunt import found_in
 
@@ -56,19 +57,18 @@ async def mitmdump(folder: Path, gateways, mode: str, *arguments: str, script: P
 
 
 async def listens(process, folder: Path) -> None:
-    for _ in range(400):
-        if b"listening at" in (folder / "printed").read_bytes():
-            return
-        assert process.returncode is None, (folder / "printed").read_text()
-        await asyncio.sleep(0.05)
-    raise AssertionError((folder / "printed").read_text())
+    await until(lambda: b"listening at" in (folder / "printed").read_bytes() or process.returncode is not None, START_S)
+    assert process.returncode is None, (folder / "printed").read_text()
 
 
 async def in_place(port: int) -> None:
     """mitmdump listens a moment before the gateway is in it; what comes then is refused."""
-    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client, asyncio.timeout(START_S):
-        while (await client.get("/gateway/readyz")).status_code != 200:
-            await asyncio.sleep(0.05)
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+
+        async def ready() -> bool:
+            return (await client.get("/gateway/readyz")).status_code == 200
+
+        await until(ready, START_S)
 
 
 async def test_a_mitmdump_of_ones_own_admits_refuses_caps_and_fails_closed_whatever_happens_to_the_script(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from gateway import gateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ledgers import until
 
 from gateway_addon import pricing
 from gateway_addon.calls import judging_process, quote
@@ -166,8 +167,7 @@ async def test_a_body_that_wants_too_much_memory_is_refused(process):
 
 async def test_a_body_that_nobody_waits_for_ends_with_its_process(process):
     waiting = asyncio.ensure_future(process.run(sum, range(10**12)))
-    while process._child is None:
-        await asyncio.sleep(0.01)
+    await until(lambda: process._child is not None)
     child = process._child
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import anthropic
 import pytest
 from gateway import Running, gateway
+from ledgers import until
 from upstreams import upstream
 
 from gateway_addon.identity import tokens
@@ -54,8 +55,7 @@ def twice(*, in_flight: bool = False) -> Act:
     async def act(gw: Running) -> Any:
         first = asyncio.ensure_future(ask()(gw))
         if in_flight:
-            while not gw.api.book.requests:
-                await asyncio.sleep(0.01)
+            await until(lambda: gw.api.book.requests)
         else:
             await first
             await gw.quiet()

@@ -10,6 +10,7 @@ from itertools import repeat
 import anthropic
 import pytest
 from gateway import gateway
+from ledgers import until
 from upstreams import chunked, event, upstream
 
 from gateway_addon.calls import gateway as gate
@@ -153,9 +154,7 @@ async def test_a_clock_set_back_an_hour_does_not_pace_a_stream(tmp_path, cap, le
     policy = SMALL.replace("$0.16", f"${cap}")
     async with Simulator(behaviour=thinks) as api, gateway(tmp_path, api, {"app": policy}, clocks=clocks, lag_s=0.3) as gw:
         stream = asyncio.ensure_future(events(gw, big(kilobytes=0)))
-        async with asyncio.timeout(10):
-            while not any(running.meter for running in gw.gate.streams.running):
-                await asyncio.sleep(0.01)
+        await until(lambda: any(running.meter for running in gw.gate.streams.running))
         back_s[0] = 3600.0
         with suppress(TimeoutError):
             text = await asyncio.wait_for(stream, leaves_after_s or 15)
@@ -178,9 +177,7 @@ async def test_time_that_the_loop_lost_is_generating_time(tmp_path, caplog):
     chatty = Behaviour(tokens_per_s=380, output_tokens=50_000, tokens_per_event=8)
     async with Simulator(behaviour=chatty) as api, gateway(tmp_path, api, {"app": SMALL.replace("$0.16", "$0.03")}, lag_s=0.3) as gw:
         stream = asyncio.ensure_future(events(gw, big({"thinking": "off"}, kilobytes=0)))
-        async with asyncio.timeout(10):
-            while not any(running.progress.seen.content_events for running in gw.gate.streams.running):
-                await asyncio.sleep(0.01)
+        await until(lambda: any(running.progress.seen.content_events for running in gw.gate.streams.running))
         stand_still(4)
         await asyncio.wait_for(stream, 15)
         await gw.quiet()
@@ -222,8 +219,7 @@ def pause(path):
 async def test_a_pause_now_ends_streams_in_flight_with_a_reason(tmp_path):
     async with Simulator(behaviour=Behaviour(delay_ms=50, output_tokens=5_000)) as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
         stream = asyncio.ensure_future(events(gw, big(kilobytes=0)))
-        while not api.book.in_flight:
-            await asyncio.sleep(0.01)
+        await until(lambda: api.book.in_flight)
         await asyncio.to_thread(pause, tmp_path / "gateway.db")  # as from another process: the loop does the ledger's work too
         text = await asyncio.wait_for(stream, 10)
         assert '"permission_error"' in text.split("event: error")[1]
@@ -241,9 +237,7 @@ async def test_a_model_that_was_held_back_while_a_body_was_still_coming_is_reser
         reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
         head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {gw.tokens['app']}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         writer.write(head.encode())
-        async with asyncio.timeout(10):
-            while not any(flow_state.arrived for flow_state in gw.addon.flow_states.values()):
-                await asyncio.sleep(0.01)
+        await until(lambda: any(flow_state.arrived for flow_state in gw.addon.flow_states.values()))
         with admin.changing(tmp_path / "gateway.db") as db:
             db.execute("INSERT INTO overruns VALUES ('claude-opus-5-5', 1, 0, 1)")
         await asyncio.sleep(0.06)

@@ -16,7 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
 from gateway import gateway
-from ledgers import CALL, ENGINES, Part, new_ledger, rows, url
+from ledgers import CALL, ENGINES, Part, new_ledger, rows, until, url
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway_addon.cli.batches import batches as batches_command
@@ -96,11 +96,11 @@ async def test_a_ledger_on_either_engine_has_its_pages(tmp_path, engine):
     (tmp_path / "policies" / "gateway.yaml").write_text(GATEWAY)
     desk = Console(place, Policies(tmp_path / "policies"), Login(monotonic_s()))
     try:
-        for _ in range(100):
-            await asyncio.sleep(0.01)
-            seen = await asyncio.to_thread(desk.look)
-            if len(seen.refusals) == 2:
-                break
+        async def both_refusals_seen():
+            return len((await asyncio.to_thread(desk.look)).refusals) == 2
+
+        await until(both_refusals_seen)
+        seen = await asyncio.to_thread(desk.look)
         assert [(each.name, each.month.spent_nano, each.month.held_nano) for each in seen.apps] == [("reports", 3_000_000, 5_000_000)]
         assert [(each.calls, each.spent_nano) for each in seen.models] == [(2, 3_000_000)]
         assert (len(seen.live), seen.live[0].alive, [each.calls for each in seen.drift]) == (1, True, [1])

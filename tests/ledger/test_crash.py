@@ -9,6 +9,7 @@ import anthropic
 import httpx2
 import postgresql
 import pytest
+from ledgers import until
 from processes import ledgered
 
 from gateway_addon.ledger import Ledger, admin
@@ -49,9 +50,7 @@ def calls_open(ledger, process):
 
 async def in_flight(ledger, count, process):
     """Wait until `count` calls of this gateway hold a reservation: on a busy machine no delay is long enough to promise it."""
-    async with asyncio.timeout(30):
-        while calls_open(ledger, process) < count:
-            await asyncio.sleep(0.02)
+    await until(lambda: calls_open(ledger, process) >= count)
 
 
 async def kill_in_mid_call(ledger, process):

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, Part, Tokens, balance, new_ledger, rows, url, writing
+from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, Part, Tokens, balance, new_ledger, rows, until, url, writing
 
 from gateway_addon.ledger import (
     Alert,
@@ -549,11 +549,7 @@ async def test_a_caller_that_leaves_while_it_waits_leaves_nothing_held(ledger, p
         if isinstance(answer, Reserved):
             ledger.void(answer.call_id, now=NOON)
     await ledger.change(lambda db: None)  # behind whatever was on its way
-    for _ in range(100):
-        if balance(path)[2] == 0:
-            break
-        await asyncio.sleep(0.01)
-    assert balance(path) == (0, 0, 0)
+    await until(lambda: balance(path) == (0, 0, 0))
 
 
 async def test_an_alert_is_given_once_for_all_processes(ledger, path):

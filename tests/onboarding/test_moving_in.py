@@ -16,6 +16,7 @@ import anthropic
 import pytest
 import yaml
 from click.testing import CliRunner
+from ledgers import until
 from pasting import claude_code, cron, dotenv, systemd
 from processes import Ledgered
 from village import KEY, VILLAGE, build_village
@@ -219,8 +220,7 @@ async def rotated(village: Village, names: list[str], tokens: dict[str, str]) ->
     village.api.also, village.api.behaviour = {NEW_KEY}, Behaviour(delay_headers_s=0.3)
     working = [asyncio.ensure_future(five_calls(village, name, tokens[name])) for name in names[:4]]
     async with asyncio.timeout(10):
-        while len(village.api.book.messages()) < 1 + 12 + 4:  # four calls under way, with the old key
-            await asyncio.sleep(0.01)
+        await until(lambda: len(village.api.book.messages()) >= 1 + 12 + 4)  # four calls under way, with the old key
     (village.gateway.folder / "key.new").write_text(NEW_KEY)
     os.replace(village.gateway.folder / "key.new", village.gateway.folder / "key")
     village.api.behaviour = Behaviour()

@@ -11,7 +11,7 @@ import postgresql
 import pytest
 import upstreams
 from gateway import gateway
-from ledgers import rows
+from ledgers import rows, until
 from processes import ledgered
 
 from gateway_addon.clocks import Clocks
@@ -144,11 +144,18 @@ async def look_until_settled(gw, batch_poller, clock, held) -> float:
     return clock[0] - began
 
 
+async def corrected(gw) -> bool:
+    return (await gw.spent_nano(), await gw.held_nano()) == (gw.api.book.billed_nano, 0)
+
+
+async def ended(client, id) -> bool:
+    return (await client.messages.batches.retrieve(id)).processing_status == "ended"
+
+
 async def fetch_results(gw, id) -> None:
     """As its app does, through the gateway, once the simulated API has them."""
     client = gw.client()
-    while (await client.messages.batches.retrieve(id)).processing_status != "ended":
-        await asyncio.sleep(0.02)
+    await until(lambda: ended(client, id))
     assert len([each async for each in await client.messages.batches.results(id)]) == len(REQUESTS)
     await gw.quiet()
 
@@ -180,11 +187,7 @@ async def test_results_that_come_after_all_correct_the_bill_once(tmp_path):
         assert await gw.gate.ledger.look(partial(batches.custom_ids, id=id)) is not None
         for _ in range(2):
             await fetch_results(gw, id)
-            for _ in range(100):
-                if await gw.spent_nano() != held:
-                    break
-                await asyncio.sleep(0.02)
-            assert (await gw.spent_nano(), await gw.held_nano()) == (gw.api.book.billed_nano, 0)
+            await until(lambda: corrected(gw))
         assert await gw.gate.ledger.look(partial(batches.custom_ids, id=id)) is None, "they are needed no more"
         [(flags, adjustments)] = rows(
             tmp_path / "gateway.db",
@@ -305,6 +308,10 @@ async def open_batches(ledger):
         return batches.open_batches(db), invariants.findings(db)
 
 
+async def all_settled(ledger) -> bool:
+    return not (await open_batches(ledger))[0]
+
+
 @pytest.mark.parametrize("engine", ["sqlite", pytest.param("postgresql", marks=[pytest.mark.soak, pytest.mark.xdist_group("postgresql")])])
 async def test_a_killed_gateway_keeps_the_reservation_and_the_next_one_settles_it_once(tmp_path, engine):
     server = postgresql.shared().ledger() if engine == "postgresql" else None
@@ -321,9 +328,7 @@ async def test_a_killed_gateway_keeps_the_reservation_and_the_next_one_settles_i
             [after], _ = await open_batches(place.ledger)
             assert (after.id, after.held_nano) == (before.id, before.held_nano) == (made.id, before.held_nano)
             api.batches.made[made.id].ends_at = time.time()
-            async with asyncio.timeout(20):
-                while (await open_batches(place.ledger))[0]:
-                    await asyncio.sleep(0.1)
+            await until(lambda: all_settled(place.ledger))
             async with anthropic.AsyncAnthropic(base_url=url, api_key=place.tokens["app"], max_retries=0) as client:
                 assert len([line async for line in await client.messages.batches.results(made.id)]) == 3
         found, wrong = await open_batches(place.ledger)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from gateway import APP
-from ledgers import rows
+from ledgers import rows, until
 from nginx import WAYS, front
 from processes import ledgered
 
@@ -104,9 +104,7 @@ async def a_gateway_is_replaced_under_load_and_no_call_is_dropped_or_billed_twic
         running[0] = await gateways.serve("--listen", place)
         if announced:
             nginx.reload()
-        async with asyncio.timeout(30):
-            while not rows(gateways.ledger, "SELECT 1 FROM calls WHERE state = 'settled' AND owner LIKE ?", f"%-{running[0][0].pid}-%"):
-                await asyncio.sleep(0.05)
+        await until(lambda: rows(gateways.ledger, "SELECT 1 FROM calls WHERE state = 'settled' AND owner LIKE ?", f"%-{running[0][0].pid}-%"))
         enough.set()
         await asyncio.gather(*callers)
     await api.settled()
@@ -128,13 +126,9 @@ async def a_call_that_a_gateway_died_with_is_not_sent_again_and_its_stream_does_
         calls = []
         for start in (streamed, streamed, lambda app: app.messages.create(**long), lambda app: app.messages.create(**long)):
             calls.append(asyncio.ensure_future(start(app)))  # nginx gives each gateway one of a kind
-            async with asyncio.timeout(10):
-                while api.book.in_flight < len(calls):
-                    await asyncio.sleep(0.01)
+            await until(lambda: api.book.in_flight >= len(calls))
         running[0][0].kill()
-        async with asyncio.timeout(10):
-            while sum(call.done() for call in calls) < 2:
-                await asyncio.sleep(0.05)
+        await until(lambda: sum(call.done() for call in calls) >= 2)
         ended = [call.exception() for call in calls if call.done()]
         for call in calls:
             call.cancel()
@@ -157,9 +151,7 @@ async def test_two_gateways_behind_nginx_are_one(tmp_path):
             await a_stream_comes_through_while_the_api_is_still_sending(nginx, gateways, api)
             await an_apps_addresses_are_its_callers_and_not_nginxs(nginx, gateways)
             await a_gateway_is_replaced_under_load_and_no_call_is_dropped_or_billed_twice(nginx, running, gateways, api, announced=True)
-            async with asyncio.timeout(10):
-                while rows(server, "SELECT 1 FROM calls WHERE state = 'open'"):
-                    await asyncio.sleep(0.05)
+            await until(lambda: not rows(server, "SELECT 1 FROM calls WHERE state = 'open'"))
             assert rows(server, "SELECT sum(spent_nano), sum(reserved_nano) FROM entries") == [((await api.settled()).billed_nano, 0)]
             await a_call_that_a_gateway_died_with_is_not_sent_again_and_its_stream_does_not_look_whole(nginx, running, gateways, api)
 

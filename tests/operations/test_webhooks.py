@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 from gateway import gateway
-from ledgers import NOON, new_ledger, rows
+from ledgers import NOON, new_ledger, rows, until
 
 from gateway_addon.calls import alerts
 from gateway_addon.ledger import Alert, Ledger, LedgerUnavailable, Resolution, Standing
@@ -128,13 +128,12 @@ def hook(statuses=()):
         server.server_close()
 
 
-async def until(alert_delivery, policy, condition):
-    for _ in range(200):
+async def look_until(alert_delivery, policy, condition):
+    async def looked():
         await alert_delivery.look(policy)
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not happen")
+        return condition()
+
+    await until(looked)
 
 
 @pytest.fixture
@@ -160,7 +159,7 @@ async def test_a_delivery_that_fails_is_tried_again_until_it_arrives_once(tmp_pa
     with hook([status, status]) as (address, bodies):
         alert_delivery = herald_of(ledger, address)
         alert_delivery.emit(NEWS)
-        await until(alert_delivery, policy(tmp_path, HOOKED), lambda: delivered(tmp_path) == [(1, 1, 3)])
+        await look_until(alert_delivery, policy(tmp_path, HOOKED), lambda: delivered(tmp_path) == [(1, 1, 3)])
         assert [body["text"] for body in bodies] == ["gateway: a < b & c"] * 3
     assert f"the webhook answered {status}" in caplog.text
     assert "secret-path" not in caplog.text
@@ -170,12 +169,12 @@ async def test_what_was_not_delivered_before_a_restart_is_delivered_after_it(tmp
     in_force = policy(tmp_path, HOOKED)
     before = herald_of(ledger, "http://127.0.0.1:1/nobody-listens")
     before.emit(NEWS)
-    await until(before, in_force, lambda: delivered(tmp_path)[0][2] >= 1)
+    await look_until(before, in_force, lambda: delivered(tmp_path)[0][2] >= 1)
     await before.stop()
     assert delivered(tmp_path)[0][:2] == (0, 0)
     with hook() as (address, bodies):
         after = herald_of(ledger, address)
-        await until(after, in_force, lambda: delivered(tmp_path)[0][:2] == (1, 1))
+        await look_until(after, in_force, lambda: delivered(tmp_path)[0][:2] == (1, 1))
         assert len(bodies) == 1
 
 
@@ -186,7 +185,7 @@ async def test_two_processes_send_an_alert_once(tmp_path, ledger):
         heralds = [herald_of(each, address, retry_s=10) for each in (ledger, sibling)]
         for alert_delivery in heralds:
             alert_delivery.emit(NEWS)
-        await asyncio.gather(*(until(alert_delivery, in_force, lambda: delivered(tmp_path) == [(1, 1, 1)]) for alert_delivery in heralds))
+        await asyncio.gather(*(look_until(alert_delivery, in_force, lambda: delivered(tmp_path) == [(1, 1, 1)]) for alert_delivery in heralds))
         assert len(bodies) == 1
     await sibling.close()
 
@@ -195,7 +194,7 @@ async def test_a_delivery_is_given_up_after_a_day(tmp_path, ledger):
     in_force, yesterday = policy(tmp_path, HOOKED), time.time() - 90_000
     await ledger.alert_once(NEWS, send=True, now=yesterday)
     alert_delivery = herald_of(ledger, "http://127.0.0.1:1/nobody-listens")
-    await until(alert_delivery, in_force, lambda: delivered(tmp_path) == [(0, 1, 1)])
+    await look_until(alert_delivery, in_force, lambda: delivered(tmp_path) == [(0, 1, 1)])
 
 
 @pytest.mark.parametrize(("back_s", "due"), [(600, False), (3600, True)])
@@ -215,7 +214,7 @@ async def test_an_address_that_is_none_is_said_without_showing_it(tmp_path, ledg
     if address is None:
         alert_delivery = AlertDelivery(ledger, {}.__getitem__, time.time)
     alert_delivery.emit(NEWS)
-    await until(alert_delivery, policy(tmp_path, HOOKED), lambda: said in caplog.text)
+    await look_until(alert_delivery, policy(tmp_path, HOOKED), lambda: said in caplog.text)
     assert "secret-path" not in caplog.text
     assert delivered(tmp_path) == [(0, 0, 1)]
 
@@ -264,7 +263,7 @@ async def test_an_app_that_spends_is_told_of_once_by_the_highest_threshold_and_i
             await gw.quiet()
             for each in (alert_delivery, herald_of(gw.gate.ledger, address, retry_s=60), alert_delivery):  # another process, or this one after a restart
                 await each.look(gw.gate.policy)
-            await until(alert_delivery, gw.gate.policy, lambda: bodies)
+            await look_until(alert_delivery, gw.gate.policy, lambda: bodies)
             assert [(body["kind"], body["scope"], body["threshold_percent"]) for body in bodies] == [("threshold", "app:app", 20)]
             assert rows(tmp_path / "gateway.db", "SELECT once FROM alerts ORDER BY id")[-1][0].endswith(" 20")
             assert len(delivered(tmp_path)) == 2
@@ -333,10 +332,7 @@ async def test_a_running_gateway_tells_by_itself(tmp_path, caplog):
             gw.gate.emit = delivery.emit
             delivering = asyncio.ensure_future(delivery.run(lambda: gw.gate.policy))
             await ask(gw)
-            for _ in range(150):
-                await asyncio.sleep(0.02)
-                if bodies:
-                    break
+            await until(lambda: bodies)
             delivering.cancel()
             await delivery.stop()
         assert bodies[0]["scope"] == "app:app"

@@ -10,6 +10,7 @@ import anthropic
 import pytest
 from call_rows import calls
 from gateway import gateway
+from ledgers import until
 from rawhttp import split_answer
 from upstreams import answer, message, upstream
 
@@ -38,12 +39,6 @@ def request(gw, *, stream=False, path="/v1/messages", more="", **fields):
     sent = json.dumps(body if path == "/v1/messages" else fields).encode()
     lines = [f"POST {path} HTTP/1.1", "host: x", f"x-api-key: {gw.tokens['app']}", "anthropic-version: 2023-06-01", f"content-length: {len(sent)}"]
     return "\r\n".join([*lines, *([more] if more else []), "", ""]).encode() + sent
-
-
-async def until(true):
-    async with asyncio.timeout(10):
-        while not true():
-            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ import time
 import pytest
 from call_rows import calls
 from gateway import gateway
+from ledgers import until
 from mitmproxy.proxy.server import TimeoutWatchdog
 from slow import ask, provider, read_slowly
 
@@ -51,9 +52,7 @@ async def test_clients_that_stop_reading_make_nothing_grow(tmp_path, monkeypatch
                 await asyncio.sleep(1)
         assert max(held_bytes(gw)) < HELD_BYTES_MAX
         reading = asyncio.ensure_future(read_slowly(clients[0], 1e9))
-        async with asyncio.timeout(10):
-            while max(api.sent_bytes) <= max(before):
-                await asyncio.sleep(0.05)
+        await until(lambda: max(api.sent_bytes) > max(before))
         for client in clients:
             client.close()
         await asyncio.wait_for(asyncio.gather(reading, return_exceptions=True), 10)
@@ -66,9 +65,7 @@ async def test_slow_readers_are_booked_at_what_is_generated(tmp_path):
     async with provider() as api, gateway(tmp_path, None, dict.fromkeys(speeds, SLOW), upstream=api.url, lag_s=0.3) as gw:
         clients = {name: ask(gw.port, gw.tokens[name], name) for name in speeds}
         reading = [asyncio.ensure_future(read_slowly(clients[name], speed)) for name, speed in speeds.items()]
-        async with asyncio.timeout(30):
-            while len(api.tokens) < len(speeds) or gw.addon.flow_states:
-                await asyncio.sleep(0.05)
+        await until(lambda: len(api.tokens) == len(speeds) and not gw.addon.flow_states)
         for task in reading:  # the slowest would read for minutes what lies in the sockets' buffers
             task.cancel()
         await asyncio.gather(*reading, return_exceptions=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from gateway import gateway
+from ledgers import until
 
 from gateway_addon.policy import Tls
 from gateway_addon.proxy.certificate import Certificate, TlsUnavailable
@@ -52,8 +53,7 @@ async def test_who_leaves_over_https_is_settled_exactly(tmp_path, tls, half):
         head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {gw.tokens['app']}\r\nanthropic-version: 2023-06-01"
         writer.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
         async with asyncio.timeout(10):
-            while not api.book.in_flight:
-                await asyncio.sleep(0.01)
+            await until(lambda: api.book.in_flight)
             if half:
                 writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
                 assert b'"usage"' in await reader.read(-1)

@@ -11,6 +11,7 @@ import json
 import anthropic
 import pytest
 from gateway import gateway
+from ledgers import until
 from mitmproxy import exceptions, hooks
 from mitmproxy.addons.clientplayback import ClientPlayback
 
@@ -114,11 +115,7 @@ async def test_a_failure_on_the_way_out_forgets_nothing_of_the_bill(tmp_path, mo
         assert billed > 0
         assert await gw.spent_nano() >= billed
         assert await gw.held_nano() == 0
-        for _ in range(100):
-            if f"failed in its {name} hook" in caplog.text:
-                break
-            await asyncio.sleep(0.01)
-    assert f"failed in its {name} hook" in caplog.text
+        await until(lambda: f"failed in its {name} hook" in caplog.text)
 
 
 @pytest.mark.parametrize("reserve", ["full", "progressive"])
@@ -232,10 +229,7 @@ async def test_a_replayed_flow_is_refused(tmp_path):
         flow.is_replay = "request"
         flow.response = None
         replayer.start_replay([flow])
-        for _ in range(200):
-            if len(caught) > 1:
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: len(caught) > 1)
         assert caught[1].response.headers["x-gateway-refusal"] == "replay"
         assert api.book.requests == 1
         await replayer.done()

@@ -14,6 +14,7 @@ from unittest import mock
 import anthropic
 import pytest
 from gateway import APP, gateway
+from ledgers import until
 from mitmproxy.http import HTTPFlow
 from mitmproxy.proxy.layers.http import HttpStream
 from processes import ledgered
@@ -43,15 +44,6 @@ async def answer(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
         writer.close()
 
 
-async def all_closed(gw, left: int = 1) -> bool:
-    """Whether the gateway has soon no more than `left` sockets of callers open."""
-    for _ in range(60):
-        if len(callers(gw.port)) <= left:
-            return True
-        await asyncio.sleep(0.05)
-    return False
-
-
 def callers(port: int) -> list[socket.socket]:
     """The gateway's own ends of its callers' connections, garbage that still holds one among them."""
     transports = [each for each in gc.get_objects() if type(each).__name__ == "_SelectorSocketTransport"]
@@ -69,22 +61,17 @@ async def test_a_large_body_beyond_those_in_flight_is_refused(tmp_path):
         status, headers, body = await answer(gw.port, large)
         assert (status, headers["x-gateway-refusal"], headers["retry-after"]) == (503, "crowded", "1")
         assert "takes 3,000,000 at once (bodies_in_flight)" in json.loads(body)["error"]["message"]
-        assert await all_closed(gw), "the refused connection's socket is gone"
+        await until(lambda: len(callers(gw.port)) <= 1)  # the refused connection's socket is gone
         small = await answer(gw.port, request(gw.tokens["app"]))
         assert small[0] == 200, "a small body always finds room"
         first.close()
-        while gw.addon.flow_states:
-            await asyncio.sleep(0.01)
+        await until(lambda: not gw.addon.flow_states)
         assert "x-gateway-refusal" not in (await answer(gw.port, large))[1], "there is room again: the API judges it"
 
 
 async def arrived(gw, count: int) -> None:
     """Wait until so many bytes of bodies are here."""
-    for _ in range(500):
-        if sum(each.wire.body_bytes for each in gw.addon.flow_states.values()) >= count:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"no {count:,} bytes arrived")
+    await until(lambda: sum(each.wire.body_bytes for each in gw.addon.flow_states.values()) >= count)
 
 
 def chunked(token: str, *, chunk: bytes = b"") -> bytes:
@@ -115,8 +102,7 @@ async def test_a_body_that_outgrows_the_room_is_refused_then(tmp_path, says):
         reader, second = await asyncio.open_connection("127.0.0.1", gw.port)
         second.write(growing[:500])
         _, first = await asyncio.open_connection("127.0.0.1", gw.port)
-        while not gw.addon.flow_states:
-            await asyncio.sleep(0.01)
+        await until(lambda: gw.addon.flow_states)
         first.write(large[:1_900_000])
         await arrived(gw, 1_899_000)
         second.write(growing[500:])
@@ -181,8 +167,7 @@ async def test_an_idle_stream_costs_little_memory_however_few_files_the_shell_al
         for _ in range(streams):
             opened.append(await asyncio.open_connection("127.0.0.1", port))
             opened[-1][1].write(request(gateways.tokens["app"], stream=True))
-        while api.book.in_flight < streams:
-            await asyncio.sleep(0.05)
+        await until(lambda: api.book.in_flight >= streams)
         full = await settle_down(process.pid)
         print(f"idle process {empty / 1e6:.0f} MB; {streams} idle streams {(full - empty) / streams / 1e3:.0f} KB each", file=sys.stderr)
         assert (full - empty) / streams <= each_max

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import anthropic
 import pytest
 from gateway import APP, write_policies
+from ledgers import until
 
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin
@@ -52,14 +53,6 @@ def serving(folder: Path, upstream: str, *options: str):
 def workers(process) -> list[int]:
     found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
     return [int(pid) for pid in found]
-
-
-async def until(condition, seconds: float = 15.0):
-    for _ in range(int(seconds * 20)):
-        if condition():
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"not within {seconds} s")
 
 
 def alive(pid: int) -> bool:
@@ -176,9 +169,7 @@ def test_without_descriptors_one_line_says_so_and_callers_wait(caplog):
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert not answered
-        async with asyncio.timeout(5):
-            while len(answered) < len(callers):
-                await asyncio.sleep(0.05)
+        await until(lambda: len(answered) >= len(callers))
         server.close()
 
     with asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:

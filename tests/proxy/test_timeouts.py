@@ -96,9 +96,11 @@ async def test_silence_in_mid_stream_ends_the_call_at_exact_input_and_its_grant(
 
 
 async def test_a_stream_that_is_slow_but_not_silent_is_left_alone(tmp_path):
-    async with Simulator(behaviour=Behaviour(delay_ms=60, output_tokens=80)) as api:
-        async with gateway(tmp_path, api, APPS, "timeouts: {silence: 0.3s, first_byte: 0.5s}") as gw:
-            async with gw.client().messages.stream(**ASK | {"max_tokens": 200}) as answer:
+    async with Simulator(behaviour=Behaviour(delay_ms=20, output_tokens=600)) as api:
+        async with gateway(tmp_path, api, APPS, "timeouts: {silence: 1s, first_byte: 1s}") as gw:
+            began = time.monotonic()
+            async with gw.client().messages.stream(**ASK | {"max_tokens": 1000}) as answer:
                 await answer.get_final_message()
+            assert time.monotonic() - began > 1.2, "it takes longer than any silence may"
             await gw.quiet()
             assert await gw.spent_nano() == (await api.settled()).billed_nano

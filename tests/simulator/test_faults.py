@@ -17,6 +17,7 @@ import anthropic
 import brotli
 import pytest
 import zstandard
+from ledgers import until
 from mitmproxy.certs import CertStore
 from rawhttp import MODEL, ask, events, head, last_row, post, raw
 
@@ -181,8 +182,7 @@ class TestLeaving:
         body = json.dumps(ask(stream=stream, max_tokens=10_000, simulate=wishes)).encode()
         async with raw(api) as (_, writer):
             writer.write(head(body) + body)
-            while not api.book.all():
-                await asyncio.sleep(0.001)
+            await until(lambda: api.book.all())
             await asyncio.sleep(0.2)
         return await last_row(api)
 
@@ -218,15 +218,14 @@ class TestLeaving:
         assert 0.5 <= time.monotonic() - began < 0.95
 
     async def test_pings_fill_a_hidden_phase(self, api):
-        wishes = {"thinking": "hidden", "output_tokens": 50, "thinking_tokens": 50, "tokens_per_s": 200, "ping_s": 0.05}
+        wishes = {"thinking": "hidden", "output_tokens": 50, "thinking_tokens": 50, "tokens_per_s": 200, "ping_s": 0.005}
         _, _, answer = await post(api, ask(stream=True, simulate=wishes))
         assert [event["type"] for event in events(answer)].count("ping") >= 4
 
     async def test_stopping_the_server_bills_what_is_in_flight(self):
         async with Simulator(behaviour=Behaviour(tokens_per_s=1, output_tokens=100)) as api:
             call = asyncio.create_task(post(api, ask()))
-            while not api.book.all():
-                await asyncio.sleep(0.01)
+            await until(lambda: api.book.all())
         await asyncio.wait([call])
         [row] = api.book.all()
         assert (row.in_flight, row.delivered, row.billed_nano > 0) == (False, False, True)
@@ -330,8 +329,7 @@ class TestHttp:
         async with raw(api) as (_, writer):
             sent = b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nabc"
             writer.write(sent)
-            while api.book.bytes_received < len(sent):
-                await asyncio.sleep(0.01)
+            await until(lambda: api.book.bytes_received >= len(sent))
         assert (api.book.requests, api.book.connections, api.book.bytes_received) == (0, 1, len(sent))
 
     async def test_what_is_not_http_is_400(self, api):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
-from ledgers import new_file
+from ledgers import new_file, until
 from mitmproxy.master import Master
 
 from gateway_addon.calls.gateway import Gateway
@@ -86,11 +86,11 @@ class Running:
 
     async def quiet(self) -> None:
         """Wait until every call has ended and every settlement is written."""
-        for _ in range(500):
-            if not self.addon.flow_states and await self.open_calls() == 0:
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"calls are still open: {list(self.addon.flow_states)}")
+
+        async def ended() -> bool:
+            return not self.addon.flow_states and await self.open_calls() == 0
+
+        await until(ended)
 
     async def open_calls(self) -> int:
         total = await self.gate.ledger.standing(["total"], (), now=time.time())
@@ -153,5 +153,4 @@ async def gateway(
         master.shutdown()
         await task
         await ledger.close()
-        while proxy.connections:
-            await asyncio.sleep(0.01)
+        await until(lambda: not proxy.connections)

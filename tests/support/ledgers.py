@@ -1,10 +1,12 @@
 """Ledgers for tests, on both engines: values of the shapes that the ledger takes, and a ledger with one app's token in it."""
 
 import asyncio
+import inspect
 import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -140,9 +142,12 @@ def reconnect(ledger):
     ledger._line.writer._db = None
 
 
-async def until(true, seconds=10):
-    for _ in range(int(seconds / 0.02)):
-        if true():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not come true")
+async def until(condition, seconds=20):
+    """Wait until the condition holds: what it returns, or what it returns is awaited to.
+
+    The limit only ends a test that would never end. It is no measure: a machine may be twenty times too busy.
+    """
+    deadline = time.monotonic() + seconds
+    while not (await found if inspect.isawaitable(found := condition()) else found):
+        assert time.monotonic() < deadline, f"it did not come true within {seconds} s"
+        await asyncio.sleep(0.01)

@@ -9,6 +9,7 @@ from typing import Any
 
 from call_rows import calls
 from gateway import gateway
+from ledgers import until
 from mitmproxy import ctx
 from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers.http import HttpLayer
@@ -119,8 +120,7 @@ class Stage:
             received, closed = await talk(self)
             await self.gw.quiet()
             await beat()
-            while ctx.master.addons.get("proxyserver").connections:
-                await asyncio.sleep(0.01)
+            await until(lambda: not ctx.master.addons.get("proxyserver").connections)
         self.gw.master.options.update(**usual)
         self.other.do = None
         self.other.noted.append(self.other.flow and self.other.flow.live)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from gateway import write_policies
+from ledgers import until
 from users import needs_root
 
 from gateway_addon.cli import main
@@ -80,9 +81,7 @@ async def test_a_running_gateway_renews_its_key(tmp_path, monkeypatch, refused):
     working = asyncio.ensure_future(credentials.keep_fresh(secret, hurry))
     if refused:
         hurry.set()
-    async with asyncio.timeout(20):
-        while secret() == "x":
-            await asyncio.sleep(0.02)
+    await until(lambda: secret() != "x")
     working.cancel()
 
 
@@ -93,9 +92,7 @@ async def test_a_password_manager_that_fails_leaves_the_key_in_use(tmp_path, mon
     (tmp_path / "broken").touch()
     working = asyncio.ensure_future(credentials.keep_fresh(secret, hurry))
     hurry.set()
-    async with asyncio.timeout(20):
-        while "stays in use" not in caplog.text:
-            await asyncio.sleep(0.02)
+    await until(lambda: "stays in use" in caplog.text)
     working.cancel()
     assert secret() == "x"
 

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 from broken_disk import Broken, disk_error
-from ledgers import CALL, DAY_CAP, NOON, balance, new_ledger, reconnect, rows
+from ledgers import CALL, DAY_CAP, NOON, balance, new_ledger, reconnect, rows, until
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin
 from gateway_addon.ledger.store import sqlite_files, writer
@@ -83,11 +83,7 @@ async def test_after_a_commit_in_doubt_the_truth_is_looked_up(ledger, path, brok
     await refused(ledger, "reports an error")
     broken_disk.clear()
     assert (await asyncio.wait_for(settled, 3)).first
-    for _ in range(200):
-        if balance(path) == (200, 0, 0):
-            break
-        await asyncio.sleep(0.01)
-    assert balance(path) == (200, 0, 0)
+    await until(lambda: balance(path) == (200, 0, 0))
     assert rows(path, "SELECT count(*) FROM entries WHERE kind = 'settle'") == [(1,)]
 
 

@@ -11,6 +11,7 @@ import anthropic
 import httpx2
 import pytest
 from gateway import Running, gateway
+from ledgers import until
 from tornado import netutil, tcpserver
 from tornado.ioloop import IOLoop
 
@@ -52,9 +53,11 @@ class Desk:
     async def replay(self, flow: dict) -> None:
         """Send a flow again, to its end."""
         assert (await self.page.post(f"/flows/{flow['id']}/replay")).status_code == 200
-        async with asyncio.timeout(10):
-            while (await self.command("replay.client.count"))["value"]:
-                await asyncio.sleep(0.01)
+
+        async def ended() -> bool:
+            return not (await self.command("replay.client.count"))["value"]
+
+        await until(ended)
 
     async def edit(self, flow: dict, **request: object) -> None:
         assert (await self.page.put(f"/flows/{flow['id']}", json={"request": request})).status_code == 200
@@ -252,9 +255,7 @@ async def test_a_replay_can_be_cut_like_any_call(desk):
         (flow,) = await seen.flows(1)
         api.behaviour = Behaviour(output_tokens=400, delay_ms=100)
         await seen.page.post(f"/flows/{flow['id']}/replay")
-        async with asyncio.timeout(10):
-            while not any(flow_state.running and flow_state.running.meter for flow_state in seen.gw.addon.flow_states.values()):
-                await asyncio.sleep(0.01)
+        await until(lambda: any(flow_state.running and flow_state.running.meter for flow_state in seen.gw.addon.flow_states.values()))
         await seen.gw.gate.ledger.change(partial(admin.pause, scope="app:app", cut=True, who="test", now=time.time()))
         (found,) = await seen.flows(1)
         (_, cut) = (await api.settled()).messages()
@@ -308,13 +309,9 @@ async def test_a_request_edited_while_it_waits_at_the_door_is_not_sent(desk):
         api, {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $0.0018}\nreserve: full\n"}
     ) as seen:
         first = asyncio.ensure_future(seen.gw.client().messages.create(**ASK))
-        async with asyncio.timeout(10):
-            while not any(flow_state.running for flow_state in seen.gw.addon.flow_states.values()):
-                await asyncio.sleep(0.01)
+        await until(lambda: any(flow_state.running for flow_state in seen.gw.addon.flow_states.values()))
         second = asyncio.ensure_future(seen.gw.client().messages.create(**ASK))
-        async with asyncio.timeout(10):
-            while not [flow_state for flow_state in seen.gw.addon.flow_states.values() if flow_state.admitting]:
-                await asyncio.sleep(0.01)
+        await until(lambda: [flow_state for flow_state in seen.gw.addon.flow_states.values() if flow_state.admitting])
         waiting = next(flow_state.flow for flow_state in seen.gw.addon.flow_states.values() if flow_state.admitting)
         await seen.edit({"id": waiting.id}, content=json.dumps(ASK | {"max_tokens": 4000}))
         await first

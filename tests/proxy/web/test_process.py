@@ -12,6 +12,7 @@ from pathlib import Path
 
 import anthropic
 import httpx2
+from ledgers import until
 from processes import START_S, free_port, ledgered
 from secret_hunt import found_in, of_family
 
@@ -48,11 +49,7 @@ async def web(folder: Path, gateways, *options: str):
 
 
 async def in_flight(api, count: int) -> None:
-    for _ in range(500):
-        if api.book.in_flight >= count:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("the calls did not arrive")
+    await until(lambda: api.book.in_flight >= count)
 
 
 async def read_to_its_end(client) -> None:
