@@ -17,7 +17,8 @@ from mitmproxy.proxy import server_hooks
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.operations.logs import mask
 from gateway_addon.operations.places import PlacesUnclear, places
-from gateway_addon.policy import GatewayPolicy, PolicyError, load
+from gateway_addon.policy import GatewayPolicy, PolicyError
+from gateway_addon.policy import load as load_policy  # `load` would be a hook of this script: mitmproxy calls it
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
 from gateway_addon.proxy.server import assembled, hardened
@@ -45,7 +46,7 @@ class Shim:
         try:
             self.policies = Path(os.environ.get("GATEWAY_POLICIES") or places().policies)
             self.ledger = os.environ.get("GATEWAY_LEDGER") or f"sqlite:///{places().ledger}"
-            ctx.options.update(**hardened(ctx.options, load(self.policies)))
+            ctx.options.update(**hardened(ctx.options, load_policy(self.policies)))
         except SAID as error:
             logger.error("%s", error)
 

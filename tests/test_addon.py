@@ -122,6 +122,16 @@ WRONG = [
 ]
 
 
+def test_no_name_of_the_script_is_one_that_mitmproxy_calls():
+    """mitmproxy takes the script's own module for an addon: an imported function `load` would be called as its hook."""
+    from mitmproxy import hooks
+
+    from gateway_addon import addon
+
+    assert "load" in hooks.all_hooks
+    assert set(vars(addon)) & set(hooks.all_hooks) == set()
+
+
 @pytest.mark.parametrize(("mode", "arguments", "said"), WRONG, ids=["another mode", "every interface"])
 async def test_a_mitmdump_that_would_not_be_safe_does_not_start(tmp_path, mode, arguments, said):
     gateways = ledgered(tmp_path, "http://127.0.0.1:9", APPS)
