@@ -1,7 +1,7 @@
 """An ended call as one flat record, for logs and traces. Pure.
 
 Promises the same fields for every call, whatever became of it, and nothing of what was said in it. What the fields mean is in the
-README's table; a test holds the two together.
+handbook's chapter `running`; a test holds the two together.
 """
 
 from collections.abc import Callable, Iterable

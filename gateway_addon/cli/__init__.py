@@ -42,6 +42,7 @@ COMMANDS = {
     "migrate": ("migrate", "move the ledger from its file to a PostgreSQL server"),
     "prune": ("prune", "make daily sums of the calls of long ago"),
     "doctor": ("doctor", "prove the ledger's invariants, the key, the upstream, the clock"),
+    "docs": ("docs", "the handbook, a chapter at a time"),
 }
 
 

@@ -44,7 +44,7 @@ def prune(before: str, dry_run: bool, ledger: str) -> None:
         carries = _carry_all(path, until, bar.update)
     click.echo(f"{what} are {carries:,} rows now.")
     if not isinstance(path, ServerAddress):
-        click.echo("The file keeps its size, and what is free in it is used again; README says how to give it back to the disk.")
+        click.echo("The file keeps its size, and its free pages are used again. `gateway docs running` says how to shrink it.")
 
 
 def _carry_all(path: Path | ServerAddress, until: float, emit: Callable[[int], None]) -> int:

@@ -2,7 +2,7 @@
 
     kinds    the kinds of value, and their schema      keys    every key: kind, default, help
     model    what the operator decided                 loading a folder of files -> GatewayPolicy
-    rules    what that means for one request           reference  the keys as the README shows them
+    rules    what that means for one request           reference  the keys as the handbook shows them
     retiring which apps the end of a model concerns
 """
 

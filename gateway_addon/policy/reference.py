@@ -1,4 +1,4 @@
-"""The reference of every policy key as Markdown, for the README: from the table that validates them."""
+"""The reference of every policy key as Markdown, for the handbook: from the table that validates them."""
 
 from collections.abc import Iterator, Mapping
 

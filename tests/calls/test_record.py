@@ -6,11 +6,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import anthropic
 import pytest
 from gateway import gateway
+from handbook import page, section
 from ledgers import CALL, Part
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from processes import ledgered
@@ -21,12 +21,11 @@ from gateway_addon.operations import tracing
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
 HELLO = [{"role": "user", "content": "Say hello."}]
-README = (Path(__file__).parents[2] / "README.md").read_text()
 SETTLED = Outcome(status=200, model_served="claude-haiku-4-5", stop_reason="end_turn", first_byte_at=10.5, complete=True)
 
 
-def test_the_fields_of_a_call_are_those_of_the_readme():
-    table = README.partition("**A line for each call.**")[2].partition("**Traces.**")[0]
+def test_the_fields_of_a_call_are_those_of_the_handbook():
+    table = section(page("running"), "Logs")
     told = [field for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for field in re.findall(r"`(\w+)`", row)]
     assert set(record(CALL, "settled", started_at=1.0, ended_at=2.0)) == set(told)
     assert len(told) == len(set(told))

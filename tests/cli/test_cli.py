@@ -1,4 +1,4 @@
-"""What all commands owe to whoever types them: an example that works, a place in the README, a clean Ctrl-C."""
+"""What all commands owe to whoever types them: an example that works, a place in the handbook, a clean Ctrl-C."""
 
 import os
 import re
@@ -11,11 +11,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from handbook import README, page, topics
 
 from gateway_addon.cli import COMMANDS, INTERRUPTED, main
 from gateway_addon.ledger.store import sqlite_files
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGES = README.read_text() + "".join(map(page, topics()))
 
 
 def named(group: click.Group = main, path: tuple[str, ...] = ()) -> dict[str, click.Command]:
@@ -52,8 +53,8 @@ def test_its_help_ends_with_an_example_that_its_options_take(name, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_readme_shows_how_it_is_called(name):
-    assert re.search(rf"(\./run\.sh|gateway) {name}\b", README)
+def test_the_handbook_shows_how_it_is_called(name):
+    assert re.search(rf"(\./run\.sh|gateway) {name}\b", PAGES)
 
 
 def test_the_help_of_all_fits_a_screen():

@@ -86,7 +86,7 @@ def test_a_rotated_token_ends_the_one_before_it_now_or_after_an_overlap(here, ov
 
 
 async def test_a_leaked_token_is_revoked_and_the_other_apps_never_notice(tmp_path):
-    """The drill of the README: the leaked app gets a new token, the old one is dead at the next call, nobody else sees an error."""
+    """The drill of the handbook: the leaked app gets a new token, the old one is dead at the next call, nobody else sees an error."""
     policy = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $10}\n"
     ledger = ["--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"]
     where = [*ledger, "--policies", str(tmp_path / "policies")]

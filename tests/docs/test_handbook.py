@@ -1,86 +1,134 @@
-"""Every command of the README, run in order in a clone of the repository, with the simulated API in the real one's place."""
+"""The README and the handbook: what they show is what the program does, and every command in them is run in a clone."""
 
-import asyncio
-import os
+import json
 import re
-import socket
-import subprocess
-from pathlib import Path
+import tomllib
 
 import pytest
-from checkouts import clone
+from checkouts import ROOT
+from click.testing import CliRunner
+from client_tier import CLIENTS, REQUESTS
+from handbook import FOLDER, LANGUAGES, README, Terminal, blocks, marks, page, section, topics
 
+from gateway_addon.calls import settlement
+from gateway_addon.cli import COMMANDS, main
+from gateway_addon.policy import load
 from gateway_addon.policy.reference import reference
-from gateway_addon.simulator import KEY, Simulator
+from gateway_addon.simulator import Simulator
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"^```(bash|python|yaml|text)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = {"README": README.read_text(), "index": page("index"), **{topic: page(topic) for topic in topics()}}
+MARKS_MAX = 12
 
-HAVE_TESTS_OF_THEIR_OWN = ("./run.sh demo\n", "./run.sh test\n")
+
+def shown(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["docs", *arguments])
+    return result.exit_code, result.output
+
+
+def test_each_chapter_is_listed_and_shown_as_it_is():
+    assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(["index", *topics()])
+    assert shown() == (0, PAGES["index"])
+    for topic in topics():
+        assert shown(topic) == (0, PAGES[topic])
+
+
+@pytest.mark.parametrize("name", ["polcy", "../README", ""])
+def test_a_chapter_that_is_not_there_is_said_with_those_that_are(name):
+    code, output = shown(name)
+    assert (code, "concepts, contributing" in output) == (2, True)
+
+
+def test_a_terminal_gets_a_pager(monkeypatch):
+    """The command leaves the choice to click, which asks whether both ends are a terminal."""
+    paged = []
+    monkeypatch.setattr("click.echo_via_pager", paged.append)
+    assert shown("policy") == (0, "")
+    assert paged == [PAGES["policy"].removesuffix("\n")]
+
+
+def test_the_pages_are_in_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "docs/*.md" in settings["tool"]["setuptools"]["package-data"]["gateway_addon"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_links_of_a_page_lead_to_files(name):
+    base = ROOT if name == "README" else FOLDER
+    for target in re.findall(r"\]\(((?!https?:)[^)#]+)\)", PAGES[name]):
+        assert (base / target).is_file(), target
+
+
+def test_the_readme_is_short_and_leads_to_the_handbook():
+    text = PAGES["README"]
+    assert len(text.splitlines()) <= 150
+    assert "gateway_addon/docs/index.md" in text
+    assert "x-gateway-" not in text
 
 
 def test_the_reference_of_every_key_is_the_one_that_validates_them():
-    between = re.search(r"^<!-- keys: .*? -->\n(.*?)^<!-- /keys -->", README, re.MULTILINE | re.DOTALL)
+    between = re.search(r"^<!-- keys: .*? -->\n(.*?)^<!-- /keys -->", PAGES["policy"], re.MULTILINE | re.DOTALL)
     assert between is not None
     assert between[1].strip() == reference().strip()
 
 
 def test_the_table_of_endings_is_that_of_the_settlement():
-    from gateway_addon.calls import settlement
-
     reasons = set(re.findall(r"estimated:(\w+)", settlement.__doc__)) - {"gateway_error"}
-    assert reasons <= set(re.findall(r"estimated:(\w+)", README))
+    assert reasons <= set(re.findall(r"estimated:(\w+)", PAGES["guarantees"]))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def test_the_table_of_commands_has_each_with_its_line():
+    rows = re.findall(r"^\| `gateway (\w+)` \| (.+?) \|", PAGES["commands"], re.MULTILINE)
+    assert rows == [(name, line) for name, (_, line) in COMMANDS.items()]
 
 
-async def reachable(port: int) -> None:
-    for _ in range(200):
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
-            await asyncio.sleep(0.05)
-        else:
-            writer.close()
-            return
-    raise AssertionError("serve did not listen")
+def test_the_clients_that_were_tried_are_those_of_the_tier():
+    rows = re.findall(r"^\| (\S+) \| (.+?) \| (?:`--for (.+?)`)? *\|$", section(PAGES["clients"], "Clients that were tried"), re.MULTILINE)
+    kept = [(client.name, json.loads((REQUESTS / f"{client.name}.json").read_text())["version"], client.form or "") for client in CLIENTS]
+    assert [row for row in rows if row[0] not in ("client", "---")] == kept
+
+
+@pytest.mark.parametrize("name", ["policy", "batches"])
+def test_the_policies_that_a_page_shows_come_into_force(name, tmp_path):
+    [text] = [block.text for block in blocks(PAGES[name]) if block.language == "yaml"]
+    (tmp_path / "apps").mkdir()
+    (tmp_path / "gateway.yaml").write_text("key: {env: ANTHROPIC_API_KEY}\n")
+    needed = "" if "models:" in text.replace("models,", "") else "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\n"
+    (tmp_path / "apps" / "app.yaml").write_text(needed + text)
+    assert list(load(tmp_path).apps) == ["app"]
+
+
+def test_what_is_not_run_is_marked_and_rare():
+    """Each fence is in a language that the other tests read; a fence without one would hide commands from them."""
+    assert {block.language for text in PAGES.values() for block in blocks(text)} <= LANGUAGES
+    fences = sum(len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)) for text in PAGES.values())
+    assert fences == 2 * sum(len(blocks(text)) for text in PAGES.values())
+    reasons = list(marks())
+    assert len(reasons) == sum(block.not_run is not None for text in PAGES.values() for block in blocks(text))
+    assert len(reasons) <= MARKS_MAX
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-async def test_every_command_works_in_order_in_a_clone(tmp_path):
-    """As somebody types them: nothing is set that no line of the README exports, but the address and the upstream."""
-    port, root = free_port(), clone(tmp_path)
+async def test_the_readmes_commands_work_in_order_in_a_clone(tmp_path):
+    """As somebody types them: nothing is set that no line of the README exports, but addresses and the upstream."""
     async with Simulator() as api:
-        policy = root / "policies" / "gateway.yaml"
-        policy.write_text(policy.read_text().replace("upstream: https://api.anthropic.com", f"upstream: {api.url}"))
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ANTHROPIC_", "GATEWAY_")) and name != "TOKEN"}
-        environment = inherited | {"GATEWAY_LISTEN": f"127.0.0.1:{port}"}
-        server, ran = None, 0
-        for language, block in BLOCKS:
-            text = block.replace("127.0.0.1:8080", f"127.0.0.1:{port}").replace("sk-ant-your-real-key", KEY)
-            for line in HAVE_TESTS_OF_THEIR_OWN:
-                text = text.replace(line, "")
-            if language in ("yaml", "text") or not text:
-                continue
-            if text.strip() == "./run.sh serve":
-                server = subprocess.Popen(["./run.sh", "serve"], cwd=root, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-                await reachable(port)
-                continue
-            after = tmp_path / "after"
-            command = ["bash", "-ec", f"{text}\nenv -0 > '{after}'"] if language == "bash" else [root / ".venv/bin/python", "-c", text]
-            done = await asyncio.to_thread(subprocess.run, command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
-            if done.returncode != 0 and server is not None:
-                os.killpg(server.pid, 15)
-            assert done.returncode == 0, (text, done.stdout[-2000:], done.stderr[-2000:])
-            if language == "bash":
-                environment |= dict(line.split("=", 1) for line in after.read_text().split("\0") if "=" in line)
-            ran += 1
-        os.killpg(server.pid, 15)
-        server.wait(10)
+        terminal = Terminal(tmp_path, api)
+        try:
+            ran = await terminal.play(blocks(PAGES["README"]))
+        finally:
+            terminal.close()
         book = await api.settled()
-    assert ran >= 7
-    assert len(book.messages()) == 2, "the curl and the SDK's call"
+    assert ran >= 9
+    assert len(book.messages()) == 4, "the curl, the SDK's call, and one of each of the two other apps"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+async def test_the_handbooks_commands_work_in_order_in_a_clone(tmp_path):
+    """With what the index says that the README has made: an app, its token, the key, and a gateway that runs."""
+    async with Simulator() as api:
+        terminal = Terminal(tmp_path, api)
+        try:
+            assert await terminal.play(blocks(section(PAGES["README"], "The first real call"))[:3]) == 3
+            for topic in topics():
+                await terminal.play(blocks(PAGES[topic]))
+        finally:
+            terminal.close()

@@ -1,7 +1,7 @@
 """The whole move of a village: twelve consumers in as many forms, a thirteenth that nobody finds, one key, no outage.
 
-Each consumer is read as its platform reads it and calls with what it finds there. The README's chapter "Moving in" is this
-test's transcript, block by block; run this file with REWRITE_README=1 to write it anew.
+Each consumer is read as its platform reads it and calls with what it finds there. The handbook's chapter `moving-in` is this
+test's transcript, block by block; run this file with REWRITE_DOCS=1 to write it anew.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import anthropic
 import pytest
 import yaml
 from click.testing import CliRunner
+from handbook import FOLDER
 from ledgers import until
 from pasting import claude_code, cron, dotenv, systemd
 from processes import Ledgered
@@ -28,8 +29,7 @@ from gateway_addon.simulator import ADMIN_KEY, Behaviour, Simulator
 
 NEW_KEY = KEY.replace("Qm7x", "New1")
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 30, "messages": [{"role": "user", "content": "Hello"}]}
-README = Path(__file__).parents[2] / "README.md"
-CHAPTER = re.compile(r"(?<=^## Moving in\n).*?(?=^## )", re.MULTILINE | re.DOTALL)
+CHAPTER = FOLDER / "moving-in.md"
 BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 type Env = dict[str, str]
@@ -163,7 +163,7 @@ def written(village: Village) -> list[str]:
     ]
 
 
-async def test_a_village_moves_in_and_the_readme_tells_how(tmp_path, monkeypatch):
+async def test_a_village_moves_in_and_the_handbook_tells_how(tmp_path, monkeypatch):
     async with Simulator(key=KEY) as api:
         village = prepared(tmp_path, api)
         monkeypatch.chdir(village.root)
@@ -178,7 +178,7 @@ async def test_a_village_moves_in_and_the_readme_tells_how(tmp_path, monkeypatch
             process.terminate()
             await process.wait()
             process._transport.close()
-    compare_with_readme(written(village))
+    compare_with_chapter(written(village))
 
 
 async def moved(village: Village) -> None:
@@ -238,12 +238,11 @@ async def five_calls(village: Village, name: str, token: str) -> None:
         await asyncio.sleep(0.1)
 
 
-def compare_with_readme(transcript: list[str]) -> None:
-    text = README.read_text()
-    [chapter] = CHAPTER.findall(text)
+def compare_with_chapter(transcript: list[str]) -> None:
+    text = CHAPTER.read_text()
     blocks = iter(transcript)
-    if os.environ.get("REWRITE_README"):
-        assert len(BLOCK.findall(chapter)) == len(transcript)
-        README.write_text(text.replace(chapter, BLOCK.sub(lambda match: f"```console\n{next(blocks)}```", chapter)))
+    if os.environ.get("REWRITE_DOCS"):
+        assert len(BLOCK.findall(text)) == len(transcript)
+        CHAPTER.write_text(BLOCK.sub(lambda match: f"```console\n{next(blocks)}```", text))
     else:
-        assert BLOCK.findall(chapter) == transcript, "REWRITE_README=1 writes the chapter anew"
+        assert BLOCK.findall(text) == transcript, "REWRITE_DOCS=1 writes the chapter anew"

@@ -10,6 +10,7 @@ import genai_prices
 import pytest
 from click.testing import CliRunner
 from genai_prices.types import PriceCalculation
+from handbook import blocks, page
 
 from gateway_addon import policy
 from gateway_addon.cli.prices import prices as prices_command
@@ -165,8 +166,8 @@ def test_the_multiplier_scales_all_that_is_billed(tmp_path: Path, multiplier: st
     assert found.web_search_nano * found.multiplier == nano * 10
 
 
-def test_the_prices_that_the_readme_shows_come_into_force(tmp_path: Path) -> None:
-    [shown] = re.findall(r"^```yaml\n(multiplier:.*?)^```", (Path(__file__).parents[2] / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def test_the_prices_that_the_handbook_shows_come_into_force(tmp_path: Path) -> None:
+    [shown] = [block.text for block in blocks(page("prices")) if block.language == "yaml"]
     found = override(tmp_path, shown)
     assert [row("claude-opus-5-5", found, at).rates.input for at in (TODAY, datetime(2027, 1, 1, tzinfo=UTC))] == [4000, 3000]
     assert row("claude-opus-5-5", found).multiplier == Fraction(9, 10)

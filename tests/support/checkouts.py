@@ -18,9 +18,10 @@ def clone(folder: Path) -> Path:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
     (root / ".venv" / "bin").mkdir(parents=True)
-    wrapper = root / ".venv" / "bin" / "python"
-    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH="{root}" exec "{sys.executable}" "$@"\n')
-    wrapper.chmod(0o755)
+    for name in ("python", "mitmdump", "sqlite-utils"):
+        wrapper = root / ".venv" / "bin" / name
+        wrapper.write_text(f'#!/bin/sh\nPYTHONPATH="{root}" exec "{Path(sys.executable).with_name(name)}" "$@"\n')
+        wrapper.chmod(0o755)
     for lock in ("requirements.lock", "tests/requirements.lock"):
         digest = hashlib.sha256((root / lock).read_bytes()).hexdigest()
         (root / ".venv" / f"installed-{lock.replace('/', '-')}").write_text(f"{digest} {root}")
