@@ -1,4 +1,4 @@
-"""The ledger: who spent what, and who may spend more. The only rooms that speak SQL."""
+"""The ledger: who spent what, and who may spend more. Only this package has SQL."""
 
 from gateway_addon.ledger.ledger import Ledger
 from gateway_addon.ledger.types import (

@@ -1,4 +1,4 @@
-"""Who may open a ledger's files: the user whose they are, and for reading the group that the operator lets in.
+"""Judge who may open a ledger's files: their owner, and for reading the group that the operator lets in.
 
 Promises that a command of another user stops before it touches anything, with the user's name: SQLite's files and the locks beside
 them would become that user's, and the gateway could not open them any more. Root is no exception. Knows nothing of SQL.
@@ -13,14 +13,14 @@ from pathlib import Path
 from gateway_addon.ledger.types import LedgerUnavailable
 
 BESIDE = ("", "-wal", "-shm")
-"""What SQLite appends to a database's name for its own files. It gives each the mode of the database."""
+"""Suffixes of SQLite's own files beside a database. Each gets the mode of the database."""
 PRIVATE = 0o600
 GROUP_READS = 0o640
-"""Never more: who may write -shm, or take a lock on it, stops every call; and to read it is to be able to lock it."""
+"""The widest mode for a group. Write access to -shm, or a lock on it, can stop every call; read access allows a lock."""
 
 
 def must_be_allowed(ledger: Path, *, reading: bool = False) -> None:
-    """Raises LedgerUnavailable where the files are another user's. The file is there."""
+    """Raise LedgerUnavailable where the existing files are another user's."""
     status = ledger.stat()
     if not is_allowed(status, os.geteuid(), {os.getegid(), *os.getgroups()}, reading=reading):
         way = "" if not reading else f"; or be of the group {status.st_gid} and write `ledger_mode: 0640` in gateway.yaml"
@@ -33,14 +33,14 @@ def is_allowed(status: os.stat_result, user: int, groups: Collection[int], *, re
 
 
 def shut(ledger: Path) -> LedgerUnavailable | None:
-    """The error for a reader of another user that failed because it may not make SQLite's files of the ledger; None for its own user."""
+    """Return the error for another user's reader, which may not make SQLite's files; None for the ledger's own user."""
     if os.geteuid() == (status := ledger.stat()).st_uid:
         return None
     return LedgerUnavailable(f"the ledger {ledger} can be read by its group only while a gateway runs, and is else {_run_as(status)}")
 
 
 def closed(ledger: Path) -> LedgerUnavailable:
-    """The error for a ledger that lies, or whose locks lie, in a folder which is closed to this user."""
+    """Return the error for a ledger in a folder, or with locks in one, that is closed to this user."""
     for path in (ledger, *ledger.absolute().parents):
         try:
             return LedgerUnavailable(f"the ledger {ledger} is closed to you: it is {_run_as(path.stat())}")
@@ -50,7 +50,7 @@ def closed(ledger: Path) -> LedgerUnavailable:
 
 
 def restrict(ledger: Path, mode: int) -> list[str]:
-    """Give the files this mode; returns what was changed, a sentence each. Raises OSError."""
+    """Give the files this mode; return a sentence for each change. Raises OSError."""
     changed = []
     for path, found in _modes(ledger):
         if found != mode:
@@ -60,7 +60,7 @@ def restrict(ledger: Path, mode: int) -> list[str]:
 
 
 def exposed(ledger: Path, mode: int) -> list[str]:
-    """The files that more people may open than `mode` says, a sentence each."""
+    """Return a sentence for each file that more people may open than `mode` says."""
     return [
         f"{path} has the mode {found:04o}: whoever may open it reads everything and can stop every call. chmod {mode:04o} {path}"
         " (a gateway that starts does it)"

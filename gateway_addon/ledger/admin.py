@@ -1,4 +1,4 @@
-"""What a person changes: tokens, raises of caps, pauses, corrections. Each change and its audit row are one transaction.
+"""Write the changes that people make: tokens, raises of caps, pauses, corrections. Each is one transaction with its audit row.
 
 Every function takes a connection inside a write transaction: `with changing(path) as db` from a command, `ledger.change(partial(...))`
 inside a running gateway. All are in force for the next call in every process, because calls are judged by these rows.
@@ -38,7 +38,7 @@ ISSUE = "INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES 
 
 
 class PolicyChange(NamedTuple):
-    """A policy, or a real key, that came into force: when (unix seconds), by whose files, and what was different before.
+    """A policy, or a real key, that came into force: when (unix seconds), from whose files, and the difference.
 
     `digest` is the policy's, or the key's fingerprint.
     """
@@ -51,7 +51,7 @@ class PolicyChange(NamedTuple):
 
 @contextlib.contextmanager
 def changing(path: Path | ServerAddress) -> Iterator[sqlite3.Connection]:
-    """A write transaction of a command, in its turn among the gateway's processes. Raises LedgerUnavailable."""
+    """Open a command's write transaction, in its turn among the gateway's processes. Raises LedgerUnavailable."""
     if isinstance(path, ServerAddress):
         with driver():
             from gateway_addon.ledger.store import postgres
@@ -80,7 +80,7 @@ def changing(path: Path | ServerAddress) -> Iterator[sqlite3.Connection]:
 
 @contextlib.contextmanager
 def reading(path: Path | ServerAddress, beat: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
-    """A connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable.
+    """Open a connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable.
 
     A long statement on a file calls `beat` some times a second, and can be ended by Ctrl-C in between. An older version's ledger is
     brought up to date first, unless it is wanted `as_it_is`.
@@ -122,7 +122,7 @@ def reading(path: Path | ServerAddress, beat: Callable[[], None] = lambda: None,
 
 
 def death_check(path: Path | ServerAddress, db: sqlite3.Connection) -> Callable[[str], bool]:
-    """Tells of an owner's name whether its process is gone. (A batch is held by none: its reservation waits for its results.)"""
+    """Return a function that says whether an owner's process is gone. A batch has no process: it waits for its results."""
     if isinstance(path, ServerAddress):
         with driver():
             from gateway_addon.ledger.store import postgres
@@ -172,7 +172,7 @@ def rotate_token(
 
 
 def tokens(db: sqlite3.Connection, app: str | None = None) -> list[Token]:
-    """The tokens of one app or of all, in the order in which they were issued."""
+    """Return the tokens of one app or of all, in the order of issue."""
     rows = db.execute(f"{TOKENS} WHERE app = coalesce(?, app) ORDER BY id", (app,)).fetchall()
     return [Token(*row) for row in rows]
 
@@ -308,7 +308,7 @@ def clear_overrun(db: sqlite3.Connection, model: str, *, who: str, why: str = ""
 
 
 def is_aligned(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None]) -> bool:
-    """Whether the ledger's calendar and the apps' teams are those of the policy."""
+    """Return whether the ledger's calendar and the apps' teams are those of the policy."""
     settings = _settings(db)
     return settings["zone"] == zone and not _moved(settings, teams)
 
@@ -350,7 +350,7 @@ def moved(db: sqlite3.Connection, source: str, target: str | None, *, who: str, 
 def keep_policy(db: sqlite3.Connection, digest: str, texts: Mapping[str, str], *, who: str, now: float) -> bool:
     """Audit how the policy differs from the one last in force: a diff, once, however many processes load it; True if it does.
 
-    The last texts are kept beside it, so a change made while no gateway ran is told at the next start.
+    The last texts are kept with it, so a change made while no gateway ran is audited at the next start.
     """
     rows = db.execute("SELECT value FROM settings WHERE name = 'policy'").fetchall()
     before: dict[str, Any] = json.loads(rows[0][0]) if rows else {"digest": None, "texts": {}}
@@ -375,7 +375,7 @@ def keep_key(db: sqlite3.Connection, fingerprint: str, place: str, *, who: str, 
 
 
 def policy_changes(db: sqlite3.Connection, limit: int) -> list[PolicyChange]:
-    """The latest changes of the policy and of the real key, the newest first."""
+    """Return the latest changes of the policy and of the real key, the newest first."""
     rows = db.execute(
         "SELECT at, who, after FROM audit WHERE action IN ('policy', 'key') ORDER BY id DESC LIMIT ?", (limit,)
     ).fetchall()  # fmt: skip
@@ -392,7 +392,7 @@ def _settings(db: sqlite3.Connection) -> dict[str, str]:
 
 
 def _moved(settings: Mapping[str, str], teams: Mapping[str, str | None]) -> dict[str, str | None]:
-    """The apps whose team is another now."""
+    """Return the apps whose team has changed, with the new team."""
     return {app: team for app, team in teams.items() if settings.get(f"team:{app}") != (team or "")}
 
 
@@ -405,7 +405,7 @@ _MOVE = "UPDATE calls SET day_start = ?, week_start = ?, month_start = ? WHERE s
 
 
 def _move_windows(db: sqlite3.Connection, zone: ZoneInfo) -> None:
-    """Day by day of the zone's calendar, from an index: a statement each, however many calls a day had."""
+    """Compute the windows of all calls anew: one statement for each day of the zone's calendar, from an index."""
     [(at, last)] = db.execute(_SPAN).fetchall()
     while at is not None and at <= last:
         day, week, month, _ = starts(at, zone)
@@ -415,7 +415,7 @@ def _move_windows(db: sqlite3.Connection, zone: ZoneInfo) -> None:
 
 
 def _pruned_until(db: sqlite3.Connection, call_id: int) -> str | None:
-    """The day before which calls were pruned, where this may have been one of them."""
+    """Return the day before which calls were pruned, if this call may have been one of them."""
     rows = db.execute("SELECT value FROM settings WHERE name = ? AND ? < (SELECT max(id) FROM calls)", (PRUNED, call_id)).fetchall()
     return datetime.fromtimestamp(float(rows[0][0]), UTC).strftime("%Y-%m-%d") if rows else None
 

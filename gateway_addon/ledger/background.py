@@ -1,7 +1,7 @@
-"""Long work on a ledger that a gateway has open: in a thread and on a connection of its own, as a command beside the gateway would do it.
+"""Run long reads or changes of an open ledger in a daemon thread with its own connection.
 
-Promises that neither the event loop nor the writer's thread waits for it, and that the end of the process does not either: whoever is
-cancelled while it waits goes at once, a file's long statement ends with it, and what was not committed by the process's end is undone.
+Promises that the event loop, the writer's thread and the end of the process never wait for this work. A caller that is cancelled while
+it waits goes at once, and a file's long statement ends with it. A change that is not committed when the process ends is undone.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from gateway_addon.ledger import admin
 from gateway_addon.ledger.types import ServerAddress
 
 type IsStopped = Callable[[], bool]
-"""Whether nobody waits for the answer any more."""
+"""Return whether nobody waits for the answer any more."""
 
 
 async def read[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -34,8 +34,10 @@ async def read[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connectio
 
 
 async def change[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connection], T]) -> T:
-    """Run a change alone in the ledger, in its turn and however long it takes: calls find the ledger held meanwhile. One whose caller is
-    cancelled may still be written. Raises what it raises, or LedgerUnavailable."""
+    """Run a change alone in the ledger, however long it takes: calls find the ledger held meanwhile.
+
+    A change whose caller is cancelled may still be written. Raises the change's own error, or LedgerUnavailable.
+    """
 
     def whole(_: IsStopped) -> T:
         with admin.changing(place) as db:
@@ -45,7 +47,7 @@ async def change[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connect
 
 
 async def _apart[T](work: Callable[[IsStopped], T]) -> T:
-    """Not in the loop's own threads: the loop's end waits for those."""
+    """Run work in a thread of its own: the end of the loop would wait for the loop's threads."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

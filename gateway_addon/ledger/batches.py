@@ -1,8 +1,8 @@
-"""Message batches: reservations that outlive the process that made them, and the results by which they are settled. Statements only.
+"""Keep message batches: reservations that outlive their process, and the results that settle them. Statements only.
 
-Promises that a batch's reservation is nobody's to sweep from the moment at which the batch is known, that what its requests came to is
-booked once each however often and by whomever the results are read, and that it is settled once: at the sum of its results when all
-of them are there, else at what it holds when somebody says that they will never be. Knows nothing of HTTP, policies or prices.
+Promises that no sweep settles the reservation of a known batch, that the cost of each request is booked once, however often and by
+whichever process the results are read, and that a batch is settled once: at the sum of its results when all are there, else at the
+held amount when the caller says that they will never come. Knows nothing of HTTP, policies or prices.
 """
 
 import sqlite3
@@ -22,7 +22,7 @@ TURN_S = 60.0  # how long a batch is one process's to look at, unless it says th
 
 @dataclass(frozen=True, slots=True)
 class NewBatch:
-    """A batch that the provider has taken. `flags`: what the policy did to it beside admitting it."""
+    """A batch that the provider has taken. `flags`: what the policy changed in it."""
 
     id: str
     call_id: int
@@ -30,18 +30,18 @@ class NewBatch:
     made_at: float
     requests: int
     hour_ttl: bool
-    """A request asked for a cache of an hour: decides the price of writes whose lifetime a result does not say."""
+    """True if a request asked for a cache of an hour: it prices the writes whose lifetime a result does not say."""
     prices_digest: str
     prices: str
     """The price table of its admission, as text."""
     content: str
-    """The API's own object."""
+    """The API's JSON object."""
     status: str
     look_at: float
     request_id: str | None = None
     flags: tuple[str, ...] = ()
     custom_ids: str | None = None
-    """Those of its own requests, packed."""
+    """The ids of the batch's own requests, packed."""
 
 
 class Batch(NamedTuple):
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     look_at: float | None
     failures: int
     lost_since: float | None = None
-    """Since when the API says, at each look, that it has no such batch or not all of its results."""
+    """Since when the API has answered every poll that the batch, or some of its results, is gone."""
 
     @property
     def open(self) -> bool:
@@ -71,7 +71,7 @@ class ResultRow(NamedTuple):
     custom_id: str
     part: int
     kind: str
-    """As the part's (`message`, ...), or `errored`, `canceled`, `expired`."""
+    """The part's kind (`message`, ...), or `errored`, `canceled`, `expired`."""
     model: str | None
     input_tokens: int
     output_tokens: int
@@ -103,7 +103,7 @@ class OpenBatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
-    """The parts of all results of one kind, model and price row: what the ledger takes for a billed part and its tokens."""
+    """The sum of the results of one kind, model and price row, in the shape of a billed part and its tokens."""
 
     kind: str
     model: str | None
@@ -123,7 +123,7 @@ class _Sum:
 
 
 class SettledBatch(NamedTuple):
-    """The call of a settled batch, as whoever listens to calls is told of it."""
+    """The call of a settled batch, as traces and logs report it."""
 
     call: NewCall
     started_at: float
@@ -162,7 +162,7 @@ SELECT call_id, requests, batches.flags, request_id, look_at IS NOT NULL FROM ba
 WHERE batches.id = ?
 """
 LOST = ("batch_gone", "results_unreadable", "results_gone")
-"""Why a batch was settled at what it held, without its results."""
+"""Reasons to settle a batch at its held amount, without its results."""
 SETTLED_AT = """
 SELECT flags, (SELECT spent_nano FROM entries WHERE call_id = calls.id AND kind = 'settle'),
   (SELECT sum(spent_nano) FROM entries WHERE call_id = calls.id)
@@ -198,7 +198,10 @@ FROM batches WHERE look_at IS NOT NULL ORDER BY made_at, batches.id
 
 
 def adopt(db: sqlite3.Connection, new: NewBatch) -> bool:
-    """The provider has taken a batch: it is the app's, and its reservation no process's. False where the id was known before."""
+    """Enter a batch that the provider has taken as the app's; no process holds its reservation any more.
+
+    False where the id was known before.
+    """
     if not ownership.own(db, OwnedObject(new.id, "batch", new.app, new.made_at, new.content)):
         return False
     db.execute(KEEP_PRICES, (new.prices_digest, new.prices))
@@ -214,7 +217,7 @@ def find(db: sqlite3.Connection, id: str) -> Batch | None:
 
 
 def prices(db: sqlite3.Connection, digest: str) -> str:
-    """The price table of this digest, as text."""
+    """Return the price table of this digest, as text."""
     return str(db.execute("SELECT content FROM price_tables WHERE digest = ?", (digest,)).fetchone()[0])
 
 
@@ -225,17 +228,17 @@ def custom_ids(db: sqlite3.Connection, id: str) -> str | None:
 
 
 def lacks_results(db: sqlite3.Connection, batch: Batch) -> bool:
-    """Whether a batch is open, or was settled without its results: then they are worth reading."""
+    """Return whether a batch is open, or was settled without its results: then they are worth reading."""
     return batch.open or any(_is_lost(flags) for flags, *_ in db.execute(SETTLED_AT, (batch.call_id,)).fetchall())
 
 
 def waits(db: sqlite3.Connection, now: float) -> bool:
-    """True where it is time to look at a batch."""
+    """Return whether a batch is due to be polled."""
     return bool(db.execute(WAITS, {"now": now, "ahead_s": PAUSE_MAX_S}).fetchone()[0])
 
 
 def take(db: sqlite3.Connection, now: float) -> Batch | None:
-    """A batch that is due, the caller's alone for a turn: of all processes on the ledger, one asks about it."""
+    """Claim a batch that is due: of all processes on the ledger, only the caller polls it this time."""
     rows = db.execute(TAKE, {"now": now, "ahead_s": PAUSE_MAX_S, "until": now + TURN_S}).fetchall()
     return _batch(rows[0]) if rows else None
 
@@ -243,21 +246,21 @@ def take(db: sqlite3.Connection, now: float) -> Batch | None:
 def looked(
     db: sqlite3.Connection, id: str, status: str, *, look_at: float, failures: int, lost_since: float | None = None
 ) -> None:
-    """Note what was seen of an open batch, and when to look again."""
+    """Record a poll of an open batch, and when to poll again."""
     db.execute(LOOKED, (status, look_at, failures, lost_since, id))
 
 
 def book_results(db: sqlite3.Connection, call_id: int, rows: Iterable[ResultRow]) -> None:
-    """Keep results as they are read. A row that is there already stays as it is, unless it says that nothing was billed."""
+    """Keep results as they are read. An existing row stays as it is, unless it says that nothing was billed."""
     db.executemany(BOOK, [(call_id, *row) for row in rows])
 
 
 def close(
     db: sqlite3.Connection, id: str, *, anyway: str | None = None, flags: tuple[str, ...] = (), now: float
 ) -> Resolution | None:
-    """Settle a batch at the sum of its results; None where some are still missing. One that was settled without them is corrected.
+    """Settle a batch at the sum of its results; None where some are missing. Correct one that was settled without them.
 
-    `anyway`: they will never come, for this reason (of `LOST`): settle at what it holds, `estimated`. `flags`: what was odd in them.
+    `anyway`: the reason (of `LOST`) why they will never come: settle at the held amount, `estimated`. `flags`: oddities in them.
     """
     call_id, requests, said, request_id, is_open = db.execute(CLOSING, (id,)).fetchone()
     flags = tuple(dict.fromkeys((*str(said).split(), *flags)))
@@ -278,7 +281,7 @@ def close(
 
 
 def _correct(db: sqlite3.Connection, call_id: int, settlement: Settlement, now: float) -> None:
-    """Bring a call that was settled at what it held to what its results came to, by an entry of its own, once."""
+    """Correct a call that was settled at its held amount to the sum of its results, by an extra entry, once."""
     for said, settled_nano, spent_nano in db.execute(SETTLED_AT, (call_id,)).fetchall():
         if not _is_lost(said) or settlement.cost_nano is None:
             return
@@ -296,7 +299,7 @@ def _is_lost(flags: str) -> bool:
 
 
 def settled(db: sqlite3.Connection, call_id: int) -> SettledBatch:
-    """What is written of a batch's call now that it is settled."""
+    """Return the call of a settled batch."""
     app, team, token_id, endpoint, model, quote_nano, session, agent, started_at, *ended = db.execute(CALL, (call_id,)).fetchone()
     status, served, request_id, complete, price_rows, flags, tier = ended
     call = NewCall(app, team, token_id, endpoint, model, quote_nano=quote_nano, session_id=session, agent_id=agent)
@@ -305,7 +308,7 @@ def settled(db: sqlite3.Connection, call_id: int) -> SettledBatch:
 
 
 def open_batches(db: sqlite3.Connection) -> list[OpenBatch]:
-    """Every batch that is not settled, the oldest first."""
+    """Return every batch that is not settled, the oldest first."""
     return [OpenBatch(*row) for row in db.execute(OPEN).fetchall()]
 
 

@@ -1,10 +1,10 @@
-"""Judge a call by all that the ledger knows of it: whether it may be reserved, else the one obstacle to name, and when to ask again. Pure.
+"""Judge a call by the ledger's facts: whether it may be reserved, else the one obstacle to name, and when to ask again. Pure.
 
 One judgement for a denial's sentence, for the queue, for `explain` and for `replay`. It enforces nothing: the statement that writes
 a reservation does (`reservations.RESERVE`), and it asks the same in SQL.
 
-The order is that of usefulness to the caller: who may not ask at all, then what is paused, then money that is gone (waiting does not
-help before the window's end), then what other calls hold, then concurrency, then rates.
+The obstacles come in the order of their use to the caller: a token not in force, a pause, money that is spent (waiting does not
+help before the window's end), money that other calls hold, concurrency, rates.
 """
 
 import math
@@ -30,7 +30,7 @@ def judge(facts: CallFacts, limits: RateLimits, grant_nano: int, quantum_nano: i
 
 
 def judge_caps(standings: Sequence[Standing], grant_nano: int, quantum_nano: int, now: float) -> Denied | None:
-    """Judge by the caps alone. What other streams keep free for their next step counts as taken; so does this call's own."""
+    """Judge by the caps alone. The amounts that streams keep free for their next step, this call's too, count as taken."""
     asked_nano = grant_nano + quantum_nano
     full = [cap for cap in standings if cap.spent_nano + cap.reserved_nano + cap.quantum_nano + asked_nano > amount_nano(cap)]
     if not full:
@@ -56,7 +56,7 @@ def amount_nano(cap: Standing) -> int:
 def judge_rate(name: str, limit: int | None, size: int, counted: MinuteCount, now: float) -> Denied | None:
     """Judge by a rate: a sliding minute, in which the last calendar minute counts by the share that is still within sixty seconds.
 
-    So a minute's turn lets no double burst through.
+    So no double burst passes when a calendar minute ends.
     """
     second = int(now) % 60
     if limit is None or 60 * counted.recent + (60 - second) * counted.before + 60 * size <= 60 * limit:
@@ -67,7 +67,7 @@ def judge_rate(name: str, limit: int | None, size: int, counted: MinuteCount, no
 
 
 def _rate_wait_s(room: int, counted: MinuteCount, second: int) -> int | None:
-    """Seconds until a request fits beside what the last two minutes admitted; `room` is the limit less its own size.
+    """Return the seconds until a request fits after the last two minutes' calls; `room` is the limit less its size.
 
     None: it is larger than the limit and never fits.
     """

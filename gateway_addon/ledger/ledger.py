@@ -1,4 +1,4 @@
-"""The ledger as the gateway sees it: asynchronous, on a store that every gateway of the fleet shares.
+"""The ledger for the gateway: asynchronous, on a store that every gateway of the fleet shares.
 
 Promises that the event loop never waits for a disk or a server, that a reservation is durable before it is answered, and that it is
 refused with `LedgerUnavailable` within `timeout_s` where it cannot be written. Settlements, voids and releases are never dropped.
@@ -58,7 +58,7 @@ type Change = Callable[[sqlite3.Connection], object]
 
 
 class _Held(NamedTuple):
-    """A running call as it was admitted. `owner`: this process's name then."""
+    """A running call as admitted. `owner`: this process's name at its admission."""
 
     app: str
     caps: tuple[CapShape, ...]
@@ -66,7 +66,7 @@ class _Held(NamedTuple):
 
 
 class Ledger:
-    """Made by `open`, in the process that uses it (after a fork) and on the loop that uses it."""
+    """An open ledger. Call `open` in the process that uses it (after a fork) and on the loop that uses it."""
 
     def __init__(self, place: Path | ServerAddress, store: Store, timeout_s: float) -> None:
         self.place = place
@@ -102,7 +102,7 @@ class Ledger:
         return ledger
 
     async def close(self, timeout_s: float = 5.0) -> None:
-        """Write what is waiting, then let go. What is still open then is settled by the next sweep."""
+        """Write the waiting operations, then close. The next sweep settles the calls that are open then."""
         if self._heart is not None:
             self._heart.cancel()
         if not await self._line.stop(timeout_s):
@@ -113,7 +113,7 @@ class Ledger:
 
     @property
     def owner(self) -> str:
-        """This process's name in the ledger."""
+        """Return this process's name in the ledger."""
         return self._store.owner
 
     # money
@@ -179,8 +179,10 @@ class Ledger:
         return cast("asyncio.Future[Resolution]", self._lasting(partial(reservations.end, ending=ending), scopes, ending))
 
     def lease_expiring(self) -> frozenset[int]:
-        """The running calls that another gateway may soon settle, or has settled: all of them once this one's lease is about to end,
-        those of before once it is back under a new name. Answers at once, whatever the ledger does."""
+        """Return the running calls that another gateway may soon settle, or has settled. Never waits for the ledger.
+
+        These are all of them when this gateway's lease is about to end, and the older ones when it is back under a new name.
+        """
         if self._store.heartbeat_s is None:
             return frozenset()
         ends = self._store.lease_left_s < CUT_AHEAD_S
@@ -205,22 +207,25 @@ class Ledger:
         self._record(partial(state.keep_ratelimits, headers=dict(headers), now=now), "ratelimits")
 
     async def alert_once(self, alert: Alert, *, send: bool, now: float) -> bool:
-        """True for the first caller, over all processes, that tells of this. `send`: keep it until sent. Raises LedgerUnavailable."""
+        """Return True for the first caller, over all processes, with this alert. `send`: keep it until sent.
+
+        Raises LedgerUnavailable.
+        """
         return cast(bool, await self._ask(RECORD, partial(state.alert_once, alert=alert, send=send, now=now)))
 
     async def take_alert(self, *, retry_s: float, give_up_s: float, now: float) -> DueAlert | None:
-        """One alert that is due to be sent, for this process alone until it is time to retry. Raises LedgerUnavailable."""
+        """Claim one alert that is due, for this process alone until it is time to retry. Raises LedgerUnavailable."""
         if not await self.look(partial(state.alert_waits, retry_s=retry_s, now=now)):
             return None
         take = partial(state.take_alert, retry_s=retry_s, give_up_s=give_up_s, now=now)
         return cast(DueAlert | None, await self._ask(RECORD, take, frozenset(("alerts",))))
 
     def alert_done(self, number: int, delivered_at: float | None) -> None:
-        """Note that an alert was delivered (unix seconds), or that nobody is to be told any more (None)."""
+        """Note that an alert was delivered (unix seconds), or is given up (None)."""
         self._record(partial(state.alert_done, number=number, delivered_at=delivered_at))
 
     async def sweep(self, *, now: float) -> int:
-        """Settle what dead processes left open; call it when a worker dies. Raises LedgerUnavailable."""
+        """Settle the open calls of dead processes; call it when a worker dies. Raises LedgerUnavailable."""
         await self._resume()
         swept = cast(int, await self._ask(RESOLVE, partial(self._store.sweep, now=self._at(now)), frozenset((EVERYTHING,))))
         if swept:
@@ -228,7 +233,7 @@ class Ledger:
         return swept
 
     async def _resume(self) -> None:
-        """Write what dead processes of this machine could not, before their calls are settled at what they held."""
+        """Write the journals of this machine's dead processes, before their calls are settled at their held amounts."""
         with self._store.unwritten_journals() as journals:
             for left in journals:
                 known = 0
@@ -243,19 +248,19 @@ class Ledger:
         return await self._ask(RESOLVE, write, frozenset((EVERYTHING,)), instead)
 
     async def change[T](self, write: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a change of `ledger.admin` in a transaction of its own turn. Raises what it raises, or LedgerUnavailable."""
+        """Run a change of `ledger.admin` in a transaction of its own. Raises the change's own error, or LedgerUnavailable."""
         return cast(T, await self._ask(RECORD, write, frozenset((EVERYTHING,))))
 
     async def write[T](self, write: Callable[[sqlite3.Connection], T], *scopes: str) -> T:
-        """Run a small change of another room of the ledger's, alone in these scopes. Raises LedgerUnavailable."""
+        """Run a small change of another ledger module, alone in these scopes. Raises LedgerUnavailable."""
         return cast(T, await self._ask(RECORD, write, frozenset(scopes)))
 
     def keep[T](self, write: Callable[[sqlite3.Connection], T], *scopes: str) -> "asyncio.Future[T]":
-        """The same, as certain as a settlement: written perhaps later, but written."""
+        """Run a small change like `write`, but as certain as a settlement: perhaps later, never dropped."""
         return cast("asyncio.Future[T]", self._lasting(write, frozenset(scopes)))
 
     def hand_over(self, call_id: int) -> None:
-        """A call's reservation is no longer this process's affair."""
+        """Forget a running call: its reservation is no longer this process's."""
         self._running.pop(call_id, None)
 
     async def ready(self) -> None:
@@ -265,35 +270,35 @@ class Ledger:
     # reads, on the request's path
 
     async def look_up_token(self, digest: str, *, now: float) -> TokenLookup:
-        """Whose token has this SHA-256 (hexadecimal), and what else the door asks for each request. Raises LedgerUnavailable."""
+        """Look up the token with this SHA-256 (hexadecimal), the pauses and the overruns. Raises LedgerUnavailable."""
         return await self.look(partial(state.look_up_token, digest=digest, now=self._at(now)))
 
     async def standing(self, scopes: Iterable[str], caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
-        """Each scope in each window, beside the caps among `caps`. Raises LedgerUnavailable."""
+        """Return the standing of each scope in each window, with its cap among `caps`. Raises LedgerUnavailable."""
         return await self.look(partial(reservations.standing, scopes=scopes, caps=caps, now=self._at(now)))
 
     async def capped(self, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
-        """How each of these caps stands. Raises LedgerUnavailable."""
+        """Return the standing of each of these caps. Raises LedgerUnavailable."""
         return await self.look(partial(reservations.capped, caps=caps, now=self._at(now)))
 
     async def pauses(self, *, now: float) -> tuple[Pause, ...]:
-        """The pauses in force. Raises LedgerUnavailable."""
+        """Return the pauses in force. Raises LedgerUnavailable."""
         return await self.look(partial(state.pauses, now=self._at(now)))
 
     async def overruns(self) -> frozenset[str]:
-        """Models that passed a grant and are reserved in full until cleared. Raises LedgerUnavailable."""
+        """Return the models that passed a grant and are reserved in full until cleared. Raises LedgerUnavailable."""
         return await self.look(state.overruns)
 
     async def upstream_limits(self) -> dict[str, tuple[str, float]]:
-        """The upstream's latest rate-limit headers with the time at which each was seen. Raises LedgerUnavailable."""
+        """Return the upstream's latest rate-limit headers, each with its time. Raises LedgerUnavailable."""
         return await self.look(state.ratelimits)
 
     async def look[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a read of `ledger.batches` or `ledger.belongings`. Raises LedgerUnavailable."""
+        """Run a read of `ledger.batches` or `ledger.ownership`. Raises LedgerUnavailable."""
         return await self._store.read(read)
 
     async def others(self) -> list[str]:
-        """The other processes that use this ledger now, by name. Raises LedgerUnavailable."""
+        """Return the other processes that use this ledger now, by name. Raises LedgerUnavailable."""
 
         def living(db: sqlite3.Connection) -> list[str]:
             return sorted({*orphans.known(db)} - {*self._store.dead(db), self.owner})
@@ -301,15 +306,15 @@ class Ledger:
         return await self.look(living)
 
     def _scopes(self, call_id: int) -> frozenset[str]:
-        """What a resolution of this call changes: nothing is judged, so the app's own balance is enough."""
+        """Return the scopes that a resolution of this call changes: it judges nothing, so the app's balance is enough."""
         return frozenset((app_scope(self._running[call_id].app) if call_id in self._running else EVERYTHING,))
 
     def _at(self, now: float) -> float:
-        """The ledger's time: of several machines' clocks one decides which day a call belongs to, the server's."""
+        """Return the ledger's time: the server's clock, not each machine's, decides which day a call belongs to."""
         return now + self._store.skew_s
 
     async def _beat(self) -> None:
-        """Show that this process lives, and settle what those left open that no longer do."""
+        """Renew this process's lease again and again, and settle the open calls of dead processes."""
         while True:
             await asyncio.sleep(self._store.heartbeat_s or 0)
             try:
@@ -339,7 +344,7 @@ class Ledger:
             future.set_exception(LedgerUnavailable(sentence))
 
     def _disown(self, future: asyncio.Future[object]) -> None:
-        """The answer came, but its caller had gone in the same instant."""
+        """Undo an answer whose caller was cancelled in the instant in which it came."""
         if future.done() and not future.cancelled() and future.exception() is None:
             self._give_back(future.result())
 
@@ -367,13 +372,13 @@ class Ledger:
             future.set_result(answer)
 
     def _give_back(self, answer: object) -> None:
-        """A reservation that nobody knows of: its request was never forwarded."""
+        """Void a reservation that no caller received: its request was never forwarded."""
         if isinstance(answer, Reserved):
             self.void(answer.call_id, Outcome(flags=("abandoned",)), now=time.time())
 
 
 def _store(place: Path | ServerAddress, timeout_s: float) -> Store:
-    """Raises LedgerUnavailable."""
+    """Return the store at this place. Raises LedgerUnavailable."""
     if isinstance(place, ServerAddress):
         with driver():
             from gateway_addon.ledger.store import postgres

@@ -1,5 +1,4 @@
-"""Reservations whose process died: settled at what they hold, or as that process had written down. How a death is known is the
-store's business.
+"""Settle the reservations of dead processes: at the held amount, or as the process had written down. The store knows who is dead.
 
 A dead process cannot say what its calls cost, and the provider bills them all the same, so an orphan is never given back by a
 clock; `gateway reconcile` corrects the estimate later. A living sibling's reservations are left alone.
@@ -12,19 +11,19 @@ from gateway_addon.ledger import reservations
 from gateway_addon.ledger.types import Outcome, RecordedEnd, Resolution, Settlement
 
 BATCHES = "batches"
-"""The owner of a batch's reservation once the provider has taken the batch: no process, so none whose death could sweep it."""
+"""The owner of the reservation of a batch that the provider has taken: no process, so no death can sweep it."""
 
 ORPHAN = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "orphan")))
 
 
 def known(db: sqlite3.Connection) -> list[str]:
-    """Every process that was entered as an owner or left something open."""
+    """Return every process that was entered as an owner or has open reservations."""
     every = "SELECT id FROM owners UNION SELECT owner FROM calls WHERE state = 'open' AND owner <> ?"
     return [owner for (owner,) in db.execute(every, (BATCHES,)).fetchall()]
 
 
 def resume(db: sqlite3.Connection, ending: RecordedEnd) -> Resolution | None:
-    """Resolve a call as its dead process knew that it ended. None where no call of that process is here: a ledger restored since."""
+    """Resolve a call as its dead process recorded its end. None where the call is not here: the ledger was restored since."""
     known = db.execute("SELECT 1 FROM calls WHERE id = ? AND owner = ?", (ending.call_id, ending.owner)).fetchall()
     return reservations.end(db, ending) if known else None
 

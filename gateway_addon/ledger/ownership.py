@@ -1,6 +1,6 @@
-"""Whose a batch or a file is, in the workspace that all apps share at the provider. Statements on a given connection.
+"""Keep which app owns a batch or a file, in the workspace that all apps share at the provider. Statements on a given connection.
 
-Promises that an id belongs to one app, the one that made it through the gateway, for good: whoever comes second takes nothing over.
+Promises that an id belongs for good to the app that made it through the gateway: no second app takes it over.
 """
 
 import sqlite3
@@ -12,7 +12,7 @@ Kind = Literal["batch", "file"]
 
 
 class OwnedObject(NamedTuple):
-    """`content` is the API's own JSON object, as it was last seen. Gone: the app had it deleted."""
+    """An app's batch or file. `content` is the API's JSON object, as last seen. Gone: the app had it deleted."""
 
     id: str
     kind: Kind
@@ -51,7 +51,7 @@ ORDER BY made_at, id LIMIT :limit
 
 
 def own(db: sqlite3.Connection, belonging: OwnedObject) -> bool:
-    """Enter what an app has made; False where the id is somebody's already."""
+    """Enter an object that an app has made; False where the id has an owner already."""
     return db.execute(OWN, belonging[:5]).rowcount == 1
 
 
@@ -61,7 +61,7 @@ def find(db: sqlite3.Connection, id: str) -> OwnedObject | None:
 
 
 def owners(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, str]:
-    """The apps of those of these ids that are known and not gone."""
+    """Return, by id, the apps that own these ids; unknown and deleted ones are left out."""
     found: dict[str, str] = {}
     for some in batched(sorted(set(ids)), AT_ONCE):
         found.update(dict(db.execute(OWNERS.format(", ".join("?" * len(some))), some).fetchall()))
@@ -69,7 +69,7 @@ def owners(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, str]:
 
 
 def chosen(db: sqlite3.Connection, app: str, kind: Kind, ids: Iterable[str]) -> tuple[OwnedObject, ...]:
-    """Those of these ids that are an app's own, in their order."""
+    """Return the objects of these ids that an app owns, in their order."""
     found = (find(db, id) for id in dict.fromkeys(ids))
     return tuple(each for each in found if each is not None and (each.app, each.kind, each.gone) == (app, kind, False))
 
@@ -77,7 +77,7 @@ def chosen(db: sqlite3.Connection, app: str, kind: Kind, ids: Iterable[str]) -> 
 def page(
     db: sqlite3.Connection, app: str, kind: Kind, limit: int, *, after: OwnedObject | None = None, before: OwnedObject | None = None
 ) -> OwnedPage:
-    """At most `limit` of an app's own, the newest, or those next to one of them."""
+    """Return at most `limit` of an app's objects: the newest, or those next to one of them."""
     cursor = after or before
     values = {"app": app, "kind": kind, "limit": limit + 1}
     if cursor is not None:
@@ -88,12 +88,12 @@ def page(
 
 
 def seen(db: sqlite3.Connection, id: str, content: str) -> None:
-    """Keep the object as it was just seen."""
+    """Keep an object as it was just seen."""
     db.execute("UPDATE belongings SET object = ? WHERE id = ?", (content, id))
 
 
 def gone(db: sqlite3.Connection, id: str, now: float) -> None:
-    """The app had it deleted. Its id stays taken."""
+    """Mark an object as deleted. Its id stays taken."""
     db.execute("UPDATE belongings SET gone_at = ? WHERE id = ? AND gone_at IS NULL", (now, id))
 
 

@@ -37,7 +37,7 @@ from gateway_addon.ledger.types import (
 from gateway_addon.windows import WINDOWS, Starts, next_start, starts
 
 type CapWindow = tuple[str, str, int, int | None]
-"""A scope and a window of it, when that began, and the cap's amount where there is one."""
+"""A scope, its window, the window's start, and the cap's amount where there is one."""
 
 # The statements are written once, for both engines; where a scope's balance is kept has a name because PostgreSQL says it otherwise
 # (`pgsession.SPELLED`). `ASKED` becomes a row of values for each cap asked about (`_asking`): to take them out of JSON,
@@ -226,7 +226,7 @@ def _counted(db: sqlite3.Connection, app: str, now: float) -> tuple[MinuteCount,
 
 
 def admit_request(db: sqlite3.Connection, name: str, per_minute: int, *, now: float) -> Denied | None:
-    """Count a request of what has a rate and no reservation, under a name of its own, where its rate allows it."""
+    """Count a request that has a rate and no reservation, under its own name, where the rate allows it."""
     requests, _ = _counted(db, name, now)
     if (denial := judge_rate("requests_per_minute", per_minute, 1, requests, now)) is not None:
         return denial
@@ -237,7 +237,7 @@ def admit_request(db: sqlite3.Connection, name: str, per_minute: int, *, now: fl
 def extend(db: sqlite3.Connection, call_id: int, more_nano: int, caps: Sequence[CapShape], *, now: float) -> bool:
     """Hold `more_nano` more for a running call; False where a cap does not allow it or the call is resolved.
 
-    `caps` are those of its admission. What other streams keep free for themselves does not count: top-ups come first.
+    `caps` are those of its admission. The quanta that other streams keep free do not count: top-ups come first.
     """
     row = db.execute("SELECT day_start, week_start, month_start FROM calls WHERE id = ?", (call_id,)).fetchall()
     if not row or more_nano < 0:
@@ -248,7 +248,7 @@ def extend(db: sqlite3.Connection, call_id: int, more_nano: int, caps: Sequence[
 
 
 def release(db: sqlite3.Connection, call_id: int, back_nano: int, *, now: float) -> bool:
-    """Give back a part of what a running call holds, on evidence; False where it holds less or is resolved."""
+    """Release a part of a running call's reservation; False where it holds less or is resolved."""
     return back_nano >= 0 and db.execute(RELEASE, {"call_id": call_id, "back_nano": back_nano, "now": now}).rowcount == 1
 
 
@@ -306,7 +306,7 @@ def failed_authentication(db: sqlite3.Connection, reason: str, *, now: float) ->
 
 
 def standing(db: sqlite3.Connection, scopes: Iterable[str], caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
-    """Every scope in every window, with the caps among `caps` that limit it."""
+    """Return the standing of every scope in every window, with its cap among `caps`."""
     calendar = zone(db)
     windows = starts(now, calendar)
     amounts = {(cap.scope, cap.window): cap.amount_nano for cap in caps}
@@ -315,13 +315,13 @@ def standing(db: sqlite3.Connection, scopes: Iterable[str], caps: Sequence[CapSh
 
 
 def capped(db: sqlite3.Connection, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
-    """How each of these caps stands."""
+    """Return the standing of each of these caps."""
     calendar = zone(db)
     return _standings(db, _frames(caps, starts(now, calendar)), now, calendar)
 
 
 def zone(db: sqlite3.Connection) -> tzinfo:
-    """The zone of the ledger's calendar: a row of its own, so that every process on the file keeps the same windows."""
+    """Return the zone of the ledger's calendar. It is a row, so that every process on the ledger has the same windows."""
     rows = db.execute("SELECT value FROM settings WHERE name = 'zone'").fetchall()
     if not rows:
         raise LedgerUnavailable("the ledger has no time zone: it was not made by this program; `gateway init` makes one")
@@ -329,7 +329,7 @@ def zone(db: sqlite3.Connection) -> tzinfo:
 
 
 def _frames(caps: Iterable[CapShape], windows: Starts) -> list[CapWindow]:
-    """The caps that the ledger keeps, each in its window's present frame."""
+    """Return the caps that the ledger keeps, each with the start of its present window."""
     return [(cap.scope, cap.window, getattr(windows, cap.window), cap.amount_nano) for cap in caps if cap.window != "request"]
 
 
@@ -340,7 +340,7 @@ def _names(count: int) -> tuple[str, ...]:
 
 @lru_cache
 def _asking(statement: str, count: int) -> str:
-    """A statement about so many caps."""
+    """Return the statement for so many caps."""
     row = "({}, {}, {}, {})"
     rows = ", ".join([row] * count).format(*(f":{name}" for name in _names(count)))
     return statement.replace(ASKED, f"(VALUES {rows}) AS asked" if count else ASKED_NOTHING)
@@ -360,7 +360,7 @@ def _standings(db: sqlite3.Connection, frames: Sequence[CapWindow], now: float, 
 
 
 def _resolve(db: sqlite3.Connection, call_id: int, kind: str, spent_nano: int | None, now: float) -> tuple[int, int] | None:
-    """What the call held and what is booked as spent; None where it is unknown or was resolved before."""
+    """Resolve a call; return its held and its booked amount, None where it is unknown or was resolved before."""
     rows = db.execute(RESOLVE, {"call_id": call_id, "kind": kind, "spent_nano": spent_nano, "now": now}).fetchall()
     return rows[0] if rows else None
 
@@ -408,7 +408,7 @@ def _outcome_values(outcome: Outcome, flags: tuple[str, ...]) -> dict[str, Any]:
 
 
 def usage_rows(call_id: int, parts: Sequence[PartShape], spent_nano: int) -> list[tuple[object, ...]]:
-    """The billed parts, and what of the settled amount no part explains (an estimate's surplus) as a row of its own."""
+    """Return the rows of the billed parts, and one for the part of the amount that they do not explain (an estimate's surplus)."""
     rows: list[tuple[object, ...]] = []
     for number, part in enumerate(parts):
         tokens = part.tokens

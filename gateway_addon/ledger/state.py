@@ -1,4 +1,4 @@
-"""Small facts beside the money: tokens, pauses, alerts, overruns, the upstream's limits. Statements on a given connection."""
+"""Keep the small facts besides money: tokens, pauses, alerts, overruns, the upstream's limits. Statements on a given connection."""
 
 import json
 import sqlite3
@@ -53,19 +53,19 @@ def ratelimits(db: sqlite3.Connection) -> dict[str, tuple[str, float]]:
 
 
 def alert_once(db: sqlite3.Connection, alert: Alert, send: bool, now: float) -> bool:
-    """True if nobody has written this alert before. `send`: it is to be sent, from now on."""
+    """Write an alert, unless it was written before; return whether it is new. `send`: it is to be sent from now on."""
     insert = "INSERT INTO alerts (kind, scope, once, at, sentence, facts, try_at) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
     row = (alert.kind, alert.scope, alert.once, now, alert.sentence, json.dumps(dict(alert.facts)), now if send else None)
     return db.execute(insert, row).rowcount == 1
 
 
 LATER_TIMES = 128
-"""The longest pause between two tries, in first pauses: a try that is further ahead was arranged before the clock was set back."""
+"""The longest pause between two tries, in first pauses. A later try was planned before the clock was set back."""
 DUE_ALERT = f"(try_at <= :now OR try_at > :now + :retry_s * {LATER_TIMES})"
 
 
 def alert_waits(db: sqlite3.Connection, retry_s: float, now: float) -> bool:
-    """True where an alert is due to be sent."""
+    """Return whether an alert is due to be sent."""
     waits = f"SELECT EXISTS (SELECT 1 FROM alerts WHERE {DUE_ALERT})"
     return bool(db.execute(waits, {"now": now, "retry_s": retry_s}).fetchone()[0])
 
@@ -79,7 +79,7 @@ RETURNING id, kind, scope, once, sentence, facts, at, tries
 
 
 def take_alert(db: sqlite3.Connection, retry_s: float, give_up_s: float, now: float) -> DueAlert | None:
-    """One alert that is due: the caller's alone for `retry_s`, twice that after the next try, and so on; given up after `give_up_s`."""
+    """Claim one alert that is due: for `retry_s`, twice that after the next try, and so on; given up after `give_up_s`."""
     rows = db.execute(TAKE_ALERT, {"now": now, "retry_s": retry_s, "give_up_s": give_up_s}).fetchall()
     if not rows:
         return None
@@ -88,5 +88,5 @@ def take_alert(db: sqlite3.Connection, retry_s: float, give_up_s: float, now: fl
 
 
 def alert_done(db: sqlite3.Connection, number: int, delivered_at: float | None) -> None:
-    """Nothing is left to send of this alert: it was delivered, or nobody is to be told any more."""
+    """End an alert: it was delivered (unix seconds), or is given up (None)."""
     db.execute("UPDATE alerts SET try_at = NULL, delivered_at = ? WHERE id = ?", (delivered_at, number))

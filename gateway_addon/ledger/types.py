@@ -1,7 +1,7 @@
-"""What the ledger takes and gives.
+"""The types of the ledger's interface.
 
 Amounts are whole nano-dollars, times are unix seconds (UTC), a scope is `total`, `team:NAME` or `app:NAME`. Knows nothing of
-SQL; caps and priced parts come from other rooms and are described here by their shape only.
+SQL; caps and priced parts come from other packages and are described here by their shape only.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def team_scope(team: str) -> str:
 
 
 def scopes(app: str, team: str | None) -> tuple[str, ...]:
-    """Every scope in which an app's calls count."""
+    """Return every scope in which an app's calls count."""
     return (TOTAL, app_scope(app), *((team_scope(team),) if team else ()))
 
 
@@ -43,7 +43,7 @@ class ServerAddress:
 
 
 class CapShape(Protocol):
-    """A limit of one policy. The window `request` is the gate's own business and ignored here."""
+    """A cap of a policy. The window `request` is judged by the gateway and ignored here."""
 
     @property
     def scope(self) -> str: ...
@@ -112,7 +112,7 @@ class NewCall:
 
 @dataclass(frozen=True, slots=True)
 class RateLimits:
-    """Per app and minute, over every process on the ledger; None means no limit."""
+    """An app's limits per minute, over every process on the ledger; None means no limit."""
 
     requests_per_minute: int | None = None
     input_tokens_per_minute: int | None = None
@@ -122,7 +122,7 @@ class RateLimits:
 class Standing(NamedTuple):
     """How one scope stands in one window. `cap_nano` is in force: min(policy + `raised_nano`, `limit_nano`); None: no cap asked.
 
-    `quantum_nano` is what running streams keep free for their next top-up: counted at admissions, not part of what is held.
+    `quantum_nano` is kept free for the next top-ups of running streams: counted at admissions, not held.
     """
 
     scope: str
@@ -157,7 +157,7 @@ class Raise(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """What a cap is lowered to, until it is lifted."""
+    """The amount that a cap is lowered to, until the limit is lifted."""
 
     scope: str
     window: str
@@ -202,7 +202,7 @@ class Denied:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What is known of an answer when its call ends."""
+    """The facts of an answer when its call ends."""
 
     status: int | None = None
     model_served: str | None = None
@@ -219,7 +219,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """What a call cost. `cost_nano` None: it cannot be known, the whole of what is held is spent and flagged `estimated`."""
+    """The cost of a call. `cost_nano` None: it is unknown; the whole held amount is spent and flagged `estimated`."""
 
     cost_nano: int | None
     parts: tuple[PartShape, ...] = ()
@@ -228,7 +228,7 @@ class Settlement:
 
 @dataclass(frozen=True, slots=True)
 class RecordedEnd:
-    """How a call ended: all that it takes to resolve it, by its own process or a later one. `owner` and `call_id` name the call."""
+    """The end of a call, for its own process or a later one to resolve it. `owner` and `call_id` name the call."""
 
     kind: Literal["settle", "void"]
     call_id: int
@@ -239,7 +239,7 @@ class RecordedEnd:
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """How a settle or a void ended. `first` is False when the call had been resolved before: then nothing was written."""
+    """The result of a settle or a void. `first` is False when the call was resolved before: then nothing was written."""
 
     first: bool
     spent_nano: int = 0
@@ -258,10 +258,10 @@ class Token:
     expires_at: float | None
     revoked_at: float | None
     last_used_at: float | None = None
-    """To the minute."""
+    """Unix seconds, to the minute."""
 
     def refusal(self, now: float) -> Literal["token_revoked", "token_expired"] | None:
-        """The code by which this token is refused at `now`, None while it is good."""
+        """Return the code by which this token is refused at `now`, None while it is in force."""
         if self.revoked_at is not None and self.revoked_at <= now:
             return "token_revoked"
         if self.expires_at is not None and self.expires_at <= now:
@@ -280,7 +280,7 @@ class Pause:
 
 
 class MinuteCount(NamedTuple):
-    """What an app was admitted with in this calendar minute, and in the one before."""
+    """An app's admitted requests or tokens in this calendar minute, and in the one before."""
 
     recent: int = 0
     before: int = 0
@@ -303,10 +303,10 @@ class CallFacts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenLookup:
-    """What the door asks of the ledger about a request."""
+    """The ledger's facts about a request before its admission: token, pauses, overruns."""
 
     token: Token | None = None
-    """Revoked and expired ones too."""
+    """The token, revoked and expired ones too; None: no such token."""
     pauses: tuple[Pause, ...] = ()
     """All that are in force."""
     overruns: frozenset[str] = frozenset()
@@ -320,7 +320,7 @@ AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "redirect", 
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """Something that a person should hear of, once for each `kind`, `scope` and `once`, over all processes."""
+    """A notice for a person, once for each `kind`, `scope` and `once`, over all processes."""
 
     kind: AlertKind
     scope: str
@@ -332,7 +332,7 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class DueAlert:
-    """An alert that is this process's to send. `tries` counts this one."""
+    """An alert that this process is to send. `tries` counts this one."""
 
     id: int
     alert: Alert

@@ -103,7 +103,8 @@ def run(path, *command):
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_another_users_command_names_the_user_and_touches_nothing(command):
+def test_another_users_command_names_the_owner_and_stops(command):
+    """It touches nothing."""
     with open_folder() as folder:
         path = new_ledger(folder)
         os.chown(path, OTHER, OTHER)  # and root is the other one

@@ -1,4 +1,4 @@
-"""What a person changes is audited, in one transaction with the change, and in force for the next call."""
+"""A person's change is audited in the transaction of the change, and in force for the next call."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_adjustments_go_up_and_down_but_never_below_nothing(db, path):
 
 
 def test_all_adjustments_together_stay_within_64_bits(db, path):
-    """Of each sum: a database refuses a larger one with words of its own."""
+    """Each sum stays within 64 bits: a database refuses a larger one with words of its own."""
     call_id, other = spend(db, 50), spend(db, 50)
     admin.adjust(db, call_id, AMOUNT_NANO_MAX - 200, who="ann", why="x", now=NOON)
     for each in (call_id, other):
@@ -168,7 +168,7 @@ def test_a_change_of_zone_moves_past_calls_and_running_ones(db, path):
 
 
 @pytest.mark.parametrize("zone", ["Europe/Berlin", "America/Santiago", "America/Havana", "Australia/Lord_Howe", "Asia/Beirut", "Pacific/Apia"])
-def test_a_change_of_zone_counts_each_call_in_the_windows_of_its_time(path, zone):
+def test_a_change_of_zone_moves_each_call_to_its_windows(path, zone):
     """Over a year, at odd hours and right at each day's ends, where clocks change too."""
     year = [NOON + 86_400 * day + 3600 * (day % 24) for day in range(366)]
     with admin.changing(path) as db:
@@ -223,7 +223,7 @@ async def test_a_command_holds_for_the_next_call_of_a_running_gateway(path):
     await ledger.close()
 
 
-def test_an_older_versions_ledger_is_brought_up_to_date_by_whoever_comes_first(tmp_path):
+def test_the_first_reader_or_writer_upgrades_an_older_ledger(tmp_path):
     for name, come in (("read", admin.reading), ("written", admin.changing)):
         path = older_ledger(tmp_path / f"{name}.db")
         with come(path):

@@ -48,7 +48,7 @@ def long(monkeypatch):
     may_end.set()
 
 
-async def test_while_past_calls_move_the_loop_serves_and_calls_that_end_are_settled_afterwards(ledger, path, long):
+async def test_while_past_calls_move_the_loop_serves_and_settles_later(ledger, path, long):
     began, may_end = long
     held = await ledger.reserve(CALL, 30, DAY_CAP, now=NOON)
     moving = asyncio.ensure_future(align(ledger, EDITORS, "ana"))
@@ -68,7 +68,7 @@ async def test_while_past_calls_move_the_loop_serves_and_calls_that_end_are_sett
         assert invariants.findings(db) == []
 
 
-async def test_of_several_gateways_one_moves_the_calls_and_the_others_wait_for_it(path, ledger, long):
+async def test_one_gateway_moves_the_calls_and_the_others_wait(path, ledger, long):
     began, may_end = long
     other = await Ledger.open(url(path), now=NOON)
     moving = [asyncio.ensure_future(align(each, EDITORS, "ana")) for each in (ledger, other)]
@@ -87,20 +87,20 @@ async def test_where_nothing_moves_no_turn_is_taken(ledger, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["postgresql"], indirect=True)
-async def test_a_server_does_not_end_a_move_for_taking_longer_than_a_call_may(ledger, path):
+async def test_a_server_lets_a_move_take_longer_than_a_call_may(ledger, path):
     assert isinstance(path, ServerAddress)
     await background.change(path, lambda db: db.execute("SELECT pg_sleep(2)"))
 
 
 @pytest.mark.parametrize("path", ["sqlite"], indirect=True)
-async def test_a_files_long_statement_ends_with_whoever_wanted_it(path):
+async def test_a_files_long_statement_ends_with_its_caller(path):
     forever = asyncio.ensure_future(background.read(path, lambda db: db.execute(FOREVER).fetchone()))
     await asyncio.sleep(0.1)
     forever.cancel()
     await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "ledger-apart"])
 
 
-async def test_what_the_work_raises_is_raised_and_leaves_nothing_behind(path):
+async def test_an_error_of_the_work_is_raised_and_undoes_it(path):
     def half(db):
         db.execute("UPDATE settings SET value = 'Asia/Tokyo' WHERE name = 'zone'")
         raise ValueError("no")

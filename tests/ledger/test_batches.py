@@ -51,7 +51,7 @@ async def closed(ledger, id="msgbatch_1", **more):
     return await ledger.keep(partial(batches.close, id=id, now=NOON + 99, **more), "app:reports")
 
 
-async def test_a_batch_outlives_its_process_and_is_not_swept_as_an_orphan(path):
+async def test_a_batch_outlives_its_process_and_is_no_orphan(path):
     first = await opened(path)
     await a_batch(first)
     beside = await first.reserve(CALL, 7, CAPS, now=NOON)
@@ -68,7 +68,8 @@ async def test_a_batch_outlives_its_process_and_is_not_swept_as_an_orphan(path):
         await second.close()
 
 
-async def test_results_are_booked_once_however_often_they_are_read_and_the_batch_is_settled_at_their_sum(path):
+async def test_results_are_booked_once_and_settle_a_batch_at_their_sum(path):
+    """However often they are read."""
     ledger = await opened(path)
     try:
         call_id = await a_batch(ledger)
@@ -101,7 +102,7 @@ async def test_two_who_read_the_results_at_once_settle_once(path):
         await other.close()
 
 
-async def test_results_that_will_never_come_leave_the_batch_at_what_it_held(path):
+async def test_a_batch_without_results_is_settled_at_the_held_amount(path):
     ledger = await opened(path)
     try:
         call_id = await a_batch(ledger)

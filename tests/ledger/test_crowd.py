@@ -44,7 +44,7 @@ ODD = [
     {"opening_usage": "zeroes"},
     {"closing_zeroes": True},
 ]
-"""What comes of a fifth of the calls: errors first, edges that break (a third of the late ones bills), usage told at one end only."""
+"""The faults of a fifth of the calls: errors first, broken edges (a third of the late ones bill), usage at one end only."""
 
 
 async def caller(url, token, chance, said: Counter):
@@ -72,12 +72,13 @@ async def caller(url, token, chance, said: Counter):
 
 
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.soak] if seed > 1 else []) for seed in range(50)])
-async def test_two_hundred_callers_over_four_gateways_never_pass_one_cap(tmp_path, seed):
+async def test_200_callers_over_four_gateways_never_pass_one_cap(tmp_path, seed):
     await two_hundred_callers(tmp_path, seed, gateway_count=4)
 
 
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.soak] if seed > 0 else []) for seed in range(20)])
-async def test_nor_do_they_over_three_or_two_gateways_on_one_server(tmp_path, seed):
+async def test_200_callers_on_one_server_never_pass_one_cap(tmp_path, seed):
+    """They call three gateways, or two."""
     await two_hundred_callers(tmp_path, seed, gateway_count=3 - seed % 2, ledger=postgresql.shared().ledger())
 
 

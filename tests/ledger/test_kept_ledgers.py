@@ -104,7 +104,7 @@ def test_the_views_amounts_can_be_summed(engine, tmp_path):
 
 
 def change_tables(ledger):
-    """What a newer version's first start, or its `gateway init`, leaves."""
+    """Change the tables as a newer version's first start, or its `gateway init`, does."""
     with closing(writing(ledger)) as db:
         if isinstance(ledger, ServerAddress):
             db.execute("INSERT INTO migrations (name) VALUES ('m999_later')")
@@ -206,7 +206,7 @@ def test_a_migration_killed_midway_leaves_the_old_ledger(engine, tmp_path):
 
 
 async def test_two_processes_bring_a_file_up_to_date_at_once(tmp_path):
-    """Whoever comes second waits for the first and finds it done."""
+    """The second process waits for the first and finds it done."""
     ledger = kept(NAMES[-1], "sqlite", tmp_path)
     with closing(writing(ledger)) as db:
         db.execute("DROP INDEX calls_observed")

@@ -27,7 +27,8 @@ def a_call(db, now):
     reservations.settle(db, reservations.reserve(db, "me", CALL, 300, CAPS, now=now).call_id, Settlement(200, (Part(200),)), now=now)
 
 
-def test_a_call_and_a_kept_months_report_take_no_more_steps_in_a_large_ledger(tmp_path):
+def test_a_call_and_a_kept_month_cost_the_same_in_a_large_ledger(tmp_path):
+    """Counted in steps of the database."""
     now = time.time()
     took = {}
     for calls in (1, 20_000):
@@ -47,7 +48,7 @@ def test_a_call_and_a_kept_months_report_take_no_more_steps_in_a_large_ledger(tm
         assert Steps(db).of(lambda: list(daily_totals.missing(db, "app", **period, now=now))) < 500, "it does not look for the days call by call"
 
 
-def test_a_new_app_comes_into_force_without_a_look_through_the_ledger(tmp_path):
+def test_a_new_app_comes_into_force_without_a_scan_of_the_ledger(tmp_path):
     month.make(tmp_path / "made.db", 2_000, until=time.time())
     with closing(sqlite_files.writer_connection(tmp_path / "made.db")) as db:
         assert Steps(db).of(lambda: admin.align(db, "UTC", {"new": "content"}, who="test", now=time.time())) < 100

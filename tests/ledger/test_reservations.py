@@ -60,7 +60,8 @@ def hold(db, nano, caps=DAY_CAP, call=CALL, now=NOON, **options):
 # --- reserve, and why not
 
 
-def test_a_reservation_counts_in_every_scope_and_window_capped_or_not(db, path):
+def test_a_reservation_counts_in_every_scope_and_window(db, path):
+    """Whether capped or not."""
     hold(db, 300)
     held = rows(path, "SELECT scope, window, reserved_nano FROM balances")
     assert sorted(held) == sorted((scope, window, 300) for scope in ("total", "team:batch", "app:reports") for window in WINDOWS)
@@ -82,7 +83,7 @@ def test_each_cap_holds_on_its_own(db, scope, window):
     assert (denied.standing.spent_nano, denied.standing.reserved_nano, denied.standing.cap_nano) == (0, 60, 100)
 
 
-def test_what_is_spent_is_refused_until_the_reset_and_what_is_held_only_for_a_moment(db):
+def test_a_spent_cap_refuses_until_its_reset_a_held_one_shortly(db):
     first = hold(db, 900)
     assert hold(db, 200).reason == "cap_held"
     reservations.settle(db, first.call_id, Settlement(900), now=NOON)
@@ -104,7 +105,8 @@ def test_a_request_cap_is_not_the_ledgers_business(db):
     assert isinstance(hold(db, 500, [Cap("app:reports", "request", 1)]), Reserved)
 
 
-def test_a_running_stream_keeps_its_next_quantum_free_from_new_calls_but_not_from_top_ups(db):
+def test_a_streams_next_quantum_is_free_for_top_ups_alone(db):
+    """New calls cannot have it."""
     stream = hold(db, 400, quantum_nano=300)
     assert hold(db, 301).reason == "cap_held"
     other = hold(db, 300)
@@ -114,7 +116,7 @@ def test_a_running_stream_keeps_its_next_quantum_free_from_new_calls_but_not_fro
     assert reservations.extend(db, stream.call_id, 600, DAY_CAP, now=NOON)
 
 
-def test_a_stream_that_would_not_fit_an_idle_window_is_not_told_to_wait(db):
+def test_a_stream_beyond_an_idle_window_gets_no_wait(db):
     assert hold(db, 800, quantum_nano=300).reason == "quote_over_cap"
 
 
@@ -217,7 +219,7 @@ def test_the_statement_and_the_pure_judgement_agree(db):
     assert len(said) >= 8, f"too little was tried: {said}"
 
 
-def test_a_revoked_token_does_not_keep_a_running_call_from_settling(db):
+def test_a_running_call_settles_after_its_token_is_revoked(db):
     running = hold(db, 100)
     admin.revoke_tokens(db, "reports", who="ops", now=NOON)
     assert reservations.settle(db, running.call_id, Settlement(70), now=NOON).first
@@ -239,7 +241,7 @@ def test_concurrency_counts_open_calls_only(db):
         (RateLimits(input_tokens_per_minute=4000), replace(CALL, input_tokens=1000)),
     ],
 )
-def test_a_rate_holds_over_any_minute_and_names_the_moment_to_come_back(db, limits, call):
+def test_a_rate_holds_over_any_minute_and_names_when_to_retry(db, limits, call):
     admitted = []
     now = NOON + 45
     while now < NOON + 600:
@@ -267,7 +269,7 @@ def test_an_apps_old_minutes_go_by_themselves_some_at_a_time(db, path):
     assert rows(path, "SELECT app, count(*) FROM minutes GROUP BY app ORDER BY app") == [("other", 1), ("reports", 61)]
 
 
-def test_a_call_larger_than_a_rate_never_fits_and_is_not_told_to_wait(db):
+def test_a_call_larger_than_a_rate_never_fits_and_gets_no_wait(db):
     denied = hold(db, 0, call=replace(CALL, input_tokens=5000), rates=RateLimits(input_tokens_per_minute=4000))
     assert (denied.reason, denied.retry_after_s) == ("rate", None)
 
@@ -313,7 +315,8 @@ def test_no_more_is_released_than_is_held(db):
     assert not reservations.release(db, call_id, 1, now=NOON)
 
 
-def test_a_bill_above_the_grant_is_booked_in_full_flagged_and_holds_the_model_back(db, path):
+def test_a_bill_above_the_grant_is_booked_in_full_and_flagged(db, path):
+    """The model is held back: it is reserved in full from then on."""
     call_id = hold(db, 100).call_id
     resolution = reservations.settle(db, call_id, Settlement(1500, (Part(1500),)), now=NOON)
     assert (resolution.overrun, resolution.spent_nano) == (True, 1500)
@@ -518,7 +521,7 @@ async def test_what_only_records_never_waits_and_is_kept(ledger, path):
     assert balance(path) == (0, 0, 0)
 
 
-async def test_a_token_is_found_by_its_digest_and_a_revocation_holds_at_once(ledger, path):
+async def test_a_token_is_found_by_its_digest_and_revoked_at_once(ledger, path):
     assert (await ledger.look_up_token("d1", now=NOON)).token.app == "reports"
     assert (await ledger.look_up_token("nobody", now=NOON)).token is None
     with admin.changing(path) as db:
@@ -526,7 +529,7 @@ async def test_a_token_is_found_by_its_digest_and_a_revocation_holds_at_once(led
     assert (await ledger.look_up_token("d1", now=NOON)).token.refusal(NOON) == "token_revoked"
 
 
-async def test_one_look_at_the_door_tells_the_token_the_pauses_in_force_and_the_models_held_back(ledger, path):
+async def test_a_lookup_returns_token_pauses_and_models_held_back(ledger, path):
     assert await ledger.look_up_token("nobody", now=NOON) == TokenLookup(None, (), frozenset())
     with admin.changing(path) as db:
         admin.pause(db, "total", who="ops", why="bad night", now=NOON)
@@ -573,7 +576,7 @@ async def test_one_bad_operation_fails_alone(ledger, caplog):
     assert isinstance(bad, ValueError)
 
 
-async def test_a_settlement_that_cannot_be_stored_ends_its_call_at_what_it_holds(ledger, path):
+async def test_an_unstorable_settlement_books_the_held_amount(ledger, path):
     call_id = (await ledger.reserve(CALL, 400, DAY_CAP, now=NOON)).call_id
     monstrous = Part(100, tokens=Tokens(output_tokens=2**70))
     await ledger.settle(call_id, Settlement(100, (monstrous,)), now=NOON)
@@ -613,7 +616,7 @@ def test_a_part_needs_nothing_but_its_shape(db, path):
     assert parts == [("compaction", 10, 2, 60), ("estimate", 0, 0, 30)]
 
 
-def test_a_rate_without_reservations_counts_under_a_name_of_its_own(db):
+def test_a_rate_without_reservations_counts_under_its_own_name(db):
     limits = [reservations.admit_request(db, "reports count_tokens", 3, now=NOON) for _ in range(4)]
     assert limits[:3] == [None] * 3
     assert (limits[3].reason, limits[3].limit_max, limits[3].used) == ("rate", 3, 3)

@@ -1,7 +1,7 @@
-"""Copies of a ledger: one consistent moment of it while gateways write, proved before it is trusted; and the way back.
+"""Back up and restore a ledger: one consistent moment of it while gateways write, proved before it is trusted.
 
-Promises that a copy is whole or not there, that nothing is put in the place of a ledger that a gateway uses or of one that is
-sound by a copy that is not, and that what was in its place is kept beside it; all of it through a kill at any moment.
+Promises that a copy is whole or not there, that a ledger in use is never replaced, nor a sound one by a copy that is not, and that
+the replaced files are kept beside the ledger; all of it through a kill at any moment.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from gateway_addon.ledger.store.sqlite_schema import migrate
 from gateway_addon.ledger.types import LedgerUnavailable
 
 LOGS = ("-wal", "-journal")
-"""What SQLite appends to a database's name for changes that are not in it yet: it plays them into whatever has that name."""
+"""Suffixes of SQLite's logs of changes that are not in the database yet: it plays them into any file of that name."""
 
 type CopyFigures = tuple[int, ...]
 
@@ -31,7 +31,7 @@ SELECT (SELECT count(*) FROM calls), (SELECT count(*) FROM entries), (SELECT coa
 
 
 def backup(ledger: Path, copy: Path) -> int:
-    """Copy one moment of a ledger to a file of its own, for this user's eyes; returns its number of calls.
+    """Copy one moment of a ledger to a private file; return its number of calls.
 
     Readers do not stop writers, so a running gateway goes on. Raises LedgerUnavailable, ValueError where `copy` cannot be made.
     """
@@ -52,7 +52,7 @@ def backup(ledger: Path, copy: Path) -> int:
 
 
 def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
-    """Put a proved copy in a ledger's place; returns its calls, and where the files that were there are now.
+    """Put a proved copy in a ledger's place; return its number of calls, and where the replaced files are now.
 
     Raises LedgerUnavailable where a gateway uses that ledger, or where the copy is not sound; ValueError where there is none.
     """
@@ -83,7 +83,7 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
 
 
 def _proved_copy(source: Path, target: Path, *, log: bool = False) -> CopyFigures:
-    """Copy a ledger into one file, with nothing of it beside. `log`: one that will keep a write-ahead log, as gateways need it."""
+    """Copy a ledger into one file, without a log. `log`: the copy will keep a write-ahead log, as gateways need it."""
     with admin.reading(source, as_it_is=True) as db:
         sqlite_files.must_be_a_ledger(source, db)
         with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as written:
@@ -98,7 +98,7 @@ def _proved_copy(source: Path, target: Path, *, log: bool = False) -> CopyFigure
 
 
 def _prove_in_place(ledger: Path, expected: CopyFigures, kept: list[Path], now: float) -> None:
-    """Open what stands in the ledger's place, as a gateway would, and take it away again where it is not what was copied."""
+    """Open the restored ledger in its place, as a gateway would; remove it where it differs from the copy."""
     try:
         with contextlib.closing(sqlite_files.writer_connection(ledger)) as db:
             findings = invariants.findings(db) or ([] if _figures(db) == expected else ["it is another ledger than the backup"])
@@ -117,7 +117,7 @@ def _figures(db: sqlite3.Connection) -> CopyFigures:
 
 @contextlib.contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    """A private, empty file beside `path` that is gone afterwards, unless it has been renamed. Those of processes that were killed go."""
+    """Make a private, empty file beside `path`; remove it afterwards unless it was renamed. Removes those of killed processes."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         for left in path.absolute().parent.glob(f".{glob.escape(path.name)}.[0-9]*"):
@@ -135,7 +135,7 @@ def _unfinished(path: Path) -> Iterator[Path]:
 
 
 def _locked_new(path: Path) -> int:
-    """A file of this process's, by a lock. Between its making and its lock another process may take it for one that was left: once more."""
+    """Make a new file and lock it. Another process may remove it before the lock, as a dead one's: then try again."""
     while True:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, access.PRIVATE)
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -145,7 +145,7 @@ def _locked_new(path: Path) -> int:
 
 
 def _is_left(unfinished: Path) -> bool:
-    """Whether its process is gone, and its lock with it."""
+    """Return whether an unfinished file's process, and with it the lock, is gone."""
     try:
         with open(unfinished, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,9 +160,9 @@ def _remove(unfinished: Path) -> None:
 
 
 def _aside(ledger: Path, tag: str) -> list[Path]:
-    """Rename a ledger with SQLite's own files of it, so that it can still be opened; returns what they are now.
+    """Rename a ledger with SQLite's own files, so that it can still be opened; return their new names.
 
-    Its log is under the new name before the database is, and under the old one until the database has left it: a kill in between
+    The log is under the new name before the database is, and under the old one until the database has left it: a kill in between
     leaves the ledger whole under one of the two names, and at worst a log alone under the other, which the next restore takes away. A
     database under the old name without its log would have lost what it had spent, and a log under it would be played into the next one.
     """

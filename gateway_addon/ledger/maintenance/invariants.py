@@ -1,4 +1,4 @@
-"""The ledger's invariants, proved from its entries: every finding is a sentence that names what is wrong. Read-only."""
+"""Prove the ledger's invariants from its entries: every finding is a sentence that names what is wrong. Read-only."""
 
 import sqlite3
 from collections.abc import Callable
@@ -60,7 +60,7 @@ WHERE state = 'open' GROUP BY calls.id, batches.id ORDER BY started_at
 
 
 def findings(db: sqlite3.Connection) -> list[str]:
-    """What is wrong with the file, the balances, the calls' states or the billed parts; empty for a sound ledger."""
+    """Return the faults of the file, the balances, the calls' states and the billed parts; empty for a sound ledger."""
     found = _of_the_file(db) if isinstance(db, sqlite3.Connection) else []  # a server looks after its own files
     if found:
         return found
@@ -84,7 +84,7 @@ def _of_the_file(db: sqlite3.Connection) -> list[str]:
 
 
 def open_calls(db: sqlite3.Connection, is_dead: Callable[[str], bool], *, now: float) -> list[OpenCall]:
-    """Every open reservation, the oldest first; `is_dead` knows of an owner (`admin.obituary`)."""
+    """Return every open reservation, the oldest first; `is_dead` judges an owner (`admin.death_check`)."""
     rows = db.execute(_OPEN, {"now": now}).fetchall()
     return [
         OpenCall(call_id, app, model, held_nano, age_s, f"batch {batch}" if batch else owner, not is_dead(owner))

@@ -1,8 +1,8 @@
-"""A ledger moved from its file to a PostgreSQL server, with proof that it is the same one there.
+"""Move a ledger from its file to a PostgreSQL server, with proof that it is the same one there.
 
 Promises that nobody can use half of it: it grows in a schema of another name, which becomes the ledger in the commit that ends the
 move, after every count, every column's sum and every balance agree; that a move which was cut off goes on with the next call that is
-missing; that from its end on nobody uses the file, since two ledgers would know half of the spending each. In the one instant
+missing; that nobody uses the file afterwards, since two ledgers would know half of the spending each. In the one instant
 between the file's last commit and the server's, neither takes calls: run it again. Identifiers are kept.
 """
 
@@ -48,7 +48,7 @@ SELECT scope, window, window_start, spent_nano, reserved_nano, quantum_nano, ope
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was found equal on both sides. `kept_calls`: those that a move which was cut off had brought over."""
+    """The figures that are equal on both sides. `kept_calls`: calls that an interrupted move had brought over."""
 
     figures: Figures
     balances: int
@@ -62,7 +62,7 @@ class Proof:
 def move(
     source: Path, target: ServerAddress, *, who: str, now: float, emit: Callable[[int, int], None] = lambda done, of: None
 ) -> Proof | None:
-    """Move a ledger, or go on moving it; None where it has been moved there before. `emit` hears of the calls that are there.
+    """Move a ledger, or go on moving it; None where it was moved there before. `emit` gets the number of moved calls.
 
     Raises LedgerUnavailable where the source is in use or not sound, where the target has a ledger of its own, or where either fails.
     """
@@ -91,7 +91,7 @@ def move(
 
 @contextlib.contextmanager
 def _held(source: Path) -> Iterator[sqlite3.Connection]:
-    """The file's ledger, with its write lock: gateways that would start have to wait, and then find it moved."""
+    """Open the file's ledger with its write lock: gateways that start have to wait, and then find it moved."""
     sqlite_files.identity(source)
     access.must_be_allowed(source)
     try:
@@ -117,7 +117,7 @@ def _alone(target: ServerAddress) -> Iterator[postgres_session.Connection]:
 
 
 def _is_there(ledger: sqlite3.Connection, db: postgres_session.Connection, source: Path, target: ServerAddress) -> bool:
-    """Whether a move that was made is the one asked for. Raises LedgerUnavailable where one of the two is another's."""
+    """Return whether this move was made before. Raises LedgerUnavailable where either side is part of another move."""
     moved_to = sqlite_files.moved_to(ledger)
     if moved_to not in (None, str(target)):
         raise LedgerUnavailable(f"the ledger {source} was moved to {moved_to}, and what was spent since is there: nothing is left to move")
@@ -131,7 +131,7 @@ def _is_there(ledger: sqlite3.Connection, db: postgres_session.Connection, sourc
 
 
 def _begin(db: postgres_session.Connection, target: ServerAddress, calls_figures: Figures) -> int:
-    """Tables to move into: those of a move that was cut off, if the file's calls are still the same. Returns the calls in them."""
+    """Make the tables to move into, or keep an interrupted move's if the file's calls are unchanged. Returns the calls in them."""
     mark = json.dumps([calls_figures, [name for name, _ in MIGRATIONS]])
     if _exists(db, UNFINISHED):
         if db.execute("SELECT value FROM settings WHERE name = 'moving'").fetchall() == [(mark,)]:
@@ -150,7 +150,7 @@ def _begin(db: postgres_session.Connection, target: ServerAddress, calls_figures
 def _bring_calls(
     ledger: sqlite3.Connection, db: postgres_session.Connection, columns: Columns, total: int, emit: Callable[[int, int], None]
 ) -> None:
-    """The calls that are missing there, in the order of their ids, each with all that belongs to it."""
+    """Copy the missing calls, in the order of their ids, each with its entries and usage."""
     [(last, done)] = db.execute("SELECT coalesce(max(id), 0), count(*) FROM calls").fetchall()
     step = "SELECT max(id), count(*) FROM (SELECT id FROM calls WHERE id > ? ORDER BY id LIMIT ?)"
     emit(done, total)
@@ -173,7 +173,7 @@ def _end(
     who: str,
     now: float,
 ) -> Proof:
-    """Everything else, then the proof, then the ledger's own name: all but the commit."""
+    """Copy the other tables, prove the move, give the schema the ledger's name: all but the commit."""
     db.execute("BEGIN")
     db.execute("DELETE FROM settings")  # of this move, and the defaults of new tables
     for table in columns.keys() - OF_CALLS.keys():
@@ -218,7 +218,7 @@ def _figures(db: sqlite3.Connection | postgres_session.Connection, columns: Colu
 
 
 def _moves(table: str) -> str:
-    """Which of a table's rows belong to the ledger wherever it is."""
+    """Return the condition for the rows of a table that move."""
     return f"name <> '{sqlite_files.MOVED_TO}'" if table == "settings" else "true"
 
 
@@ -257,7 +257,7 @@ def _exists(db: postgres_session.Connection, schema: str) -> bool:
 
 
 def _tables_with_rows(db: postgres_session.Connection) -> list[str]:
-    """The tables by which the ledger of that name is somebody's: an empty one, as `gateway init` makes it, has none."""
+    """Return the tables with rows of the ledger of that name: an empty one, as `gateway init` makes it, has none."""
     named = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'gateway' AND table_type = 'BASE TABLE' ORDER BY 1"
     tables = {name for (name,) in db.execute(named).fetchall()} - {"migrations", "settings", "owners", "turns"}
     return [table for table in sorted(tables) if db.execute(f'SELECT EXISTS (SELECT 1 FROM gateway."{table}")').fetchall()[0][0]]

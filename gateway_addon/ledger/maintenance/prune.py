@@ -1,7 +1,7 @@
-"""What may go from a ledger, and what stays of it: calls that ended long ago become sums, to the nano.
+"""Prune a ledger: calls that ended long ago become sums, to the nano.
 
 A *carry* is one row in the place of many calls that no report tells apart: same app, team, token, day, models, state, flags. It keeps
-their number, their tokens by price row and their money; what it does not keep is each call's own story (times, sessions, request ids).
+their number, their tokens by price row and their money; it does not keep each call's times, sessions and request ids.
 Promises that every balance stays the sum of its entries (the tables refuse a carry that holds another sum, and the removal of an entry
 that no carry holds), and that each transaction is small: a gateway that writes meanwhile waits for some ten milliseconds at most.
 """
@@ -32,7 +32,7 @@ class PrunedDay:
 
 @dataclass(frozen=True, slots=True)
 class Prunable:
-    """What lies before a time and may go. `kept_open`: calls without an end, which stay."""
+    """Counts of the rows before a time that may go. `kept_open`: calls without an end, which stay."""
 
     calls: int
     kept_open: int
@@ -89,7 +89,7 @@ _NOISE_OF_A_DAY = "FROM noise WHERE minute >= :day AND minute < :day + 86400"
 
 
 def prunable(db: sqlite3.Connection, before: float) -> Prunable:
-    """What would go; counted, not changed."""
+    """Count the rows that would go; change nothing."""
     count = """
     SELECT count(*) FILTER (WHERE state <> 'open'), count(*) FILTER (WHERE state = 'open'),
       (SELECT count(*) FROM alerts WHERE at < :before AND kind = 'threshold')
@@ -99,7 +99,7 @@ def prunable(db: sqlite3.Connection, before: float) -> Prunable:
 
 
 def begin(db: sqlite3.Connection, before: float, found: Prunable, *, who: str, now: float) -> None:
-    """Write down what is going to happen, and let the small tables go. Raises ValueError for a time within an open window."""
+    """Audit the prune that begins, and delete from the small tables. Raises ValueError for a time within an open window."""
     calendar = zone(db)
     closed = min(starts(now, calendar)[:3])
     if before > closed:
@@ -121,7 +121,7 @@ def _sum_noise(db: sqlite3.Connection, day: int) -> None:
 
 
 def next_day(db: sqlite3.Connection, since: float, before: float) -> PrunedDay | None:
-    """The first day from `since` on that has calls to carry. Read before the write transactions: the keys of an ended call stay."""
+    """Return the first day from `since` on with calls to carry. Read before the write transactions: an ended call's keys stay."""
     first = db.execute(_NEXT, {"since": since, "before": before}).fetchone()
     if first is None:
         return None
@@ -131,7 +131,7 @@ def next_day(db: sqlite3.Connection, since: float, before: float) -> PrunedDay |
 
 
 def bundle(groups: Sequence[PruneGroup], calls_max: int) -> tuple[list[PruneGroup], list[PruneGroup]]:
-    """So many calls of these groups, for one transaction, and what is left for the next ones; a large group is divided."""
+    """Take at most `calls_max` calls for one transaction; return them and the rest. A large group is divided."""
     taken: list[PruneGroup] = []
     for number, group in enumerate(groups):
         if len(group) >= calls_max:
@@ -143,7 +143,7 @@ def bundle(groups: Sequence[PruneGroup], calls_max: int) -> tuple[list[PruneGrou
 
 
 def carry(db: sqlite3.Connection, groups: Sequence[PruneGroup], *, now: float) -> None:
-    """Put one row in each group's place. Inside a write transaction on everything. Raises LedgerUnavailable where calls have gone since."""
+    """Put one row in each group's place, inside a write transaction on everything. Raises LedgerUnavailable where calls have gone since."""
     for group in groups:
         rows = db.execute(_CARRY, (len(group), group[0])).fetchall()
         carry_id = rows[0][0] if rows else None

@@ -1,4 +1,4 @@
-"""Single calls: found by what is known of them, and told whole. Read-only; the connection yields rows by name (`admin.reading`)."""
+"""Find single calls, and show one with all its bookings. Read-only; the connection yields rows by name (`admin.reading`)."""
 
 import sqlite3
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ NEWEST = 2**62
 
 @dataclass(frozen=True, slots=True)
 class CallFilter:
-    """What to look for; an empty text asks for nothing. `text` is a call's number, or a part of any of its labels."""
+    """A filter of calls; an empty field matches all. `text` is a call's number, or a part of any of its labels."""
 
     app: str = ""
     model: str = ""
@@ -116,14 +116,14 @@ _PARTS = f"SELECT {', '.join(CallPart.__slots__)} FROM usage WHERE call_id = ? O
 
 
 def search(db: sqlite3.Connection, wanted: CallFilter) -> tuple[list[CallRow], bool]:
-    """The newest calls that match, at most a page of them, and whether there are older ones."""
+    """Return the newest matching calls, at most a page, and whether there are older ones."""
     values = {name: getattr(wanted, name) for name in CallFilter.__slots__} | {"text": wanted.text.strip().removeprefix("#")}
     rows = db.execute(_SEARCH, values).fetchall()
     return [_call(row) for row in rows[:PAGE]], len(rows) > PAGE
 
 
 def story(db: sqlite3.Connection, call_id: int) -> CallDetail | None:
-    """Everything that the ledger knows of one call; None where there is none of this number."""
+    """Return everything that the ledger knows of one call; None where there is no such number."""
     row = db.execute(f"SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id WHERE calls.id = ?", (call_id,)).fetchone()
     if row is None:
         return None

@@ -1,8 +1,8 @@
-"""Reports of closed days, kept, so that a month costs what its days cost and not what its calls do.
+"""Keep the reports of closed days, so that a month's report reads its days and not its calls.
 
-Promises that a kept day is what its calls say: whatever changes a day strikes it off in the same transaction (triggers: a call of that
-day, a correction of one), and what is struck off is summed again. A day is kept once an hour has passed since its end and no call of it
-is open. Whoever sums a day claims it first, under the moment of the claim, and what was summed is kept only if that claim still stands.
+Promises that a kept day equals the sum of its calls: a change of a day strikes it off in the same transaction (triggers: a call of that
+day, a correction of one), and a day that was struck off is summed again. A day is kept once an hour has passed since its end and no call
+of it is open. A process claims a day before it sums it, with the time of the claim; the sums are kept only if that claim still stands.
 """
 
 import sqlite3
@@ -45,7 +45,7 @@ _KEEP = f"INSERT INTO kept_lines (day_start, grouping, {', '.join(ReportLine.__s
 
 
 def keep(path: Path | ServerAddress, by: spending.By, *, since: float, until: float, now: float) -> None:
-    """Sum the closed days that a report of this period will ask for and that nobody has kept yet. Raises LedgerUnavailable."""
+    """Sum and keep the closed days of a period that are not kept yet. Raises LedgerUnavailable."""
     with admin.reading(path) as db:
         wanted = list(missing(db, by, since - (until - since), until, now))
     if not wanted:
@@ -60,7 +60,7 @@ def keep(path: Path | ServerAddress, by: spending.By, *, since: float, until: fl
 
 
 def missing(db: sqlite3.Connection, by: spending.By, since: float, until: float, now: float) -> Iterator[Span]:
-    """The closed days from `since` to `until` that nobody has kept yet, the newest first."""
+    """Yield the closed days from `since` to `until` that are not kept yet, the newest first."""
     first = db.execute(_FIRST).fetchone()[0]
     if first is None or by == "agent":  # as many lines as sessions: not worth keeping
         return
@@ -73,9 +73,9 @@ def missing(db: sqlite3.Connection, by: spending.By, since: float, until: float,
 
 
 def claim(db: sqlite3.Connection, spans: Sequence[Span], *, now: float, alone: bool = False) -> list[Span]:
-    """Those of these days that are still closed and not kept, now this caller's to sum. Inside a write transaction on everything.
+    """Claim the days that are still closed and not kept, to sum them. Inside a write transaction on everything.
 
-    A claim takes the place of another's, whose sums will not be kept then. `alone`: not while somebody else is at work.
+    A claim replaces another process's, whose sums are then not kept. `alone`: claim none while another process sums.
     """
     if alone and db.execute(_AT_WORK, (_claim(now - TURN_S),)).fetchone() is not None:
         return []
@@ -86,12 +86,12 @@ def claim(db: sqlite3.Connection, spans: Sequence[Span], *, now: float, alone: b
 
 
 def lines(db: sqlite3.Connection, span: Span) -> list[ReportLine]:
-    """A day's report from its calls."""
+    """Sum a day's report from its calls."""
     return spending.of_calls(db, span.grouping, span.start, span.end)
 
 
 def put(db: sqlite3.Connection, span: Span, found: Sequence[ReportLine], *, claimed_at: float) -> bool:
-    """Keep what was summed; False where the claim stands no longer: the day has changed since, or is another's to sum."""
+    """Keep a day's sums; False where the claim stands no longer: the day has changed, or another process claimed it."""
     if db.execute(_READY, (*span, _claim(claimed_at))).rowcount == 0:
         return False
     db.execute(_FORGET, (span.start, span.grouping))
@@ -101,15 +101,15 @@ def put(db: sqlite3.Connection, span: Span, found: Sequence[ReportLine], *, clai
 
 
 def _claim(at: float) -> int:
-    """What `ready` is of a day that was claimed at this moment: a younger claim is less, a kept day more."""
+    """Return the value of `ready` for a claim of this moment: a younger claim is less, a kept day more."""
     return -int(at * 1_000_000)
 
 
 def _closed(db: sqlite3.Connection, now: float) -> float:
-    """The time before which no call is open and none will be added."""
+    """Return the time before which no call is open and none will be added."""
     return min(now - SETTLED_DOWN_S, db.execute(_OLDEST_OPEN).fetchone()[0] or now)
 
 
 def _day(start: int, calendar: tzinfo) -> tuple[int, int | None]:
-    """The day that holds an instant, as the calendar has it now."""
+    """Return the day that holds an instant, by the present calendar."""
     return starts(start, calendar).day, next_start("day", start, calendar)

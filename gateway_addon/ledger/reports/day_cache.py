@@ -1,6 +1,6 @@
-"""What each day brought, kept in memory while nothing is booked on it: the month at a glance in milliseconds. Read-only.
+"""Cache each day's spending in memory while nothing is booked on it, so that a month takes milliseconds. Read-only.
 
-Promises the same figures as `reports`, which reads every call anew. A day is read again when its balance has moved, when a
+Promises the same figures as `spending`, which reads every call anew. A day is read again when its balance has moved, when a
 person has changed anything (the audit grew), and, while it is young, when a call was added.
 """
 
@@ -14,7 +14,7 @@ from gateway_addon.ledger.reservations import zone
 from gateway_addon.windows import next_start, starts
 
 type ReadConnection = sqlite3.Connection
-"""One moment of the ledger, as `admin.reading` yields it, for rooms that only hand it on."""
+"""One moment of the ledger, as `admin.reading` yields it, for modules that only pass it on."""
 
 SETTLED_DOWN_S = 3600  # after its end a day gets no further rows of refused calls
 DAY_S = 86_400
@@ -22,7 +22,7 @@ DAY_S = 86_400
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """What one app's calls to one model cost in a day. `served` None: no answer named a model."""
+    """The spending of one app on one model in a day. `served` None: no answer named a model."""
 
     app: str
     asked: str
@@ -79,12 +79,12 @@ _APPS = "SELECT substr(scope, 5) FROM balances WHERE scope LIKE 'app:%' AND wind
 
 @dataclass(slots=True)
 class DayCache:
-    """One reader's memory of the days."""
+    """One reader's cache of the days."""
 
     _kept: dict[int, tuple[object, CachedDay]] = field(default_factory=dict)
 
     def between(self, db: sqlite3.Connection, since: float, now: float) -> list[CachedDay]:
-        """Every day from the one that holds `since` to today."""
+        """Return every day from the one that holds `since` to today."""
         calendar = zone(db)
         found, start = [], starts(since, calendar).day
         while start <= now:
@@ -106,12 +106,12 @@ class DayCache:
 
 
 def apps(db: sqlite3.Connection) -> list[str]:
-    """Every app that ever had a call reserved."""
+    """Return every app that ever had a call reserved."""
     return [row[0] for row in db.execute(_APPS).fetchall()]
 
 
 def refusals(days: Iterable[CachedDay]) -> list[tuple[str, int]]:
-    """By code, the most frequent first: calls with a token that were refused, and calls without a valid one."""
+    """Count refusals by code, the most frequent first: of calls with a token, and of calls without a valid one."""
     counted: Counter[str] = Counter()
     for day in days:
         counted.update(dict(day.refusals))

@@ -1,6 +1,6 @@
-"""What happened, call by call and moment by moment, from the entries alone. Read-only.
+"""Tell the history of the ledger, call by call and moment by moment, from the entries alone. Read-only.
 
-For whoever holds the ledger against another book: each forwarded call with its bill, and how high each scope ever stood.
+For a comparison of the ledger with other records: each forwarded call with its bill, and the highest level of each scope.
 The connection yields rows by name (`admin.reading`).
 """
 
@@ -27,13 +27,13 @@ class Forwarded:
 
     @property
     def estimated(self) -> bool:
-        """True where the cost could not be known, so that an upper bound was booked."""
+        """Return whether the cost could not be known, so that an upper bound was booked."""
         return any(flag.partition(":")[0] == "estimated" for flag in self.flags)
 
 
 @dataclass(frozen=True, slots=True)
 class HighWater:
-    """The most that was ever spent and held together in one scope and window."""
+    """The highest sum of spent and held that one scope and window ever had."""
 
     scope: str
     window: str
@@ -72,7 +72,7 @@ class Recorded:
     quote_nano: int
     spent_nano: int
     starts: Starts
-    """Of the windows in which it counted."""
+    """The first instants of the windows in which the call counted."""
 
 
 _RECORDED = """
@@ -83,17 +83,17 @@ FROM calls WHERE started_at >= :since AND started_at < :until AND carried IS NUL
 
 
 def recorded(db: sqlite3.Connection, *, since: float, until: float) -> Iterator[Recorded]:
-    """Every call that arrived in the period with a valid token, in the order of admission; read as it is asked for."""
+    """Yield every call of the period with a valid token, in the order of admission; read as it is consumed."""
     for number, app, endpoint, model, max_tokens, refusal, quote, spent, *starts in db.execute(_RECORDED, {"since": since, "until": until}):
         yield Recorded(number, app, endpoint.rpartition("/")[2], model, max_tokens, refusal, quote, spent, Starts(*starts))
 
 
 def forwarded(db: sqlite3.Connection) -> list[Forwarded]:
-    """Every call that was let through, in the order of admission: the free ones, and the ones still open, too."""
+    """Return every forwarded call, in the order of admission: free and open ones too."""
     rows = [dict(row) for row in db.execute(_FORWARDED).fetchall()]
     return [Forwarded(**row | {"flags": tuple(row["flags"].split())}) for row in rows]
 
 
 def high_water(db: sqlite3.Connection) -> list[HighWater]:
-    """The highest level of each scope and window, found by replaying every entry in the order in which it was written."""
+    """Return the highest level of each scope and window, by replaying every entry in the order of writing."""
     return [HighWater(**dict(row)) for row in db.execute(_HIGH_WATER).fetchall()]

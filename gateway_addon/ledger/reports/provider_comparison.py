@@ -1,4 +1,4 @@
-"""What the ledger can put beside the provider's own reports: metered tokens by day and model, and the calls it had to estimate.
+"""Report for the comparison with the provider: metered tokens by day and model, and the estimated calls.
 
 Days are UTC days (whole days since 1970), whatever the ledger's zone: the provider's buckets are. Read-only but for the note of
 when the provider was last asked. The connection yields rows by name (`admin.reading`).
@@ -11,7 +11,7 @@ from gateway_addon.ledger.admin import keep_setting
 
 DAY_S = 86400
 POLL_EVERY_S = 60
-"""How often the provider wants its reports to be asked for, at most."""
+"""Seconds between two requests for the provider's reports, at least, as the provider wants it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Metered:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A call whose cost could not be known: an upper bound is booked. `metered_nano` is what of it has its tokens metered
+    """A call whose cost could not be known: an upper bound is booked. `metered_nano` is the part with metered tokens
     (exact input, granted output); 0: nothing is known but the grant."""
 
     call_id: int
@@ -45,7 +45,7 @@ class Estimate:
     metered_nano: int
     output_tokens: int
     left: bool = False
-    """It broke off, so that its output is bounded by the declared pace of its model."""
+    """True if the answer broke off: its output is bounded by the declared pace of its model."""
 
 
 _DAYS = f"CAST(started_at AS INTEGER) / {DAY_S} AS day, CAST(coalesce(ended_at, started_at) AS INTEGER) / {DAY_S} AS ended_day"
@@ -76,19 +76,19 @@ FROM calls WHERE {_CHOSEN} AND carried IS NULL AND state = 'settled' AND {_ESTIM
 
 
 def metered(db: sqlite3.Connection, *, since: float, until: float) -> list[Metered]:
-    """The calls admitted from `since` to before `until`, by day and model, the exact ones and the estimated ones apart."""
+    """Return the calls admitted from `since` to before `until`, by day and model, exact and estimated ones apart."""
     rows = db.execute(_METERED, {"since": since, "until": until}).fetchall()
     return [Metered(**{**dict(row), "estimated": bool(row["estimated"])}) for row in rows]
 
 
 def estimates(db: sqlite3.Connection, *, since: float, until: float) -> list[Estimate]:
-    """Every estimated call of the period at what it counts now, corrections included."""
+    """Return every estimated call of the period at its present amount, corrections included."""
     rows = db.execute(_ESTIMATES, {"since": since, "until": until}).fetchall()
     return [Estimate(**{**dict(row), "left": bool(row["left"])}) for row in rows]
 
 
 def claim_poll(db: sqlite3.Connection, *, now: float) -> float:
-    """0 if the provider may be asked now, and then that is noted (in a write transaction); else the seconds to wait."""
+    """Claim a poll of the provider, in a write transaction: 0 if it may be asked now, else the seconds to wait."""
     rows = db.execute("SELECT value FROM settings WHERE name = 'reports_polled_at'").fetchall()
     wait_s = float(rows[0][0]) + POLL_EVERY_S - now if rows else 0.0
     if 0 < wait_s <= POLL_EVERY_S:

@@ -1,4 +1,4 @@
-"""What was spent, by whom: sums of the same entries that the caps are judged by. Read-only; a call belongs to the time of its admission.
+"""Report the spending: sums of the entries by which the caps are judged. Read-only; a call belongs to the time of its admission.
 
 Knows nothing of tables on a terminal. The connection yields rows by name (`admin.reading`).
 """
@@ -19,7 +19,7 @@ GROUPINGS: tuple[By, ...] = get_args(By)
 
 REFUSAL: Literal["refusal"] = "refusal"
 Grouping = By | Literal["refusal"]
-"""What a report may be grouped by, and the refusals that each report ends with."""
+"""The groupings of a report, and the refusals that each report ends with."""
 
 _KEY: dict[Grouping, str] = {
     "app": "calls.app",
@@ -87,18 +87,18 @@ class ReportLine:
 
     @property
     def mean_nano(self) -> int | None:
-        """The mean cost of a settled call, to the nearest nano-dollar."""
+        """Return the mean cost of a settled call, to the nearest nano-dollar."""
         return (self.spent_nano + self.settled // 2) // self.settled if self.settled else None
 
     @property
     def cache_hit_share(self) -> float | None:
-        """Of all prompt tokens, those read from the cache."""
+        """Return the share of the prompt tokens that were read from the cache."""
         prompt_tokens = self.input_tokens + self.cache_read_tokens + self.cache_write_tokens
         return self.cache_read_tokens / prompt_tokens if prompt_tokens else None
 
     @property
     def output_share(self) -> float | None:
-        """Output tokens against the `max_tokens` asked for: a low share says that reservations hold more than they need."""
+        """Return the output tokens' share of the `max_tokens` asked for: a low one means that reservations hold too much."""
         return self.limited_output_tokens / self.max_tokens if self.max_tokens else None
 
 
@@ -109,11 +109,11 @@ class Report:
     until: float
     lines: tuple[ReportLine, ...]
     before: dict[str, int]
-    """Spent in the period of the same length just before, by key."""
+    """The spending in the period of equal length just before, by key."""
     refusals: tuple[tuple[str, int], ...]
     """Calls with a token that were refused, and calls without a valid one, by code."""
     observed: tuple[tuple[str, int], ...] = ()
-    """Calls that passed though a rule that is only observed would have refused them, by code."""
+    """Calls that an observed rule would have refused, by code."""
 
     @property
     def spent_nano(self) -> int:
@@ -121,12 +121,12 @@ class Report:
 
     @property
     def total(self) -> ReportLine:
-        """All lines as one."""
+        """Return the sum of all lines."""
         return _sum("total", self.lines) if self.lines else ReportLine("total", *(0 for _ in _FIGURES))
 
 
 def report(db: sqlite3.Connection, by: By, *, since: float, until: float) -> Report:
-    """The calls admitted from `since` to before `until`."""
+    """Report on the calls admitted from `since` to before `until`."""
     lines = _lines(db, by, since, until)
     before = _lines(db, by, since - (until - since), since)
     in_order = sorted(lines, key=lambda line: (line.key,) if by == "day" else (-line.spent_nano, -line.calls, line.key))
@@ -142,7 +142,7 @@ WHERE started_at >= :since AND started_at < :until AND instr(flags, 'observed:')
 
 
 def _observed(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple[str, int], ...]:
-    """By code, the most frequent first; read from an index of such calls alone."""
+    """Count the observed refusals by code, the most frequent first; read from an index of such calls alone."""
     counts: Counter[str] = Counter()
     for row in db.execute(_OBSERVED, {"since": since, "until": until}).fetchall():
         counts.update({flag.removeprefix("observed:"): int(row["calls"]) for flag in row["flags"].split() if flag.startswith("observed:")})
@@ -150,7 +150,7 @@ def _observed(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple
 
 
 def _refusals(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple[str, int], ...]:
-    """By code, the most frequent first."""
+    """Count the refusals by code, the most frequent first."""
     counted = Counter({line.key: line.refused for line in _lines(db, REFUSAL, since, until) if line.refused})
     counted.update(dict(db.execute(_NOISE, {"since": since, "until": until}).fetchall()))
     return tuple(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
@@ -158,7 +158,7 @@ def _refusals(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple
 
 @dataclass(frozen=True, slots=True)
 class DriftLine:
-    """Another model answered an app than the one it asked for: how often in the period, and since when at all."""
+    """A drift: another model answered an app than it asked for; how often in the period, and since when at all."""
 
     app: str
     asked: str
@@ -180,13 +180,13 @@ HAVING count(*) FILTER (WHERE started_at >= :since AND started_at < :until) > 0 
 
 
 def drifts(db: sqlite3.Connection, *, since: float, until: float) -> list[DriftLine]:
-    """Which models answered in another's place; read from an index of such calls alone, so that `first_at` may lie before `since`."""
+    """Return the drifts of a period; read from an index of such calls alone, so that `first_at` may lie before `since`."""
     return [DriftLine(**dict(row)) for row in db.execute(_DRIFTS, {"since": since, "until": until}).fetchall()]
 
 
 @dataclass(frozen=True, slots=True)
 class Notable:
-    """One way of calling, an app on a model with one `max_tokens`, beside everything else of the period."""
+    """One configuration (an app on a model with one `max_tokens`), and the rest of the period."""
 
     app: str
     model: str
@@ -196,7 +196,7 @@ class Notable:
 
 
 def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | None:
-    """The configuration that cost most; None where nothing was spent."""
+    """Return the configuration that cost most; None where nothing was spent."""
     asked = "CASE WHEN carried IS NULL THEN max_tokens END"  # of a carry it is a sum
     key = f"calls.app || ' ' || coalesce(CAST({asked} AS TEXT), '-') || ' ' || coalesce(model_asked, '(none)')"
     query = _LINES.format(key=key, order="spent_nano DESC", only="")
@@ -209,7 +209,7 @@ def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | 
 
 
 def alerts(db: sqlite3.Connection, *, since: float, until: float) -> list[dict[str, object]]:
-    """What people were told, in order; the facts of each beside it."""
+    """Return the alerts of a period, in order, each with its facts."""
     rows = db.execute("SELECT * FROM alerts WHERE at >= ? AND at < ? ORDER BY at, id", (since, until)).fetchall()
     return [{name: value for name, value in dict(row).items() if name != "facts"} | json.loads(row["facts"]) for row in rows]
 
@@ -226,7 +226,7 @@ WHERE grouping = :by AND ready = 1 AND day_start >= :since AND day_end <= :until
 
 
 def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[ReportLine]:
-    """The days that are kept (daily_totals.py) as they were summed, what lies between them from the calls."""
+    """Return the lines of a period: kept days (daily_totals.py) as they were summed, the rest from the calls."""
     period = {"by": by, "since": since, "until": until}
     parts = [[_line(row, row["key"]) for row in db.execute(_KEPT_LINES, period).fetchall()]]
     at = since
@@ -241,7 +241,7 @@ def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> 
 
 
 def of_calls(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[ReportLine]:
-    """The calls admitted in a span, each of them read."""
+    """Sum the calls admitted in a span, by reading each."""
     query = _LINES.format(key=_KEY[by], order="key", only=_REFUSED if by == REFUSAL else "")
     rows = db.execute(query, {"since": since, "until": until}).fetchall()
     return [_line(row, _key(db, by, row["key"])) for row in rows]
@@ -252,7 +252,7 @@ def _sum(key: str, lines: Iterable[ReportLine]) -> ReportLine:
 
 
 def _key(db: sqlite3.Connection, by: Grouping, key: object) -> str:
-    """A group's name for people, said once a group: its rows are many."""
+    """Return a group's name for people. Called once a group: the rows are many."""
     match by:
         case "day":
             return datetime.fromtimestamp(cast(int, key), zone(db)).strftime("%Y-%m-%d")

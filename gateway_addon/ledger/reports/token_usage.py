@@ -1,4 +1,4 @@
-"""Who has come through the gateway: each token's first and last call, who still comes by `gateway local`, and refusals of the real key.
+"""Report the use of tokens: first and last call of each, apps that still use `gateway local`, refusals of the real key.
 
 Read-only. The connection yields rows by name (`admin.reading`).
 """
@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One token and the calls that were made with it. Times are None while it has never been seen."""
+    """One token and the calls made with it. Times are None while it has never been used."""
 
     token_id: int
     app: str
@@ -19,7 +19,7 @@ class Arrival:
     state: Literal["in force", "revoked", "expired"]
     calls: int
     refused: int
-    """Of `calls`, those that this gateway refused."""
+    """The number of `calls` that this gateway refused."""
     first_at: float | None
     last_at: float | None
 
@@ -64,7 +64,7 @@ FROM calls WHERE state <> 'refused' AND state <> 'open' AND ended_at >= :since
 
 
 def arrivals(db: sqlite3.Connection, *, now: float) -> list[Arrival]:
-    """Every token ever issued, by app."""
+    """Return every token ever issued, by app."""
     return [Arrival(**dict(row)) for row in db.execute(_ARRIVALS, {"now": now}).fetchall()]
 
 
@@ -73,6 +73,6 @@ def stragglers(db: sqlite3.Connection) -> list[Straggler]:
 
 
 def passed(db: sqlite3.Connection, *, since: float) -> ForwardedCalls:
-    """What was forwarded and has ended since then."""
+    """Count the calls that were forwarded and have ended since a time."""
     [row] = db.execute(_PASSED, {"since": since}).fetchall()
     return ForwardedCalls(**dict(row))

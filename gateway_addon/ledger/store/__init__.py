@@ -1,1 +1,1 @@
-"""Where the ledger is kept: SQLite or PostgreSQL, one writer, its locks, its journal, its schema."""
+"""Store the ledger: SQLite or PostgreSQL, one writer, its locks, its journal, its schema."""

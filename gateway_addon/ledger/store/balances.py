@@ -1,4 +1,4 @@
-"""The balances from the entries alone: what the triggers keep call by call, computed anew, and what `gateway doctor` holds it against.
+"""Compute the balances from the entries alone, as the triggers keep them call by call; `gateway doctor` compares the two.
 
 Promises to be independent of the triggers: the scopes and windows in which a call counts are named here, not asked of their view.
 """

@@ -1,8 +1,8 @@
-"""The line between the event loop and the writer's thread, where the operations of one moment gather for one durable commit.
+"""Gather the operations of one moment on the event loop for one durable commit on the writer's thread (group commit).
 
 Promises that the loop waits for nobody. On a store that is near, a batch begins on the loop itself: its statements run there, in a turn
 that is free at that moment, and only the commit goes to the thread. Where the turn is not free, or anything fails, the operations go to
-the thread whole, for it has the patience, and while it fails so does all that follows. A lone call so costs one hand-over to the thread
+the thread whole, because it can wait; while the thread fails, so do all that follow. A lone call so costs one hand-over to the thread
 and one back, instead of one for each lock and statement, and each of them costs more than the statements do. Knows nothing of what the
 operations mean, nor of files and servers.
 """
@@ -22,7 +22,7 @@ TRY_S, TRIES = 0.001, 10  # for a turn that is not free
 
 
 class CommitQueue:
-    """Made on the loop whose operations it takes. `start` it, `put` operations in, `stop` it."""
+    """A queue made on the loop whose operations it takes. `start` it, `put` operations in, `stop` it."""
 
     def __init__(self, store: Store) -> None:
         self._loop = asyncio.get_running_loop()
@@ -33,13 +33,13 @@ class CommitQueue:
         self._waiting: list[Operation] = []
         self._beginning: asyncio.Handle | None = None
         self._soon = False
-        """What waits begins in the loop's next turns; else it lingers."""
+        """True: the waiting operations begin in the loop's next turns; else they linger."""
 
     def start(self) -> None:
         self.writer.start()
 
     async def stop(self, timeout_s: float) -> bool:
-        """Write what is waiting and end; False where that took longer."""
+        """Write the waiting operations and end; False where that took longer."""
         self._begins_here = False
         self._to_the_thread()
         ended = await asyncio.to_thread(self.writer.stop, timeout_s)
@@ -48,7 +48,7 @@ class CommitQueue:
 
     @property
     def waiting(self) -> int:
-        """Operations not yet taken up."""
+        """Return the number of operations not yet taken up."""
         return len(self._waiting) + self.writer.waiting
 
     def put(self, operation: Operation) -> None:
@@ -62,7 +62,7 @@ class CommitQueue:
     # from the loop to the thread
 
     def _plan(self, patient: bool) -> None:
-        """Begin soon where somebody waits, in a moment where nobody does."""
+        """Plan the next batch: soon if a caller waits for it, else a moment later."""
         if self._soon or (patient and self._beginning is not None):
             return
         if self._beginning is not None:
@@ -74,7 +74,7 @@ class CommitQueue:
             self._beginning = self._loop.call_soon(self._gather, 0, self._loop.time() + GATHER_S)
 
     def _gather(self, found: int, until: float) -> None:
-        """Let a crowd grow for as long as each turn of the loop brings more of it, but never wait while the loop has nothing to do."""
+        """Wait for more operations while each turn of the loop brings some, but never while the loop is idle."""
         now_found = len(self._waiting)
         if now_found >= CROWD and now_found > found and self._loop.time() < until:
             self._beginning = self._loop.call_soon(self._gather, now_found, until)
@@ -112,7 +112,7 @@ class CommitQueue:
     # from the thread to the loop
 
     def _deliver(self, answers: Sequence[Written], dealt_with: int | None) -> None:
-        """On the thread: wake the loop once for the whole batch, and for its mere rest where that lets a batch begin there."""
+        """Deliver answers, on the thread: wake the loop once a batch, and when the thread rests if a batch may then begin."""
         if not answers and not self._begins_here:
             return
         try:
@@ -131,7 +131,7 @@ class CommitQueue:
             self._to_the_thread()
 
     def _on_the_loop(self, work: Callable[[], list[Written]]) -> list[Written]:
-        """On the thread: have the loop run the statements, between the lock and the commit that this thread waits for."""
+        """Run statements on the loop, called on the thread: between the lock and the commit that the thread waits for."""
         outcome: concurrent.futures.Future[list[Written]] = concurrent.futures.Future()
 
         def run() -> None:

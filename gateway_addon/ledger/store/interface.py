@@ -1,7 +1,7 @@
-"""What the ledger asks of the place where it is kept: a file of SQLite's (sqlite.py) or a PostgreSQL server (postgres.py).
+"""The interface of a store: an SQLite file (sqlite.py) or a PostgreSQL server (postgres.py).
 
-The money's statements (book.py and its neighbours) are written once; what differs between the two engines is here by name: how a
-connection is made, how writers take turns, what a commit is stamped with, which errors are the place's own.
+The statements about money (reservations.py and its neighbours) are written once; the differences between the engines are named here:
+how a connection is made, how writers take turns, what a commit is stamped with, which errors are the store's own.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from gateway_addon.ledger.store.journal import Journal, LeftJournal
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
 EVERYTHING = "*"
-"""Among the scopes of an operation: it may touch any row, nothing else may write beside it."""
+"""The scope of an operation that may touch any row: nothing else may write at that time."""
 
 
 @contextlib.contextmanager
 def driver() -> Iterator[None]:
-    """Around the import of postgres.py. Raises LedgerUnavailable where its driver is not installed."""
+    """Guard an import of postgres.py: raises LedgerUnavailable where its driver is not installed."""
     try:
         yield
     except ImportError as error:
@@ -39,79 +39,81 @@ def must_be_known(ledger: Path | ServerAddress, applied: Iterable[str], known: I
 
 class Store(Protocol):
     errors: tuple[type[Exception], ...]
-    """What its driver raises."""
+    """The exceptions of the driver."""
     near: bool
     """A statement takes microseconds and waits for nothing: a batch's statements run on the event loop."""
     skew_s: int
     """By how many whole seconds the ledger's clock is ahead of this machine's."""
 
     scopes_max: int | None
-    """How many scopes a commit may hold from the other writers at once; None: all that come, since they wait for the whole ledger."""
+    """How many scopes one commit may lock; None: any number, since writers take turns for the whole ledger."""
 
     @property
     def heartbeat_s(self) -> float | None:
-        """How often a process must show that it lives; None where the operating system knows."""
+        """Return how often a process must show that it lives; None where the operating system knows."""
 
     @property
     def lease_left_s(self) -> float:
-        """For how long, at least, no other process may settle this one's calls."""
+        """Return for how long, at least, no other process may settle this one's calls."""
 
     @property
     def journal(self) -> Journal | None:
-        """Where settlements outlive this process while they cannot be written; None where the ledger is as near as a journal would be."""
+        """Return the journal that keeps unwritten settlements beyond this process; None where the ledger is on this disk."""
 
     def unwritten_journals(self) -> AbstractContextManager[Sequence[LeftJournal]]:
-        """The journals of dead processes of this machine, held until they are dealt with."""
+        """Hold the journals of this machine's dead processes until they are dealt with."""
 
     @property
     def owner(self) -> str:
-        """This process's name in the ledger."""
+        """Return this process's name in the ledger."""
 
     def connect(self) -> sqlite3.Connection:
-        """A connection that writes, for the writer's thread, with this process entered as an owner. Raises `errors`, LedgerUnavailable."""
+        """Open the writer thread's connection, with this process entered as an owner. Raises `errors`, LedgerUnavailable."""
 
     def still(self) -> None:
-        """Raises LedgerUnavailable unless this is the ledger that was opened."""
+        """Raise LedgerUnavailable unless this is the ledger that was opened."""
 
     def turn(self) -> AbstractContextManager[None]:
-        """The writer's turn among the processes, taken before `begin`."""
+        """Take the writer's turn among the processes, before `begin`."""
 
     def turn_now(self) -> Callable[[], None] | None:
-        """The same where it is to be had without waiting, and what ends it; None where it is not, as on a server."""
+        """Take the turn if it is free. Return the function that releases it, or None (always, on a server)."""
 
     def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
         """Begin a transaction that may judge and change the balances of `scopes`, alone in each of them until its commit."""
 
     def stamp(self, db: sqlite3.Connection, number: int) -> None:
-        """Note, inside the transaction, that this owner commits for the `number`th time. Raises LedgerUnavailable if it may not:
-        its lease ran out, or a newer gateway has changed the tables since."""
+        """Note, inside the transaction, that this owner commits for the `number`th time.
+
+        Raises LedgerUnavailable if it may not: its lease ran out, or a newer gateway has changed the tables since.
+        """
 
     def commit(self, db: sqlite3.Connection) -> None:
         """Make the transaction durable."""
 
     def commits(self, db: sqlite3.Connection) -> int | None:
-        """The number of the owner's last commit; None where the ledger does not know the owner."""
+        """Return the number of the owner's last commit; None where the ledger does not know the owner."""
 
     def dead(self, db: sqlite3.Connection) -> list[str]:
-        """The owners that live no longer and have not been swept."""
+        """Return the dead owners that have not been swept."""
 
     def sweep(self, db: sqlite3.Connection, now: float) -> int:
-        """Settle what dead owners left open; returns how many calls. In a transaction on EVERYTHING."""
+        """Settle the open calls of dead owners; return how many. In a transaction on EVERYTHING."""
 
     async def read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
         """Run a read on the request's path. Raises LedgerUnavailable."""
 
     def unavailable(self, error: Exception) -> LedgerUnavailable:
-        """The sentence for an error of the place."""
+        """Return the sentence for an error of the store."""
 
     def is_its_own(self, error: Exception) -> bool:
-        """True where the place failed, False where one operation did (a constraint, a wrong value)."""
+        """Return whether the store failed, and not one operation (a constraint, a wrong value)."""
 
     def is_busy(self, error: Exception) -> bool:
-        """True where somebody else held what was wanted: to be tried again as long as somebody waits."""
+        """Return whether another process held a lock: try again as long as a caller waits."""
 
     def hang_up(self) -> None:
-        """The writer's thread has ended: let go of its turns."""
+        """Close the writer's locks, when its thread has ended."""
 
     async def close(self) -> None:
-        """Let go of the readers, and say goodbye as an owner."""
+        """Close the readers, and end this process's ownership."""

@@ -1,8 +1,8 @@
-"""How calls ended that the ledger could not be told of: kept on this machine's disk until it can, where the ledger is on a server.
+"""Keep the ends of calls on this machine's disk while the ledger's server cannot take them.
 
-Promises that what `keep` returned True for survives the process and a power cut, in a private file that no more than `BYTES_MAX` of
-disk go to; that a line torn by a crash is left out and no other; and that a dead process's file is found, a living one's never.
-A file exists only while something in it is unwritten, and is its process's alone, by a lock that the operating system lets go.
+Promises that an end for which `keep` returned True survives the process and a power cut, in a private file of at most `BYTES_MAX`;
+that a line torn by a crash is left out and no other; and that a dead process's file is found, a living one's never. A file exists only
+while something in it is unwritten, and belongs to its process by a lock that the operating system releases.
 Knows nothing of SQL.
 """
 
@@ -25,7 +25,7 @@ BYTES_MAX = 16 * 2**20  # some 20,000 calls: no more are in flight when a server
 
 
 class Journal:
-    """One process's, in a folder that the processes of this machine on one ledger share. Nothing is touched before the first `keep`."""
+    """One process's journal, in a folder that this machine's processes on one ledger share. The first `keep` makes the file."""
 
     def __init__(self, folder: Path, owner: str) -> None:
         self._path = folder / f"{owner}.jsonl"
@@ -38,12 +38,12 @@ class Journal:
 
     @property
     def possible(self) -> bool:
-        """Whether its file could be made, as the folders are now."""
+        """Return whether the file could be made, as the folders are now."""
         nearest = next(folder for folder in self._path.parents if folder.exists())
         return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
     def keep(self, endings: Sequence[RecordedEnd]) -> bool:
-        """Append, durably. False, said once in the log, where the disk does not take it: then memory is all there is."""
+        """Append ends, durably. False, logged once, where the disk does not take them: then they are in memory alone."""
         lines = b"".join(map(_line, endings))
         try:
             if self._size_bytes + len(lines) > BYTES_MAX:
@@ -63,7 +63,7 @@ class Journal:
         return True
 
     def clear(self) -> None:
-        """All that was kept is in the ledger."""
+        """Empty the journal: all of it is in the ledger."""
         if self._file is not None:
             self._path.unlink(missing_ok=True)
             os.close(self._file)
@@ -79,15 +79,15 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class LeftJournal:
-    """What a dead process has left behind. Open, so that no other process takes it up as well."""
+    """The journal of a dead process. Open, so that no other process takes it up as well."""
 
     path: Path
     endings: tuple[RecordedEnd, ...]
     damaged: bool
-    """A line in the middle cannot be read: no crash of ours does that."""
+    """True if a line in the middle cannot be read: no crash of ours does that."""
 
     def done(self, unknown: int) -> None:
-        """All of it that the ledger can take is written; what is not understood is put aside for a person."""
+        """Remove a journal that is written; set it aside for a person if a part is not understood."""
         if not (self.damaged or unknown):
             self.path.unlink(missing_ok=True)
             return
@@ -98,7 +98,7 @@ class LeftJournal:
 
 @contextlib.contextmanager
 def unwritten_journals(folder: Path) -> Iterator[list[LeftJournal]]:
-    """The journals in a folder whose processes are gone, held for as long as the block lasts."""
+    """Hold the journals in a folder whose processes are gone, for as long as the block lasts."""
     with contextlib.ExitStack() as held:
         found = []
         for path in sorted(folder.glob("*.jsonl")):
@@ -111,7 +111,7 @@ def unwritten_journals(folder: Path) -> Iterator[list[LeftJournal]]:
 
 
 def read(data: bytes) -> tuple[tuple[RecordedEnd, ...], bool]:
-    """The endings in a journal, and whether a whole line of it is damaged. What follows the last line's end was being written."""
+    """Return the ends in a journal, and whether a whole line is damaged. Bytes after the last line's end were being written."""
     whole = data.split(b"\n")[:-1]
     endings = tuple(ending for line in whole if (ending := _ending(line)) is not None)
     return endings, len(endings) < len(whole)
@@ -153,13 +153,13 @@ def _line(ending: RecordedEnd) -> bytes:
 
 
 def _shown(part: PartShape) -> dict[str, Any]:
-    """A part by the names that its readers know, whatever class it is of."""
+    """Return a part by the names that its readers know, whatever its class."""
     tokens = {each.name: getattr(part.tokens, each.name) for each in fields(_Tokens)}
     return {each.name: getattr(part, each.name) for each in fields(_Part)} | {"tokens": tokens}
 
 
 def _ending(line: bytes) -> RecordedEnd | None:
-    """None where the line is not what was written, or was written by a version that knows more."""
+    """Parse a line; None where it is damaged, or was written by a later version."""
     check, _, text = line.partition(b" ")
     if check != b"%08x" % zlib.crc32(text):
         return None
@@ -174,7 +174,7 @@ def _ending(line: bytes) -> RecordedEnd | None:
 
 
 def _locked_new(path: Path) -> int:
-    """A file that is this process's alone. Who looks for dead ones may take it, empty, between its making and its lock: then once more."""
+    """Make a new file and lock it. A process that looks for dead ones may take it before the lock: then try again."""
     while True:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""Locks between processes, kept by the operating system in a folder beside the ledger: who may write now, and who is alive.
+"""Lock between processes, by the operating system in a folder beside the ledger: who may write now, and who is alive.
 
 A lock of this kind vanishes with its process, however that dies, so nothing here needs a clock, a heartbeat or a pid that may have
 been given away. Works on a local filesystem only.
@@ -14,17 +14,17 @@ from uuid import uuid4
 
 
 def folder(ledger: Path) -> Path:
-    """The locks' folder, made if it is missing. Raises OSError."""
+    """Return the locks' folder, made if it is missing. Raises OSError."""
     path = ledger.with_name(ledger.name + "-locks")
     path.mkdir(mode=0o700, exist_ok=True)
     return path
 
 
 class Turnstile:
-    """One writer at a time, in the order of arrival, over threads and processes.
+    """Admit one writer at a time, in the order of arrival, over threads and processes.
 
-    SQLite's own waiting is by polling: of two busy writers one can wait for seconds. Here a writer first takes `turn`, then
-    `write`, and leaves `turn` once it holds `write`; so whoever comes back at once finds the next one already at the door.
+    SQLite waits by polling: of two busy writers one can wait for seconds. Here a writer first takes `turn`, then `write`, and
+    leaves `turn` once it holds `write`; so a writer that comes back at once finds the next one already ahead of it.
     """
 
     def __init__(self, ledger: Path) -> None:
@@ -46,7 +46,7 @@ class Turnstile:
             self._leave()
 
     def turn_now(self) -> Callable[[], None] | None:
-        """A turn that is free at this moment, with nobody ahead: taken, until the function that is returned is called."""
+        """Take the turn if it is free and nobody is ahead. Return the function that releases it, or None."""
         if not _free(self._turn):
             return None
         try:
@@ -72,13 +72,13 @@ class OwnerLock:
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
-        """Say goodbye: a missing file reads as dead, like a lock that can be taken."""
+        """Release the lock and remove its file: a missing file reads as dead, like a lock that can be taken."""
         self._path.unlink(missing_ok=True)
         os.close(self._file)
 
 
 def is_dead(ledger: Path, owner: str) -> bool:
-    """Whether the process that held this owner's lock is gone."""
+    """Return whether the process that held this owner's lock is gone."""
     try:
         file = os.open(_owner_path(ledger, owner), os.O_RDWR)
     except FileNotFoundError:
@@ -90,13 +90,13 @@ def is_dead(ledger: Path, owner: str) -> bool:
 
 
 def living(ledger: Path) -> list[str]:
-    """The owners whose processes use this ledger now."""
+    """Return the owners whose processes use this ledger now."""
     owners = sorted(path.name.removeprefix("owner-") for path in folder(ledger).glob("owner-*"))
     return [owner for owner in owners if not is_dead(ledger, owner)]
 
 
 def forget_dead_owner(ledger: Path, owner: str) -> None:
-    """Remove a dead owner's file, once nothing of it is open any more."""
+    """Remove a dead owner's file, once none of its calls is open."""
     _owner_path(ledger, owner).unlink(missing_ok=True)
 
 
@@ -105,7 +105,7 @@ def _owner_path(ledger: Path, owner: str) -> Path:
 
 
 def _free(file: int) -> bool:
-    """Take a lock that nobody holds."""
+    """Take a lock if nobody holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -114,5 +114,5 @@ def _free(file: int) -> bool:
 
 
 def _open(path: Path) -> int:
-    """Close-on-exec (Python's default), so that a child program does not keep its parent's locks alive."""
+    """Open a lock file, close-on-exec (Python's default): a child program must not keep its parent's locks."""
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)

@@ -1,9 +1,9 @@
 """A ledger on a PostgreSQL server, shared by the gateways of several machines.
 
-Promises what a file's ledger promises, by other means. Writers take turns scope by scope: a transaction first locks the rows in
+Promises the same as a ledger in a file, by other means. Writers take turns scope by scope: a transaction first locks the rows in
 `turns` of the scopes that it judges or changes, in the order of their names, so no two wait for each other in a circle. An owner is
 alive while its lease runs by the server's clock; each commit renews it, and one whose lease has run out is fenced: its commit is
-refused, it comes back under a new name, and whoever lives settles its old calls. Every wait has a limit.
+refused, it comes back under a new name, and living processes settle its old calls. Every wait has a limit.
 """
 
 import asyncio
@@ -76,7 +76,7 @@ def create(server: ServerAddress, zone: str = "UTC") -> None:
 
 @contextlib.contextmanager
 def changing(server: ServerAddress) -> Iterator[sqlite3.Connection]:
-    """A write transaction of a command, alone in the ledger. Raises LedgerUnavailable."""
+    """Open a command's write transaction, alone in the ledger. Raises LedgerUnavailable."""
     try:
         with contextlib.closing(connect(server, PATIENT)) as db:
             _begin(db, (EVERYTHING,))
@@ -91,7 +91,7 @@ def changing(server: ServerAddress) -> Iterator[sqlite3.Connection]:
 
 @contextlib.contextmanager
 def reading(server: ServerAddress) -> Iterator[sqlite3.Connection]:
-    """A connection that sees one moment of the ledger and cannot write; rows by name. Raises LedgerUnavailable."""
+    """Open a connection that sees one moment of the ledger and cannot write; rows by name. Raises LedgerUnavailable."""
     try:
         with contextlib.closing(connect(server, PATIENT)) as db:
             db.raw.row_factory = named_rows
@@ -105,13 +105,13 @@ def reading(server: ServerAddress) -> Iterator[sqlite3.Connection]:
 
 
 def living(db: sqlite3.Connection) -> set[str]:
-    """The owners whose lease runs, by the server's clock."""
+    """Return the owners whose lease runs, by the server's clock."""
     alive = "SELECT id FROM owners WHERE lease_until > extract(epoch FROM clock_timestamp())"
     return {owner for (owner,) in db.execute(alive).fetchall()}
 
 
 def _begin(db: Connection, scopes: Collection[str]) -> None:
-    """Take the turns. The table's lock lets whoever needs everything wait in line, and not for a moment in which nobody writes."""
+    """Take the turns. By the table's lock an operation on everything waits in order, not for a moment without writers."""
     db.execute("BEGIN")
     if EVERYTHING in scopes:
         db.execute("LOCK TABLE turns IN EXCLUSIVE MODE")
@@ -124,7 +124,7 @@ def _begin(db: Connection, scopes: Collection[str]) -> None:
 
 
 def _must_fit(server: ServerAddress, db: Connection) -> None:
-    """Refuse tables of another version, older or newer: a server's ledger has gateways of its own, so `gateway init` alone changes them."""
+    """Refuse tables of another version: other gateways may use a server's ledger, so only `gateway init` changes them."""
     applied = {name for (name,) in db.execute("SELECT name FROM migrations").fetchall()}
     known = {name for name, _ in MIGRATIONS}
     must_be_known(server, applied, known)
@@ -133,7 +133,7 @@ def _must_fit(server: ServerAddress, db: Connection) -> None:
 
 
 class ServerStore:
-    """One process's connections: one that writes, a few that read."""
+    """One process's connections to a server: one that writes, a few that read."""
 
     errors: tuple[type[Exception], ...] = (psycopg.Error,)
     near = False
@@ -186,7 +186,7 @@ class ServerStore:
         return cast(sqlite3.Connection, db)
 
     def _enrol(self, db: Connection) -> None:
-        """Enter under a new name. A name whose lease ran out is never used again."""
+        """Enter this process under a new name. A name whose lease ran out is never used again."""
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
         asked_at = monotonic_s()
         db.execute(
@@ -206,7 +206,7 @@ class ServerStore:
         return unwritten_journals(self._unwritten)
 
     def still(self) -> None:
-        """A server is what its address says."""
+        """Check nothing: a server is the one at its address."""
 
     def turn(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -259,7 +259,7 @@ class ServerStore:
             raise self.unavailable(error) from error
 
     def _read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
-        """On a reader's thread. A connection that the server dropped while it was idle is found out by using it: one more try."""
+        """Run a read on a reader's thread, a second time if the server had dropped the idle connection."""
         self._pool.open()
         for last in (False, True):
             with self._pool.connection() as raw:
@@ -280,13 +280,13 @@ class ServerStore:
         return is_busy(error)
 
     def hang_up(self) -> None:
-        """Nothing is held between transactions."""
+        """Do nothing: no lock is held between transactions."""
 
     async def close(self) -> None:
         await asyncio.to_thread(self._goodbye)
 
     def _goodbye(self) -> None:
-        """End the lease: what is still open is the others' to settle."""
+        """End the lease: other processes settle the calls that are still open."""
         self._pool.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(psycopg.Error), contextlib.closing(connect(self._server)) as db:

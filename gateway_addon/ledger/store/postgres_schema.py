@@ -1,7 +1,7 @@
-"""The ledger's tables on a PostgreSQL server: those of schema.py, with the same promises kept by the database itself.
+"""The ledger's tables on a PostgreSQL server: those of sqlite_schema.py, with the same promises kept by the database itself.
 
-What differs: balances are kept by app alone, and a team's and the total's are their sums, so that no row is written by every call
-of every gateway; who may judge a shared cap takes that scope's row in `turns` first. An owner is alive while its lease runs.
+The differences: balances are kept by app alone, and a team's and the total's are their sums, so that no row is written by every call
+of every gateway; an operation that judges a shared cap takes that scope's row in `turns` first. An owner is alive while its lease runs.
 """
 
 TABLES = """
@@ -338,4 +338,4 @@ MIGRATIONS = (
     ("m007_limits", LIMITS),
     ("m008_nano_in_views", NANO_IN_VIEWS),
 )
-"""Each runs once, in one transaction; its name is its identity."""
+"""The migrations, by name. Each runs once, in one transaction."""

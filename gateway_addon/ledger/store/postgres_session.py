@@ -1,6 +1,6 @@
-"""A session on a PostgreSQL server: how it is set up, what the ledger's statements are called there, what its errors mean.
+"""Open a session on a PostgreSQL server: its settings, the spelling of the ledger's statements, the meaning of its errors.
 
-Promises that a connection answers to what the ledger uses of `sqlite3.Connection`, that every wait of a gateway has a limit, and
+Promises that a connection has the methods of `sqlite3.Connection` that the ledger uses, that every wait of a gateway has a limit, and
 that an error comes out as one sentence without a secret in it. Knows nothing of owners, leases or calls.
 
 The statements are those of the file's ledger. `SPELLED` is the list of what this engine spells differently.
@@ -32,7 +32,7 @@ SESSION = {
     "default_transaction_isolation": "read committed",
 }
 PATIENT = SESSION | {"statement_timeout": "0", "lock_timeout": "10000", "idle_in_transaction_session_timeout": "0"}
-"""For commands: a report may take its time, a person may wait for a lock."""
+"""Settings for commands: a report may take long, and a person may wait for a lock."""
 CONNECT = {
     "connect_timeout": 2,  # seconds; libpq takes no less
     "tcp_user_timeout": 2000,
@@ -104,14 +104,14 @@ def named_rows(cursor: psycopg.Cursor[Any]) -> Callable[[Sequence[Any]], NamedRo
 
 
 class _Whole(Loader):
-    """Sums of BIGINTs come as NUMERIC: all amounts here are whole."""
+    """Load NUMERIC as int: sums of BIGINTs come so, and all amounts here are whole."""
 
     def load(self, data: Any) -> int:
         return int(bytes(data))
 
 
 class _Truth(Dumper):
-    """True and False are 1 and 0, as in the file's ledger."""
+    """Load booleans as 1 and 0, as in a ledger in a file."""
 
     oid = psycopg.adapters.types["int8"].oid
 
@@ -120,15 +120,18 @@ class _Truth(Dumper):
 
 
 class Limited(psycopg.Connection[Any]):
-    """A gateway's own. A server that went silent with the connection open (a dead switch, a frozen proxy that still acknowledges) is
-    noticed neither by TCP nor by the server's own limits; whoever waits for it must give up by himself."""
+    """A gateway's connection, whose waits have a limit on this side.
+
+    Neither TCP nor the server's own limits notice a server that went silent with the connection open (a dead switch, a frozen
+    proxy that still acknowledges): the client must give up by itself.
+    """
 
     def wait(self, gen: Any, interval: float = LOOK_S, timeout: float | None = None) -> Any:
         return super().wait(gen, interval, SILENCE_S if timeout is None else timeout)
 
 
 class Connection:
-    """What the ledger's functions use of `sqlite3.Connection`, on psycopg. Transactions are begun and ended by hand, as there."""
+    """A psycopg connection with the methods of `sqlite3.Connection` that the ledger uses. Transactions are begun by hand."""
 
     def __init__(self, raw: psycopg.Connection[Any]) -> None:
         self.raw = raw
@@ -152,7 +155,7 @@ class Connection:
 
 @functools.lru_cache(maxsize=512)
 def spelled(statement: str) -> bytes:
-    """A statement of the file's ledger as this engine writes it."""
+    """Return a statement written for SQLite in this engine's spelling."""
     for ours, theirs in SPELLED:
         statement = statement.replace(ours, theirs)
     for pattern, theirs in SPELLED_BY_PATTERN:
@@ -161,7 +164,7 @@ def spelled(statement: str) -> bytes:
 
 
 def defaults(server: ServerAddress) -> dict[str, Any]:
-    """How a connection is made where the address does not say otherwise."""
+    """Return the connection parameters for what the address does not say."""
     given = conninfo_to_dict(server.url)
     ours = {"application_name": f"gateway {socket.gethostname()} {os.getpid()}", **CONNECT}
     return {name: value for name, value in ours.items() if name not in given}
@@ -170,7 +173,7 @@ def defaults(server: ServerAddress) -> dict[str, Any]:
 def connect(
     server: ServerAddress, session: Mapping[str, str] = SESSION, kind: type[psycopg.Connection[Any]] = psycopg.Connection
 ) -> Connection:
-    """A connection with the ledger's settings. Raises psycopg.Error, LedgerUnavailable where there is no ledger."""
+    """Open a connection with the ledger's settings. Raises psycopg.Error, LedgerUnavailable where there is no ledger."""
     raw = kind.connect(server.url, autocommit=True, **defaults(server))
     try:
         settle_in(raw, session)
@@ -181,14 +184,14 @@ def connect(
 
 
 def settle_in(raw: psycopg.Connection[Any], session: Mapping[str, str] = SESSION) -> None:
-    """Set a session up; durable commits, where the server's default is lax."""
+    """Set a session up, with durable commits even where the server's default is otherwise."""
     settings = ", ".join("set_config(%s, %s, false)" for _ in session)
     raw.execute(f"SELECT {settings}".encode(), [word for pair in session.items() for word in pair])
     raw.execute("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'")
 
 
 def unavailable(server: ServerAddress, error: Exception) -> LedgerUnavailable:
-    """The sentence for an error of the server. The driver's own words follow, without what may be secret."""
+    """Return the sentence for an error of the server. The driver's own words follow, without secrets."""
     state = getattr(error, "sqlstate", None) or ""
     known = [_SENTENCES[code] for code in (state, state[:3], state[:2]) if code in _SENTENCES]
     sentence = known[0] if known else "the ledger's server {at} gives no connection"
@@ -204,5 +207,5 @@ def is_its_own(error: Exception) -> bool:
 
 
 def is_busy(error: Exception) -> bool:
-    """True where somebody else held what was wanted."""
+    """Return whether another session held a lock."""
     return getattr(error, "sqlstate", None) in _BUSY

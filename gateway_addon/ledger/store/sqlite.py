@@ -1,4 +1,4 @@
-"""A ledger in a file of SQLite's, shared by the processes of one machine.
+"""Store a ledger in an SQLite file, shared by the processes of one machine.
 
 Promises that writers take turns (locks.py), that a read is a lookup on a connection that never waits for a lock (some ten
 microseconds, on the event loop itself), and that an owner is alive exactly while the operating system holds its lock.
@@ -22,7 +22,7 @@ STAMP = f"UPDATE owners SET commits = ? WHERE id = ? AND (SELECT count(*) FROM (
 
 
 class FileStore:
-    """Raises LedgerUnavailable where there is no such file; OSError where its folder cannot be written."""
+    """A store in a file. Raises LedgerUnavailable where there is none; OSError where its folder cannot be written."""
 
     errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
     near = True

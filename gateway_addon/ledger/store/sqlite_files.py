@@ -1,4 +1,4 @@
-"""Where a ledger lies: its address, its connections, and what to tell the operator when the file fails.
+"""Open a ledger's file: its address, its connections, and the sentence for the operator when the file fails.
 
 Promises that only `create` makes a file, that every connection has the same settings, and that a database error comes out as one
 sentence that names the file and the way out. SQLite and its locks need a local filesystem.
@@ -43,7 +43,7 @@ type Identity = tuple[int, int]
 
 
 def ledger_path(url: str) -> Path | ServerAddress:
-    """The file of `sqlite:///PATH` (or a bare path), the server of `postgresql://...`. Raises ValueError with a sentence for any other."""
+    """Return the file of `sqlite:///PATH` or a bare path, or the server of `postgresql://...`. Raises ValueError."""
     if url.startswith(SERVER_SCHEMES):
         return ServerAddress(url)
     if "://" in url and not url.startswith(SCHEME):
@@ -55,7 +55,7 @@ def ledger_path(url: str) -> Path | ServerAddress:
 
 
 def file_path(url: str) -> Path:
-    """The file of a ledger that is one. Raises ValueError with a sentence for a server's."""
+    """Return the file of a ledger. Raises ValueError with a sentence for a ledger on a server."""
     path = ledger_path(url)
     if isinstance(path, ServerAddress):
         raise ValueError(f"{path} is a server's ledger: copy it by the server's own means (pg_dump, its backups)")
@@ -63,8 +63,10 @@ def file_path(url: str) -> Path:
 
 
 def state_folder(path: Path | ServerAddress) -> Path:
-    """Return where a gateway keeps what is its own (certificates, unwritten settlements): beside the ledger's file; for a server's
-    ledger at home, in `~/.gateway` where there is one."""
+    """Return the folder of a gateway's certificates and journals: beside the ledger's file; at home for a server's ledger.
+
+    At home it is `~/.gateway` where that exists.
+    """
     if isinstance(path, Path):
         return path.resolve().parent / ".gateway"
     before = Path.home() / ".gateway"
@@ -72,7 +74,7 @@ def state_folder(path: Path | ServerAddress) -> Path:
 
 
 def at_home(variable: str, below_home: str) -> Path:
-    """Return this program's folder in a base directory of the user's: the one that a variable names, if by an absolute path."""
+    """Return this program's folder in a base directory of the user: the variable's, if that is an absolute path."""
     named = os.environ.get(variable, "")
     return (Path(named) if named.startswith("/") else Path.home() / below_home) / "gateway"
 
@@ -105,14 +107,14 @@ def create(path: Path | ServerAddress, zone: str = "UTC") -> None:
 
 
 def must_have_no_log(path: Path) -> None:
-    """Raises LedgerUnavailable where a database that has left this name has left its log: SQLite would play it into the next one."""
+    """Raise LedgerUnavailable where a removed database has left its log: SQLite would play it into the next one."""
     for log in (path.with_name(path.name + "-wal"), path.with_name(path.name + "-journal")):
         if log.exists():
             raise LedgerUnavailable(f"{log} is left of another database, and holds its last changes: move it to where that one is now")
 
 
 def identity(path: Path) -> Identity:
-    """Which file this is. Raises LedgerUnavailable where there is none."""
+    """Return the identity of a file. Raises LedgerUnavailable where there is none."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -125,7 +127,7 @@ def identity(path: Path) -> Identity:
 
 
 def still(path: Path, known: Identity) -> None:
-    """Raises LedgerUnavailable unless the file is the one opened at the start: two ledgers would know half of the spending each."""
+    """Raise LedgerUnavailable unless the file is the one that was opened: two ledgers would know half of the spending each."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -137,7 +139,7 @@ def still(path: Path, known: Identity) -> None:
 
 
 def writer_connection(path: Path) -> sqlite3.Connection:
-    """A connection that writes durably: what is committed survives a power cut (`synchronous=FULL`). Raises sqlite3.Error."""
+    """Open a connection that writes durably: a commit survives a power cut (`synchronous=FULL`). Raises sqlite3.Error."""
     db = _open(path, "rw")
     try:
         must_be_a_ledger(path, db)
@@ -153,21 +155,21 @@ def writer_connection(path: Path) -> sqlite3.Connection:
 
 
 def reader_connection(path: Path, *, wait_ms: int = BUSY_MS) -> sqlite3.Connection:
-    """A connection that cannot write. Raises sqlite3.Error."""
+    """Open a connection that cannot write. Raises sqlite3.Error."""
     db = _open(path, "rw", wait_ms)
     db.execute("PRAGMA query_only = ON")
     return db
 
 
 def unavailable(path: Path, error: Exception) -> LedgerUnavailable:
-    """The sentence for an error of the file. The driver's own words follow, for the search engine."""
+    """Return the sentence for an error of the file. The driver's own words follow, for a search."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     sentence = _SENTENCES.get(code, "the ledger {path} failed").format(path=path)
     return LedgerUnavailable(f"{sentence} ({error})")
 
 
 def is_of_the_file(error: Exception) -> bool:
-    """True where the file or the disk failed, False where one operation did (a constraint, a wrong value)."""
+    """Return whether the file or the disk failed, and not one operation (a constraint, a wrong value)."""
     return isinstance(error, OSError) or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _SENTENCES
 
 
@@ -176,7 +178,7 @@ def is_busy(error: Exception) -> bool:
 
 
 def must_be_a_ledger(path: Path, db: sqlite3.Connection) -> None:
-    """Raises LedgerUnavailable where the file is another program's, or its tables are a newer gateway's."""
+    """Raise LedgerUnavailable where the file is another program's, or its tables are a newer gateway's."""
     if len(db.execute("SELECT 1 FROM sqlite_master WHERE name IN ('entries', '_sqlite_migrations')").fetchall()) < 2:
         if path.stat().st_size == 0:
             raise LedgerUnavailable(f"{path} is an empty file, not a ledger: remove it, then `gateway init` makes one")
@@ -185,18 +187,18 @@ def must_be_a_ledger(path: Path, db: sqlite3.Connection) -> None:
 
 
 def moved_to(db: sqlite3.Connection) -> str | None:
-    """The server that this file's ledger was moved to."""
+    """Return the server that this file's ledger was moved to, or None."""
     rows = db.execute("SELECT value FROM settings WHERE name = ?", (MOVED_TO,)).fetchall()
     return rows[0][0] if rows else None
 
 
 def must_be_here(path: Path, db: sqlite3.Connection) -> None:
-    """Raises LedgerUnavailable where the ledger has been moved: writing on here would spend beside it, and reading tells of old days."""
+    """Raise LedgerUnavailable where the ledger was moved: writes here would miss its caps, and reads are out of date."""
     if (server := moved_to(db)) is not None:
         raise LedgerUnavailable(f"the ledger {path} was moved to {server}: name that with --ledger. (The file is kept as it was.)")
 
 
 def _open(path: Path, mode: str, wait_ms: int = BUSY_MS) -> sqlite3.Connection:
-    """Transactions are begun by hand (`isolation_level=None`): the driver would begin them deferred, and lose the race for the lock."""
+    """Open a connection whose transactions are begun by hand: the driver would begin them deferred and lose the lock."""
     address = f"{Path(os.path.abspath(path)).as_uri()}?mode={mode}"
     return sqlite3.connect(address, uri=True, timeout=wait_ms / 1000, isolation_level=None, check_same_thread=False)

@@ -1,4 +1,4 @@
-"""The ledger's tables, and the rules that the database itself keeps.
+"""The ledger's tables in SQLite, and the rules that the database itself keeps.
 
 Promises, whatever code writes: no entry without its balances (a trigger books both in one statement), no open call without its
 reservation (the call's row writes the entry), no call resolved twice (a unique index), no entry or audit row changed or removed.
@@ -378,7 +378,7 @@ def known() -> list[str]:
 
 
 def is_behind(connection: sqlite3.Connection) -> bool:
-    """True for an older version's ledger, and for what is no ledger at all."""
+    """Return whether a ledger is an older version's, or no ledger at all."""
     return bool(migrations.pending(Database(connection, execute_plugins=False)))
 
 
@@ -392,7 +392,7 @@ def migrate(connection: sqlite3.Connection) -> None:
 
 
 def _run(db: Database, script: str) -> None:
-    """Statement by statement: `executescript` would commit the migration's transaction first."""
+    """Run a script statement by statement: `executescript` would commit the migration's transaction first."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line

@@ -1,8 +1,8 @@
-"""The one thread of a process that writes to the ledger.
+"""Write to the ledger, on one thread of the process.
 
 Promises: operations that wait together share one durable commit; the event loop never waits for a disk; an operation marked `lasting`
 (a settlement, a void, a release) is retried until it is written, every other one fails as soon as the store does; while the store
-fails, what ends calls is in its journal (a server's has one), so that it outlives this process; the answer given is the truth even
+fails, the ends of calls are in its journal (a server's has one), so that they outlive this process; the answer given is the truth even
 when a commit ended in doubt (the owner's row counts commits, so the next connection can look it up).
 Knows nothing of what the operations mean, nor of what kind the store is.
 """
@@ -32,24 +32,24 @@ BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 @dataclass(slots=True)
 class Operation:
-    """`apply` runs inside a transaction and returns the answer. Lower ranks go first within a batch."""
+    """A write. `apply` runs inside a transaction and returns the answer. Lower ranks go first within a batch."""
 
     apply: Callable[[sqlite3.Connection], object]
     rank: int
     scopes: frozenset[str] = frozenset()
-    """Whose balances it judges or changes; EVERYTHING: it may touch any row."""
+    """The scopes whose balances it judges or changes; EVERYTHING: it may touch any row."""
     lasting: bool = False
     instead: Callable[[sqlite3.Connection], object] | None = None
-    """What a lasting operation that cannot be stored as it is becomes (a figure beyond 64 bits)."""
+    """The replacement for a lasting operation that cannot be stored as it is (a figure beyond 64 bits)."""
     record: RecordedEnd | None = None
-    """What the store's journal keeps of a lasting operation while it cannot be written."""
+    """The record in the store's journal while a lasting operation cannot be written."""
     recorded: bool = False
     wanted: Callable[[], bool] = lambda: True
-    """False once nobody waits for the answer any more: the operation is then left out."""
+    """Return False once nobody waits for the answer: the operation is then left out."""
     patient: bool = False
-    """Nobody waits for the answer: it may linger for a moment, to share the commit of an operation that somebody waits for."""
+    """True if nobody waits for the answer: it may linger for a moment, to share another operation's commit."""
     emit: Callable[[object], None] = lambda answer: None
-    """Takes the answer or the exception, on the thread that `deliver` chose."""
+    """Take the answer or the exception, on the thread that `deliver` chose."""
 
 
 class Written(NamedTuple):
@@ -58,7 +58,7 @@ class Written(NamedTuple):
 
 
 class BegunCommit(NamedTuple):
-    """A batch whose statements have run, in a turn that was free: what is left is to make it durable, and to end the turn."""
+    """A batch whose statements have run, in a turn that was free; left to do: the commit, and the end of the turn."""
 
     db: sqlite3.Connection
     answers: list[Written]
@@ -66,12 +66,12 @@ class BegunCommit(NamedTuple):
 
 
 type Deliver = Callable[[Sequence[Written], int | None], None]
-"""Takes answers, on the writer's thread. With a number: of what was handed over so many are dealt with, nothing is kept or in doubt, and
+"""Take answers, on the writer's thread. With a number: so many of the operations handed over are done, none is kept or in doubt, and
 the thread waits for more."""
 
 
 type Compute = Callable[[Callable[[], list[Written]]], list[Written]]
-"""Runs a batch's statements and returns their answers. They run where the answers are wanted, on the event loop: SQLite lets go of the
+"""Run a batch's statements and return their answers. They run where the answers are wanted, on the event loop: SQLite lets go of the
 interpreter at every step, and a thread that has to win it back from a busy loop each time costs both of them more than all the
 statements do (measured: 0.84 ms a call against 0.41). What can wait for a disk or a lock stays on this thread."""
 
@@ -84,7 +84,7 @@ _rank = attrgetter("rank")
 
 
 class Writer:
-    """Start with `start`, hand over with `put`, end with `stop`."""
+    """The writing thread: begin with `start`, hand over with `put`, end with `stop`."""
 
     def __init__(self, store: Store, deliver: Deliver, compute: Compute = _here) -> None:
         self._store = store
@@ -107,11 +107,11 @@ class Writer:
 
     @property
     def waiting(self) -> int:
-        """Operations not yet taken up."""
+        """Return the number of operations not yet taken up."""
         return self._queue.qsize()
 
     def turn_now(self) -> Callable[[], None] | None:
-        """A turn for `begin`, where one is to be had without waiting and the thread waits for work: to be ended by calling it."""
+        """Take a turn for `begin`, if one is free and the thread is idle. Return the function that releases it, or None."""
         try:
             return self._store.turn_now() if self._db is not None else None
         except self._store.errors:
@@ -119,9 +119,9 @@ class Writer:
             return None
 
     def begin(self, operations: Sequence[Operation], leave: Callable[[], None]) -> BegunCommit | None:
-        """Run a batch's statements here and now, in a turn of `turn_now`: to be `put`, next.
+        """Run a batch's statements at once, in a turn of `turn_now`; `put` the result next.
 
-        None where anything stands in the way; the turn has ended then, and the batch is the thread's affair.
+        None where that fails: the turn is then released, and the batch is to go to the thread.
         """
         assert self._db is not None
         try:
@@ -136,11 +136,11 @@ class Writer:
 
     @property
     def failing(self) -> bool:
-        """The last attempt failed: the thread is to have all there is, to tell those who wait and keep what must last."""
+        """Return whether the last attempt failed: then all operations go to the thread, which answers or keeps them."""
         return self._failures > 0
 
     def stop(self, timeout_s: float) -> bool:
-        """Write what is waiting and end; False where that took longer (the thread goes on, the sweep will settle the rest)."""
+        """Write the waiting operations and end; False where that took longer (the thread goes on, a sweep settles the rest)."""
         self._queue.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -166,7 +166,7 @@ class Writer:
         self._store.hang_up()
 
     def _take(self, wait_s: float | None) -> tuple[list[Operation], bool]:
-        """What is waiting, at most a batch; waits for the first, then a moment for those that will share its commit.
+        """Take the waiting operations, at most a batch; wait for the first, then a moment for others to share its commit.
 
         The flag says that the end was asked for.
         """
@@ -181,7 +181,7 @@ class Writer:
         return taken, stop
 
     def _drain(self, taken: list[Operation], wait_s: float | None) -> bool:
-        """Add what is waiting, up to a batch, after waiting for a first one. True if the end was asked for."""
+        """Add the waiting operations, up to a batch, after waiting for a first one. True if the end was asked for."""
         try:
             found = self._queue.get(timeout=wait_s) if wait_s != 0 else self._queue.get_nowait()
             while found is not None:
@@ -201,8 +201,10 @@ class Writer:
         return BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
 
     def _one_by_one(self, groups: Sequence[list[Operation]]) -> list[Operation]:
-        """Write each group in a commit of its own; after a failure all that are left in one, so that a store that does not answer is
-        waited for once more and not once a group. Returns what is to be tried again."""
+        """Write each group in its own commit; return the operations to be tried again.
+
+        After a failure all that are left go in one commit, so that a silent store is waited for once more, not once a group.
+        """
         for number, group in enumerate(groups, start=1):
             kept = self._attempt(group)
             if kept or self._failures:
@@ -211,7 +213,7 @@ class Writer:
         return []
 
     def _attempt(self, operations: list[Operation]) -> list[Operation]:
-        """Write the operations that are still wanted and tell their answers; returns those to be tried again."""
+        """Write the operations that are still wanted and deliver the answers; return those to be tried again."""
         operations = sorted((each for each in operations if each.lasting or each.wanted()), key=_rank)
         if not operations and self._doubt is None:
             return []
@@ -231,7 +233,7 @@ class Writer:
         return []
 
     def _finish(self, begun: BegunCommit) -> list[Operation]:
-        """Make durable what was begun on the loop, and end its turn; returns what is to be tried again."""
+        """Commit a batch that was begun on the loop, and end its turn; return the operations to be tried again."""
         try:
             try:
                 self._make_durable(begun.db, begun.answers)
@@ -254,7 +256,7 @@ class Writer:
             self._db = None
 
     def _transaction(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Written] | None:
-        """All of them in one commit. None where one of them breaks it: each is to have a commit of its own, so that it breaks alone."""
+        """Write all of them in one commit. None where one breaks it: each is then to have its own commit, to break alone."""
         try:
             return self._commit(db, operations)
         except Exception as error:
@@ -296,7 +298,7 @@ class Writer:
             raise
 
     def _resolve_doubt(self, db: sqlite3.Connection, operations: list[Operation]) -> list[Operation]:
-        """After a commit that ended in an error: if it took place after all its answers hold, and none of it is done again."""
+        """Look up a commit that ended in an error: if it took place, its answers hold and nothing is done again."""
         if self._doubt is None:
             return operations
         number, answers = self._doubt
@@ -309,7 +311,7 @@ class Writer:
         return [each for each in operations if id(each) not in written]
 
     def _failed(self, operations: list[Operation], error: Exception) -> list[Operation]:
-        """Keep what must last; tell the others at once, unless the store is merely busy: then they wait as long as somebody wants them."""
+        """Keep the lasting operations; fail the others at once, or, if the store is only busy, when nobody waits any more."""
         self._disconnect()
         if self._store.is_busy(error):
             return operations
@@ -322,7 +324,7 @@ class Writer:
         return [each for each in operations if each.lasting]
 
     def _record(self, operations: Sequence[Operation]) -> None:
-        """Have the store's journal keep what must last and could not be written, or may be kept waiting now."""
+        """Record the lasting operations that could not be written, or may have to wait, in the store's journal."""
         new = [each for each in operations if each.record is not None and not each.recorded]
         if new and self._store.journal is not None and self._store.journal.keep([each.record for each in new if each.record]):
             for each in new:
@@ -330,8 +332,10 @@ class Writer:
 
 
 def apart(operations: list[Operation], scopes_max: int | None) -> list[list[Operation]]:
-    """Groups of operations without a scope in common, packed into as few as have at most `scopes_max` scopes each, in the order of their
-    names (so that two gateways with the same apps follow each other and do not cross). None: all together."""
+    """Group the operations so that no two groups share a scope and each has at most `scopes_max` scopes (None: one group).
+
+    The groups are as few as possible, in the order of their names: two gateways with the same apps then follow each other.
+    """
     if scopes_max is None or any(EVERYTHING in operation.scopes for operation in operations):
         return [operations] if operations else []
     bound: dict[str, frozenset[str]] = {}  # by scope: those that must be in its group

@@ -49,7 +49,7 @@ async def test_a_backup_under_load_is_a_sound_ledger_and_stops_nobody(tmp_path):
     assert balance(path) == (1000, 0, 0)
 
 
-def test_what_is_restored_is_what_was_backed_up_and_what_was_there_is_kept(tmp_path):
+def test_restore_brings_the_backup_and_keeps_the_replaced_files(tmp_path):
     path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
     assert run(backup, copy, path)[0] == 0
     assert copy.stat().st_mode & 0o777 == 0o600
@@ -63,7 +63,8 @@ def test_what_is_restored_is_what_was_backed_up_and_what_was_there_is_kept(tmp_p
     assert rows(kept, "SELECT why FROM pauses") == [("later",)]
 
 
-async def test_what_was_open_in_a_backup_is_settled_at_what_it_held_when_a_gateway_starts_on_it(tmp_path):
+async def test_an_open_call_in_a_backup_is_settled_at_the_held_amount(tmp_path):
+    """The next gateway that starts on the restored ledger settles it."""
     path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
     ledger = await Ledger.open(f"sqlite:///{path}")
     await ledger.reserve(CALL, 100, [], now=time.time())
@@ -141,8 +142,8 @@ def test_nothing_is_made_beside_the_log_of_another_database(tmp_path, left):
         assert (log.read_text(), (tmp_path / name).exists()) == ("frames", False)
 
 
-def test_what_a_killed_backup_left_is_gone_after_the_next_one(tmp_path):
-    """Its own alone: not that of one that is still at work, nor a file that is only called alike."""
+def test_the_next_backup_removes_a_killed_ones_file(tmp_path):
+    """The files of running backups stay, and so do files that only have a similar name."""
     path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
     left, living, alike = tmp_path / ".copy.db.4711", tmp_path / ".copy.db.4712", tmp_path / ".copy.db.notes"
     for each in (left, left.with_name(left.name + "-wal"), living, alike):
@@ -234,7 +235,7 @@ def test_a_restore_that_is_killed_at_any_step_loses_nothing(tmp_path):
     assert seen == {"old", "none", "new"}
 
 
-def test_a_log_that_stayed_when_its_database_went_is_not_played_into_the_next(tmp_path):
+def test_a_removed_databases_log_is_not_played_into_the_next(tmp_path):
     """As after `mv gateway.db elsewhere`, or a restore of an older version that was killed between its renames."""
     torn(tmp_path)
     path = tmp_path / "gateway.db"
@@ -245,7 +246,7 @@ def test_a_log_that_stayed_when_its_database_went_is_not_played_into_the_next(tm
     assert [each.name[-4:] for each in tmp_path.glob("gateway.db.before-*")] != []
 
 
-def test_what_stands_in_its_place_is_proved_and_not_what_was_copied(tmp_path, monkeypatch):
+def test_a_restore_proves_the_file_in_place_not_the_copy(tmp_path, monkeypatch):
     """With the log left where it is, SQLite would show the old ledger under the new one's name, and `restore` called that proved."""
     torn(tmp_path)
     path, real = tmp_path / "gateway.db", copies._aside

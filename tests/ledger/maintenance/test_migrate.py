@@ -62,7 +62,7 @@ def everything(path, tables):
 
 
 def content(path, tables):
-    """The same, without what the move itself notes on each side."""
+    """Return all rows of a ledger, but for the notes of the move on each side."""
     found = everything(path, tables)
     return found | {"audit": [row for row in found["audit"] if "migrate" not in row], "settings": [row for row in found["settings"] if row[0] != "moved_to"]}
 
@@ -108,7 +108,8 @@ async def test_a_gateway_goes_on_there_under_the_same_caps(source, target):
     assert balance(target) == (700, 300, 1)
 
 
-async def test_every_command_refuses_the_file_from_then_on_and_says_where_the_ledger_is(source, target):
+async def test_after_a_move_every_command_names_the_new_place(source, target):
+    """Each refuses the file and says where the ledger is."""
     move(source, target)
     with pytest.raises(LedgerUnavailable, match=rf"was moved to {target}"):
         await Ledger.open(f"sqlite:///{source}")
@@ -119,7 +120,8 @@ async def test_every_command_refuses_the_file_from_then_on_and_says_where_the_le
         assert invariants.findings(db) == []
 
 
-def test_both_sides_have_it_in_their_audit_and_a_second_move_finds_nothing_to_do(source, target):
+def test_a_move_is_audited_on_both_sides_and_done_once(source, target):
+    """A second move finds nothing to do."""
     move(source, target)
     assert move(source, target) is None
     note = "SELECT who, action, before, after FROM audit WHERE action = 'migrate'"
@@ -141,7 +143,7 @@ async def test_a_ledger_in_use_is_not_moved(source, target):
     assert move(source, target) is not None
 
 
-async def test_a_gateway_that_starts_while_the_ledger_is_moved_does_not_write_to_the_file(source, target):
+async def test_a_gateway_that_starts_during_a_move_does_not_write(source, target):
     """It waits for its turn, which the move has, and by then the ledger is gone."""
     loop, starting = asyncio.get_running_loop(), []
 
@@ -179,7 +181,8 @@ def test_what_does_not_agree_is_thrown_away(source, target, monkeypatch, broken)
     assert move(source, target).kept_calls == 0
 
 
-def test_the_empty_ledger_of_init_is_taken_and_one_with_rows_is_not(source, target):
+def test_a_move_takes_an_empty_ledger_and_refuses_one_with_rows(source, target):
+    """An empty one is what `gateway init` makes."""
     sqlite_files.create(target)
     with pytest.raises(LedgerUnavailable, match=r"has another ledger's rows \(audit, tokens\)"):
         move(source, new_ledger(None, "postgresql"))
@@ -266,7 +269,9 @@ def test_a_move_killed_at_any_point_is_finished_by_the_next(source, target):
     assert balance(target, "total") == balance(source, "total")
 
 
-def test_between_the_files_last_commit_and_the_servers_neither_takes_calls(source, target, monkeypatch):
+def test_between_the_two_last_commits_neither_side_takes_calls(source, target, monkeypatch):
+    """The file's last commit comes first, then the server's; a second run ends the move."""
+
     def cut(db, *names, real=migrate.admin.moved, **options):
         real(db, *names, **options)
         if isinstance(db, sqlite3.Connection):

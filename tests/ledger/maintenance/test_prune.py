@@ -116,14 +116,14 @@ def test_nothing_that_is_reported_or_judged_changes(path):
     assert sound(path)
 
 
-def test_a_carry_survives_a_change_of_zone_and_team_as_a_sum_that_adds_up(path):
+def test_a_carry_still_adds_up_after_a_change_of_zone_and_team(path):
     pruned(path)
     with admin.changing(path) as db:
         admin.align(db, "Asia/Tokyo", {"reports": "nightly"}, who="test", now=NOON)
     assert sound(path)
 
 
-def test_a_call_that_became_part_of_a_sum_is_not_corrected_and_says_why(path):
+def test_a_pruned_call_is_not_corrected_and_the_error_says_why(path):
     pruned(path)
     carry_id, calls = rows(path, "SELECT id, carried FROM calls WHERE carried IS NOT NULL AND state = 'settled' LIMIT 1")[0]
     with admin.changing(path) as db:

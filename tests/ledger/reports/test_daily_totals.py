@@ -51,7 +51,7 @@ def of_calls(path):
     return told(path)
 
 
-def test_a_report_of_kept_days_is_that_of_their_calls_and_reads_no_call_of_them(path):
+def test_a_report_of_kept_days_reads_no_call_and_is_the_same(path):
     before = told(path)
     keep(path)
     assert kept(path) == 9, "the whole days of the period and of the one before"
@@ -85,7 +85,8 @@ def test_what_changes_a_day_strikes_it_off(path, change):
     assert told(path) == seen == of_calls(path)
 
 
-def test_a_day_is_not_kept_while_a_call_of_it_is_open_nor_before_it_settled_down(path):
+def test_a_day_is_kept_only_when_closed_for_an_hour_and_settled(path):
+    """A day with an open call is not kept."""
     with admin.changing(path) as db:
         open_id = reservations.reserve(db, "me", CALL, 100, [], now=NOON - 3 * DAY_S).call_id
     keep(path)
@@ -133,7 +134,8 @@ def put(path, found, claimed_at):
         return [daily_totals.put(db, span, lines, claimed_at=claimed_at) for span, lines in found]
 
 
-def test_a_claim_that_another_took_over_keeps_nothing_even_where_the_day_changed_in_between(path):
+def test_a_replaced_claim_keeps_nothing(path):
+    """Not even where the day changed in between."""
     stale = summed(path, claimed(path))
     with admin.changing(path) as db:
         spend(db, NOON - 2 * DAY_S)
@@ -155,7 +157,7 @@ def test_what_is_no_closed_day_any_more_is_not_claimed(path, change):
         assert daily_totals.claim(db, wanted, now=NOON) == []
 
 
-def test_whoever_claims_alone_lets_others_finish_unless_they_are_gone(path):
+def test_a_claim_alone_lets_others_finish_unless_they_are_gone(path):
     days = claimed(path)
     assert claimed(path, NOON + daily_totals.TURN_S - 1, alone=True) == []
     assert claimed(path, NOON + daily_totals.TURN_S + 1, alone=True) == days

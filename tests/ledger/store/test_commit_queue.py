@@ -40,7 +40,7 @@ class Asked:
 
 @contextmanager
 def handed_over(line):
-    """What the thread is given meanwhile, by kind."""
+    """Record the kinds of work that the thread is given meanwhile."""
     given, put = [], line.writer.put
     line.writer.put = lambda work: (given.append(type(work)), put(work))
     yield given
@@ -59,7 +59,8 @@ async def ready(store):
 
 
 @pytest.mark.parametrize("count", [1, 30])
-async def test_what_arrives_in_one_turn_of_the_loop_is_handed_over_once_with_its_statements_run_there(count):
+async def test_operations_of_one_turn_are_handed_over_once(count):
+    """Their statements have run on the loop."""
     store = Store(scopes_max=None)
     line = await ready(store)
     with handed_over(line) as given:
@@ -72,7 +73,8 @@ async def test_what_arrives_in_one_turn_of_the_loop_is_handed_over_once_with_its
     assert await line.stop(5)
 
 
-async def test_what_nobody_waits_for_lingers_to_share_a_commit_and_is_written_by_itself_all_the_same():
+async def test_an_operation_nobody_waits_for_lingers_to_share_a_commit():
+    """It is written by itself if no other comes."""
     store = Store(scopes_max=None)
     line = await ready(store)
     with handed_over(line) as given:
@@ -105,7 +107,7 @@ async def test_what_its_caller_has_left_before_it_began_is_not_written():
     assert (store.rows, left.told, left.threads) == (["first", "lasting"], [], [])
 
 
-async def test_a_commit_that_fails_brings_what_waits_on_the_loop_to_the_thread_and_all_are_told():
+async def test_after_a_failed_commit_the_thread_answers_all():
     """In the thread's hands a failure is told at once, and what must last is kept until it is written."""
     store = Store("", "down", "down", scopes_max=None)
     line = await ready(store)
@@ -126,8 +128,8 @@ async def test_a_commit_that_fails_brings_what_waits_on_the_loop_to_the_thread_a
     assert store.rows == ["first", "kept", "again"]
 
 
-async def test_the_thread_rests_only_once_it_has_dealt_with_all_that_it_was_given():
-    """Its word that it rests may cross what is on the way to it: the connection would be used from both sides."""
+async def test_the_thread_rests_only_once_all_its_work_is_done():
+    """The thread's report that it rests may cross new work: the connection would be used from both sides."""
     line = CommitQueue(Store(free=[False], scopes_max=None))
     asked = Asked(Store(), "on its way")
     line._to_the_thread()
@@ -139,7 +141,8 @@ async def test_the_thread_rests_only_once_it_has_dealt_with_all_that_it_was_give
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_every_operation_is_told_once_and_the_truth_however_turns_and_commits_fall_out(seed):
+async def test_every_operation_gets_one_true_answer_whatever_fails(seed):
+    """Turns and commits fail by chance."""
     chance = random.Random(seed)
     fails = [chance.choice(["", "", "", "down", "carried out"]) for _ in range(40)]
     free = [chance.random() < 0.7 for _ in range(40)]

@@ -59,7 +59,8 @@ FAULTS = [
 
 @pytest.mark.parametrize(("code", "text"), FAULTS)
 @pytest.mark.parametrize("statement", ["BEGIN", "\nINSERT INTO calls", "INSERT INTO entries", "COMMIT"])
-async def test_a_failing_disk_refuses_at_once_keeps_the_settlement_and_recovers(ledger, path, broken_disk, code, text, statement):
+async def test_a_failing_disk_refuses_at_once_and_keeps_settlements(ledger, path, broken_disk, code, text, statement):
+    """The ledger recovers with the disk."""
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     reconnect(ledger)
     broken_disk.update(statement=statement.strip(), error=disk_error(code))
@@ -105,7 +106,7 @@ async def test_a_full_disk_is_survived(ledger, path):
     assert balance(path)[:2] == (60, 0)
 
 
-async def test_a_foreign_lock_delays_and_then_refuses_but_nothing_is_lost(ledger, path):
+async def test_a_foreign_lock_delays_then_refuses_and_loses_nothing(ledger, path):
     held = await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
     with closing(sqlite3.connect(path, isolation_level=None)) as shell:
         shell.execute("BEGIN IMMEDIATE")
@@ -134,7 +135,7 @@ async def test_a_short_lock_only_delays(ledger, path):
     assert isinstance(await waiting, Reserved)
 
 
-async def test_a_removed_file_refuses_and_the_same_file_put_back_recovers(ledger, path):
+async def test_a_removed_file_refuses_calls_until_it_is_put_back(ledger, path):
     held = await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
     path.rename(path.with_name("away.db"))
     await refused(ledger, "was removed while the gateway runs")

@@ -41,7 +41,7 @@ def test_a_dead_process_has_left_every_ending_as_it_was(tmp_path):
     assert not damaged
 
 
-def test_nothing_is_on_the_disk_before_something_waits_and_after_it_is_written(tmp_path):
+def test_a_journal_file_exists_only_while_something_is_unwritten(tmp_path):
     folder = tmp_path / "unwritten"
     kept = Journal(folder, "me")
     assert not folder.exists()
@@ -84,7 +84,7 @@ def test_a_crash_at_any_byte_tears_the_last_line_alone(tmp_path):
         assert not damaged
 
 
-def test_a_byte_that_the_disk_has_changed_costs_one_line_and_the_file_is_put_aside(tmp_path, caplog):
+def test_a_changed_byte_costs_one_line_and_sets_the_file_aside(tmp_path, caplog):
     kept = Journal(tmp_path, "me")
     kept.keep(ENDINGS)
     die(kept)
@@ -97,7 +97,7 @@ def test_a_byte_that_the_disk_has_changed_costs_one_line_and_the_file_is_put_asi
     assert "me.unread" in caplog.text
 
 
-def test_a_line_of_a_later_version_is_put_aside_and_not_guessed_at(tmp_path):
+def test_a_later_versions_line_is_set_aside_and_not_guessed_at(tmp_path):
     kept = Journal(tmp_path, "me")
     kept.keep(ENDINGS[:1])
     die(kept)
@@ -116,7 +116,7 @@ def test_it_goes_once_all_of_it_is_in_the_ledger(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["disk", "limit"])
-def test_a_journal_that_takes_no_more_says_so_once_and_what_it_has_stays_readable(tmp_path, monkeypatch, caplog, fault):
+def test_a_full_journal_logs_once_and_stays_readable(tmp_path, monkeypatch, caplog, fault):
     kept = Journal(tmp_path, "me")
     assert kept.keep(ENDINGS[:1])
 
@@ -138,7 +138,8 @@ def test_a_journal_that_takes_no_more_says_so_once_and_what_it_has_stays_readabl
     assert ([each.call_id for each in endings], damaged) == ([1, 3], False)
 
 
-def test_who_looks_for_the_dead_between_its_making_and_its_lock_takes_nothing_of_it(tmp_path, monkeypatch):
+def test_a_journal_taken_before_its_lock_loses_nothing(tmp_path, monkeypatch):
+    """A process that looks for dead ones may take the empty file; then it is made again."""
     lock, path = journal.fcntl.flock, tmp_path / "me.jsonl"
     looks = iter([path.unlink])
 

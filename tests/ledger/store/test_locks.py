@@ -90,7 +90,8 @@ def test_processes_share_one_cap_and_use_it_up(start, path):
     assert 990 < spent <= 1000
 
 
-async def test_what_a_killed_process_held_is_settled_and_a_living_siblings_is_left_alone(start, path):
+async def test_a_killed_processs_calls_are_settled_a_siblings_are_not(start, path):
+    """The living sibling's reservation stays open."""
     dying, living = start(HOLD_AND_WAIT), start(HOLD_AND_WAIT)
     orphans = json.loads(await asyncio.to_thread(dying.stdout.readline))
     alive = json.loads(await asyncio.to_thread(living.stdout.readline))
@@ -111,7 +112,7 @@ async def test_what_a_killed_process_held_is_settled_and_a_living_siblings_is_le
 
 
 @pytest.mark.parametrize("kills", [pytest.param(3, id="few"), pytest.param(100, id="many", marks=pytest.mark.soak)])
-async def test_a_kill_at_any_instant_loses_no_reservation_that_was_answered(start, path, kills):
+async def test_a_kill_at_any_instant_loses_no_answered_reservation(start, path, kills):
     answered = set()
     for number in range(kills):
         worker = start(CRASH_UNDER_LOAD)
@@ -147,7 +148,7 @@ async def test_a_childs_program_does_not_keep_its_parents_lock(path):
     child.communicate(b"\n")
 
 
-async def test_an_orphan_with_a_known_part_is_still_settled_at_all_it_held(path):
+async def test_an_orphan_with_a_known_part_is_settled_at_all_it_held(path):
     held = await _reserve_and_vanish(path)
     ledger = await Ledger.open(f"sqlite:///{path}", now=NOON)
     assert not (await ledger.settle(held, Settlement(1, (Part(1),)), now=NOON)).first, "the sweep was first"

@@ -69,7 +69,7 @@ async def refused(ledger, text):
 
 
 async def back(read, seconds=10):
-    """What a read says once the readers' connections, which are tried again at growing intervals, are there again."""
+    """Return a read's answer once the readers' connections are back, which are tried again at growing intervals."""
     for _ in range(int(seconds / 0.05)):
         with suppress(LedgerUnavailable):
             return await read()
@@ -77,7 +77,8 @@ async def back(read, seconds=10):
     raise AssertionError("reads did not come back")
 
 
-async def test_a_server_that_crashes_refuses_at_once_and_takes_the_settlement_once_when_it_is_back(server, place, home):
+async def test_a_crashed_server_refuses_at_once_and_settles_once_later(server, place, home):
+    """It takes the settlement when it is back."""
     ledger = await Ledger.open(url(place), now=NOON)
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     assert (await ledger.look_up_token("d1", now=NOON)).token.app == "reports"
@@ -116,7 +117,8 @@ asyncio.run(main())
 """
 
 
-async def test_what_a_gateway_knew_when_it_was_killed_beside_a_dead_server_is_booked_once_both_are_back(server, place, home, request):
+async def test_a_killed_gateways_journal_is_booked_once_it_is_back(server, place, home, request):
+    """The gateway was killed while the server was down; both come back."""
     code = DYING.format(tests=str(request.path.parents[2] / "support"), url=url(place))
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     exact, dear, voided, unknown = json.loads(await asyncio.to_thread(process.stdout.readline))
@@ -142,7 +144,8 @@ async def test_what_a_gateway_knew_when_it_was_killed_beside_a_dead_server_is_bo
 
 
 @pytest.mark.parametrize(("cost_nano", "booked_nano"), [(200, 300), (450, 450)])
-async def test_a_journal_that_comes_after_the_survivors_only_ever_adds_and_adds_once(place, home, cost_nano, booked_nano):
+async def test_a_journal_after_the_sweep_adds_once_and_never_subtracts(place, home, cost_nano, booked_nano):
+    """The survivors had settled its calls at the held amount."""
     survivor = await Ledger.open(url(place), now=NOON)
     gone = await Ledger.open(url(place), now=NOON)
     held = await gone.reserve(CALL, 300, DAY_CAP, now=NOON)
@@ -165,7 +168,8 @@ async def test_a_journal_that_comes_after_the_survivors_only_ever_adds_and_adds_
     assert sound(place)
 
 
-async def test_the_journal_of_another_ledger_is_left_alone_and_of_a_restored_one_put_aside(place, home, caplog):
+async def test_another_ledgers_journal_is_left_alone(place, home, caplog):
+    """The journal of a restored ledger is set aside."""
     ledger = await Ledger.open(url(place), now=NOON)
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     other = Journal(home / ".local/state/gateway" / "unwritten" / "another", "theirs")
@@ -205,7 +209,7 @@ async def stream(gw, **simulate):
 
 
 @pytest.mark.parametrize("way", ["stopped", "silent"])
-async def test_a_gateway_that_cannot_renew_its_lease_cuts_its_streams_before_it_ends(server, place, home, short_lease, way):
+async def test_a_gateway_that_loses_its_lease_cuts_its_streams_before(server, place, home, short_lease, way):
     async with Simulator() as api, postgresql.Relay(server) as relay, gateway(home, api, ledger_url=relay.url(place)) as gw:
         running = asyncio.ensure_future(stream(gw, tokens_per_s=200, tokens_per_event=5, after_disconnect_s=0.5))
         whole = asyncio.ensure_future(gw.client().messages.create(
@@ -241,7 +245,7 @@ async def test_a_gateway_that_cannot_renew_its_lease_cuts_its_streams_before_it_
         assert sound(place)
 
 
-async def test_a_gateway_that_was_frozen_beyond_its_lease_cuts_what_it_had_and_goes_on_under_a_new_name(place, home, short_lease):
+async def test_a_gateway_frozen_beyond_its_lease_cuts_its_streams(place, home, short_lease):
     """The clock of its own that it would have kept to stood still with it."""
     async with Simulator() as api, gateway(home, api, ledger_url=place.url) as gw:
         running = asyncio.ensure_future(stream(gw, tokens_per_s=200, tokens_per_event=5))

@@ -44,7 +44,7 @@ async def refused(ledger, text):
 # --- failure is refusal, quickly
 
 
-async def test_a_slow_server_refuses_within_the_timeout_and_leaves_nothing_behind(server, ledger):
+async def test_a_slow_server_refuses_in_time_and_leaves_nothing_open(server, ledger):
     """Somebody's transaction sits on the app's balance: a lock is waited for, not for ever."""
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     with closing(psycopg.connect(url(server))) as shell:
@@ -56,7 +56,7 @@ async def test_a_slow_server_refuses_within_the_timeout_and_leaves_nothing_behin
     await until(lambda: balance(server) == (200, 0, 0))
 
 
-async def test_a_server_that_falls_silent_with_the_connection_open_is_given_up_and_found_again(server, monkeypatch):
+async def test_a_silent_server_is_given_up_and_found_again(server, monkeypatch):
     """Neither TCP nor the server's own limits notice it: what is sent is acknowledged, and no answer comes."""
     monkeypatch.setattr(postgres_session, "SILENCE_S", 0.9)
     async with postgresql.Relay(postgresql.shared()) as relay:
@@ -115,7 +115,7 @@ async def test_a_server_without_connections_is_named(server):
         (lambda address: "postgresql://gateway:secret@127.0.0.1:1/x", "gives no connection"),
     ],
 )
-async def test_a_wrong_address_is_said_in_a_sentence_without_the_password(server, change, sentence):
+async def test_a_wrong_address_is_a_sentence_without_the_password(server, change, sentence):
     with pytest.raises(LedgerUnavailable, match=sentence) as caught:
         await Ledger.open(change(url(server)))
     assert "secret" not in str(caught.value)
@@ -133,7 +133,7 @@ async def test_an_empty_database_is_no_ledger_until_init():
 # --- nodes and leases
 
 
-async def test_a_node_out_of_touch_is_fenced_and_comes_back_under_a_new_name(server, ledger):
+async def test_a_node_without_a_lease_is_fenced_and_gets_a_new_name(server, ledger):
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     before = ledger.owner
     other = await Ledger.open(url(server), now=NOON)
@@ -163,7 +163,7 @@ async def test_a_late_settlement_only_ever_adds_and_adds_once(server, ledger, co
         assert invariants.findings(db) == []
 
 
-async def test_a_node_that_says_goodbye_leaves_its_open_calls_to_the_others(server, ledger):
+async def test_a_closed_node_leaves_its_open_calls_to_the_others(server, ledger):
     leaving = await Ledger.open(url(server), now=NOON)
     await leaving.reserve(CALL, 300, DAY_CAP, now=NOON)
     await leaving.close()

@@ -26,7 +26,7 @@ def server():
 # --- the address
 
 
-async def test_tls_is_what_the_address_asks_for_and_the_server_must_be_who_it_says(server, tmp_path):
+async def test_tls_is_as_the_address_asks_and_the_server_is_verified(server, tmp_path):
     cert, context = certificate(tmp_path)
     async with postgresql.Relay(postgresql.shared(), tls=context) as relay:
         trusted = f"{relay.url(server)}?sslmode=verify-full&sslrootcert={cert}"
@@ -43,13 +43,13 @@ async def test_tls_is_what_the_address_asks_for_and_the_server_must_be_who_it_sa
                 await Ledger.open(refused, now=NOON)
 
 
-async def test_a_server_without_tls_gets_nothing_where_the_address_wants_it(server):
+async def test_an_address_with_tls_sends_nothing_to_a_server_without(server):
     async with postgresql.Relay(postgresql.shared()) as relay:
         with pytest.raises(LedgerUnavailable, match="does not support SSL"):
             await Ledger.open(f"{relay.url(server)}?sslmode=require", now=NOON)
 
 
-async def test_another_host_of_the_address_takes_over_without_a_restart(server):
+async def test_another_host_of_the_address_takes_over_in_running(server):
     """Both ways lead to one database, as a primary and the standby that takes its place do."""
     async with postgresql.Relay(postgresql.shared()) as first, postgresql.Relay(postgresql.shared()) as second:
         both = first.url(server).replace("/test", f",{second.url(server).partition('@')[2].partition('/')[0]}/test", 1)
@@ -89,7 +89,7 @@ def test_without_the_driver_the_sentence_says_what_to_install(monkeypatch):
 # --- limits and failures
 
 
-async def test_a_statement_that_takes_too_long_is_ended_on_the_server_too(server, monkeypatch):
+async def test_a_slow_statement_is_ended_on_the_server_too(server, monkeypatch):
     monkeypatch.setitem(postgres_session.SESSION, "statement_timeout", "300")
     ledger = await Ledger.open(url(server), now=NOON)
     began = time.monotonic()
@@ -111,7 +111,7 @@ CREATE TRIGGER fail BEFORE INSERT ON gateway.entries FOR EACH ROW EXECUTE FUNCTI
 
 
 @pytest.mark.parametrize("code", ["40001", "40P01", "55P03"])
-async def test_whoever_was_in_the_way_is_tried_again_and_the_caller_never_hears_of_it(server, code):
+async def test_a_conflict_is_retried_without_the_callers_notice(server, code):
     """A serialization failure, a deadlock, a lock that was held too long."""
     with closing(psycopg.connect(url(server), autocommit=True)) as shell:
         shell.execute(FAILS.format(times=2, code=code).encode())
@@ -123,7 +123,8 @@ async def test_whoever_was_in_the_way_is_tried_again_and_the_caller_never_hears_
     assert rows(server, "SELECT last_value FROM tries")[0][0] > 2
 
 
-async def test_a_full_disk_of_the_server_is_named_and_the_settlement_written_when_there_is_room(server, tmp_path, monkeypatch):
+async def test_a_full_server_disk_is_named_and_settled_on_later(server, tmp_path, monkeypatch):
+    """The settlement is written when there is room."""
     monkeypatch.setenv("HOME", str(tmp_path))
     ledger = await Ledger.open(url(server), now=NOON)
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
@@ -141,7 +142,7 @@ async def test_a_full_disk_of_the_server_is_named_and_the_settlement_written_whe
 # --- these tests' own server
 
 
-def test_a_machine_without_postgresql_skips_these_tests_and_ci_fails_on_it(monkeypatch):
+def test_without_postgresql_these_tests_skip_and_ci_fails(monkeypatch):
     monkeypatch.setattr(postgresql, "_shared", lambda: None)
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="apt-get install postgresql"):

@@ -25,7 +25,7 @@ def scoped(*scopes):
         ([], None, []),
     ],
 )
-def test_a_commit_holds_few_scopes_and_what_has_one_in_common_is_in_one(scopes, scopes_max, groups):
+def test_a_commit_locks_few_scopes_and_no_two_commits_share_one(scopes, scopes_max, groups):
     operations = [scoped(*each.split()) for each in scopes]
     assert [[" ".join(sorted(each.scopes)) for each in group] for group in apart(operations, scopes_max)] == groups
 
@@ -58,14 +58,14 @@ def test_each_group_is_told_of_its_own_commit():
     assert store.tried == ["a", "b", "c"]
 
 
-def test_a_store_that_fails_is_asked_once_more_for_all_the_rest_together():
+def test_a_failing_store_is_tried_once_more_for_all_the_rest():
     store = Store("down", "down")
     assert written(store, "a", "b", "c", "d") == {name: ["LedgerUnavailable"] for name in "abcd"}
     assert store.tried == ["a", "bcd"]
 
 
 @pytest.mark.parametrize("doubt", ["carried out", "not carried out"])
-def test_nothing_is_written_twice_where_one_commit_of_several_ended_in_doubt(doubt):
+def test_a_commit_in_doubt_among_several_writes_nothing_twice(doubt):
     store = Store("", doubt)
     told = written(store, "A", "B", "C")
     assert sorted(store.rows) == ["A", "B", "C"]
@@ -73,8 +73,8 @@ def test_nothing_is_written_twice_where_one_commit_of_several_ended_in_doubt(dou
 
 
 @pytest.mark.parametrize("fails", [(), ("", "down"), ("", "", "carried out")])
-def test_an_operation_that_breaks_breaks_alone_and_the_store_may_fail_meanwhile(fails):
-    """What was written alone before the store failed is not written again."""
+def test_a_broken_operation_breaks_alone_even_if_the_store_fails(fails):
+    """An operation that was written alone before the store failed is not written again."""
     store = Store(*fails, scopes_max=None)
     told = written(store, "A", "b", "C", broken="b")
     assert sorted(store.rows) == ["A", "C"]
