@@ -243,13 +243,8 @@ class Gateway:
             self._later(self.ledger.release(running.admission.call_id, back_nano, now=self._clocks.now()))
         self.streams.look_after(running, monotonic_s)
 
-    def start(self) -> None:
-        """Begin to look after running streams, in the running loop."""
-        self.streams.start()
-
     def stop(self) -> None:
         """Look after no stream and judge no body any more. The ledger is its opener's to close."""
-        self.streams.stop()
         self._judging.close()
 
     # -- close

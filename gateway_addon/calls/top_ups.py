@@ -6,7 +6,6 @@ the ledger and running calls; nothing of mitmproxy, nor of who may ask for what.
 """
 
 import asyncio
-import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,12 +14,11 @@ from gateway_addon.calls.progress import TICK_S
 from gateway_addon.calls.refusal_messages import cut_sentence
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.clocks import Clocks
-from gateway_addon.ledger import Ledger, LedgerUnavailable
+from gateway_addon.ledger import Ledger
 from gateway_addon.refusals import Refusal
 
-logger = logging.getLogger(__name__)
-
 LOOK_AT_LEASE_S = 0.25
+TOP_UP_EVERY_S = TICK_S / 4  # however great the hurry: a few writes a second, not one per delta
 LATE_S = 0.5  # by how much a look may be late: declared lags have room for that
 CUT_CODES = {"budget": "cap_spent", "paused": "app_paused", "adrift": "ledger"}
 
@@ -36,17 +34,8 @@ class RunningStreams:
         self._clocks = clocks
         self.running: dict[InFlightCall, Cut] = {}
         self._hurry = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._looked_monotonic_s = math.inf
+        self._looked_monotonic_s = clocks.monotonic_s()
         self._lost_s = 0.0
-
-    def start(self) -> None:
-        """Begin to top up and to look at the lease, in the running loop."""
-        self._tasks = [asyncio.ensure_future(self._keep_topping_up()), asyncio.ensure_future(self._keep_to_the_lease())]
-
-    def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
 
     def lost_s(self, monotonic_s: float) -> float:
         """Return how long the event loop has stood still until now, in all: a step of a computation, or of the machine, held it.
@@ -65,19 +54,13 @@ class RunningStreams:
         if running.runs_short(monotonic_s):
             self._hurry.set()
 
-    async def _keep_topping_up(self) -> None:
-        while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), TICK_S)
-            self._hurry.clear()
-            try:
-                await self.top_up()
-                await self._cut_paused()
-            except LedgerUnavailable as error:
-                logger.warning("Running streams could not be topped up: %s", error)
-            except Exception:
-                logger.exception("Topping up failed; running streams are cut where their grants end.")
-            await asyncio.sleep(TICK_S / 4)  # however great the hurry: a few writes a second, not one per delta
+    async def keep_topped_up(self) -> None:
+        """Wait for a stream that runs short, or a moment; top up, and cut whoever was paused. Raises LedgerUnavailable."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), TICK_S)
+        self._hurry.clear()
+        await self.top_up()
+        await self._cut_paused()
 
     async def top_up(self) -> None:
         """Ask for more output for every running stream that will need it, in one ledger write. Raises LedgerUnavailable.
@@ -113,15 +96,10 @@ class RunningStreams:
             if paused_now & set(running.admission.scopes):
                 cut("paused")
 
-    async def _keep_to_the_lease(self) -> None:
-        """Beside the top-ups, not among them: those wait for the ledger, and this is for when it does not answer."""
-        while True:
-            self._look_at_the_clock()
-            await asyncio.sleep(LOOK_AT_LEASE_S)
-            try:
-                self._cut_adrift()
-            except Exception:
-                logger.exception("Streams without a ledger could not be cut; it is tried again.")
+    async def keep_to_the_lease(self) -> None:
+        """Look at the clock and cut what is adrift. Never waits for the ledger, as top-ups do: it is for when that does not answer."""
+        self._look_at_the_clock()
+        self._cut_adrift()
 
     def _cut_adrift(self) -> None:
         """End the running streams whose calls another gateway will settle at what they hold. What does not stream runs to its end:

@@ -62,17 +62,10 @@ class BatchPoller:
     ):  # fmt: skip
         self._ledger, self._policy, self._ask, self._closed, self._clocks = ledger, policy, ask, closed, clocks
 
-    async def run(self) -> None:
-        """Look after batches until cancelled."""
-        while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            try:
-                while await self.look():
-                    pass
-            except LedgerUnavailable as error:
-                logger.debug("Open batches wait for the ledger: %s", error)  # which has said so itself
-            except Exception:
-                logger.exception("Looking after batches failed; it is tried again.")
+    async def catch_up(self) -> None:
+        """Ask about every batch that is due. Raises LedgerUnavailable."""
+        while await self.look():
+            pass
 
     async def look(self) -> bool:
         """Ask about one batch that is due; False where none is. Raises LedgerUnavailable."""

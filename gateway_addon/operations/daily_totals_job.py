@@ -6,15 +6,12 @@ it ends at once when it is cancelled. What a kept day is, and when one is closed
 """
 
 import asyncio
-import logging
 from collections.abc import Callable
 from functools import partial
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, background
+from gateway_addon.ledger import Ledger, background
 from gateway_addon.ledger.reports import daily_totals
 from gateway_addon.ledger.reports.spending import By
-
-logger = logging.getLogger(__name__)
 
 BY: By = "app"  # what `gateway report` is grouped by where nothing else is said; with it come the refusals of every report
 LOOK_EVERY_S = 60.0
@@ -27,22 +24,6 @@ class DailyTotalsJob:
 
     def __init__(self, ledger: Ledger, clock: Callable[[], float]) -> None:
         self._ledger, self._clock = ledger, clock
-        self._said = False
-        """Somebody was told that the ledger is not to be had, since it last was."""
-
-    async def run(self) -> None:
-        """Keep days until cancelled."""
-        while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            try:
-                await self.catch_up()
-                self._said = False
-            except LedgerUnavailable as error:
-                if not self._said:
-                    logger.warning("Closed days are summed later, or by the next report: %s.", error)
-                self._said = True
-            except Exception:
-                logger.exception("Summing closed days failed; it is tried again.")
 
     async def catch_up(self) -> None:
         """Keep day by day, the newest first, until none is left or another process is at work. Raises LedgerUnavailable."""

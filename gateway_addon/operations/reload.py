@@ -38,17 +38,15 @@ class PolicyWatcher:
         self._reading: asyncio.Future[None] | None = None
 
     async def watch(self) -> None:
-        """Look for changes until cancelled."""
-        while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            try:
-                await self.look()
-                await self.look_at_the_key()
-            except OSError as error:
-                self._problem(f"The policies in {self._folder} cannot be read ({error}).")
-            except LedgerUnavailable as error:
-                self._problem(f"A changed policy waits for the ledger: {error}.")
-                self._seen = ()  # look again
+        """Look for changes of the files and of the key, and keep what cannot be read or written as the policy's problem."""
+        try:
+            await self.look()
+            await self.look_at_the_key()
+        except OSError as error:
+            self._problem(f"The policies in {self._folder} cannot be read ({error}).")
+        except LedgerUnavailable as error:
+            self._problem(f"A changed policy waits for the ledger: {error}.")
+            self._seen = ()  # look again
 
     def read_again(self) -> None:
         """Read policies and key at the next look, whether they look changed or not: an operator has sent SIGHUP."""

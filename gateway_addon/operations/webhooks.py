@@ -9,12 +9,11 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from http import HTTPStatus
 
 from gateway_addon.calls import alerts
 from gateway_addon.http_client import STRAIGHT, Egress, Unanswered, ask
-from gateway_addon.ledger import Alert, DueAlert, Ledger, LedgerUnavailable
+from gateway_addon.ledger import Alert, DueAlert, Ledger
 from gateway_addon.policy import Alerts, GatewayPolicy, Source, all_caps, retiring
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,6 @@ class AlertDelivery:
         self._news: deque[Alert] = deque(maxlen=QUEUE_MAX)
         self._passed: frozenset[tuple[str, str]] = frozenset()
         """Thresholds known to be told: scope and `once`."""
-        self._deliveries: asyncio.Task[None] | None = None
         self._models_looked: tuple[str, int] | None = None
         """The policy and the day for which its models were looked at."""
 
@@ -50,32 +48,13 @@ class AlertDelivery:
         """Tell this soon. Never waits."""
         self._news.append(alert)
 
-    async def run(self, policy: Callable[[], GatewayPolicy]) -> None:
-        """Look and tell until cancelled. `policy` returns the one in force."""
-        while True:
-            try:
-                await self.look(policy())
-            except LedgerUnavailable as error:
-                logger.debug("Alerts wait for the ledger: %s", error)  # which has said so itself
-            except Exception:
-                logger.exception("Looking for alerts failed; it is tried again.")
-            await asyncio.sleep(LOOK_EVERY_S)
-
     async def look(self, policy: GatewayPolicy) -> None:
-        """Tell what is new, in this process or in what all have spent, and have deliveries made. Raises LedgerUnavailable."""
+        """Tell what is new, in this process or in what all have spent, Raises LedgerUnavailable."""
         self._look_at_models(policy)
         while self._news:
             await self._once(self._news[0], policy)
             self._news.popleft()
         await self._look_at_caps(policy)
-        if self._deliveries is None or self._deliveries.done():
-            self._deliveries = asyncio.ensure_future(self._deliver(policy))
-
-    async def stop(self) -> None:
-        """Let a delivery in progress go: the ledger keeps what was not delivered."""
-        if self._deliveries is not None:
-            self._deliveries.cancel()
-            await asyncio.gather(self._deliveries, return_exceptions=True)
 
     def _look_at_models(self, policy: GatewayPolicy) -> None:
         now = self._clock()
@@ -106,11 +85,10 @@ class AlertDelivery:
         if await self._ledger.alert_once(alert, send=wanted, now=self._clock()):
             logger.warning("Alert: %s.", alert.sentence)
 
-    async def _deliver(self, policy: GatewayPolicy) -> None:
-        """Send what is due, one after the other, until nothing is."""
-        with suppress(LedgerUnavailable):
-            while due := await self._ledger.take_alert(retry_s=self._retry_s, give_up_s=GIVE_UP_S, now=self._clock()):
-                await self._send(due, alerts.rule(policy, due.alert.scope))
+    async def deliver(self, policy: GatewayPolicy) -> None:
+        """Send what is due, one after the other, until nothing is. The ledger keeps what was not delivered. Raises LedgerUnavailable."""
+        while due := await self._ledger.take_alert(retry_s=self._retry_s, give_up_s=GIVE_UP_S, now=self._clock()):
+            await self._send(due, alerts.rule(policy, due.alert.scope))
 
     async def _send(self, due: DueAlert, to: Alerts) -> None:
         if to.webhook is None:

@@ -117,7 +117,6 @@ class GatewayAddon:
                 raise exceptions.OptionsError(f"The gateway needs {name}={json.dumps(required)}; {name} cannot be changed while it runs.")
 
     def running(self) -> None:
-        self.gate.start()
         self.on_running()
 
     async def done(self) -> None:

@@ -23,13 +23,14 @@ from mitmproxy.addons import core, errorcheck, next_layer, proxyserver, tlsconfi
 from mitmproxy.master import Master
 from OpenSSL import SSL
 
+from gateway_addon.calls import top_ups
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.calls.record import CallRecord, OnCall
 from gateway_addon.clocks import SYSTEM
 from gateway_addon.http_client import STRAIGHT, Egress
 from gateway_addon.ledger import Ledger, ServerAddress
 from gateway_addon.ledger.store.sqlite_files import ledger_path, state_folder
-from gateway_addon.operations import tracing
+from gateway_addon.operations import batch_poller, daily_totals_job, jobs, reload, tracing, webhooks
 from gateway_addon.operations.batch_poller import BatchPoller
 from gateway_addon.operations.daily_totals_job import DailyTotalsJob
 from gateway_addon.operations.logs import call_line, say_plainly
@@ -42,8 +43,9 @@ from gateway_addon.proxy.hooks import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayA
 from gateway_addon.proxy.reverse_tcp import reverse
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import ListeningLoop, stop_signals, when_the_parent_ends
+from gateway_addon.upstreams import credentials
 from gateway_addon.upstreams.client import ask
-from gateway_addon.upstreams.credentials import WatchedSecret, keep_fresh
+from gateway_addon.upstreams.credentials import WatchedSecret
 from gateway_addon.upstreams.egress import egress
 
 logger = logging.getLogger(__name__)
@@ -207,23 +209,20 @@ async def assembled(
     watcher = PolicyWatcher(policies, gate, key)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, watcher.read_again)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    batch_poller = BatchPoller(ledger, lambda: gate.policy, lambda path: ask(policy.upstream, path, key(), addon.way), gate.batch_closed)
-    daily_totals_job = DailyTotalsJob(ledger, time.time)
-    jobs = (
-        watcher.watch(),
-        keep_fresh(key, refused),
-        batch_poller.run(),
-        daily_totals_job.run(),
-        alert_delivery.run(lambda: gate.policy),
-    )
-    watching = [asyncio.ensure_future(job) for job in jobs]
+    poller = BatchPoller(ledger, lambda: gate.policy, lambda path: ask(policy.upstream, path, key(), addon.way), gate.batch_closed)
     try:
-        yield policy, key, addon
+        async with jobs.running(
+            (top_ups.LOOK_AT_LEASE_S, "streams without a ledger", gate.streams.keep_to_the_lease),
+            (top_ups.TOP_UP_EVERY_S, "running streams", gate.streams.keep_topped_up),
+            (reload.LOOK_EVERY_S, "the policy", watcher.watch),
+            (credentials.ASK_AGAIN_S, "the key", partial(credentials.renew_when_due, key, refused)),
+            (batch_poller.LOOK_EVERY_S, "open batches", poller.catch_up),
+            (daily_totals_job.LOOK_EVERY_S, "closed days", DailyTotalsJob(ledger, time.time).catch_up),
+            (webhooks.LOOK_EVERY_S, "alerts", lambda: alert_delivery.look(gate.policy)),
+            (webhooks.LOOK_EVERY_S, "webhooks", lambda: alert_delivery.deliver(gate.policy)),
+        ):
+            yield policy, key, addon
     finally:
-        for each in watching:
-            each.cancel()
-        await asyncio.gather(*watching, return_exceptions=True)
-        await alert_delivery.stop()
         await ledger.close()
 
 

@@ -8,7 +8,6 @@ Does I/O: it reads the environment and files.
 
 import asyncio
 import ctypes
-import logging
 import os
 import re
 import select
@@ -36,8 +35,6 @@ NO_KEYRING = (
 _ASSIGNED = re.compile(r"(?:export\s+)?[A-Z_][A-Z0-9_]*\s*=")
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
 _QUOTES = tuple("\"'`")
-
-logger = logging.getLogger(__name__)
 
 
 class SecretUnavailable(Exception):
@@ -209,14 +206,9 @@ def conceal() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-async def keep_fresh(secret: WatchedSecret, refused: asyncio.Event) -> None:
-    """Renew a secret every few minutes, and soon after the upstream has `refused` it. Runs until it is cancelled."""
-    while True:
-        await asyncio.sleep(ASK_AGAIN_S)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(refused.wait(), ASK_EVERY_S - ASK_AGAIN_S)
-        refused.clear()
-        try:
-            await asyncio.to_thread(secret.renew)
-        except SecretUnavailable as error:
-            logger.warning("%s The key that was read before stays in use.", error)
+async def renew_when_due(secret: WatchedSecret, refused: asyncio.Event) -> None:
+    """Renew a secret after a few minutes, or once the upstream has `refused` it. Raises SecretUnavailable; what was read before stays."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(refused.wait(), ASK_EVERY_S - ASK_AGAIN_S)
+    refused.clear()
+    await asyncio.to_thread(secret.renew)

@@ -15,7 +15,7 @@ from processes import ledgered
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, admin, background, reservations
 from gateway_addon.ledger.reports import daily_totals, spending
-from gateway_addon.operations import daily_totals_job
+from gateway_addon.operations import daily_totals_job, jobs
 from gateway_addon.operations.daily_totals_job import DailyTotalsJob
 from gateway_addon.proxy.server import assembled
 from gateway_addon.simulator import KEY
@@ -63,9 +63,8 @@ def told(path):
 async def test_each_closed_day_is_kept_without_anybody_asking_for_a_report(path):
     before = told(path)
     async with kept_by(path) as days:
-        running = asyncio.ensure_future(days.run())
-        await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
-        running.cancel()
+        async with jobs.running((0.01, "closed days", days.catch_up)):
+            await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
     assert told(path) == before
 
 
@@ -113,10 +112,8 @@ async def test_of_several_gateways_one_sums_at_a_time_and_no_day_twice(path, mon
 
     monkeypatch.setattr(daily_totals, "lines", slowly)
     async with kept_by(path) as one, kept_by(path) as two, kept_by(path) as three:
-        running = [asyncio.ensure_future(each.run()) for each in (one, two, three)]
-        await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
-        for each in running:
-            each.cancel()
+        async with jobs.running(*((0.01, "closed days", each.catch_up) for each in (one, two, three))):
+            await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
     assert set(summed.values()) == {1}
     assert (len(summed), max(together)) == (12, 1)
 
@@ -153,9 +150,8 @@ def test_the_end_of_a_gateway_does_not_wait_for_a_sum(path, monkeypatch):
 
         async def serve_for_a_moment():
             async with kept_by(path) as days:
-                running = asyncio.ensure_future(days.run())
-                await until(began.is_set)
-                running.cancel()
+                async with jobs.running((0.01, "closed days", days.catch_up)):
+                    await until(began.is_set)
 
         began_at = time.monotonic()
         asyncio.run(serve_for_a_moment())
@@ -172,11 +168,10 @@ async def test_a_store_that_fails_is_said_once_and_tried_again(path, monkeypatch
 
     monkeypatch.setattr(background, "read", failing)
     async with kept_by(path) as days:
-        running = asyncio.ensure_future(days.run())
-        await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
-        running.cancel()
+        async with jobs.running((0.01, "closed days", days.catch_up)):
+            await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert said == ["Closed days are summed later, or by the next report: the disk is slow."]
+    assert said == ["Work on closed days is tried again: the disk is slow"]
 
 
 async def test_a_day_takes_two_short_turns_however_many_calls_it_had(tmp_path, monkeypatch):

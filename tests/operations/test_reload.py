@@ -17,6 +17,7 @@ from gateway_addon.cli.check import check
 from gateway_addon.identity.fingerprint import fingerprint
 from gateway_addon.ledger import Ledger, LedgerUnavailable, admin
 from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.operations import jobs
 from gateway_addon.operations.reload import KEY_PROBLEM, LOOK_EVERY_S, PolicyWatcher, align, audit_key, must_agree
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -36,11 +37,8 @@ def watcher(running: Running) -> PolicyWatcher:
 async def watched(running: Running):
     """The watcher of `gateway serve`, for as long as the block runs."""
     await align(running.gate.ledger, running.gate.policy, "ana")
-    watching = asyncio.ensure_future(watcher(running).watch())
-    try:
+    async with jobs.running((LOOK_EVERY_S, "the policy", watcher(running).watch)):
         yield running.folder / "policies" / "apps" / "app.yaml"
-    finally:
-        watching.cancel()
 
 
 async def ask(arguments: list[str]):

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from gateway import gateway
@@ -14,6 +15,7 @@ from ledgers import NOON, new_ledger, rows, until
 
 from gateway_addon.calls import alerts
 from gateway_addon.ledger import Alert, Ledger, LedgerUnavailable, Resolution, Standing
+from gateway_addon.operations import jobs
 from gateway_addon.operations.reload import PolicyWatcher
 from gateway_addon.operations.webhooks import AlertDelivery
 from gateway_addon.policy import Source, load
@@ -131,6 +133,7 @@ def hook(statuses=()):
 async def look_until(alert_delivery, policy, condition):
     async def looked():
         await alert_delivery.look(policy)
+        await alert_delivery.deliver(policy)
         return condition()
 
     await until(looked)
@@ -170,7 +173,6 @@ async def test_what_was_not_delivered_before_a_restart_is_delivered_after_it(tmp
     before = herald_of(ledger, "http://127.0.0.1:1/nobody-listens")
     before.emit(NEWS)
     await look_until(before, in_force, lambda: delivered(tmp_path)[0][2] >= 1)
-    await before.stop()
     assert delivered(tmp_path)[0][:2] == (0, 0)
     with hook() as (address, bodies):
         after = herald_of(ledger, address)
@@ -330,10 +332,9 @@ async def test_a_running_gateway_tells_by_itself(tmp_path, caplog):
         async with Simulator(behaviour=Behaviour(output_tokens=100)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
             delivery = herald_of(gw.gate.ledger, address)
             gw.gate.emit = delivery.emit
-            delivering = asyncio.ensure_future(delivery.run(lambda: gw.gate.policy))
-            await ask(gw)
-            await until(lambda: bodies)
-            delivering.cancel()
-            await delivery.stop()
+            look, deliver = (partial(work, gw.gate.policy) for work in (delivery.look, delivery.deliver))
+            async with jobs.running((0.02, "alerts", look), (0.02, "webhooks", deliver)):
+                await ask(gw)
+                await until(lambda: bodies)
         assert bodies[0]["scope"] == "app:app"
     assert "Alert: app app spent" in caplog.text

@@ -15,11 +15,13 @@ import anthropic
 from ledgers import new_file, until
 from mitmproxy.master import Master
 
+from gateway_addon.calls import top_ups
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.cli import init
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.identity import tokens as identity
 from gateway_addon.ledger import Ledger, admin
+from gateway_addon.operations import jobs
 from gateway_addon.policy import GatewayPolicy, Source, load
 from gateway_addon.proxy.hooks import GatewayAddon
 from gateway_addon.proxy.server import build
@@ -140,6 +142,7 @@ async def gateway(
     addon = make(gate, WatchedSecret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), clocks)
     master = build(Settings("127.0.0.1", 0, policies, url, **(settings or {})), loaded, addon)
     prepare(master)
+    streams = (top_ups.LOOK_AT_LEASE_S, "lease", gate.streams.keep_to_the_lease), (top_ups.TOP_UP_EVERY_S, "top-ups", gate.streams.keep_topped_up)
     running = asyncio.Event()
     addon.on_running = running.set
     task = asyncio.ensure_future(master.run())
@@ -147,7 +150,7 @@ async def gateway(
     port = master.addons.get("proxyserver").listen_addrs()[0][1]
     proxy = master.addons.get("proxyserver")
     try:
-        async with AsyncExitStack() as clients:
+        async with jobs.running(*streams), AsyncExitStack() as clients:
             yield Running(f"http://127.0.0.1:{port}", api, gate, addon, master, folder, tokens, clients)
     finally:
         master.shutdown()
