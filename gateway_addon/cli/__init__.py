@@ -1,5 +1,6 @@
 """The `gateway` command: one module per group of commands, imported only when its command runs."""
 
+import difflib
 import importlib
 import signal
 from typing import Any
@@ -16,6 +17,7 @@ COMMANDS = {
     "init": ("init", "write what is missing of a first policy and an empty ledger"),
     "where": ("where", "where policies, ledger and state live, and why there"),
     "check": ("check", "validate policies and prices, print what is in force"),
+    "app": ("app", "the apps: policy, caps, tokens, last calls on one screen"),
     "token": ("token", "issue, rotate, revoke and list the apps' tokens"),
     "cap": ("caps", "list caps, raise or lower one for a while, take it back"),
     "pause": ("pauses", "refuse every further call of an app, or of all"),
@@ -43,6 +45,7 @@ COMMANDS = {
     "prune": ("prune", "make daily sums of the calls of long ago"),
     "doctor": ("doctor", "prove the ledger's invariants, the key, the upstream, the clock"),
     "docs": ("docs", "the handbook, a chapter at a time"),
+    "completion": ("completion", "what a shell needs to complete commands"),
 }
 
 
@@ -59,6 +62,12 @@ class CommandGroup(click.Group):
         command: click.Command = getattr(module, name)
         return command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f"No such command {args[0]!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -72,6 +81,6 @@ class CommandGroup(click.Group):
 
 
 @click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="gateway")
+@click.version_option(__version__, "-V", "--version", prog_name="gateway")
 def main() -> None:
     """The control plane for people who run several apps on one Claude API key."""

@@ -3,6 +3,7 @@
 import getpass
 import json
 import time
+from collections.abc import Sequence
 from datetime import tzinfo
 from pathlib import Path
 from typing import Any
@@ -44,32 +45,15 @@ def list_caps(name: str | None, as_json: bool, policies: Path, ledger: str) -> N
     with admin.reading(ledger_path(ledger)) as db:
         calendar = zone(db)
         wanted = None if name is None else scope_of(name, db, found)
-        asked = [
-            Cap(scope, window, nano) for scope, caps in found.caps.items() for window, nano in (caps or {}).items() if window != "request"
-        ]
-        standings = capped(db, [each for each in asked if wanted in (None, each.scope)], now=now)
+        rows = standing_rows(db, found, now, None if wanted is None else (wanted,))
         raises = [each for each in admin.raises(db, now=now) if wanted in (None, each.scope)]
         limits = [each for each in admin.limits(db) if wanted in (None, each.scope)]
-    policy_nano = {(each.scope, each.window): each.amount_nano for each in asked}
     unread = [scope for scope, caps in found.caps.items() if caps is None and wanted in (None, scope)]
-    rows = [
-        {
-            "scope": each.scope,
-            "window": each.window,
-            "policy_nano": policy_nano[each.scope, each.window],
-            "raised_nano": each.raised_nano,
-            "limit_nano": each.limit_nano,
-            "in_force_nano": each.cap_nano,
-            "spent_nano": each.spent_nano,
-            "held_nano": each.reserved_nano,
-        }
-        for each in standings
-    ]
     if as_json:
         changes = {"raises": [each._asdict() for each in raises], "limits": [each._asdict() for each in limits]}
         click.echo(json.dumps({"caps": rows, **changes, "unread": unread}, indent=2))
         return
-    click.echo(_caps_table(rows) if rows else "No caps.")
+    click.echo(caps_table(rows) if rows else "No caps.")
     if raises or limits:
         click.echo(f"\n{_changes_table(raises, limits, calendar)}")
     if unread:
@@ -218,7 +202,27 @@ def _held_down(name: str, limit: Limit, calendar: tzinfo) -> None:
     )
 
 
-def _caps_table(rows: list[dict[str, Any]]) -> str:
+def standing_rows(db: ReadConnection, found: Outline, now: float, scopes: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Return every cap of these scopes (None: of all) with its raises and limit, and how it stands."""
+    wanted = {scope: caps or {} for scope, caps in found.caps.items() if scopes is None or scope in scopes}
+    asked = [Cap(scope, window, nano) for scope, caps in wanted.items() for window, nano in caps.items() if window != "request"]
+    policy_nano = {(each.scope, each.window): each.amount_nano for each in asked}
+    return [
+        {
+            "scope": each.scope,
+            "window": each.window,
+            "policy_nano": policy_nano[each.scope, each.window],
+            "raised_nano": each.raised_nano,
+            "limit_nano": each.limit_nano,
+            "in_force_nano": each.cap_nano,
+            "spent_nano": each.spent_nano,
+            "held_nano": each.reserved_nano,
+        }
+        for each in capped(db, asked, now=now)
+    ]
+
+
+def caps_table(rows: list[dict[str, Any]]) -> str:
     names = ("policy_nano", "raised_nano", "limit_nano", "in_force_nano", "spent_nano", "held_nano")
     cells = [
         (

@@ -183,6 +183,11 @@ def apps(db: sqlite3.Connection) -> list[str]:
     return sorted(app for (app,) in rows)
 
 
+def team_of(db: sqlite3.Connection, app: str) -> str | None:
+    """Return the team of an app under the policy last in force."""
+    return _settings(db).get(f"team:{app}") or None
+
+
 def teams(db: sqlite3.Connection) -> list[str]:
     """Return every team that an app of the policy last in force belongs to."""
     rows = db.execute("SELECT DISTINCT value FROM settings WHERE name LIKE 'team:%' AND value <> ''").fetchall()

@@ -114,6 +114,7 @@ def test_a_raise_can_take_the_limit_away_with_it(here):
         ("token list nope", "no app 'nope'"),
         ("token revoke nope", "no app 'nope'"),
         ("audit --app nope", "no app 'nope'"),
+        ("app show nope", "no app 'nope'"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(here, line, sentence):
@@ -126,6 +127,7 @@ BAD_NIGHT = [
     "cap list", "cap raise reports day 5 --until 12h", "cap withdraw 1", "cap limit reports day 1", "cap limit reports day --lift",
     "pause reports --now", "resume reports", "pause team:batch", "resume team:batch", "pause --all", "resume --all",
     "token issue reports", "token rotate reports", "token list", "token revoke reports --all", "audit --app reports",
+    "app list", "app show reports",
 ]  # fmt: skip
 
 
@@ -173,3 +175,15 @@ def test_the_audit_names_who_did_what_to_an_app(here):
     assert [line.split()[-1] for line in shown.splitlines() if "cap raise" in line] == ["launch"]
     assert "pause" not in shown
     assert len(told("audit")) > len(told("audit --app reports"))
+
+
+def test_an_apps_screen_shows_policy_caps_tokens_and_calls(here):
+    assert hold(here, DOLLAR)
+    gateway("cap limit team:batch day 3")
+    gateway("pause reports --until 2099-07-01 --why loop")
+    shown = gateway("app show reports").output
+    for part in ("reports, team batch", "may use claude-haiku-4-5", "paused (app:reports) until 2099-07-01 00:00 CEST: loop", "Tokens: 1 last used"):
+        assert part in shown
+    caps = {(each["scope"], each["window"]): (each["in_force_nano"], each["held_nano"]) for each in told("app show reports")["caps"]}
+    assert caps == {("app:reports", "day"): (10 * DOLLAR, DOLLAR), ("team:batch", "day"): (3 * DOLLAR, DOLLAR), ("total", "day"): (40 * DOLLAR, DOLLAR)}
+    assert [(each["app"], each["state"], each["tokens"]) for each in told("app list")] == [("app", "in force", 0), ("reports", "paused", 1)]

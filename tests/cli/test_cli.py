@@ -66,7 +66,21 @@ def test_the_help_of_all_fits_a_screen():
 
 def test_a_mistyped_command_is_told_from_the_right_ones():
     wrong = CliRunner().invoke(main, ["reprot"])
-    assert (wrong.exit_code, "No such command 'reprot'" in wrong.output) == (2, True)
+    assert (wrong.exit_code, "No such command 'reprot'. Did you mean 'report'?" in wrong.output) == (2, True)
+    deeper = CliRunner().invoke(main, ["cap", "rais"])
+    assert (deeper.exit_code, "Did you mean 'raise'?" in deeper.output) == (2, True)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_gets_a_completion_script(shell):
+    shown = CliRunner().invoke(main, ["completion", shell])
+    assert (shown.exit_code, "_GATEWAY_COMPLETE" in shown.stdout) == (0, True), shown.output
+
+
+def test_commands_and_versions_answer_in_short_too():
+    completed = CliRunner().invoke(main, [], prog_name="gateway", env={"_GATEWAY_COMPLETE": "bash_complete", "COMP_WORDS": "gateway ca", "COMP_CWORD": "1"})
+    assert completed.output == "plain,cap\n"
+    assert CliRunner().invoke(main, ["-V"]).output.startswith("gateway, version ")
 
 
 DECIDED = ("mode=", "mode=socks5", "ignore_hosts=.*", "allow_hosts=x", "tcp_hosts=.*", "server=false", "listen_port=1")
@@ -127,13 +141,13 @@ def test_the_environment_says_where_things_are_to_every_command_that_asks(name):
         assert options.get("--listen", "GATEWAY_LISTEN") == "GATEWAY_LISTEN"
 
 
-TABLES = {"audit", "batches", "cap list", "demo", "check", "token list", "report", "explain", "replay", "prices", "inventory", "cutover", "reconcile", "doctor"}
+TABLES = {"app list", "audit", "batches", "cap list", "demo", "check", "token list", "report", "explain", "replay", "prices", "inventory", "cutover", "reconcile", "doctor"}
 
 
 def test_what_prints_a_table_prints_json_too():
     assert {name for name, command in ALL.items() if any("--json" in param.opts for param in command.params)} >= TABLES
     importing = {name for name in COMMANDS if "tabulate" in (Path(__file__).parents[2] / f"gateway_addon/cli/{COMMANDS[name][0]}.py").read_text()}
-    assert importing - {"token", "cap"} <= TABLES, "a command that prints a table says it to programs too"
+    assert importing - {"token", "cap", "app"} <= TABLES, "a command that prints a table says it to programs too"
 
 
 @pytest.mark.parametrize("arguments", [["adjust", "99999999999999999999", "1", "--why", "x"], ["token", "revoke", "app", "--id", "99999999999999999999"]])

@@ -156,6 +156,15 @@ def _refusals(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple
     return tuple(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
 
+def refused_of(db: sqlite3.Connection, app: str, *, since: float, until: float) -> dict[str, int]:
+    """Return how many calls of an app were refused, by code, the most frequent first."""
+    counted = """
+    SELECT refusal, count(*) AS calls FROM calls WHERE app = ? AND state = 'refused' AND started_at >= ? AND started_at < ?
+    GROUP BY refusal ORDER BY calls DESC, refusal
+    """
+    return {row[0]: row[1] for row in db.execute(counted, (app, since, until)).fetchall()}
+
+
 @dataclass(frozen=True, slots=True)
 class DriftLine:
     """A drift: another model answered an app than it asked for; how often in the period, and since when at all."""

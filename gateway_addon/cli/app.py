@@ -1,0 +1,155 @@
+"""`gateway app list|show`: the apps of the policy files and of the ledger, each on one screen."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+from gateway_addon.cli.caps import caps_table, standing_rows
+from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
+from gateway_addon.cli.scopes import known_apps, must_know
+from gateway_addon.cli.times import shown
+from gateway_addon.ledger import LedgerUnavailable, Standing, admin, app_scope, scopes, state
+from gateway_addon.ledger.reports import call_detail, spending
+from gateway_addon.ledger.reports.day_cache import ReadConnection
+from gateway_addon.ledger.reservations import standing, zone
+from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.money import cents
+from gateway_addon.names import safe_name
+from gateway_addon.policy import Outline, PolicyError, load, outline
+from gateway_addon.windows import starts
+
+CALLS_SHOWN = 8
+SAY = says_errors(LedgerUnavailable, ValueError)
+
+
+@click.group(epilog="Example: gateway app show reviews")
+def app() -> None:
+    """The apps: what each has spent, may spend, and who it calls as."""
+
+
+@app.command("list", epilog="Example: gateway app list --json")
+@json_option
+@policies_option
+@ledger_option
+@SAY
+def list_apps(as_json: bool, policies: Path, ledger: str) -> None:
+    """List every app that has a policy file, a token or a call."""
+    now, found = time.time(), outline(policies)
+    with admin.reading(ledger_path(ledger)) as db:
+        calendar, names = zone(db), known_apps(db, policies)
+        paused = {each.scope for each in state.pauses(db, now)}
+        stands: dict[tuple[str, str], Standing] = {
+            (each.scope, each.window): each for each in standing(db, map(app_scope, names), (), now=now)
+        }
+        rows = [_row(name, found, stands, app_scope(name) in paused or "total" in paused, db, now) for name in names]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    elif not rows:
+        click.echo("No apps yet: gateway init writes a first one.")
+    else:
+        cells = [
+            (
+                row["app"],
+                row["state"],
+                cents(row["today_nano"]),
+                cents(row["month_nano"]),
+                row["tokens"],
+                _when(row["last_used_at"], calendar),
+            )
+            for row in rows
+        ]
+        click.echo(tabulate(cells, headers=("app", "state", "today", "this month", "tokens", "last used"), disable_numparse=True))
+
+
+@app.command("show", epilog="Example: gateway app show reviews")
+@click.argument("name", metavar="APP")
+@json_option
+@policies_option
+@ledger_option
+@SAY
+def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
+    """Show APP on one screen: policy, caps with what stands against them, tokens, what was refused this month, last calls."""
+    now, found = time.time(), outline(policies)
+    with admin.reading(ledger_path(ledger)) as db:
+        calendar = zone(db)
+        must_know(name, db, policies)
+        team = admin.team_of(db, name)
+        caps = standing_rows(db, found, now, scopes(name, team))
+        tokens = [each for each in admin.tokens(db, name) if each.refusal(now) is None]
+        pauses = [each for each in state.pauses(db, now) if each.scope in scopes(name, team)]
+        refusals = spending.refused_of(db, name, since=starts(now, calendar).month, until=now)
+        newest, _ = call_detail.search(db, call_detail.CallFilter(app=name))
+    policy, calls = _policy(name, policies), newest[:CALLS_SHOWN]
+    if as_json:
+        facts = {"app": name, "team": team, "policy": policy, "caps": caps, "refused": refusals, "pauses": [each.scope for each in pauses]}
+        listed = [{"id": each.id, "name": each.label, "issued": each.created_at, "last_used": each.last_used_at} for each in tokens]
+        last = [
+            {"id": each.id, "at": each.started_at, "model": each.model_asked, "state": each.state, "spent_nano": each.spent_nano}
+            for each in calls
+        ]
+        click.echo(json.dumps(facts | {"tokens": listed, "calls": last}, indent=2))
+        return
+    click.echo(f"{name}{f', team {team}' if team else ''}\n{policy}")
+    for each in pauses:
+        until = "until gateway resume" if each.until is None else f"until {shown(each.until, calendar)}"
+        click.echo(f"paused ({each.scope}) {until}{f': {each.why}' if each.why else ''}")
+    click.echo(f"\n{caps_table(caps)}" if caps else "\nNo caps.")
+    named = ", ".join(
+        f"{each.id}{f' ({each.label})' if each.label else ''} last used {_when(each.last_used_at, calendar)}" for each in tokens
+    )
+    click.echo(f"\nTokens: {named or f'none in force; gateway token issue {name}'}")
+    if refusals:
+        click.echo("Refused this month: " + ", ".join(f"{count:,} {code}" for code, count in refusals.items()))
+    if calls:
+        lines = [
+            (
+                each.id,
+                shown(each.started_at, calendar),
+                safe_name(each.model_asked or ""),
+                each.refusal or each.state,
+                cents(each.spent_nano),
+            )
+            for each in calls
+        ]
+        click.echo(f"\n{tabulate(lines, headers=('call', 'when', 'model', 'state', 'spent'), disable_numparse=True)}")
+
+
+def _row(
+    name: str, found: Outline, stands: dict[tuple[str, str], Standing], is_paused: bool, db: ReadConnection, now: float
+) -> dict[str, Any]:
+    scope = app_scope(name)
+    tokens = admin.tokens(db, name)
+    if is_paused:
+        condition = "paused"
+    elif scope not in found.caps:
+        condition = "no policy"
+    else:
+        condition = "broken file" if found.caps[scope] is None else "in force"
+    return {
+        "app": name,
+        "state": condition,
+        "today_nano": stands[scope, "day"].spent_nano,
+        "month_nano": stands[scope, "month"].spent_nano,
+        "tokens": sum(each.refusal(now) is None for each in tokens),
+        "last_used_at": max((each.last_used_at for each in tokens if each.last_used_at), default=None),
+    }
+
+
+def _policy(name: str, policies: Path) -> str:
+    """What the app may do, in a line; or why its file is not in force."""
+    try:
+        found = load(policies).apps.get(name)
+    except PolicyError as error:
+        return f"The policy files cannot come into force: {str(error).splitlines()[0]}"
+    if found is None:
+        return f"No policy: all its calls are refused until {policies}/apps/{name}.yaml is there."
+    features = f"; features {', '.join(found.features)}" if found.features else ""
+    return f"may use {', '.join(found.models.allow)}{features}; {found.mode}, reserve {found.reserve} ({found.file})"
+
+
+def _when(at: float | None, calendar: Any) -> str:
+    return "never" if at is None else shown(at, calendar)
