@@ -10,16 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import httpx2
 import pytest
 from click.testing import CliRunner
 from gateway import write_policies
 from processes import START_S, free_port
 
-from gateway_addon.cli import main
 from gateway_addon.cli.init import init
 from gateway_addon.operations import deploy
+from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Simulator
 
 ROOT = Path(__file__).parents[2]
@@ -86,33 +85,15 @@ async def test_the_units_commands_make_a_ledger_and_serve_until_they_are_stopped
     assert all(json.loads(line)["event"] == "log" for line in log.splitlines())
 
 
-def test_the_container_copies_what_there_is_and_runs_commands_that_exist():
-    lines = deploy.text("Containerfile").replace("\\\n", " ").splitlines()
-    instructions = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
-    copied = [words.split()[:-1] for name, words in instructions if name == "COPY"]
-    assert all((ROOT / path).exists() for paths in copied for path in paths)
-    assert [words for name, words in instructions if name == "USER"] == ["10001"]
-    shell = json.loads(next(words for name, words in instructions if name == "CMD"))
-    for typed in re.findall(r"-m gateway_addon ([^&]*)", shell[2]):
-        name, *arguments = typed.split()
-        with main.get_command(click.Context(main), name).make_context(name, arguments):
-            pass
-
-
-def test_the_container_brings_the_bytecode_of_both_its_commands(tmp_path):
-    (tmp_path / "gateway_addon").mkdir()
-    (tmp_path / "gateway_addon" / "__init__.py").touch()
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "os.py").touch()
-    [command] = re.findall(r"^RUN (python -m compileall (?:.*\\\n)*.*)", deploy.text("Containerfile"), re.MULTILINE)
-    where = re.search(r"\$\((python -c '(.+?)')\)", command)
-    assert subprocess.check_output([sys.executable, "-c", where[2]], text=True).strip() == str(Path(os.__file__).parent)
-    command = command.replace(where[0], "lib").replace("python -m", f"{shlex.quote(sys.executable)} -m")
-    done = subprocess.run(["sh", "-ec", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    version = f"cpython-{sys.version_info.major}{sys.version_info.minor}"
-    made = {path.name for path in tmp_path.rglob("*.pyc")}
-    assert made == {f"{name}.{version}{kind}.pyc" for name in ("__init__", "os") for kind in ("", ".opt-1")}
+def test_a_stop_waits_longer_than_calls_in_flight_may_take(tmp_path):
+    """Else the calls are cut that a drain would have let end. `podman stop` alone would wait ten seconds."""
+    write_policies(tmp_path, "https://api.anthropic.com", {}, "")
+    drain_s = load(tmp_path).timeouts.drain_s
+    unit, compose, container = (deploy.text(name) for name in ("gateway.service", "compose.yaml", "Containerfile"))
+    waits = [*re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.M), re.search(r"&gateway\n(?:  .*\n)*?  stop_grace_period: (\d+)s", compose)[1]]
+    waits += re.findall(r"podman run .*--stop-timeout (\d+)", container)
+    assert len(waits) == 3
+    assert all(int(wait_s) > drain_s + 10 for wait_s in waits)
 
 
 @pytest.mark.parametrize("option", ["--systemd", "--container", "--compose", "--nginx"])
