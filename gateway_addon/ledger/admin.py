@@ -79,15 +79,15 @@ def changing(path: Path | ServerAddress) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(path: Path | ServerAddress, beat: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
+def reading(path: Path | ServerAddress, tick: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
     """Open a connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable.
 
-    A long statement on a file calls `beat` some times a second, and can be ended by Ctrl-C in between. An older version's ledger is
+    A long statement on a file calls `tick` some times a second, and can be ended by Ctrl-C in between. An older version's ledger is
     brought up to date first, unless it is wanted `as_it_is`.
     """
 
     def step() -> int:
-        beat()
+        tick()
         return 0
 
     if isinstance(path, ServerAddress):

@@ -23,14 +23,14 @@ async def read[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connectio
     """Run a read of one moment of the ledger. Raises LedgerUnavailable."""
 
     def whole(gone: IsStopped) -> T:
-        def beat() -> None:
+        def tick() -> None:
             if gone():
                 raise asyncio.CancelledError
 
-        with admin.reading(place, beat) as db:
+        with admin.reading(place, tick) as db:
             return work(db)
 
-    return await _apart(whole)
+    return await _in_thread(whole)
 
 
 async def change[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -43,10 +43,10 @@ async def change[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connect
         with admin.changing(place) as db:
             return work(db)
 
-    return await _apart(whole)
+    return await _in_thread(whole)
 
 
-async def _apart[T](work: Callable[[IsStopped], T]) -> T:
+async def _in_thread[T](work: Callable[[IsStopped], T]) -> T:
     """Run work in a thread of its own: the end of the loop would wait for the loop's threads."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -63,5 +63,5 @@ async def _apart[T](work: Callable[[IsStopped], T]) -> T:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(emit, answer)
 
-    threading.Thread(target=run, name="ledger-apart", daemon=True).start()
+    threading.Thread(target=run, name="ledger-background", daemon=True).start()
     return await future

@@ -262,8 +262,8 @@ def close(
 
     `anyway`: the reason (of `LOST`) why they will never come: settle at the held amount, `estimated`. `flags`: oddities in them.
     """
-    call_id, requests, said, request_id, is_open = db.execute(CLOSING, (id,)).fetchone()
-    flags = tuple(dict.fromkeys((*str(said).split(), *flags)))
+    call_id, requests, flags_before, request_id, is_open = db.execute(CLOSING, (id,)).fetchone()
+    flags = tuple(dict.fromkeys((*str(flags_before).split(), *flags)))
     whole = db.execute(READ, (call_id,)).fetchone()[0] == requests
     if not whole and anyway is None:
         return None
@@ -282,12 +282,12 @@ def close(
 
 def _correct(db: sqlite3.Connection, call_id: int, settlement: Settlement, now: float) -> None:
     """Correct a call that was settled at its held amount to the sum of its results, by an extra entry, once."""
-    for said, settled_nano, spent_nano in db.execute(SETTLED_AT, (call_id,)).fetchall():
-        if not _is_lost(said) or settlement.cost_nano is None:
+    for flags_before, settled_nano, spent_nano in db.execute(SETTLED_AT, (call_id,)).fetchall():
+        if not _is_lost(flags_before) or settlement.cost_nano is None:
             return
         db.execute(CORRECT, (call_id, now, settlement.cost_nano - spent_nano))
         outcome = settlement.outcome
-        kept = (flag for flag in said.split() if not flag.startswith("estimated"))
+        kept = (flag for flag in flags_before.split() if not flag.startswith("estimated"))
         flags = " ".join(dict.fromkeys((*kept, *outcome.flags, "corrected")))
         db.execute(CORRECTED, (flags, outcome.model_served, outcome.price_rows, call_id))
         db.execute("DELETE FROM usage WHERE call_id = ?", (call_id,))

@@ -74,9 +74,9 @@ class Ledger:
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, _Held] = {}
-        self._line = CommitQueue(store)
+        self._commit_queue = CommitQueue(store)
         self._letting_go = False
-        self._heart: asyncio.Future[None] | None = None
+        self._heartbeat: asyncio.Future[None] | None = None
 
     @classmethod
     async def open(cls, url: str, *, create: bool = False, timeout_s: float = TIMEOUT_S, now: float | None = None) -> Self:
@@ -90,12 +90,12 @@ class Ledger:
         ledger = cls(path, _store(path, timeout_s), timeout_s)
         if not ledger._store.near:
             sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
-        ledger._line.start()
+        ledger._commit_queue.start()
         try:
             if ledger._store.heartbeat_s:
                 await ledger.ready()  # only the server knows which ledger this is, and so which journals are its own
             await ledger.sweep(now=time.time() if now is None else now)
-            ledger._heart = asyncio.ensure_future(ledger._beat()) if ledger._store.heartbeat_s else None
+            ledger._heartbeat = asyncio.ensure_future(ledger._keep_alive()) if ledger._store.heartbeat_s else None
         except BaseException:
             await ledger.close()
             raise
@@ -103,9 +103,9 @@ class Ledger:
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Write the waiting operations, then close. The next sweep settles the calls that are open then."""
-        if self._heart is not None:
-            self._heart.cancel()
-        if not await self._line.stop(timeout_s):
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        if not await self._commit_queue.stop(timeout_s):
             kept = self._store.journal
             then = f"writes them from {kept}" if kept is not None else "settles these calls at what they hold"
             log.error("the ledger %s did not take the last settlements; the next start %s", self._store, then)
@@ -313,7 +313,7 @@ class Ledger:
         """Return the ledger's time: the server's clock, not each machine's, decides which day a call belongs to."""
         return now + self._store.skew_s
 
-    async def _beat(self) -> None:
+    async def _keep_alive(self) -> None:
         """Renew this process's lease again and again, and settle the open calls of dead processes."""
         while True:
             await asyncio.sleep(self._store.heartbeat_s or 0)
@@ -327,13 +327,13 @@ class Ledger:
 
     async def _ask(self, rank: int, apply: Change, scopes: frozenset[str] = frozenset(), instead: Change | None = None) -> object:
         future: asyncio.Future[object] = self._loop.create_future()
-        emit = partial(self._tell, future)
-        self._line.put(Operation(apply, rank, scopes, instead=instead, wanted=lambda: not future.done(), emit=emit))
+        emit = partial(self._set_answer, future)
+        self._commit_queue.put(Operation(apply, rank, scopes, instead=instead, wanted=lambda: not future.done(), emit=emit))
         too_late = self._loop.call_later(self._timeout_s, self._give_up, future)
         try:
             return await future
         except asyncio.CancelledError:
-            self._disown(future)
+            self._undo_unreceived(future)
             raise
         finally:
             too_late.cancel()
@@ -343,7 +343,7 @@ class Ledger:
             sentence = f"the ledger {self._store} did not answer within {self._timeout_s:g} s: it is slow or another process holds it"
             future.set_exception(LedgerUnavailable(sentence))
 
-    def _disown(self, future: asyncio.Future[object]) -> None:
+    def _undo_unreceived(self, future: asyncio.Future[object]) -> None:
         """Undo an answer whose caller was cancelled in the instant in which it came."""
         if future.done() and not future.cancelled() and future.exception() is None:
             self._give_back(future.result())
@@ -351,19 +351,19 @@ class Ledger:
     def _lasting(self, apply: Change, scopes: frozenset[str], record: RecordedEnd | None = None) -> asyncio.Future[object]:
         future: asyncio.Future[object] = self._loop.create_future()
         instead = partial(_end_unstorable, ending=record) if record and record.kind == "settle" else None
-        emit = partial(self._tell, future)
-        self._line.put(Operation(apply, RESOLVE, scopes, lasting=True, patient=True, instead=instead, record=record, emit=emit))
+        emit = partial(self._set_answer, future)
+        self._commit_queue.put(Operation(apply, RESOLVE, scopes, lasting=True, may_linger=True, instead=instead, record=record, emit=emit))
         return future
 
     def _record(self, apply: Change, *scopes: str) -> None:
-        full = self._line.waiting >= BACKLOG_MAX
+        full = self._commit_queue.waiting >= BACKLOG_MAX
         if full and not self._letting_go:
             log.error("the ledger %s is behind: refused and free calls are not recorded until it catches up", self._store)
         self._letting_go = full
         if not full:
-            self._line.put(Operation(apply, RECORD, frozenset(scopes), patient=True))
+            self._commit_queue.put(Operation(apply, RECORD, frozenset(scopes), may_linger=True))
 
-    def _tell(self, future: asyncio.Future[object], answer: object) -> None:
+    def _set_answer(self, future: asyncio.Future[object], answer: object) -> None:
         if future.done():
             self._give_back(answer)
         elif isinstance(answer, Exception):

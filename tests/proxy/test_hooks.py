@@ -123,7 +123,7 @@ async def test_a_gateway_is_ready_while_its_ledger_takes_writes_and_it_takes_cal
 
 async def test_the_ledger_is_asked_once_a_second_however_many_ask_whether_it_is_ready(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
-        before = gw.gate.ledger._line.writer._commits
+        before = gw.gate.ledger._commit_queue.writer._commits
         answers = [await http.get("/gateway/readyz") for _ in range(20)]
         assert {answer.status_code for answer in answers} == {200}
-        assert gw.gate.ledger._line.writer._commits - before <= 3
+        assert gw.gate.ledger._commit_queue.writer._commits - before <= 3

@@ -139,7 +139,7 @@ def die(journal: Journal) -> None:
 def reconnect(ledger):
     """Make the writer open a new connection on its next turn. The old one is let go of, not closed: a commit may still be at work on it,
     though what it wrote can be read already."""
-    ledger._line.writer._db = None
+    ledger._commit_queue.writer._db = None
 
 
 async def until(condition, seconds=20):

@@ -25,11 +25,11 @@ class Store:
         self._fails, self._commits, self._begun = iter(fails), 0, []
         self.in_transaction = False
 
-    still = hang_up = close = lambda self: None
+    must_be_unchanged = close_writer = close = lambda self: None
     connect = lambda self: self  # noqa: E731
     turn = lambda self: nullcontext()  # noqa: E731
 
-    def turn_now(self):
+    def try_turn(self):
         return (lambda: None) if next(self._free, True) else None
 
     def begin(self, db, scopes):

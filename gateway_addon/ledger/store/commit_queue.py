@@ -57,18 +57,18 @@ class CommitQueue:
             return
         self._waiting.append(operation)
         if self._thread == "rests":
-            self._plan(operation.patient)
+            self._plan(operation.may_linger)
 
     # from the loop to the thread
 
-    def _plan(self, patient: bool) -> None:
+    def _plan(self, may_linger: bool) -> None:
         """Plan the next batch: soon if a caller waits for it, else a moment later."""
-        if self._soon or (patient and self._beginning is not None):
+        if self._soon or (may_linger and self._beginning is not None):
             return
         if self._beginning is not None:
             self._beginning.cancel()
-        self._soon = not patient
-        if patient:
+        self._soon = not may_linger
+        if may_linger:
             self._beginning = self._loop.call_later(LINGER_S, self._begin)
         else:
             self._beginning = self._loop.call_soon(self._gather, 0, self._loop.time() + GATHER_S)
@@ -86,12 +86,12 @@ class CommitQueue:
         self._waiting = [operation for operation in self._waiting if operation.lasting or operation.wanted()]
         if not self._waiting:
             return
-        leave = self.writer.turn_now()
-        if leave is None and tries < TRIES:  # another process's turn is short; the thread would have to get in line for it
+        release_turn = self.writer.try_turn()
+        if release_turn is None and tries < TRIES:  # another process's turn is short; the thread would have to get in line for it
             self._beginning, self._soon = self._loop.call_later(TRY_S, self._begin, tries + 1), True
             return
         batch, self._waiting = self._waiting[:BATCH_MAX], self._waiting[BATCH_MAX:]
-        begun = self.writer.begin(batch, leave) if leave is not None else None
+        begun = self.writer.begin(batch, release_turn) if release_turn is not None else None
         self._thread = "commits"
         for work in batch if begun is None else [begun]:
             self._hand_over(work)
@@ -116,17 +116,17 @@ class CommitQueue:
         if not answers and not self._begins_here:
             return
         try:
-            self._loop.call_soon_threadsafe(self._hear, answers, dealt_with)
+            self._loop.call_soon_threadsafe(self._receive, answers, dealt_with)
         except RuntimeError:
             log.debug("the loop ended before %d answers of the ledger", len(answers))
 
-    def _hear(self, answers: Sequence[Written], dealt_with: int | None) -> None:
+    def _receive(self, answers: Sequence[Written], dealt_with: int | None) -> None:
         for answer in answers:
             answer.operation.emit(answer.value)
         if dealt_with == self._given and self._begins_here:
             self._thread = "rests"
             if self._waiting:
-                self._plan(all(operation.patient for operation in self._waiting))
+                self._plan(all(operation.may_linger for operation in self._waiting))
         elif self.writer.failing and self._thread == "commits":
             self._to_the_thread()
 

@@ -70,13 +70,13 @@ class Store(Protocol):
     def connect(self) -> sqlite3.Connection:
         """Open the writer thread's connection, with this process entered as an owner. Raises `errors`, LedgerUnavailable."""
 
-    def still(self) -> None:
+    def must_be_unchanged(self) -> None:
         """Raise LedgerUnavailable unless this is the ledger that was opened."""
 
     def turn(self) -> AbstractContextManager[None]:
         """Take the writer's turn among the processes, before `begin`."""
 
-    def turn_now(self) -> Callable[[], None] | None:
+    def try_turn(self) -> Callable[[], None] | None:
         """Take the turn if it is free. Return the function that releases it, or None (always, on a server)."""
 
     def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
@@ -112,7 +112,7 @@ class Store(Protocol):
     def is_busy(self, error: Exception) -> bool:
         """Return whether another process held a lock: try again as long as a caller waits."""
 
-    def hang_up(self) -> None:
+    def close_writer(self) -> None:
         """Close the writer's locks, when its thread has ended."""
 
     async def close(self) -> None:

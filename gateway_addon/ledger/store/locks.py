@@ -45,7 +45,7 @@ class Turnstile:
         finally:
             self._leave()
 
-    def turn_now(self) -> Callable[[], None] | None:
+    def try_turn(self) -> Callable[[], None] | None:
         """Take the turn if it is free and nobody is ahead. Return the function that releases it, or None."""
         if not _free(self._turn):
             return None

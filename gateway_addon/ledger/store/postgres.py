@@ -205,13 +205,13 @@ class ServerStore:
     def unwritten_journals(self) -> AbstractContextManager[Sequence[LeftJournal]]:
         return unwritten_journals(self._unwritten)
 
-    def still(self) -> None:
+    def must_be_unchanged(self) -> None:
         """Check nothing: a server is the one at its address."""
 
     def turn(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def turn_now(self) -> None:
+    def try_turn(self) -> None:
         return None
 
     def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
@@ -279,13 +279,13 @@ class ServerStore:
     def is_busy(self, error: Exception) -> bool:
         return is_busy(error)
 
-    def hang_up(self) -> None:
+    def close_writer(self) -> None:
         """Do nothing: no lock is held between transactions."""
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._goodbye)
+        await asyncio.to_thread(self._end_lease)
 
-    def _goodbye(self) -> None:
+    def _end_lease(self) -> None:
         """End the lease: other processes settle the calls that are still open."""
         self._pool.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -62,8 +62,8 @@ class FileStore:
             raise
         return db
 
-    def still(self) -> None:
-        sqlite_files.still(self.path, self._known)
+    def must_be_unchanged(self) -> None:
+        sqlite_files.must_be_unchanged(self.path, self._known)
 
     def unwritten_journals(self) -> AbstractContextManager[tuple[()]]:
         return nullcontext(())
@@ -71,8 +71,8 @@ class FileStore:
     def turn(self) -> AbstractContextManager[None]:
         return self._turnstile.turn()
 
-    def turn_now(self) -> Callable[[], None] | None:
-        return self._turnstile.turn_now()
+    def try_turn(self) -> Callable[[], None] | None:
+        return self._turnstile.try_turn()
 
     def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
         db.execute("BEGIN IMMEDIATE")
@@ -100,7 +100,7 @@ class FileStore:
 
     async def read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            self.still()
+            self.must_be_unchanged()
             if self._reader is None:
                 self._reader = sqlite_files.reader_connection(self.path, wait_ms=0)
             return read(self._reader)
@@ -117,7 +117,7 @@ class FileStore:
     def is_busy(self, error: Exception) -> bool:
         return sqlite_files.is_busy(error)
 
-    def hang_up(self) -> None:
+    def close_writer(self) -> None:
         self._turnstile.close()
 
     async def close(self) -> None:

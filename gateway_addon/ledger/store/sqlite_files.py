@@ -126,7 +126,7 @@ def identity(path: Path) -> Identity:
     return status.st_dev, status.st_ino
 
 
-def still(path: Path, known: Identity) -> None:
+def must_be_unchanged(path: Path, known: Identity) -> None:
     """Raise LedgerUnavailable unless the file is the one that was opened: two ledgers would know half of the spending each."""
     try:
         status = os.stat(path)

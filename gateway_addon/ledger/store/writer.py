@@ -46,7 +46,7 @@ class Operation:
     recorded: bool = False
     wanted: Callable[[], bool] = lambda: True
     """Return False once nobody waits for the answer: the operation is then left out."""
-    patient: bool = False
+    may_linger: bool = False
     """True if nobody waits for the answer: it may linger for a moment, to share another operation's commit."""
     emit: Callable[[object], None] = lambda answer: None
     """Take the answer or the exception, on the thread that `deliver` chose."""
@@ -62,7 +62,7 @@ class BegunCommit(NamedTuple):
 
     db: sqlite3.Connection
     answers: list[Written]
-    leave: Callable[[], None]
+    release_turn: Callable[[], None]
 
 
 type Deliver = Callable[[Sequence[Written], int | None], None]
@@ -110,25 +110,25 @@ class Writer:
         """Return the number of operations not yet taken up."""
         return self._queue.qsize()
 
-    def turn_now(self) -> Callable[[], None] | None:
+    def try_turn(self) -> Callable[[], None] | None:
         """Take a turn for `begin`, if one is free and the thread is idle. Return the function that releases it, or None."""
         try:
-            return self._store.turn_now() if self._db is not None else None
+            return self._store.try_turn() if self._db is not None else None
         except self._store.errors:
             log.debug("the turn could not be asked for; the writer's thread will say why", exc_info=True)
             return None
 
-    def begin(self, operations: Sequence[Operation], leave: Callable[[], None]) -> BegunCommit | None:
-        """Run a batch's statements at once, in a turn of `turn_now`; `put` the result next.
+    def begin(self, operations: Sequence[Operation], release_turn: Callable[[], None]) -> BegunCommit | None:
+        """Run a batch's statements at once, in a turn of `try_turn`; `put` the result next.
 
         None where that fails: the turn is then released, and the batch is to go to the thread.
         """
         assert self._db is not None
         try:
-            self._store.still()
-            return BegunCommit(self._db, self._statements(self._db, sorted(operations, key=_rank), _here), leave)
+            self._store.must_be_unchanged()
+            return BegunCommit(self._db, self._statements(self._db, sorted(operations, key=_rank), _here), release_turn)
         except BaseException as error:
-            leave()
+            release_turn()
             if not isinstance(error, Exception):
                 raise
             log.debug("a batch could not begin on the loop; the writer's thread takes it over", exc_info=True)
@@ -157,13 +157,13 @@ class Writer:
                 continue
             if kept or self._failures:
                 self._record(kept + arrived)
-            kept = self._one_by_one(apart(kept + arrived, self._store.scopes_max))
+            kept = self._one_by_one(disjoint_groups(kept + arrived, self._store.scopes_max))
             if not kept and self._store.journal is not None:
                 self._store.journal.clear()
             if not kept and not self._failures and self._doubt is None and self._queue.empty():
                 self._deliver((), self._taken)
         self._disconnect()
-        self._store.hang_up()
+        self._store.close_writer()
 
     def _take(self, wait_s: float | None) -> tuple[list[Operation], bool]:
         """Take the waiting operations, at most a batch; wait for the first, then a moment for others to share its commit.
@@ -173,7 +173,7 @@ class Writer:
         taken: list[Operation] = []
         stop = self._drain(taken, wait_s)
         linger_until = time.monotonic() + LINGER_S
-        while taken and not stop and all(each.patient for each in taken) and (left_s := linger_until - time.monotonic()) > 0:
+        while taken and not stop and all(each.may_linger for each in taken) and (left_s := linger_until - time.monotonic()) > 0:
             stop = self._drain(taken, left_s)
         if len(taken) >= CROWD and not stop:
             time.sleep(GATHER_S)
@@ -238,14 +238,14 @@ class Writer:
             try:
                 self._make_durable(begun.db, begun.answers)
             finally:
-                begun.leave()
+                begun.release_turn()
         except self._store.errors as error:
             return self._failed([answer.operation for answer in begun.answers], error)
         self._deliver(begun.answers, self._taken)
         return []
 
     def _connection(self) -> sqlite3.Connection:
-        self._store.still()
+        self._store.must_be_unchanged()
         if self._db is None:
             self._db = self._store.connect()
         return self._db
@@ -315,11 +315,11 @@ class Writer:
         self._disconnect()
         if self._store.is_busy(error):
             return operations
-        told = error if isinstance(error, LedgerUnavailable) else self._store.unavailable(error)
+        answer = error if isinstance(error, LedgerUnavailable) else self._store.unavailable(error)
         if self._failures == 0:
-            log.error("%s", told)
+            log.error("%s", answer)
         self._failures += 1
-        self._deliver([Written(each, told) for each in operations if not each.lasting], None)
+        self._deliver([Written(each, answer) for each in operations if not each.lasting], None)
         time.sleep(0.01)  # a failing store must not be asked as fast as a processor can ask
         return [each for each in operations if each.lasting]
 
@@ -331,7 +331,7 @@ class Writer:
                 each.recorded = True
 
 
-def apart(operations: list[Operation], scopes_max: int | None) -> list[list[Operation]]:
+def disjoint_groups(operations: list[Operation], scopes_max: int | None) -> list[list[Operation]]:
     """Group the operations so that no two groups share a scope and each has at most `scopes_max` scopes (None: one group).
 
     The groups are as few as possible, in the order of their names: two gateways with the same apps then follow each other.

@@ -1,4 +1,4 @@
-"""The line from the loop to the writer's thread: what begins where, and that nothing is lost, told twice or waited for on the way."""
+"""The queue from the loop to the writer's thread: what begins where, and that nothing is lost, told twice or waited for on the way."""
 
 import asyncio
 import fcntl
@@ -21,11 +21,11 @@ from gateway_addon.ledger.store.writer import BegunCommit, Operation
 
 
 class Asked:
-    """An operation that notes on which thread it ran, and what it was told."""
+    """An operation that notes on which thread it ran, and its answers."""
 
-    def __init__(self, store, name="row", *, lasting=False, wanted=lambda: True, patient=False):
-        self.told, self.threads, self.name, self._store = [], [], name, store
-        self.operation = Operation(self._apply, 0, lasting=lasting, patient=patient, wanted=wanted, emit=self.told.append)
+    def __init__(self, store, name="row", *, lasting=False, wanted=lambda: True, may_linger=False):
+        self.answers, self.threads, self.name, self._store = [], [], name, store
+        self.operation = Operation(self._apply, 0, lasting=lasting, may_linger=may_linger, wanted=wanted, emit=self.answers.append)
 
     def _apply(self, db):
         self.threads.append(threading.current_thread())
@@ -34,110 +34,110 @@ class Asked:
         return "written"
 
     async def answer(self):
-        await until(lambda: self.told)
-        return self.told[0]
+        await until(lambda: self.answers)
+        return self.answers[0]
 
 
 @contextmanager
-def handed_over(line):
+def handed_over(queue):
     """Record the kinds of work that the thread is given meanwhile."""
-    given, put = [], line.writer.put
-    line.writer.put = lambda work: (given.append(type(work)), put(work))
+    given, put = [], queue.writer.put
+    queue.writer.put = lambda work: (given.append(type(work)), put(work))
     yield given
-    line.writer.put = put
+    queue.writer.put = put
 
 
 async def ready(store):
-    """A line whose thread has a connection and rests."""
-    line = CommitQueue(store)
-    line.start()
+    """A queue whose thread has a connection and rests."""
+    queue = CommitQueue(store)
+    queue.start()
     first = Asked(store, "first")
-    line.put(first.operation)
+    queue.put(first.operation)
     await first.answer()
-    await until(lambda: line._thread == "rests")
-    return line
+    await until(lambda: queue._thread == "rests")
+    return queue
 
 
 @pytest.mark.parametrize("count", [1, 30])
 async def test_operations_of_one_turn_are_handed_over_once(count):
     """Their statements have run on the loop."""
     store = Store(scopes_max=None)
-    line = await ready(store)
-    with handed_over(line) as given:
+    queue = await ready(store)
+    with handed_over(queue) as given:
         every = [Asked(store, f"{number}") for number in range(count)]
         for asked in every:
-            line.put(asked.operation)
+            queue.put(asked.operation)
         assert await asyncio.gather(*(asked.answer() for asked in every)) == ["written"] * count
     assert given == [BegunCommit]
     assert [asked.threads for asked in every] == [[threading.main_thread()]] * count
-    assert await line.stop(5)
+    assert await queue.stop(5)
 
 
 async def test_an_operation_nobody_waits_for_lingers_to_share_a_commit():
     """It is written by itself if no other comes."""
     store = Store(scopes_max=None)
-    line = await ready(store)
-    with handed_over(line) as given:
-        settled, reserved = Asked(store, "settled", lasting=True, patient=True), Asked(store, "reserved")
-        line.put(settled.operation)
+    queue = await ready(store)
+    with handed_over(queue) as given:
+        settled, reserved = Asked(store, "settled", lasting=True, may_linger=True), Asked(store, "reserved")
+        queue.put(settled.operation)
         await asyncio.sleep(0)
         assert given == []
-        line.put(reserved.operation)
+        queue.put(reserved.operation)
         await asyncio.gather(settled.answer(), reserved.answer())
         assert given == [BegunCommit]
-        alone = Asked(store, "alone", lasting=True, patient=True)
-        line.put(alone.operation)
+        alone = Asked(store, "alone", lasting=True, may_linger=True)
+        queue.put(alone.operation)
         await alone.answer()
     assert given == [BegunCommit, BegunCommit]
-    last = Asked(store, "last", lasting=True, patient=True)
-    line.put(last.operation)
-    assert await line.stop(5)
+    last = Asked(store, "last", lasting=True, may_linger=True)
+    queue.put(last.operation)
+    assert await queue.stop(5)
     assert store.rows == ["first", "settled", "reserved", "alone", "last"]
 
 
 async def test_what_its_caller_has_left_before_it_began_is_not_written():
     store = Store(scopes_max=None)
-    line = await ready(store)
+    queue = await ready(store)
     left = Asked(store, "left", wanted=lambda: False)
-    line.put(left.operation)
+    queue.put(left.operation)
     lasting = Asked(store, "lasting", wanted=lambda: False, lasting=True)
-    line.put(lasting.operation)
+    queue.put(lasting.operation)
     await lasting.answer()
-    assert await line.stop(5)
-    assert (store.rows, left.told, left.threads) == (["first", "lasting"], [], [])
+    assert await queue.stop(5)
+    assert (store.rows, left.answers, left.threads) == (["first", "lasting"], [], [])
 
 
 async def test_after_a_failed_commit_the_thread_answers_all():
     """In the thread's hands a failure is told at once, and what must last is kept until it is written."""
     store = Store("", "down", "down", scopes_max=None)
-    line = await ready(store)
+    queue = await ready(store)
     gone, kept = Asked(store, "gone"), Asked(store, "kept", lasting=True)
-    line.put(gone.operation)
-    line.put(kept.operation)
+    queue.put(gone.operation)
+    queue.put(kept.operation)
     await asyncio.sleep(0)
     while_it_commits = Asked(store, "while it commits")
-    line.put(while_it_commits.operation)
+    queue.put(while_it_commits.operation)
     assert isinstance(await gone.answer(), LedgerUnavailable)
     assert isinstance(await while_it_commits.answer(), LedgerUnavailable)
     assert await kept.answer() == "written"
-    await until(lambda: line._thread == "rests")
+    await until(lambda: queue._thread == "rests")
     again = Asked(store, "again")
-    line.put(again.operation)
+    queue.put(again.operation)
     assert await again.answer() == "written"
-    assert await line.stop(5)
+    assert await queue.stop(5)
     assert store.rows == ["first", "kept", "again"]
 
 
 async def test_the_thread_rests_only_once_all_its_work_is_done():
     """The thread's report that it rests may cross new work: the connection would be used from both sides."""
-    line = CommitQueue(Store(free=[False], scopes_max=None))
+    queue = CommitQueue(Store(free=[False], scopes_max=None))
     asked = Asked(Store(), "on its way")
-    line._to_the_thread()
-    line.put(asked.operation)
-    line._hear((), 0)
-    assert line._thread == "works"
-    line._hear((), 1)
-    assert line._thread == "rests"
+    queue._to_the_thread()
+    queue.put(asked.operation)
+    queue._receive((), 0)
+    assert queue._thread == "works"
+    queue._receive((), 1)
+    assert queue._thread == "rests"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -147,17 +147,17 @@ async def test_every_operation_gets_one_true_answer_whatever_fails(seed):
     fails = [chance.choice(["", "", "", "down", "carried out"]) for _ in range(40)]
     free = [chance.random() < 0.7 for _ in range(40)]
     store = Store(*fails, scopes_max=None, free=free)
-    line = CommitQueue(store)
-    line.start()
-    every = [Asked(store, f"{number}", lasting=chance.random() < 0.5, patient=chance.random() < 0.3) for number in range(40)]
+    queue = CommitQueue(store)
+    queue.start()
+    every = [Asked(store, f"{number}", lasting=chance.random() < 0.5, may_linger=chance.random() < 0.3) for number in range(40)]
     for asked in every:
-        line.put(asked.operation)
+        queue.put(asked.operation)
         await asyncio.sleep(chance.choice([0, 0, 0.001, 0.012]))
-    assert await line.stop(20)
-    assert [len(asked.told) for asked in every if asked.operation.lasting] == [1] * sum(asked.operation.lasting for asked in every)
+    assert await queue.stop(20)
+    assert [len(asked.answers) for asked in every if asked.operation.lasting] == [1] * sum(asked.operation.lasting for asked in every)
     assert len(store.rows) == len(set(store.rows)), "written twice"
     for asked in every:
-        said = [answer for answer in asked.told if answer == "written"]
+        said = [answer for answer in asked.answers if answer == "written"]
         assert len(said) <= 1
         if asked.operation.lasting or said:
             assert (asked.name in store.rows) == bool(said)
@@ -194,15 +194,15 @@ async def test_the_loop_goes_round_while_another_holds_the_ledger(tmp_path, hold
     path = tmp_path / "gateway.db"
     sqlite_files.create(path)
     store = FileStore(path)
-    line = await ready(store)
+    queue = await ready(store)
     asked = Asked(store)
     with holding(path):
-        line.put(asked.operation)
+        queue.put(asked.operation)
         pause_s, _ = await longest_pause_s(asyncio.sleep(0.3))
-        assert asked.told == []
+        assert asked.answers == []
     pause_too_s, answer = await longest_pause_s(asked.answer())
     assert answer == "written"
     assert max(pause_s, pause_too_s) < 0.2
-    await until(lambda: line._thread == "rests")  # and the thread gives it back
-    assert await line.stop(5)
+    await until(lambda: queue._thread == "rests")  # and the thread gives it back
+    assert await queue.stop(5)
     await store.close()

@@ -17,7 +17,7 @@ from gateway import gateway
 from ledgers import CALL, DAY_CAP, NOON, balance, die, rows, until, url
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin
-from gateway_addon.ledger import ledger as facade
+from gateway_addon.ledger import ledger as ledger_module
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import postgres
 from gateway_addon.ledger.store.journal import Journal
@@ -195,7 +195,7 @@ async def test_a_home_that_cannot_be_written_is_said_at_the_start(place, monkeyp
 @pytest.fixture
 def short_lease(monkeypatch):
     monkeypatch.setattr(postgres, "LEASE_S", 2.5)
-    monkeypatch.setattr(facade, "CUT_AHEAD_S", 0.8)
+    monkeypatch.setattr(ledger_module, "CUT_AHEAD_S", 0.8)
 
 
 async def stream(gw, **simulate):

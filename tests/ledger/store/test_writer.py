@@ -4,7 +4,7 @@ import pytest
 from stores import Store
 
 from gateway_addon.ledger.store.interface import EVERYTHING
-from gateway_addon.ledger.store.writer import Operation, Writer, apart
+from gateway_addon.ledger.store.writer import Operation, Writer, disjoint_groups
 
 
 def scoped(*scopes):
@@ -27,12 +27,12 @@ def scoped(*scopes):
 )
 def test_a_commit_locks_few_scopes_and_no_two_commits_share_one(scopes, scopes_max, groups):
     operations = [scoped(*each.split()) for each in scopes]
-    assert [[" ".join(sorted(each.scopes)) for each in group] for group in apart(operations, scopes_max)] == groups
+    assert [[" ".join(sorted(each.scopes)) for each in group] for group in disjoint_groups(operations, scopes_max)] == groups
 
 
 def written(store, *names, broken=()):
     """Give a writer operations, a name each and a scope of that name; in capitals they are lasting. Returns what each was told."""
-    told = {name: [] for name in names}
+    outcomes = {name: [] for name in names}
 
     def apply(name):
         if name in broken:
@@ -46,10 +46,10 @@ def written(store, *names, broken=()):
     writer = Writer(store, deliver)
     for name in names:
         scopes, write = frozenset((name.lower(),)), (lambda db, name=name: apply(name))
-        writer.put(Operation(write, 0, scopes, lasting=name.isupper(), emit=told[name].append))
+        writer.put(Operation(write, 0, scopes, lasting=name.isupper(), emit=outcomes[name].append))
     writer.start()
     assert writer.stop(5)
-    return {name: ["written" if answer is None else type(answer).__name__ for answer in answers] for name, answers in told.items()}
+    return {name: ["written" if answer is None else type(answer).__name__ for answer in answers] for name, answers in outcomes.items()}
 
 
 def test_each_group_is_told_of_its_own_commit():
@@ -67,16 +67,16 @@ def test_a_failing_store_is_tried_once_more_for_all_the_rest():
 @pytest.mark.parametrize("doubt", ["carried out", "not carried out"])
 def test_a_commit_in_doubt_among_several_writes_nothing_twice(doubt):
     store = Store("", doubt)
-    told = written(store, "A", "B", "C")
+    outcomes = written(store, "A", "B", "C")
     assert sorted(store.rows) == ["A", "B", "C"]
-    assert told == {name: ["written"] for name in "ABC"}
+    assert outcomes == {name: ["written"] for name in "ABC"}
 
 
 @pytest.mark.parametrize("fails", [(), ("", "down"), ("", "", "carried out")])
 def test_a_broken_operation_breaks_alone_even_if_the_store_fails(fails):
     """An operation that was written alone before the store failed is not written again."""
     store = Store(*fails, scopes_max=None)
-    told = written(store, "A", "b", "C", broken="b")
+    outcomes = written(store, "A", "b", "C", broken="b")
     assert sorted(store.rows) == ["A", "C"]
-    assert told["A"] == told["C"] == ["written"]
-    assert told["b"] in (["ValueError"], ["LedgerUnavailable"])
+    assert outcomes["A"] == outcomes["C"] == ["written"]
+    assert outcomes["b"] in (["ValueError"], ["LedgerUnavailable"])
