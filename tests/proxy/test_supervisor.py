@@ -147,8 +147,9 @@ def test_a_hang_up_ends_what_was_started_from_the_terminal(monkeypatch, stdin, b
     assert {signal.SIGTERM, signal.SIGINT} <= set(stop_signals())
 
 
-def test_without_descriptors_one_line_says_so_and_callers_wait(caplog):
+def test_without_descriptors_one_line_says_so_and_callers_wait(caplog, monkeypatch):
     """Not a traceback for each try: and what was not taken is, once there are some again."""
+    monkeypatch.setattr(asyncio.constants, "ACCEPT_RETRY_DELAY", 0.05)
     listener, limits = bind("127.0.0.1", 0), resource.getrlimit(resource.RLIMIT_NOFILE)
     callers = [socket.socket() for _ in range(4)]
     answered = []
@@ -164,8 +165,7 @@ def test_without_descriptors_one_line_says_so_and_callers_wait(caplog):
             caller.connect_ex(listener.getsockname())
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), limits[1]))
         try:
-            for _ in range(3):
-                await asyncio.sleep(1.05)  # asyncio pauses for a second
+            await asyncio.sleep(0.3)  # several tries
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert not answered
