@@ -21,11 +21,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Import mitmproxy once without warnings: what its own dependencies deprecate is not ours to fix, any other warning is an error.
 
+    Not in the process that only hands tests out to workers.
+
     A shell that starts the suite in the background has it ignore SIGINT, and whatever it starts would inherit that.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not config.getoption("--fast"):
+    starts_workers = getattr(config.option, "numprocesses", None)
+    if not config.getoption("--fast") and not starts_workers:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import mitmproxy.tools.web.master  # noqa: F401

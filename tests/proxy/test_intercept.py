@@ -18,6 +18,7 @@ from typing import Any
 import anthropic
 import httpx2
 import pytest
+from authority import ready_authority
 from click.testing import CliRunner
 from gateway import APP, Running, gateway, write_policies
 from ledgers import rows
@@ -63,7 +64,7 @@ class Local:
 @asynccontextmanager
 async def proxied(folder: Path, apps: dict[str, str] | None = None, captured: str | None = None) -> AsyncIterator[Local]:
     async with sealed(folder) as far:
-        prepare = partial(intercepting, upstream=far.url, capture=None, ca_folder=folder / "ca")
+        prepare = partial(intercepting, upstream=far.url, capture=None, ca_folder=ready_authority(folder / "ca"))
         settings = {"options": (f"ssl_verify_upstream_trusted_ca={far.ca}",)}
         make = partial(LocalAddon, captured=captured)
         async with gateway(
@@ -244,7 +245,7 @@ sys.exit(7)
 @asynccontextmanager
 async def started(folder: Path, far: Sealed, *words: str, **more: str) -> AsyncIterator[asyncio.subprocess.Process]:
     home = folder / "home"
-    home.mkdir()
+    ready_authority(home / ".mitmproxy")
     where = ["--policies", str(folder / "policies"), "--ledger", f"sqlite:///{folder / 'gateway.db'}"]
     options = ["--set", f"ssl_verify_upstream_trusted_ca={far.ca}", *where]
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "SIMULATED_KEY": KEY, "ANOTHER_COPY": f"the key is {KEY}", **more}
