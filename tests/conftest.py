@@ -11,7 +11,7 @@ STARTS = re.compile(
     r"^ *(?:from|import) (?:gateway|processes|stages|nginx|browser|sealed|subprocess|mitmproxy|gateway_addon\.proxy|gateway_addon\.simulator)\b",
     re.MULTILINE,
 )
-"""What a test module imports that starts processes or gateways, or loads mitmproxy."""
+"""Imports of the test modules that start processes or gateways, or load mitmproxy."""
 
 
 def pytest_addoption(parser):

@@ -71,7 +71,8 @@ async def in_place(port: int) -> None:
         await until(ready, START_S)
 
 
-async def test_a_mitmdump_of_ones_own_admits_refuses_caps_and_fails_closed_whatever_happens_to_the_script(tmp_path):
+async def test_a_users_own_mitmdump_enforces_and_fails_closed(tmp_path):
+    """It admits, refuses and caps; whatever happens to the script, nothing is sent on."""
     script, port = tmp_path / "script.py", free_port()
     script.write_text(SCRIPT)
     async with Simulator() as api:

@@ -67,7 +67,7 @@ ANSWERED = {
 
 
 def everyone(words):
-    """The same outcome for all, but for `check`, which says only whether a gateway has answered."""
+    """All commands have one outcome, but for `check`, which says only whether a gateway has answered."""
     return dict.fromkeys(USERS, words) | {"check": "None"}
 
 

@@ -170,7 +170,7 @@ def test_a_class_name_has_one_meaning():
     assert {name: modules for name, modules in where.items() if len(modules) > 1} == {}
 
 
-def test_a_running_gateway_loads_no_page_and_its_supervisor_no_proxy():
+def test_a_gateway_loads_no_page_and_its_supervisor_no_proxy():
     code = "import sys, gateway_addon.cli.serve; print(*sys.modules); import gateway_addon.proxy.server; print(*sys.modules)"
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     supervisor, gateway = (line.split() for line in lines)

@@ -58,7 +58,7 @@ def test_more_than_the_ledger_holds_is_refused():
         (-12_500_000, "-$0.0125", "-$0.0125"),
     ],
 )
-def test_amounts_are_written_exactly_for_people_and_rounded_for_tables(nano, exactly, in_a_table):
+def test_amounts_are_exact_for_people_and_rounded_for_tables(nano, exactly, in_a_table):
     assert (dollars(nano), cents(nano)) == (exactly, in_a_table)
 
 
@@ -77,7 +77,7 @@ def test_what_so_many_cost_is_rounded_up_once(rate_nano, count):
 
 
 @given(st.integers(10_000_000 - AMOUNT_NANO_MAX, AMOUNT_NANO_MAX - 10_000_000))
-def test_a_table_is_never_off_by_more_than_half_of_its_last_digit(nano):
+def test_a_table_is_off_by_at_most_half_of_its_last_digit(nano):
     sign, digits = (-1, cents(nano)[1:]) if nano < 0 else (1, cents(nano))
     unit = 10_000_000 if abs(nano) >= 1_000_000_000 or nano == 0 else 100_000
     assert abs(sign * parse_nano(digits) - nano) * 2 <= unit

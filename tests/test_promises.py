@@ -52,7 +52,7 @@ RUNNING = {
     "a revocation that keeps a running call from being settled": ["ledger/test_reservations: a_running_call_settles_after_its_token_is_revoked"],
     "keys in audits, access logs, errors, tracebacks and debug output": [
         "test_secrets: neither_key_nor_token_is_in_any_flow_log_or_file",
-        "test_secrets: neither_key_nor_token_is_in_the_process_table_or_in_what_serve_prints",
+        "test_secrets: no_secret_is_in_the_process_table_or_in_serves_output",
         "proxy/web/test_process: a_flow_file_and_a_har_hold_no_secret_even_if_the_gateway_is_stopped_in_mid_flight",
         "operations/test_logs: a_traceback_is_masked_like_its_message",
         "identity/test_tokens: a_refusal_never_repeats_the_credential",

@@ -16,7 +16,8 @@ def run(root: Path, *arguments: str, cwd: Path, **environment: str) -> subproces
     return subprocess.run([root / "run.sh", *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120)
 
 
-def test_it_runs_from_any_folder_with_spaces_in_the_path_and_installs_nothing_twice(tmp_path):
+def test_run_sh_works_from_any_folder_and_installs_once(tmp_path):
+    """Also with spaces in the path."""
     root = clone(tmp_path)
     done = run(root, "prices", "--json", cwd=Path("/"))
     assert (done.returncode, done.stderr) == (0, "")
@@ -109,7 +110,8 @@ case "$*" in "-m pip install"*) printf '{said}'; exit "${{PIP_ENDS:-0}}";; *pure
 
 
 @pytest.mark.soak
-def test_a_fresh_checkout_prepares_itself_and_again_only_when_the_lock_changes(tmp_path):
+def test_run_sh_installs_anew_only_when_the_lock_changes(tmp_path):
+    """A fresh checkout prepares itself."""
     root = clone(tmp_path)
     shutil.rmtree(root / ".venv")
     first = run(root, "--version", cwd=tmp_path)

@@ -72,7 +72,7 @@ async def test_neither_key_nor_token_is_in_any_flow_log_or_file(tmp_path, caplog
         assert not any(found_in(where, secret) for where in [*shown, *running.values(), *contents(tmp_path).values(), caplog.text.encode()])
 
 
-async def test_neither_key_nor_token_is_in_the_process_table_or_in_what_serve_prints(tmp_path):
+async def test_no_secret_is_in_the_process_table_or_in_serves_output(tmp_path):
     """Neither in the arguments of the gateway's processes nor in their environment, where its key is in a file."""
     async with Simulator() as api:
         gateways = ledgered(tmp_path, api.url, {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n"})
@@ -94,7 +94,7 @@ async def test_neither_key_nor_token_is_in_the_process_table_or_in_what_serve_pr
     assert len(around) > 1, "a supervisor and its workers"
 
 
-async def test_neither_key_nor_token_is_on_the_console_in_the_metrics_or_in_a_backup(tmp_path):
+async def test_no_secret_is_on_the_console_in_metrics_or_in_a_backup(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api) as gw:
         await one_of_each(gw)
         await gw.quiet()
@@ -110,7 +110,7 @@ async def test_neither_key_nor_token_is_on_the_console_in_the_metrics_or_in_a_ba
     assert not [secret for secret in secrets for text in texts if found_in(text, secret)]
 
 
-def test_a_key_that_is_missing_is_said_without_a_key_and_points_to_the_demo(tmp_path):
+def test_a_missing_key_is_a_sentence_that_points_to_the_demo(tmp_path):
     gateways = ledgered(tmp_path, "http://127.0.0.1:9", {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n"})
     where = ["--policies", str(tmp_path / "policies"), "--ledger", f"sqlite:///{gateways.ledger}", "--listen", "127.0.0.1:0"]
     done = subprocess.run([sys.executable, "-m", "gateway_addon", "serve", *where], capture_output=True, text=True, timeout=30)

@@ -62,9 +62,9 @@ def load(directory: Path) -> GatewayPolicy:
 
 
 class Outline(NamedTuple):
-    """What a folder of policy files says as far as it can be read, whatever else in it is broken.
+    """The caps in a folder of policy files as far as they can be read, even where other parts are wrong.
 
-    `caps`: by scope (`total`, `team:NAME`, `app:NAME`) what its file caps; None where that cannot be read. A file's name makes an app.
+    `caps`: by scope (`total`, `team:NAME`, `app:NAME`) the caps of its file; None where that cannot be read. A file's name makes an app.
     """
 
     caps: Mapping[str, Mapping[CapWindow, int] | None]

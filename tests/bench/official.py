@@ -45,7 +45,7 @@ def variables(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def surroundings(folder: Path, port: int, upstream: str) -> Iterator[int]:
-    """Its file `official.yaml`, a provider of identities and a database, until the block ends; yields the database server's process."""
+    """Run the file `official.yaml`, an identity provider and a database until the block ends; yield the database server's process."""
     server = Postgres(binaries(), fsync=True)
     try:
         with _provider() as issuer:
@@ -58,7 +58,7 @@ def surroundings(folder: Path, port: int, upstream: str) -> Iterator[int]:
 
 @contextmanager
 def _provider() -> Iterator[str]:
-    """What an OpenID provider says of itself: it is read at the start, and nobody signs in (`credential`)."""
+    """Serve an OpenID provider's description: it is read at the start, and nobody signs in (`credential`)."""
 
     class Provider(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

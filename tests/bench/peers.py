@@ -1,4 +1,4 @@
-"""What stands between the callers and the API: nothing, bare mitmdump, the gateway, and of the others those that are installed."""
+"""Start what is between the callers and the API: nothing, bare mitmdump, the gateway, or an installed peer."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ class Peer:
     credential: str = NONE
     """A header's line."""
     database: int | None = None
-    """Its database server, which works for nobody else."""
+    """Run a peer's database server, which works for nobody else."""
 
     def cpu_s(self) -> float:
         return sum(_ticks(pid) for pid in [*_family(self.pid), *_family(self.database)]) / os.sysconf("SC_CLK_TCK")

@@ -53,7 +53,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine(folder: Path) -> str:
-    """What the figures depend on: cores, Python, and how long the disk takes to make 4 KB durable."""
+    """Return what the figures depend on: cores, Python, and how long the disk takes to make 4 KB durable."""
     model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     times = []

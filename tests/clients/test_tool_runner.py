@@ -28,7 +28,7 @@ async def refusals(gw):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streaming"])
 async def test_the_runner_goes_on_without_a_thread(tmp_path, stream):
-    """Its first request is refused with the details that it looks for; the rest of the conversation is sent whole."""
+    """The first request is refused with the details that the runner looks for; the rest of the conversation is sent whole."""
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as gw:
         runner = gw.client().beta.messages.tool_runner(
             model="claude-sonnet-5", max_tokens=1000, tools=[weather], messages=[{"role": "user", "content": ASK}], stream=stream
@@ -41,7 +41,7 @@ async def test_the_runner_goes_on_without_a_thread(tmp_path, stream):
         assert len((await api.settled()).messages()) == 2
 
 
-async def test_a_thread_that_is_asked_for_by_hand_is_refused_with_the_details(tmp_path):
+async def test_a_thread_asked_for_by_hand_is_refused_with_the_details(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as gw:
         with pytest.raises(anthropic.PermissionDeniedError, match="may not use thread") as raised:
             await gw.client().messages.create(

@@ -33,7 +33,7 @@ OF_THE_MOMENT = {"host", "content-length", "transfer-encoding", "x-api-key", "au
 class Client:
     name: str
     form: str | None
-    """Of `gateway token issue --for`; None: the program reads the variables itself."""
+    """The kind for `gateway token issue --for`; None: the program reads the variables itself."""
     scenes: tuple[str, ...] = ("call", "stream")
 
     @property
@@ -121,7 +121,7 @@ def _interpreter(client: Client, place: Path | None = None) -> list[str]:
 class Ran:
     code: int
     printed: str
-    """What it printed as its answer."""
+    """Return the answer that a client printed."""
     said: str
     """Whatever else it said."""
 
@@ -208,7 +208,7 @@ def _chunks(body: bytes) -> list[bytes]:
 
 
 def _short(value: object) -> object:
-    """The same JSON, long texts as so many x: they are other people's, and nothing here depends on their words."""
+    """Return the JSON with long texts as so many x: they are other people's, and nothing here depends on their words."""
     if isinstance(value, dict):
         return {name: _short(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -153,7 +153,7 @@ def _prune(path: Path | ServerAddress, before: float) -> None:
 
 
 def said(path: Path | ServerAddress) -> dict[str, object]:
-    """What a version says of a ledger, as JSON would: every report, standing, token, batch, alert and open call, to the nano."""
+    """Return all that a version reports of a ledger, as JSON would: every report, standing, token, batch, alert and open call, to the nano."""
     spans = {"january": (JANUARY, FEBRUARY), "february": (FEBRUARY, MARCH), "march": (MARCH, NOON + DAY_S)}
     caps = [Cap("app:reports", "month", 1_000_000_000), Cap("total", "day", 5_000_000)]
     with admin.reading(path) as db:

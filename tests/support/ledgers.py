@@ -81,7 +81,7 @@ def new_ledger(folder: Path, engine: str = "sqlite") -> Path | ServerAddress:
 
 
 def copied(ledger: Path | ServerAddress, folder: Path) -> Path | ServerAddress:
-    """The same ledger once more, for a test to change: what takes long to fill is filled once. Nobody may have it open."""
+    """Copy a ledger for a test to change, so that it is filled once. No process may have it open."""
     if isinstance(ledger, ServerAddress):
         return ServerAddress(postgresql.shared().database(like=ledger.url.partition("@/")[2].partition("?")[0]))
     return Path(shutil.copy(ledger, folder / "gateway.db"))

@@ -1,4 +1,4 @@
-"""What programs make of pasted lines: each reader returns the variables that its format sets."""
+"""Read pasted lines as programs do: each reader returns the variables that its format sets."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the tests of the simulated API say to it without an SDK: bytes to a socket, and bytes back."""
+"""Send bytes to a socket, and read the bytes that come back: requests without an SDK."""
 
 import asyncio
 import contextlib

@@ -16,7 +16,7 @@ ASK = json.dumps({"model": "claude-haiku-4-5", "max_tokens": 100, "stream": True
 
 
 def read(reader, pieces):
-    """What a reader makes of a body: the bytes in it, how it ended, and what is left."""
+    """A body as a reader sees it: the bytes in it, how it ended, and what is left."""
     buffer, content = ReceiveBuffer(), b""
     for piece in pieces:
         if (at_once := getattr(reader, "content", None)) and not buffer and (whole := at_once(piece)) is not None:
@@ -41,7 +41,7 @@ def request(gw, body: bytes = ASK) -> bytes:
 
 
 def payload(answer: bytes) -> bytes:
-    """What is in a chunked answer that ended as it should."""
+    """Return the content of a chunked answer that ended properly."""
     content, ending, left = read(ChunkedReader(), [answer.partition(b"\r\n\r\n")[2]])
     assert (ending, left) == ({}, b"")
     return content
