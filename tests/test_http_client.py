@@ -139,9 +139,11 @@ async def test_every_question_keeps_to_the_same_rules(tmp_path, monkeypatch, con
     question, timeout_s, _ = USERS[user]
     waits_s = []
 
-    def quick(parts, way, timeout_s, make=http_client._connection):
-        waits_s.append(timeout_s)
-        return make(parts, way, 0.3)
+    def quick(*arguments, make=http_client._connection):
+        made = make(*arguments)
+        waits_s.append(made.timeout)
+        made.timeout = 0.3
+        return made
 
     monkeypatch.setattr(http_client, "_connection", quick)
     monkeypatch.setenv("SIMULATED_KEY", KEY)
