@@ -18,12 +18,12 @@ SPENDING = {
     "the same budget once for every process": [CROWD, "ledger/store/test_locks: processes_share_one_cap_and_use_it_up"],
     "a reservation that forgets the prompt, or a tier that the request can reach": ["calls/test_quote: no_answer_to_a_plain_request_costs_more_than_its_quote", "calls/test_quote: the_rate_is_the_dearest_that_the_request_can_reach"],
     "the one call that crosses a budget is let through by design": ["ledger/test_reservations: a_call_larger_than_a_whole_window_is_told_so", "calls/test_guards: the_where_of_the_reservation_keeps_the_cap"],
-    "reservations that leak, until an app without spending is locked out": [CROWD, "calls/test_endings: a_client_that_leaves_at_any_event_is_charged_no_less_than_the_bill"],
+    "reservations that leak, until an app without spending is locked out": [CROWD, "calls/test_endings: client_that_leaves_is_charged_at_least_the_bill"],
     "a settlement that counts twice": ["ledger/test_reservations: a_call_resolves_once", "calls/test_guards: the_unique_index_keeps_a_call_from_being_resolved_twice"],
     "enforcement and report that disagree": ["cli/test_report: a_report_sums_to_what_the_caps_are_judged_by", "ledger/test_reservations: any_sequence_keeps_the_caps_and_the_sums"],
-    "a call answered without a price counts as free": ["pricing/test_costing: what_cannot_be_priced_is_none_and_never_zero", "calls/test_endings: the_model_that_answered_is_charged_not_the_one_that_was_asked"],
+    "a call answered without a price counts as free": ["pricing/test_costing: what_cannot_be_priced_is_none_and_never_zero", "calls/test_endings: the_answering_model_is_charged_not_the_asked_one"],
     "a killed process whose calls are forgotten": ["ledger/test_crash: a_killed_gateway_loses_no_spend_and_frees_none", "calls/test_guards: the_sweep_settles_what_a_dead_process_held"],
-    "calls pass because the ledger cannot be written": ["calls/test_ledger_outages: a_failing_ledger_refuses_every_call_and_is_used_again_when_it_is_back"],
+    "calls pass because the ledger cannot be written": ["calls/test_ledger_outages: failing_ledger_refuses_calls_until_it_is_back"],
     "a hook that fails and lets the call go on": ["proxy/test_hooks_failing: a_failure_on_the_way_in_sends_nothing", "calls/test_guards: the_wrapper_of_a_hook_keeps_a_failure_from_forwarding"],
     "a stream that outruns its cap while a clock steps, the process stands still or its client is slow": ["calls/test_top_ups: a_clock_set_back_an_hour_does_not_pace_a_stream", "calls/test_top_ups: time_that_the_loop_lost_is_generating_time", "proxy/test_backpressure: slow_readers_are_booked_at_what_is_generated"],
     "a stream that is left costs all that it asked for": ["calls/test_endings: a_stream_that_is_left_is_booked_by_then", "calls/test_settlement: a_loop_that_is_left_keeps_what_is_held"],
@@ -39,7 +39,7 @@ ALLOWLIST = {
     "a model that is absent, empty, no string or given twice reaches the provider": ["messages/test_two_readings: nothing_is_admitted_that_two_parsers_read_differently", "trick: model is absent", "trick: model is empty", "trick: model is no string", "trick: duplicate model"],
     "a body that is encoded, marked or broken is judged as something else": [
         "messages/test_two_readings: the_api_gets_through_a_socket_what_the_ledger_has",
-        "proxy/test_wire: a_request_that_two_parsers_could_frame_differently_is_refused",
+        "proxy/test_wire: request_that_two_parsers_frame_differently_is_refused",
         "trick: content-encoding", "trick: byte order mark or another UTF", "trick: invalid UTF-8", "trick: too large",
     ],
     "an app sees models that it may not use": ["proxy/test_hooks: an_app_sees_only_the_models_it_may_use"],
@@ -48,12 +48,12 @@ ALLOWLIST = {
 RUNNING = {
     "a month that never resets, or at the hour of its first use, or after thirty days": ["test_windows: a_window_is_the_calendar_of_its_zone", "test_windows: windows_follow_each_other_without_gap_or_overlap"],
     "a call over midnight in two days or in none, and a clock that is set back": ["ledger/test_reservations: a_call_belongs_to_the_window_of_its_admission", "ledger/test_reservations: a_clock_set_back_finds_the_money_of_its_own_day"],
-    "a revoked token that lives on in a cache": ["cli/test_token: a_leaked_token_is_revoked_and_the_other_apps_never_notice", "ledger/test_reservations: the_token_is_judged_again_with_the_money"],
+    "a revoked token that lives on in a cache": ["cli/test_token: leaked_token_is_revoked_and_other_apps_never_notice", "ledger/test_reservations: the_token_is_judged_again_with_the_money"],
     "a revocation that keeps a running call from being settled": ["ledger/test_reservations: a_running_call_settles_after_its_token_is_revoked"],
     "keys in audits, access logs, errors, tracebacks and debug output": [
         "test_secrets: neither_key_nor_token_is_in_any_flow_log_or_file",
         "test_secrets: no_secret_is_in_the_process_table_or_in_serves_output",
-        "proxy/web/test_process: a_flow_file_and_a_har_hold_no_secret_even_if_the_gateway_is_stopped_in_mid_flight",
+        "proxy/web/test_process: flow_file_and_har_hold_no_secret_if_stopped_mid_flight",
         "operations/test_logs: a_traceback_is_masked_like_its_message",
         "identity/test_tokens: a_refusal_never_repeats_the_credential",
     ],
@@ -62,10 +62,10 @@ RUNNING = {
     "memory that grows with the calls": ["proxy/test_scale: memory_is_flat_over_many_streamed_calls", "messages/test_meter: three_hundred_megabytes_in_constant_memory"],
     "a client that stops reading, and memory that grows with its stream": ["proxy/test_backpressure: clients_that_stop_reading_make_nothing_grow"],
     "a long silence with pings that something cuts": ["proxy/test_timeouts: a_stream_that_is_slow_but_not_silent_is_left_alone"],
-    "a stream that is held back until it is whole": ["proxy/test_hooks: the_first_event_arrives_while_the_upstream_is_still_sending"],
+    "a stream that is held back until it is whole": ["proxy/test_hooks: first_event_arrives_while_the_upstream_still_sends"],
     "a stream's tap that fails and drops bytes": ["proxy/test_hooks_failing: a_failing_tap_drops_no_byte_and_forgets_no_bill"],
     "a budget that is silently not saved": ["policy/test_policy: a_wrong_app_file_is_refused_with_place_and_reason", "policy/test_policy: every_key_of_the_design_is_read"],
-    "a refusal for a budget that nobody has set, or without its amounts": ["calls/test_refusals_by_sdk: a_refusal_raises_the_sdks_own_class_with_a_sentence_that_helps"],
+    "a refusal for a budget that nobody has set, or without its amounts": ["calls/test_refusals_by_sdk: refusal_raises_the_sdk_class_with_a_helpful_sentence"],
 }  # fmt: skip
 
 TRICKS = {row.trick for row in HOSTILE}

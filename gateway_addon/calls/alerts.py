@@ -1,8 +1,8 @@
-"""What a person should hear of, as values: a cap that fills up, a bill above its grant, another model than the one asked for, a key
-that the provider does not take, an upstream that redirects, a policy that is not in force.
+"""Build the alerts for a person: a cap that fills up, a bill above its grant, another model than the one asked for, a key that
+the provider does not take, an upstream that redirects, a policy that is not in force.
 
 Promises that an alert holds no secret: names, amounts and places, never a value from a policy file, a header or a body. Each has a
-`once`, by which the ledger sees to it that it is told once over all processes. Pure; webhooks.py tells them.
+`once`, by which the ledger has it delivered once over all processes. Pure; webhooks.py delivers them.
 """
 
 import json
@@ -20,7 +20,7 @@ HOUR_S, DAY_S = 3600, 86_400
 
 
 def rule(policy: GatewayPolicy, scope: str) -> Alerts:
-    """Who hears of what in a scope: as the app's own policy says, and where it is silent as gateway.yaml does."""
+    """Return the alert settings of a scope: those of the app's own policy, and of gateway.yaml where the app's has none."""
     common = policy.alerts
     app = policy.apps.get(scope.removeprefix("app:")) if scope.startswith("app:") else None
     own = app.alerts if app is not None else common
@@ -31,7 +31,7 @@ def rule(policy: GatewayPolicy, scope: str) -> Alerts:
 
 
 def passed(standing: Standing, thresholds_percent: Iterable[int]) -> list[Alert]:
-    """An alert for each threshold of a cap that what is spent has reached, the lowest first."""
+    """Return an alert for each threshold of a cap that the spending has reached, the lowest first."""
     if not standing.cap_nano:
         return []
     reached = [percent for percent in sorted(thresholds_percent) if standing.spent_nano * 100 >= standing.cap_nano * percent]
@@ -59,7 +59,7 @@ def _threshold(standing: Standing, percent: int) -> Alert:
 
 
 def overrun(app: str, model: str, call_id: int, bill: Resolution, now: float) -> Alert:
-    """A call cost more than was held for it. Once a day for an app and model: it is held back until cleared, so more say nothing new."""
+    """Return the alert for a call that cost more than was held for it. Once a day for an app and model: later ones say nothing new."""
     sentence = (
         f"a call of app {app} cost {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: {model} passed its "
         f"declared pace. It is reserved whole until: gateway overrun clear {model}"
@@ -68,18 +68,18 @@ def overrun(app: str, model: str, call_id: int, bill: Resolution, now: float) ->
     return Alert("overrun", app_scope(app), f"{model} {int(now) // DAY_S}", sentence, facts)
 
 
-def late(app: str, model: str, call_id: int, bill: Resolution, lost_s: float, now: float) -> Alert:
+def late(app: str, model: str, call_id: int, bill: Resolution, stalled_s: float, now: float) -> Alert:
     """Return the alert for a call that passed its grant while the gateway stood still and could not cut it. Once a day for an app."""
     sentence = (
         f"a call of app {app} is booked at {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: the gateway stood "
-        f"still for {lost_s:.1f} s while it ran, and could not cut it. See what else takes this machine's processor or memory"
+        f"still for {stalled_s:.1f} s while it ran, and could not cut it. See what else takes this machine's processor or memory"
     )
     facts: Facts = {"model": model, "call_id": call_id, "spent_nano": bill.spent_nano, "held_nano": bill.held_nano}
     return Alert("overrun", app_scope(app), f"late {int(now) // DAY_S}", sentence, facts)
 
 
 def batch_overrun(app: str, batch_id: str, call_id: int, bill: Resolution, now: float) -> Alert:
-    """The results of a batch cost more than was held for it: its quote was wrong, and somebody should know."""
+    """Return the alert for a batch whose results cost more than was held for it: its quote was wrong."""
     sentence = (
         f"batch {batch_id} of app {app} cost {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: its quote was "
         "too low (a batch that is billed otherwise than prices.yaml says?)"
@@ -89,20 +89,20 @@ def batch_overrun(app: str, batch_id: str, call_id: int, bill: Resolution, now: 
 
 
 def drift(app: str, asked: str, served: str, call_id: int, now: float) -> Alert:
-    """Another model answered an app whose policy demands the one it asks for. Once a day for each pair."""
+    """Return the alert for another model's answer to an app whose policy demands the one it asks for. Once a day for each pair."""
     sentence = f"app {app} asked for {asked} and {served} answered (call {call_id}): gateway report --by served shows since when"
     facts: Facts = {"asked": asked, "served": served, "call_id": call_id}
     return Alert("drift", app_scope(app), f"{asked} {served} {int(now) // DAY_S}", sentence, facts)
 
 
 def key_refused(source: Source, now: float) -> Alert:
-    """The provider does not take the real key. Once an hour while it lasts."""
+    """Return the alert for a real key that the provider does not take. Once an hour while it lasts."""
     sentence = f"the Claude API does not take the real key (401): see where policies/gateway.yaml reads it from (key: {source.kind})"
     return Alert("key_refused", "total", str(int(now) // HOUR_S), sentence, {"status": 401})
 
 
 def redirected(upstream: str, status: int, now: float) -> Alert:
-    """The upstream sends callers elsewhere. Once an hour while it lasts."""
+    """Return the alert for an upstream that redirects. Once an hour while it lasts."""
     sentence = (
         f"{upstream} answered a call with a redirect ({status}), which its app did not get: a client that follows one sends its prompt "
         "past the gateway. Name the API's own address in policies/gateway.yaml (upstream)"
@@ -124,7 +124,7 @@ def refused_as_retired(app: str, model: str, why: str, call_id: int, now: float)
 
 
 def policy_broken(problem: str, digest: str, now: float) -> Alert:
-    """A saved policy is not in force. `problem` may quote a mistyped secret, so only the place that it begins with is told."""
+    """Return the alert for a saved policy that is not in force, with the place alone: `problem` may quote a mistyped secret."""
     place = re.match(r"\S+:\d+", problem)
     where = place[0] if place else "policies"
     sentence = f"a saved policy is not in force ({where}); what was before it still is. What is wrong: gateway check"
@@ -132,7 +132,7 @@ def policy_broken(problem: str, digest: str, now: float) -> Alert:
 
 
 def payload(alert: Alert, at: float, address: str, form: str | None) -> bytes:
-    """What a webhook gets: `json`, or Slack's own form, which takes a text alone. `form` None: as the address's host suggests."""
+    """Return the body for a webhook: `json`, or `slack`, which takes a text alone. `form` None: as the address's host suggests."""
     text = f"gateway: {alert.sentence}"
     if (form or ("slack" if urlsplit(address).hostname == "hooks.slack.com" else "json")) == "slack":
         for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):  # Slack's three control characters

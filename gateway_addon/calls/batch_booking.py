@@ -1,7 +1,7 @@
-"""Reading a batch's results into the ledger, by whoever happens to fetch them: an app through the gateway, or the gateway itself.
+"""Book a batch's results in the ledger as they are fetched, by an app through the gateway or by the gateway itself.
 
-Promises constant memory however long the file is, that a batch is settled by a whole file alone and once, and that nobody who passes
-bytes on ever waits for the ledger. Where the ledger cannot keep up with a stream this reading gives up: the file can be read again.
+Promises constant memory however long the file is, that a batch is settled once and by a whole file alone, and that a stream never
+waits for the ledger. Where the ledger cannot keep up with a stream, booking gives up: the file can be fetched again.
 """
 
 import asyncio
@@ -17,22 +17,22 @@ from gateway_addon.pricing import Prices, restored
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 1_000  # of one transaction: some milliseconds, which others wait for
+ROWS_AT_ONCE = 1_000  # rows in one transaction: other writes wait for it, some milliseconds
 ROWS_WAITING_MAX = 20_000  # some ten megabytes
 
 type OnBatchClosed = Callable[[Batch, SettledBatch, Resolution], None]
-"""Hears of a batch that was settled here, the first time."""
+"""Called once, for a batch that this process has settled."""
 
 
 async def priced_by(ledger: Ledger, batch: Batch, current: Prices) -> Prices:
-    """The price table of a batch's admission. Raises LedgerUnavailable."""
+    """Return the price table of a batch's admission. Raises LedgerUnavailable."""
     if batch.prices_digest == current.digest:
         return current
     return restored(await ledger.look(partial(book.prices, digest=batch.prices_digest)))
 
 
 async def pricing(ledger: Ledger, batch: Batch, current: Prices, content_encoding: str | None = None) -> PricedResults:
-    """Make ready to read a batch's results: by the prices of its admission, held against its own ids. Raises LedgerUnavailable."""
+    """Return a reader of a batch's results, with the prices of its admission and the ids of its requests. Raises LedgerUnavailable."""
     prices, ids = await priced_by(ledger, batch, current), await ledger.look(partial(book.custom_ids, id=batch.id))
     return PricedResults(prices, batch.made_at, hour_ttl=batch.hour_ttl, custom_ids=ids, content_encoding=content_encoding)
 
@@ -40,7 +40,7 @@ async def pricing(ledger: Ledger, batch: Batch, current: Prices, content_encodin
 async def close(
     ledger: Ledger, batch: Batch, closed: OnBatchClosed, *, anyway: str | None = None, flags: tuple[str, ...] = (), now: float
 ) -> bool:
-    """Settle a batch from the results that were booked; False where some are missing. Raises LedgerUnavailable."""
+    """Settle a batch from its booked results; return False where some are missing. Raises LedgerUnavailable."""
     resolution = await ledger.keep(partial(book.close, id=batch.id, anyway=anyway, flags=flags, now=now), app_scope(batch.app))
     if resolution is not None and resolution.first:
         closed(batch, await ledger.look(partial(book.settled, call_id=batch.call_id)), resolution)
@@ -48,7 +48,7 @@ async def close(
 
 
 class BatchBooking:
-    """One reading of one batch's results."""
+    """Book the results of one batch from one pass over its file."""
 
     def __init__(self, ledger: Ledger, batch: Batch, results: PricedResults, closed: OnBatchClosed, clock: Callable[[], float]):
         self._ledger, self._batch, self._results, self._closed, self._clock = ledger, batch, results, closed, clock
@@ -57,12 +57,12 @@ class BatchBooking:
         self._writing: asyncio.Task[None] | None = None
 
     def tap(self, chunk: bytes) -> None:
-        """Some of the file has passed."""
+        """Take the next bytes of the file."""
         if not self._given_up:
             self._take(self._results.feed(chunk))
 
     def ended(self, whole: bool) -> None:
-        """The file has ended, or broken off. Settles in the background where it was whole and nothing is missing."""
+        """End the file. Settles in the background where it was `whole` and no result is missing."""
         if whole and not self._given_up:
             self._take(self._results.close())
             self._writing = asyncio.ensure_future(self._finish(self._writing))
@@ -93,7 +93,7 @@ class BatchBooking:
 
 
 async def write(ledger: Ledger, batch: Batch, rows: list[ResultRow]) -> None:
-    """Book some results, a transaction at a time. Raises LedgerUnavailable."""
+    """Write results to the ledger, `ROWS_AT_ONCE` in a transaction. Raises LedgerUnavailable."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
         few = rows[start : start + ROWS_AT_ONCE]
         await ledger.write(partial(book.book_results, call_id=batch.call_id, rows=few), app_scope(batch.app))

@@ -1,7 +1,8 @@
-"""Message batches as values: a body that asks for many calls, the object that stands for them, the file of their results. Pure.
+"""Judge a batch's body, read the API's object of it, and price the file of its results. Pure.
 
-Promises that each request of a batch is judged and quoted like a call of its own, at the batch's rates; that what is judged is what is
-sent; and that a result is priced by the table of the batch's admission, or not at all. Knows nothing of ledgers, sockets or clocks.
+Promises that each request of a batch is judged and quoted like a call of its own, at the batch's rates; that the body that is judged is
+the body that is sent; and that a result is priced by the table of the batch's admission, or not at all. Knows no ledger, socket or
+clock.
 """
 
 import base64
@@ -44,21 +45,21 @@ class AskedBatch:
     files: frozenset[str]
     """The ids of the files at the provider that its requests name."""
     flags: tuple[str, ...] = ()
-    """What the policy did to its requests beside admitting them, as on a call of its own."""
+    """Flags for the batch's row, as those of a call: `edited:FIELD`, `observed:CODE`."""
     body: bytes | None = None
-    """The body to send where the policy rewrote some request; None: as it came."""
+    """The body to send where the policy rewrote some request; None: as received."""
     custom_ids: str = ""
-    """Those of its requests, packed."""
+    """The ids of its requests, packed."""
 
     @property
     def edited(self) -> list[str]:
-        """The fields that the policy rewrote in some request."""
+        """Return the fields that the policy rewrote in some request."""
         return [flag.removeprefix("edited:") for flag in self.flags if flag.startswith("edited:")]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchObject:
-    """The API's own object of a batch, with its address of the results led back through the gateway."""
+    """The API's own object of a batch, with a results address that leads through the gateway."""
 
     id: str
     status: str
@@ -72,11 +73,11 @@ class _One:
     reading: ParsedRequest
     quote_nano: int
     changes: dict[str, Any]
-    """What the policy rewrites in its parameters."""
+    """The parameters that the policy rewrites."""
     observed: tuple[str, ...] = ()
 
 
-def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> AskedBatch | Refusal:
+def judge_batch(app: AppPolicy, prices: Prices, request: Request, now: float) -> AskedBatch | Refusal:
     """Read, judge and quote a batch. The first request that would be refused as a call of its own refuses the batch, by its name."""
     quote_nano, hour_ttl, rewritten = 0, False, False
     models: set[str] = set()
@@ -86,7 +87,7 @@ def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Aske
     try:
         entries = _entries(parsed(request))
         for where, entry in _named(entries):  # nothing is kept of a request but what adds up: there may be a hundred thousand
-            one = _judged(app, prices, where, entry["params"], request, now)
+            one = _judge_entry(app, prices, where, entry["params"], request, now)
             if isinstance(one, Refusal):
                 return one
             entry["params"] |= one.changes
@@ -106,7 +107,7 @@ def judged(app: AppPolicy, prices: Prices, request: Request, now: float) -> Aske
 
 
 def object_of(body: bytes) -> BatchObject | None:
-    """The batch that an answer shows; None where it shows none."""
+    """Return the batch that an answer shows; None where it shows none."""
     shown = json_object(body)
     if shown is None or not _ID.match(str(shown.get("id"))):
         return None
@@ -116,28 +117,28 @@ def object_of(body: bytes) -> BatchObject | None:
 
 
 class PricedResults:
-    """Prices a results file as it passes. Holds one line at a time.
+    """Price a results file as it passes. Holds one line at a time.
 
-    A result that cannot be read or priced is left out: the batch then lacks it, and is not settled by its results. So is one of a request
-    that the batch does not have, which is flagged.
+    A result that cannot be read or priced is left out: the batch then lacks it, and is not settled by its results. A result of a request
+    that the batch does not have is left out too, and flagged.
     """
 
     def __init__(
         self, prices: Prices, at: float, *, hour_ttl: bool, custom_ids: str | None = None, content_encoding: str | None = None
     ):  # fmt: skip
-        """`custom_ids`: the packed ids of the batch's own requests; None: unknown, as of a batch that an older gateway made."""
+        """`custom_ids`: the packed ids of the batch's own requests; None: unknown, for a batch that an older gateway made."""
         self._prices, self._at, self._hour_ttl = prices, at, hour_ttl
         self._own = None if custom_ids is None else _unpacked(custom_ids)
         self.flags: tuple[str, ...] = ()
-        """What was odd in the results so far."""
+        """Flags for faults in the results so far."""
         self._meter = BatchMeter(content_encoding)
 
     def feed(self, chunk: bytes) -> list[ResultRow]:
-        """The rows of the results that these bytes complete. Never raises on content."""
+        """Return the rows of the results that these bytes complete. Never raises on content."""
         return [row for result in self._meter.feed(chunk) for row in self._rows(result)]
 
     def close(self) -> list[ResultRow]:
-        """The rows of a last line without its end."""
+        """Return the rows of a last line that has no line end."""
         return [row for result in self._meter.close() for row in self._rows(result)]
 
     def _rows(self, result: BatchResult) -> Iterable[ResultRow]:
@@ -163,7 +164,7 @@ class PricedResults:
 
 
 def packed(custom_ids: Iterable[str]) -> str:
-    """Return ids as one text by which each is known again: eight bytes of a digest apiece, where an id has up to 64."""
+    """Pack ids into one text by which each can be recognised: eight bytes of a digest each, where an id has up to 64."""
     return base64.b64encode(b"".join(map(_digest, custom_ids))).decode()
 
 
@@ -177,7 +178,7 @@ def _digest(custom_id: str) -> bytes:
 
 
 def _entries(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The requests of a batch, each an object with an id of its own. Raises Unreadable."""
+    """Return the requests of a batch. Raises Unreadable."""
     entries = body.get("requests")
     if body.keys() != {"requests"} or not isinstance(entries, list) or not entries:
         raise Unreadable("a batch is one object with requests, a list of at least one, and nothing else")
@@ -187,7 +188,7 @@ def _entries(body: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _named(entries: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each entry with its place, once it is known to have the right shape and an id that no other has. Raises Unreadable."""
+    """Yield each entry with its place, once its shape is checked and no other has its id. Raises Unreadable."""
     known: set[str] = set()
     for i, entry in enumerate(entries):
         where = f"requests[{i}]"
@@ -202,8 +203,8 @@ def _named(entries: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{where} ({custom_id})", entry
 
 
-def _judged(app: AppPolicy, prices: Prices, where: str, params: dict[str, Any], request: Request, now: float) -> _One | Refusal:
-    """Judge one request as if it came alone. Raises Unreadable, with its place."""
+def _judge_entry(app: AppPolicy, prices: Prices, where: str, params: dict[str, Any], request: Request, now: float) -> _One | Refusal:
+    """Judge one request as if it came alone. Raises Unreadable, which names its place."""
     read = _read(where, params, request)
     if changes := edits(app, read, prices):
         read = _read(where, params | changes, request)

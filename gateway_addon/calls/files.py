@@ -1,4 +1,4 @@
-"""Files as values: what an upload must look like, and the API's object of a file. Pure."""
+"""Check an upload, and read the API's object of a file from an answer. Pure."""
 
 import json
 import re
@@ -19,7 +19,7 @@ class FileObject(NamedTuple):
 
 
 def upload_problem(request: Request) -> Refusal | None:
-    """What keeps an upload from being sent. Its parts are the provider's to read: a file spends nothing, and names nothing of others."""
+    """Return why an upload is not sent, else None. The parts are not read: a file spends nothing, and names no object of another app."""
     types = request.header("content-type")
     if len(types) != 1 or not types[0].casefold().startswith("multipart/form-data;"):
         return stated("body", "a file is uploaded as multipart/form-data; let an SDK or an HTTP client library build the request")
@@ -29,7 +29,7 @@ def upload_problem(request: Request) -> Refusal | None:
 
 
 def file_of(body: bytes) -> FileObject | None:
-    """The file that an answer shows; None where it shows none."""
+    """Return the file that an answer shows; None where it shows none."""
     shown = json_object(body)
     if shown is None or not _ID.match(str(shown.get("id"))):
         return None

@@ -1,13 +1,13 @@
-"""The application: who may send what, what it may cost, and what it did cost, in the order in which it happens.
+"""Authenticate, admit, account for and close each call: the gateway's business, in the order in which it happens.
 
 Promises that nothing is permitted without a token, a policy that allows it, and a reservation that every cap allows; and that
 each reservation is resolved once, however its call ends. Any doubt is a refusal. Knows nothing of mitmproxy, SQL or YAML: it
 takes values, awaits the ledger, and returns values.
 
-    arrive   headers are here     who is it, and is there such an endpoint?
-    admit    the body is here     policy > quote > reservation; a budget that is only *held* is waited for
-    running  the answer streams   input released when its tokens are known, output topped up before it is generated
-    close    the call has ended   priced and settled, or voided (settlement.py)
+    authenticate  the headers are here  who calls, and is there such an endpoint?
+    admit         the body is here      policy > quote > reservation; a budget that is only *held* is waited for
+    run           the answer streams    input released when its tokens are known, output topped up before it is generated
+    close         the call has ended    priced and settled, or voided (settlement.py)
 
 Batches and files are admitted by workspace.py.
 """
@@ -50,9 +50,8 @@ from gateway_addon.ledger import (
     Token,
 )
 from gateway_addon.ledger.batches import Batch, SettledBatch
-from gateway_addon.messages import request as reading
 from gateway_addon.messages import wrong_paths
-from gateway_addon.messages.request import ParsedRequest, Request
+from gateway_addon.messages.request import ParsedRequest, Request, endpoint_of
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy, caps
@@ -60,36 +59,40 @@ from gateway_addon.refusals import Refusal
 
 logger = logging.getLogger(__name__)
 
-LIMITS_EVERY_S = 1.0  # how often the shared key's limits are written down, however many answers carry them
+LIMITS_EVERY_S = 1.0  # the shared key's limits are written at most once in this time, however many answers carry them
 READY_FOR_S = 1.0
-KNOWN_FOR_S = 1.0  # what the ledger said at the headers, for a body that took its time it is asked anew
+OVERRUNS_FRESH_S = 1.0  # a body that arrives later than this after its headers has the overruns looked up again
 BROWSER = Refusal(
     "browser",
     "OPTIONS is how a browser asks whether a page may call this gateway, and it may not: whoever opens a page can read the token in it and "
     "spend this app's money. Call the gateway from a server of your own, and let the page call that.",
 )
-SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are, and a thousand of them are no danger
+SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are smaller, and a thousand of them fit
 
 
 def log_alert(alert: Alert) -> None:
-    """Tell a person by the log alone."""
+    """Write an alert to the log alone."""
     logger.warning("%s", alert.sentence)
 
 
 class Gateway:
-    """One process's door. `policy` is replaced whole by a reload; calls in flight keep the one they came under."""
+    """Admit and account for the calls of one process.
+
+    A reload replaces `policy` whole; a call in flight keeps the policy that it was authenticated under.
+    """
 
     def __init__(
         self, ledger: Ledger, policy: GatewayPolicy, clocks: Clocks = SYSTEM, emit: Callable[[Alert], None] | None = None,
-        entrance: str = "", on_call: OnCall | None = None,
+        endpoint_prefix: str = "", on_call: OnCall | None = None,
     ):  # fmt: skip
-        """`clocks` pace; what concerns windows and rows takes its `now` from the caller.
+        """Take the ledger and the policy in force.
 
-        `emit` takes what a person should hear of, and never waits; without it the log does.
-        `on_call` hears of each call once it has ended and what it cost is written.
-        `entrance` stands before the endpoint in each call's row: which door it came by, where there are several.
+        `clocks` time the waiting; each method that concerns windows or rows is given its `now` (unix seconds).
+        `emit` delivers an alert, and never waits; without it alerts go to the log.
+        `on_call` is called with the record of each call, once its cost is written.
+        `endpoint_prefix` stands before the endpoint in each call's row, where a ledger has several gateways.
         """
-        self._entrance = entrance
+        self._endpoint_prefix = endpoint_prefix
         self.on_call = on_call
         self.ledger = ledger
         self._clocks = clocks
@@ -106,9 +109,9 @@ class Gateway:
         self._throttle = FailedAuthenticationThrottle()
         self._ready_monotonic_s = -math.inf
 
-    # -- arrive
+    # -- authenticate
 
-    async def arrive(
+    async def authenticate(
         self,
         method: str,
         target: str,
@@ -120,10 +123,10 @@ class Gateway:
     ) -> AuthenticatedRequest | OwnResponse | Refusal:
         """Find out who calls which endpoint, from the headers alone. `headers` have lower-case names; `peer` is an IP address.
 
-        `digest`: of the token that a replayed request came with the first time; it must be in force now. `base_url`: where the client
-        reaches this gateway, "" where that is not known.
+        `digest`: the digest of the token that a replayed request first came with; that token must be in force now.
+        `base_url`: where the client reaches this gateway, "" where that is not known.
         """
-        endpoint = reading.endpoint(method, target)
+        endpoint = endpoint_of(method, target)
         if endpoint == "hello":
             return OwnResponse(None)
         if endpoint == "healthz":
@@ -149,7 +152,7 @@ class Gateway:
         return AuthenticatedRequest(caller.app, caller.token, endpoint, self.policy, self._clocks.monotonic_s(), caller.overruns)
 
     def _rejected(self, caller: Rejected, address: str, endpoint: str, now: float) -> Refusal:
-        """Record a caller that may not call: in a row of its app where that is known, else in a count."""
+        """Record a caller that is refused: in a row of its app where that is known, else in a count."""
         if caller.token is None:
             monotonic_s = self._clocks.monotonic_s()
             refusal = throttled(address, monotonic_s) if self._throttle.too_much(address, monotonic_s) else caller.refusal
@@ -161,90 +164,91 @@ class Gateway:
 
     # -- admit
 
-    async def admit(self, arrived: AuthenticatedRequest, request: Request, now: float) -> Admission | Permit | OwnResponse | Refusal:
-        """Judge a request by its policy and reserve what it can cost. On return the reservation is durable."""
-        app, prices, endpoint = arrived.app, arrived.policy.prices, arrived.endpoint
-        judged = await self._judging.judge(
-            endpoint, request.body, judge_request, app, prices, endpoint, request, arrived.overruns, now
+    async def admit(self, caller: AuthenticatedRequest, request: Request, now: float) -> Admission | Permit | OwnResponse | Refusal:
+        """Judge a request by its policy, and reserve what it can cost. On return the reservation is durable."""
+        app, prices, endpoint = caller.app, caller.policy.prices, caller.endpoint
+        judgement = await self._judging.judge(
+            endpoint, request.body, judge_request, app, prices, endpoint, request, caller.overruns, now
         )  # fmt: skip
-        if isinstance(judged, Refusal):
-            return self._refused(app, arrived.token, endpoint, judged, now)
-        call, read, bound = new_call(arrived, judged.asked, request, self._entrance), judged.reading, judged.verdict
-        if isinstance(bound, Quote):
-            call = replace(call, input_tokens=bound.input_tokens, quote_nano=bound.total_nano)
+        if isinstance(judgement, Refusal):
+            return self._refused(app, caller.token, endpoint, judgement, now)
+        call, parsed, quote = new_call(caller, judgement.asked, request, self._endpoint_prefix), judgement.reading, judgement.verdict
+        if isinstance(quote, Quote):
+            call = replace(call, input_tokens=quote.input_tokens, quote_nano=quote.total_nano)
         try:
-            decision = bound if isinstance(bound, Refusal) else await self._decide(arrived, read, request, call, bound, now)
+            decision = quote if isinstance(quote, Refusal) else await self._decide(caller, parsed, request, call, quote, now)
         except LedgerUnavailable as error:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
-            self._turned_away(call, decision.code, now)
-        elif isinstance(decision, Admission) and (judged.flags or judged.body is not None):
-            decision = replace(decision, flags=(*judged.flags, *decision.flags), body=judged.body, edited=judged.edited)
+            self._record_refusal(call, decision.code, now)
+        elif isinstance(decision, Admission) and (judgement.flags or judgement.body is not None):
+            decision = replace(decision, flags=(*judgement.flags, *decision.flags), body=judgement.body, edited=judgement.edited)
         elif isinstance(decision, Permit):
-            body = decision.body if judged.body is None else judged.body
-            decision = replace(decision, flags=(*judged.flags, *decision.flags), body=body, edited=judged.edited or decision.edited)
+            body = decision.body if judgement.body is None else judgement.body
+            decision = replace(decision, flags=(*judgement.flags, *decision.flags), body=body, edited=judgement.edited or decision.edited)
         return decision
 
     async def _decide(
-        self, arrived: AuthenticatedRequest, read: ParsedRequest, request: Request, call: NewCall, bound: Quote | None, now: float
+        self, caller: AuthenticatedRequest, parsed: ParsedRequest, request: Request, call: NewCall, quote: Quote | None, now: float
     ) -> Admission | Permit | OwnResponse | Refusal:
-        """What becomes of a request that the policy lets through. Raises LedgerUnavailable."""
-        if read.shared:
-            return await self.workspace.admit(arrived, read, request, call, now)
-        if (foreign := await self.workspace.foreign_file(arrived.app, read.found.files)) is not None:
+        """Reserve for a request that the policy allows, or let it pass as one that costs nothing. Raises LedgerUnavailable."""
+        if parsed.shared:
+            return await self.workspace.admit(caller, parsed, request, call, now)
+        if (foreign := await self.workspace.foreign_file(caller.app, parsed.found.files)) is not None:
             return foreign
-        if bound is not None:
-            return await self._reserve(arrived, read, call, bound, now)
-        if read.endpoint == "models":
-            return Permit(arrived, call, now, response_hook=ResponseHook(whole=partial(_visible, arrived)))
-        if read.endpoint == "count_tokens" and (denial := await self._too_many_counts(arrived.app, now)) is not None:
+        if quote is not None:
+            return await self._reserve(caller, parsed, call, quote, now)
+        if parsed.endpoint == "models":
+            return Permit(caller, call, now, response_hook=ResponseHook(whole=partial(_visible, caller)))
+        if parsed.endpoint == "count_tokens" and (denial := await self._too_many_counts(caller.app, now)) is not None:
             return (
-                Permit(arrived, call, now, flags=("observed:rate",)) if arrived.app.observes("rates") else rate_reached(denial, arrived.app)
+                Permit(caller, call, now, flags=("observed:rate",)) if caller.app.observes("rates") else rate_reached(denial, caller.app)
             )
-        return Permit(arrived, call, now)
+        return Permit(caller, call, now)
 
     async def _too_many_counts(self, app: AppPolicy, now: float) -> Denied | None:
-        """Count a request to count_tokens against a rate of its own, of the same size: the API has one apart, too."""
+        """Count a request to count_tokens against a rate of its own, as large as the app's: the API also counts these apart."""
         limit = app.rates.requests_per_minute
         denial = None if limit is None else await self.ledger.admit_request(f"{app.name} count_tokens", limit, now=now)
         return denial and replace(denial, limit="requests per minute to count tokens")
 
     async def _reserve(
-        self, arrived: AuthenticatedRequest, read: ParsedRequest, call: NewCall, bound: Quote, now: float
+        self, caller: AuthenticatedRequest, parsed: ParsedRequest, call: NewCall, quote: Quote, now: float
     ) -> Admission | Refusal:
-        app = arrived.app
+        """Reserve as planned; where rules in observe mode would have refused, flag the call with their codes."""
+        app = caller.app
         upstream_limits = {} if app.rates.headroom_percent is None else await self.ledger.upstream_limits()
-        known = arrived.overruns if self._clocks.monotonic_s() - arrived.monotonic_s < KNOWN_FOR_S else await self.ledger.overruns()
-        asked = plan(app, arrived.policy, read, bound, upstream_limits, known, now)
+        known = caller.overruns if self._clocks.monotonic_s() - caller.monotonic_s < OVERRUNS_FRESH_S else await self.ledger.overruns()
+        asked = plan(app, caller.policy, parsed, quote, upstream_limits, known, now)
         if isinstance(asked, Refusal):
             return asked
         result, option, passed = await self._queue.observe(call, asked, now)
         if isinstance(result, Denied):
-            return denied(result, app, bound, option.hold_nano)
+            return denied(result, app, quote, option.hold_nano)
         flags = tuple(f"observed:{code}" for code in dict.fromkeys((*(note.code for note in asked.notes), *passed)))
-        prices = arrived.policy.prices
+        prices = caller.policy.prices
         return Admission(
-            result.call_id, call, app, prices, read, bound, option.granted_tokens, option.pace, now, option.granted_turns,
+            result.call_id, call, app, prices, parsed, quote, option.granted_tokens, option.pace, now, option.granted_turns,
             result.standings, flags,
         )  # fmt: skip
 
     # -- running
 
     def run(self, admission: Admission, cut: Cut, monotonic_s: float) -> InFlightCall:
-        """Start to account for an admitted call. `cut` ends it before its time, given the reason (`paused`)."""
-        running = InFlightCall(admission, monotonic_s, self.streams.lost_s(monotonic_s))
+        """Start to account for an admitted call. `cut` ends it early, given the reason (a key of `CUT_CODES`)."""
+        running = InFlightCall(admission, monotonic_s, self.streams.stalled_s(monotonic_s))
         self.streams.running[running] = cut
         return running
 
     def progressed(self, running: InFlightCall, monotonic_s: float) -> None:
-        """A running answer showed more: give back the input's surplus once it is known, and ask for output before it runs out."""
+        """Take note of a running answer's progress: release what the input turned out not to need, request output before it runs out."""
         back_nano = running.release_nano()
         if back_nano:
             self._later(self.ledger.release(running.admission.call_id, back_nano, now=self._clocks.now()))
-        self.streams.look_after(running, monotonic_s)
+        self.streams.hurry_if_short(running, monotonic_s)
 
     def stop(self) -> None:
-        """Look after no stream and judge no body any more. The ledger is its opener's to close."""
+        """Stop topping streams up and judging large bodies. Whoever opened the ledger closes it."""
         self._judging.close()
 
     # -- close
@@ -253,11 +257,11 @@ class Gateway:
         """Resolve an ended call's reservation. Written for certain, though perhaps after the client has its answer."""
         self.streams.running.pop(running, None)
         monotonic_s = self._clocks.monotonic_s()
-        running.ended(monotonic_s, self.streams.lost_s(monotonic_s))
+        running.ended(monotonic_s, self.streams.stalled_s(monotonic_s))
         call_id = running.admission.call_id
         result = settle(running, sent=sent, ended_by=ended_by)
         end = result.outcome if isinstance(result, Void) else result
-        on_resolution = partial(self._look_for_overrun, running, end.outcome if isinstance(end, Settlement) else end, now)
+        on_resolution = partial(self._alert_of_overrun, running, end.outcome if isinstance(end, Settlement) else end, now)
         self._resolve(call_id, running.admission.call, running.admission.admitted_at, end, now, on_resolution)
         if (why := running.refused_as_retired()) is not None:
             app_name, model = running.admission.app.name, running.admission.reading.model
@@ -272,14 +276,13 @@ class Gateway:
         self, call_id: int, call: NewCall, started_at: float, end: Settlement | Outcome, now: float,
         on_resolution: Callable[[Resolution], None] = lambda resolution: None,
     ) -> "asyncio.Future[Resolution]":  # fmt: skip
-        """Settle a call, or void it, given its outcome alone; once that is written, wake whoever waits for budget, and tell whoever
-        listens."""
+        """Settle a call, or void it where `end` is an outcome alone. Once that is written: wake the queue, and report the call."""
         if isinstance(end, Settlement):
             written, state, outcome, parts = self.ledger.settle(call_id, end, now=now), "settled", end.outcome, end.parts
         else:
             written, state, outcome, parts = self.ledger.void(call_id, end, now=now), "voided", end, ()
 
-        def told(written: "asyncio.Future[Resolution]") -> None:
+        def on_written(written: "asyncio.Future[Resolution]") -> None:
             self._wake(written)
             if written.cancelled() or written.exception() is not None:
                 return
@@ -291,43 +294,42 @@ class Gateway:
                 ))  # fmt: skip
             on_resolution(resolution)
 
-        written.add_done_callback(told)
+        written.add_done_callback(on_written)
         return written
 
     def batch_closed(self, batch: Batch, end: SettledBatch, resolution: Resolution) -> None:
-        """A batch was settled by this process, perhaps one that another process had admitted."""
+        """Report a batch that this process has settled. Another process may have admitted it."""
         logger.info("Batch %s of app %s is settled at %s.", batch.id, batch.app, dollars(resolution.spent_nano))
         self._queue.settled()
         if self.on_call is not None:
-            told = record(
+            self.on_call(record(
                 end.call, "settled", started_at=end.started_at, ended_at=self._clocks.now(), call_id=batch.call_id, outcome=end.outcome,
                 parts=end.parts, spent_nano=resolution.spent_nano,
-            )  # fmt: skip
-            self.on_call(told)
+            ))  # fmt: skip
         if resolution.overrun:
             self.emit(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clocks.now()))
 
-    def _look_for_overrun(self, running: InFlightCall, outcome: Outcome, now: float, resolution: Resolution) -> None:
+    def _alert_of_overrun(self, running: InFlightCall, outcome: Outcome, now: float, resolution: Resolution) -> None:
         admission = running.admission
         if resolution.overrun and "late" in outcome.flags:
-            self.emit(alerts.late(admission.app.name, admission.reading.model, admission.call_id, resolution, running.lost_s, now))
+            self.emit(alerts.late(admission.app.name, admission.reading.model, admission.call_id, resolution, running.stalled_s, now))
         elif resolution.overrun:
             self.emit(alerts.overrun(admission.app.name, admission.reading.model, admission.call_id, resolution, now))
 
-    def close_free(self, free: Permit, ending: PermitEnd, now: float) -> None:
-        """A forwarded call without a meter has ended: its errand hears of it, and a row is kept of what cost nothing."""
-        if free.response_hook.ended is not None:
-            free.response_hook.ended(ending)
-        if free.reserved:
+    def close_permit(self, permit: Permit, ending: PermitEnd, now: float) -> None:
+        """End a call that was forwarded by a permit: call its hook, and write the row of a call that cost nothing."""
+        if permit.response_hook.ended is not None:
+            permit.response_hook.ended(ending)
+        if permit.reserved:
             return
         status = ending.status
-        outcome = Outcome(status=status, complete=status is not None, flags=free.flags)
-        self.ledger.free(free.call, outcome, now=now)
+        outcome = Outcome(status=status, complete=status is not None, flags=permit.flags)
+        self.ledger.free(permit.call, outcome, now=now)
         if self.on_call is not None:
-            self.on_call(record(free.call, "free", started_at=free.admitted_at, ended_at=now, outcome=outcome))
+            self.on_call(record(permit.call, "free", started_at=permit.admitted_at, ended_at=now, outcome=outcome))
 
     def _later(self, written: "asyncio.Future[Any]") -> None:
-        """Let whoever waits at the door look again once a settlement is written."""
+        """Wake the budget queue once a release is written."""
         written.add_done_callback(self._wake)
 
     def _wake(self, written: "asyncio.Future[Any]") -> None:
@@ -335,33 +337,33 @@ class Gateway:
             logger.error("The ledger could not write a settlement: %s", written.exception())
         self._queue.settled()
 
-    # -- answers of the gateway's own
+    # -- refusals, and answers of the gateway's own
 
-    def crowded(self, arrived: AuthenticatedRequest, body_bytes: int, held_bytes: Callable[[], int], now: float) -> Refusal | None:
-        """Refuse a body for which there is no memory beside those held, before it is read or as it grows; small ones always find room.
+    def overloaded(self, caller: AuthenticatedRequest, body_bytes: int, held_bytes: Callable[[], int], now: float) -> Refusal | None:
+        """Refuse a body for which there is no memory beside those in flight, before it is read or as it grows; small ones always fit.
 
-        `held_bytes` counts what has arrived of all others; it is asked for a large body alone.
+        `held_bytes` counts what has arrived of all the others; it is called for a large body alone.
         """
-        limit = arrived.policy.bodies_in_flight
+        limit = caller.policy.bodies_in_flight
         if body_bytes <= SMALL_BODY or (held := held_bytes()) + body_bytes <= limit:
             return None
         sentence = (
             f"The gateway holds {held:,} bytes of requests in flight and takes {limit:,} at once (bodies_in_flight); "
             f"this one has {body_bytes:,} or more. Send it again in a moment."
         )
-        return self._refused(arrived.app, arrived.token, arrived.endpoint, Refusal("crowded", sentence, retry_after_s=1), now)
+        return self._refused(caller.app, caller.token, caller.endpoint, Refusal("crowded", sentence, retry_after_s=1), now)
 
     def _refused(self, app: AppPolicy, token: Token, endpoint: str, refusal: Refusal, now: float) -> Refusal:
-        self._turned_away(NewCall(app.name, app.team, token.id, self._entrance + endpoint), refusal.code, now)
+        self._record_refusal(NewCall(app.name, app.team, token.id, self._endpoint_prefix + endpoint), refusal.code, now)
         return refusal
 
-    def _turned_away(self, call: NewCall, code: str, now: float) -> None:
+    def _record_refusal(self, call: NewCall, code: str, now: float) -> None:
         self.ledger.refused(call, code, now=now)
         if self.on_call is not None:
             self.on_call(record(call, "refused", started_at=now, ended_at=now, refusal=code))
 
     async def _readiness(self) -> OwnResponse:
-        """For a load balancer: 200 while calls would be taken. Asked at most once a second of the ledger, whoever asks here.
+        """Tell a load balancer whether calls would be taken: 200 where they would. Asks the ledger at most once a second.
 
         Raises LedgerUnavailable.
         """
@@ -383,21 +385,21 @@ class Gateway:
             return _ledger_refusal(error)
         return me(app, standings)
 
-    def upstream_headers(self, arrived: AuthenticatedRequest, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
-        """Keep what the upstream says of the shared key's limits; say so where it does not take the key, or sends callers elsewhere."""
+    def upstream_headers(self, caller: AuthenticatedRequest, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
+        """Record the shared key's limits; emit an alert where the upstream refuses the key, or redirects."""
         limits = {safe_name(name): safe_name(value) for name, value in headers if name.startswith("anthropic-ratelimit-")}
         monotonic_s = self._clocks.monotonic_s()
         if limits and (status == 429 or monotonic_s - self._limits_monotonic_s >= LIMITS_EVERY_S):
             self._limits_monotonic_s = monotonic_s
             self.ledger.ratelimits(limits, now=now)
         if status == 401:
-            self.emit(alerts.key_refused(arrived.policy.key, now))
+            self.emit(alerts.key_refused(caller.policy.key, now))
         elif 300 <= status < 400:
-            self.emit(alerts.redirected(arrived.policy.upstream, status, now))
+            self.emit(alerts.redirected(caller.policy.upstream, status, now))
 
 
-async def _visible(arrived: AuthenticatedRequest, status: int, body: bytes) -> bytes:
-    return visible_models(arrived.app, arrived.policy.prices, body) if status == 200 else body
+async def _visible(caller: AuthenticatedRequest, status: int, body: bytes) -> bytes:
+    return visible_models(caller.app, caller.policy.prices, body) if status == 200 else body
 
 
 def _ledger_refusal(error: LedgerUnavailable) -> Refusal:

@@ -55,12 +55,12 @@ def plan(
 
 
 class Verdict(NamedTuple):
-    """What the ledger's facts say to a planned call. `denied` None: it would be held by `option`."""
+    """The verdict of the ledger's facts on a planned call. `denied` None: it would be held by `option`."""
 
     denied: Denied | None
     option: ReservationOption
     observed: tuple[Denied, ...]
-    """What rules that are only observed would have said."""
+    """Refusals of rules in observe mode."""
 
 
 def judge_plan(asked: ReservationPlan, facts: CallFacts, input_tokens: int, now: float) -> Verdict:

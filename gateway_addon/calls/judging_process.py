@@ -1,8 +1,8 @@
-"""Judge large bodies in a process of its own, so that no body holds up the calls beside it.
+"""Judge large bodies in another process, so that no body delays the other calls.
 
 One call into the JSON parser holds the interpreter until it returns: 2.7 s for 31 MB of `[1,1,...]`, in a thread as well. Promises that
-the event loop only copies a large body, to another process, which judges one body at a time; that its answer is the same value that the
-function would have returned here; and that a body on which that process dies, is stuck or wants more memory than it may have is refused.
+the event loop only copies a large body, to another process, which judges one body at a time; that its answer is the value that the
+function would have returned here; and that a body is refused on which that process dies, takes too long or needs too much memory.
 The process is started for the first large body, and ends with its parent: it reads from a socket of which the parent holds the other end.
 """
 
@@ -30,23 +30,23 @@ from gateway_addon.refusals import Refusal, stated
 HERE_BYTES_MAX = 256 * 1024
 HERE_BRACKETS_MAX = 10_000
 HERE_BATCH_BYTES_MAX = 16 * 1024
-"""What is judged at once, without another process: the worst such body takes about 25 ms."""
+"""Bodies up to these limits are judged at once, in this process: the worst of them takes about 25 ms."""
 
-ANSWER_WITHIN_S = 30.0  # the worst body that is judged to its end takes about 6 s; one that takes longer is a fault of the gateway's
+ANSWER_WITHIN_S = 30.0  # the slowest body known takes about 6 s; a slower one is a fault of the gateway's
 MEMORY_BYTES_MAX = 2 * 2**30
 _LENGTH = struct.Struct("!Q")
 _PROGRAM = "import sys; from gateway_addon.calls.judging_process import serve; serve(int(sys.argv[1]))"
 
 
 def is_large(endpoint: str, body: bytes) -> bool:
-    """Whether judging a body may take longer than the other calls can wait. An upload is not looked into."""
+    """Tell whether judging a body may take longer than the other calls can wait. An upload is not parsed."""
     if endpoint not in ("messages", "count_tokens"):
         return endpoint == "batches.create" and len(body) > HERE_BATCH_BYTES_MAX
     return len(body) > HERE_BYTES_MAX or body.count(b"{") + body.count(b"[") > HERE_BRACKETS_MAX
 
 
 class JudgingProcess:
-    """The one that belongs to this process, started when it is first asked."""
+    """Start, ask and end the one judging process of this process; it starts with the first question."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
@@ -54,16 +54,16 @@ class JudgingProcess:
         self._socket: socket.socket | None = None
 
     async def judge[T](self, endpoint: str, body: bytes, function: Callable[..., T], *arguments: Any) -> T | Refusal:
-        """Return what a function of a module returns for these values, among them the request whose body decides where it is run.
+        """Return `function(*arguments)`, run here for a small body, in the other process for a large one.
 
-        Whoever is cancelled while it runs ends the process with it: nobody waits for its answer any more.
+        `function` must be a module's own. A caller that is cancelled meanwhile ends the process: nobody waits for its answer any more.
         """
         if not is_large(endpoint, body):
             return function(*arguments)
         return await self.run(function, *arguments)
 
     async def run[T](self, function: Callable[..., T], *arguments: Any) -> T | Refusal:
-        """Return what a function of a module returns, run in the other process, or the refusal of a body for which that cannot be done."""
+        """Return `function(*arguments)`, run in the other process, or the refusal of a body for which that fails."""
         async with self._turn:
             try:
                 async with asyncio.timeout(ANSWER_WITHIN_S):
@@ -72,7 +72,7 @@ class JudgingProcess:
             except TimeoutError:
                 self.close()
                 return stated("body", f"the body could not be judged within {ANSWER_WITHIN_S:g} s; send it in several requests")
-            except OSError:  # it died: of memory, or by somebody's hand
+            except OSError:  # it died: out of memory, or killed
                 self.close()
                 return stated("body", "the process that judges large bodies ended at this one; send it in several requests")
             except BaseException:
@@ -80,7 +80,7 @@ class JudgingProcess:
                 raise
 
     def close(self) -> None:
-        """End the process, whatever it is at."""
+        """Kill the process, even while it judges."""
         child, held, self._child, self._socket = self._child, self._socket, None, None
         if held is not None:
             held.close()
@@ -113,7 +113,7 @@ class JudgingProcess:
         self._socket.setblocking(False)
         optimised = ["-O"] if sys.flags.optimize else []
         with theirs:
-            # In a session of its own: an interrupt at the terminal is the gateway's affair. Without the secrets of the environment.
+            # In a session of its own: an interrupt at the terminal is for the gateway alone. Without the secrets of the environment.
             self._child = subprocess.Popen(
                 [sys.executable, *optimised, "-c", _PROGRAM, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                 env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, start_new_session=True,
@@ -122,7 +122,7 @@ class JudgingProcess:
 
 
 def serve(descriptor: int) -> None:
-    """Answer until the other end of the socket is closed."""
+    """Answer questions until the other end of the socket is closed (runs in the judging process)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (_memory_bytes_max(),) * 2)
@@ -151,13 +151,13 @@ def _answer(question: bytes, body: bytes) -> bytes:
 
 
 def _memory_bytes_max() -> int:
-    """Of this process: less than is meant for it where the gateway was given less (`ulimit -v`), which cannot be raised."""
+    """Return the memory limit of this process: less than `MEMORY_BYTES_MAX` where the gateway was given less (`ulimit -v`)."""
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     return MEMORY_BYTES_MAX if most == resource.RLIM_INFINITY else min(MEMORY_BYTES_MAX, most)
 
 
 def _shared(arguments: tuple[Any, ...]) -> list[Any]:
-    """What both sides have already: an answer that leads to it names its place."""
+    """Return the arguments that both processes have already: an answer refers to them by their place."""
     return [each for each in arguments if isinstance(each, AppPolicy | Prices)]
 
 

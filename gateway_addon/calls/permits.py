@@ -1,4 +1,4 @@
-"""What the gate hands out beside tickets: who has arrived, and permission to forward what is not metered as it runs. Values only."""
+"""Define what the gateway hands out besides admissions: authenticated requests, and permits to forward unmetered calls. Values only."""
 
 import re
 from collections.abc import Awaitable, Callable
@@ -11,21 +11,21 @@ from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy
 
 TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-"""What an app's tracing says of the span in which it calls (https://www.w3.org/TR/trace-context/)."""
+"""The span in which an app calls, as its tracing sends it (https://www.w3.org/TR/trace-context/)."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuthenticatedRequest:
-    """A caller with a good token, at an endpoint that exists, under the policy in force when it came."""
+    """A request with a token in force, at an endpoint that exists, and the policy in force when its headers arrived."""
 
     app: AppPolicy
     token: Token
     endpoint: str
     policy: GatewayPolicy
     monotonic_s: float
-    """When its headers were here."""
+    """The moment at which its headers were complete."""
     overruns: frozenset[str]
-    """Models that are reserved in full, as the ledger said then."""
+    """Models that were to be reserved in full at that moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +39,14 @@ class PermitEnd:
 
 @dataclass(frozen=True, slots=True)
 class ResponseHook:
-    """What else an answer is for, beside being passed on. Each part may be missing."""
+    """Functions that see an answer besides the client. Each may be missing."""
 
     whole: Callable[[int, bytes], Awaitable[bytes]] | None = None
-    """Hears a whole answer (status, body) before its client does, and returns the body that the client gets."""
+    """Called with a whole answer (status, body); returns the body that the client gets."""
     streamed: bool = False
-    """A 200 may be of any length: it passes piece by piece."""
+    """Pass a 200 piece by piece, since it may be of any length."""
     tap: Callable[[bytes], None] | None = None
-    """Reads along with what is streamed."""
+    """Called with each piece of a streamed answer."""
     ended: Callable[[PermitEnd], None] | None = None
 
 
@@ -54,35 +54,35 @@ class ResponseHook:
 class Permit:
     """Permission to forward a call that costs nothing (count_tokens, models), or whose cost is settled later (a batch)."""
 
-    arrived: AuthenticatedRequest
+    caller: AuthenticatedRequest
     call: NewCall
     admitted_at: float
     body: bytes | None = None
-    """The body to send where the policy rewrote it, as in `Ticket`."""
+    """The body to send where the policy rewrote it, as in `Admission`."""
     edited: str = ""
-    """What was rewritten, as in `Ticket`; of a batch the names of the fields, whichever of its requests it was in."""
+    """The rewritten fields, as in `Admission`; for a batch their names alone, over all of its requests."""
     flags: tuple[str, ...] = ()
-    """What the policy did beside letting it pass, as in `Ticket`."""
+    """Flags for the call's row, as in `Admission`."""
     response_hook: ResponseHook = ResponseHook()
     reserved: bool = False
-    """The ledger has an open call for it already; else one is written at its end, as free."""
+    """The ledger already has an open call for it; else a row is written at its end, with state `free`."""
 
 
-def new_call(arrived: AuthenticatedRequest, read: ParsedRequest, request: Request, entrance: str) -> NewCall:
-    """The row of a call that has not been quoted yet, with the labels by which Claude Code names its sessions and agents."""
+def new_call(caller: AuthenticatedRequest, parsed: ParsedRequest, request: Request, endpoint_prefix: str) -> NewCall:
+    """Return the row of a call that is not quoted yet, with the session and agent ids that Claude Code sends."""
     model, session, agent = (
         safe_name(text) or None
-        for text in (read.model, *("".join(request.header(f"x-claude-code-{name}-id")[:1]) for name in ("session", "agent")))
+        for text in (parsed.model, *("".join(request.header(f"x-claude-code-{name}-id")[:1]) for name in ("session", "agent")))
     )
     trace = "".join(request.header("traceparent")[:1])
     return NewCall(
-        arrived.app.name,
-        arrived.app.team,
-        arrived.token.id,
-        entrance + arrived.endpoint,
+        caller.app.name,
+        caller.app.team,
+        caller.token.id,
+        endpoint_prefix + caller.endpoint,
         model,
-        read.stream,
-        read.max_tokens or None,
+        parsed.stream,
+        parsed.max_tokens or None,
         session_id=session,
         agent_id=agent,
         traceparent=trace if TRACEPARENT.fullmatch(trace) else None,

@@ -1,7 +1,7 @@
-"""Where a call waits for budget: reserve at once, or stand in line while calls in flight hold what is left.
+"""Reserve budget for a call at once, or queue the call while calls in flight hold what is left.
 
-Promises that waiting is bounded and fair within a process (first come, first served, per scope), that nobody is refused
-without one last look, and that a caller who leaves while waiting leaves nothing behind. Knows the ledger and offers; no policy.
+Promises that waiting is bounded and fair within a process (first come, first served, per scope), that no call is refused without a
+last attempt, and that a call that is cancelled while it waits leaves nothing behind. Knows the ledger; no policy.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ from gateway_addon.calls.reservation_options import ReservationOption, Reservati
 from gateway_addon.ledger import CapShape, Denied, Ledger, NewCall, RateLimits, Reserved
 
 WAIT_S = 2.0  # for budget that is held, not spent
-LOOK_S = 0.05  # another process's settlement makes no sound here
+LOOK_S = 0.05  # another process's settlement wakes nobody here, so attempts are repeated
 
 
 class BudgetQueue:
-    """One process's door to a ledger."""
+    """Queue the calls of one process that wait for budget, one queue per scope."""
 
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
@@ -29,9 +29,9 @@ class BudgetQueue:
     async def reserve(
         self, call: NewCall, reservation_options: Sequence[ReservationOption], limits: Sequence[CapShape], rates: RateLimits, now: float
     ) -> tuple[Reserved | Denied, ReservationOption]:
-        """Reserve by the first offer that fits; where budget is only held, wait in line for it. Raises LedgerUnavailable.
+        """Reserve by the first option that fits; where budget is only held, wait for it. Raises LedgerUnavailable.
 
-        Newcomers do not overtake whoever waits in one of their scopes. The denial is that of the last, smallest offer.
+        A new call does not overtake one that waits in one of its scopes. The denial is the last, smallest option's.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -63,9 +63,9 @@ class BudgetQueue:
     async def observe(
         self, call: NewCall, asked: ReservationPlan, now: float
     ) -> tuple[Reserved | Denied, ReservationOption, tuple[str, ...]]:
-        """Reserve as planned; also return the codes of what the rules that are only observed would have said.
+        """Reserve as planned; also return the codes that rules in observe mode would have refused with.
 
-        Caps that are only observed are left out from the first, or a stream's later top-ups would still be judged by them.
+        Caps in observe mode are left out of the reservation, or a stream's later top-ups would be refused by them.
         Raises LedgerUnavailable.
         """
         own = await self._ledger.capped(asked.observed_caps, now=now) if asked.observed_caps else ()
@@ -79,7 +79,7 @@ class BudgetQueue:
         return result, option, tuple(codes)
 
     def settled(self) -> None:
-        """A settlement of this process is written: whoever waits may look again."""
+        """Wake the waiting calls: a settlement of this process is written."""
         self._settled.set()
         self._settled = asyncio.Event()
 

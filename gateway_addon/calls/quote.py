@@ -1,8 +1,8 @@
-"""What a request can cost at most, known before it is sent.
+"""Bound the cost of a request before it is sent.
 
-Promises a sound upper bound: no answer of the provider to this request can be billed higher, where the request is plain; and
-for what no body bounds (tools at the provider, other models, files) the worst case that the facts or the operator's policy
-declare. Pure arithmetic over a reading, a policy and a price row. Facts: platform documentation as of 2026-08 to 2026-11
+Promises a sound upper bound: no answer of the provider to a plain request can be billed higher. Where the body bounds nothing
+(tools at the provider, other models, files), the bound is the worst case that the facts or the operator's policy declare.
+Pure arithmetic over a parsed request, a policy and a price row. Facts: platform documentation as of 2026-08 to 2026-11
 (context windows, vision, tool use, pricing) and 771 recorded plain requests, none of which had more input tokens than
 bytes + 350.
 """
@@ -29,12 +29,12 @@ IMAGE_TOKENS = 1_568  # the most that an image becomes after it is scaled down
 IMAGE_TOKENS_HIGH_RESOLUTION = 4_784
 TYPED_TOOL_TOKENS = 8_000  # the largest known, a browser toolset, describes itself in about 7,500
 SERVER_LOOP_MAX = 10
-"""How often the provider reads the prompt again for its own tools before it pauses the turn (documented default; in a batch it is more
-often, and nobody says how much)."""
+"""The provider reads the prompt again for its own tools so often before it pauses the turn (documented default; more often in a batch, and
+no document says how often)."""
 CODE_SINCE = "20260209"
-"""From this version on, searches and fetches run code between two of them, in turns that `max_uses` does not count."""
+"""From this version on, code runs between two searches or fetches, in turns that `max_uses` does not count."""
 TOOLS_FOUND_MAX = 5
-"""How many tools one tool search finds at most (documented as 3 to 5)."""
+"""The most tools that one tool search finds (documented as 3 to 5)."""
 TURNS_SUMMED = 1_000
 """Turns after these (in a batch, with an absurd `max_uses`) are taken to read the whole context window."""
 
@@ -45,11 +45,11 @@ UNRELEASABLE = frozenset(
 
 
 SHOWN = frozenset({"web_search", "web_fetch"})
-"""The tools at the provider whose every use takes its time, and shows as it happens (unless code runs in between)."""
+"""Tools at the provider whose every use takes time, and shows in the stream as it happens (unless code runs in between)."""
 
 
 class QuotePart(NamedTuple):
-    """One line of a quote: what for, how many tokens (or uses), at which price, and the worst case in nano-dollars."""
+    """One line of a quote: a name, the tokens (or uses), the price of each, and the worst case in nano-dollars."""
 
     name: str
     tokens: int
@@ -59,7 +59,7 @@ class QuotePart(NamedTuple):
 
     @property
     def rate(self) -> str:
-        """For people, and only written out where somebody reads it: each call is quoted, few quotes are read."""
+        """Return the price for people; it is only written out on demand, because each call is quoted and few quotes are read."""
         if self.kind == "each":
             return f"{dollars(round(self.nano_each))} each"
         return f"{self.kind} {dollars(rounded_up(self.nano_each, 1_000_000))}/MTok"
@@ -67,7 +67,7 @@ class QuotePart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """How often one request has its model run: once, and again after each use of a tool at the provider.
+    """The turns of one request: its model runs once, and again after each use of a tool at the provider.
 
     `max_tokens` binds each turn, and each turn reads all that the turns before it wrote and brought, up to the context window.
     """
@@ -79,19 +79,19 @@ class Turns:
     brought: tuple[tuple[int, int], ...] = ()
     """The uses between the turns, as (tokens that one brings, how many such), the largest first. At least one in each gap."""
     uncounted: bool = False
-    """Code may run in turns that no `max_uses` counts, so that only the loop's own maximum bounds them."""
+    """Code may run in turns that no `max_uses` counts, so only the loop's own maximum bounds them."""
     shown: bool = False
-    """Each turn shows the use of a tool as it happens, so that a stream can be held for those that can have run."""
+    """Each turn shows the use of a tool as it happens, so a stream needs to hold only the turns that can have run."""
 
     @property
     def output_tokens(self) -> int:
         return self.count * self.max_tokens
 
     def input_tokens(self, written_tokens: int, turns: int | None = None) -> int:
-        """The prompts of all turns together, or of so many, where they wrote at most `written_tokens` in all.
+        """Return the tokens of the prompts of all turns, or of the first `turns`, where they wrote at most `written_tokens` in all.
 
-        Uses that are more than the gaps come in the first of them, because then most turns read what they brought. Of fewer turns
-        than all it is one use a gap: those are counted by the uses that can have been (progress.py), however many a turn makes.
+        Where there are more uses than gaps, the first gap has the surplus: then most turns read the tokens that they brought. For fewer
+        turns than all, each gap has one use: such turns are counted by the uses that can have happened (progress.py).
         """
         count = self.count if turns is None else min(turns, self.count)
         if count == 1:  # nearly every call
@@ -104,7 +104,7 @@ class Turns:
         return tokens + max(0, count - TURNS_SUMMED) * self._window(self.context_tokens)
 
     def _window(self, prompt_tokens: int) -> int:
-        """A prompt of a later turn: no longer than the window, unless the bound of the first one already is."""
+        """Return the bound of a later turn's prompt: the context window, unless the first prompt's bound is already longer."""
         return max(self.prompt_tokens, min(prompt_tokens, self.context_tokens))
 
     def _brought_tokens(self, uses: int) -> int:
@@ -140,12 +140,12 @@ class Quote:
 
     @property
     def prompt_nano(self) -> int:
-        """Nano-dollars for the input as it is sent, read once."""
+        """Return nano-dollars for the input as it is sent, read once."""
         return rounded_up(self.input_rate, self.turns.prompt_tokens)
 
     @property
     def by_itself(self) -> tuple[str, ...]:
-        """The features by which the provider may spend more than the input and one `max_tokens`."""
+        """Return the features by which the provider may spend more than the input and one `max_tokens`."""
         return tuple(dict.fromkeys(use.feature for use in self.terms.reading.found.uses if use.feature in UNRELEASABLE))
 
     @property
@@ -153,18 +153,17 @@ class Quote:
         return self.for_output(self.output_tokens)
 
     def for_output(self, tokens: int, turns: int | None = None) -> int:
-        """Nano-dollars for the extras, so many tokens of output in all turns (or so many), and the prompts that can then be read, rounded
-        up."""
+        """Return nano-dollars, rounded up, for the extras, `tokens` of output in all, and the prompts of so many turns (None: all)."""
         return rounded_up(self.input_rate, self.turns.input_tokens(tokens, turns)) + self.extra_nano + rounded_up(self.output_rate, tokens)
 
     def output_within(self, amount_nano: int) -> int:
-        """The largest `max_tokens` with which this request would fit an amount; 0 where none does."""
+        """Return the largest `max_tokens` with which this request would fit an amount; 0 where none does."""
         return max(0, bisect_right(range(MAX_TOKENS_MAX + 1), amount_nano, key=lambda tokens: _bound(self.terms, tokens).total_nano) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
-    """What every line of one quote is priced under."""
+    """The terms under which every line of one quote is priced."""
 
     app: AppPolicy
     reading: ParsedRequest
@@ -172,13 +171,13 @@ class _Terms:
     now: float
     batch: bool
     max_tokens: int
-    """Those that the request asks for, or would ask for."""
+    """The `max_tokens` of the request, or the one that is tried in its place."""
 
     def row(self, model: str) -> PriceRow | None:
         return self.prices.row(model, self.now)
 
     def feature(self, use: FeatureUse) -> Feature:
-        """The operator's limits; none where an app that is only observed uses what its policy does not name."""
+        """Return the operator's limits for a feature; none where an app in observe mode uses one that its policy does not name."""
         return self.app.features.get(use.feature, Feature())
 
     def rates(self, row: PriceRow, prompt_tokens: int, *, fast: bool) -> Rates:
@@ -187,7 +186,7 @@ class _Terms:
         return rates(row, prompt_tokens=prompt_tokens, speed="fast" if fast else None, inference_geo=geo, batch=self.batch)
 
     def input_rate(self, priced: Rates, *, loops: bool) -> tuple[str, Fraction]:
-        """The dearest that one token of input can be. The provider's own loops cache the prompt between two turns unasked."""
+        """Return the highest price of one token of input. The provider's own loops cache the prompt between two turns unasked."""
         if self.reading.hour_ttl:
             return "1h cache write", priced.cache_write_1h
         if self.reading.cache_control or loops:
@@ -213,7 +212,7 @@ def quote(reading: ParsedRequest, app: AppPolicy, prices: Prices, now: float, *,
 
 
 def _bound(terms: _Terms, max_tokens: int) -> Quote:
-    """The quote of a request whose models all have a price, if it asked for `max_tokens`."""
+    """Quote a request whose models all have a price, as if it asked for `max_tokens`."""
     terms = terms if terms.max_tokens == max_tokens else replace(terms, max_tokens=max_tokens)
     reading = terms.reading
     row = terms.row(reading.model)
@@ -244,7 +243,7 @@ def _bound(terms: _Terms, max_tokens: int) -> Quote:
 
 
 def input_bound(reading: ParsedRequest, row: PriceRow) -> int:
-    """The most tokens that one reading of this prompt can have, on the model of a price row."""
+    """Return the most tokens that this prompt can have when it is read once, on the model of a price row."""
     found = reading.found
     image_tokens = IMAGE_TOKENS_HIGH_RESOLUTION if row.high_resolution else IMAGE_TOKENS
     tokens = (
@@ -261,7 +260,7 @@ def input_bound(reading: ParsedRequest, row: PriceRow) -> int:
 
 
 def _turns(terms: _Terms, row: PriceRow, max_tokens: int) -> Turns:
-    """The turns of one attempt at the request, by the model of a price row."""
+    """Return the turns of one attempt at the request, by the model of a price row."""
     prompt = input_bound(terms.reading, row)
     listed = sum(_brought_tokens(terms, use, row) for use in terms.reading.found.uses if use.feature == "mcp")
     prompt = max(prompt, min(prompt + listed, row.context_tokens))  # the tools that an MCP server has are in no body
@@ -280,22 +279,22 @@ def _turns(terms: _Terms, row: PriceRow, max_tokens: int) -> Turns:
 
 
 def comes_whole(reading: ParsedRequest) -> bool:
-    """Whether the provider may run turns of which a stream shows nothing before its end: code that uses tools, MCP servers."""
+    """Tell whether the provider may run turns that a stream does not show before its end: code that uses tools, MCP servers."""
     return any(_loops(use) and _runs_code(use) for use in reading.found.uses)
 
 
 def _loops(use: FeatureUse) -> bool:
-    """Whether the provider reads the prompt again for this one."""
+    """Tell whether the provider reads the prompt again after a use of this feature."""
     return use.effect is Effect.SERVER_TOOL or use.where == "mcp_servers" or (use.feature == "advisor" and use.is_tool)
 
 
 def _bounded(use: FeatureUse) -> bool:
-    """Whether the tool's own `max_uses` bounds the turns that come of it."""
+    """Tell whether the tool's own `max_uses` bounds the turns that it causes."""
     return _stated_uses(use) is not None and not _runs_code(use)
 
 
 def _runs_code(use: FeatureUse) -> bool:
-    """Whether code may run between two uses of a tool: in turns that nobody counts, until the loop is paused."""
+    """Tell whether code may run between two uses of a tool, in turns that no limit counts until the loop is paused."""
     callers = use.value.get("allowed_callers") if isinstance(use.value, dict) else None
     if use.feature not in ("web_search", "web_fetch"):
         return use.feature in ("code_execution", "mcp")
@@ -303,8 +302,7 @@ def _runs_code(use: FeatureUse) -> bool:
 
 
 def _uses(use: FeatureUse) -> int:
-    """How often a tool can be used, code that runs in between included: as it says (a policy that limits uses demands that), else
-    until the turn is paused."""
+    """Return how often a tool can be used, from code as well: its `max_uses`, else as often as the loop allows."""
     stated = _stated_uses(use)
     if stated is None or _runs_code(use):
         return max(SERVER_LOOP_MAX, stated or 0)
@@ -317,7 +315,7 @@ def _stated_uses(use: FeatureUse) -> int | None:
 
 
 def _brought_tokens(terms: _Terms, use: FeatureUse, row: PriceRow) -> int:
-    """What one use brings into the prompts of later turns: as the operator says, else a whole context window."""
+    """Return the tokens that one use brings into later prompts: as the operator declares, else a whole context window."""
     if use.feature == "tool_search":
         tools = (tool for same in terms.reading.found.definitions.values() for tool in same)
         return sum(nlargest(TOOLS_FOUND_MAX, (definition_bytes(tool) + BLOCK_TOKENS for tool in tools)))
@@ -328,7 +326,7 @@ def _brought_tokens(terms: _Terms, use: FeatureUse, row: PriceRow) -> int:
 
 
 def _extras(terms: _Terms, row: PriceRow, turns: Turns) -> Iterator[tuple[QuotePart, str]]:
-    """What is billed beside the answer itself: (line, price row) each."""
+    """Yield the lines billed besides the answer itself, each with its price row."""
     yield from _beside(terms, row, turns, fast=is_fast(terms.reading.body))
     for use in terms.reading.found.uses:
         if use.feature == "fallbacks":
@@ -336,7 +334,7 @@ def _extras(terms: _Terms, row: PriceRow, turns: Turns) -> Iterator[tuple[QuoteP
 
 
 def _beside(terms: _Terms, row: PriceRow, turns: Turns, *, fast: bool, whose: str = "") -> Iterator[tuple[QuotePart, str]]:
-    """What is billed beside the turns of one attempt: its searches, a compaction before each turn, its advisor's calls."""
+    """Yield the lines billed besides the turns of one attempt: its searches, a compaction before each turn, its advisor's calls."""
     for use in terms.reading.found.uses:
         if use.feature == "web_search" and use.is_tool:
             searches = SERVER_LOOP_MAX if (stated := _stated_uses(use)) is None else stated
@@ -350,7 +348,7 @@ def _beside(terms: _Terms, row: PriceRow, turns: Turns, *, fast: bool, whose: st
 
 
 def _advisor(terms: _Terms, use: FeatureUse, whose: str) -> Iterator[tuple[QuotePart, str]]:
-    """Each use is a call of its own to another model, which reads the conversation and writes up to its own limit."""
+    """Yield the lines of an advisor: each use is a call to another model, which reads the conversation and writes up to its own limit."""
     row = terms.row(use.value["model"])
     if row is not None:
         name, output = f"advisor ({use.where}){whose}", _advice_tokens(terms, use)
@@ -364,7 +362,7 @@ def _advice_tokens(terms: _Terms, use: FeatureUse) -> int:
 
 
 def _fallbacks(terms: _Terms, use: FeatureUse) -> Iterator[tuple[QuotePart, str]]:
-    """Each attempt is billed on its own, by its own model, `max_tokens` and speed; it takes the request's where it has none."""
+    """Yield the lines of fallbacks: each attempt is billed by its own model, `max_tokens` and speed, or the request's where it has none."""
     for attempt in _attempts(terms, use):
         row = terms.row(attempt["model"])
         if row is not None:
@@ -385,7 +383,7 @@ def _attempts(terms: _Terms, use: FeatureUse) -> list[Mapping[str, Any]]:
 def _call(
     terms: _Terms, name: str, row: PriceRow, input_tokens: int, output_tokens: int, *, fast: bool, times: int = 1
 ) -> Iterator[tuple[QuotePart, str]]:
-    """The two lines of a whole call made inside the request, `times` over."""
+    """Yield the two lines of a whole call made inside the request, `times` over."""
     priced = terms.rates(row, input_tokens, fast=fast and row.fast is not None)
     label, rate = terms.input_rate(priced, loops=True)
     yield _part(f"{name}: input", times * input_tokens, label, rate), row.name
@@ -393,12 +391,12 @@ def _call(
 
 
 def _part(name: str, tokens: int, label: str, rate: Fraction) -> QuotePart:
-    """One line, rounded up. A thousand nano-dollars per token is a dollar per million tokens."""
+    """Return one line, rounded up. A thousand nano-dollars per token is a dollar per million tokens."""
     return QuotePart(name, tokens, label, rate, rounded_up(rate, tokens))
 
 
 def _priced_models(terms: _Terms) -> Iterator[tuple[str, bool]]:
-    """Every model that the request can reach, and whether it must have a price for fast mode."""
+    """Yield every model that the request can reach, and whether it must have a price for fast mode."""
     yield terms.reading.model, is_fast(terms.reading.body)
     yield from ((model, False) for _, model in terms.reading.found.models)
     for use in terms.reading.found.uses:

@@ -1,7 +1,7 @@
-"""An ended call as one flat record, for logs and traces. Pure.
+"""Describe an ended call as one flat record, for logs and traces. Pure.
 
-Promises the same fields for every call, whatever became of it, and nothing of what was said in it. What the fields mean is in the
-handbook's chapter `running`; a test holds the two together.
+Promises the same fields for every call, however it ended, and nothing of its content. The handbook's chapter `running` explains the
+fields; a test keeps chapter and record together.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ def record(
     parts: Iterable[PartShape] = (),
     spent_nano: int = 0,
 ) -> CallRecord:
-    """What is known of a call at its end. Times are unix seconds, amounts nano-dollars; tokens are summed over the billed parts."""
+    """Return the record of an ended call. Times are unix seconds, amounts nano-dollars; tokens are summed over the billed parts."""
     tokens = [part.tokens for part in parts]
     first_byte_at = outcome.first_byte_at
     return {

@@ -1,4 +1,4 @@
-"""The sentences of refused money: what the ledger denied, said to the person who reads it at night.
+"""Write the sentences of refusals, for the person who reads them at night.
 
 Each names the app, the limit with its amounts, and the way out. Knows the ledger's values and the quote; decides nothing.
 """
@@ -26,7 +26,7 @@ class BatchQuote(NamedTuple):
 
 
 def in_force(token: Token | None, now: float) -> Token | Refusal:
-    """The token that was found, or what to say of one that is none."""
+    """Return the token if it is in force, else the refusal that says why it is not."""
     if token is None:
         return Refusal("token_unknown", f"No app has this token: it was issued for another gateway or ledger. {ISSUE}.")
     if code := token.refusal(now):
@@ -35,10 +35,10 @@ def in_force(token: Token | None, now: float) -> Token | Refusal:
     return token
 
 
-def denied(denial: Denied, app: AppPolicy, bound: Quote | BatchQuote, granted_nano: int) -> Refusal:
-    """The refusal for what the ledger would not reserve. `granted_nano` is what was asked of it."""
+def denied(denial: Denied, app: AppPolicy, quote: Quote | BatchQuote, granted_nano: int) -> Refusal:
+    """Return the refusal for a reservation that the ledger denied. `granted_nano` is the amount that was asked for."""
     if denial.standing is not None:
-        return _denied_by_cap(denial, denial.standing, app, bound, granted_nano)
+        return _denied_by_cap(denial, denial.standing, app, quote, granted_nano)
     if denial.pause is not None:
         return paused(denial.pause)
     if denial.reason in ("token_unknown", "token_revoked", "token_expired"):
@@ -47,15 +47,15 @@ def denied(denial: Denied, app: AppPolicy, bound: Quote | BatchQuote, granted_na
 
 
 def rate_reached(denial: Denied, app: AppPolicy) -> Refusal:
-    """The refusal for a request that came sooner than a rate of its app allows."""
+    """Return the refusal for a request that exceeds a rate of its app."""
     limit = (denial.limit or "").replace("_", " ")
     sentence = f"App {app.name} is at its limit of {denial.limit_max:,} {limit} ({app.file}: rates). Slow down, or raise it there."
     return Refusal(denial.reason, sentence, denial.retry_after_s)
 
 
-def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, bound: Quote | BatchQuote, granted_nano: int) -> Refusal:
+def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, quote: Quote | BatchQuote, granted_nano: int) -> Refusal:
     if denial.reason == "quote_over_cap":
-        return Refusal("quote_over_cap", _too_large(app, bound, standing.cap_nano or 0, _cap_name(standing)))
+        return Refusal("quote_over_cap", _too_large(app, quote, standing.cap_nano or 0, _cap_name(standing)))
     stands = f"{_stands(standing)}; this call needs {cents(granted_nano)} to start"
     if denial.reason == "cap_held":
         return Refusal("cap_held", f"{stands}, and calls in flight hold what is left. Try again shortly.", denial.retry_after_s or 1)
@@ -70,14 +70,14 @@ def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, bound: Qu
 
 
 def paused(pause: Pause) -> Refusal:
-    """The operator stopped an app, a team or everything."""
+    """Return the refusal for a scope that the operator has paused."""
     until = "until it is resumed" if pause.until is None else f"until {_time(pause.until)}"
     why = f" ({pause.why})" if pause.why else ""
     return Refusal("app_paused", f"{_scope(pause.scope)} is paused {until}{why}. The operator can end it: gateway resume.")
 
 
 def elsewhere(app: AppPolicy, address: str, headers: tuple[tuple[str, str], ...]) -> Refusal:
-    """A token is used from where its app's may not be."""
+    """Return the refusal for a token that is used from an address which its app does not allow."""
     sentence = f"App {app.name} may not call from {address} ({app.file}: addresses). Call from another, or add this one there."
     if any(name == FORWARDED_FOR for name, _ in headers):
         sentence += " If that is a proxy in front of the gateway, name it in gateway.yaml (trusted_proxies)."
@@ -85,30 +85,30 @@ def elsewhere(app: AppPolicy, address: str, headers: tuple[tuple[str, str], ...]
 
 
 def throttled(address: str, monotonic_s: float) -> Refusal:
-    """An address without a valid token has had its answers of this minute."""
+    """Return the refusal for an address with too many requests without a valid token in this minute."""
     wait_s = 60 - int(monotonic_s) % 60
     sentence = f"{address} has sent more than {FAILURES_PER_MINUTE} requests without a valid token in this minute"
     return Refusal("token_noise", f"{sentence}. Stop what sends them; a valid token is served at any time. {ISSUE}.", wait_s)
 
 
 def headroom(app: AppPolicy, short: Shortage) -> Refusal:
-    """The shared key's own limit is nearly used up, and this app must leave the rest to the others."""
+    """Return the refusal for an app that must leave the rest of the shared key's own limit to the others."""
     left = f"{short.remaining:,} of {short.limit:,} {short.kind.replace('-', ' ')}"
     sentence = f"The shared key has {left} left for now, and app {app.name} keeps {app.rates.headroom_percent} % of it free for others"
     return Refusal("headroom", f"{sentence} ({app.file}: rates.headroom). Try again in {short.wait_s} s.", short.wait_s)
 
 
-def over_request_cap(app: AppPolicy, bound: Quote, cap_nano: int) -> Refusal:
-    """One call that alone could cost more than the app's cap for a request."""
-    return Refusal("quote_over_cap", _too_large(app, bound, cap_nano, f"cap for one request of app {app.name}"))
+def over_request_cap(app: AppPolicy, quote: Quote, cap_nano: int) -> Refusal:
+    """Return the refusal for a call that could cost more than the app's cap for one request."""
+    return Refusal("quote_over_cap", _too_large(app, quote, cap_nano, f"cap for one request of app {app.name}"))
 
 
 def cut_sentence(running: InFlightCall) -> str:
-    """Why the gateway ended a running answer."""
+    """Return the sentence that says why the gateway ended a running answer."""
     app = running.admission.app.name
     if running.cut == "paused":
         return f"The operator paused app {app}, so the gateway ended this answer here. What was generated so far is charged."
-    if running.cut == "adrift":
+    if running.cut == "lease_expiring":
         return (
             "The gateway has lost its ledger and must end running answers before another gateway books them, so this one ends here; "
             "what was generated so far is charged. Send the call again in a moment."
@@ -119,22 +119,22 @@ def cut_sentence(running: InFlightCall) -> str:
     )
 
 
-def _too_large(app: AppPolicy, bound: Quote | BatchQuote, cap_nano: int, cap_name: str) -> str:
-    if isinstance(bound, BatchQuote):
-        what = f"This batch of {bound.requests:,} requests"
+def _too_large(app: AppPolicy, quote: Quote | BatchQuote, cap_nano: int, cap_name: str) -> str:
+    if isinstance(quote, BatchQuote):
+        what = f"This batch of {quote.requests:,} requests"
         way_out = "Send fewer requests in one batch, or ask for fewer max_tokens in each."
     else:
         what = "This call"
-        if fits := bound.output_within(cap_nano):
+        if fits := quote.output_within(cap_nano):
             way_out = f"The largest max_tokens that fits is {fits:,}."
-        elif bound.prompt_nano > cap_nano or not bound.by_itself:
+        elif quote.prompt_nano > cap_nano or not quote.by_itself:
             way_out = "Its input alone is too dear: send less."
         else:
-            directly = ', called directly only (allowed_callers: ["direct"])' if bound.turns.uncounted else ""
-            what_loops = f"What the provider may do by itself is too dear ({', '.join(bound.by_itself)})"
+            directly = ', called directly only (allowed_callers: ["direct"])' if quote.turns.uncounted else ""
+            what_loops = f"What the provider may do by itself is too dear ({', '.join(quote.by_itself)})"
             way_out = f"{what_loops}: leave it out, or allow fewer uses (max_uses){directly}."
     limit = f"{dollars(cap_nano)}, {app.file}: caps"
-    return f"{what} can cost up to {cents(bound.total_nano)}, more than the {cap_name} ({limit}). {way_out}"
+    return f"{what} can cost up to {cents(quote.total_nano)}, more than the {cap_name} ({limit}). {way_out}"
 
 
 def _stands(standing: Standing) -> str:

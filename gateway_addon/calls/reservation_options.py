@@ -1,4 +1,4 @@
-"""The ways in which a call may be reserved: whole, in steps, or the one where the other does not fit. Pure."""
+"""List the ways in which a call may be reserved: whole, in steps, or in steps where the whole does not fit. Pure."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -28,43 +28,43 @@ class ReservationOption:
 
 @dataclass(frozen=True, slots=True)
 class ReservationPlan:
-    """All that is asked of the ledger for one call."""
+    """The options, limits and rates by which one call is to be reserved."""
 
     options: Sequence[ReservationOption]
     """The largest first; the first that fits is taken."""
     limits: Sequence[CapShape]
     rates: RateLimits
     observed_caps: Sequence[CapShape] = ()
-    """The app's own, where they only record what they would refuse."""
+    """The app's own caps in observe mode."""
     observes_rates: bool = False
     notes: Sequence[Refusal] = ()
-    """What observed rules said before the ledger was asked."""
+    """Refusals of rules in observe mode that need no ledger."""
 
 
 COMFORT = 50  # `reserve: auto` reserves a stream whole while its quote is at most this part of each of its caps
 
 
 def reservation_options(
-    bound: Quote, app: AppPolicy, policy: GatewayPolicy, read: ParsedRequest, limits: Iterable[Cap], *, overrun: bool, now: float
+    quote: Quote, app: AppPolicy, policy: GatewayPolicy, parsed: ParsedRequest, limits: Iterable[Cap], *, overrun: bool, now: float
 ) -> list[ReservationOption]:
-    """The ways to reserve a call, the largest first: whole, in steps, or whole while that is little and in steps when it is not.
+    """Return the ways to reserve a call, the largest first: whole, in steps, or both where the whole is little.
 
     Only a stream can be cut, so only a stream can run on less than its whole quote; and only on a model that keeps its pace.
-    What the provider may run unseen is held whole; where each turn shows, those that can have run so far are held.
+    Turns of the provider's own that a stream does not show are held whole; where each shows, those that can have run so far are held.
     """
-    pace = _pace(app, policy.prices, read, read.model, overrun=overrun, now=now)
-    whole = ReservationOption(bound.output_tokens, bound.total_nano, pace)
-    if pace is None or comes_whole(read):
+    pace = _pace(app, policy.prices, parsed, parsed.model, overrun=overrun, now=now)
+    whole = ReservationOption(quote.output_tokens, quote.total_nano, pace)
+    if pace is None or comes_whole(parsed):
         return [whole]
-    turns = min(pace.first_turns, bound.turns.count) if bound.turns.shown else bound.turns.count
-    tokens = min(pace.first_tokens, bound.output_tokens)
-    if (tokens, turns) == (bound.output_tokens, bound.turns.count):
+    turns = min(pace.first_turns, quote.turns.count) if quote.turns.shown else quote.turns.count
+    tokens = min(pace.first_tokens, quote.output_tokens)
+    if (tokens, turns) == (quote.output_tokens, quote.turns.count):
         return [whole]
-    first_nano = bound.for_output(tokens, turns)
-    next_nano = bound.for_output(min(tokens + pace.quantum_tokens, bound.output_tokens), turns + 1)
+    first_nano = quote.for_output(tokens, turns)
+    next_nano = quote.for_output(min(tokens + pace.quantum_tokens, quote.output_tokens), turns + 1)
     steps = ReservationOption(tokens, first_nano, pace, next_nano - first_nano, turns)
     smallest_nano = min((cap.amount_nano for cap in limits if cap.window != "request"), default=math.inf)
-    comfortable = app.reserve == "auto" and bound.total_nano * COMFORT <= smallest_nano
+    comfortable = app.reserve == "auto" and quote.total_nano * COMFORT <= smallest_nano
     return [whole, steps] if comfortable else [steps]
 
 
@@ -77,26 +77,26 @@ def planned(
     return ReservationPlan(options, [cap for cap in limits if cap not in own], rates, own, app.observes("rates"), notes)
 
 
-def rewritten(app: AppPolicy, prices: Prices, read: ParsedRequest, *, overrun: bool, now: float) -> dict[str, Any]:
-    """Return the top-level fields that the policy rewrites in a call of its own.
+def rewritten(app: AppPolicy, prices: Prices, parsed: ParsedRequest, *, overrun: bool, now: float) -> dict[str, Any]:
+    """Return the top-level fields that the policy rewrites in a call outside a batch.
 
-    A stream that is held in steps keeps its `max_tokens`: no more than a step of it is ever at stake.
+    A stream that is held in steps keeps its `max_tokens`: no more than one step is ever at stake.
     """
-    changes = edits(app, read, prices)
-    pace = _pace(app, prices, read, changes.get("model", read.model), overrun=overrun, now=now)
-    if "max_tokens" in changes and pace is not None and _steps(pace, read):
+    changes = edits(app, parsed, prices)
+    pace = _pace(app, prices, parsed, changes.get("model", parsed.model), overrun=overrun, now=now)
+    if "max_tokens" in changes and pace is not None and _steps(pace, parsed):
         return {name: value for name, value in changes.items() if name not in CLAMPED}
     return changes
 
 
-def _pace(app: AppPolicy, prices: Prices, read: ParsedRequest, model: str, *, overrun: bool, now: float) -> Pace | None:
+def _pace(app: AppPolicy, prices: Prices, parsed: ParsedRequest, model: str, *, overrun: bool, now: float) -> Pace | None:
     """Return the pace that bounds what a call can have generated by any moment, None where nothing does."""
     row = prices.row(model, now)
-    if not read.stream or app.reserve == "full" or overrun or row is None:
+    if not parsed.stream or app.reserve == "full" or overrun or row is None:
         return None
     return Pace(row.output_tokens_per_second_max, row.lag_s, row.turn_s_min)
 
 
-def _steps(pace: Pace, read: ParsedRequest) -> bool:
+def _steps(pace: Pace, parsed: ParsedRequest) -> bool:
     """Tell whether a step is less than the whole."""
-    return pace.first_tokens < read.max_tokens and not comes_whole(read)
+    return pace.first_tokens < parsed.max_tokens and not comes_whole(parsed)

@@ -1,4 +1,4 @@
-"""What the gateway says by itself to those who are let in: where an app stands, which models it sees. Pure shapes, no decisions."""
+"""Shape the gateway's own answers and headers: how an app's caps stand, which models it sees, what was edited. Pure; decides nothing."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,21 +14,21 @@ from gateway_addon.pricing import Prices
 
 @dataclass(frozen=True, slots=True)
 class OwnResponse:
-    """An answer made here. `body` None: an empty one."""
+    """An answer that the gateway makes itself. `body` None: an empty one."""
 
     body: Mapping[str, Any] | None
     status: int = 200
 
 
 def me(app: AppPolicy, standings: Iterable[Standing]) -> OwnResponse:
-    """`GET /gateway/me`: an app's own caps, for apps that plan their work."""
+    """Answer `GET /gateway/me`: an app's own caps, for apps that plan their work."""
     request_cap = app.caps.get("request")
     windows = [_amounts(standing) for standing in standings]
     return OwnResponse({"app": app.name, "models": list(app.models.allow), "request_cap_nano": request_cap, "windows": windows})
 
 
 def visible_models(app: AppPolicy, prices: Prices, body: bytes) -> bytes:
-    """An answer of `GET /v1/models` with only the models that the app may use, in the API's paging shape."""
+    """Return an answer of `GET /v1/models` with only the models that the app may use, in the API's paging shape."""
     page = json.loads(body)
     page["data"] = [model for model in page["data"] if may_use(app, model["id"], prices)]
     if page["data"]:  # else the upstream's cursors stay: the next page may hold something
@@ -37,12 +37,12 @@ def visible_models(app: AppPolicy, prices: Prices, body: bytes) -> bytes:
 
 
 def note_header(note: str | None) -> list[tuple[str, str]]:
-    """What the gateway has to say to the provider's own refusal, whose body passes unchanged."""
+    """Return the header of a note to the provider's own refusal, whose body passes unchanged."""
     return [("x-gateway-note", note)] if note else []
 
 
 def cap_headers(app: str, standings: Sequence[Standing]) -> list[tuple[str, str]]:
-    """`x-gateway-cap-WINDOW`: how the app's own caps stood when its call was admitted, the call's reservation included."""
+    """Return the `x-gateway-cap-WINDOW` headers: how the app's own caps stood at admission, the call's reservation included."""
     own = [standing for standing in standings if standing.scope == app_scope(app) and standing.cap_nano is not None]
     return [(f"x-gateway-cap-{standing.window}", _header(standing)) for standing in own]
 
@@ -58,19 +58,19 @@ def edited_header(text: str) -> list[tuple[str, str]]:
 
 
 def _ascii(value: Any) -> str:
-    """As a header's value can hold it, whatever a client put in the place of a name or a number."""
+    """Return a value as a header can hold it, even where a client sent something else than a name or a number."""
     shown = safe_name(value) if isinstance(value, str) else json.dumps(value)[:NAME_CHARS_MAX]
     return shown.encode("ascii", "backslashreplace").decode()
 
 
 def error_event(error_type: str, sentence: str) -> bytes:
-    """The last event of a stream that the gateway ends: an `error` may come at any point of one (platform documentation, "Streaming")."""
+    """Return the last event of a stream that the gateway ends: an `error` may come at any point (platform documentation, "Streaming")."""
     error = {"type": "error", "error": {"type": error_type, "message": sentence}}
     return f"event: error\ndata: {json.dumps(error)}\n\n".encode()
 
 
 def _amounts(standing: Standing) -> dict[str, Any]:
-    """For programs: each amount in nano-dollars and as dollars."""
+    """Return a cap's amounts for programs, each in nano-dollars and as dollars."""
     free_nano = None if standing.cap_nano is None else max(0, standing.cap_nano - standing.spent_nano - standing.reserved_nano)
     amounts = {"cap": standing.cap_nano, "spent": standing.spent_nano, "held": standing.reserved_nano, "free": free_nano}
     return {

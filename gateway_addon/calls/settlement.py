@@ -1,4 +1,4 @@
-"""How each way in which a call can end is settled: one table, in `RULES`, and the function that reads it.
+"""Settle an ended call: one table of the ways in which a call can end, and the function that applies it.
 
 Promises that a call is voided only on evidence that the provider did no work, is charged exactly where the answer says what
 it used, and otherwise keeps an upper bound, flagged `estimated` with the reason. Knows nothing of mitmproxy or SQL.
@@ -8,15 +8,15 @@ it used, and otherwise keeps an upper bound, flagged `estimated` with the reason
     before its request reached the upstream (connect, DNS, TLS) | voided
     with a redirect (which the app does not get)                | voided
     with the API's error first, whatever its status             | voided
-    the same, later than `lag_s`, where the provider may loop   | settled at the grant, estimated:late_error
+    with that, later than `lag_s`, where the provider may loop  | settled at the grant, estimated:late_error
     with a status that only an edge makes (EDGE_REFUSALS)       | voided
     with one that an edge makes on its own or for a lost origin | within 2 s voided, assumed_unbilled
     (EDGE_BREAKS), without the envelope                         | later settled at what can be by then, estimated:edge
     with any other status >= 400                                | settled at the grant, estimated:error_unreadable
     lost between request and status (cut, timeout)              | settled at the grant, estimated:no_status
-    the same, where the client of a stream left                 | settled at what can be by then, estimated:no_status
+    lost there because the client of a stream left              | settled at what can be by then, estimated:no_status
     with an answer that reports its whole usage                 | settled at its exact cost
-    the same, by a model without a price                        | settled at the grant, estimated:model_unpriced
+    with that, by a model without a price                       | settled at the grant, estimated:model_unpriced
     refused before any output                                   | settled at zero: usage is reported, and not charged
     after message_start: cut by upstream, client or gateway     | settled at exact input + output by then, estimated:cut
     after message_start: by an error event                      | settled at exact input + output by then, estimated:stream_error
@@ -41,7 +41,7 @@ from gateway_addon.pricing import Cost, cost
 EDGE_BREAKS = frozenset({502, 503, 520, 522})
 """Statuses that an edge makes when it cannot reach the origin, and also when the origin broke off after it took the request."""
 EDGE_UNBILLED_S = 2.0
-"""How soon such a status must come to be taken for a request that the origin never took (assumed)."""
+"""A status of `EDGE_BREAKS` that comes sooner is taken to mean that the origin never took the request (assumed)."""
 
 EndedBy = Literal["whole", "client", "upstream", "gateway"]
 
@@ -54,7 +54,7 @@ class Void:
 
 
 def drifted(running: InFlightCall, served: str) -> bool:
-    """Another model answered than the one asked for (a dated id of the same model is the same model)."""
+    """Tell whether another model answered than the one asked for. (A dated id of a model is that model.)"""
     canonical = running.admission.prices.canonical
     return (canonical(served) or served) != canonical(running.admission.reading.model)
 
@@ -72,14 +72,14 @@ def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlemen
         flags = (*flags, "drift")
 
     def outcome(*more: str, complete: bool = False, price_rows: str | None = None) -> Outcome:
-        said = usage or Usage()
+        reported = usage or Usage()
         return Outcome(
-            running.status, served, said.stop_reason, running.request_id, running.first_byte_at, complete, price_rows, flags + more,
-            said.service_tier, said.speed, said.inference_geo,
+            running.status, served, reported.stop_reason, running.request_id, running.first_byte_at, complete, price_rows, flags + more,
+            reported.service_tier, reported.speed, reported.inference_geo,
         )  # fmt: skip
 
     def estimated(reason: str, *, left: bool = False) -> Settlement:
-        """Exact input plus the output bound where the answer began and its input cannot have grown since; else the bounds of both."""
+        """Settle at the exact input plus the output bound where the answer began and its input cannot have grown; else at both bounds."""
         most_tokens, held_nano = running.output_tokens_max(left=left), running.held_nano
         most_nano = running.bound_nano(most_tokens, running.turns_max)
         if usage is not None and usage.started:
@@ -92,7 +92,7 @@ def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlemen
         return Settlement(None if most_nano == held_nano else most_nano, (), outcome(f"estimated:{reason}", *late(most_nano)))
 
     def late(nano: int) -> tuple[str, ...]:
-        """Flag what passed the grant only because the gateway stood still."""
+        """Flag an amount that passed the grant only because the gateway stood still."""
         return ("late",) if running.held_nano < nano <= running.bound_nano(running.output_tokens_max(), running.turns_max) else ()
 
     def priced(used: Usage) -> Cost:
@@ -129,6 +129,6 @@ def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlemen
 
 
 def _may_have_looped(running: InFlightCall) -> bool:
-    """Whether turns of the provider's own can have been billed before its error came."""
+    """Tell whether the provider can have billed turns of its own before its error came."""
     pace = running.declared()
     return not running.admission.quote.releasable and (pace is None or running.elapsed_s > pace.lag_s)

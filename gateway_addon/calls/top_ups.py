@@ -1,8 +1,8 @@
-"""The running calls of one process: topped up before they run out, and ended before their time where they must be.
+"""Top up the running streams of one process before their grants run out, and cut those that must end early.
 
-Promises that output is asked for ahead of need, a few ledger writes a second however many streams run; that a stream whose grant may
-not grow ends where it ends (flows.py holds it to that); and that calls of a lost ledger, or of an app that was paused, are cut. Knows
-the ledger and running calls; nothing of mitmproxy, nor of who may ask for what.
+Promises that output is reserved ahead of need, in a few ledger writes a second however many streams run; that a stream whose grant
+cannot grow ends where its grant ends (flows.py enforces that); and that streams are cut when their app is paused or their lease on the
+ledger expires. Knows the ledger and running calls; nothing of mitmproxy or policy.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from gateway_addon.refusals import Refusal
 
 LOOK_AT_LEASE_S = 0.25
 TOP_UP_EVERY_S = TICK_S / 4  # however great the hurry: a few writes a second, not one per delta
-LATE_S = 0.5  # by how much a look may be late: declared lags have room for that
+LATE_S = 0.5  # the lease check may be this late: declared lags have room for that
 CUT_CODES = {"budget": "cap_spent", "paused": "app_paused", "adrift": "ledger"}
 
 type Cut = Callable[[str], None]
-"""Ends a running call before its time, given the reason: a key of `CUT_CODES`."""
+"""Ends a running call early, given the reason: a key of `CUT_CODES`."""
 
 
 class RunningStreams:
-    """Look after the running calls of one process."""
+    """Top up and cut the running calls of one process."""
 
     def __init__(self, ledger: Ledger, clocks: Clocks):
         self._ledger = ledger
@@ -35,27 +35,27 @@ class RunningStreams:
         self.running: dict[InFlightCall, Cut] = {}
         self._hurry = asyncio.Event()
         self._looked_monotonic_s = clocks.monotonic_s()
-        self._lost_s = 0.0
+        self._stalled_s = 0.0
 
-    def lost_s(self, monotonic_s: float) -> float:
-        """Return how long the event loop has stood still until now, in all: a step of a computation, or of the machine, held it.
+    def stalled_s(self, monotonic_s: float) -> float:
+        """Return how long the event loop has stood still until now, in all, as measured by lease checks that came late.
 
-        Nothing was read in that time, topped up or cut. It is told by looks that come late, the one that is due now among them.
+        Nothing was read, topped up or cut in that time. A check that is overdue at this moment counts as well.
         """
         since_s = monotonic_s - self._looked_monotonic_s
-        return self._lost_s + (since_s if since_s > LOOK_AT_LEASE_S + LATE_S else 0.0)
+        return self._stalled_s + (since_s if since_s > LOOK_AT_LEASE_S + LATE_S else 0.0)
 
-    def _look_at_the_clock(self) -> None:
+    def _measure_stall(self) -> None:
         monotonic_s = self._clocks.monotonic_s()
-        self._lost_s, self._looked_monotonic_s = self.lost_s(monotonic_s), monotonic_s
+        self._stalled_s, self._looked_monotonic_s = self.stalled_s(monotonic_s), monotonic_s
 
-    def look_after(self, running: InFlightCall, monotonic_s: float) -> None:
-        """A running answer showed more: if it will need more than it holds, ask for that soon."""
+    def hurry_if_short(self, running: InFlightCall, monotonic_s: float) -> None:
+        """Hasten the next top-up where a running answer needs it before the next tick."""
         if running.runs_short(monotonic_s):
             self._hurry.set()
 
     async def keep_topped_up(self) -> None:
-        """Wait for a stream that runs short, or a moment; top up, and cut whoever was paused. Raises LedgerUnavailable."""
+        """Wait for a stream that runs short, or a moment; top up, and cut the calls of paused scopes. Raises LedgerUnavailable."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), TICK_S)
         self._hurry.clear()
@@ -63,16 +63,16 @@ class RunningStreams:
         await self._cut_paused()
 
     async def top_up(self) -> None:
-        """Ask for more output for every running stream that will need it, in one ledger write. Raises LedgerUnavailable.
+        """Reserve more output for every running stream that will need it, in one ledger write. Raises LedgerUnavailable.
 
-        Further turns are asked for after that, each on its own: they are dear, and output shall not be refused because of them.
+        Further turns are reserved after that, each on its own: they are dear, and no output is to be refused because of them.
         """
         monotonic_s = self._clocks.monotonic_s()
         await self._extend([(running, tokens, 0) for running in self.running if (tokens := running.wanted_tokens(monotonic_s))])
         await self._extend([(running, 0, turn) for running in self.running for turn in range(1, running.wanted_turns(monotonic_s) + 1)])
 
     async def _extend(self, asked: Sequence[tuple[InFlightCall, int, int]]) -> None:
-        """Ask for so much more output, or for one more turn, the first, second, ... from now, for each stream.
+        """Reserve so many tokens of output more, or one turn more (the first, second, ... from now), for each stream.
 
         No turn costs less than the one before it: where one is refused, so are those after it.
         """
@@ -90,20 +90,22 @@ class RunningStreams:
                 running.granted_turns += turn > 0
 
     async def _cut_paused(self) -> None:
-        """End the running calls of whoever was paused `--now`. Raises LedgerUnavailable."""
+        """End the running calls in scopes that were paused with `--now`. Raises LedgerUnavailable."""
         paused_now = {pause.scope for pause in await self._ledger.pauses(now=self._clocks.now()) if pause.cut}
         for running, cut in list(self.running.items()) if paused_now else ():
             if paused_now & set(running.admission.scopes):
                 cut("paused")
 
     async def keep_to_the_lease(self) -> None:
-        """Look at the clock and cut what is adrift. Never waits for the ledger, as top-ups do: it is for when that does not answer."""
-        self._look_at_the_clock()
-        self._cut_adrift()
+        """Measure the loop's stalls, and cut streams whose lease expires. Never waits for the ledger: it may not answer."""
+        self._measure_stall()
+        self._cut_lease_expiring()
 
-    def _cut_adrift(self) -> None:
-        """End the running streams whose calls another gateway will settle at what they hold. What does not stream runs to its end:
-        the provider bills it in any case, within what it holds."""
+    def _cut_lease_expiring(self) -> None:
+        """End the streams whose lease expires, before another gateway settles them at what they hold.
+
+        A call that does not stream runs to its end: the provider bills it in any case, within what it holds.
+        """
         lease_expiring = self._ledger.lease_expiring()
         for running, cut in list(self.running.items()) if lease_expiring else ():
             if running.admission.call_id in lease_expiring and running.admission.call.stream:
@@ -111,11 +113,11 @@ class RunningStreams:
 
 
 def cut_refusal(running: InFlightCall) -> Refusal:
-    """Why the gateway ends a running call."""
+    """Return the refusal that tells a client why the gateway ends its running call."""
     return Refusal(CUT_CODES[running.cut or "budget"], cut_sentence(running))
 
 
 def _room_nano(running: InFlightCall) -> float:
-    """What a running stream may still be granted under its request cap."""
+    """Return how much more a running stream may be granted under its request cap."""
     cap_nano = None if running.admission.app.observes("caps") else running.admission.app.caps.get("request")
     return math.inf if cap_nano is None else cap_nano - running.held_nano

@@ -1,7 +1,7 @@
-"""The workspace that all apps share at the provider, with each app's own part of it: batches and files.
+"""Keep apart, in the workspace that all apps share at the provider, each app's own batches and files.
 
-Promises that an app sees, fetches, cancels and deletes what it made itself, and that anything else is not there for it: neither
-another app's, nor what was made beside this gateway; not one byte of such a request goes out. Lists are answered from the ledger, so no
+Promises that an app sees, fetches, cancels and deletes only what it made itself. What another app made, or what was made outside this
+gateway, does not exist for it: not one byte of such a request goes out. Lists are answered from the ledger, so no
 page of them shows what others have. A batch is reserved whole before it is sent, and is the app's, durably, before the app hears of it.
 
 A creation whose answer is lost is settled at what it holds: nobody knows its id, so nobody will ever read its results.
@@ -45,12 +45,12 @@ LIST_QUERY = {"after_id", "before_id", "beta", "ids", "ids[]", "limit", "page"}
 NAMES: dict[str, tuple[Kind, str]] = {"batches": ("batch", "message batch"), "files": ("file", "file")}
 
 type Resolve = Callable[[int, NewCall, float, Settlement | Outcome, float], object]
-"""Settles a call, or voids it (given an outcome alone), and tells whoever listens."""
+"""Settles a call, or voids it (given an outcome alone), and reports it."""
 
 
 @dataclass(slots=True)
 class Workspace:
-    """One process's. `clock` returns unix seconds."""
+    """Admit the requests of one process that concern batches and files. `clock` returns unix seconds."""
 
     ledger: Ledger
     queue: BudgetQueue
@@ -60,29 +60,29 @@ class Workspace:
     judging: JudgingProcess
 
     async def admit(
-        self, arrived: AuthenticatedRequest, read: ParsedRequest, request: Request, call: NewCall, now: float
+        self, caller: AuthenticatedRequest, parsed: ParsedRequest, request: Request, call: NewCall, now: float
     ) -> Permit | OwnResponse | Refusal:
         """Decide about a request that the app's policy lets through. Raises LedgerUnavailable."""
-        match read.endpoint:
+        match parsed.endpoint:
             case "batches.create":
-                return await self._create_batch(arrived, request, call, now)
+                return await self._create_batch(caller, request, call, now)
             case "files.upload":
                 problem = upload_problem(request)
                 return problem or Permit(
-                    arrived, call, now, response_hook=ResponseHook(whole=partial(self._uploaded, arrived.app.name, now))
+                    caller, call, now, response_hook=ResponseHook(whole=partial(self._uploaded, caller.app.name, now))
                 )
             case "batches.list" | "files.list":
-                return await self._page(arrived.app, read, request)
-        owned = await self.ledger.look(partial(ownership.find, id=read.item))
-        if owned is None or owned.gone or owned.app != arrived.app.name:
-            return _not_here(arrived.app, read)
-        response_hook = await self._errand(arrived, read, owned, now)
-        return response_hook if isinstance(response_hook, Refusal) else Permit(arrived, call, now, response_hook=response_hook)
+                return await self._page(caller.app, parsed, request)
+        owned = await self.ledger.look(partial(ownership.find, id=parsed.item))
+        if owned is None or owned.gone or owned.app != caller.app.name:
+            return _not_here(caller.app, parsed)
+        response_hook = await self._response_hook(caller, parsed, owned, now)
+        return response_hook if isinstance(response_hook, Refusal) else Permit(caller, call, now, response_hook=response_hook)
 
     async def foreign_file(self, app: AppPolicy, file_ids: Iterable[str]) -> Refusal | None:
-        """The refusal for a file that a request names and that is not the app's. Raises LedgerUnavailable.
+        """Return the refusal for a file that a request names and the app does not own, else None. Raises LedgerUnavailable.
 
-        An app that is only observed may use what nobody made through the gateway; what another app made is refused to it as well.
+        In observe mode an app may also use a file that nobody made through the gateway, but no file of another app.
         """
         wanted = set(file_ids)
         owners = await self.ledger.look(partial(ownership.owners, ids=wanted)) if wanted else {}
@@ -95,9 +95,9 @@ class Workspace:
 
     # -- batches
 
-    async def _create_batch(self, arrived: AuthenticatedRequest, request: Request, call: NewCall, now: float) -> Permit | Refusal:
-        app, policy = arrived.app, arrived.policy
-        asked = await self.judging.judge(arrived.endpoint, request.body, batches.judged, app, policy.prices, request, now)
+    async def _create_batch(self, caller: AuthenticatedRequest, request: Request, call: NewCall, now: float) -> Permit | Refusal:
+        app, policy = caller.app, caller.policy
+        asked = await self.judging.judge(caller.endpoint, request.body, batches.judge_batch, app, policy.prices, request, now)
         if isinstance(asked, Refusal):
             return asked
         if (foreign := await self.foreign_file(app, asked.files)) is not None:
@@ -110,34 +110,36 @@ class Workspace:
         asked = replace(asked, flags=tuple(dict.fromkeys((*asked.flags, *(f"observed:{code}" for code in passed)))))
         if isinstance(result, Denied):
             return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), asked.quote_nano)
-        creation = _Creation(self, arrived, call, asked, result, now)
+        creation = _Creation(self, caller, call, asked, result, now)
         response_hook = ResponseHook(whole=creation.answered, ended=creation.ended)
-        return Permit(arrived, call, now, asked.body, edited=", ".join(asked.edited), response_hook=response_hook, reserved=True)
+        return Permit(caller, call, now, asked.body, edited=", ".join(asked.edited), response_hook=response_hook, reserved=True)
 
-    async def _errand(self, arrived: AuthenticatedRequest, read: ParsedRequest, owned: OwnedObject, now: float) -> ResponseHook | Refusal:
-        """What the answer about one batch or file of the app's own is for."""
-        match read.endpoint:
+    async def _response_hook(
+        self, caller: AuthenticatedRequest, parsed: ParsedRequest, owned: OwnedObject, now: float
+    ) -> ResponseHook | Refusal:
+        """Return what to do with the answer about a batch or file that the app owns."""
+        match parsed.endpoint:
             case "batches.get" | "batches.cancel":
                 return ResponseHook(whole=partial(self._seen, owned))
             case "batches.results":
-                return await self._results(arrived, read.item)
+                return await self._results(caller, parsed.item)
             case "batches.delete":
-                batch = await self.ledger.look(partial(book.find, id=read.item))
+                batch = await self.ledger.look(partial(book.find, id=parsed.item))
                 if batch is not None and batch.open:
-                    sentence = f"batch {read.item} is not settled yet; fetch its results first, or wait until the gateway has read them"
+                    sentence = f"batch {parsed.item} is not settled yet; fetch its results first, or wait until the gateway has read them"
                     return replace(stated("unsettled", sentence), retry_after_s=60)
-                return ResponseHook(whole=partial(self._deleted, read.item, now))
+                return ResponseHook(whole=partial(self._deleted, parsed.item, now))
             case "files.delete":
-                return ResponseHook(whole=partial(self._deleted, read.item, now))
+                return ResponseHook(whole=partial(self._deleted, parsed.item, now))
             case "files.content":
                 return ResponseHook(streamed=True)
         return ResponseHook()
 
-    async def _results(self, arrived: AuthenticatedRequest, batch_id: str) -> ResponseHook:
+    async def _results(self, caller: AuthenticatedRequest, batch_id: str) -> ResponseHook:
         batch: Batch | None = await self.ledger.look(partial(book.find, id=batch_id))
         if batch is None or not await self.ledger.look(partial(book.lacks_results, batch=batch)):
             return ResponseHook(streamed=True)
-        results = await pricing(self.ledger, batch, arrived.policy.prices)
+        results = await pricing(self.ledger, batch, caller.policy.prices)
         booking = BatchBooking(self.ledger, batch, results, self.closed, self.clock)
 
         def ended(ending: PermitEnd) -> None:
@@ -146,7 +148,7 @@ class Workspace:
         return ResponseHook(streamed=True, tap=booking.tap, ended=ended)
 
     async def _seen(self, batch: OwnedObject, status: int, body: bytes) -> bytes:
-        """The API's object of a batch, as the app may see it."""
+        """Return the API's object of a batch, as the app may see it, and record its state."""
         shown = batches.object_of(body) if status == 200 else None
         if shown is None or shown.id != batch.id:
             return body
@@ -169,9 +171,9 @@ class Workspace:
 
     # -- lists
 
-    async def _page(self, app: AppPolicy, read: ParsedRequest, request: Request) -> OwnResponse | Refusal:
-        """A page of the app's own, in the API's shape."""
-        kind, _ = NAMES[read.endpoint.partition(".")[0]]
+    async def _page(self, app: AppPolicy, parsed: ParsedRequest, request: Request) -> OwnResponse | Refusal:
+        """Return a page of the objects that the app owns, in the API's shape."""
+        kind, _ = NAMES[parsed.endpoint.partition(".")[0]]
         query = parse_qs(request.target.partition("?")[2], keep_blank_values=True)
         if unknown := query.keys() - LIST_QUERY:
             return stated("body", f"the query {sorted(unknown)[0]} is not known here, and cannot be left out of account; leave it out")
@@ -188,7 +190,7 @@ class Workspace:
                 cursor = query[name][-1].removeprefix("page_")
                 found = await self.ledger.look(partial(ownership.find, id=cursor))
                 if found is None or found.app != app.name or found.kind != kind:
-                    return _not_here(app, replace(read, item=cursor[:140]))
+                    return _not_here(app, replace(parsed, item=cursor[:140]))
                 after, before = (after, found) if name == "before_id" else (found, before)
         page = await self.ledger.look(partial(ownership.page, app=app.name, kind=kind, limit=int(limit), after=after, before=before))
         data = [json.loads(each.content) for each in page.items]
@@ -199,27 +201,27 @@ class Workspace:
         return OwnResponse({"data": data, "has_more": page.more, **ends})
 
     async def _kept(self, write: Callable[[Any], Any]) -> Any:
-        """Have something written before the app is answered. A ledger that is away gets it later, and the app its answer."""
+        """Write to the ledger before the app is answered; a ledger that does not answer in time gets it later."""
         try:
             return await asyncio.wait_for(asyncio.shield(self.ledger.keep(write, "workspace")), ANSWER_WITHIN_S)
         except TimeoutError:
-            logger.error("The ledger is behind: what an app made or deleted is written down as soon as it is back.")
+            logger.error("The ledger is behind: what an app made or deleted is written as soon as the ledger answers.")
             return None
 
 
 class _Creation:
-    """A batch between its reservation and the provider's answer."""
+    """Follow the creation of a batch from its reservation to the provider's answer."""
 
     def __init__(
-        self, workspace: Workspace, arrived: AuthenticatedRequest, call: NewCall, asked: batches.AskedBatch, reserved: Reserved, now: float
+        self, workspace: Workspace, caller: AuthenticatedRequest, call: NewCall, asked: batches.AskedBatch, reserved: Reserved, now: float
     ):
-        self._workspace, self._arrived, self._call, self._asked = workspace, arrived, call, asked
+        self._workspace, self._arrived, self._call, self._asked = workspace, caller, call, asked
         self._call_id, self._now = reserved.call_id, now
         self._handed_over = False
         self._unbilled: str | None = None
 
     async def answered(self, status: int, body: bytes) -> bytes:
-        """The provider's answer is here whole. From here on a batch that it shows is the app's."""
+        """Record the app as the owner of the batch that a whole answer shows."""
         shown = batches.object_of(body) if status == 200 else None
         if shown is None:
             self._unbilled = _unbilled(status, body)
@@ -262,7 +264,7 @@ def _unbilled(status: int, body: bytes) -> str | None:
     return meter.close().unbilled(status)
 
 
-def _not_here(app: AppPolicy, read: ParsedRequest) -> Refusal:
-    """The same words for what another app made, what was made elsewhere and what never was."""
-    _, what = NAMES[read.endpoint.partition(".")[0]]
-    return stated("not_found", f"app {app.name} has no {what} {read.item!r} here; it sees those that it made through this gateway")
+def _not_here(app: AppPolicy, parsed: ParsedRequest) -> Refusal:
+    """Refuse an object in one sentence, whether another app made it, somebody outside, or nobody: it must not tell which."""
+    _, what = NAMES[parsed.endpoint.partition(".")[0]]
+    return stated("not_found", f"app {app.name} has no {what} {parsed.item!r} here; it sees those that it made through this gateway")

@@ -125,7 +125,7 @@ class Unreadable(Exception):
     """A body without a single reading, with the reason; `read` makes a Refusal of it."""
 
 
-def endpoint(method: str, target: str) -> str | Refusal:
+def endpoint_of(method: str, target: str) -> str | Refusal:
     """Name the endpoint of a request line, exactly as spelled (`//v1/messages`, `%2f` and the like have no endpoint).
 
     A query is tolerated (Claude Code sends `?beta=true`) as long as it is plain and restates no field of the body:

@@ -43,6 +43,6 @@ def _served(method: str, path: str) -> tuple[str, str] | None:
     for first in range(min(len(segments), SEGMENTS_MAX)):
         tail = "/" + "/".join(segments[first : first + SEGMENTS_MAX])
         for served in (tail, f"/v1{tail}"):
-            if served.startswith("/v1/") and isinstance(request.endpoint(method, served), str):
+            if served.startswith("/v1/") and isinstance(request.endpoint_of(method, served), str):
                 return served, tail
     return None

@@ -30,8 +30,8 @@ type Fingerprint = tuple[tuple[str, int, int, int], ...]
 class PolicyWatcher:
     """Watches the folder of policies for one gate, and the key that its calls are sent with."""
 
-    def __init__(self, folder: Path, gate: Gateway, key: WatchedSecret):
-        self._folder, self._gate, self._key = folder, gate, key
+    def __init__(self, folder: Path, gateway: Gateway, key: WatchedSecret):
+        self._folder, self._gateway, self._key = folder, gateway, key
         self._seen = self._resting = files_now(folder)
         self._key_problem: str | None = None
         self._audited = fingerprint(key())
@@ -80,14 +80,14 @@ class PolicyWatcher:
         if files_now(self._folder) != before:
             return
         self._seen = before
-        await align(self._gate.ledger, policy, await asyncio.to_thread(saved_by, self._folder))
-        if policy.digest != self._gate.policy.digest:
-            logger.info("Policy %s is in force (it was %s).", policy.digest[:12], self._gate.policy.digest[:12])
-        self._gate.policy, self._gate.policy_problem = policy, None
+        await align(self._gateway.ledger, policy, await asyncio.to_thread(saved_by, self._folder))
+        if policy.digest != self._gateway.policy.digest:
+            logger.info("Policy %s is in force (it was %s).", policy.digest[:12], self._gateway.policy.digest[:12])
+        self._gateway.policy, self._gateway.policy_problem = policy, None
 
     def _refuse_another_upstream(self, policy: GatewayPolicy) -> None:
         """The proxy stands in front of one upstream; calls for another would all be refused. Raises PolicyError."""
-        before = self._gate.policy.upstream
+        before = self._gateway.policy.upstream
         if policy.upstream != before:
             moved = f"restart the gateway to move it from {before} to {policy.upstream}"
             raise PolicyError(f"{self._folder.name}/gateway.yaml: upstream: {moved}")
@@ -98,16 +98,16 @@ class PolicyWatcher:
         if problem is not None and problem != self._key_problem:
             logger.error("%s The key that was read before stays in use.", problem)
         self._key_problem = problem
-        self._gate.key_problem = problem and KEY_PROBLEM
+        self._gateway.key_problem = problem and KEY_PROBLEM
         if shown != self._audited:
-            await audit_key(self._gate.ledger, self._key)
+            await audit_key(self._gateway.ledger, self._key)
             self._audited = shown
 
     def _problem(self, sentence: str) -> None:
-        if sentence != self._gate.policy_problem:
-            logger.error("%s The policy in force stays %s.", sentence, self._gate.policy.digest[:12])
-            self._gate.emit(policy_broken(sentence, self._gate.policy.digest, time.time()))
-        self._gate.policy_problem = sentence
+        if sentence != self._gateway.policy_problem:
+            logger.error("%s The policy in force stays %s.", sentence, self._gateway.policy.digest[:12])
+            self._gateway.emit(policy_broken(sentence, self._gateway.policy.digest, time.time()))
+        self._gateway.policy_problem = sentence
 
 
 async def must_agree(ledger: Ledger, policy: GatewayPolicy) -> None:

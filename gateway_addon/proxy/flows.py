@@ -36,11 +36,11 @@ class FlowState:
     """One flow, from its headers on."""
 
     flow: http.HTTPFlow
-    gate: Gateway
+    gateway: Gateway
     clocks: Clocks
     handler: Any
     """The connection's (backpressure.py); None once it or the flow has ended."""
-    arrived: AuthenticatedRequest | None = None
+    caller: AuthenticatedRequest | None = None
     admitting: "asyncio.Task[None] | None" = None
     """Who waits for this call to be admitted, while somebody does."""
     left: bool = False
@@ -52,7 +52,7 @@ class FlowState:
     undrained_before_s: float = 0.0
     """How long its connection had waited for a slow reader until then."""
     running: InFlightCall | None = None
-    free: Permit | None = None
+    permit: Permit | None = None
     server: connection.Server | None = None
     status: int | None = None
     last_byte_monotonic_s: float = 0.0
@@ -61,7 +61,7 @@ class FlowState:
     """The moment at which a stream that is being cut closes, its current event complete or not."""
     watchdog: asyncio.TimerHandle | None = None
     ended: bool = False
-    over: "asyncio.Future[None] | None" = None
+    on_end: "asyncio.Future[None] | None" = None
     """Done at its end, where somebody waits for that."""
 
     @property
@@ -79,19 +79,19 @@ class FlowState:
         """Read along with a stream; what it returns goes to the client: the chunk itself, unless the call is being cut."""
         running, monotonic_s = self.running, self.clocks.monotonic_s()
         if running is None:
-            self._passing(chunk, monotonic_s)
+            self._pass_unmetered(chunk, monotonic_s)
         if running is None or not chunk:
             return chunk
         paused_s = self.handler.undrained_s - self.undrained_before_s if self.handler is not None else 0.0
-        running.feed(chunk, monotonic_s, self.gate.streams.lost_s(monotonic_s), paused_s)
-        self.gate.progressed(running, monotonic_s)
+        running.feed(chunk, monotonic_s, self.gateway.streams.stalled_s(monotonic_s), paused_s)
+        self.gateway.progressed(running, monotonic_s)
         if running.cut is None and not running.covers(monotonic_s):
             running.cut = "budget"
-        return chunk if running.cut is None else self._last_of(chunk, running)
+        return chunk if running.cut is None else self._last_bytes(chunk, running)
 
-    def _last_of(self, chunk: bytes, running: InFlightCall) -> bytes:
+    def _last_bytes(self, chunk: bytes, running: InFlightCall) -> bytes:
         """What may still pass of a stream that is being cut: up to the end of an event, then the reason, then nothing."""
-        if self.wire.last_words is not None:
+        if self.wire.final_event is not None:
             return b""  # what was on its way when the last word was said
         if running.encoded:
             self.close_upstream()
@@ -103,15 +103,15 @@ class FlowState:
             self.watch()
             return chunk
         if end:
-            self.wire.last_words = self._last_words(running)
+            self.wire.final_event = self._final_event(running)
         self.close_upstream()
         return chunk[:end]
 
-    def _passing(self, chunk: bytes, monotonic_s: float) -> None:
+    def _pass_unmetered(self, chunk: bytes, monotonic_s: float) -> None:
         """An answer without a meter passes as it is; its errand may read along."""
         self.last_byte_monotonic_s = monotonic_s
-        if self.free is not None and self.free.response_hook.tap is not None and chunk:
-            self.free.response_hook.tap(chunk)
+        if self.permit is not None and self.permit.response_hook.tap is not None and chunk:
+            self.permit.response_hook.tap(chunk)
 
     # -- deadlines
 
@@ -123,19 +123,19 @@ class FlowState:
         monotonic_s, loop = self.clocks.monotonic_s(), asyncio.get_running_loop()
         due, expire = min(self._deadlines(), key=lambda deadline: deadline[0])
         if monotonic_s >= due:
-            self.rest()
+            self.stop_watching()
             expire()
             return
         look_at = loop.time() + min(due - monotonic_s, LOOK_AGAIN_S)
         if self.watchdog is None or self.watchdog.when() > look_at:
-            self.rest()
+            self.stop_watching()
             self.watchdog = loop.call_at(look_at, self._look)
 
     def _look(self) -> None:
         self.watchdog = None
         self.watch()
 
-    def rest(self) -> None:
+    def stop_watching(self) -> None:
         """Stop watching."""
         if self.watchdog is not None:
             self.watchdog.cancel()
@@ -144,10 +144,10 @@ class FlowState:
     def end(self) -> None:
         """Nothing is watched any more, and nothing leads from the flow's record back to the flow: it can go when its stream does."""
         self.ended, self.handler = True, None
-        self.rest()
+        self.stop_watching()
         self.wire.on_sent = self.wire.on_client_end = inject.nothing
-        if self.over is not None and not self.over.done():
-            self.over.set_result(None)
+        if self.on_end is not None and not self.on_end.done():
+            self.on_end.set_result(None)
 
     # -- a client that leaves
 
@@ -165,12 +165,12 @@ class FlowState:
     async def finished(self) -> None:
         """Wait until the answer is read to its end, of a call that goes on without its client."""
         if self.wire.sent and self.wire.hold_open and not self.ended:
-            self.over = asyncio.get_running_loop().create_future()
-            await self.over
+            self.on_end = asyncio.get_running_loop().create_future()
+            await self.on_end
 
     def _deadlines(self) -> list[Deadline]:
-        assert self.arrived is not None
-        timeouts, running = self.arrived.policy.timeouts, self.running
+        assert self.caller is not None
+        timeouts, running = self.caller.policy.timeouts, self.running
         if not self.wire.sent:
             return [self._timeout(self.began_monotonic_s, "could not be reached", timeouts.connect_s)]
         if running is None and self.last_byte_monotonic_s:
@@ -208,10 +208,10 @@ class FlowState:
         if running.meter is None:
             self.wire.refusal = cut_refusal(running)
         elif running.meter.at_event_boundary and not running.encoded:
-            self.wire.last_words = self._last_words(running)
+            self.wire.final_event = self._final_event(running)
         self.close_upstream()
 
-    def _last_words(self, running: InFlightCall) -> bytes:
+    def _final_event(self, running: InFlightCall) -> bytes:
         refusal = cut_refusal(running)
         return error_event(refusal.error_type, refusal.sentence)
 

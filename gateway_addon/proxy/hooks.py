@@ -39,7 +39,7 @@ BODY_BYTES_MAX = 33 * 1024 * 1024  # a little above the API's own 32 MB, so that
 REPLACED = frozenset({b"x-api-key", b"authorization", b"proxy-authorization", b"accept-encoding", b"x-forwarded-for"})
 """Request headers that no flow shows: credentials, and where in the operator's own network a call came from."""
 IDENTITY = (b"accept-encoding", b"identity")  # compression would delay the first tokens of a stream
-DROPS_TOLD_MAX = 1_000  # header names whose first drop is logged: an app may make them up without end
+LOGGED_DROPS_MAX = 1_000  # header names whose first drop is logged: an app may make them up without end
 REQUIRED_OPTIONS: dict[str, Any] = {
     "proxy_debug": False,  # prints the bytes of the wire, the key among them
     "ssl_insecure": False,  # would hand the key to anybody who answers
@@ -68,7 +68,7 @@ def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def guard(hook: Callable[..., Any]) -> Callable[..., Any]:
         def failed(self: "GatewayAddon", data: Any, error: Exception) -> None:
-            inject.say_failure(f"its {hook.__name__} hook", error)
+            inject.log_failure(f"its {hook.__name__} hook", error)
             self.fail(side, data, inject.failed(error))
 
         @functools.wraps(hook)
@@ -92,18 +92,18 @@ def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class GatewayAddon:
-    def __init__(self, gate: Gateway, key: Callable[[], str], clocks: Clocks = SYSTEM, key_refused: Callable[[], None] = lambda: None):
+    def __init__(self, gateway: Gateway, key: Callable[[], str], clocks: Clocks = SYSTEM, key_refused: Callable[[], None] = lambda: None):
         """`key` returns the real API key, fresh after a rotation, `key_refused` hears of a 401."""
-        self.gate = gate
+        self.gateway = gateway
         self.key = key
         self.clocks = clocks
         self.key_refused = key_refused
         self.certificate = Certificate()
         self.draining = False
         self.on_running: Callable[[], None] = lambda: None
-        self.way = STRAIGHT
+        self.egress = STRAIGHT
         """To the upstream."""
-        self.drops_told: set[bytes] = set()
+        self.logged_drops: set[bytes] = set()
         self.flow_states: dict[str, FlowState] = {}
         self.connections: dict[str, FlowState | None] = {}
         """By client connection that injects: the life of its current flow. HTTP/1 has one at a time."""
@@ -123,12 +123,12 @@ class GatewayAddon:
         """Stop listening, let calls in flight finish, then settle what is left."""
         self.draining = True
         await ctx.master.addons.get("proxyserver").servers.update([])
-        deadline_monotonic_s = self.clocks.monotonic_s() + self.gate.policy.timeouts.drain_s
+        deadline_monotonic_s = self.clocks.monotonic_s() + self.gateway.policy.timeouts.drain_s
         while self.flow_states and self.clocks.monotonic_s() < deadline_monotonic_s:
             await asyncio.sleep(0.05)
         for flow_id in list(self.flow_states):
             self.finish(flow_id, "gateway", sent=True)
-        self.gate.stop()
+        self.gateway.stop()
 
     # -- a connection
 
@@ -142,15 +142,15 @@ class GatewayAddon:
     @guarded("connection")
     def tls_start_client(self, data: tls.TlsData) -> None:
         """Answer with the operator's certificate, where the policy names one."""
-        if self.gate.policy.tls is not None:
-            data.ssl_conn = SSL.Connection(self.certificate.context(self.gate.policy.tls))
+        if self.gateway.policy.tls is not None:
+            data.ssl_conn = SSL.Connection(self.certificate.context(self.gateway.policy.tls))
             data.ssl_conn.set_accept_state()
 
     @guarded("connection")
     def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
         """Open a connection only for an admitted call, and remember it, so that the call can be cut."""
         flow_state = self.connections.get(data.client.id)
-        if flow_state is None or (flow_state.running is None and flow_state.free is None):
+        if flow_state is None or (flow_state.running is None and flow_state.permit is None):
             data.server.error = "no admitted call asks for this connection"
         else:
             flow_state.server = data.server
@@ -171,8 +171,8 @@ class GatewayAddon:
     @guarded("connection")
     def http_connect_upstream(self, flow: http.HTTPFlow) -> None:
         """Show a proxy on the way to the upstream what opens it."""
-        if self.way.authorization is not None:
-            flow.request.headers["proxy-authorization"] = self.way.authorization
+        if self.egress.authorization is not None:
+            flow.request.headers["proxy-authorization"] = self.egress.authorization
 
     # -- a request
 
@@ -184,47 +184,49 @@ class GatewayAddon:
         flow.request.headers.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
         flow.request.stream = False
         handler = backpressure.handler_of(flow.client_conn)
-        flow_state = self.flow_states[flow.id] = FlowState(flow, self.gate, self.clocks, handler)
+        flow_state = self.flow_states[flow.id] = FlowState(flow, self.gateway, self.clocks, handler)
         if flow.client_conn.id in self.connections:
             self.connections[flow.client_conn.id] = flow_state
-        arrived = await self._arrive(flow, headers)
+        caller = await self._authenticate(flow, headers)
         announced_bytes = _announced(flow.request.headers)
-        if isinstance(arrived, AuthenticatedRequest):
-            arrived = self._crowded(flow, arrived, announced_bytes or 0) or arrived
-        if isinstance(arrived, AuthenticatedRequest):
-            flow_state.arrived = arrived
+        if isinstance(caller, AuthenticatedRequest):
+            caller = self._overloaded(flow, caller, announced_bytes or 0) or caller
+        if isinstance(caller, AuthenticatedRequest):
+            flow_state.caller = caller
             flow_state.wire.body_grew = functools.partial(self._body_grew, weakref.ref(flow_state))
-            flow_state.wire.hold_open, flow_state.wire.on_client_end = arrived.app.abandoned == "finish", flow_state.client_ended
-            label = (b"x-api-key", f"app:{arrived.app.name}".encode())  # for people; the wire copy gets the key
+            flow_state.wire.hold_open, flow_state.wire.on_client_end = caller.app.abandoned == "finish", flow_state.client_ended
+            label = (b"x-api-key", f"app:{caller.app.name}".encode())  # for people; the wire copy gets the key
             flow.request.headers.fields = (*flow.request.headers.fields, label)
             return
-        self.answer(flow, arrived)
-        inject.wire(flow).hang_up = announced_bytes is None or announced_bytes > UNREAD_BODY_MAX
+        self.answer(flow, caller)
+        inject.wire(flow).close_unread = announced_bytes is None or announced_bytes > UNREAD_BODY_MAX
 
-    def _crowded(self, flow: http.HTTPFlow, arrived: AuthenticatedRequest, body_bytes: int) -> Refusal | None:
+    def _overloaded(self, flow: http.HTTPFlow, caller: AuthenticatedRequest, body_bytes: int) -> Refusal | None:
         """The refusal of a body for which there is no room beside what has arrived of the others."""
 
         def held_bytes() -> int:
             return sum(each.wire.body_bytes for each in self.flow_states.values() if each.flow is not flow)
 
-        return self.gate.crowded(arrived, body_bytes, held_bytes, self.clocks.now())
+        return self.gateway.overloaded(caller, body_bytes, held_bytes, self.clocks.now())
 
-    def _body_grew(self, its_state: weakref.ref[FlowState]) -> bool:
+    def _body_grew(self, state_ref: weakref.ref[FlowState]) -> bool:
         """Refuse a body that has grown beyond the room that there is, though its headers said nothing of it."""
-        flow_state = its_state()
-        if flow_state is None or flow_state.arrived is None or flow_state.flow.response:
+        flow_state = state_ref()
+        if flow_state is None or flow_state.caller is None or flow_state.flow.response:
             return False
-        refusal = self._crowded(flow_state.flow, flow_state.arrived, flow_state.wire.body_bytes)
+        refusal = self._overloaded(flow_state.flow, flow_state.caller, flow_state.wire.body_bytes)
         if refusal is not None:
             self.answer(flow_state.flow, refusal)
         return refusal is not None
 
-    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> AuthenticatedRequest | OwnResponse | Refusal:
+    async def _authenticate(
+        self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
+    ) -> AuthenticatedRequest | OwnResponse | Refusal:
         if flow.is_replay:
             return Refusal("replay", "A replayed flow carries no token. Send the call again from its app.")
-        return await self._at_the_door(flow, headers)
+        return await self._authenticate_with(flow, headers)
 
-    async def _at_the_door(
+    async def _authenticate_with(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...], digest: str | None = None
     ) -> AuthenticatedRequest | OwnResponse | Refusal:
         """`digest`: of the token that was verified before, where the request carries none."""
@@ -240,11 +242,11 @@ class GatewayAddon:
             return Refusal("request", request_head.NOT_WELL_FORMED)
         if any(name == "upgrade" and "websocket" in value.lower() for name, value in headers):  # any other is an offer, and may be ignored
             return Refusal("upgrade", "The gateway speaks no websockets. Send the call as plain HTTP/1.1, without an Upgrade header.")
-        if self.gate.policy.tls and not flow.client_conn.tls:
+        if self.gateway.policy.tls and not flow.client_conn.tls:
             return Refusal("request", "This gateway takes calls over https alone, so that tokens do not cross the network in clear.")
         peer = flow.client_conn.peername[0] if flow.client_conn.peername else ""
         base_url = _base_url(flow.client_conn, headers)
-        return await self.gate.arrive(_method(flow.request), flow.request.path, headers, peer, self.clocks.now(), digest, base_url)
+        return await self.gateway.authenticate(_method(flow.request), flow.request.path, headers, peer, self.clocks.now(), digest, base_url)
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
@@ -252,13 +254,13 @@ class GatewayAddon:
         if flow.response or flow.error:
             return
         flow_state = self.flow_states[flow.id]
-        assert flow_state.arrived is not None
+        assert flow_state.caller is not None
         flow_state.wire.body_bytes = len(flow.request.raw_content or b"")
-        request, judged = judged_request(flow), (flow.request.headers.fields, flow.request.raw_content)
+        request, as_judged = request_of(flow), (flow.request.headers.fields, flow.request.raw_content)
         task = flow_state.admitting = asyncio.current_task()
         assert task is not None
         try:
-            decision = await self.gate.admit(flow_state.arrived, request, self.clocks.now())
+            decision = await self.gateway.admit(flow_state.caller, request, self.clocks.now())
         except asyncio.CancelledError:
             if not flow_state.left:
                 raise
@@ -270,37 +272,37 @@ class GatewayAddon:
             return self.answer(flow, decision)
         flow_state.began(self.clocks.monotonic_s())
         if isinstance(decision, Admission):
-            flow_state.running = self.gate.run(decision, flow_state.cut, flow_state.began_monotonic_s)
+            flow_state.running = self.gateway.run(decision, flow_state.cut, flow_state.began_monotonic_s)
         else:
-            flow_state.free = decision
-        record = flow_state.wire
-        record.hold_open = record.hold_open and not _streams(decision)
-        if flow_state.left or (flow_state.client_closed and not record.hold_open):
+            flow_state.permit = decision
+        wire_state = flow_state.wire
+        wire_state.hold_open = wire_state.hold_open and not _streams(decision)
+        if flow_state.left or (flow_state.client_closed and not wire_state.hold_open):
             self.finish(flow.id, "client", sent=False)
             return self.answer(flow, LEFT)
         if decision.body is not None:
-            flow.request.headers.fields = judged[0]
+            flow.request.headers.fields = as_judged[0]
             flow.request.content = decision.body
-            judged = (flow.request.headers.fields, flow.request.raw_content)
-        if self.way.proxy is not None:
-            flow.server_conn.via = "http", self.way.proxy
-        record.grant, record.on_sent = self._grant(flow_state.arrived, request, *judged), flow_state.watch
+            as_judged = (flow.request.headers.fields, flow.request.raw_content)
+        if self.egress.proxy is not None:
+            flow.server_conn.via = "http", self.egress.proxy
+        wire_state.grant, wire_state.on_sent = self._grant(flow_state.caller, request, *as_judged), flow_state.watch
         flow_state.watch()
 
     def _grant(
-        self, arrived: AuthenticatedRequest, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
+        self, caller: AuthenticatedRequest, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
     ) -> inject.SendPermission:
         """For what was judged, not for what the flow is by now: under mitmweb a person may have edited it meanwhile."""
-        address, secure = inject.address(arrived.policy.upstream)
-        leaving, dropped = header_filter.leaving(fields, arrived.policy.pass_headers)
-        self._tell_of_drops(arrived.app.name, dropped)
+        address, secure = inject.address(caller.policy.upstream)
+        leaving, dropped = header_filter.leaving(fields, caller.policy.pass_headers)
+        self._log_drops(caller.app.name, dropped)
         return inject.SendPermission(address, secure, request.method, request.target, fields, leaving, body, ("x-api-key", self.key()))
 
-    def _tell_of_drops(self, app: str, names: Iterable[bytes]) -> None:
+    def _log_drops(self, app: str, names: Iterable[bytes]) -> None:
         """Log the first drop of each header name: who misses it upstream finds out here why."""
         for name in names:
-            if name not in self.drops_told and len(self.drops_told) < DROPS_TOLD_MAX:
-                self.drops_told.add(name)
+            if name not in self.logged_drops and len(self.logged_drops) < LOGGED_DROPS_MAX:
+                self.logged_drops.add(name)
                 shown = name[:100].decode("ascii", "backslashreplace")
                 logger.info(
                     "The request header %s (app %s) is not sent on: the Claude API does not know it. "
@@ -313,10 +315,10 @@ class GatewayAddon:
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """The upstream's status is here: start to read along. A stream passes chunk by chunk, unchanged."""
         flow_state, response = self.flow_states.get(flow.id), flow.response
-        if flow_state is None or response is None or flow_state.arrived is None:
+        if flow_state is None or response is None or flow_state.caller is None:
             return
         flow_state.status, lowered = response.status_code, _lowered(response.headers)
-        self.gate.upstream_headers(flow_state.arrived, response.status_code, lowered, self.clocks.now())
+        self.gateway.upstream_headers(flow_state.caller, response.status_code, lowered, self.clocks.now())
         if response.status_code == 401:
             self.key_refused()
         if (refusal := not_handed_on(response.status_code)) is not None:
@@ -340,26 +342,26 @@ class GatewayAddon:
             admission = flow_state.running.admission
             own = [*edited_header(admission.edited), *note_header(flow_state.running.refused_as_retired())]
             fields += _encoded([*own, *cap_headers(admission.app.name, admission.standings)])
-        elif flow_state.free is not None:
-            fields += _encoded(edited_header(flow_state.free.edited))
-            if flow_state.free.response_hook.streamed and response.status_code == 200:
+        elif flow_state.permit is not None:
+            fields += _encoded(edited_header(flow_state.permit.edited))
+            if flow_state.permit.response_hook.streamed and response.status_code == 200:
                 flow_state.last_byte_monotonic_s = self.clocks.monotonic_s()
                 response.stream = functools.partial(self._chunk, weakref.ref(flow_state))
                 flow_state.watch()
         response.headers.fields = fields
 
-    def _chunk(self, its_life: weakref.ref[FlowState], chunk: bytes) -> bytes:
+    def _chunk(self, state_ref: weakref.ref[FlowState], chunk: bytes) -> bytes:
         """The stream's tap. It must not raise: mitmproxy would drop the chunk.
 
         It hangs on the flow, which its life leads to: held firmly, each would keep the other.
         """
-        flow_state = its_life()
+        flow_state = state_ref()
         if flow_state is None:
             return chunk
         try:
             return flow_state.chunk(chunk)
         except Exception as error:
-            inject.say_failure("its stream tap", error)
+            inject.log_failure("its stream tap", error)
             self.fail("response", flow_state.flow, inject.failed(error))
             return chunk
 
@@ -372,8 +374,8 @@ class GatewayAddon:
         body = response.raw_content
         if flow_state.running is not None and body is not None and response.stream is False:
             monotonic_s = self.clocks.monotonic_s()
-            flow_state.running.feed(body, monotonic_s, self.gate.streams.lost_s(monotonic_s))
-        response_hook = flow_state.free.response_hook if flow_state.free is not None else None
+            flow_state.running.feed(body, monotonic_s, self.gateway.streams.stalled_s(monotonic_s))
+        response_hook = flow_state.permit.response_hook if flow_state.permit is not None else None
         if response_hook is not None and response_hook.whole is not None and response.stream is False:
             return self._run_response_hook(flow, response, response_hook.whole)
         # What the call cost is worked out while the client reads its answer, and before anything else that comes.
@@ -397,19 +399,19 @@ class GatewayAddon:
     @guarded("response")
     def error(self, flow: http.HTTPFlow) -> None:
         """The exchange broke, on either side, or was never possible."""
-        record = inject.wire(flow)
-        self.finish(flow.id, record.broken_by or "upstream", sent=record.sent)
+        wire_state = inject.wire(flow)
+        self.finish(flow.id, wire_state.broken_by or "upstream", sent=wire_state.sent)
 
     # -- endings
 
-    def answer(self, flow: http.HTTPFlow, said: OwnResponse | Refusal) -> None:
+    def answer(self, flow: http.HTTPFlow, answer: OwnResponse | Refusal) -> None:
         """Answer a flow here. A refused call opens no connection, not even to look the upstream up."""
         request_id = new_request_id()
-        if isinstance(said, Refusal):
-            status, headers, body = said.status, said.headers(request_id), said.body(request_id)
+        if isinstance(answer, Refusal):
+            status, headers, body = answer.status, answer.headers(request_id), answer.body(request_id)
         else:
-            status, headers = said.status, {"content-type": "application/json", "request-id": request_id}
-            body = json.dumps(said.body).encode() if said.body is not None else b""
+            status, headers = answer.status, {"content-type": "application/json", "request-id": request_id}
+            body = json.dumps(answer.body).encode() if answer.body is not None else b""
         flow.response = http.Response.make(status, body, headers)
         if (flow_state := self.flow_states.pop(flow.id, None)) is not None:
             flow_state.end()
@@ -423,25 +425,25 @@ class GatewayAddon:
         if ended_by != "gateway" and self.connections.get(flow_state.flow.client_conn.id) is flow_state:
             self.connections[flow_state.flow.client_conn.id] = None  # a connection that idles keeps no bodies
         if flow_state.running is not None:
-            self.gate.close(flow_state.running, sent=sent, ended_by=ended_by, now=self.clocks.now())
-        elif flow_state.free is not None:
-            self.gate.close_free(flow_state.free, PermitEnd(sent, ended_by, flow_state.status), self.clocks.now())
+            self.gateway.close(flow_state.running, sent=sent, ended_by=ended_by, now=self.clocks.now())
+        elif flow_state.permit is not None:
+            self.gateway.close_permit(flow_state.permit, PermitEnd(sent, ended_by, flow_state.status), self.clocks.now())
 
     def fail(self, side: Side, data: Any, refusal: Refusal) -> None:
         """A hook failed: nothing unjudged passes, and nothing that may have been billed is forgotten."""
         if isinstance(data, http.HTTPFlow):
-            record = inject.wire(data)
+            wire_state = inject.wire(data)
             flow_state = self.flow_states.get(data.id)
             if side == "request":
-                record.grant = None
+                wire_state.grant = None
                 try:
-                    self.finish(data.id, "gateway", sent=record.sent)
+                    self.finish(data.id, "gateway", sent=wire_state.sent)
                 finally:
                     self.answer(data, refusal)
             else:
                 if flow_state is not None and flow_state.running is not None and flow_state.running.in_steps:
                     flow_state.close_upstream()  # nothing tops the grant up any more
-                self.finish(data.id, "gateway", sent=record.sent)
+                self.finish(data.id, "gateway", sent=wire_state.sent)
         elif isinstance(data, NextLayer):
             self.connections.pop(data.context.client.id, None)
         elif isinstance(data, server_hooks.ServerConnectionHookData):
@@ -453,7 +455,7 @@ def _streams(decision: Admission | Permit) -> bool:
     return decision.reading.stream if isinstance(decision, Admission) else decision.response_hook.streamed
 
 
-def judged_request(flow: http.HTTPFlow) -> Request:
+def request_of(flow: http.HTTPFlow) -> Request:
     """The request as the gate judges it."""
     return Request(_method(flow.request), flow.request.path, _lowered(flow.request.headers), flow.request.raw_content or b"")
 

@@ -98,7 +98,7 @@ class WireState:
     broken_by: Literal["client", "upstream", "gateway"] | None = None
     refusal: Refusal | None = None
     """How to say it to the client if the exchange breaks before an answer began."""
-    hang_up: bool = False
+    close_unread: bool = False
     """Answer with `flow.response` at once, without reading the body, and close."""
     body_bytes: int = 0
     """Of the request's body, as far as it has arrived."""
@@ -108,7 +108,7 @@ class WireState:
     """The call goes on though its client closes its side: it may still read, and if not, the answer tells what it cost."""
     on_client_end: Callable[[], None] = nothing
     """Called when that happens."""
-    last_words: bytes | None = None
+    final_event: bytes | None = None
     """The gateway's own last event of a stream that it cuts: sent when the upstream side is gone, and the body ends cleanly."""
 
 
@@ -117,10 +117,10 @@ _WIRES: "WeakKeyDictionary[http.HTTPFlow, WireState]" = WeakKeyDictionary()
 
 def wire(flow: http.HTTPFlow) -> WireState:
     """The wire record of a flow, made on first use; it lives exactly as long as its flow."""
-    record = _WIRES.get(flow)
-    if record is None:
-        record = _WIRES[flow] = WireState()
-    return record
+    wire_state = _WIRES.get(flow)
+    if wire_state is None:
+        wire_state = _WIRES[flow] = WireState()
+    return wire_state
 
 
 def forget(flow: http.HTTPFlow) -> None:
@@ -147,13 +147,13 @@ class InjectLayer(relay.DirectLayer):
             yield from super().handle_event(event)
         except Exception as error:
             self.broken = True
-            say_failure("a layer of the proxy", error)
+            log_failure("a layer of the proxy", error)
             refusal = failed(error)
         else:
             return
-        yield from self._broke_down(refusal)
+        yield from self._end_all_flows(refusal)
 
-    def _broke_down(self, refusal: Refusal) -> layer.CommandGenerator[None]:
+    def _end_all_flows(self, refusal: Refusal) -> layer.CommandGenerator[None]:
         """End what was in flight: mitmproxy would log the failure and leave caller and upstream waiting for each other."""
         flows = [each.flow for each in self.streams.values() if getattr(each, "flow", None) is not None]
         self.streams.clear()  # with the bodies, where there was no memory for one more copy
@@ -175,7 +175,7 @@ class InjectLayer(relay.DirectLayer):
         yield from super()._handle_event(event)
 
     def make_stream(self, stream_id: int) -> layer.CommandGenerator[None]:
-        own = _twin(self.context)  # as its `fork`, which makes up a server's connection first, and drops it
+        own = _shallow_copy(self.context)  # as its `fork`, which makes up a server's connection first, and drops it
         own.layers = [*own.layers]
         stream = self.streams[stream_id] = InjectStream(own, stream_id)
         stream.top = self
@@ -185,12 +185,12 @@ class InjectLayer(relay.DirectLayer):
 class InjectStream(whole.WholeStream):
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if isinstance(event, BROKEN):
-            record = wire(self.flow)
-            record.broken_by = record.broken_by or ("client" if isinstance(event, RequestProtocolError) else "upstream")
+            wire_state = wire(self.flow)
+            wire_state.broken_by = wire_state.broken_by or ("client" if isinstance(event, RequestProtocolError) else "upstream")
         elif type(event) is RequestData:
-            record = wire(self.flow)
-            record.body_bytes += len(event.data)
-            if record.body_grew() and self.flow.response:
+            wire_state = wire(self.flow)
+            wire_state.body_bytes += len(event.data)
+            if wire_state.body_grew() and self.flow.response:
                 yield from self._answer_and_close(self.flow.response)
                 return
         generator = super()._handle_event(event)
@@ -209,19 +209,19 @@ class InjectStream(whole.WholeStream):
                         return
                     command.event.request = request
                 elif isinstance(command.event, ResponseProtocolError) and command.connection is self.context.client:
-                    words = wire(self.flow).last_words
+                    words = wire(self.flow).final_event
                     if words is not None:
                         yield SendHttp(ResponseData(self.stream_id, words), self.context.client)
                     command.event = self._ending(command.event)
             reply = yield command
             if type(command) is DropStream:
-                self._let_go()
-            elif type(command) is HttpRequestHeadersHook and wire(self.flow).hang_up and self.flow.response:
+                self._break_cycles()
+            elif type(command) is HttpRequestHeadersHook and wire(self.flow).close_unread and self.flow.response:
                 generator.close()
                 yield from self._answer_and_close(self.flow.response)
                 return
 
-    def _let_go(self) -> None:
+    def _break_cycles(self) -> None:
         """Untie the knots of an ended stream (its states are its own methods, its context lists it): else its flow, with both bodies,
         would stay until the garbage collector comes by, and that one would have to come often."""
         self.client_state = self.server_state = _over
@@ -229,8 +229,8 @@ class InjectStream(whole.WholeStream):
 
     def _granted(self, request: http.Request, server: connection.Connection) -> http.Request | None:
         """The wire copy of an admitted request, or None: no grant, another server, no TLS, or not what was admitted."""
-        record = wire(self.flow)
-        grant, record.grant = record.grant, None
+        wire_state = wire(self.flow)
+        grant, wire_state.grant = wire_state.grant, None
         if grant is None or not isinstance(server, connection.Server) or server.address != grant.address:
             return None
         if grant.tls and not (server.tls and server.tls_established):
@@ -238,8 +238,8 @@ class InjectStream(whole.WholeStream):
         as_admitted = (grant.method, grant.path, grant.fields) == (request.method, request.path, request.headers.fields)
         if not as_admitted or request.raw_content != grant.body:
             return None
-        record.sent = True
-        record.on_sent()
+        wire_state.sent = True
+        wire_state.on_sent()
         return _wire_copy(request, grant)
 
     def _refuse_to_send(self) -> layer.CommandGenerator[None]:
@@ -253,11 +253,11 @@ class InjectStream(whole.WholeStream):
         self._give_up()
 
     def _ending(self, event: ResponseProtocolError) -> HttpEvent:
-        record = wire(self.flow)
-        if record.last_words is not None:
+        wire_state = wire(self.flow)
+        if wire_state.final_event is not None:
             return ResponseEndOfMessage(self.stream_id)
-        if record.refusal is not None:
-            return ApiProtocolError(self.stream_id, event.message, ErrorCode.GENERIC_SERVER_ERROR, record.refusal)
+        if wire_state.refusal is not None:
+            return ApiProtocolError(self.stream_id, event.message, ErrorCode.GENERIC_SERVER_ERROR, wire_state.refusal)
         return event
 
     def _answer_and_close(self, response: http.Response) -> layer.CommandGenerator[None]:
@@ -279,7 +279,7 @@ def failed(error: Exception) -> Refusal:
     return Refusal("internal", FAILED)
 
 
-def say_failure(where: str, error: Exception) -> None:
+def log_failure(where: str, error: Exception) -> None:
     """Log a failure, of memory in one line: its traceback would hold what there was no room for, and names a place by chance."""
     if isinstance(error, MemoryError):
         logger.error("Out of memory in %s: its call ends. Lower bodies_in_flight, or give the process more.", where)
@@ -318,7 +318,7 @@ class ApiHttp1Server(whole.WholeServer):
         if isinstance(event, ResponseData) and not event.data:
             return  # an empty chunk would end the body, as if it were whole
         if isinstance(event, ResponseProtocolError) and not self.response:
-            refusal = event.refusal if isinstance(event, ApiProtocolError) else _said_by_mitmproxy(event)
+            refusal = event.refusal if isinstance(event, ApiProtocolError) else _refusal_of_mitmproxy(event)
             if refusal is not None:
                 yield commands.SendData(self.conn, _raw_answer(refusal))
                 yield commands.CloseConnection(self.conn)
@@ -330,9 +330,9 @@ class ApiHttp1Server(whole.WholeServer):
     def wait(self, event: events.Event) -> layer.CommandGenerator[None]:
         stream = self.top.streams.get(self.stream_id)
         if isinstance(event, events.ConnectionClosed) and isinstance(stream, InjectStream):
-            record = wire(stream.flow)
-            if record.hold_open and (record.sent or self.conn.state is connection.ConnectionState.CAN_WRITE):
-                record.on_client_end()
+            wire_state = wire(stream.flow)
+            if wire_state.hold_open and (wire_state.sent or self.conn.state is connection.ConnectionState.CAN_WRITE):
+                wire_state.on_client_end()
                 return
         yield from super().wait(event)
 
@@ -376,8 +376,8 @@ def _wire_copy(request: http.Request, grant: SendPermission) -> http.Request:
 
     A shallow copy by hand: `request.copy()` takes every field apart and checks its type, a tenth of all that a call costs here.
     """
-    sent = _twin(request)
-    sent.data = _twin(request.data)
+    sent = _shallow_copy(request)
+    sent.data = _shallow_copy(request.data)
     name, secret = grant.credential
     host = url.hostport("https" if grant.tls else "http", *grant.address)
     framing = ((b"content-length", b"%d" % len(grant.body or b"")),) if grant.body or grant.method in BODY_METHODS else ()
@@ -385,14 +385,14 @@ def _wire_copy(request: http.Request, grant: SendPermission) -> http.Request:
     return sent
 
 
-def _twin[T](thing: T) -> T:
+def _shallow_copy[T](thing: T) -> T:
     """A shallow copy, as `copy.copy` makes it by way of pickle's protocol."""
     made = object.__new__(type(thing))
     made.__dict__.update(thing.__dict__)
     return made
 
 
-def _said_by_mitmproxy(event: ResponseProtocolError) -> Refusal | None:
+def _refusal_of_mitmproxy(event: ResponseProtocolError) -> Refusal | None:
     """The refusal for an error of mitmproxy's own, or None where it would close without a word."""
     match event.code:
         case ErrorCode.REQUEST_TOO_LARGE:

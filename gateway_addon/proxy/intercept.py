@@ -39,7 +39,7 @@ from gateway_addon.proxy.server import on_signal, prepared
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.refusals import Refusal
 
-ENTRANCE = "local/"
+ENDPOINT_PREFIX = "local/"
 """Stands before the endpoint of every call that came this way; `gateway cutover` lists their apps as stragglers."""
 
 CA_FOLDER = Path.home() / ".mitmproxy"
@@ -98,7 +98,7 @@ class LocalAddon(GatewayAddon):
         if caller is None and self.child is not None:
             return  # who it is, its call says, or the system
         if caller is None:
-            self.gate.ledger.failed_authentication("token_proxy", now=self.clocks.now())
+            self.gateway.ledger.failed_authentication("token_proxy", now=self.clocks.now())
             self.answer(flow, Refusal("token_proxy", NO_CREDENTIALS.format(_address())))
             assert flow.response is not None
             flow.response.headers["proxy-authenticate"] = 'Basic realm="gateway"'
@@ -122,7 +122,7 @@ class LocalAddon(GatewayAddon):
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
         if flow.client_conn.id in self.connections:
             self.calls += 1
-            upstream = urlsplit(self.gate.policy.upstream)
+            upstream = urlsplit(self.gateway.policy.upstream)
             if flow.request.host != upstream.hostname and upstream.hostname:  # captured: the program had resolved the name itself
                 flow.request.host = upstream.hostname
             await super().requestheaders(flow)
@@ -135,18 +135,20 @@ class LocalAddon(GatewayAddon):
             self.bystanders.add(flow.client_conn.id)
             flow.request.stream = True
 
-    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> AuthenticatedRequest | OwnResponse | Refusal:
+    async def _authenticate(
+        self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
+    ) -> AuthenticatedRequest | OwnResponse | Refusal:
         """The token of the tunnel takes the place of whatever key the app sends. In a command's tunnel that has none, a key of the app's
         own may be a token: the command finds one in its environment."""
         name, token = self._caller(flow.client_conn)
         own = [(key, value) for key, value in headers if key not in ("x-api-key", "authorization", "proxy-authorization")]
         if token or self.child is None:
             headers = (*own, ("x-api-key", token)) if token else tuple(own)
-        arrived = await super()._arrive(flow, headers)
-        if isinstance(arrived, AuthenticatedRequest) and name and name != arrived.app.name:
-            sentence = f"The proxy credentials name app {name}, but their token is {arrived.app.name}'s. Put the right two together."
+        caller = await super()._authenticate(flow, headers)
+        if isinstance(caller, AuthenticatedRequest) and name and name != caller.app.name:
+            sentence = f"The proxy credentials name app {name}, but their token is {caller.app.name}'s. Put the right two together."
             return Refusal("token_conflict", sentence)
-        return arrived
+        return caller
 
     def _caller(self, client: connection.Client) -> tuple[str, str]:
         if isinstance(client.proxy_mode, mode_specs.LocalMode):
@@ -167,7 +169,7 @@ class LocalAddon(GatewayAddon):
         super().responseheaders(flow)
 
     def _is_upstream(self, host: str, port: int | None) -> bool:
-        upstream = urlsplit(self.gate.policy.upstream)
+        upstream = urlsplit(self.gateway.policy.upstream)
         return host.lower() == upstream.hostname and port in (None, upstream.port or 443)
 
 
@@ -235,7 +237,7 @@ async def run(
     whose calls came by is one that failed (1), unless `allow_none`.
     """
     make = partial(LocalAddon, captured=token, child=token if command else None)
-    async with prepared(settings, make, ENTRANCE) as (policy, addon, master):
+    async with prepared(settings, make, ENDPOINT_PREFIX) as (policy, addon, master):
         intercepting(master, policy.upstream, capture, ca_folder)
         listening = asyncio.Event()
         addon.on_running = listening.set

@@ -113,7 +113,7 @@ async def _run(settings: Settings) -> int:
             when_the_parent_ends(settings.parent_fd, master.shutdown)
 
         def listening() -> None:
-            for line in greeting(settings, policy, addon.way):
+            for line in greeting(settings, policy, addon.egress):
                 settings.emit(line)
             if settings.ready_fd is not None:
                 with suppress(BrokenPipeError):
@@ -148,12 +148,12 @@ def spare_the_collector() -> None:
 
 @asynccontextmanager
 async def prepared(
-    settings: Settings, make: Callable[..., GatewayAddon] = GatewayAddon, entrance: str = ""
+    settings: Settings, make: Callable[..., GatewayAddon] = GatewayAddon, endpoint_prefix: str = ""
 ) -> AsyncIterator[tuple[GatewayPolicy, GatewayAddon, Master]]:
     """All that a gateway needs, ready to run: an addon as below, in a master built for it."""
     async with (
-        told_of(settings) as on_call,
-        assembled(settings.policies, settings.ledger, make, entrance, on_call) as (policy, key, addon),
+        call_listeners(settings) as on_call,
+        assembled(settings.policies, settings.ledger, make, endpoint_prefix, on_call) as (policy, key, addon),
     ):
         master = build(settings, policy, addon)
         say_plainly(key, as_json=settings.log_json)
@@ -161,7 +161,7 @@ async def prepared(
 
 
 @asynccontextmanager
-async def told_of(settings: Settings) -> AsyncIterator[OnCall | None]:
+async def call_listeners(settings: Settings) -> AsyncIterator[OnCall | None]:
     """Who is told of each call, as the command line asks. Raises OtelMissing."""
     listeners: list[OnCall] = [call_line] if settings.log_json else []
 
@@ -185,7 +185,7 @@ async def assembled(
     policies: Path,
     ledger_url: str,
     make: Callable[..., GatewayAddon] = GatewayAddon,
-    entrance: str = "",
+    endpoint_prefix: str = "",
     on_call: OnCall | None = None,
 ) -> AsyncIterator[tuple[GatewayPolicy, WatchedSecret, GatewayAddon]]:
     """An addon and what it stands on: the policy in force and watched, the key read, the ledger open."""
@@ -203,23 +203,23 @@ async def assembled(
         return WatchedSecret(source, withheld=policy.secret_variables)()
 
     alert_delivery = AlertDelivery(ledger, webhook, time.time, partial(egress, policy, os.environ))
-    gate = Gateway(ledger, policy, SYSTEM, alert_delivery.emit, entrance, on_call)
+    gateway = Gateway(ledger, policy, SYSTEM, alert_delivery.emit, endpoint_prefix, on_call)
     refused = asyncio.Event()
-    addon = make(gate, key, key_refused=refused.set)
-    watcher = PolicyWatcher(policies, gate, key)
+    addon = make(gateway, key, key_refused=refused.set)
+    watcher = PolicyWatcher(policies, gateway, key)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, watcher.read_again)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    poller = BatchPoller(ledger, lambda: gate.policy, lambda path: ask(policy.upstream, path, key(), addon.way), gate.batch_closed)
+    poller = BatchPoller(ledger, lambda: gateway.policy, lambda path: ask(policy.upstream, path, key(), addon.egress), gateway.batch_closed)
     try:
         async with jobs.running(
-            (top_ups.LOOK_AT_LEASE_S, "streams without a ledger", gate.streams.keep_to_the_lease),
-            (top_ups.TOP_UP_EVERY_S, "running streams", gate.streams.keep_topped_up),
+            (top_ups.LOOK_AT_LEASE_S, "streams without a ledger", gateway.streams.keep_to_the_lease),
+            (top_ups.TOP_UP_EVERY_S, "running streams", gateway.streams.keep_topped_up),
             (reload.LOOK_EVERY_S, "the policy", watcher.watch),
             (credentials.ASK_AGAIN_S, "the key", partial(credentials.renew_when_due, key, refused)),
             (batch_poller.LOOK_EVERY_S, "open batches", poller.catch_up),
             (daily_totals_job.LOOK_EVERY_S, "closed days", DailyTotalsJob(ledger, time.time).catch_up),
-            (webhooks.LOOK_EVERY_S, "alerts", lambda: alert_delivery.look(gate.policy)),
-            (webhooks.LOOK_EVERY_S, "webhooks", lambda: alert_delivery.deliver(gate.policy)),
+            (webhooks.LOOK_EVERY_S, "alerts", lambda: alert_delivery.look(gateway.policy)),
+            (webhooks.LOOK_EVERY_S, "webhooks", lambda: alert_delivery.deliver(gateway.policy)),
         ):
             yield policy, key, addon
     finally:
@@ -232,14 +232,14 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     Raises ValueError for an option that mitmproxy does not have, or that would open a way around the gateway.
     """
     opts = options.Options()
-    addon.way = egress(policy, os.environ)
+    addon.egress = egress(policy, os.environ)
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
         "mode": [reverse(policy.upstream)],
         "listen_host": settings.host,
         "listen_port": settings.port,
-        "ssl_verify_upstream_trusted_ca": addon.way.ca_file,
-        "ssl_verify_upstream_trusted_confdir": addon.way.ca_folder,
+        "ssl_verify_upstream_trusted_ca": addon.egress.ca_file,
+        "ssl_verify_upstream_trusted_confdir": addon.egress.ca_folder,
     }
     if settings.web_port is None:
         master: Master = LeanMaster(opts)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from gateway_addon import pricing
-from gateway_addon.calls.batches import REQUESTS_MAX, PricedResults, judged, object_of
+from gateway_addon.calls.batches import REQUESTS_MAX, PricedResults, judge_batch, object_of
 from gateway_addon.calls.quote import quote
 from gateway_addon.messages import Meter
 from gateway_addon.messages.request import Request, read
@@ -38,7 +38,7 @@ def batch(*params, ids="abcdefgh"):
 
 
 def asked(body, *headers, app=APP):
-    return judged(app, PRICES, request(body, *headers), NOON)
+    return judge_batch(app, PRICES, request(body, *headers), NOON)
 
 
 def quoted(params):
@@ -48,7 +48,8 @@ def quoted(params):
 
 
 @pytest.mark.parametrize("more", [{}, {"model": "claude-sonnet-5", "max_tokens": 4000}, {"messages": [{"role": "user", "content": "\ufdfa" * 50}]}])
-def test_a_request_in_a_batch_is_quoted_at_half_of_what_it_is_alone(more):
+def test_a_request_in_a_batch_is_quoted_at_half_price(more):
+    """A request in a batch is quoted at half of its quote alone."""
     assert abs(2 * asked(batch(more)).quote_nano - quoted(PARAMS | more)) <= 2  # each line is rounded up
 
 
@@ -114,13 +115,15 @@ RULES = {
 
 
 @pytest.mark.parametrize(("more", "code"), RULES.values(), ids=RULES)
-def test_the_one_that_would_be_refused_alone_refuses_the_batch_by_its_name(more, code):
+def test_one_refused_request_refuses_its_batch_by_name(more, code):
+    """A request that would be refused alone refuses the batch, and the refusal names it."""
     refusal = asked(batch({}, {}, more, {}))
     assert refusal.code == code, refusal.sentence
     assert refusal.sentence.startswith("requests[2] (c): ")
 
 
-def test_the_headers_of_a_batch_are_judged_with_each_of_its_requests():
+def test_batch_headers_are_judged_with_each_request():
+    """The headers of a batch are judged with each of its requests."""
     assert asked(batch({}), ("anthropic-user-profile-id", "x")).code == "feature"
 
 
@@ -171,7 +174,8 @@ def read_all(data, step=7, prices=PRICES):
     return rows + results.close()
 
 
-def test_results_are_priced_at_half_and_what_did_not_succeed_is_free():
+def test_results_cost_half_and_failed_ones_nothing():
+    """Results are priced at half and what did not succeed is free."""
     rows = read_all(line("a") + line("b", "errored") + line("c", "canceled") + line("d", "expired"))
     assert [(row.custom_id, row.kind, row.nano) for row in rows] == [("a", "message", (1000 * 1000 + 101 * 5000) // 2), ("b", "errored", 0), ("c", "canceled", 0), ("d", "expired", 0)]
 

@@ -137,7 +137,7 @@ async def test_a_storm_of_errors_that_come_first_spends_nothing(tmp_path):
         assert isinstance(await ask(gw, max_tokens=20_000), bytes), "the app's day is untouched"
 
 
-async def test_an_edge_that_lost_the_api_late_is_booked_at_no_less_than_its_bill(tmp_path, monkeypatch):
+async def test_late_edge_break_is_booked_at_no_less_than_its_bill(tmp_path, monkeypatch):
     """A third of those calls were taken by the API all the same, and ran until the edge gave up."""
     monkeypatch.setattr(delivery, "EDGE_LATE_S", 0.2)
     monkeypatch.setattr(settlement, "EDGE_UNBILLED_S", 0.2)
@@ -192,7 +192,8 @@ async def test_each_shape_of_a_whole_stream_is_booked_exactly(tmp_path):
         assert await gw.held_nano() == 0
 
 
-async def test_a_stream_that_the_upstream_cuts_at_any_event_is_settled_at_no_less_than_its_bill(tmp_path):
+async def test_stream_cut_by_the_upstream_settles_at_least_its_bill(tmp_path):
+    """A stream that the upstream cuts, at any event, is settled at no less than its bill."""
     async with Simulator(behaviour=Behaviour(output_tokens=40)) as api, gateway(tmp_path, api, APPS) as gw:
         whole = await ask(gw, stream=True)
         for index in range(whole.count(b"\n\n") + 1):
@@ -211,7 +212,7 @@ async def test_a_stream_that_the_upstream_cuts_at_any_event_is_settled_at_no_les
         assert await gw.held_nano() == 0
 
 
-async def test_a_client_that_leaves_at_any_event_is_charged_no_less_than_the_bill(tmp_path):
+async def test_client_that_leaves_is_charged_at_least_the_bill(tmp_path):
     """What was generated after it left included: the provider takes a moment to notice."""
     behaviour = Behaviour(output_tokens=64, delay_ms=8, after_disconnect_s=0.05)
     async with Simulator(behaviour=behaviour) as api, gateway(tmp_path, api, APPS) as gw:
@@ -270,7 +271,8 @@ async def test_a_stream_left_before_the_status_is_charged_the_grant(tmp_path):
         assert call.spent_nano >= (await api.settled()).billed_nano
 
 
-async def test_an_error_in_the_middle_of_a_stream_passes_and_is_charged_what_was_granted(tmp_path):
+async def test_mid_stream_error_passes_and_is_charged_the_grant(tmp_path):
+    """An error in the middle of a stream passes, and the call is charged at its grant."""
     async with Simulator(behaviour=Behaviour(error="overloaded_error")) as api, gateway(tmp_path, api, APPS) as gw:
         said = await ask(gw, stream=True)
         assert said.count(b"event: error") == 1
@@ -292,7 +294,8 @@ async def test_a_json_answer_cut_in_its_middle_is_charged_the_grant(tmp_path, by
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
-async def test_the_model_that_answered_is_charged_not_the_one_that_was_asked(tmp_path, stream):
+async def test_the_answering_model_is_charged_not_the_asked_one(tmp_path, stream):
+    """The model that answered is charged not the one that was asked."""
     async with Simulator(behaviour=Behaviour(served_model="claude-sonnet-5")) as api, gateway(tmp_path, api, APPS) as gw:
         await ask(gw, stream=stream)
         await gw.quiet()

@@ -95,11 +95,11 @@ async def test_the_wrapper_of_a_hook_keeps_a_failure_from_forwarding(tmp_path, m
     async def failing(self, flow):
         if not guarded:
             flow_state = self.flow_states[flow.id]
-            flow_state.free = object()  # what a hook that fails late leaves behind
+            flow_state.permit = object()  # what a hook that fails late leaves behind
             from gateway_addon.proxy import inject
 
-            asked = hooks.judged_request(flow)
-            inject.wire(flow).grant = self._grant(flow_state.arrived, asked, flow.request.headers.fields, flow.request.raw_content)
+            asked = hooks.request_of(flow)
+            inject.wire(flow).grant = self._grant(flow_state.caller, asked, flow.request.headers.fields, flow.request.raw_content)
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(hooks.GatewayAddon, "request", hooks.guarded("request")(failing) if guarded else failing)
@@ -131,7 +131,7 @@ async def test_the_cut_keeps_a_stream_within_its_grant(tmp_path, monkeypatch, gu
         assert billed_nano > 150_000_000
 
 
-async def test_what_is_released_at_message_start_depends_on_an_input_that_cannot_grow(tmp_path, monkeypatch):
+async def test_only_an_input_that_cannot_grow_is_released_early(tmp_path, monkeypatch):
     """Server tools raise the input after `message_start`: released on its word, the call would cost more than it holds."""
     policy = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $50}\nfeatures: {web_search: {max_uses: 3}}\n"
     body = HELLO | {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 3}], "stream": True}

@@ -17,7 +17,7 @@ from ledgers import until
 
 from gateway_addon import pricing
 from gateway_addon.calls import judging_process, quote
-from gateway_addon.calls.judging import Judged, judge_request
+from gateway_addon.calls.judging import Judgement, judge_request
 from gateway_addon.calls.judging_process import HERE_BATCH_BYTES_MAX, HERE_BRACKETS_MAX, HERE_BYTES_MAX, JudgingProcess, is_large
 from gateway_addon.messages import request, scan
 from gateway_addon.messages.request import Request, value_count
@@ -79,7 +79,7 @@ async def test_the_loop_turns_while_one_call_holds_an_interpreter(process):
 async def test_the_loop_turns_while_a_worst_body_is_judged(tmp_path):
     body = json.dumps(PLAIN | {"system": [{}] * 200_000}).encode()
     async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as client:
-        run, seen = gw.gate._judging.run, []
+        run, seen = gw.gateway._judging.run, []
 
         async def counted(*arguments):
             with turns() as taken:
@@ -87,7 +87,7 @@ async def test_the_loop_turns_while_a_worst_body_is_judged(tmp_path):
             seen.append(taken[0])
             return answer
 
-        gw.gate._judging.run = counted
+        gw.gateway._judging.run = counted
         with mock.patch.object(request, "read", side_effect=AssertionError("read in the process of the connections")):
             answer = await client.post("/v1/messages", content=body, headers={"x-api-key": gw.tokens["app"]})
         assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
@@ -116,7 +116,7 @@ async def test_another_process_says_what_this_one_would(process):
         here = judge_request(*judged(body))
         there = await process.run(judge_request, *judged(body))
         assert there == here, body
-        if isinstance(here, Judged):
+        if isinstance(here, Judgement):
             assert getattr(there.verdict, "terms", None) == getattr(here.verdict, "terms", None), body
 
 
@@ -148,7 +148,8 @@ def test_what_takes_long_is_told_by_size_and_brackets(endpoint, body, large):
     assert is_large(endpoint, body) is large
 
 
-async def test_a_body_that_ends_its_process_is_refused_and_the_next_is_not(process):
+async def test_body_that_kills_its_process_is_refused_the_next_not(process):
+    """A body that ends its process is refused, and the next body is not."""
     killed = await process.run(os.abort)
     assert isinstance(killed, Refusal)
     assert killed.code == "body"
@@ -182,7 +183,7 @@ async def test_the_other_process_has_no_secret(process, monkeypatch):
 
 def test_a_call_in_flight_keeps_nothing_of_its_prompt():
     found = judge_request(*judged(PLAIN | {"system": "x" * 9_000, "tools": [SEARCH], "metadata": {"user_id": "u" * 9_000}}))
-    assert isinstance(found, Judged)
+    assert isinstance(found, Judgement)
     assert len(repr(found)) < 10_000
     assert set(found.reading.body) == {"model", "max_tokens", "metadata"}
 
@@ -278,9 +279,9 @@ def test_more_than_any_request_asks_for_is_refused(body):
     assert " at most " in refusal.sentence or " looks up " in refusal.sentence
 
 
-async def test_a_process_that_is_given_less_memory_judges_with_what_it_has(process, monkeypatch):
+async def test_process_under_ulimit_judges_with_the_memory_it_has(process, monkeypatch):
     """Under `ulimit -v` it ended at once, with a traceback, and every large body was refused as its own fault."""
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({700 * 2**20},) * 2); {judging_process._PROGRAM}"
     monkeypatch.setattr(judging_process, "_PROGRAM", limited)
     body = PLAIN | {"messages": [{"role": "user", "content": "x" * HERE_BYTES_MAX}]}
-    assert isinstance(await process.run(judge_request, *judged(body)), Judged)
+    assert isinstance(await process.run(judge_request, *judged(body)), Judgement)

@@ -66,13 +66,14 @@ FAULTS = {
 }
 
 
-async def test_a_failing_ledger_refuses_every_call_and_is_used_again_when_it_is_back(tmp_path, monkeypatch):
+async def test_failing_ledger_refuses_calls_until_it_is_back(tmp_path, monkeypatch):
+    """A failing ledger refuses every call, and is used again when it is back."""
     path = tmp_path / "gateway.db"
     async with Simulator() as api, gateway(tmp_path, api) as gw:
-        monkeypatch.setattr(gw.gate.ledger, "_timeout_s", 0.5)
+        monkeypatch.setattr(gw.gateway.ledger, "_timeout_s", 0.5)
         for number, (name, fault) in enumerate(FAULTS.items(), start=1):
             before = api.book.bytes_received
-            with fault(gw.gate.ledger, path):
+            with fault(gw.gateway.ledger, path):
                 began = time.monotonic()
                 with pytest.raises(anthropic.InternalServerError) as refused:
                     await gw.client().messages.create(**HELLO)
@@ -87,17 +88,19 @@ async def test_a_failing_ledger_refuses_every_call_and_is_used_again_when_it_is_
     assert rows(path, "SELECT count(*) FROM calls WHERE state = 'settled'") == [(len(FAULTS),)]
 
 
-async def test_a_call_that_is_in_flight_when_the_disk_fills_up_is_settled_once_when_there_is_room(tmp_path):
+async def test_call_in_flight_at_a_full_disk_is_settled_once(tmp_path):
+    """A call in flight when the disk fills up is settled once, as soon as there is room."""
     async with Simulator(behaviour=Behaviour(delay_ms=5)) as api, gateway(tmp_path, api) as gw:
         async with gw.client().messages.stream(**HELLO) as stream:
-            with disk_says(sqlite3.SQLITE_FULL, gw.gate.ledger, tmp_path / "gateway.db"):
+            with disk_says(sqlite3.SQLITE_FULL, gw.gateway.ledger, tmp_path / "gateway.db"):
                 await stream.get_final_message()
         await gw.quiet()
         assert await gw.spent_nano() == (await api.settled()).billed_nano > 0
     assert rows(tmp_path / "gateway.db", "SELECT count(*) FROM entries WHERE kind = 'settle'") == [(1,)]
 
 
-async def test_a_damaged_ledger_is_refused_with_an_instruction_and_nothing_is_forwarded(tmp_path, caplog):
+async def test_damaged_ledger_forwards_nothing_and_says_what_to_do(tmp_path, caplog):
+    """A damaged ledger refuses every call with an instruction, and nothing is forwarded."""
     path = tmp_path / "gateway.db"
     async with Simulator() as api, gateway(tmp_path, api) as gw:
         await gw.client().messages.create(**HELLO)
@@ -109,7 +112,7 @@ async def test_a_damaged_ledger_is_refused_with_an_instruction_and_nothing_is_fo
         with path.open("r+b") as file:  # in place: every page but the first
             file.seek(4096)
             file.write(os.urandom(path.stat().st_size - 4096))
-        reconnect(gw.gate.ledger)
+        reconnect(gw.gateway.ledger)
         with pytest.raises(anthropic.InternalServerError) as refused:
             await gw.client().messages.create(**HELLO)
         assert refused.value.response.headers["x-gateway-refusal"] == "ledger"

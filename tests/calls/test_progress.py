@@ -40,7 +40,8 @@ def provider(seed, *, may_think):
 
 @pytest.mark.parametrize("may_think", [False, True], ids=["plain", "thinking"])
 @pytest.mark.parametrize("seed", range(40))
-def test_what_a_provider_that_keeps_its_pace_has_generated_is_never_above_the_bound(seed, may_think):
+def test_generated_tokens_never_pass_the_bound_at_pace(seed, may_think):
+    """A provider that keeps its declared pace has never generated more than the bound."""
     progress = Progress(PACE, 10**9, may_think, content_monotonic_s=1000.0)
     for at, seen, generated in provider(seed, may_think=may_think):
         assert progress.tokens_at(at) >= generated, "a moment before the chunk arrives"
@@ -109,7 +110,8 @@ def test_a_chunk_proves_no_more_in_parts_than_whole():
 
 @pytest.mark.parametrize("granted", [0, 100, 2_000, 4_400, 100_000])
 @pytest.mark.parametrize("shown", [Seen(), Seen(1_000, 2, 5, True, 0), Seen(0, 0, 0, False, 9_000)])
-def test_the_moment_at_which_a_grant_ends_is_the_moment_at_which_the_bound_passes_it(granted, shown):
+def test_a_grant_ends_when_the_bound_passes_it(granted, shown):
+    """A grant ends at the moment at which the bound passes it."""
     progress = Progress(PACE, 128_000, False, content_monotonic_s=1000.0)
     progress.observe(shown, 1000.0)
     ends = progress.covered_until(granted)
@@ -123,7 +125,8 @@ def test_a_grant_of_max_tokens_never_ends():
     assert progress.tokens_at(10**9) == 500
 
 
-def test_what_the_api_reports_counts_where_it_is_more_than_what_was_shown():
+def test_reported_usage_counts_where_it_exceeds_what_was_shown():
+    """Usage that the API reports counts where it is more than the stream has shown."""
     progress = Progress(PACE, 10**6, False, content_monotonic_s=1000.0)
     progress.observe(Seen(10, 1, 1, True, 7_000), 1000.0)
     assert progress.tokens_at(1000.0) == 7_000 + PACE.tokens_in(PACE.lag_s)
@@ -131,7 +134,8 @@ def test_what_the_api_reports_counts_where_it_is_more_than_what_was_shown():
     assert progress.tokens_at(1000.0) == 9_000 + BLOCK_TOKENS + PACE.tokens_in(PACE.lag_s)
 
 
-def test_the_first_grant_lasts_until_the_first_top_up_and_a_lag_beyond():
+def test_first_grant_outlasts_the_first_top_up_by_a_lag():
+    """The first grant lasts until the first top up and a lag beyond."""
     progress = Progress(PACE, 10**6, False, content_monotonic_s=1000.0)
     assert progress.tokens_wanted(PACE.first_tokens, 1000.0 - 0.01) == 0
     wanted = progress.tokens_wanted(PACE.first_tokens, 1000.0 + TICK_S)

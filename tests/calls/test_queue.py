@@ -69,7 +69,8 @@ OWN, TOTAL = Cap("app:reports", "day", 1000), Cap("total", "day", 9)
     ("spent_nano", "held_nano", "codes"),
     [(400, 100, ()), (400, 200, ("cap_held",)), (501, 0, ("cap_spent",)), (0, 0, ())],
 )
-async def test_caps_of_its_own_that_are_only_observed_are_said_and_hold_nothing(spent_nano, held_nano, codes):
+async def test_own_caps_in_observe_mode_are_reported_and_hold_nothing(spent_nano, held_nano, codes):
+    """An app's own caps in observe mode are reported, and refuse nothing."""
     own = DAY._replace(spent_nano=spent_nano, reserved_nano=held_nano)
     ledger = Told(reserved(1), own=(own,))
     rates = RateLimits(requests_per_minute=1)
@@ -88,10 +89,10 @@ async def test_what_an_observed_app_shares_with_others_holds_it_too():
     assert (await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (TOTAL,), RateLimits(), (OWN,), True), NOON))[0] == SPENT
 
 
-@pytest.mark.parametrize(("its_rates", "outcome"), [(True, (Reserved(1, ()), ("rate",))), (False, (Denied("rate"), ()))])
-async def test_a_rate_holds_unless_it_is_only_observed(its_rates, outcome):
+@pytest.mark.parametrize(("observe_rates", "outcome"), [(True, (Reserved(1, ()), ("rate",))), (False, (Denied("rate"), ()))])
+async def test_a_rate_holds_unless_it_is_only_observed(observe_rates, outcome):
     ledger = Told(Denied("rate"), reserved(1))
-    result, _, said = await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (OWN,), RateLimits(1), observes_rates=its_rates), NOON)
+    result, _, said = await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (OWN,), RateLimits(1), observes_rates=observe_rates), NOON)
     assert (result, said) == outcome
     assert ledger.limits == [OWN]
 

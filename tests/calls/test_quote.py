@@ -82,7 +82,8 @@ def test_the_rate_is_the_dearest_that_the_request_can_reach(
     assert (bound.extra_nano, bound.releasable) == (0, True)
 
 
-def test_a_stream_is_held_by_the_token_and_a_cap_knows_what_would_fit():
+def test_quote_grows_by_the_token_and_tells_what_fits_a_cap():
+    """A stream is held by the token, and a cap knows which max_tokens would fit."""
     bound = quoted(reading(max_tokens=100))
     assert bound.for_output(40) == bound.for_output(0) + 40 * 5_000
     assert bound.output_within(bound.for_output(40)) == 40
@@ -90,7 +91,8 @@ def test_a_stream_is_held_by_the_token_and_a_cap_knows_what_would_fit():
     assert bound.output_within(0) == 0
 
 
-def test_each_turn_writes_max_tokens_and_reads_the_turns_before_it():
+def test_each_turn_writes_max_tokens_and_reads_earlier_turns():
+    """Each turn writes max tokens and reads the turns before it."""
     found = reading(tools=[SEARCH | {"max_uses": 3}])
     row = PRICES.row("claude-haiku-4-5", NOW)
     assert row is not None
@@ -144,7 +146,8 @@ def test_uses_beyond_the_turns_bring_their_results_at_once():
         ([SEARCH | {"max_uses": 5}, {"type": "code_execution_20250825", "name": "code_execution"}], 10),
     ],
 )
-def test_a_tool_without_a_declared_size_fills_the_window_each_time(tools: list[dict[str, Any]], windows: int):
+def test_tool_without_declared_size_fills_the_window_each_use(tools: list[dict[str, Any]], windows: int):
+    """A tool without a declared size fills the window each time."""
     found = reading(tools=tools)
     row = PRICES.row("claude-haiku-4-5", NOW)
     assert row is not None
@@ -291,13 +294,15 @@ def test_what_has_no_price_is_refused(body: dict[str, Any]):
     assert refusal.code == "model_unpriced"
 
 
-def test_an_observed_app_is_quoted_even_for_what_its_policy_does_not_name():
+def test_observed_app_is_quoted_for_features_not_in_its_policy():
+    """An app in observe mode is quoted even for features that its policy does not name."""
     nothing = "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\nmode: observe\n"
     bound = quoted(reading(tools=[SEARCH], fallbacks="default", container="c"), text=nothing)
     assert (bound.input_tokens, bound.extra_nano) == (11 * 200_000, 10 * 10_000_000)
 
 
-def test_an_unknown_field_that_is_passed_keeps_the_whole_reservation():
+def test_passed_unknown_field_keeps_the_whole_reservation():
+    """An unknown field that is passed keeps the whole reservation."""
     assert not quoted(reading(surprise=1)).releasable
 
 

@@ -57,7 +57,8 @@ async def test_each_call_is_told_once_and_says_what_the_ledger_says(tmp_path):
     assert 0 < settled["first_byte_s"] <= settled["duration_s"] < 10
 
 
-async def test_a_call_that_the_provider_did_no_work_for_is_told_as_voided(tmp_path):
+async def test_call_without_provider_work_is_recorded_as_voided(tmp_path):
+    """A call that the provider did no work for is recorded as voided."""
     told = []
     async with Simulator(behaviour=Behaviour(status=529)) as api, gateway(tmp_path, api, on_call=told.append) as gw:
         with pytest.raises(anthropic.APIStatusError):
@@ -80,7 +81,8 @@ def test_a_span_says_how_a_call_failed(state, outcome, refusal, error):
     assert tracing.attributes(call).get("error.type") == error
 
 
-def test_the_names_of_a_spans_attributes_are_those_of_the_conventions():
+def test_span_attributes_have_the_conventions_names():
+    """A span's attributes have the names of the OpenTelemetry conventions."""
     from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
     known = {value for value in vars(gen_ai_attributes).values() if isinstance(value, str)}
@@ -90,7 +92,8 @@ def test_the_names_of_a_spans_attributes_are_those_of_the_conventions():
     assert own["gateway.spent_nano"] == 7
 
 
-async def test_serve_logs_a_line_and_sends_a_span_for_a_call_without_a_secret(tmp_path):
+async def test_serve_logs_a_line_and_sends_a_span_without_a_secret(tmp_path):
+    """Serve logs a line and sends a span for a call, and neither holds a secret."""
     received = []
 
     async def collect(reader, writer):
@@ -134,7 +137,8 @@ async def test_serve_logs_a_line_and_sends_a_span_for_a_call_without_a_secret(tm
         assert not any(secret.encode() in body for body in received)
 
 
-def test_without_the_packages_otel_is_refused_with_the_way_to_get_them(tmp_path):
+def test_otel_without_its_packages_says_how_to_install_them(tmp_path):
+    """Without its packages, --otel is refused with the way to get them."""
     hide = "import sys; sys.modules['opentelemetry'] = None; from gateway_addon.operations import tracing as otel; otel.start()"
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, timeout=30)
     assert "OtelMissing: --otel needs OpenTelemetry, which is not installed: .venv/bin/pip install" in done.stderr

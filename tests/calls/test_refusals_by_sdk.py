@@ -43,7 +43,7 @@ def after(change: Callable[..., Any], **facts: Any) -> Act:
     """A call after the operator did something to the ledger."""
 
     async def act(gw: Running) -> Any:
-        await gw.gate.ledger.change(partial(change, who="test", now=time.time(), **facts))
+        await gw.gateway.ledger.change(partial(change, who="test", now=time.time(), **facts))
         return await ask()(gw)
 
     return act
@@ -70,13 +70,13 @@ def twice(*, in_flight: bool = False) -> Act:
 async def expired(gw: Running) -> Any:
     gw.tokens["app"], past = tokens.mint(), time.time() - 60
     issue = partial(admin.issue_token, app="app", digest=tokens.digest(gw.tokens["app"]), label="old", expires_at=past, who="test", now=past - 60)
-    await gw.gate.ledger.change(issue)
+    await gw.gateway.ledger.change(issue)
     return await ask()(gw)
 
 
 async def of_no_app(gw: Running) -> Any:
     gw.tokens["app"] = tokens.mint()
-    await gw.gate.ledger.change(
+    await gw.gateway.ledger.change(
         partial(admin.issue_token, app="ghost", digest=tokens.digest(gw.tokens["app"]), who="test", now=time.time())
     )
     return await ask()(gw)
@@ -96,7 +96,7 @@ async def without_ledger(gw: Running) -> Any:
 
 
 async def with_a_bug(gw: Running) -> Any:
-    gw.gate.admit = None
+    gw.gateway.admit = None
     return await ask()(gw)
 
 
@@ -180,7 +180,8 @@ def test_every_code_is_shown_here_or_has_a_reason_not_to_be():
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.code}-{index}" for index, case in enumerate(CASES)])
-async def test_a_refusal_raises_the_sdks_own_class_with_a_sentence_that_helps(tmp_path, case):
+async def test_refusal_raises_the_sdk_class_with_a_helpful_sentence(tmp_path, case):
+    """A refusal raises the SDK's own class, with a sentence that helps."""
     async with Simulator(behaviour=case.behaviour) as api, gateway(tmp_path, api, {"app": case.app}, case.policy) as gw:
         with pytest.raises(case.raises) as raised:
             await case.act(gw)
@@ -208,7 +209,8 @@ async def test_a_refusal_raises_the_sdks_own_class_with_a_sentence_that_helps(tm
         ("'x' is", "'x' is."),
     ],
 )
-def test_a_clause_becomes_a_sentence_and_what_is_no_word_keeps_its_spelling(clause, sentence):
+def test_clause_becomes_a_sentence_and_field_names_keep_case(clause, sentence):
+    """A clause becomes a sentence; a field name at its beginning keeps its spelling."""
     assert stated("body", clause).sentence == sentence
 
 

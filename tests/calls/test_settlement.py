@@ -94,14 +94,14 @@ def test_an_ending_is_settled_by_its_row(running, ended_by, cost_nano, flag):
 PACE = Pace(tokens_per_second_max=10, lag_s=1.0, turn_s_min=2.0)
 
 
-def left(body=None, *, at_s=3.0, lost_s=0.0, granted=GRANTED, **more):
+def left(body=None, *, at_s=3.0, stalled_s=0.0, granted=GRANTED, **more):
     """A stream that ended `at_s` after it was let go, held whole unless less is `granted`."""
     asked = reading(max_tokens=GRANTED, stream=True, **more)
     running = InFlightCall(Admission(1, CALL, app(), PRICES, asked, quoted(asked), granted, PACE, NOW), 0.0)
     if body is not None:
         running.answered(200, "text/event-stream", None, "req_1", now=NOW + 1, monotonic_s=1.0)
         running.feed(body, 2.0)
-    running.ended(at_s, lost_s)
+    running.ended(at_s, stalled_s)
     return running
 
 
@@ -125,9 +125,9 @@ UNTOUCHED = left().admission.quote
         (left(at_s=9e9), "client", ALL, "estimated:no_status"),
         (left(UNPRICED), "client", ALL, "drift estimated:cut"),
         (left(START, granted=20), "client", 9 * 1_000 + 20 * 5_000, "estimated:cut estimated"),
-        (left(START, granted=20, lost_s=0.5), "client", 9 * 1_000 + 25 * 5_000, "estimated:cut estimated"),
-        (left(granted=20, lost_s=0.5), "client", UNTOUCHED.for_output(25), "estimated:no_status late"),
-        (left(granted=20, lost_s=99), "client", UNTOUCHED.for_output(BY_THEN), "estimated:no_status late"),
+        (left(START, granted=20, stalled_s=0.5), "client", 9 * 1_000 + 25 * 5_000, "estimated:cut estimated"),
+        (left(granted=20, stalled_s=0.5), "client", UNTOUCHED.for_output(25), "estimated:no_status late"),
+        (left(granted=20, stalled_s=99), "client", UNTOUCHED.for_output(BY_THEN), "estimated:no_status late"),
     ],
 )  # fmt: skip
 def test_a_stream_that_is_left_is_settled_by_then(running, ended_by, cost_nano, flags):
@@ -251,7 +251,8 @@ def test_an_edge_that_broke_is_void_soon_and_bounded_later(status):
 
 
 @pytest.mark.parametrize(("reserve", "more"), [("full", {}), ("auto", SEARCH)], ids=["reserve full", "may loop"])
-def test_an_edge_that_broke_later_keeps_the_grant_where_no_rate_bounds_it(reserve, more):
+def test_late_edge_break_keeps_the_grant_where_no_rate_bounds(reserve, more):
+    """An edge that broke late keeps the grant where no rate bounds it."""
     running = call(502, b"<html>", "text/html", after_s=2.1, **more)
     running.admission = replace(running.admission, app=replace(running.admission.app, reserve=reserve))
     found = settle(running, sent=True, ended_by="whole")
@@ -275,7 +276,8 @@ def test_a_cut_of_the_gateways_own_names_its_reason():
     assert found.cost_nano == BOUND
 
 
-def test_a_cut_answer_whose_input_may_still_grow_keeps_the_whole_grant():
+def test_cut_answer_whose_input_may_grow_keeps_the_grant():
+    """A cut answer whose input may still grow keeps the whole grant."""
     running = streamed(START)
     running.admission = replace(running.admission, quote=replace(running.admission.quote, releasable=False))
     found = settle(running, sent=True, ended_by="upstream")

@@ -12,7 +12,6 @@ from gateway import gateway
 from ledgers import until
 from upstreams import chunked, event, upstream
 
-from gateway_addon.calls import gateway as gate
 from gateway_addon.clocks import Clocks, monotonic_s
 from gateway_addon.ledger import admin
 from gateway_addon.simulator import Behaviour, Simulator
@@ -48,7 +47,8 @@ async def events(gw, body, app="app"):
     return received.decode()
 
 
-async def test_a_hello_of_claude_codes_size_holds_cents_after_its_first_event(tmp_path):
+async def test_claude_codes_hello_holds_cents_after_its_first_event(tmp_path):
+    """A hello of Claude Code's size holds cents after its first event."""
     async with Simulator(behaviour=Behaviour(delay_ms=40, output_tokens=300)) as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
         async with gw.client().messages.stream(**big()) as stream:
             async for event in stream:
@@ -63,7 +63,7 @@ async def test_a_hello_of_claude_codes_size_holds_cents_after_its_first_event(tm
 
 
 @pytest.mark.parametrize(("at_once", "written"), [(True, ["reserve", "settle"]), (False, ["reserve", "release", "settle"])])
-async def test_what_is_held_for_the_input_goes_back_once_and_not_at_all_where_the_answer_is_whole(tmp_path, at_once, written):
+async def test_input_surplus_is_released_once_not_for_whole_answers(tmp_path, at_once, written):
     """The settlement of a whole answer follows at once: one write of the ledger is enough."""
     opening = {"id": "msg_1", "type": "message", "model": "claude-haiku-4-5", "usage": {"input_tokens": 9, "output_tokens": 1}}
     rest = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 24}) + event("message_stop")
@@ -98,7 +98,8 @@ reserve: progressive
 
 
 @pytest.mark.parametrize("hostile", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["honest", "hostile"])
-async def test_a_stream_that_outgrows_its_budget_is_cut_after_a_whole_event_and_charged_no_less_than_its_bill(tmp_path, hostile):
+async def test_stream_over_budget_is_cut_after_a_whole_event(tmp_path, hostile):
+    """A stream that outgrows its budget is cut after a whole event, and charged no less than its bill."""
     behaviour = Behaviour(hostile=hostile, output_tokens=60_000, tokens_per_s=380, tokens_per_event=40, ahead_s=0.5, after_disconnect_s=1.0)
     async with Simulator(behaviour=behaviour) as api, gateway(tmp_path, api, {"app": SMALL}) as gw:
         text = await asyncio.wait_for(events(gw, big(kilobytes=0)), 60)
@@ -153,7 +154,7 @@ async def test_a_clock_set_back_an_hour_does_not_pace_a_stream(tmp_path, cap, le
     policy = SMALL.replace("$0.16", f"${cap}")
     async with Simulator(behaviour=thinks) as api, gateway(tmp_path, api, {"app": policy}, clocks=clocks, lag_s=0.3) as gw:
         stream = asyncio.ensure_future(events(gw, big(kilobytes=0)))
-        await until(lambda: any(running.meter for running in gw.gate.streams.running))
+        await until(lambda: any(running.meter for running in gw.gateway.streams.running))
         back_s[0] = 3600.0
         with suppress(TimeoutError):
             text = await asyncio.wait_for(stream, leaves_after_s or 15)
@@ -169,27 +170,28 @@ async def test_time_that_the_loop_lost_is_generating_time(tmp_path, monkeypatch,
 
     It stands still on the clocks that gateway, loop and provider go by: between two turns of the loop many seconds are gone.
     """
-    loop, lost_s = asyncio.get_running_loop(), [0.0]
+    loop, stalled_s = asyncio.get_running_loop(), [0.0]
     loop_s = loop.time
-    monkeypatch.setattr(loop, "time", lambda: loop_s() + lost_s[0])
-    clocks = Clocks(monotonic_s=lambda: monotonic_s() + lost_s[0])
+    monkeypatch.setattr(loop, "time", lambda: loop_s() + stalled_s[0])
+    clocks = Clocks(monotonic_s=lambda: monotonic_s() + stalled_s[0])
     chatty = Behaviour(tokens_per_s=380, output_tokens=50_000, tokens_per_event=8)
     async with Simulator(behaviour=chatty) as api, gateway(tmp_path, api, {"app": SMALL.replace("$0.16", "$0.10")}, clocks=clocks, lag_s=1) as gw:
         stream = asyncio.ensure_future(events(gw, big({"thinking": "off"}, kilobytes=0)))
-        await until(lambda: any(running.progress.seen.content_events for running in gw.gate.streams.running))
-        lost_s[0] = 20.0
+        await until(lambda: any(running.progress.seen.content_events for running in gw.gateway.streams.running))
+        stalled_s[0] = 20.0
         await asyncio.wait_for(stream, 15)
         await gw.quiet()
         assert 0.10 * DOLLAR < (await api.settled()).billed_nano <= await gw.spent_nano()
         [(flags,)] = rows(tmp_path, "SELECT flags FROM calls")
         assert {"cut:budget", "late", "overrun"} <= set(flags.split())
-        assert await gw.gate.ledger.overruns() == frozenset(), "the model kept its pace"
+        assert await gw.gateway.ledger.overruns() == frozenset(), "the model kept its pace"
         assert "the gateway stood still for" in caplog.text
 
 
-async def test_top_ups_are_a_few_writes_a_second_however_many_streams_run(tmp_path):
+async def test_top_ups_are_few_writes_however_many_streams_run(tmp_path):
+    """Top-ups are a few writes a second, however many streams run."""
     async with Simulator(behaviour=Behaviour(tokens_per_s=300, output_tokens=1800, tokens_per_event=30)) as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
-        gw.gate.ledger.extend, writes = _counted(gw.gate.ledger.extend)
+        gw.gateway.ledger.extend, writes = _counted(gw.gateway.ledger.extend)
         began = time.monotonic()
         await asyncio.gather(*(events(gw, big(kilobytes=0)) for _ in range(6)))
         took_s = time.monotonic() - began
@@ -228,15 +230,15 @@ async def test_a_pause_now_ends_streams_in_flight_with_a_reason(tmp_path):
         assert await gw.spent_nano() >= (await api.settled()).billed_nano > 0
 
 
-async def test_a_model_that_was_held_back_while_a_body_was_still_coming_is_reserved_whole(tmp_path, monkeypatch):
+async def test_overrun_set_meanwhile_is_seen_by_a_slow_body(tmp_path, monkeypatch):
     """What the ledger said at the headers is not what it says when a slow body is here at last."""
-    monkeypatch.setattr(gate, "KNOWN_FOR_S", 0.05)
+    monkeypatch.setattr("gateway_addon.calls.gateway.OVERRUNS_FRESH_S", 0.05)
     body = json.dumps(big(kilobytes=0, max_tokens=300_000) | {"stream": True}).encode()
     async with Simulator() as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
         reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
         head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {gw.tokens['app']}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         writer.write(head.encode())
-        await until(lambda: any(flow_state.arrived for flow_state in gw.addon.flow_states.values()))
+        await until(lambda: any(flow_state.caller for flow_state in gw.addon.flow_states.values()))
         with admin.changing(tmp_path / "gateway.db") as db:
             db.execute("INSERT INTO overruns VALUES ('claude-opus-5-5', 1, 0, 1)")
         await asyncio.sleep(0.06)
@@ -247,7 +249,7 @@ async def test_a_model_that_was_held_back_while_a_body_was_still_coming_is_reser
     assert b"largest max_tokens" in answer
 
 
-async def test_a_bill_above_its_grant_is_posted_in_full_flagged_and_the_model_reserved_whole(tmp_path, caplog):
+async def test_bill_above_its_grant_is_posted_in_full_and_flagged(tmp_path, caplog):
     """The provider breaks the declared pace: it is not hidden, and not trusted again."""
     async with Simulator(behaviour=Behaviour(overrun=True, output_tokens=20_000, delay_ms=1, tokens_per_event=200)) as api, gateway(tmp_path, api, {"app": AGENT}) as gw:
         await events(gw, big(kilobytes=0) | {"messages": [{"role": "user", "content": 'simulate: {"thinking": "off"}'}]})
@@ -256,7 +258,7 @@ async def test_a_bill_above_its_grant_is_posted_in_full_flagged_and_the_model_re
         flags = rows(tmp_path, "SELECT flags FROM calls")[0][0].split()
         if "overrun" in flags:
             assert await gw.spent_nano() == book.billed_nano
-            assert await gw.gate.ledger.overruns() == {"claude-opus-5-5"}
+            assert await gw.gateway.ledger.overruns() == {"claude-opus-5-5"}
             with pytest.raises(anthropic.RateLimitError, match="largest max_tokens"):
                 await events(gw, big(kilobytes=0, max_tokens=300_000))
         else:

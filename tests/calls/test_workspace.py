@@ -55,7 +55,7 @@ async def sound(gw):
     """The ledger agrees with the API's book to the nano-dollar, holds nothing, and proves itself."""
     await gw.quiet()
     assert (await gw.spent_nano(), await gw.held_nano()) == ((await gw.api.settled()).billed_nano, 0)
-    assert await gw.gate.ledger.look(invariants.findings) == []
+    assert await gw.gateway.ledger.look(invariants.findings) == []
 
 
 # --- batches: money
@@ -68,12 +68,13 @@ async def test_a_batch_is_settled_at_what_the_api_billed_for_it(tmp_path):
         assert {name: result.type for name, result in (await results(gw, made.id)).items()} == dict.fromkeys("abcd", "succeeded")
         await sound(gw)
         assert 0 < await gw.spent_nano("app:app") < held
-        kept = await gw.gate.ledger.look(lambda db: db.execute("SELECT custom_id, model FROM batch_usage ORDER BY custom_id").fetchall())
+        kept = await gw.gateway.ledger.look(lambda db: db.execute("SELECT custom_id, model FROM batch_usage ORDER BY custom_id").fetchall())
         haiku = "claude-haiku-4-5-20251001"
         assert kept == [("a", haiku), ("b", "claude-sonnet-5"), ("c", haiku), ("d", haiku)]
 
 
-async def test_whoever_listens_to_calls_is_told_of_a_batch_once_when_it_is_settled(tmp_path):
+async def test_settled_batch_is_reported_once_to_on_call(tmp_path):
+    """A batch is reported to `on_call` once, when it is settled."""
     told = []
     async with running(tmp_path, Behaviour(), on_call=told.append) as gw:
         made = await created(gw, asked("a"), asked("b"))
@@ -112,7 +113,8 @@ async def test_results_read_again_and_by_several_at_once_settle_once(tmp_path):
         await sound(gw)
 
 
-async def test_results_that_break_off_settle_nothing_until_they_are_read_whole(tmp_path):
+async def test_broken_off_results_settle_nothing_until_read_whole(tmp_path):
+    """Results that break off settle nothing until they are read whole."""
     async with running(tmp_path, Behaviour(cut_after_bytes=3000)) as gw:
         made = await created(gw, *(asked(f"r{number}") for number in range(20)))
         held = await gw.held_nano()
@@ -145,7 +147,8 @@ async def test_a_batch_counts_against_every_cap_while_it_is_open(tmp_path, monke
             await created(gw, *(asked(f"r{number}") for number in range(2)))
 
 
-async def test_a_creation_that_fails_is_voided_and_one_whose_answer_is_lost_is_settled_at_what_it_held(tmp_path, monkeypatch):
+async def test_failed_creation_is_voided_a_lost_answer_is_settled(tmp_path, monkeypatch):
+    """A creation that fails is voided; one whose answer is lost is settled at what it held."""
     status = None
 
     async def fail(simulator, exchange, request_id):
@@ -187,7 +190,8 @@ HIDDEN = [
 ]
 
 
-async def test_one_request_hidden_among_many_is_judged_like_a_call_of_its_own(tmp_path):
+async def test_request_hidden_among_many_is_judged_like_a_call(tmp_path):
+    """One request hidden among many is judged like a call of its own."""
     async with running(tmp_path) as gw:
         for hidden, message in HIDDEN:
             requests = [asked(f"r{number}") for number in range(40)]
@@ -211,11 +215,12 @@ async def test_what_the_policy_rewrites_is_rewritten_inside_a_batch(tmp_path):
         assert [(params["model"], params["max_tokens"]) for params in sent] == [("claude-haiku-4-5", 500), ("claude-haiku-4-5", 100)]
         await results(gw, made.id)
         await sound(gw)
-        flags = await gw.gate.ledger.look(lambda db: db.execute("SELECT flags FROM calls WHERE endpoint = 'batches.create'").fetchall())
+        flags = await gw.gateway.ledger.look(lambda db: db.execute("SELECT flags FROM calls WHERE endpoint = 'batches.create'").fetchall())
         assert flags == [("edited:model edited:max_tokens",)]
 
 
-async def test_a_batch_that_needs_no_rewriting_reaches_the_api_to_the_byte(tmp_path):
+async def test_unedited_batch_reaches_the_api_to_the_byte(tmp_path):
+    """A batch that needs no rewriting reaches the api to the byte."""
     body = json.dumps({"requests": [asked("a")]}, indent=3).encode()
     async with running(tmp_path) as gw, httpx2.AsyncClient(base_url=gw.url, headers={"x-api-key": gw.tokens["app"], "anthropic-version": "2023-06-01"}) as http:
         answer = await http.post("/v1/messages/batches", content=body, headers={"content-type": "application/json"})
@@ -247,7 +252,8 @@ ITEM_PATHS = [
 ]
 
 
-async def test_what_is_not_the_apps_own_is_not_there_and_nothing_is_sent(tmp_path):
+async def test_foreign_objects_do_not_exist_and_nothing_is_sent(tmp_path):
+    """An object that the app does not own is not there for it, and nothing is sent."""
     async with running(tmp_path) as gw, httpx2.AsyncClient(base_url=gw.url, headers={"x-api-key": gw.tokens["other"]}) as http:
         theirs = await a_batch_and_a_file(gw, "app")
         before = gw.api.book.bytes_received
@@ -350,7 +356,8 @@ async def test_a_file_in_a_body_has_to_be_the_apps_own(tmp_path):
         assert gw.api.book.requests == before
 
 
-async def test_an_app_that_is_only_observed_may_use_files_of_before_but_no_other_apps(tmp_path):
+async def test_observed_app_may_use_old_files_but_no_other_apps(tmp_path):
+    """An app in observe mode may use files of before the gateway, but no other app's."""
     async with running(tmp_path, apps={"app": APP + "mode: observe\n", "other": APP}) as gw:
         theirs = (await gw.client("other").files.upload(file=("a.txt", b"hello", "text/plain"))).id
 
@@ -363,13 +370,14 @@ async def test_an_app_that_is_only_observed_may_use_files_of_before_but_no_other
             await use(theirs)
 
 
-async def test_an_app_that_is_only_observed_makes_a_batch_over_its_cap_and_is_flagged(tmp_path):
+async def test_observed_app_makes_a_batch_over_its_cap_flagged(tmp_path):
+    """An app in observe mode makes a batch over its cap, and the batch is flagged."""
     observed = APP.replace("$100", "$0.0001") + "mode: observe\n"
     async with running(tmp_path, Behaviour(), apps={"app": observed}) as gw:
         made = await created(gw, asked("a"))
         await results(gw, made.id)
         await sound(gw)
-        flags = await gw.gate.ledger.look(lambda db: db.execute("SELECT flags FROM calls WHERE endpoint = 'batches.create'").fetchall())
+        flags = await gw.gateway.ledger.look(lambda db: db.execute("SELECT flags FROM calls WHERE endpoint = 'batches.create'").fetchall())
         assert flags == [("observed:quote_over_cap",)]
 
 
@@ -409,5 +417,5 @@ async def test_the_results_pass_while_the_api_is_still_sending(tmp_path, monkeyp
 async def test_open_batches_are_listed_with_what_they_hold(tmp_path):
     async with running(tmp_path) as gw:
         made = await created(gw, asked("a"), asked("b"))
-        [line] = await gw.gate.ledger.look(batches.open_batches)
+        [line] = await gw.gateway.ledger.look(batches.open_batches)
         assert (line.id, line.app, line.requests, line.status, line.held_nano) == (made.id, "app", 2, "in_progress", await gw.held_nano())

@@ -96,7 +96,8 @@ DECIDED = ("mode=", "mode=socks5", "ignore_hosts=.*", "allow_hosts=x", "tcp_host
         *((each, f"--set: {each.partition('=')[0]} is the gateway's to decide, from --listen and the policy's upstream") for each in DECIDED),
     ],
 )
-def test_an_option_that_mitmproxy_does_not_take_is_said_in_a_sentence(command, option, sentence, tmp_path, monkeypatch):
+def test_option_unknown_to_mitmproxy_is_a_sentence(command, option, sentence, tmp_path, monkeypatch):
+    """An option that mitmproxy does not take is reported in a sentence."""
     (tmp_path / "gateway.yaml").write_text("workspace_geo: global\n")
     sqlite_files.create(tmp_path / "gateway.db")
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-none")
@@ -113,7 +114,8 @@ def test_an_option_that_mitmproxy_does_not_take_is_said_in_a_sentence(command, o
         (["console", "--listen", "127.0.0.1:0"], "", "console", 0),
     ],
 )
-def test_ctrl_c_ends_it_without_a_traceback_and_leaves_no_process(arguments, given, said, code, tmp_path):
+def test_ctrl_c_ends_it_without_traceback_or_left_process(arguments, given, said, code, tmp_path):
+    """Ctrl c ends it without a traceback and leaves no process."""
     (tmp_path / "gateway.yaml").write_text("workspace_geo: global\n")
     sqlite_files.create(tmp_path / "gateway.db")
     where = {"GATEWAY_LEDGER": f"sqlite:///{tmp_path}/gateway.db", "GATEWAY_POLICIES": str(tmp_path), "TMPDIR": str(tmp_path)}
@@ -133,7 +135,8 @@ def test_ctrl_c_ends_it_without_a_traceback_and_leaves_no_process(arguments, giv
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_environment_says_where_things_are_to_every_command_that_asks(name):
+def test_environment_tells_every_command_the_places(name):
+    """The environment says where policies and ledger are, to every command that asks."""
     options = {opt: param.envvar for param in ALL[name].params for opt in param.opts}
     assert options.get("--policies", "GATEWAY_POLICIES") == "GATEWAY_POLICIES"
     assert options.get("--ledger", "GATEWAY_LEDGER") == "GATEWAY_LEDGER"

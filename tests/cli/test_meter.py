@@ -71,7 +71,8 @@ def test_each_row_gets_its_answer_in_order() -> None:
         {"tools": [{"name": "t", "cache_control": {"ttl": "1h"}}]},
     ],
 )
-def test_an_hours_ttl_in_the_request_prices_writes_of_unknown_lifetime(request_body: dict[str, Any]) -> None:
+def test_hour_ttl_in_the_request_prices_unsplit_writes(request_body: dict[str, Any]) -> None:
+    """An hour's ttl in the request prices writes of unknown lifetime."""
     for_minutes, for_hours = rows(row(request={"messages": [{"content": 'a text with "ttl": "1h"'}]}), row(request=request_body))
     assert for_hours["cost_nano"] - for_minutes["cost_nano"] == 40 * 3_000
 
@@ -90,7 +91,8 @@ def test_a_compressed_body_in_base64_is_decoded() -> None:
         assert answer["cost_nano"] == 16_302_000
 
 
-def test_a_cut_stream_costs_at_most_what_its_request_allowed_and_is_unknown_without_one() -> None:
+def test_cut_stream_costs_at_most_its_requests_bound() -> None:
+    """A cut stream costs at most what its request allowed, and is unknown without one."""
     cut = {"content_type": "text/event-stream", "body": START.decode()}
     bounded, unknown = rows(cut | {"request": {"max_tokens": 500}}, cut)
     assert bounded["cost_nano"] == 14_000_000  # 1,000 x 4,000 + 500 x 20,000
@@ -100,7 +102,8 @@ def test_a_cut_stream_costs_at_most_what_its_request_allowed_and_is_unknown_with
     assert unknown["flags"] == ["incomplete"]
 
 
-def test_iterations_are_printed_with_their_models_and_an_error_with_its_type() -> None:
+def test_iterations_show_their_models_and_an_error_its_type() -> None:
+    """Iterations are printed with their models and an error with its type."""
     usage = ANSWER["usage"] | {"iterations": [{"type": "advisor_message", "model": "claude-opus-5", "input_tokens": 3, "output_tokens": 4}]}
     advised, failed = rows(row(json.dumps(ANSWER | {"usage": usage})), row('{"type":"error","error":{"type":"not_found_error"}}', status=404))
     assert [(part["type"], part["model"], part["input_tokens"]) for part in advised["iterations"]] == [("advisor_message", "claude-opus-5", 3)]
@@ -124,7 +127,8 @@ def test_a_row_that_is_none_ends_with_a_sentence_and_exit_2(given: str, sentence
     assert sentence in result.stderr
 
 
-def test_a_single_body_comes_from_stdin_or_a_file_and_is_printed_readably(tmp_path: Path) -> None:
+def test_body_from_stdin_or_a_file_is_printed_readably(tmp_path: Path) -> None:
+    """A single body comes from stdin or a file and is printed readably."""
     recording = tmp_path / "answer.json"
     recording.write_text(json.dumps(ANSWER))
     for result in (run(json.dumps(ANSWER)), run("", str(recording)), run(START + b"", "--content-type", "text/event-stream")):

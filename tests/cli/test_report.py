@@ -94,7 +94,8 @@ def test_shares_means_and_changes(path):
     assert line["spent_before_nano"] == 2 * DOLLAR
 
 
-def test_another_model_than_the_one_asked_is_told_with_the_day_since_when(path):
+def test_another_model_is_reported_with_its_first_day(path):
+    """Another model than the one asked is told with the day since when."""
     with closing(sqlite_files.writer_connection(path)) as db:
         for days in (9, 1):
             held = reservations.reserve(db, "me", CALL, DOLLAR, CAPS, now=NOW - days * 86_400)
@@ -106,7 +107,8 @@ def test_another_model_than_the_one_asked_is_told_with_the_day_since_when(path):
     assert "Another model answered than the one asked for:" in run(path, "--since", "2d", "--by", "served")
 
 
-def test_what_the_provider_refused_at_the_keys_limits_is_counted_for_the_app_that_ran_into_them(path):
+def test_refusals_at_the_keys_limits_count_for_their_app(path):
+    """Refusals of the provider at the key's limits are counted for the app that ran into them."""
     with closing(sqlite_files.writer_connection(path)) as db:
         held = reservations.reserve(db, "me", CALL, DOLLAR, CAPS, now=NOW - 60)
         reservations.void(db, held.call_id, Outcome(status=429, complete=True), now=NOW - 60)

@@ -36,7 +36,8 @@ def token(*words: str) -> Result:
 
 
 @pytest.mark.parametrize("kind", snippets.KINDS)
-def test_the_token_is_alone_on_stdout_and_in_none_of_the_lines_beside_it(here, kind):
+def test_token_is_alone_on_stdout_and_in_no_other_line(here, kind):
+    """The token is alone on stdout and in none of the lines beside it."""
     shown = token("issue", "app", "--for", kind)
     assert names.TOKEN_PATTERN.fullmatch(shown.stdout.strip())
     assert shown.stdout.strip() not in shown.stderr
@@ -79,13 +80,14 @@ def test_the_lines_name_the_gateway_as_apps_reach_it(here):
 
 
 @pytest.mark.parametrize(("overlap", "in_force"), [("0s", 1), ("1h", 2)])
-def test_a_rotated_token_ends_the_one_before_it_now_or_after_an_overlap(here, overlap, in_force):
+def test_rotation_ends_the_old_token_now_or_after_an_overlap(here, overlap, in_force):
+    """A rotated token ends the one before it now or after an overlap."""
     token("issue", "app")
     token("rotate", "app", "--overlap", overlap)
     assert token("list", "app", "--json").stdout.count('"in force"') == in_force
 
 
-async def test_a_leaked_token_is_revoked_and_the_other_apps_never_notice(tmp_path):
+async def test_leaked_token_is_revoked_and_other_apps_never_notice(tmp_path):
     """The drill of the handbook: the leaked app gets a new token, the old one is dead at the next call, nobody else sees an error."""
     policy = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $10}\n"
     ledger = ["--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"]

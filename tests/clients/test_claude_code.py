@@ -49,7 +49,7 @@ async def ask(claude, home, gw, prompt, *options, **environment):
 
 async def calls(gw, columns):
     await gw.quiet()
-    return await gw.gate.ledger.change(lambda db: db.execute(f"SELECT {columns} FROM calls ORDER BY id").fetchall())
+    return await gw.gateway.ledger.change(lambda db: db.execute(f"SELECT {columns} FROM calls ORDER BY id").fetchall())
 
 
 async def test_it_works_and_is_attributed_to_its_session(tmp_path, claude):
@@ -67,7 +67,7 @@ async def test_a_reached_cap_is_shown_as_a_sentence_and_asked_once(tmp_path, cla
     async with Simulator() as api, gateway(tmp_path, api, {"app": shipped("{day: $5}")}) as gw:
         assert (await ask(claude, tmp_path / "home", gw, "Say hello."))[0] == 0
         [(call_id,)] = await calls(gw, "id")
-        await gw.gate.ledger.change(lambda db: admin.adjust(db, call_id, 5 * NANO_PER_DOLLAR, who="test", why="spent", now=time.time()))
+        await gw.gateway.ledger.change(lambda db: admin.adjust(db, call_id, 5 * NANO_PER_DOLLAR, who="test", why="spent", now=time.time()))
         code, printed = await ask(claude, tmp_path / "home", gw, "Say hello.")
         assert code != 0
         assert "The cap for today of app app is used up" in printed, printed

@@ -22,7 +22,7 @@ LONG = 'Tell a long story. simulate: {"output_tokens": 10000, "tokens_per_s": 30
 
 async def rows(gw, columns="app, state, refusal"):
     await gw.quiet()
-    return await gw.gate.ledger.change(lambda db: db.execute(f"SELECT {columns} FROM calls ORDER BY started_at").fetchall())
+    return await gw.gateway.ledger.change(lambda db: db.execute(f"SELECT {columns} FROM calls ORDER BY started_at").fetchall())
 
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)

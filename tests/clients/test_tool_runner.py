@@ -23,7 +23,7 @@ async def weather(city: str = "here") -> str:
 
 async def refusals(gw):
     await gw.quiet()
-    return await gw.gate.ledger.change(lambda db: db.execute("SELECT state, refusal FROM calls ORDER BY started_at").fetchall())
+    return await gw.gateway.ledger.change(lambda db: db.execute("SELECT state, refusal FROM calls ORDER BY started_at").fetchall())
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streaming"])

@@ -143,7 +143,8 @@ def test_spent_held_and_free_make_the_cap(desk):
         assert account.spent_nano + account.held_nano + account.free_nano == max(account.cap_nano, account.spent_nano + account.held_nano)
 
 
-def test_open_batches_are_those_that_gateway_batches_lists_and_no_live_calls(tmp_path):
+def test_open_batches_are_as_listed_and_no_live_calls(tmp_path):
+    """Open batches are those that `gateway batches` lists, and no live calls."""
     console = new_desk(tmp_path, 20)
     now = time.time()
     with admin.changing(console.ledger) as db:
@@ -347,7 +348,8 @@ def test_every_view_fits_its_screen_and_can_be_looked_at(window, tmp_path):
 
 
 @browser.needed
-def test_no_view_has_a_serious_fault_for_those_who_see_or_move_otherwise(window):
+def test_no_view_has_a_serious_accessibility_fault(window):
+    """No view has a serious fault for people who see or move otherwise."""
     for name in views(window):
         found = Axe().run(window).response["violations"]
         assert [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")] == [], name
@@ -391,7 +393,8 @@ def test_the_newest_of_the_spend_view_are_read_without_the_rest(desk):
 
 
 @pytest.mark.soak
-def test_a_month_of_200_000_calls_is_a_page_in_300_ms_and_a_report_in_a_second(tmp_path):
+def test_month_of_200_000_calls_is_a_page_in_300_ms(tmp_path):
+    """A month of 200,000 calls is a page in 300 ms, and a report in a second."""
     desk = new_desk(tmp_path, 200_000)
     client = build(desk).test_client()
     client.get(f"/login/{desk.login.link}")

@@ -14,7 +14,8 @@ def demo(*arguments, **options):
     return subprocess.run([sys.executable, "-m", "gateway_addon", "demo", *arguments], capture_output=True, text=True, timeout=60, **options)
 
 
-def test_the_demo_ends_well_and_every_call_is_booked_as_it_was_billed(tmp_path):
+def test_demo_ends_well_and_books_every_call_as_billed(tmp_path):
+    """The demo ends well and every call is booked as it was billed."""
     done = demo("--json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
@@ -25,7 +26,8 @@ def test_the_demo_ends_well_and_every_call_is_booked_as_it_was_billed(tmp_path):
     assert all(call["ledger_nano"] == call["book_nano"] for call in exact)
 
 
-def test_the_story_names_what_was_refused_and_why_and_shows_no_secret(tmp_path):
+def test_story_names_refusals_with_reasons_and_no_secret(tmp_path):
+    """The story names what was refused and why and shows no secret."""
     done = demo(cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("403 permission_error", "401 authentication_error", "429 billing_error", "Ten calls at once", "Every figure adds up"):

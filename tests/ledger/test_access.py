@@ -64,7 +64,7 @@ async def test_a_gateway_gives_old_files_the_mode_of_its_policy(tmp_path, policy
         for beside in access.BESIDE:
             path.with_name(path.name + beside).chmod(0o666)
         async with Simulator() as api, gateway(tmp_path, api, policy=policy) as gw:
-            await align(gw.gate.ledger, gw.gate.policy, "test")
+            await align(gw.gateway.ledger, gw.gateway.policy, "test")
             assert modes(path) == dict.fromkeys(access.BESIDE, mode)
             assert f"{path}-shm had the mode 0666 and has {mode:04o} now (ledger_mode)" in caplog.text
 

@@ -103,8 +103,8 @@ async def test_the_policy_lets_a_header_leave_and_a_first_drop_is_told(tmp_path,
         assert b"cookie" not in api.received
         warnings = [record.getMessage() for record in caplog.records if "is not sent on" in record.getMessage()]
         assert [("cookie" in line, "pass_headers: [cookie]" in line) for line in warnings] == [(True, True)]
-        gw.addon._tell_of_drops("app", [b"x-%d" % each for each in range(3_000)])
-        assert len(gw.addon.drops_told) == 1_000, "an app that makes names up does not fill the log, nor the memory"
+        gw.addon._log_drops("app", [b"x-%d" % each for each in range(3_000)])
+        assert len(gw.addon.logged_drops) == 1_000, "an app that makes names up does not fill the log, nor the memory"
 
 
 @pytest.mark.parametrize("name", ["Authorization", "x-api-key", "content-length", "connection", "not a name", "x:y"])

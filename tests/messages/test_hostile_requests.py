@@ -6,7 +6,7 @@ import pytest
 from bypass import HOSTILE, PLAIN, POLICY, Hostile
 
 from gateway_addon import policy, pricing
-from gateway_addon.messages.request import Request, endpoint, read
+from gateway_addon.messages.request import Request, endpoint_of, read
 from gateway_addon.policy.loading import parse_app
 from gateway_addon.refusals import Refusal
 
@@ -15,7 +15,7 @@ APP = parse_app("policies/apps/victim.yaml", POLICY, PRICES, {})
 
 
 def admitted(row: Hostile) -> Refusal | None:
-    name = endpoint(row.method, row.target)
+    name = endpoint_of(row.method, row.target)
     if isinstance(name, Refusal):
         return name
     reading = read(name, Request(row.method, row.target, row.headers, row.body))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_addon import pricing
-from gateway_addon.calls.batches import judged
+from gateway_addon.calls.batches import judge_batch
 from gateway_addon.messages import nfkc
 from gateway_addon.messages import request as request_module
 from gateway_addon.messages.nfkc import nfkc_growth
@@ -97,7 +97,7 @@ def test_marks_are_looked_up_one_by_one_and_never_sorted(body, endpoint, ascii_o
     nfkc._taken_apart.cache_clear()
     with mock.patch.object(unicodedata, "normalize", counted):
         if endpoint == "batch":
-            judged(APP, PRICES, request, 0.0)
+            judge_batch(APP, PRICES, request, 0.0)
         else:
             request_module.read(endpoint, request)
     assert sum(visited) < 1_000

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway_addon.messages import scan
-from gateway_addon.messages.request import BODY_BYTES_MAX, ParsedRequest, Request, edited, endpoint, read
+from gateway_addon.messages.request import BODY_BYTES_MAX, ParsedRequest, Request, edited, endpoint_of, read
 from gateway_addon.messages.schema import Effect
 from gateway_addon.refusals import Refusal
 
@@ -47,9 +47,9 @@ def reading(body: Any, *headers: tuple[str, str]) -> ParsedRequest:
     ],
 )
 def test_each_endpoint_has_one_spelling(method: str, target: str, name: str):
-    assert endpoint(method, target) == name
+    assert endpoint_of(method, target) == name
     other = "POST" if method == "GET" else "GET" if method == "POST" else "PUT"
-    assert isinstance(endpoint(other, target), Refusal)
+    assert isinstance(endpoint_of(other, target), Refusal)
 
 
 @pytest.mark.parametrize(
@@ -65,21 +65,21 @@ def test_each_endpoint_has_one_spelling(method: str, target: str, name: str):
     ],
 )
 def test_what_has_an_id_in_its_path_is_read_with_it(method, target, name, item):
-    assert endpoint(method, target) == name
+    assert endpoint_of(method, target) == name
     assert read(name, Request(method, target, (), b"")).item == item
-    assert isinstance(endpoint("PUT", target), Refusal)
+    assert isinstance(endpoint_of("PUT", target), Refusal)
 
 
 @pytest.mark.parametrize("target", [*ODD_BATCHES, *ODD_FILES])
 def test_an_odd_spelling_of_an_id_is_no_endpoint(target):
-    assert all(isinstance(endpoint(method, target), Refusal) for method in ("GET", "POST", "DELETE"))
+    assert all(isinstance(endpoint_of(method, target), Refusal) for method in ("GET", "POST", "DELETE"))
 
 
 @given(st.text(max_size=40))
 @settings(max_examples=200, derandomize=True)
 def test_any_other_target_is_refused_without_an_error(target: str):
-    assert isinstance(endpoint("POST", target), Refusal)
-    assert isinstance(endpoint(target, "/v1/messages"), Refusal)
+    assert isinstance(endpoint_of("POST", target), Refusal)
+    assert isinstance(endpoint_of(target, "/v1/messages"), Refusal)
 
 
 def test_the_reading_says_what_is_asked_for():

@@ -62,12 +62,12 @@ async def kept(folder, ask=None, behaviour=SLOW):
         made = await gw.client().messages.batches.create(requests=REQUESTS)
         clock = [time.time() + 61]
         ask = ask or (lambda path: upstream.ask(api.url, path, KEY))
-        batch_poller = BatchPoller(gw.gate.ledger, lambda: gw.gate.policy, ask, gw.gate.batch_closed, Clocks(lambda: clock[0], lambda: clock[0]))
+        batch_poller = BatchPoller(gw.gateway.ledger, lambda: gw.gateway.policy, ask, gw.gateway.batch_closed, Clocks(lambda: clock[0], lambda: clock[0]))
         yield gw, batch_poller, clock, made.id
 
 
 async def line(gw):
-    found = await gw.gate.ledger.look(batches.open_batches)
+    found = await gw.gateway.ledger.look(batches.open_batches)
     return found[0] if found else None
 
 
@@ -75,7 +75,8 @@ def shown(id, status):
     return 200, json.dumps({"id": id, "processing_status": status}).encode()
 
 
-async def test_a_batch_that_nobody_fetches_is_closed_at_what_the_api_billed(tmp_path):
+async def test_unfetched_batch_is_closed_at_the_apis_bill(tmp_path):
+    """A batch that nobody fetches is closed at what the API billed."""
     async with kept(tmp_path) as (gw, batch_poller, _clock, id):
         gw.api.batches.made[id].ends_at = time.time()
         assert await batch_poller.look()
@@ -86,7 +87,8 @@ async def test_a_batch_that_nobody_fetches_is_closed_at_what_the_api_billed(tmp_
         assert (batch.processing_status, batch.request_counts.succeeded) == ("ended", 3), "the list is fresh without anybody asking"
 
 
-async def test_a_batch_that_runs_is_looked_at_less_often_the_older_it_is(tmp_path):
+async def test_running_batch_is_polled_less_often_as_it_ages(tmp_path):
+    """A batch that runs is looked at less often the older it is."""
     async with kept(tmp_path) as (gw, batch_poller, clock, _id):
         began = (await line(gw)).made_at
         pauses = []
@@ -119,7 +121,8 @@ FAILURES = {
 }
 
 
-async def test_after_a_failure_it_is_asked_again_after_longer_and_longer_pauses(tmp_path):
+async def test_failed_polls_are_repeated_after_growing_pauses(tmp_path):
+    """After a failure the API is asked again after longer and longer pauses."""
     fake = Fake()
     async with kept(tmp_path, fake) as (gw, batch_poller, clock, id):
         held = await gw.held_nano()
@@ -131,7 +134,7 @@ async def test_after_a_failure_it_is_asked_again_after_longer_and_longer_pauses(
                 clock[0] = (await line(gw)).look_at
             assert pauses == [120, 240, 480, PAUSE_MAX_S, PAUSE_MAX_S], name
             assert (await gw.held_nano(), await gw.spent_nano()) == (held, 0), name
-            await gw.gate.ledger.write(partial(batches.looked, id=id, status="in_progress", look_at=clock[0], failures=0))
+            await gw.gateway.ledger.write(partial(batches.looked, id=id, status="in_progress", look_at=clock[0], failures=0))
 
 
 async def look_until_settled(gw, batch_poller, clock, held) -> float:
@@ -184,11 +187,11 @@ async def test_results_that_come_after_all_correct_the_bill_once(tmp_path):
     async with kept(tmp_path, Fake(batch=(404, b"{}")), Behaviour()) as (gw, batch_poller, clock, id):
         held = await gw.held_nano()
         await look_until_settled(gw, batch_poller, clock, held)
-        assert await gw.gate.ledger.look(partial(batches.custom_ids, id=id)) is not None
+        assert await gw.gateway.ledger.look(partial(batches.custom_ids, id=id)) is not None
         for _ in range(2):
             await fetch_results(gw, id)
             await until(lambda: corrected(gw))
-        assert await gw.gate.ledger.look(partial(batches.custom_ids, id=id)) is None, "they are needed no more"
+        assert await gw.gateway.ledger.look(partial(batches.custom_ids, id=id)) is None, "they are needed no more"
         [(flags, adjustments)] = rows(
             tmp_path / "gateway.db",
             "SELECT flags, (SELECT count(*) FROM entries WHERE call_id = calls.id AND kind = 'adjust') FROM calls"
@@ -240,7 +243,7 @@ async def test_results_are_held_against_the_batchs_own_ids(tmp_path, foreign):
     assert "results_foreign" in flags.split()
 
 
-async def test_a_result_that_errs_and_then_succeeds_is_billed_and_flagged(tmp_path):
+async def test_result_that_errs_then_succeeds_is_billed_and_flagged(tmp_path):
     """The second line was left out as one that is there already: what the provider billed was free."""
     fake, ids = Fake(), [each["custom_id"] for each in REQUESTS]
     async with kept(tmp_path, fake) as (gw, batch_poller, _clock, id):
@@ -298,7 +301,7 @@ async def test_a_batch_is_priced_by_the_table_of_its_admission(tmp_path):
         gw.api.batches.made[id].ends_at = time.time()
         dearer = tmp_path / "policies" / "prices.yaml"
         dearer.write_text("multiplier: 3\n")
-        gw.gate.policy = load(tmp_path / "policies")
+        gw.gateway.policy = load(tmp_path / "policies")
         assert await batch_poller.look()
         assert await gw.spent_nano() == gw.api.book.billed_nano
 
@@ -313,7 +316,8 @@ async def all_settled(ledger) -> bool:
 
 
 @pytest.mark.parametrize("engine", ["sqlite", pytest.param("postgresql", marks=[pytest.mark.soak, pytest.mark.xdist_group("postgresql")])])
-async def test_a_killed_gateway_keeps_the_reservation_and_the_next_one_settles_it_once(tmp_path, engine):
+async def test_killed_gateways_batch_is_settled_once_by_the_next(tmp_path, engine):
+    """A killed gateway keeps the reservation, and the next one settles it once."""
     server = postgresql.shared().ledger() if engine == "postgresql" else None
     async with Simulator(behaviour=SLOW) as api:
         place = ledgered(tmp_path, api.url, {"app": APP}, "timeouts: {drain: 5s, batch_poll: 0.5s}\n", server)
@@ -341,7 +345,7 @@ async def test_of_several_keepers_one_asks(tmp_path):
     async with kept(tmp_path) as (gw, batch_poller, clock, id):
         gw.api.batches.made[id].ends_at = time.time()
         fake_clock = clock[0]
-        others = [BatchPoller(gw.gate.ledger, lambda: gw.gate.policy, partial(upstream.ask, gw.api.url, key=KEY), gw.gate.batch_closed, Clocks(lambda: fake_clock)) for _ in range(3)]
+        others = [BatchPoller(gw.gateway.ledger, lambda: gw.gateway.policy, partial(upstream.ask, gw.api.url, key=KEY), gw.gateway.batch_closed, Clocks(lambda: fake_clock)) for _ in range(3)]
         asked = await asyncio.gather(*(each.look() for each in (batch_poller, *others)))
         assert sorted(asked) == [False, False, False, True]
         assert await gw.spent_nano() == gw.api.book.billed_nano

@@ -157,7 +157,8 @@ async def test_two_gateways_behind_nginx_are_one(tmp_path):
 
 
 @pytest.mark.soak
-async def test_a_gateway_that_is_stopped_without_a_word_to_nginx_drops_no_call_of_an_sdk(tmp_path):
+async def test_gateway_stopped_behind_nginx_drops_no_sdk_call(tmp_path):
+    """A gateway that is stopped without a word to nginx drops no call of an SDK."""
     async with Simulator(behaviour=Behaviour(delay_ms=10, output_tokens=OUTPUT)) as api:
         async with deployed(tmp_path, api, {"app": APP}) as (nginx, running, gateways):
             for _ in range(5):
@@ -178,7 +179,8 @@ CONDITIONS = {"service_started", "service_healthy", "service_completed_successfu
 DURATION = re.compile(r"\d+(ms|s|m|h)")
 
 
-def test_the_compose_file_has_only_keys_that_exist_and_names_only_what_it_declares():
+def test_compose_file_has_known_keys_and_declared_names():
+    """The compose file has only keys that exist, and names only what it declares."""
     assert {key for key in COMPOSE if not key.startswith("x-")} == {"name", "services", "networks", "volumes", "secrets"}
     for name, service in SERVICES.items():
         assert {key for key, value in service.items() if key not in KNOWN or not isinstance(value, KNOWN[key])} == set(), name
@@ -211,13 +213,15 @@ def test_each_container_is_unprivileged_and_watched(name):
     assert {key for key in service.get("environment", {}) if "PASSWORD" in key or "KEY" in key} <= {"POSTGRES_PASSWORD_FILE"}, "secrets are files"
 
 
-def test_only_the_gateways_reach_the_world_and_the_ledger_is_on_the_inner_network_alone():
+def test_only_gateways_reach_the_world_the_ledger_is_inside():
+    """Only the gateways reach the world, and the ledger is on the inner network alone."""
     assert SERVICES["ledger"]["networks"] == ["inside"]
     assert COMPOSE["networks"]["inside"]["internal"] is True
     assert {name for name, service in SERVICES.items() if "outside" in service["networks"]} == {"gateway-1", "gateway-2"}
 
 
-def test_nginx_looks_for_the_gateways_where_the_compose_file_puts_them():
+def test_nginx_finds_gateways_where_the_compose_file_puts_them():
+    """Nginx looks for the gateways where the compose file puts them."""
     [subnet] = COMPOSE["networks"]["inside"]["ipam"]["config"]
     places = {name: service["networks"]["inside"]["ipv4_address"] for name, service in SERVICES.items() if isinstance(service["networks"], dict)}
     assert all(ipaddress.ip_address(place) in ipaddress.ip_network(subnet["subnet"]) for place in places.values())
@@ -229,7 +233,8 @@ def test_nginx_looks_for_the_gateways_where_the_compose_file_puts_them():
 
 
 @pytest.mark.parametrize("name", ["gateway-1", "gateway-2", "commands"])
-def test_a_gateways_container_runs_a_command_that_exists_with_the_password_from_its_file(name, tmp_path):
+def test_container_runs_a_known_command_with_its_password_file(name, tmp_path):
+    """A gateway's container runs a command that exists, with the password from its file."""
     service = SERVICES[name]
     command, *arguments = service["command"]
     with main.get_command(click.Context(main), command).make_context(command, arguments):

@@ -60,7 +60,8 @@ def told(path):
         return spending.report(db, "app", **PERIOD)
 
 
-async def test_each_closed_day_is_kept_without_anybody_asking_for_a_report(path):
+async def test_each_closed_day_is_kept_without_a_report_being_asked(path):
+    """Each closed day is kept without anybody asking for a report."""
     before = told(path)
     async with kept_by(path) as days:
         async with jobs.running((0.01, "closed days", days.catch_up)):

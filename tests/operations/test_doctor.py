@@ -165,7 +165,8 @@ async def test_a_gateway_that_could_work_passes_and_nothing_is_billed(path, poli
     assert KEY not in output
 
 
-async def test_a_key_that_the_provider_does_not_take_is_named_by_its_source_alone(path, policies, monkeypatch):
+async def test_refused_key_is_named_by_its_source_alone(path, policies, monkeypatch):
+    """A key that the provider does not take is named by its source alone."""
     monkeypatch.setenv("SIMULATED_KEY", "sk-ant-api03-old")
     async with Simulator() as api:
         write_policies(policies, api.url, {})
@@ -208,7 +209,8 @@ def unknown(tmp_path):
     return context
 
 
-async def test_an_upstream_whose_certificate_nobody_vouches_for_gets_no_key(path, policies, unknown):
+async def test_upstream_with_an_untrusted_certificate_gets_no_key(path, policies, unknown):
+    """An upstream whose certificate nobody vouches for gets no key."""
     received = bytearray()
 
     async def talk(reader, writer):
@@ -226,7 +228,8 @@ async def test_an_upstream_whose_certificate_nobody_vouches_for_gets_no_key(path
     ("text", "finding"),
     [("key: {env: NOT_SET}\n", "The environment variable NOT_SET is not set. Ask where the gateway runs"), ("caps: {dya: $1}\n", "gateway.yaml:")],
 )
-def test_a_key_that_cannot_be_read_and_a_broken_policy_are_findings(path, policies, text, finding):
+def test_unreadable_key_and_broken_policy_are_findings(path, policies, text, finding):
+    """A key that cannot be read and a broken policy are findings."""
     (policies / "gateway.yaml").write_text(text)
     code, output = examine(path)
     assert (code, finding in output) == (1, True), output

@@ -92,7 +92,8 @@ def test_an_observed_app_is_told_what_would_have_been_refused(folder: Path):
     assert result.output.endswith("allowed by the policy\n")
 
 
-def test_a_rule_that_is_only_observed_lets_pass_and_the_others_refuse(folder: Path):
+def test_rule_in_observe_mode_lets_pass_others_refuse(folder: Path):
+    """A rule that is only observed lets pass and the others refuse."""
     (folder / "apps" / "half.yaml").write_text("models: {allow: [claude-haiku-4-5]}\nmax_tokens: 5\ncaps: {day: $0.001}\nobserve: [max_tokens, caps]\n")
     passed = json.loads(explained(folder, PLAIN, "--json", app="half").output)
     assert ([each["code"] for each in passed["observed"]], passed["refused"]) == (["max_tokens", "quote_over_cap"], None)

@@ -50,7 +50,8 @@ async def test_a_failing_job_goes_on_and_says_it_once(caplog, outcomes, said):
     assert all((record.exc_info is not None) == (record.levelno == logging.ERROR) == (BUG in outcomes) for record in caplog.records)
 
 
-async def test_work_is_done_again_after_a_pause_and_never_twice_at_once():
+async def test_work_is_repeated_after_a_pause_never_twice_at_once():
+    """Work is done again after a pause and never twice at once."""
     at_work, most = [], []
 
     async def work():

@@ -60,7 +60,8 @@ def test_what_is_no_secret_passes_unchanged(log):
     assert written.getvalue() == "app reports spent $1.50\n"
 
 
-def test_a_key_that_cannot_be_read_silences_nothing_and_tokens_stay_hidden():
+def test_unreadable_key_silences_nothing_and_tokens_stay_hidden():
+    """A key that cannot be read silences nothing and tokens stay hidden."""
     def broken() -> str:
         raise OSError("the key file is gone")
 
@@ -74,7 +75,8 @@ def test_a_renewed_key_is_hidden_too():
     assert masked.mask("sk-ant-second") == "***"
 
 
-def test_the_gateway_speaks_at_info_and_the_proxy_only_of_what_is_wrong(monkeypatch):
+def test_gateway_logs_at_info_and_the_proxy_only_faults(monkeypatch):
+    """The gateway logs at info, and the proxy only what is wrong."""
     root, loud = logging.Logger("root"), {name: logging.Logger(name) for name in LOUD}
     real = logging.getLogger
     monkeypatch.setattr(logging, "getLogger", lambda name=None: root if name is None else loud.get(name) or real(name))

@@ -47,7 +47,8 @@ def test_a_call_is_judged_by_what_the_ledger_keeps_of_it(tmp_path, text, call, c
     assert [verdict.code for verdict in replay([call], policy(tmp_path, text))] == [code]
 
 
-def test_a_cap_fills_with_the_calls_that_pass_and_empties_with_its_window(tmp_path):
+def test_cap_fills_with_passed_calls_and_empties_by_window(tmp_path):
+    """A cap fills with the calls that pass, and empties with its window."""
     in_force = policy(tmp_path, ALLOWED + "caps: {day: $0.001}\n")
     days = [CALL] * 3 + [replace(CALL, spent_nano=100_000)] + [replace(CALL, starts=starts(MONDAY + DAY_S))]
     assert [verdict.code for verdict in replay(days, in_force)] == [None, None, "cap_spent", None, None]
@@ -86,9 +87,10 @@ async def test_real_calls_are_replayed_from_their_ledger(tmp_path):
     assert "Not judged" in shown
 
 
-def test_an_empty_time_and_a_broken_policy_are_said_in_a_sentence(tmp_path):
+def test_empty_time_and_broken_policy_are_sentences(tmp_path):
 
 
+    """An empty time and a broken policy are said in a sentence."""
     sqlite_files.create(tmp_path / "gateway.db")
     policy(tmp_path / "new", ALLOWED + "caps: unlimited\n")
     where = ["--ledger", f"sqlite:///{tmp_path / 'gateway.db'}", "--policy", str(tmp_path / "new")]

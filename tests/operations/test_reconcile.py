@@ -54,7 +54,8 @@ async def direct_call(api: Simulator, **asked: object) -> None:
 # End to end
 
 
-async def test_calls_through_the_gateway_agree_to_the_token_and_to_the_cent(tmp_path):
+async def test_calls_through_the_gateway_agree_to_token_and_cent(tmp_path):
+    """Calls through the gateway agree to the token and to the cent."""
     async with Simulator() as api, gateway(tmp_path, api, policy=ADMIN) as gw:
         for _ in range(3):
             await gw.client().messages.create(**HELLO)
@@ -93,7 +94,8 @@ async def test_it_says_the_same_to_programs(tmp_path):
     assert 0 < said["agreement_percent"] < 100
 
 
-async def test_only_this_command_reads_the_admin_key_and_it_calls_no_model(tmp_path):
+async def test_only_reconcile_reads_the_admin_key_and_calls_no_model(tmp_path):
+    """Only this command reads the admin key and it calls no model."""
     async with Simulator() as api, gateway(tmp_path, api, policy=ADMIN) as gw:
         await gw.client().messages.create(**HELLO)
         await gw.quiet()
@@ -131,7 +133,8 @@ async def test_days_before_and_after_the_period_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-async def test_the_provider_is_asked_once_a_minute_by_all_processes_together(tmp_path, monkeypatch, engine):
+async def test_provider_is_asked_once_a_minute_by_all_processes(tmp_path, monkeypatch, engine):
+    """The provider is asked once a minute by all processes together."""
     path, slept = new_ledger(tmp_path, engine), []
     clock = [1000.0]
     monkeypatch.setattr(command.time, "time", lambda: clock[0])
@@ -147,7 +150,7 @@ async def test_the_provider_is_asked_once_a_minute_by_all_processes_together(tmp
     assert sum(slept) == pytest.approx(40)
 
 
-async def test_a_cut_stream_s_estimate_is_corrected_by_the_report_and_audited(tmp_path, monkeypatch):
+async def test_cut_streams_estimate_is_corrected_and_audited(tmp_path, monkeypatch):
     """The stream is cut half way; the book knows what was generated, the ledger has booked the whole grant."""
     async with Simulator() as api, gateway(tmp_path, api, policy=ADMIN) as gw:
         await gw.client().messages.create(**HELLO)
@@ -337,7 +340,8 @@ async def test_the_ledger_s_evidence_is_by_day_model_and_certainty(tmp_path, eng
     assert (open_ended.spent_nano, open_ended.metered_nano, open_ended.model) == (100, 0, "m1")
 
 
-async def test_on_a_terminal_it_shows_how_far_it_is_and_the_answer_alone_goes_to_a_pipe(tmp_path):
+async def test_progress_goes_to_a_terminal_only_the_answer_to_a_pipe(tmp_path):
+    """On a terminal reconcile shows its progress; the answer alone goes to a pipe."""
     terminal, its_end = pty.openpty()
     async with Simulator() as api, gateway(tmp_path, api, policy=ADMIN) as gw:
         await gw.client().messages.create(**HELLO)
@@ -378,7 +382,8 @@ async def test_every_page_of_a_long_report_is_read():
         (200, b'{"data": 3}', "not in the shape"),
     ],
 )
-async def test_a_report_that_cannot_be_had_is_a_sentence_without_the_key(status, body, said):
+async def test_missing_report_is_a_sentence_without_the_key(status, body, said):
+    """A report that cannot be had is a sentence without the key."""
     async with upstream(answer(status, "application/json", body)) as far:
         with pytest.raises(ReportUnavailable, match=said) as problem:
             await asyncio.to_thread(AdminApi(far.url, ADMIN_KEY).usage, 0, None)

@@ -30,13 +30,13 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 def watcher(running: Running) -> PolicyWatcher:
-    return PolicyWatcher(running.folder / "policies", running.gate, running.addon.key)
+    return PolicyWatcher(running.folder / "policies", running.gateway, running.addon.key)
 
 
 @contextlib.asynccontextmanager
 async def watched(running: Running):
     """The watcher of `gateway serve`, for as long as the block runs."""
-    await align(running.gate.ledger, running.gate.policy, "ana")
+    await align(running.gateway.ledger, running.gateway.policy, "ana")
     async with jobs.running((LOOK_EVERY_S, "the policy", watcher(running).watch)):
         yield running.folder / "policies" / "apps" / "app.yaml"
 
@@ -53,19 +53,20 @@ async def outcome(client: anthropic.AsyncAnthropic, model: str, max_tokens: int)
     return "answered"
 
 
-async def test_a_saved_policy_holds_for_the_next_call_and_a_broken_one_is_told_with_its_line(tmp_path: Path):
+async def test_saved_policy_holds_at_once_a_broken_one_names_its_line(tmp_path: Path):
+    """A saved policy holds for the next call, and a broken one is told with its line."""
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running, watched(running) as file:
         asked = ["--running", "--listen", f"127.0.0.1:{running.port}", "--policies", str(running.folder / "policies")]
         assert "In force" in (await ask(asked)).stdout
         file.write_text(BROKEN)
-        await until(lambda: running.gate.policy_problem is not None)
+        await until(lambda: running.gateway.policy_problem is not None)
         refused = await ask(asked)
         assert refused.exit_code == 1
         assert "apps/app.yaml:3: caps.mnth: unknown key, did you mean month?" in refused.stderr
-        assert running.gate.policy.digest[:12] in refused.stderr, "and it names the policy that holds instead"
+        assert running.gateway.policy.digest[:12] in refused.stderr, "and it names the policy that holds instead"
         assert await outcome(running.client(), "claude-haiku-4-5", 200) == "max_tokens"
         file.write_text(SECOND)
-        await until(lambda: running.gate.policy_problem is None)
+        await until(lambda: running.gateway.policy_problem is None)
         found = json.loads((await ask([*asked, "--json"])).stdout)
         assert found == {"in_force": True, "running": load(running.folder / "policies").digest[:12], "saved": found["running"], "problem": None}
         assert await outcome(running.client(), "claude-sonnet-5", 200) == "answered"
@@ -77,7 +78,8 @@ async def test_where_no_gateway_runs_the_check_says_how_to_start_one(tmp_path: P
     assert "gateway serve" in result.stderr
 
 
-async def test_a_gateway_with_other_files_is_not_taken_for_one_with_these(tmp_path: Path):
+async def test_gateway_with_other_files_is_told_from_this_one(tmp_path: Path):
+    """A gateway with other files is not taken for one with these."""
     other = tmp_path / "other"
     (other / "apps").mkdir(parents=True)
     (other / "gateway.yaml").write_text("caps: {day: $1}\n")
@@ -87,22 +89,23 @@ async def test_a_gateway_with_other_files_is_not_taken_for_one_with_these(tmp_pa
     assert "reads another folder" in result.stderr
 
 
-async def test_every_change_is_audited_once_with_its_diff_and_whose_file_it_was(tmp_path: Path):
+async def test_every_change_is_audited_once_with_diff_and_owner(tmp_path: Path):
+    """Every change is audited once, with its diff and whose file it was."""
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running, watched(running) as file:
-        digests = [running.gate.policy.digest]
+        digests = [running.gateway.policy.digest]
         for text in (SECOND, BROKEN, FIRST + "reserve: full\n"):
-            before = running.gate.policy, running.gate.policy_problem
+            before = running.gateway.policy, running.gateway.policy_problem
             file.write_text(text)
-            await until(lambda before=before: (running.gate.policy, running.gate.policy_problem) != before)
-            digests += [running.gate.policy.digest] if text != BROKEN else []
-        await align(running.gate.ledger, running.gate.policy, "another worker")
+            await until(lambda before=before: (running.gateway.policy, running.gateway.policy_problem) != before)
+            digests += [running.gateway.policy.digest] if text != BROKEN else []
+        await align(running.gateway.ledger, running.gateway.policy, "another worker")
         prices = running.folder / "policies" / "prices.yaml"
         prices.write_text("multiplier: 1.5\n")
-        await until(lambda: running.gate.policy.digest not in digests)
+        await until(lambda: running.gateway.policy.digest not in digests)
         url = f"sqlite:///{running.folder / 'gateway.db'}"
         with admin.reading(ledger_path(url)) as db:
             changes = admin.policy_changes(db, 10)
-        assert [change.digest for change in reversed(changes)] == [*digests, running.gate.policy.digest]
+        assert [change.digest for change in reversed(changes)] == [*digests, running.gateway.policy.digest]
         assert {change.who for change in changes} == {"ana", file.owner()}
         assert all(line in changes[2].diff.splitlines() for line in ("-max_tokens: 100", "+max_tokens: 200", " caps: unlimited"))
         assert "+reserve: full" in changes[1].diff
@@ -120,32 +123,33 @@ async def test_apps_behind_a_symbolic_link_are_watched_like_a_folder(tmp_path: P
         apps.symlink_to(elsewhere)
         async with watched(running):
             (elsewhere / "app.yaml").write_text(SECOND)
-            await until(lambda: running.gate.policy.apps["app"].max_tokens.limit == 200)
+            await until(lambda: running.gateway.policy.apps["app"].max_tokens.limit == 200)
 
 
-async def test_a_half_saved_policy_that_is_a_policy_too_never_comes_into_force(tmp_path: Path):
+async def test_half_saved_valid_policy_never_comes_into_force(tmp_path: Path):
+    """A half-saved policy that is a valid policy too never comes into force."""
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running:
-        watching, old, file = watcher(running), running.gate.policy, running.folder / "policies" / "apps" / "app.yaml"
+        watching, old, file = watcher(running), running.gateway.policy, running.folder / "policies" / "apps" / "app.yaml"
         half, whole = "models: {allow: [claude-sonnet-5]}\ncaps: unlimited\n", "models: {allow: [claude-sonnet-5]}\ncaps: unlimited\nmax_tokens: 5\n"
         for text in (half, whole):
             file.write_text(text)
             await watching.look()
-            assert running.gate.policy is old
+            assert running.gateway.policy is old
         await watching.look()
-        assert running.gate.policy.apps["app"].max_tokens.limit == 5
+        assert running.gateway.policy.apps["app"].max_tokens.limit == 5
 
 
 async def test_files_that_are_saved_together_come_into_force_together(tmp_path: Path):
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running:
-        watching, old, policies = watcher(running), running.gate.policy, running.folder / "policies"
+        watching, old, policies = watcher(running), running.gateway.policy, running.folder / "policies"
         (policies / "apps" / "app.yaml").write_text(FIRST + "team: jobs\n")  # no such team yet: a mistake by itself
         await watching.look()
         with (policies / "gateway.yaml").open("a") as file:
             file.write("\nteams: {jobs: {caps: {day: $1}}}\n")
         await watching.look()
-        assert (running.gate.policy, running.gate.policy_problem) == (old, None)
+        assert (running.gateway.policy, running.gateway.policy_problem) == (old, None)
         await watching.look()
-        assert (running.gate.policy.apps["app"].team, running.gate.policy_problem) == ("jobs", None)
+        assert (running.gateway.policy.apps["app"].team, running.gateway.policy_problem) == ("jobs", None)
 
 
 @pytest.mark.parametrize(
@@ -160,27 +164,28 @@ async def test_files_that_are_saved_together_come_into_force_together(tmp_path: 
 async def test_what_cannot_come_into_force_is_told_and_the_old_stays(tmp_path: Path, file: str, text: str, problem: str):
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running, watched(running):
         (running.folder / "policies" / file).write_text(text.replace("{upstream}", api.url))
-        await until(lambda: running.gate.policy_problem is not None)
+        await until(lambda: running.gateway.policy_problem is not None)
         asked = await ask(["--running", "--listen", f"127.0.0.1:{running.port}", "--policies", str(running.folder / "policies")])
         assert (asked.exit_code, problem in asked.stderr) == (1, True), asked.stderr
         assert await outcome(running.client(), "claude-haiku-4-5", 100) == "answered"
 
 
-async def test_a_policy_that_names_another_place_for_the_key_moves_it_and_each_key_is_audited_without_itself(tmp_path: Path):
+async def test_policy_moves_the_key_and_each_key_is_audited_unseen(tmp_path: Path):
+    """A policy that names another place for the key moves it, and each key is audited without itself."""
     keys = ["sk-ant-api03-" + letter * 95 for letter in "ab"]
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running, watched(running):
         place, policy = tmp_path / "key", running.folder / "policies" / "gateway.yaml"
-        await audit_key(running.gate.ledger, running.addon.key)
+        await audit_key(running.gateway.ledger, running.addon.key)
         place.write_text(keys[0])
         policy.write_text(policy.read_text().replace("{env: SIMULATED_KEY}", f"{{file: {place}}}"))
         await until(lambda: running.addon.key() == keys[0])
         place.write_text("")  # an editor that is still writing: no call may be lost to it
-        await until(lambda: running.gate.key_problem is not None)
+        await until(lambda: running.gateway.key_problem is not None)
         assert running.addon.key() == keys[0]
         asked = await ask(["--running", "--listen", f"127.0.0.1:{running.port}", "--policies", str(running.folder / "policies")])
         assert (asked.exit_code, asked.stderr) == (1, f"{KEY_PROBLEM}\n")
         place.write_text(keys[1])
-        await until(lambda: running.gate.key_problem is None)
+        await until(lambda: running.gateway.key_problem is None)
         await until(lambda: len(changed(tmp_path, "+key ")) == 3)
         assert [line.split()[1] for line in changed(tmp_path, "+key ")] == [fingerprint(key) for key in (keys[1], keys[0], KEY)]
         shown = await ask(["--changes", "1", "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"])
@@ -190,12 +195,12 @@ async def test_a_policy_that_names_another_place_for_the_key_moves_it_and_each_k
 
 async def test_a_call_in_flight_is_priced_as_it_was_admitted(tmp_path: Path):
     async with Simulator(behaviour=Behaviour(delay_ms=5)) as api, gateway(tmp_path, api, {"app": FIRST}) as running:
-        watching, digest = watcher(running), running.gate.policy.digest
+        watching, digest = watcher(running), running.gateway.policy.digest
         async with running.client().messages.stream(model="claude-haiku-4-5", max_tokens=100, messages=MESSAGES) as stream:
             (running.folder / "policies" / "prices.yaml").write_text("multiplier: 3\n")
             await watching.look()
             await watching.look()
-            assert running.gate.policy.digest != digest
+            assert running.gateway.policy.digest != digest
             await stream.get_final_message()
         await running.quiet()
         before_nano = await running.spent_nano()
@@ -213,7 +218,8 @@ def changed(folder: Path, begins: str) -> list[str]:
 
 
 @pytest.mark.parametrize("saves", [45, pytest.param(200, marks=pytest.mark.soak)])
-async def test_in_a_storm_of_saves_no_call_meets_half_a_policy_and_none_is_dropped(tmp_path: Path, saves: int):
+async def test_storm_of_saves_shows_no_call_half_a_policy(tmp_path: Path, saves: int):
+    """In a storm of saves no call meets half a policy, and none is dropped."""
     outcomes: list[tuple[str, int, str]] = []
     over = asyncio.Event()
 
@@ -225,7 +231,7 @@ async def test_in_a_storm_of_saves_no_call_meets_half_a_policy_and_none_is_dropp
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running, watched(running) as file:
 
         def loaded() -> bool:
-            return running.gate.policy.digest == load(running.folder / "policies").digest
+            return running.gateway.policy.digest == load(running.folder / "policies").digest
 
         callers = [caller(running, model, tokens) for model in ("claude-haiku-4-5", "claude-sonnet-5") for tokens in (100, 200)]
         calling = asyncio.gather(*callers)
@@ -255,7 +261,7 @@ async def test_in_a_storm_of_saves_no_call_meets_half_a_policy_and_none_is_dropp
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-async def test_a_gateway_with_another_calendar_than_its_neighbours_does_not_start(tmp_path: Path, engine: str):
+async def test_gateway_with_another_calendar_does_not_start(tmp_path: Path, engine: str):
     """Each moved all past calls to its own days, whenever it started."""
     path = new_ledger(tmp_path, engine)
     first = await Ledger.open(url(path))

@@ -62,7 +62,8 @@ def test_a_checkout_may_lie_in_a_folder_with_spaces(tmp_path):
     assert (verified.returncode, verified.stderr) == (0, "")
 
 
-async def test_the_units_commands_make_a_ledger_and_serve_until_they_are_stopped(tmp_path):
+async def test_units_commands_make_a_ledger_and_serve_until_stopped(tmp_path):
+    """The unit's commands make a ledger, and serve until they are stopped."""
     port = free_port()
     here = {"/var/lib/gateway": str(tmp_path), "/etc/gateway": str(tmp_path / "etc"), "127.0.0.1:8080": f"127.0.0.1:{port}"}
     unit = printed("--systemd")

@@ -33,7 +33,8 @@ def standing(spent_nano, cap_nano=DOLLAR, scope="app:reports"):
     ("spent_nano", "cap_nano", "reached"),
     [(0, DOLLAR, []), (499_999_999, DOLLAR, []), (500_000_000, DOLLAR, [50]), (DOLLAR, DOLLAR, [50, 80, 95, 100]), (5, None, []), (5, 0, [])],
 )
-def test_a_threshold_is_passed_from_the_nano_dollar_that_reaches_it(spent_nano, cap_nano, reached):
+def test_threshold_is_passed_at_the_nano_dollar_that_reaches_it(spent_nano, cap_nano, reached):
+    """A threshold is passed from the nano dollar that reaches it."""
     found = alerts.passed(standing(spent_nano, cap_nano), alerts.THRESHOLDS_PERCENT)
     assert [alert.facts["threshold_percent"] for alert in found] == reached
     assert len({alert.once for alert in found}) == len(reached)
@@ -158,7 +159,8 @@ def delivered(folder):
 
 
 @pytest.mark.parametrize("status", [500, 404, 302])
-async def test_a_delivery_that_fails_is_tried_again_until_it_arrives_once(tmp_path, ledger, caplog, status):
+async def test_failed_delivery_is_retried_until_it_arrives_once(tmp_path, ledger, caplog, status):
+    """A delivery that fails is tried again until it arrives once."""
     with hook([status, status]) as (address, bodies):
         alert_delivery = herald_of(ledger, address)
         alert_delivery.emit(NEWS)
@@ -168,7 +170,8 @@ async def test_a_delivery_that_fails_is_tried_again_until_it_arrives_once(tmp_pa
     assert "secret-path" not in caplog.text
 
 
-async def test_what_was_not_delivered_before_a_restart_is_delivered_after_it(tmp_path, ledger):
+async def test_undelivered_alerts_are_delivered_after_a_restart(tmp_path, ledger):
+    """Alerts that were not delivered before a restart are delivered after it."""
     in_force = policy(tmp_path, HOOKED)
     before = herald_of(ledger, "http://127.0.0.1:1/nobody-listens")
     before.emit(NEWS)
@@ -221,7 +224,8 @@ async def test_an_address_that_is_none_is_said_without_showing_it(tmp_path, ledg
     assert delivered(tmp_path) == [(0, 0, 1)]
 
 
-async def test_without_a_webhook_an_alert_stands_in_the_log_and_the_ledger(tmp_path, ledger, caplog):
+async def test_without_a_webhook_an_alert_is_in_log_and_ledger(tmp_path, ledger, caplog):
+    """Without a webhook an alert stands in the log and the ledger."""
     alert_delivery = herald_of(ledger)
     alert_delivery.emit(NEWS)
     alert_delivery.emit(NEWS)
@@ -257,15 +261,16 @@ async def ask(gw):
     return await gw.client().messages.create(model="claude-haiku-4-5", max_tokens=100, messages=HI)
 
 
-async def test_an_app_that_spends_is_told_of_once_by_the_highest_threshold_and_its_calls_do_not_wait(tmp_path):
+async def test_spending_is_told_once_by_the_highest_threshold(tmp_path):
+    """An app that spends is told of once, by the highest threshold, and its calls do not wait."""
     with hook() as (address, bodies):
         async with Simulator(behaviour=Behaviour(output_tokens=100)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
-            alert_delivery = herald_of(gw.gate.ledger, address, retry_s=60)
+            alert_delivery = herald_of(gw.gateway.ledger, address, retry_s=60)
             await ask(gw)
             await gw.quiet()
-            for each in (alert_delivery, herald_of(gw.gate.ledger, address, retry_s=60), alert_delivery):  # another process, or this one after a restart
-                await each.look(gw.gate.policy)
-            await look_until(alert_delivery, gw.gate.policy, lambda: bodies)
+            for each in (alert_delivery, herald_of(gw.gateway.ledger, address, retry_s=60), alert_delivery):  # another process, or this one after a restart
+                await each.look(gw.gateway.policy)
+            await look_until(alert_delivery, gw.gateway.policy, lambda: bodies)
             assert [(body["kind"], body["scope"], body["threshold_percent"]) for body in bodies] == [("threshold", "app:app", 20)]
             assert rows(tmp_path / "gateway.db", "SELECT once FROM alerts ORDER BY id")[-1][0].endswith(" 20")
             assert len(delivered(tmp_path)) == 2
@@ -279,7 +284,8 @@ def news(monkeypatch):
 
 
 @pytest.mark.parametrize(("served", "kinds"), [("claude-haiku-5-5", ["drift"]), ("claude-haiku-4-5-20251001", [])])
-async def test_another_model_than_the_one_asked_is_told_and_a_dated_id_of_it_is_not(tmp_path, news, served, kinds):
+async def test_another_model_raises_an_alert_a_dated_id_does_not(tmp_path, news, served, kinds):
+    """Another model than the one asked for raises an alert, and a dated id of it does not."""
     async with Simulator(behaviour=Behaviour(served_model=served, output_tokens=20)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
         await ask(gw)
         await ask(gw)
@@ -301,7 +307,7 @@ async def test_a_key_that_the_provider_does_not_take_is_told(tmp_path, news, mon
 
 async def test_a_bill_above_its_grant_is_told(tmp_path, news):
     async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        settle = gw.gate.ledger.settle
+        settle = gw.gateway.ledger.settle
 
         def dearer(call_id, settlement, *, now):
             written = settle(call_id, settlement, now=now)
@@ -309,7 +315,7 @@ async def test_a_bill_above_its_grant_is_told(tmp_path, news):
             written.add_done_callback(lambda done: over.set_result(Resolution(True, 3 * DOLLAR, DOLLAR, overrun=True)))
             return over
 
-        gw.gate.ledger.settle = dearer
+        gw.gateway.ledger.settle = dearer
         await ask(gw)
         await gw.quiet()
     [alert] = news
@@ -319,7 +325,7 @@ async def test_a_bill_above_its_grant_is_told(tmp_path, news):
 
 async def test_a_policy_that_is_not_in_force_is_told(tmp_path, news):
     async with Simulator() as api, gateway(tmp_path, api, {"app": APP}) as gw:
-        watcher = PolicyWatcher(tmp_path / "policies", gw.gate, gw.addon.key)
+        watcher = PolicyWatcher(tmp_path / "policies", gw.gateway, gw.addon.key)
         (tmp_path / "policies" / "apps" / "app.yaml").write_text(APP + "capz: {}\n")
         await watcher.look()
         await watcher.look()  # by now the file rests
@@ -330,9 +336,9 @@ async def test_a_policy_that_is_not_in_force_is_told(tmp_path, news):
 async def test_a_running_gateway_tells_by_itself(tmp_path, caplog):
     with hook() as (address, bodies), caplog.at_level(logging.WARNING):
         async with Simulator(behaviour=Behaviour(output_tokens=100)) as api, gateway(tmp_path, api, {"app": APP}) as gw:
-            delivery = herald_of(gw.gate.ledger, address)
-            gw.gate.emit = delivery.emit
-            look, deliver = (partial(work, gw.gate.policy) for work in (delivery.look, delivery.deliver))
+            delivery = herald_of(gw.gateway.ledger, address)
+            gw.gateway.emit = delivery.emit
+            look, deliver = (partial(work, gw.gateway.policy) for work in (delivery.look, delivery.deliver))
             async with jobs.running((0.02, "alerts", look), (0.02, "webhooks", deliver)):
                 await ask(gw)
                 await until(lambda: bodies)

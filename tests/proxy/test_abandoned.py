@@ -94,7 +94,7 @@ async def trickling(body, cut):
 
 
 @pytest.mark.parametrize("cut", [0, 80, 200])
-async def test_one_that_leaves_in_the_middle_of_the_answer_is_settled_exactly_too(tmp_path, cut, either_way):
+async def test_client_that_leaves_mid_answer_is_settled_exactly(tmp_path, cut, either_way):
     """The first piece that comes after it has left shows mitmproxy that nobody is there."""
     async with trickling(message(), cut) as (url, go_on), gateway(tmp_path, None, FINISH, upstream=url) as gw:
         async with caller(gw, request(gw)) as (_, writer):
@@ -107,7 +107,8 @@ async def test_one_that_leaves_in_the_middle_of_the_answer_is_settled_exactly_to
         assert (call.spent_nano, call.flags) == (9 * 1000 + 2 * 5000, [])
 
 
-async def test_where_the_policy_closes_the_upstream_is_left_and_the_grant_booked(tmp_path):
+async def test_abandoned_close_leaves_upstream_and_books_the_grant(tmp_path):
+    """With `abandoned: close` the upstream is left, and the grant is booked."""
     async with upstream(then="silent") as api, gateway(tmp_path, None, CLOSE, upstream=api.url) as gw:
         async with caller(gw, request(gw)):
             await until(lambda: b"\r\n\r\n" in api.received)
@@ -127,7 +128,8 @@ async def test_a_stream_is_never_read_on(tmp_path):
         assert row.usage.output_tokens < 300
 
 
-async def test_a_client_that_closes_its_side_behind_its_request_gets_its_answer(tmp_path, either_way):
+async def test_half_closed_client_gets_its_answer(tmp_path, either_way):
+    """A client that closes its side behind its request gets its answer."""
     async with Simulator(behaviour=BRIEF) as api, gateway(tmp_path, api, FINISH) as gw:
         count = request(gw, path="/v1/messages/count_tokens", model=MODEL, messages=[{"role": "user", "content": "Hello"}])
         for sent, field in ((request(gw), "usage"), (count, "input_tokens")):

@@ -81,7 +81,8 @@ async def read_until_it_fails(gw, monkeypatch) -> None:
             monkeypatch.setattr(relay.RelayClient, "at_once", lambda *arguments: 1 / 0)
 
 
-async def test_a_stream_that_fails_midway_ends_and_is_charged_its_grant(tmp_path, monkeypatch):
+async def test_stream_that_fails_midway_is_charged_its_grant(tmp_path, monkeypatch):
+    """A stream that fails midway ends, and is charged its grant."""
     async with Simulator(behaviour=Behaviour(delay_ms=20, output_tokens=200)) as api, gateway(tmp_path, api) as gw:
         with pytest.raises(httpx2.RemoteProtocolError, match="incomplete chunked read"):
             await read_until_it_fails(gw, monkeypatch)

@@ -30,7 +30,8 @@ def tls(tmp_path) -> Tls:
     return pair
 
 
-async def test_a_client_that_trusts_the_certificate_calls_over_https_and_nobody_calls_in_clear(tmp_path, tls):
+async def test_with_a_certificate_https_works_and_plain_http_does_not(tmp_path, tls):
+    """A client that trusts the certificate calls over https, and nobody calls in clear."""
     policy = f"tls: {{cert: {tls.cert}, key: {tls.key}}}\n"
     async with Simulator() as api, gateway(tmp_path, api, policy=policy) as gw:
         headers = {"x-api-key": gw.tokens["app"], **VERSION}
@@ -62,7 +63,8 @@ async def test_who_leaves_over_https_is_settled_exactly(tmp_path, tls, half):
         assert await gw.spent_nano() == (await api.settled()).billed_nano > 0
 
 
-def test_a_renewed_certificate_is_taken_and_a_broken_one_is_a_sentence(tls):
+def test_renewed_certificate_is_used_a_broken_one_is_a_sentence(tls):
+    """A renewed certificate is taken, and a broken one is reported in a sentence."""
     certificate = Certificate()
     first = certificate.context(tls)
     assert certificate.context(tls) is first
@@ -75,7 +77,8 @@ def test_a_renewed_certificate_is_taken_and_a_broken_one_is_a_sentence(tls):
         certificate.context(Tls("/nowhere", tls.key))
 
 
-async def test_without_a_certificate_of_the_policy_there_is_no_tls_and_none_is_made_up(tmp_path):
+async def test_without_a_policy_certificate_there_is_no_tls(tmp_path):
+    """Without a certificate in the policy there is no TLS, and no certificate is generated."""
     untrusting = ssl.create_default_context()
     untrusting.check_hostname, untrusting.verify_mode = False, ssl.CERT_NONE
     async with Simulator() as api, gateway(tmp_path, api) as gw:

@@ -37,7 +37,8 @@ async def test_the_sync_client_works_as_well(tmp_path):
         assert message.content[0].text
 
 
-async def test_the_upstream_gets_the_real_key_alone_and_the_body_to_the_byte(tmp_path):
+async def test_upstream_gets_the_real_key_and_the_body_to_the_byte(tmp_path):
+    """The upstream gets the real key alone, and the body to the byte."""
     async with Simulator() as api, gateway(tmp_path, api) as gw:
         response = await gw.client().messages.with_raw_response.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO)
         sent = response.http_response.request.read()
@@ -56,7 +57,8 @@ async def test_the_client_gets_the_upstreams_bytes_unchanged(tmp_path):
         assert hashlib.sha256(received).hexdigest() == row.answer_sha256
 
 
-async def test_the_first_event_arrives_while_the_upstream_is_still_sending(tmp_path):
+async def test_first_event_arrives_while_the_upstream_still_sends(tmp_path):
+    """The first event arrives while the upstream is still sending."""
     async with Simulator(behaviour=Behaviour(delay_ms=30, output_tokens=200)) as api, gateway(tmp_path, api) as gw:
         async with gw.client().messages.stream(model="claude-sonnet-5", max_tokens=400, messages=HELLO) as answer:
             async for event in answer:
@@ -102,7 +104,8 @@ async def test_counting_tokens_is_free_and_never_blocked_by_a_cap(tmp_path):
         assert (await gw.client().messages.count_tokens(model="claude-haiku-4-5", messages=HELLO)).input_tokens > 0
 
 
-async def test_a_gateway_is_ready_while_its_ledger_takes_writes_and_it_takes_calls(tmp_path, monkeypatch):
+async def test_ready_while_the_ledger_takes_writes_and_calls_pass(tmp_path, monkeypatch):
+    """A gateway is ready while its ledger takes writes and it takes calls."""
     monkeypatch.setattr("gateway_addon.calls.gateway.READY_FOR_S", 0.0)
     async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
 
@@ -121,9 +124,10 @@ async def test_a_gateway_is_ready_while_its_ledger_takes_writes_and_it_takes_cal
     assert not api.book.all()
 
 
-async def test_the_ledger_is_asked_once_a_second_however_many_ask_whether_it_is_ready(tmp_path):
+async def test_readiness_asks_the_ledger_once_a_second(tmp_path):
+    """The ledger is asked once a second, however many ask whether the gateway is ready."""
     async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
-        before = gw.gate.ledger._commit_queue.writer._commits
+        before = gw.gateway.ledger._commit_queue.writer._commits
         answers = [await http.get("/gateway/readyz") for _ in range(20)]
         assert {answer.status_code for answer in answers} == {200}
-        assert gw.gate.ledger._commit_queue.writer._commits - before <= 3
+        assert gw.gateway.ledger._commit_queue.writer._commits - before <= 3

@@ -148,7 +148,8 @@ async def test_a_failure_while_settling_leaves_the_call_held(tmp_path, monkeypat
     assert "failed in its after_response hook" in caplog.text
 
 
-async def test_a_failure_while_a_failure_is_handled_sends_nothing_either(tmp_path, monkeypatch):
+async def test_failure_while_handling_a_failure_sends_nothing(tmp_path, monkeypatch):
+    """A failure while a failure is handled sends nothing either."""
     def fails(self, running, **facts):
         raise Bug
 
@@ -178,7 +179,7 @@ async def test_a_dangerous_option_is_refused_at_the_start(tmp_path):
                 pass
 
 
-async def test_a_flow_that_somebody_edits_after_its_admission_is_not_sent(tmp_path, monkeypatch):
+async def test_flow_edited_after_its_admission_is_not_sent(tmp_path, monkeypatch):
     """mitmweb can intercept and edit a flow when every hook has run: the wire takes only what was judged."""
 
     class Editor:

@@ -29,7 +29,7 @@ from gateway_addon.cli import local as command
 from gateway_addon.ledger import admin
 from gateway_addon.policy import load
 from gateway_addon.proxy import intercept
-from gateway_addon.proxy.intercept import CA_FILE, ENTRANCE, LocalAddon, intercepting
+from gateway_addon.proxy.intercept import CA_FILE, ENDPOINT_PREFIX, LocalAddon, intercepting
 from gateway_addon.proxy.server import build
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.simulator import KEY, Simulator
@@ -68,13 +68,14 @@ async def proxied(folder: Path, apps: dict[str, str] | None = None, captured: st
         settings = {"options": (f"ssl_verify_upstream_trusted_ca={far.ca}",)}
         make = partial(LocalAddon, captured=captured)
         async with gateway(
-            folder, far.api, apps, upstream=far.url, settings=settings, make=make, entrance=ENTRANCE, prepare=prepare
+            folder, far.api, apps, upstream=far.url, settings=settings, make=make, endpoint_prefix=ENDPOINT_PREFIX, prepare=prepare
         ) as gw:  # fmt: skip
             yield Local(gw, far)
 
 
 @pytest.mark.parametrize("form", ["app:{}", "{}", "{}:"], ids=["app and token", "token as the user", "token and no password"])
-async def test_an_app_with_the_api_s_own_address_is_metered_under_its_proxy_credentials(tmp_path, form):
+async def test_intercepted_app_is_metered_by_its_proxy_credentials(tmp_path, form):
+    """An app with the API's own address is metered under its proxy credentials."""
     async with proxied(tmp_path) as proxy:
         answer = await proxy.client(form.format(proxy.gw.tokens["app"])).messages.create(**HELLO)
         assert answer.content[0].text
@@ -91,7 +92,8 @@ async def test_a_stream_passes_event_by_event(tmp_path):
         assert await proxy.rows() == [("app", "local/messages", "settled", None)]
 
 
-async def test_apps_on_one_shared_key_are_told_apart_and_capped_each_by_its_own(tmp_path):
+async def test_apps_on_one_shared_key_are_capped_each_by_its_own(tmp_path):
+    """Apps on one shared key are told apart, and each is capped by its own caps."""
     async with proxied(tmp_path, {"app": APP, "tight": TIGHT}) as proxy:
         await proxy.client(f"app:{proxy.gw.tokens['app']}").messages.create(**HELLO)
         with pytest.raises(anthropic.RateLimitError, match="cap"):
@@ -108,7 +110,8 @@ async def test_apps_on_one_shared_key_are_told_apart_and_capped_each_by_its_own(
         ("other:{}", "token_conflict", "name app other, but their token is app's"),
     ],
 )
-async def test_credentials_that_are_not_right_are_refused_in_the_api_s_shape(tmp_path, credentials, code, said):
+async def test_wrong_credentials_are_refused_in_the_api_shape(tmp_path, credentials, code, said):
+    """Credentials that are not right are refused in the API's shape."""
     async with proxied(tmp_path) as proxy:
         with pytest.raises(anthropic.AuthenticationError, match=said) as refused:
             await proxy.client(credentials.format(proxy.gw.tokens["app"])).messages.create(**HELLO)
@@ -128,11 +131,12 @@ async def test_a_tunnel_without_credentials_is_asked_for_them(tmp_path):
         writer.close()
 
 
-async def test_a_token_revoked_while_its_tunnel_stands_is_refused_at_the_next_call(tmp_path):
+async def test_token_revoked_within_its_tunnel_is_refused_next_call(tmp_path):
+    """A token revoked while its tunnel stands is refused at the next call."""
     async with proxied(tmp_path) as proxy:
         client = proxy.client(f"app:{proxy.gw.tokens['app']}")
         await client.messages.create(**HELLO)
-        await proxy.gw.gate.ledger.change(partial(_revoke, app="app"))
+        await proxy.gw.gateway.ledger.change(partial(_revoke, app="app"))
         with pytest.raises(anthropic.AuthenticationError, match="revoked"):
             await client.messages.create(**HELLO)
 
@@ -155,7 +159,8 @@ async def test_every_other_host_passes_sealed_with_its_own_certificate(tmp_path)
         assert await proxy.rows() == []
 
 
-async def test_plain_http_to_another_host_passes_as_it_is_and_without_the_proxy_s_credentials(tmp_path):
+async def test_plain_http_elsewhere_passes_without_proxy_credentials(tmp_path):
+    """Plain http to another host passes as it is, and without the proxy's credentials."""
     async with proxied(tmp_path) as proxy, Simulator() as other:
         credentials = proxy.proxy(f"app:{proxy.gw.tokens['app']}")
         async with httpx2.AsyncClient(proxy=credentials) as client:
@@ -222,7 +227,8 @@ async def test_a_captured_program_calls_under_the_token_of_the_run(tmp_path, mon
         assert await proxy.rows() == [("app", "local/messages", "settled", None)]
 
 
-async def test_a_capture_stands_beside_the_proxy_and_takes_no_port_of_its_own(tmp_path):
+async def test_capture_runs_beside_the_proxy_without_its_own_port(tmp_path):
+    """A capture runs beside the proxy, and takes no port of its own."""
     policies = write_policies(tmp_path / "policies", "https://localhost:1", {"app": APP})
     policy = load(policies)
     master = build(Settings("127.0.0.1", 8082, policies, f"sqlite:///{tmp_path / 'gateway.db'}"), policy, LocalAddon(None, str))
@@ -260,7 +266,8 @@ async def started(folder: Path, far: Sealed, *words: str, **more: str) -> AsyncI
             await process.wait()
 
 
-async def test_a_command_runs_through_it_without_the_real_key_and_its_exit_code_passes(tmp_path):
+async def test_command_runs_without_the_real_key_and_keeps_its_code(tmp_path):
+    """A command runs through the proxy without the real key, and its exit code passes."""
     async with sealed(tmp_path) as far:
         place = ledgered(tmp_path, far.url, {"app": APP})
         async with started(tmp_path, far, "--app", "app", "--", sys.executable, "-c", PROGRAM, far.url, KEY) as process:
@@ -369,7 +376,8 @@ async def test_a_command_whose_calls_do_not_come_by_fails(tmp_path, before, word
     assert (process.returncode, f"No call of {words[0]} came by" in errors.decode()) == (code, not before), errors
 
 
-async def test_a_proxy_without_a_command_says_how_to_come_and_ends_on_ctrl_c(tmp_path):
+async def test_proxy_without_command_says_how_to_use_it_ends_on_ctrl_c(tmp_path):
+    """A proxy without a command says how to use it, and ends on Ctrl-C."""
     async with sealed(tmp_path) as far:
         ledgered(tmp_path, far.url, {"app": APP})
         async with started(tmp_path, far, "--listen", "127.0.0.1:0") as process:

@@ -150,7 +150,7 @@ async def settle_down(pid: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads memory through /proc")
 @pytest.mark.parametrize(("streams", "each_max"), [(50, 600_000), pytest.param(1000, 176_000, marks=pytest.mark.soak)])
-async def test_an_idle_stream_costs_little_memory_however_few_files_the_shell_allows(tmp_path, streams, each_max):
+async def test_idle_stream_costs_little_memory_under_a_low_ulimit(tmp_path, streams, each_max):
     """160 KB a stream is the target, and a tenth more counts as met; of few streams the first ones' share is larger."""
     async with Simulator(behaviour=Behaviour(say_nothing_s=600)) as api:
         gateways = ledgered(tmp_path, api.url, {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1000}\n"})

@@ -101,7 +101,8 @@ async def test_workers_end_with_their_supervisor_however_it_ends(tmp_path):
             await until(lambda: not any(alive(pid) for pid in pids))
 
 
-async def test_by_default_each_core_has_a_worker_and_a_call_in_flight_outlives_the_signal(tmp_path):
+async def test_each_core_has_a_worker_and_calls_outlive_the_signal(tmp_path):
+    """By default each core has a worker, and a call in flight outlives the signal."""
     async with Simulator(behaviour=Behaviour(delay_ms=100, output_tokens=20)) as api:
         with serving(tmp_path, api.url) as (process, url, token):
             if (count := min(cores(), 4)) > 1:
@@ -187,7 +188,8 @@ def open_for_udp(port: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes and sockets through /proc")
-async def test_in_front_of_an_https_upstream_workers_share_the_one_port_and_no_other_is_opened(tmp_path):
+async def test_workers_share_one_port_and_open_no_other(tmp_path):
+    """In front of an https upstream workers share the one port, and no other is opened."""
     with serving(tmp_path, "https://localhost:1", "--workers", "2") as (process, url, token):
         await until(lambda: len(workers(process)) == 2)
         pids = workers(process)

@@ -41,7 +41,8 @@ async def test_no_first_byte_is_a_504_and_is_charged_the_grant(tmp_path, stream)
     assert api.closed_at[0] <= answered + 0.1
 
 
-async def test_a_tls_handshake_that_does_not_end_is_a_504_and_costs_nothing(tmp_path):
+async def test_endless_tls_handshake_is_a_504_and_costs_nothing(tmp_path):
+    """A TLS handshake that does not end is a 504, and costs nothing."""
     async with upstream(then="silent") as api:
         secure = api.url.replace("http://", "https://")
         async with gateway(tmp_path, None, APPS, "timeouts: {connect: 0.3s}", upstream=secure) as gw:
@@ -56,7 +57,8 @@ async def test_a_tls_handshake_that_does_not_end_is_a_504_and_costs_nothing(tmp_
     assert api.closed_at[0] <= answered + 0.1
 
 
-async def test_a_connection_that_is_never_accepted_is_a_504_and_costs_nothing(tmp_path):
+async def test_unaccepted_connection_is_a_504_and_costs_nothing(tmp_path):
+    """A connection that is never accepted is a 504, and costs nothing."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
         address = full.getsockname()
         waiting = [socket.socket() for _ in range(4)]  # fill the queue: further connections are not even refused
@@ -79,7 +81,8 @@ async def _collect(said, received: list[bytes]) -> None:
         received.append(chunk)
 
 
-async def test_silence_in_mid_stream_ends_the_call_at_exact_input_and_its_grant(tmp_path):
+async def test_silence_in_mid_stream_settles_exact_input_and_grant(tmp_path):
+    """Silence in mid-stream ends the call, at its exact input and its grant."""
     async with upstream(STREAM, then="silent") as api, gateway(tmp_path, None, APPS, "timeouts: {silence: 0.3s}", upstream=api.url) as gw:
         received, began = [], time.monotonic()
         async with gw.client().messages.with_streaming_response.create(**ASK, stream=True) as said:

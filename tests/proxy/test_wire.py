@@ -86,7 +86,8 @@ SAID = {
 
 
 @pytest.mark.parametrize("trick", FRAMED)
-async def test_a_request_that_two_parsers_could_frame_differently_is_refused(tmp_path, trick):
+async def test_request_that_two_parsers_frame_differently_is_refused(tmp_path, trick):
+    """A request that two parsers could frame differently is refused."""
     data, wanted = FRAMED[trick]
     async with Simulator() as api, gateway(tmp_path, api, {"app": POLICY}) as gw:
         answer = await send(gw, data.replace(b"{token}", gw.tokens["app"].encode()))
@@ -141,7 +142,8 @@ async def test_a_pipelined_request_is_judged_by_itself(tmp_path):
 
 
 @pytest.mark.parametrize(("known", "answers"), [(True, (b"100", b"200")), (False, (b"100", b"401"))])
-async def test_whoever_asks_before_it_sends_its_body_is_told_to_go_on_and_judged_all_the_same(tmp_path, known, answers):
+async def test_expect_100_continue_goes_on_and_the_body_is_judged(tmp_path, known, answers):
+    """A client that asks before it sends its body is told to go on, and is judged all the same."""
     async with Simulator() as api, gateway(tmp_path, api, {"app": POLICY}) as gw:
         token = gw.tokens["app"] if known else "nobody"
         reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)

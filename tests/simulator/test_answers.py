@@ -210,7 +210,8 @@ class TestMessages:
         assert first.cache_read_input_tokens == second.cache_creation_input_tokens == 0
         assert [row.usage.prompt_tokens for row in api.book.all()] == [first.cache_creation_input_tokens + first.input_tokens] * 2
 
-    async def test_an_image_costs_its_own_tokens_and_not_those_of_its_base64(self, api, client):
+    async def test_image_costs_its_own_tokens_not_those_of_its_base64(self, api, client):
+        """An image costs its own tokens and not those of its base64."""
         source = {"type": "base64", "media_type": "image/png", "data": "A" * 100_000}
         await client.messages.create(**ask(messages=[{"role": "user", "content": [{"type": "image", "source": source}]}]))
         assert 1_568 < (await last_row(api)).usage.input_tokens < 1_700

@@ -127,7 +127,8 @@ class TestErrors:
         assert caught.value.response.headers["retry-after"] == "3"
         assert (await last_row(api)).billed_nano == 0
 
-    async def test_an_error_in_the_middle_of_a_stream_bills_what_was_generated(self, api):
+    async def test_mid_stream_error_bills_the_generated_part(self, api):
+        """An error in the middle of a stream bills what was generated."""
         wishes = {"output_tokens": 800, "input_tokens": 0, "error": "overloaded_error"}
         status, _, answer = await post(api, ask(stream=True, simulate=wishes))
         assert (status, events(answer)[-1]) == (200, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}})

@@ -37,7 +37,8 @@ async def test_a_batch_is_in_progress_until_somebody_sees_it_ended(client):
     assert (ended.expires_at - ended.created_at).total_seconds() == 86_400
 
 
-async def test_each_entry_ends_in_its_own_way_and_only_what_succeeded_is_billed_at_half_price(api, client):
+async def test_entries_end_apart_and_only_successes_bill_half_price(api, client):
+    """Each entry ends in its own way, and only those that succeeded are billed, at half price."""
     wishes = ("succeeded", "errored", "canceled", "expired")
     made = await client.messages.batches.create(requests=[*(asked(wish, wish) for wish in wishes), asked("broken", max_tokens=10**9)])
     results = {line.custom_id: line.result async for line in await client.messages.batches.results(made.id)}

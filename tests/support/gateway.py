@@ -63,7 +63,7 @@ class Running:
 
     url: str
     api: Simulator
-    gate: Gateway
+    gateway: Gateway
     addon: GatewayAddon
     master: Master
     folder: Path
@@ -95,15 +95,15 @@ class Running:
         await until(ended)
 
     async def open_calls(self) -> int:
-        total = await self.gate.ledger.standing(["total"], (), now=time.time())
+        total = await self.gateway.ledger.standing(["total"], (), now=time.time())
         return next(standing.open for standing in total if standing.window == "ever")
 
     async def spent_nano(self, scope: str = "total", window: str = "ever") -> int:
-        standings = await self.gate.ledger.standing([scope], (), now=time.time())
+        standings = await self.gateway.ledger.standing([scope], (), now=time.time())
         return next(standing.spent_nano for standing in standings if standing.window == window)
 
     async def held_nano(self) -> int:
-        standings = await self.gate.ledger.standing(["total"], (), now=time.time())
+        standings = await self.gateway.ledger.standing(["total"], (), now=time.time())
         return next(standing.reserved_nano for standing in standings if standing.window == "ever")
 
 
@@ -117,7 +117,7 @@ async def gateway(
     upstream: str | None = None,
     settings: Mapping[str, Any] | None = None,
     make: Callable[..., GatewayAddon] = GatewayAddon,
-    entrance: str = "",
+    endpoint_prefix: str = "",
     prepare: Callable[[Master], None] = lambda master: None,
     on_call: Callable[[dict[str, Any]], None] | None = None,
     ledger_url: str | None = None,
@@ -138,11 +138,11 @@ async def gateway(
         digest = identity.digest(tokens[app])
         await ledger.change(partial(admin.issue_token, app=app, digest=digest, label="test", who="test", now=time.time()))
     loaded = load(policies) if lag_s is None else with_lag(load(policies), lag_s)
-    gate = Gateway(ledger, loaded, clocks, entrance=entrance, on_call=on_call)
-    addon = make(gate, WatchedSecret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), clocks)
+    gateway = Gateway(ledger, loaded, clocks, endpoint_prefix=endpoint_prefix, on_call=on_call)
+    addon = make(gateway, WatchedSecret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), clocks)
     master = build(Settings("127.0.0.1", 0, policies, url, **(settings or {})), loaded, addon)
     prepare(master)
-    streams = (top_ups.LOOK_AT_LEASE_S, "lease", gate.streams.keep_to_the_lease), (top_ups.TOP_UP_EVERY_S, "top-ups", gate.streams.keep_topped_up)
+    streams = (top_ups.LOOK_AT_LEASE_S, "lease", gateway.streams.keep_to_the_lease), (top_ups.TOP_UP_EVERY_S, "top-ups", gateway.streams.keep_topped_up)
     running = asyncio.Event()
     addon.on_running = running.set
     task = asyncio.ensure_future(master.run())
@@ -151,7 +151,7 @@ async def gateway(
     proxy = master.addons.get("proxyserver")
     try:
         async with jobs.running(*streams), AsyncExitStack() as clients:
-            yield Running(f"http://127.0.0.1:{port}", api, gate, addon, master, folder, tokens, clients)
+            yield Running(f"http://127.0.0.1:{port}", api, gateway, addon, master, folder, tokens, clients)
     finally:
         master.shutdown()
         await task

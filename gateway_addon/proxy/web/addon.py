@@ -29,7 +29,7 @@ from gateway_addon.operations import explain as explanation
 from gateway_addon.policy import AppPolicy, all_caps, caps
 from gateway_addon.pricing import cost
 from gateway_addon.proxy import inject
-from gateway_addon.proxy.hooks import GatewayAddon, guarded, judged_request
+from gateway_addon.proxy.hooks import GatewayAddon, guarded, request_of
 from gateway_addon.proxy.web import pretty
 from gateway_addon.proxy.web.lockdown import FIXED, LOOKING, NO_SCRIPTS
 from gateway_addon.proxy.web.view import ClaudeContentview
@@ -70,7 +70,7 @@ class DebugAddon(GatewayAddon):
         self.booked: WeakKeyDictionary[http.HTTPFlow, CallRecord] = WeakKeyDictionary()
         self._awaited: dict[int, http.HTTPFlow] = {}
         self._comments: set[asyncio.Task[None]] = set()
-        self._told, self.gate.on_call = self.gate.on_call, self._ended
+        self._next_listener, self.gateway.on_call = self.gateway.on_call, self._ended
         contentviews.add(ClaudeContentview(self.priced))
 
     # -- mitmweb's own life
@@ -94,17 +94,19 @@ class DebugAddon(GatewayAddon):
         flow.marked = flow.comment = ""
         await super().requestheaders(flow)
         if flow.is_replay:
-            inject.wire(flow).hang_up = False  # there is no client whose body would have to be read
+            inject.wire(flow).close_unread = False  # there is no client whose body would have to be read
 
-    async def _arrive(self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]) -> AuthenticatedRequest | OwnResponse | Refusal:
+    async def _authenticate(
+        self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
+    ) -> AuthenticatedRequest | OwnResponse | Refusal:
         if flow.is_replay:
-            return await self._again(flow) or await super()._arrive(flow, headers)
+            return await self._again(flow) or await super()._authenticate(flow, headers)
         flow.metadata.pop(CALLER, None)
-        arrived = await super()._arrive(flow, headers)
+        caller = await super()._authenticate(flow, headers)
         secret = tokens.credential(headers)
-        if isinstance(arrived, AuthenticatedRequest) and isinstance(secret, str):
-            flow.metadata[CALLER] = self._word(FlowCaller(tokens.digest(secret), arrived.app.name))
-        return arrived
+        if isinstance(caller, AuthenticatedRequest) and isinstance(secret, str):
+            flow.metadata[CALLER] = self._word(FlowCaller(tokens.digest(secret), caller.app.name))
+        return caller
 
     def _word(self, caller: FlowCaller) -> str:
         """The word for a caller: always the same one, so that there are as many as there are tokens."""
@@ -121,7 +123,7 @@ class DebugAddon(GatewayAddon):
     async def _again(self, flow: http.HTTPFlow) -> AuthenticatedRequest | OwnResponse | Refusal | None:
         """The flow as it is now at the door once more, as its caller."""
         caller = self.caller(flow)
-        return caller and await self._at_the_door(flow, judged_request(flow).headers, caller.digest)
+        return caller and await self._authenticate_with(flow, request_of(flow).headers, caller.digest)
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
@@ -132,17 +134,17 @@ class DebugAddon(GatewayAddon):
         flow_state = self.flow_states.get(flow.id)
         if flow.response or flow.error or flow_state is None:
             return
-        arrived = await self._again(flow)
-        if not isinstance(arrived, AuthenticatedRequest):
-            return self.answer(flow, arrived or Refusal("replay", "Nobody's token came with this flow. Send the call from its app."))
-        flow_state.arrived = arrived
+        caller = await self._again(flow)
+        if not isinstance(caller, AuthenticatedRequest):
+            return self.answer(flow, caller or Refusal("replay", "Nobody's token came with this flow. Send the call from its app."))
+        flow_state.caller = caller
         await super().request(flow)
         if flow_state.running is not None:
             admission = flow_state.running.admission
             if flow.is_replay:
                 flow_state.running.admission = replace(admission, flags=(*admission.flags, "replayed"))
             self._awaited[admission.call_id] = flow
-            flow.comment = _line(arrived.app.name, admission.reading.model, f"{cents(admission.quote.total_nano)} at most")
+            flow.comment = _line(caller.app.name, admission.reading.model, f"{cents(admission.quote.total_nano)} at most")
 
     # -- what became of it
 
@@ -157,13 +159,13 @@ class DebugAddon(GatewayAddon):
     def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:
         flow_state = self.flow_states.get(flow_id)
         super().finish(flow_id, ended_by, sent=sent)
-        if flow_state is not None and isinstance(flow_state.free, Permit):
-            flow_state.flow.comment = _line(flow_state.free.arrived.app.name, flow_state.free.arrived.endpoint, "free")
+        if flow_state is not None and isinstance(flow_state.permit, Permit):
+            flow_state.flow.comment = _line(flow_state.permit.caller.app.name, flow_state.permit.caller.endpoint, "free")
 
     def _ended(self, call: CallRecord) -> None:
         """A call's cost is written: it goes on its flow."""
-        if self._told is not None:
-            self._told(call)
+        if self._next_listener is not None:
+            self._next_listener(call)
         flow = self._awaited.pop(call["call"], None)
         if flow is not None:
             self.booked[flow] = call
@@ -178,10 +180,10 @@ class DebugAddon(GatewayAddon):
 
     async def _left(self, name: str) -> str:
         """What the tightest of an app's caps leaves it: more it cannot spend today."""
-        policy = self.gate.policy
+        policy = self.gateway.policy
         limits = caps(policy, policy.apps[name]) if name in policy.apps else ()
         try:
-            standings = await self.gate.ledger.capped(limits, now=self.clocks.now())
+            standings = await self.gateway.ledger.capped(limits, now=self.clocks.now())
         except LedgerUnavailable:
             return "what is left is not known"
         left = [nano for each in standings if (nano := _left_nano(each)) is not None]
@@ -194,7 +196,7 @@ class DebugAddon(GatewayAddon):
             flags = f" ({', '.join(call['flags'])})" if call["flags"] else ""
             return f"{dollars(call['spent_nano'])}, booked as call {call['call']}{flags}"
         hour = flow is not None and b'"1h"' in (flow.request.raw_content or b"")
-        bill = cost(self.gate.policy.prices, usage, at=self.clocks.now(), hour_ttl_requested=hour)
+        bill = cost(self.gateway.policy.prices, usage, at=self.clocks.now(), hour_ttl_requested=hour)
         return "cannot be priced" if bill.nano is None else f"{dollars(bill.nano)} at today's prices; not booked by this process"
 
     # -- commands: lists of sentences, because the page's command bar shows a text's line ends as \n
@@ -202,7 +204,7 @@ class DebugAddon(GatewayAddon):
     @command.command("gateway.spend")  # type: ignore[untyped-decorator]
     def spend(self, app: str = "") -> Sequence[str]:
         """What was spent, is held and is left today and this month: of an app, or of everything."""
-        policy = self.gate.policy
+        policy = self.gateway.policy
         names = [app] if app else sorted(policy.apps)
         known = [policy.apps.get(name) for name in names]
         if None in known:
@@ -219,10 +221,10 @@ class DebugAddon(GatewayAddon):
     def explain(self, flow: mflow.Flow) -> Sequence[str]:
         """What would happen to this request if it were sent now: every rule, the quote, the caps."""
         caller = self.caller(flow)
-        app: AppPolicy | None = self.gate.policy.apps.get(caller.app) if caller else None
+        app: AppPolicy | None = self.gateway.policy.apps.get(caller.app) if caller else None
         if app is None or not isinstance(flow, http.HTTPFlow):
             return ["No app's token came with this flow while this process ran, so there is no policy to judge it by."]
-        found = explanation.explain(self.gate.policy, app, judged_request(flow), self.place, self.clocks.now())
+        found = explanation.explain(self.gateway.policy, app, request_of(flow), self.place, self.clocks.now())
         return [" ".join(line.split()) for line in explanation.written(found).splitlines() if line.strip(" -")]
 
 

@@ -215,7 +215,7 @@ async def test_a_gateway_that_loses_its_lease_cuts_its_streams_before(server, pl
         whole = asyncio.ensure_future(gw.client().messages.create(
             model="claude-haiku-4-5", max_tokens=800, messages=[{"role": "user", "content": 'simulate: {"tokens_per_s": 280, "output_tokens": 800}'}]
         ))  # fmt: skip
-        await until(lambda: len(gw.gate.streams.running) == 2)
+        await until(lambda: len(gw.gateway.streams.running) == 2)
         await asyncio.sleep(0.3)
         [(lease_until,)] = rows(place, "SELECT lease_until FROM owners")
         if way == "stopped":
@@ -249,12 +249,12 @@ async def test_a_gateway_frozen_beyond_its_lease_cuts_its_streams(place, home, s
     """The clock of its own that it would have kept to stood still with it."""
     async with Simulator() as api, gateway(home, api, ledger_url=place.url) as gw:
         running = asyncio.ensure_future(stream(gw, tokens_per_s=200, tokens_per_event=5))
-        await until(lambda: len(gw.gate.streams.running) == 1)
-        before = gw.gate.ledger.owner
+        await until(lambda: len(gw.gateway.streams.running) == 1)
+        before = gw.gateway.ledger.owner
         with admin.changing(place) as db:
             db.execute("DELETE FROM owners WHERE id = ?", (before,))
         text, _ = await asyncio.wait_for(running, 5)
         assert "lost its ledger" in text
-        assert gw.gate.ledger.owner != before
+        assert gw.gateway.ledger.owner != before
         answer = await gw.client().messages.create(model="claude-haiku-4-5", max_tokens=10, messages=[{"role": "user", "content": "hi"}])
         assert answer.usage.output_tokens

@@ -39,7 +39,8 @@ BODIES = {
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_a_chunked_body_is_read_as_h11_reads_it_however_it_arrives(body):
+def test_chunked_body_is_read_as_by_h11_however_it_arrives(body):
+    """A chunked body is read as h11 reads it, however its bytes arrive."""
     for first in range(len(body) + 1):
         for second in range(first, len(body) + 1):
             pieces = [piece for piece in (body[:first], body[first:second], body[second:]) if piece]
@@ -68,7 +69,8 @@ async def call(gw, body: bytes = ASK) -> bytes:
 
 @pytest.mark.parametrize("known", [True, False], ids=["short", "long"])
 @pytest.mark.parametrize("piece_bytes", [None, 1, 7, 150])
-async def test_a_stream_passes_to_the_byte_and_costs_the_same_however_it_arrives(tmp_path, monkeypatch, known, piece_bytes):
+async def test_stream_passes_to_the_byte_however_it_arrives(tmp_path, monkeypatch, known, piece_bytes):
+    """A stream passes to the byte, and costs the same, however its bytes arrive."""
     monkeypatch.setattr(relay, "FITS", known)
     answer = chunked(*EVENTS, more="connection: close\r\n")
     async with upstream(answer, piece_bytes=piece_bytes) as api, gateway(tmp_path, None, upstream=api.url) as gw:
@@ -165,7 +167,8 @@ class MovedReader(ChunkedReader):
         self.another = 0
 
 
-def test_the_short_way_is_taken_only_where_what_it_stands_on_is_known(monkeypatch):
+def test_relay_is_used_only_with_known_releases(monkeypatch):
+    """The relay is used only where the methods that it relies on are known."""
     assert relay.fits()
     assert not relay.fits(MovedReader)
     monkeypatch.setattr(relay.dispatch, "RELEASES", "12.1.")

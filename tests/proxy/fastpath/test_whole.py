@@ -305,7 +305,7 @@ async def test_nobody_can_tell_the_difference(stage, taken, monkeypatch, said, a
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("where", ["admission", "upstream", *HOOKS[:4]])
 async def test_a_client_that_leaves_is_dealt_with_as_mitmproxy_does(stage, taken, monkeypatch, where):
-    reached, over, admit = asyncio.Event(), asyncio.Event(), stage.gw.gate.admit
+    reached, over, admit = asyncio.Event(), asyncio.Event(), stage.gw.gateway.admit
 
     async def hold(*_):
         reached.set()
@@ -330,7 +330,7 @@ async def test_a_client_that_leaves_is_dealt_with_as_mitmproxy_does(stage, taken
         return b"", True
 
     if where == "admission":
-        monkeypatch.setattr(stage.gw.gate, "admit", held)
+        monkeypatch.setattr(stage.gw.gateway, "admit", held)
     answers = [(hold, SAID)] if where == "upstream" else [SAID]
     short = await stage.outcome(leave, list(answers), where, hold)
     monkeypatch.setattr(whole, "FITS", False)
@@ -362,7 +362,8 @@ async def test_a_message_means_the_same_wherever_it_is_cut(stage, taken):
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(("owner", "name", "value", "expected"), [(inject, "ApiHttp1Server", Http1Server, [2, 4]), (relay, "FITS", False, [4, 2])])
-async def test_a_side_that_knows_of_no_whole_messages_gets_them_in_parts(stage, taken, monkeypatch, owner, name, value, expected):
+async def test_side_without_whole_messages_gets_them_in_parts(stage, taken, monkeypatch, owner, name, value, expected):
+    """A side that knows no whole messages gets them in parts."""
     usual = await stage.outcome(talk(asked(), b"", asked()), [SAID, SAID])
     monkeypatch.setattr(owner, name, value)
     short = await stage.outcome(talk(asked(), b"", asked()), [SAID, SAID])
@@ -394,12 +395,14 @@ USUAL = {"store_streamed_bodies": False, "stream_large_bodies": None, "keep_host
     ("regular", {}, 0),
     ("upstream:http://x", {}, 0),
 ])  # fmt: skip
-def test_no_message_is_taken_whole_where_more_is_asked_than_to_forward_it(mode, option, bytes_max):
+def test_options_beyond_forwarding_take_no_message_whole(mode, option, bytes_max):
+    """No message is taken whole where mitmproxy's options ask for more than forwarding."""
     context: Any = SimpleNamespace(options=SimpleNamespace(**USUAL | option), client=SimpleNamespace(proxy_mode=ProxyMode.parse(mode)))
     assert whole.body_bytes_max(context) == bytes_max
 
 
-def test_messages_are_taken_whole_only_where_what_this_stands_on_is_known(monkeypatch):
+def test_whole_messages_only_with_known_releases(monkeypatch):
+    """Messages are taken whole only where the methods that this relies on are known."""
     assert whole.fits()
     for owner, parts in whole.PARTS.items():
         for name in parts:
@@ -430,7 +433,7 @@ def bare(kind, **facts):
         ({"state": Http1Client.done}, False),
     ],
 )
-def test_an_answer_is_taken_whole_only_behind_a_plain_request_that_has_been_sent(monkeypatch, change, taken):
+def test_answer_is_whole_only_behind_a_plain_request_sent(monkeypatch, change, taken):
     """What keeps it so is not reached through a gateway, which forwards nothing else."""
     asked = http.Request.make("POST", "http://x/", b"hi")
     client = bare(whole.WholeClient, request=asked, request_done=True, whole_bytes_max=2, buf=bytearray())
@@ -449,7 +452,8 @@ def test_an_answer_is_taken_whole_only_behind_a_plain_request_that_has_been_sent
         ({"request": http.Request.make("POST", "http://x/", headers={"connection": "close", "content-length": "2"})}, False),
     ],
 )
-def test_an_answer_is_sent_whole_only_to_a_client_that_has_said_all_and_stays(monkeypatch, change, plain):
+def test_answer_is_sent_whole_only_to_a_client_that_stays(monkeypatch, change, plain):
+    """An answer is sent whole only to a client that has sent its whole request and stays."""
     server = bare(whole.WholeServer, **({"request": http.Request.make("POST", "http://x/", b"hi"), "request_done": True} | change))
     monkeypatch.setattr(whole.WholeServer, "_sent", lambda self, event, chunked: "whole")
     monkeypatch.setattr(whole.WholeServer, "_in_parts", lambda self, event: "in parts")
@@ -457,7 +461,8 @@ def test_an_answer_is_sent_whole_only_to_a_client_that_has_said_all_and_stays(mo
 
 
 @pytest.mark.parametrize(("change", "taken"), [({}, True), ({"error": "broken"}, False), ({"state": ConnectionState.CLOSED}, False), ({"waits": True}, False)])
-def test_a_listed_connection_that_is_not_ready_is_left_to_mitmproxy(change, taken):
+def test_connection_that_is_not_ready_is_left_to_mitmproxy(change, taken):
+    """A listed connection that is not ready is left to mitmproxy."""
     server = Server(address=("x", 80))
     server.state, server.error = change.get("state", ConnectionState.OPEN), change.get("error")
     flow = SimpleNamespace(request=http.Request.make("POST", "http://x/"), server_conn=Server(address=("x", 80)))

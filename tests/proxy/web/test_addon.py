@@ -122,7 +122,8 @@ async def test_a_refused_flow_is_marked_with_its_refusal(desk):
         assert (await api.settled()).messages() == []
 
 
-async def test_a_stream_is_shown_as_its_message_with_what_it_cost_and_its_request_by_name(desk):
+async def test_stream_is_shown_as_its_message_with_its_cost(desk):
+    """A stream is shown as its message with its cost, and its request by name."""
     tools = [{"name": "look_up", "description": "Looks it up", "input_schema": {"type": "object", "properties": {"word": {}}}}]
     ask = ASK | {"system": "Be terse.", "tools": tools, "max_tokens": 2000, "thinking": {"type": "enabled", "budget_tokens": 1024}}
     behaviour = Behaviour(output_tokens=60, thinking_tokens=20, thinking="full", tool_use=True)
@@ -149,7 +150,8 @@ async def test_a_stream_is_shown_as_its_message_with_what_it_cost_and_its_reques
     assert "tool_use  look_up" in json_told["text"]
 
 
-async def test_the_commands_say_what_is_spent_and_what_would_happen_to_a_flow(desk):
+async def test_commands_show_spending_and_explain_a_flow(desk):
+    """The commands say what is spent, and what would happen to a flow."""
     async with Simulator() as api, desk(api, {"app": APP, "other": APP}) as seen:
         await seen.gw.client().messages.create(**ASK)
         (flow,) = await seen.flows(1)
@@ -173,7 +175,8 @@ async def test_the_commands_say_what_is_spent_and_what_would_happen_to_a_flow(de
 # what a person sends again
 
 
-async def test_a_replay_is_admitted_sent_with_the_key_and_billed_to_its_app_once(desk, tmp_path):
+async def test_replay_is_admitted_and_billed_to_its_app_once(desk, tmp_path):
+    """A replay is admitted, sent with the key, and billed to its app once."""
     async with Simulator() as api, desk(api) as seen:
         await seen.gw.client().messages.create(**ASK)
         async for _ in await seen.gw.client().messages.create(**ASK | {"stream": True}):
@@ -192,7 +195,8 @@ async def test_a_replay_is_admitted_sent_with_the_key_and_billed_to_its_app_once
     assert not any(secret.encode() in text for secret in (KEY, seen.gw.tokens["app"]) for text in shown)
 
 
-async def test_an_edited_copy_of_a_flow_is_judged_as_it_is_when_it_is_sent(desk):
+async def test_edited_copy_of_a_flow_is_judged_as_it_is_sent(desk):
+    """An edited copy of a flow is judged as it is when it is sent."""
     async with Simulator() as api, desk(api) as seen:
         await seen.gw.client().messages.create(**ASK)
         (flow,) = await seen.flows(1)
@@ -214,12 +218,13 @@ async def test_an_edited_copy_of_a_flow_is_judged_as_it_is_when_it_is_sent(desk)
         assert await seen.gw.spent_nano("app:app") == book.billed_nano
 
 
-async def test_a_replay_needs_a_token_that_is_in_force_and_a_cap_that_has_room(desk):
+async def test_replay_needs_a_token_in_force_and_room_under_the_cap(desk):
+    """A replay needs a token that is in force and a cap that has room."""
     async with Simulator() as api, desk(api, {"app": APP, "other": APP}) as seen:
         await seen.gw.client().messages.create(**ASK)
         await seen.gw.client("other").messages.create(**ASK)
         mine, other = await seen.flows(2)
-        change, now = seen.gw.gate.ledger.change, time.time()
+        change, now = seen.gw.gateway.ledger.change, time.time()
         await change(partial(admin.revoke_tokens, app="app", who="test", now=now))
         await change(partial(admin.pause, scope="app:other", who="test", now=now))
         for flow, code in ((mine, "token_revoked"), (other, "app_paused")):
@@ -256,7 +261,7 @@ async def test_a_replay_can_be_cut_like_any_call(desk):
         api.behaviour = Behaviour(output_tokens=400, delay_ms=100)
         await seen.page.post(f"/flows/{flow['id']}/replay")
         await until(lambda: any(flow_state.running and flow_state.running.meter for flow_state in seen.gw.addon.flow_states.values()))
-        await seen.gw.gate.ledger.change(partial(admin.pause, scope="app:app", cut=True, who="test", now=time.time()))
+        await seen.gw.gateway.ledger.change(partial(admin.pause, scope="app:app", cut=True, who="test", now=time.time()))
         (found,) = await seen.flows(1)
         (_, cut) = (await api.settled()).messages()
         assert not cut.delivered
@@ -272,7 +277,7 @@ async def intercepted(seen):
             await asyncio.sleep(0.01)
 
 
-async def test_a_request_edited_while_it_is_held_is_judged_as_it_is_let_go(desk):
+async def test_request_edited_while_held_is_judged_as_it_is_released(desk):
     """A call that costs nothing may become one that does: were its endpoint judged at its arrival alone, an edit would make it free."""
     free, paid = "/v1/messages/count_tokens", "/v1/messages"
     table = [
@@ -324,7 +329,8 @@ async def test_a_request_edited_while_it_waits_at_the_door_is_not_sent(desk):
 # what the page may not do
 
 
-async def test_the_page_changes_no_option_that_leads_around_the_gateway(desk):
+async def test_page_changes_no_option_that_bypasses_the_gateway(desk):
+    """The page changes no option that leads around the gateway."""
     table = {
         "scripts": ["/tmp/any.py"], "mode": ["regular@0"], "save_stream_file": "/tmp/flows", "web_host": "0.0.0.0", "map_remote": ["|//a|//b"],
         "ssl_verify_upstream_trusted_ca": "/tmp/ca.pem", "modify_headers": ["/~q/x/@/etc/hostname"], "proxy_debug": True,

@@ -58,7 +58,8 @@ def test_a_stream_is_merged_into_the_message_that_it_adds_up_to():
     assert told(STREAM) == MERGED
 
 
-def test_a_stream_that_was_cut_shows_what_there_is_and_that_it_is_not_whole():
+def test_cut_stream_shows_its_part_and_that_it_is_not_whole():
+    """A stream that was cut shows what there is and that it is not whole."""
     shown = told(STREAM[: STREAM.index(b"content_block_stop")])
     assert "stop_reason  none: the answer is not whole" in shown
     assert "One could look it up." in shown

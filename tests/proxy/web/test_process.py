@@ -57,7 +57,8 @@ async def read_to_its_end(client) -> None:
         await stream.get_final_message()
 
 
-async def test_what_mitmweb_shows_and_dumps_holds_no_secret_during_a_call_and_after(tmp_path):
+async def test_mitmweb_shows_and_dumps_no_secret(tmp_path):
+    """The flows that mitmweb shows and dumps hold no secret, during a call and after it."""
     async with Simulator(behaviour=Behaviour(delay_ms=40, output_tokens=240)) as api:
         gateways = ledgered(tmp_path, api.url, APPS)
         async with web(tmp_path, gateways) as (process, url, pages):
@@ -79,7 +80,8 @@ async def test_what_mitmweb_shows_and_dumps_holds_no_secret_during_a_call_and_af
         assert not any(found_in(where, secret) for where in [*shown, *lines, *files])
 
 
-async def test_a_flow_file_and_a_har_hold_no_secret_even_if_the_gateway_is_stopped_in_mid_flight(tmp_path):
+async def test_flow_file_and_har_hold_no_secret_if_stopped_mid_flight(tmp_path):
+    """A flow file and a HAR hold no secret, even if the gateway is stopped in mid-flight."""
     async with Simulator(behaviour=Behaviour(delay_ms=100, output_tokens=400)) as api:
         gateways = ledgered(tmp_path, api.url, APPS, "timeouts: {drain: 0.3s}\n")
         keep = ["--set", f"save_stream_file={tmp_path / 'flows'}", "--set", f"hardump={tmp_path / 'flows.har'}"]
@@ -100,7 +102,8 @@ async def test_a_flow_file_and_a_har_hold_no_secret_even_if_the_gateway_is_stopp
         assert not [name for name, content in files.items() if found_in(content, secret)]
 
 
-async def test_an_option_that_opens_a_way_around_is_refused_in_the_page_too(tmp_path):
+async def test_option_that_bypasses_the_gateway_is_refused_in_the_page(tmp_path):
+    """An option that opens a way around is refused in the page too."""
     async with Simulator() as api:
         gateways = ledgered(tmp_path, api.url, APPS)
         async with web(tmp_path, gateways) as (_, _, pages):
