@@ -30,6 +30,7 @@ COMMANDS = {
     "web": ("serve", "the same under mitmweb, for looking at flows while debugging"),
     "console": ("console", "the operator's desk: spending, caps, live calls, in a browser"),
     "report": ("report", "what was spent, by whom, on what"),
+    "invoice": ("invoice", "what to charge each app on for a month"),
     "batches": ("batches", "the message batches that are not settled yet"),
     "explain": ("explain", "what would happen to a request, rule by rule"),
     "replay": ("replay", "hold the recorded calls against tomorrow's policy"),
@@ -81,6 +82,7 @@ class CommandGroup(click.Group):
 
 
 @click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.help_option("-h", "--help", hidden=True)  # who reads this has found it, and the list of commands is to fit a screen
 @click.version_option(__version__, "-V", "--version", prog_name="gateway")
 def main() -> None:
     """The control plane for people who run several apps on one Claude API key."""

@@ -2,11 +2,14 @@
 
 import contextlib
 import csv
+import difflib
 import io
 import json
+import shutil
 import time
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import tzinfo
+from pathlib import Path
 from typing import cast
 
 import click
@@ -15,57 +18,131 @@ from tabulate import tabulate
 from gateway_addon import windows
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
+from gateway_addon.cli.scopes import must_know, scope_of
 from gateway_addon.ledger import LedgerUnavailable, admin, reservations
 from gateway_addon.ledger.reports import daily_totals, spending
-from gateway_addon.ledger.reports.spending import By, DriftLine, Notable, Report, ReportLine
+from gateway_addon.ledger.reports.spending import DriftLine, Key, Notable, Only, Report, ReportLine
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import safe_name
+from gateway_addon.policy import outline
 
 _HEADINGS = ("calls", "spent", "held", "mean", "cache hits", "out/max", "refused", "change")
+_SPARE = ("out/max", "cache hits", "mean", "change", "refused", "held")
+CHANGE_MAX = 10
+"""Times as much as before: beyond it a percentage says nothing."""
 
 
 @click.command(epilog="Example: gateway report --by model --since 7d")
-@click.option("--by", type=click.Choice(spending.GROUPINGS), default="app", show_default=True, help="What a line stands for.")
-@click.option("--since", metavar="WHEN", help="A date (2026-12-01, UTC) or a while ago (7d, 12h); default: this calendar month.")
+@click.option(
+    "--by",
+    metavar="WHAT[,WHAT]",
+    default="app",
+    show_default=True,
+    help=f"What a line stands for, one or two of {', '.join(spending.KEYS)}.",
+)
+@click.option(
+    "--since",
+    metavar="WHEN",
+    help="From a date's first moment in the gateway's zone (2026-12-01), or a while ago (7d, 12h); default: this month.",
+)
+@click.option("--until", metavar="WHEN", help="Up to a date's first moment, or a while ago; default: now.")
+@click.option("--last", type=click.Choice(("day", "week", "month")), help="The last one that is over, in place of --since and --until.")
+@click.option("--app", help="Calls of this app alone.")
+@click.option("--team", help="Calls of this team's apps alone.")
+@click.option("--model", help="Calls of this model alone, asked for or served.")
 @click.option("--notable", is_flag=True, help="Name the configuration that costs most, and why.")
 @click.option("--alerts", is_flag=True, help="List what people were told: thresholds, overruns, other models than asked.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (amounts in nano-dollars).")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV (amounts in nano-dollars).")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV (amounts in dollars and in nano-dollars).")
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError)
-def report(by: str, since: str | None, notable: bool, alerts: bool, as_json: bool, as_csv: bool, policies: object, ledger: str) -> None:
+def report(
+    by: str,
+    since: str | None,
+    until: str | None,
+    last: str | None,
+    app: str | None,
+    team: str | None,
+    model: str | None,
+    notable: bool,
+    alerts: bool,
+    as_json: bool,
+    as_csv: bool,
+    policies: Path,
+    ledger: str,
+) -> None:
     """What was spent, by whom, on what: sums of the entries that the caps are judged by.
 
     A call counts at the time of its admission. The change is against the period of the same length just before.
     """
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other.")
+    key, then = _groupings(by)
     now = time.time()
     path = sqlite_files.ledger_path(ledger)
     with admin.reading(path) as db:
-        start = times.since(since, now) if since else windows.starts(now, reservations.zone(db)).month
-    if not alerts and not notable:
+        calendar = reservations.zone(db)
+        start, end = _period(since, until, last, now, calendar)
+        only = Only(
+            app and must_know(app, db, policies), team and scope_of(f"team:{team}", db, outline(policies)).removeprefix("team:"), model
+        )
+    if (alerts or notable) and only != spending.EVERY:
+        raise click.UsageError("--notable and --alerts are about all calls: leave --app, --team and --model out.")
+    if not alerts and not notable and then is None and only == spending.EVERY and key in spending.GROUPINGS:
         with contextlib.suppress(LedgerUnavailable):  # where nothing can be written, every call is read
-            daily_totals.keep(path, cast(By, by), since=start, until=now, now=now)
+            daily_totals.keep(path, key, since=start, until=end, now=now)
     with admin.reading(path) as db:
         if alerts:
-            _show_alerts(spending.alerts(db, since=start, until=now), as_json, as_csv)
+            _show_alerts(spending.alerts(db, since=start, until=end), calendar, as_json, as_csv)
         elif notable:
-            found = _notable(spending.notable(db, since=start, until=now))
-            click.echo(json.dumps(found and asdict(found)) if as_json else _sentences(found, start))
+            found = _notable(spending.notable(db, since=start, until=end))
+            click.echo(json.dumps(found and asdict(found)) if as_json else _sentences(found, start, calendar))
         else:
-            drifts = [_named(each) for each in spending.drifts(db, since=start, until=now)] if by == "served" else []
-            _show(_report(spending.report(db, cast(By, by), since=start, until=now)), drifts, as_json, as_csv)
+            drifts = (
+                [_named(each) for each in spending.drifts(db, since=start, until=end)] if key == "served" and only == spending.EVERY else []
+            )
+            _show(_report(spending.report(db, key, since=start, until=end, then=then, only=only)), drifts, calendar, as_json, as_csv)
+
+
+def _groupings(text: str) -> tuple[Key, Key | None]:
+    """One grouping or two. Raises ValueError, with the nearest name, for what is none."""
+    names = [each.strip() for each in text.split(",")]
+    for name in names:
+        if name not in spending.KEYS:
+            near = difflib.get_close_matches(name, spending.KEYS, n=1)
+            raise ValueError(f"--by {name}: did you mean {near[0]}?" if near else f"--by {name}: known are {', '.join(spending.KEYS)}")
+    if len(names) > 2 or len(set(names)) < len(names):
+        raise ValueError(f"--by {text}: name one grouping, or two that differ, like app,day")
+    return cast(Key, names[0]), cast(Key, names[1]) if len(names) == 2 else None
+
+
+def _period(since: str | None, until: str | None, last: str | None, now: float, calendar: tzinfo) -> tuple[float, float]:
+    """Where the period begins and ends. Raises ValueError for one that runs backwards."""
+    if last is not None:
+        if since or until:
+            raise ValueError("--last is a whole period: leave --since and --until out")
+        end = windows.starts(now, calendar).of(cast(windows.Window, last))
+        return windows.starts(end - 1, calendar).of(cast(windows.Window, last)), end
+    ends = times.since(until, now, calendar) if until else now
+    begins = times.since(since, now, calendar) if since else windows.starts(min(now, ends - 1), calendar).month
+    if begins >= ends:
+        raise ValueError(f"the period runs backwards: it begins {times.shown(begins, calendar)} and ends {times.shown(ends, calendar)}")
+    return begins, ends
 
 
 # An older gateway kept names as they came: escapes for the terminal, megabytes.
 
 
 def _report(found: Report) -> Report:
-    before = {safe_name(key): spent_nano for key, spent_nano in found.before.items()}
-    return replace(found, lines=tuple(replace(line, key=safe_name(line.key)) for line in found.lines), before=before)
+    before = {_safe(key): spent_nano for key, spent_nano in found.before.items()}
+    return replace(found, lines=tuple(replace(line, key=_safe(line.key)) for line in found.lines), before=before)
+
+
+def _safe(key: str) -> str:
+    """Each part of a key on its own, parted as the report says it."""
+    return " / ".join(safe_name(part) for part in key.split(spending.UNIT))
 
 
 def _named(drift: DriftLine) -> DriftLine:
@@ -76,13 +153,13 @@ def _notable(found: Notable | None) -> Notable | None:
     return found and replace(found, model=safe_name(found.model), line=replace(found.line, key=safe_name(found.line.key)))
 
 
-def _show(found: Report, drifts: list[DriftLine], as_json: bool, as_csv: bool) -> None:
+def _show(found: Report, drifts: list[DriftLine], calendar: tzinfo, as_json: bool, as_csv: bool) -> None:
     if as_json:
         click.echo(json.dumps(_document(found) | ({"drifts": [asdict(each) for each in drifts]} if found.by == "served" else {})))
     elif as_csv:
-        click.echo(_csv([_figures(line, found.before) for line in found.lines]), nl=False)
+        click.echo(csv_text([_with_dollars(_figures(line, found.before)) for line in found.lines]), nl=False)
     else:
-        click.echo(f"{_utc(found.since)} to {_utc(found.until)}\n\n{_table(found)}")
+        click.echo(f"{times.shown(found.since, calendar)} to {times.shown(found.until, calendar)}\n\n{_table(found)}")
         if found.refusals:
             click.echo("\nRefused: " + ", ".join(f"{calls:,} {code}" for code, calls in found.refusals))
         if found.observed:
@@ -92,11 +169,12 @@ def _show(found: Report, drifts: list[DriftLine], as_json: bool, as_csv: bool) -
             click.echo(f"\nRefused by the provider at the shared key's limits (429): {by_key}")
         if drifts:
             click.echo("\nAnother model answered than the one asked for:")
-            click.echo(tabulate([_drift(each) for each in drifts], headers=("app", "asked", "served", "calls", "since", "last")))
+            click.echo(tabulate([_drift(each, calendar) for each in drifts], headers=("app", "asked", "served", "calls", "since", "last")))
 
 
-def _drift(found: DriftLine) -> tuple[str, ...]:
-    return found.app, found.asked, found.served, f"{found.calls:,}", _utc(found.first_at), _utc(found.last_at)
+def _drift(found: DriftLine, calendar: tzinfo) -> tuple[str, ...]:
+    first, last = times.shown(found.first_at, calendar), times.shown(found.last_at, calendar)
+    return found.app, found.asked, found.served, f"{found.calls:,}", first, last
 
 
 def _table(found: Report) -> str:
@@ -104,8 +182,24 @@ def _table(found: Report) -> str:
         return "No calls in this time. The first one needs a token: gateway token issue APP"
     total, before = found.total, {"total": sum(found.before.values())}
     rows = [*(_cells(line, found.before) for line in found.lines), _cells(total, before)]
-    rows.insert(-1, [""] * len(rows[0]))
-    return tabulate(rows, headers=(found.by, *_HEADINGS), disable_numparse=True, colalign=("left", *["right"] * len(_HEADINGS)))
+    headings = [found.by if found.then is None else f"{found.by} / {found.then}", *_HEADINGS]
+    without = {"change"} if not before["total"] or {found.by, found.then} & {"day", "month"} else set()
+    if without:
+        rows = [row[:-1] for row in rows]
+        headings.pop()
+    return fitted(rows, headings)
+
+
+def fitted(rows: list[list[str]], headings: list[str]) -> str:
+    """Return a table, its last row the total, that fits the terminal: what matters least is left out first."""
+    table = [*rows[:-1], [""] * len(headings), rows[-1]]
+    shown = tabulate(table, headers=headings, disable_numparse=True, colalign=("left", *["right"] * (len(headings) - 1)))
+    width = shutil.get_terminal_size((0, 0)).columns  # 0: this is no terminal
+    spare = next((name for name in _SPARE if name in headings), None)
+    if not width or spare is None or max(map(len, shown.splitlines())) <= width:
+        return shown
+    at = headings.index(spare)
+    return fitted([row[:at] + row[at + 1 :] for row in rows], headings[:at] + headings[at + 1 :])
 
 
 def _cells(line: ReportLine, before: dict[str, int]) -> list[str]:
@@ -129,6 +223,8 @@ def _percent(share: float | None) -> str:
 def _change(spent_nano: int, before_nano: int) -> str:
     if before_nano == 0:
         return "new" if spent_nano else ""
+    if spent_nano > CHANGE_MAX * before_nano:
+        return f"over {CHANGE_MAX}x"
     return f"{(spent_nano - before_nano) / before_nano:+.0%}"
 
 
@@ -139,7 +235,7 @@ def _figures(line: ReportLine, before: dict[str, int]) -> dict[str, object]:
 
 def _document(found: Report) -> dict[str, object]:
     return {
-        "by": found.by,
+        "by": found.by if found.then is None else f"{found.by},{found.then}",
         "since": found.since,
         "until": found.until,
         "lines": [_figures(line, found.before) for line in found.lines],
@@ -149,7 +245,18 @@ def _document(found: Report) -> dict[str, object]:
     }
 
 
-def _csv(rows: list[dict[str, object]]) -> str:
+def _with_dollars(figures: dict[str, object]) -> dict[str, object]:
+    """Each amount in dollars, exact, beside its nano-dollars."""
+    both: dict[str, object] = {}
+    for name, value in figures.items():
+        if name.endswith("_nano"):
+            nano = cast(int | None, value)
+            both[name.replace("_nano", "_dollars")] = None if nano is None else dollars(nano).replace("$", "").replace(",", "")
+        both[name] = value
+    return both
+
+
+def csv_text(rows: list[dict[str, object]]) -> str:
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
@@ -158,15 +265,15 @@ def _csv(rows: list[dict[str, object]]) -> str:
     return text.getvalue()
 
 
-def _sentences(found: Notable | None, since: float) -> str:
+def _sentences(found: Notable | None, since: float, calendar: tzinfo) -> str:
     """What to look at first, as a person would say it."""
     if found is None:
-        return f"Nothing was spent since {_utc(since)}."
+        return f"Nothing was spent since {times.shown(since, calendar)}."
     line, rest = found.line, found.rest
     spent_nano = line.spent_nano + rest.spent_nano
     asked = f" with max_tokens {found.asked_tokens:,}" if found.asked_tokens else ""
     text = f"{found.app} on {found.model}{asked} costs most: {dollars(line.spent_nano)} of {dollars(spent_nano)} " + (
-        f"({line.spent_nano / spent_nano:.0%}) in {line.calls:,} call{'s' * (line.calls != 1)} since {_utc(since)}."
+        f"({line.spent_nano / spent_nano:.0%}) in {line.calls:,} call{'s' * (line.calls != 1)} since {times.shown(since, calendar)}."
     )
     return " ".join([text, *_reasons(line, rest)])
 
@@ -174,8 +281,8 @@ def _sentences(found: Notable | None, since: float) -> str:
 def _reasons(line: ReportLine, rest: ReportLine) -> list[str]:
     reasons = []
     if line.mean_nano and rest.mean_nano and line.mean_nano > rest.mean_nano:
-        times = line.mean_nano / rest.mean_nano
-        reasons.append(f"A call costs {dollars(line.mean_nano)}, {times:.1f} times the mean of all others ({dollars(rest.mean_nano)}).")
+        ratio = line.mean_nano / rest.mean_nano
+        reasons.append(f"A call costs {dollars(line.mean_nano)}, {ratio:.1f} times the mean of all others ({dollars(rest.mean_nano)}).")
     if line.settled and line.cache_hit_share is not None and line.cache_hit_share < 0.1:
         prompt_tokens = line.input_tokens + line.cache_read_tokens + line.cache_write_tokens
         if prompt_tokens >= 2048 * line.settled:  # below it hardly any model caches
@@ -190,25 +297,21 @@ def _reasons(line: ReportLine, rest: ReportLine) -> list[str]:
     return reasons
 
 
-def _show_alerts(found: list[dict[str, object]], as_json: bool, as_csv: bool) -> None:
+def _show_alerts(found: list[dict[str, object]], calendar: tzinfo, as_json: bool, as_csv: bool) -> None:
     if as_json:
         click.echo(json.dumps(found))
     elif as_csv:
-        click.echo(_csv(found), nl=False)
+        click.echo(csv_text(found), nl=False)
     elif not found:
         click.echo("No alerts.")
     else:
-        rows = [(_utc(cast(float, each["at"])), each["sentence"], _told(each)) for each in found]
+        rows = [(times.shown(cast(float, each["at"]), calendar), each["sentence"], _told(each, calendar)) for each in found]
         click.echo(tabulate(rows, headers=("when", "what", "sent"), disable_numparse=True, maxcolwidths=[None, 90, None]))
 
 
-def _told(alert: dict[str, object]) -> str:
+def _told(alert: dict[str, object], calendar: tzinfo) -> str:
     if alert["delivered_at"] is not None:
-        return _utc(cast(float, alert["delivered_at"]))
+        return times.shown(cast(float, alert["delivered_at"]), calendar)
     if alert["try_at"] is not None:
         return f"not yet ({alert['tries']} tries)"
     return f"failed ({alert['tries']} tries)" if alert["tries"] else "log only"
-
-
-def _utc(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")

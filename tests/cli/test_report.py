@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
-from ledgers import CALL, Cap, Part, Tokens, new_ledger, rows
+from ledgers import CALL, ENGINES, Cap, Part, Tokens, new_ledger, rows, writing
 
+from gateway_addon.cli.invoice import invoice
 from gateway_addon.cli.report import report
 from gateway_addon.ledger import Alert, Outcome, Settlement, admin, reservations, state
 from gateway_addon.ledger.reports import spending
+from gateway_addon.ledger.reports.invoice import invoice as invoice_lines
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.windows import next_start, starts
 
 NOW = time.time()
 CAPS = [Cap("total", "ever", 10**12)]
@@ -46,8 +49,8 @@ def spend(db, call, nano, tokens, at=NOW - 3600):
     reservations.settle(db, held.call_id, Settlement(nano, (Part(nano, tokens=tokens, model=call.model_asked),), outcome), now=at)
 
 
-def run(path, *options):
-    result = CliRunner().invoke(report, ["--ledger", f"sqlite:///{path}", *options], catch_exceptions=False)
+def run(path, *options, columns=200, command=report):
+    result = CliRunner().invoke(command, ["--ledger", f"sqlite:///{path}", *options], catch_exceptions=False, env={"COLUMNS": str(columns)})
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -71,7 +74,7 @@ def test_spending_is_told_apart_by(path, by, lines):
     assert {line["key"]: (line["calls"], line["spent_nano"] // DOLLAR) for line in found} == lines
 
 
-@pytest.mark.parametrize("by", spending.GROUPINGS)
+@pytest.mark.parametrize("by", [*spending.KEYS, "app,day", "team,model", "month,app", "token,session"])
 def test_a_report_sums_to_what_the_caps_are_judged_by(path, by):
     found = json.loads(run(path, "--since", "30d", "--json", "--by", by))
     [(spent_nano, held_nano)] = rows(path, "SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND window = 'ever'")
@@ -134,6 +137,7 @@ def test_the_table_lines_up_and_ends_in_the_total(path):
 def test_csv_is_read_by_machines(path):
     found = list(csv.DictReader(run(path, "--since", "2d", "--csv").splitlines()))
     assert [(line["key"], int(line["spent_nano"])) for line in found] == [("drafts", 16 * DOLLAR), ("reports", 4 * DOLLAR)]
+    assert [(line["spent_dollars"], line["held_dollars"]) for line in found] == [("16.00", "0.00"), ("4.00", "0.50")]
 
 
 def test_notable_names_the_configuration_that_costs_most_and_why(path):
@@ -160,6 +164,13 @@ def test_an_empty_ledger_reports_nothing_and_does_not_fail(tmp_path, option):
     [
         (["--ledger", "sqlite:////nowhere/gateway.db"], "there is no ledger at /nowhere/gateway.db"),
         (["--since", "yesterday"], "neither a date like"),
+        (["--since", "2026-03-02", "--until", "2026-03-01"], "the period runs backwards: it begins 2026-03-02 00:00 UTC and ends 2026-03-01"),
+        (["--last", "month", "--since", "7d"], "leave --since and --until out"),
+        (["--by", "modle"], "--by modle: did you mean model?"),
+        (["--by", "app,day,model"], "name one grouping, or two that differ"),
+        (["--by", "app,app"], "name one grouping, or two that differ"),
+        (["--app", "reprots"], "no app 'reprots': did you mean reports?"),
+        (["--app", "reports", "--notable"], "leave --app, --team and --model out"),
     ],
 )
 def test_what_cannot_be_reported_is_said_in_a_sentence(path, options, sentence):
@@ -171,3 +182,105 @@ def test_the_views_for_people_show_dollars(path):
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT spent FROM spend WHERE app = 'drafts'").fetchall() == [("$16.000000",)]
         assert ("$16.000000",) in db.execute("SELECT spent FROM standings WHERE scope = 'app:drafts'").fetchall()
+
+
+def test_two_groupings_tell_each_pair_apart(path):
+    found = as_json(path, "--by", "app,model")
+    assert {line["key"]: line["spent_nano"] // DOLLAR for line in found["lines"]} == {
+        "drafts / claude-opus-4-6": 16, "reports / claude-haiku-4-5": 4,
+    }  # fmt: skip
+    assert "app / model" in run(path, "--since", "2d", "--by", "app,model")
+
+
+@pytest.mark.parametrize(
+    ("options", "spent", "refused"),
+    [
+        (["--app", "reports"], 4, {"cap_spent": 2, "model": 1}),
+        (["--app", "drafts"], 16, {}),
+        (["--model", "claude-opus-4-6"], 16, {}),
+        (["--model", "claude-opus-4-6-20260101"], 16, {}),
+        (["--app", "drafts", "--model", "claude-haiku-4-5"], 0, {}),
+    ],
+)
+def test_a_filter_leaves_the_calls_it_names(path, options, spent, refused):
+    found = as_json(path, *options)
+    assert (found["total"]["spent_nano"] // DOLLAR, found["refusals"]) == (spent, refused)
+
+
+def test_dates_begin_in_the_gateways_zone(tmp_path):
+    """A call half an hour into Berlin's first of March is of March, though it is February in UTC."""
+    path = new_ledger(tmp_path)
+    with closing(sqlite_files.writer_connection(path)) as db:
+        admin.align(db, "Europe/Berlin", {"reports": "batch"}, who="test", now=NOW)
+        spend(db, CALL, DOLLAR, Tokens(), at=1_772_321_400)
+    said = {name: json.loads(run(path, *options, "--json"))["total"]["spent_nano"] // DOLLAR for name, options in {
+        "march": ["--since", "2026-03-01", "--until", "2026-04-01"], "february": ["--since", "2026-02-01", "--until", "2026-03-01"],
+    }.items()}  # fmt: skip
+    assert said == {"march": 1, "february": 0}
+    assert "2026-03-01 00:00 CET to 2026-04-01 00:00 CEST" in run(path, "--since", "2026-03-01", "--until", "2026-04-01")
+    charged = json.loads(run(path, "--month", "2026-03", "--json", command=invoice))
+    assert (charged["month"], charged["spent_nano"]) == ("2026-03", DOLLAR)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_a_table_fits_the_terminal(path, columns):
+    lines = run(path, "--since", "30d", "--by", "app", columns=columns).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert [line.split()[:3] for line in lines if line.startswith("drafts")] == [["drafts", "1", "$16.00"]]
+
+
+def test_a_change_is_left_out_where_it_says_nothing(path):
+    assert "change" not in run(path, "--since", "30d"), "nothing was spent before"
+    assert "change" not in run(path, "--since", "2d", "--by", "app,day"), "no day is the same day of the period before"
+    with closing(sqlite_files.writer_connection(path)) as db:
+        spend(db, CALL, 100 * DOLLAR, Tokens())
+    assert "over 10x" in run(path, "--since", "2d")
+
+
+@pytest.mark.parametrize("last", ["day", "week", "month"])
+def test_the_last_period_is_the_one_that_is_over(path, last):
+    found = json.loads(run(path, "--last", last, "--json"))
+    this = getattr(starts(NOW), last)
+    assert (found["since"], found["until"]) == (getattr(starts(this - 1), last), this)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_invoice_sums_to_the_ledger_to_the_nano(tmp_path, engine):
+    """With a correction, an estimate and a call in flight; each app's sum is its balance of the month."""
+    path, at = new_ledger(tmp_path, engine), 1_772_500_000.0
+    with closing(writing(path)) as db:
+        admin.issue_token(db, "drafts", "d2", who="test", now=at)
+        spend(db, CALL, 1_234_567_891, Tokens(input_tokens=7, cache_write_1h_tokens=3), at=at)
+        spend(db, replace(CALL, app="drafts", team=None, token_id=2, model_asked="claude-opus-4-6"), 77, Tokens(), at=at)
+        spend(db, CALL, 5, Tokens(), at=at + 40 * 86_400)
+        lost = reservations.reserve(db, "me", CALL, 999, CAPS, now=at)
+        reservations.settle(db, lost.call_id, Settlement(None, (), Outcome()), now=at)
+        reservations.reserve(db, "me", CALL, 10**6, CAPS, now=at)
+        admin.adjust(db, 1, -891, who="ops", why="the bill", now=at + 50 * 86_400)
+    with admin.reading(path) as db:
+        lines = invoice_lines(db, since=starts(at).month, until=next_start("month", at))
+    assert [(line.app, line.model, line.spent_nano) for line in lines] == [
+        ("drafts", "claude-opus-4-6", 77),
+        ("reports", "claude-haiku-4-5", 1_234_567_891), ("reports", "(estimated)", 999), ("reports", "(corrections)", -891),
+    ]  # fmt: skip
+    for app in ("drafts", "reports"):
+        months = rows(path, "SELECT spent_nano FROM balances WHERE scope = ? AND window = 'month' AND window_start = ?", f"app:{app}", starts(at).month)
+        assert months == [(sum(line.spent_nano for line in lines if line.app == app),)]
+
+
+def test_an_invoice_is_a_table_and_csv(path):
+    month = time.strftime("%Y-%m", time.gmtime(NOW))
+    assert f"All apps: ${spent_in(path, month):,}.00" in run(path, "--month", month, command=invoice)
+    found = list(csv.DictReader(run(path, "--month", month, "--csv", command=invoice).splitlines()))
+    assert {line["app"] for line in found} == {"drafts", "reports"}
+    assert [line["spent_dollars"] for line in found][:1] == ["16.00"]
+
+
+def spent_in(path, month):
+    return json.loads(run(path, "--month", month, "--json", command=invoice))["spent_nano"] // DOLLAR
+
+
+@pytest.mark.parametrize(("month", "sentence"), [("October", "is not a month; write one like 2026-10"), ("2999-01", "2999-01 has not begun")])
+def test_a_month_that_cannot_be_charged_is_refused(path, month, sentence):
+    done = CliRunner().invoke(invoice, ["--ledger", f"sqlite:///{path}", "--month", month])
+    assert (done.exit_code, sentence in done.output) == (2, True), done.output

@@ -10,15 +10,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from gateway_addon.ledger.reservations import zone
 
 By = Literal["app", "model", "served", "day", "token", "agent"]
 GROUPINGS: tuple[By, ...] = get_args(By)
+"""Those by which the sums of closed days are kept."""
+Key = By | Literal["team", "session", "month"]
+KEYS: tuple[Key, ...] = (*GROUPINGS, "team", "session", "month")
+UNIT = "\x1f"
+"""Between the two parts of a line's key where a report has two groupings."""
 
 REFUSAL: Literal["refusal"] = "refusal"
-Grouping = By | Literal["refusal"]
+Grouping = Key | Literal["refusal"]
 """The groupings of a report, and the refusals that each report ends with."""
 
 _KEY: dict[Grouping, str] = {
@@ -31,6 +36,9 @@ _KEY: dict[Grouping, str] = {
     "day": "day_start",
     "token": "token_id",
     "agent": "coalesce(agent_id, session_id, '(none)')",
+    "team": "coalesce(team, '(none)')",
+    "session": "coalesce(session_id, '(none)')",
+    "month": "month_start",
     "refusal": "coalesce(refusal, '')",
 }
 
@@ -62,6 +70,23 @@ SELECT key, calls, settled, refused, estimated, upstream_429, coalesce(spent_nan
   coalesce(limited_output_tokens, 0) AS limited_output_tokens
 FROM seen LEFT JOIN money USING (key) LEFT JOIN metered USING (key) ORDER BY {{order}}
 """
+
+
+class Only(NamedTuple):
+    """The calls that a report is about; None asks for nothing. `model`: asked for or served."""
+
+    app: str | None = None
+    team: str | None = None
+    model: str | None = None
+
+    @property
+    def text(self) -> str:
+        """As conditions of a statement."""
+        said = {"app": "calls.app = :app", "team": "team = :team", "model": ":model IN (model_asked, model_served)"}
+        return "".join(f" AND {said[name]}" for name, value in self._asdict().items() if value is not None)
+
+
+EVERY = Only()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +129,7 @@ class ReportLine:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    by: By
+    by: Key
     since: float
     until: float
     lines: tuple[ReportLine, ...]
@@ -114,6 +139,9 @@ class Report:
     """Calls with a token that were refused, and calls without a valid one, by code."""
     observed: tuple[tuple[str, int], ...] = ()
     """Calls that an observed rule would have refused, by code."""
+
+    then: Key | None = None
+    """A second grouping: each key has two parts."""
 
     @property
     def spent_nano(self) -> int:
@@ -125,34 +153,42 @@ class Report:
         return _sum("total", self.lines) if self.lines else ReportLine("total", *(0 for _ in _FIGURES))
 
 
-def report(db: sqlite3.Connection, by: By, *, since: float, until: float) -> Report:
-    """Report on the calls admitted from `since` to before `until`."""
-    lines = _lines(db, by, since, until)
-    before = _lines(db, by, since - (until - since), since)
-    in_order = sorted(lines, key=lambda line: (line.key,) if by == "day" else (-line.spent_nano, -line.calls, line.key))
-    spent_before = {line.key: line.spent_nano for line in before}
-    return Report(by, since, until, tuple(in_order), spent_before, _refusals(db, since, until), _observed(db, since, until))
+def report(db: sqlite3.Connection, by: Key, *, since: float, until: float, then: Key | None = None, only: Only = EVERY) -> Report:
+    """Sum the calls admitted from `since` to before `until`, by one grouping or two."""
+
+    def found(start: float, end: float) -> list[ReportLine]:
+        if then is None and only == EVERY and by in GROUPINGS:
+            return _lines(db, by, start, end)
+        return of_calls(db, by, start, end, then=then, only=only)
+
+    in_time = by in ("day", "month")
+    lines = sorted(found(since, until), key=lambda line: (line.key,) if in_time else (-line.spent_nano, -line.calls, line.key))
+    spent_before = {line.key: line.spent_nano for line in found(since - (until - since), since)}
+    refusals, observed = _refusals(db, since, until, only), _observed(db, since, until, only)
+    return Report(by, since, until, tuple(lines), spent_before, refusals, observed, then)
 
 
 _NOISE = "SELECT reason, sum(calls) FROM noise WHERE minute >= :since AND minute < :until GROUP BY reason"
 _OBSERVED = """
 SELECT flags, sum(coalesce(carried, 1)) AS calls FROM calls
-WHERE started_at >= :since AND started_at < :until AND instr(flags, 'observed:') > 0 GROUP BY flags
+WHERE started_at >= :since AND started_at < :until AND instr(flags, 'observed:') > 0 {only} GROUP BY flags
 """
 
 
-def _observed(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple[str, int], ...]:
+def _observed(db: sqlite3.Connection, since: float, until: float, only: Only) -> tuple[tuple[str, int], ...]:
     """Count the observed refusals by code, the most frequent first; read from an index of such calls alone."""
     counts: Counter[str] = Counter()
-    for row in db.execute(_OBSERVED, {"since": since, "until": until}).fetchall():
+    for row in db.execute(_OBSERVED.format(only=only.text), {"since": since, "until": until} | only._asdict()).fetchall():
         counts.update({flag.removeprefix("observed:"): int(row["calls"]) for flag in row["flags"].split() if flag.startswith("observed:")})
     return tuple(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
 
 
-def _refusals(db: sqlite3.Connection, since: float, until: float) -> tuple[tuple[str, int], ...]:
+def _refusals(db: sqlite3.Connection, since: float, until: float, only: Only) -> tuple[tuple[str, int], ...]:
     """Count the refusals by code, the most frequent first."""
-    counted = Counter({line.key: line.refused for line in _lines(db, REFUSAL, since, until) if line.refused})
-    counted.update(dict(db.execute(_NOISE, {"since": since, "until": until}).fetchall()))
+    lines = _lines(db, REFUSAL, since, until) if only == EVERY else of_calls(db, REFUSAL, since, until, only=only)
+    counted = Counter({line.key: line.refused for line in lines if line.refused})
+    if only == EVERY:  # a call without a valid token is nobody's
+        counted.update(dict(db.execute(_NOISE, {"since": since, "until": until}).fetchall()))
     return tuple(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -249,11 +285,21 @@ def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> 
     return [lines[0] if len(lines) == 1 else _sum(key, lines) for key, lines in merged.items()]
 
 
-def of_calls(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[ReportLine]:
-    """Sum the calls admitted in a span, by reading each."""
-    query = _LINES.format(key=_KEY[by], order="key", only=_REFUSED if by == REFUSAL else "")
-    rows = db.execute(query, {"since": since, "until": until}).fetchall()
-    return [_line(row, _key(db, by, row["key"])) for row in rows]
+def of_calls(
+    db: sqlite3.Connection, by: Grouping, since: float, until: float, *, then: Key | None = None, only: Only = EVERY
+) -> list[ReportLine]:
+    """Sum the calls admitted in a span, each of them read."""
+    key = _KEY[by] if then is None else f"CAST({_KEY[by]} AS TEXT) || '{UNIT}' || CAST({_KEY[then]} AS TEXT)"
+    query = _LINES.format(key=key, order="key", only=only.text + (f" {_REFUSED}" if by == REFUSAL else ""))
+    rows = db.execute(query, {"since": since, "until": until} | only._asdict()).fetchall()
+    return [_line(row, _named(db, by, then, row["key"])) for row in rows]
+
+
+def _named(db: sqlite3.Connection, by: Grouping, then: Key | None, key: object) -> str:
+    if then is None:
+        return _key(db, by, key)
+    first, _, second = str(key).rpartition(UNIT)
+    return f"{_key(db, by, first)}{UNIT}{_key(db, then, second)}"
 
 
 def _sum(key: str, lines: Iterable[ReportLine]) -> ReportLine:
@@ -264,9 +310,11 @@ def _key(db: sqlite3.Connection, by: Grouping, key: object) -> str:
     """Return a group's name for people. Called once a group: the rows are many."""
     match by:
         case "day":
-            return datetime.fromtimestamp(cast(int, key), zone(db)).strftime("%Y-%m-%d")
+            return datetime.fromtimestamp(int(cast(int, key)), zone(db)).strftime("%Y-%m-%d")
+        case "month":
+            return datetime.fromtimestamp(int(cast(int, key)), zone(db)).strftime("%Y-%m")
         case "token":
-            return str((db.execute(_TOKEN, (key,)).fetchone() or (f"#{key}",))[0])
+            return str((db.execute(_TOKEN, (int(cast(int, key)),)).fetchone() or (f"#{key}",))[0])
         case _:
             return str(key)
 

@@ -1,0 +1,45 @@
+"""What to charge on for a month: each app's spending by model, with every kind of token. Read-only; it sums to the balances, to the nano.
+
+A bill's parts sum to its settlement; what was corrected later is a line of its own. What calls in flight hold is not charged.
+"""
+
+import sqlite3
+from typing import NamedTuple
+
+CORRECTIONS = "(corrections)"
+ESTIMATES = "(estimated)"
+"""What of a settlement no part of an answer explains: calls booked at what they held."""
+
+
+class InvoiceLine(NamedTuple):
+    """One model's part of one app's month."""
+
+    app: str
+    model: str
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_5m_tokens: int
+    cache_write_1h_tokens: int
+    cache_write_unsplit_tokens: int
+    web_searches: int
+    spent_nano: int
+
+
+_KINDS = InvoiceLine._fields[2:-2]
+_LINES = f"""
+SELECT calls.app, coalesce(usage.model, '{ESTIMATES}') AS model, {", ".join(f"sum({name}) AS {name}" for name in _KINDS)},
+  sum(web_search_requests) AS web_searches, sum(nano) AS spent_nano
+FROM calls CROSS JOIN usage ON usage.call_id = calls.id WHERE started_at >= :since AND started_at < :until GROUP BY 1, 2
+UNION ALL
+SELECT calls.app, '{CORRECTIONS}', {", ".join("0" for _ in _KINDS)}, 0, sum(spent_nano)
+FROM calls CROSS JOIN entries ON entries.call_id = calls.id
+WHERE started_at >= :since AND started_at < :until AND kind = 'adjust' GROUP BY 1
+ORDER BY 1, spent_nano DESC, 2
+"""
+
+
+def invoice(db: sqlite3.Connection, *, since: float, until: float) -> list[InvoiceLine]:
+    """Return the lines of the calls admitted from `since` to before `until`, an app's dearest model first."""
+    rows = db.execute(_LINES, {"since": since, "until": until}).fetchall()
+    return [InvoiceLine(*row) for row in rows if row["spent_nano"] or any(row[name] for name in _KINDS)]
