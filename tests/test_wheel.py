@@ -93,9 +93,9 @@ def machine(tmp_path_factory):
 
 
 def test_the_wheel_holds_every_file_of_the_package(machine):
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "gateway_addon"]
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "gateway_addon", "policies/examples"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    there = {name for name in names if name and (ROOT / name).exists()}
+    there = {re.sub("^policies/", "gateway_addon/policy/", name) for name in names if name and (ROOT / name).exists()}
     held = set(zipfile.ZipFile(machine.wheel).namelist())
     assert there - held == set()
     assert {name for name in held if not name.startswith("gateway_addon-")} - there == set()
@@ -130,6 +130,8 @@ async def test_its_commands_work_where_there_is_no_clone(machine):
     assert (made.returncode, made.stderr) == (0, "")
     shown = machine.run("gateway", "docs", "running")
     assert (shown.returncode, shown.stdout) == (0, (ROOT / "gateway_addon/docs/running.md").read_text())
+    added = machine.run("gateway", "app", "add", "claude-code", "--from", "claude-code")
+    assert (added.returncode, added.stderr) == (0, "")
     where = json.loads(machine.run("python", "-m", "gateway_addon", "where", "--json").stdout)
     assert [where[name]["place"] for name in ("policies", "ledger")] == [str(home / ".config/gateway/policies"), str(home / ".local/share/gateway/gateway.db")]
     script = machine.run("python", "-c", "import gateway_addon; print(gateway_addon.__path__[0])").stdout.strip() + "/addon.py"

@@ -1,4 +1,4 @@
-"""`gateway app list|show`: the apps of the policy files and of the ledger, each on one screen."""
+"""`gateway app list|show|add`: the apps of the policy files and of the ledger, each on one screen; a file for one more."""
 
 import json
 import time
@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from gateway_addon.cli.caps import caps_table, standing_rows
 from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
+from gateway_addon.cli.init import app_name, write_new
 from gateway_addon.cli.scopes import known_apps, must_know
 from gateway_addon.cli.times import shown
 from gateway_addon.ledger import LedgerUnavailable, Standing, admin, app_scope, scopes, state
@@ -19,7 +20,9 @@ from gateway_addon.ledger.reservations import standing, zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
 from gateway_addon.names import safe_name
+from gateway_addon.operations.places import examples_folder
 from gateway_addon.policy import Outline, PolicyError, load, outline
+from gateway_addon.pricing import PriceError
 from gateway_addon.windows import starts
 
 CALLS_SHOWN = 8
@@ -116,6 +119,27 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
             for each in calls
         ]
         click.echo(f"\n{tabulate(lines, headers=('call', 'when', 'model', 'state', 'spent'), disable_numparse=True)}")
+
+
+@app.command(epilog="Example: gateway app add claude-code --from claude-code")
+@click.argument("name", metavar="APP")
+@click.option("--from", "example", required=True, help="The example to copy: claude-code, experiments, pipeline, reviews.")
+@policies_option
+@says_errors(PolicyError, PriceError, OSError)
+def add(name: str, example: str, policies: Path) -> None:
+    """Write policies/apps/APP.yaml from an example. A file that exists is kept; what does not come into force is not left there."""
+    found = {path.stem: path for path in sorted((examples_folder() / "apps").glob("*.yaml"))}
+    if example not in found:
+        raise click.UsageError(f"There is no example {example!r}; the examples: {', '.join(found) or 'none on this machine'}.")
+    path = policies / "apps" / f"{app_name(name)}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if write_new(path, found[example].read_text(encoding="utf-8")):
+        try:
+            load(policies)
+        except (PolicyError, PriceError):
+            path.unlink()
+            raise
+    click.echo(f"\nNext: gateway token issue {name}")
 
 
 def _row(

@@ -9,6 +9,7 @@ import click
 from tabulate import tabulate
 
 from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop
+from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.cli.times import day
 from gateway_addon.http_client import Egress, Unanswered, ask, whole
 from gateway_addon.ledger import LedgerUnavailable, admin
@@ -41,6 +42,7 @@ def check(
     elif running:
         _compare(directory or policies, listen, as_json=as_json)
     else:
+        must_have_policies(directory or policies, ledger)
         _show(load(directory or policies), as_json=as_json)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors, status
+from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import sqlite_files
@@ -27,6 +28,7 @@ def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
 
     Exits 1 and names what is wrong.
     """
+    must_have_policies(policies, ledger)
     path = sqlite_files.ledger_path(ledger)
     checks = [check_ledger(path, now=time.time())]
     if not isinstance(path, ServerAddress):

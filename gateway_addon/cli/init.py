@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
-from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
+from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.store.sqlite_files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.operations import deploy
@@ -71,11 +71,11 @@ def init(
         click.echo(deploy.unit(str(clone_folder() or sys.prefix), sys.executable) if is_unit else deploy.text(asked[0]), nl=False)
         return
     place, has_gateway = ledger_path(ledger), (policies / "gateway.yaml").exists()
-    wants_app = app is not None or not any((policies / "apps").glob("*.yaml")) or _is_new_clone(policies, place)
-    name, month_nano, key = _name(app or "app"), parse_nano("$20"), _source("env ANTHROPIC_API_KEY")
+    wants_app = app is not None or not any((policies / "apps").glob("*.yaml"))
+    name, month_nano, key = app_name(app or "app"), parse_nano("$20"), _source("env ANTHROPIC_API_KEY")
     if not yes:
         if app is None and wants_app:
-            name = click.prompt("What is your first app called?", default=name, value_proc=_name)
+            name = click.prompt("What is your first app called?", default=name, value_proc=app_name)
         if wants_app:
             month_nano = click.prompt("What may it spend in a month?", default=dollars(month_nano, 0), value_proc=_amount)
         if not has_gateway:
@@ -86,7 +86,7 @@ def init(
         texts[policies / "apps" / f"{name}.yaml"] = APP.format(app=name, day=dollars(month_nano // 10, 0), month=dollars(month_nano, 0))
     (policies / "apps").mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
-        _write(path, text)
+        write_new(path, text)
     if isinstance(place, Path) and place.exists():
         with admin.reading(place, as_it_is=True):
             click.echo(f"kept   {place}")
@@ -99,27 +99,22 @@ def init(
     click.echo(f"\nNext: gateway token issue {first}   then: gateway serve")
 
 
-def _is_new_clone(policies: Path, ledger: Path | ServerAddress) -> bool:
-    """True where only the examples of the repository are there. (A service runs `init --yes` at each start, on policies of its own.)"""
-    clone = clone_folder()
-    return clone is not None and policies == clone / "policies" and isinstance(ledger, Path) and not ledger.exists()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is not there yet; `x` makes that certain."""
+def write_new(path: Path, text: str) -> bool:
+    """Write a file that is not there yet (`x` makes that certain); returns whether it was not there. Says which."""
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         click.echo(f"kept   {path}")
-    else:
-        click.echo(f"wrote  {path}")
+        return False
+    click.echo(f"wrote  {path}")
+    return True
 
 
 # An answer's value. Raises UsageError with a sentence, after which click asks again.
 
 
-def _name(text: str) -> str:
+def app_name(text: str) -> str:
     if re.fullmatch(NAME, text) is None:
         raise click.UsageError(f"{text!r} cannot be an app's name; use lower-case letters, digits, - and _")
     return text

@@ -4,10 +4,31 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-from gateway_addon.ledger import admin, app_scope, team_scope
+from gateway_addon.cli.common import stop
+from gateway_addon.ledger import LedgerUnavailable, admin, app_scope, team_scope
 from gateway_addon.ledger.reports.day_cache import ReadConnection
+from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import TOTAL
+from gateway_addon.operations.places import clone_folder
 from gateway_addon.policy import Outline, outline
+
+GIT_RESTORE = """If git pull took the policies away (they are no longer tracked), this brings them back:
+  git restore --source=ORIG_HEAD policies/gateway.yaml policies/apps"""
+
+
+def must_have_policies(policies: Path, ledger: str) -> None:
+    """End the command where gateway.yaml is gone and the ledger knows apps: an upgrade of a clone once took tracked policies away."""
+    if (policies / "gateway.yaml").exists():
+        return
+    try:
+        with admin.reading(ledger_path(ledger)) as db:
+            apps = admin.apps(db)
+    except (LedgerUnavailable, ValueError):  # no ledger that could know any: what is missing is said by whoever reads it
+        return
+    if apps:
+        clone = clone_folder()
+        back = GIT_RESTORE if clone and policies.absolute() == clone / "policies" else "Put its files back, from your backup of them."
+        stop(f"{policies / 'gateway.yaml'} is not there, and the ledger knows the apps {', '.join(apps)}. {back}")
 
 
 def known_apps(db: ReadConnection, policies: Path) -> list[str]:

@@ -11,6 +11,7 @@ import click
 from argon2 import PasswordHasher
 
 from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, stop
+from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.operations.tracing import OtelMissing
 from gateway_addon.policy import PolicyError, load
@@ -75,6 +76,8 @@ def serve(
 ) -> None:
     """Run the gateway: a reverse proxy that admits, caps, meters and records every call to the Claude API."""
     conceal()
+    if socket_fd is None:
+        must_have_policies(policies, ledger)
     with _listener(listen, policies, insecure_listen, socket_fd) as listener:
         host, port = listener.getsockname()[:2]
         if workers == 1 or socket_fd is not None:
@@ -113,6 +116,7 @@ def web(
     message. It keeps every flow in memory, prompts and answers too: not for production.
     """
     conceal()
+    must_have_policies(policies, ledger)
     with _listener(listen, policies, insecure_listen, None) as listener:
         password = secrets.token_urlsafe(24)
         click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")

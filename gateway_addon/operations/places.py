@@ -32,6 +32,12 @@ def clone_folder() -> Path | None:
     return folder if (folder / "pyproject.toml").exists() and (folder / "run.sh").exists() else None
 
 
+def examples_folder() -> Path:
+    """Return the folder of the commented example policies: the clone's, or the copy that came with the package."""
+    clone = clone_folder()
+    return clone / "policies" / "examples" if clone else Path(__file__).resolve().parents[1] / "policy" / "examples"
+
+
 def places() -> Places:
     """Return where policies and ledger lie by default. Raises PlacesUnclear."""
     if clone := clone_folder():

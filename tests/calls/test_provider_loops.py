@@ -21,7 +21,7 @@ from gateway_addon.simulator import Behaviour, Simulator
 
 DOLLAR = 1_000_000_000
 HAIKU = "claude-haiku-4-5"
-POLICIES = Path(__file__).parents[2] / "policies"
+POLICIES = Path(__file__).parents[2] / "policies" / "examples"
 SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
 POLICY = """
 models: {allow: [claude-opus-5-5]}

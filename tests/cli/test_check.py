@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from gateway_addon.cli.check import check
 
-SHIPPED = str(Path(__file__).parents[2] / "policies")
+SHIPPED = str(Path(__file__).parents[2] / "policies" / "examples")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from gateway_addon.simulator import Behaviour, Simulator
 pytestmark = pytest.mark.npm
 
 PACKAGE = "@anthropic-ai/claude-code@2.1.330"
-SHIPPED = (Path(__file__).parents[2] / "policies" / "apps" / "claude-code.yaml").read_text()
+SHIPPED = (Path(__file__).parents[2] / "policies" / "examples" / "apps" / "claude-code.yaml").read_text()
 SESSIONS = ("11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222")
 
 

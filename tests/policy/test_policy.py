@@ -1,6 +1,7 @@
 """Policy files and the rules that they make: errors to the line, deny by default, every model and feature judged."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ from gateway_addon.refusals import stated
 
 PRICES = pricing.load(None, None)
 FILE = "policies/apps/reports.yaml"
-SHIPPED = Path(__file__).parents[2] / "policies"
+SHIPPED = Path(__file__).parents[2] / "policies" / "examples"
 PLAIN: dict[str, Any] = {"model": "claude-haiku-4-5", "max_tokens": 16, "messages": [{"role": "user", "content": "hello"}]}
 LEAST = "models: {allow: [claude-haiku-4-5*]}\ncaps: unlimited\n"
 ALIASES = "caps: unlimited\nmodels:\n  allow: [claude-haiku-4-5]\n  aliases: {"
@@ -45,7 +46,7 @@ def test_the_shipped_policies_are_in_force_as_they_are():
     loaded = policy.load(SHIPPED)
     assert set(loaded.apps) == {"reviews", "pipeline", "experiments", "claude-code"}
     assert loaded.apps["claude-code"].unknown_fields == "pass"
-    assert policy.caps(loaded, loaded.apps["pipeline"]) == (
+    assert policy.caps(loaded, replace(loaded.apps["pipeline"], team="content")) == (
         Cap("total", "day", 40_000_000_000),
         Cap("total", "month", 600_000_000_000),
         Cap("team:content", "month", 200_000_000_000),

@@ -15,7 +15,7 @@ from gateway_addon.policy.keys import APP, FEATURES, GATEWAY
 from gateway_addon.policy.kinds import REQUIRED, Key
 from gateway_addon.policy.reference import reference
 
-SHIPPED = Path(__file__).parents[2] / "policies"
+SHIPPED = Path(__file__).parents[2] / "policies" / "examples"
 
 
 def printed(file: str) -> dict[str, Any]:

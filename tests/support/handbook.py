@@ -24,6 +24,9 @@ STAYS = re.compile(r"(?:\./run\.sh|gateway) (serve|web|console)\b|\.venv/bin/(mi
 """The beginning of a command that runs until it is stopped."""
 
 
+UPSTREAM = "upstream: https://api.anthropic.com"
+
+
 class Block(NamedTuple):
     language: str
     text: str
@@ -71,8 +74,8 @@ class Terminal:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ANTHROPIC_", "GATEWAY_")) and name != "TOKEN"}
         address = f"127.0.0.1:{self._ports['8080']}"
         self._environment = inherited | {"GATEWAY_LISTEN": address, "PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(folder)}
-        policy = self.root / "policies" / "gateway.yaml"
-        policy.write_text(policy.read_text().replace("upstream: https://api.anthropic.com", f"upstream: {api.url}"))
+        self._git("init", "-q")
+        self._git("add", "--all")
         self._serving: subprocess.Popen[str] | None = None
 
     async def play(self, typed: Iterable[Block]) -> int:
@@ -108,7 +111,17 @@ class Terminal:
             subprocess.run, ["bash", "-ec", wrapped], cwd=self.root, env=self._environment, input=stdin, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, (script, done.stdout[-2000:], done.stderr[-2000:])
+        policy = self.root / "policies" / "gateway.yaml"
+        if policy.exists() and UPSTREAM in (text := policy.read_text()):
+            policy.write_text(text.replace(UPSTREAM, f"upstream: {self._api.url}"))
         return done.stdout
+
+    def _git(self, *arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=self.root, check=True, capture_output=True, text=True).stdout
+
+    def changed(self) -> str:
+        """What git would show of the clone that was not there at the start: one line for each file."""
+        return "".join(line for line in self._git("status", "--porcelain").splitlines(keepends=True) if not line.startswith("A  "))
 
     async def _start(self, command: str, kind: str) -> None:
         """Start what stays; `serve` goes on, the others are stopped when they answer."""

@@ -113,7 +113,7 @@ async def test_after_a_move_every_command_names_the_new_place(source, target):
     move(source, target)
     with pytest.raises(LedgerUnavailable, match=rf"was moved to {target}"):
         await Ledger.open(f"sqlite:///{source}")
-    for typed in (["token", "issue", "reviews", "--policies", str(ROOT / "policies")], ["report"], ["backup", str(source.with_name("copy.db"))]):
+    for typed in (["token", "issue", "reviews", "--policies", str(ROOT / "policies" / "examples")], ["report"], ["backup", str(source.with_name("copy.db"))]):
         done = CliRunner().invoke(main, [*typed, "--ledger", f"sqlite:///{source}"])
         assert (done.exit_code, "was moved to" in done.output) == (2, True)
     with closing(sqlite3.connect(source)) as db:
