@@ -72,7 +72,14 @@ def error_event(error_type: str, sentence: str) -> bytes:
 def _amounts(standing: Standing) -> dict[str, Any]:
     """Return a cap's amounts for programs, each in nano-dollars and as dollars."""
     free_nano = None if standing.cap_nano is None else max(0, standing.cap_nano - standing.spent_nano - standing.reserved_nano)
-    amounts = {"cap": standing.cap_nano, "spent": standing.spent_nano, "held": standing.reserved_nano, "free": free_nano}
+    amounts = {
+        "cap": standing.cap_nano,
+        "raised": standing.raised_nano,
+        "limit": standing.limit_nano,
+        "spent": standing.spent_nano,
+        "held": standing.reserved_nano,
+        "free": free_nano,
+    }
     return {
         "window": standing.window,
         "resets_at": standing.resets_at,

@@ -35,6 +35,7 @@ class Account:
     raised_nano: int
     resets_at: int | None
     scale_nano: int
+    is_limited: bool = False
 
     @property
     def free_nano(self) -> int | None:
@@ -167,7 +168,7 @@ def _account(standing: Standing, largest_nano: int) -> Account:
     scale = standing.cap_nano if standing.cap_nano is not None else max(largest_nano, standing.spent_nano + standing.reserved_nano)
     return Account(
         standing.scope, standing.window, standing.spent_nano, standing.reserved_nano, standing.cap_nano, standing.raised_nano,
-        standing.resets_at, scale,
+        standing.resets_at, scale, standing.is_limited,
     )  # fmt: skip
 
 

@@ -77,6 +77,8 @@ def _cap(cap: Cap, bound: Quote, standing: Standing | None) -> dict[str, Any]:
     return {
         "cap": f"{cap.scope} {cap.window}",
         "amount": dollars(amount_nano),
+        "raised": dollars(standing.raised_nano) if standing and standing.raised_nano else None,
+        "limit": dollars(standing.limit_nano) if standing and standing.limit_nano is not None else None,
         "spent": dollars(standing.spent_nano) if standing else None,
         "held": dollars(standing.reserved_nano) if standing else None,
         "fits": bound.total_nano <= left_nano,

@@ -9,9 +9,11 @@ from click.testing import CliRunner, Result
 from gateway import APP, write_policies
 from ledgers import CALL, Cap
 
+from gateway_addon.calls.responses import me
 from gateway_addon.cli import main
 from gateway_addon.ledger import Reserved, admin, reservations
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.policy import caps, load
 
 DOLLAR = 1_000_000_000
 REPORTS = "models: {allow: [claude-haiku-4-5]}\nteam: batch\ncaps: {request: $1, day: $10}\n"
@@ -52,9 +54,9 @@ def told(line: str) -> dict:
 
 def hold(here: Path, nano: int) -> bool:
     """Whether a call of `reports` that costs so much is let in now."""
-    caps = [Cap("app:reports", "day", 10 * DOLLAR), Cap("team:batch", "day", 20 * DOLLAR), Cap("total", "day", 40 * DOLLAR)]
+    judged = [Cap("app:reports", "day", 10 * DOLLAR), Cap("team:batch", "day", 20 * DOLLAR), Cap("total", "day", 40 * DOLLAR)]
     with admin.changing(here / "gateway.db") as db:
-        return isinstance(reservations.reserve(db, "me", CALL, nano, caps, now=time.time()), Reserved)
+        return isinstance(reservations.reserve(db, "me", CALL, nano, judged, now=time.time()), Reserved)
 
 
 def test_a_mistyped_raise_is_replaced_or_withdrawn(here):
@@ -184,6 +186,19 @@ def test_an_apps_screen_shows_policy_caps_tokens_and_calls(here):
     shown = gateway("app show reports").output
     for part in ("reports, team batch", "may use claude-haiku-4-5", "paused (app:reports) until 2099-07-01 00:00 CEST: loop", "Tokens: 1 last used"):
         assert part in shown
-    caps = {(each["scope"], each["window"]): (each["in_force_nano"], each["held_nano"]) for each in told("app show reports")["caps"]}
-    assert caps == {("app:reports", "day"): (10 * DOLLAR, DOLLAR), ("team:batch", "day"): (3 * DOLLAR, DOLLAR), ("total", "day"): (40 * DOLLAR, DOLLAR)}
+    stands = {(each["scope"], each["window"]): (each["in_force_nano"], each["held_nano"]) for each in told("app show reports")["caps"]}
+    assert stands == {("app:reports", "day"): (10 * DOLLAR, DOLLAR), ("team:batch", "day"): (3 * DOLLAR, DOLLAR), ("total", "day"): (40 * DOLLAR, DOLLAR)}
     assert [(each["app"], each["state"], each["tokens"]) for each in told("app list")] == [("app", "in force", 0), ("reports", "paused", 1)]
+
+
+def test_explain_and_me_say_raise_and_limit(here):
+    gateway("cap raise reports day 5 --until 12h")
+    gateway("cap limit reports day 1")
+    (here / "request.json").write_text('{"model": "claude-haiku-4-5", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}')
+    [own] = [each for each in told("explain request.json --app reports")["caps"] if each["cap"] == "app:reports day"]
+    assert (own["amount"], own["raised"], own["limit"]) == ("$1.00", "$5.00", "$1.00")
+    policy = load(here / "policies")
+    with admin.reading(here / "gateway.db") as db:
+        stands = reservations.standing(db, ["app:reports"], caps(policy, policy.apps["reports"]), now=time.time())
+    [day] = [each for each in me(policy.apps["reports"], stands).body["windows"] if each["window"] == "day"]
+    assert (day["cap"], day["raised"], day["limit"], day["limit_nano"]) == ("$1.00", "$5.00", "$1.00", DOLLAR)
