@@ -195,22 +195,25 @@ async def assembled(
         Certificate().context(policy.tls)
     key()  # a missing key is said now, not to the first caller
     ledger = await Ledger.open(ledger_url)
-    await must_agree(ledger, policy)
-    await align(ledger, policy, saved_by(policies))
-    await audit_key(ledger, key)
-
-    def webhook(source: Source) -> str:
-        return WatchedSecret(source, withheld=policy.secret_variables)()
-
-    alert_delivery = AlertDelivery(ledger, webhook, time.time, partial(egress, policy, os.environ))
-    gateway = Gateway(ledger, policy, SYSTEM, alert_delivery.emit, endpoint_prefix, on_call)
-    refused = asyncio.Event()
-    addon = make(gateway, key, key_refused=refused.set)
-    watcher = PolicyWatcher(policies, gateway, key)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, watcher.read_again)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    poller = BatchPoller(ledger, lambda: gateway.policy, lambda path: ask(policy.upstream, path, key(), addon.egress), gateway.batch_closed)
     try:
+        await must_agree(ledger, policy)
+        await align(ledger, policy, saved_by(policies))
+        await audit_key(ledger, key)
+
+        def webhook(source: Source) -> str:
+            return WatchedSecret(source, withheld=policy.secret_variables)()
+
+        alert_delivery = AlertDelivery(ledger, webhook, time.time, partial(egress, policy, os.environ))
+        gateway = Gateway(ledger, policy, SYSTEM, alert_delivery.emit, endpoint_prefix, on_call)
+        refused = asyncio.Event()
+        addon = make(gateway, key, key_refused=refused.set)
+        addon.egress = egress(policy, os.environ)
+        watcher = PolicyWatcher(policies, gateway, key)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, watcher.read_again)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        poller = BatchPoller(
+            ledger, lambda: gateway.policy, lambda path: ask(policy.upstream, path, key(), addon.egress), gateway.batch_closed
+        )
         async with jobs.running(
             (top_ups.LOOK_AT_LEASE_S, "streams without a ledger", gateway.streams.keep_to_the_lease),
             (top_ups.TOP_UP_EVERY_S, "running streams", gateway.streams.keep_topped_up),
@@ -232,14 +235,11 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     Raises ValueError for an option that mitmproxy does not have, or that would open a way around the gateway.
     """
     opts = options.Options()
-    addon.egress = egress(policy, os.environ)
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
         "mode": [reverse(policy.upstream)],
         "listen_host": settings.host,
         "listen_port": settings.port,
-        "ssl_verify_upstream_trusted_ca": addon.egress.ca_file,
-        "ssl_verify_upstream_trusted_confdir": addon.egress.ca_folder,
     }
     if settings.web_port is None:
         master: Master = LeanMaster(opts)
@@ -266,9 +266,12 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
 
 
 def hardened(opts: options.Options, policy: GatewayPolicy) -> dict[str, Any]:
-    """mitmproxy's options as every gateway needs them, of those that this master has."""
+    """mitmproxy's options as every gateway needs them, of those that this master has: bounds, timeouts and whom to trust upstream."""
     longest_s = max(policy.timeouts.first_byte_s, policy.timeouts.silence_s) + 60
     wanted = REQUIRED_OPTIONS | {"body_size_limit": str(BODY_BYTES_MAX), "tcp_timeout": int(longest_s)}
+    way = egress(policy, os.environ)
+    trust = {"ssl_verify_upstream_trusted_ca": way.ca_file, "ssl_verify_upstream_trusted_confdir": way.ca_folder}
+    wanted |= {name: place for name, place in trust.items() if place is not None}
     return {name: value for name, value in wanted.items() if name in opts}
 
 

@@ -1,6 +1,7 @@
 """A gateway for tests: the real addon in a real mitmproxy, in this event loop, in front of the simulated API."""
 
 import asyncio
+import os
 import ssl
 import textwrap
 import time
@@ -28,6 +29,7 @@ from gateway_addon.proxy.server import build
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.simulator import KEY, Simulator
 from gateway_addon.upstreams.credentials import WatchedSecret
+from gateway_addon.upstreams.egress import egress
 
 AUTHORITIES = ssl.create_default_context()
 """For every client: reading them costs as much as a gateway's start."""
@@ -140,6 +142,7 @@ async def gateway(
     loaded = load(policies) if lag_s is None else with_lag(load(policies), lag_s)
     gateway = Gateway(ledger, loaded, clocks, endpoint_prefix=endpoint_prefix, on_call=on_call)
     addon = make(gateway, WatchedSecret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), clocks)
+    addon.egress = egress(loaded, os.environ)
     master = build(Settings("127.0.0.1", 0, policies, url, **(settings or {})), loaded, addon)
     prepare(master)
     streams = (top_ups.LOOK_AT_LEASE_S, "lease", gateway.streams.keep_to_the_lease), (top_ups.TOP_UP_EVERY_S, "top-ups", gateway.streams.keep_topped_up)

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import anthropic
 import pytest
 from gateway import APP, gateway, write_policies
+from ledgers import new_file
+from mitmproxy import options
 from sealed import sealed
 from tunnel import PASSWORD, proxy
 
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.policy.model import EgressPolicy
+from gateway_addon.proxy.server import assembled, hardened
 from gateway_addon.simulator import KEY, Behaviour
 from gateway_addon.upstreams.client import ask
 from gateway_addon.upstreams.egress import egress
@@ -35,7 +38,7 @@ async def test_calls_and_own_questions_go_through_the_proxy(tmp_path, monkeypatc
                 await client.messages.create(**HELLO)
             assert cut.value.status_code == 504, "a call in a tunnel that is used again can be cut"
             far.api.behaviour = Behaviour()
-            way = gw.addon.way
+            way = gw.addon.egress
             assert await asyncio.to_thread(status, far.url, way) == 200
         assert [head.split()[:2] for head in heads] == [["CONNECT", far.url.removeprefix("https://")]] * len(heads)
         assert len(heads) == 2
@@ -100,3 +103,14 @@ def test_a_proxy_in_the_policy_is_an_address_without_a_password(tmp_path, value)
     with pytest.raises(PolicyError, match=r"gateway\.yaml:\d+: egress\.proxy: ") as refused:
         load(policies)
     assert PASSWORD not in str(refused.value)
+
+
+async def test_every_start_takes_the_policys_way_out(tmp_path, monkeypatch):
+    """`serve`, and a person's own mitmdump, which builds its master by itself."""
+    monkeypatch.setenv("SIMULATED_KEY", KEY)
+    async with sealed(tmp_path) as far:
+        way_out = f"egress: {{proxy: 'http://127.0.0.1:3128', ca: {far.ca}}}"
+        policies = write_policies(tmp_path / "policies", far.url, {"app": APP}, way_out)
+        async with assembled(policies, f"sqlite:///{new_file(tmp_path)}") as (policy, _, addon):
+            assert addon.egress.proxy == ("127.0.0.1", 3128)
+        assert hardened(options.Options(), policy)["ssl_verify_upstream_trusted_ca"] == str(far.ca)
