@@ -112,6 +112,9 @@ case "${1:-serve}" in
   *)
     prepare requirements.lock
     if [ $# -eq 0 ]; then set -- serve; fi
+    case "$0" in */*) typed="$0" ;; *) typed="./$0" ;; esac
+    case "$typed" in *[{}]*) typed="./run.sh" ;; esac  # sentences have places in braces
+    export GATEWAY_COMMAND="$(printf %q "$typed")"  # hints name the command that was typed
     # -O leaves out mitmproxy's checks of its own types at every message: an eighth of all that a call costs.
     exec "$venv/bin/python" -O -m gateway_addon "$@"
     ;;

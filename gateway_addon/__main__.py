@@ -1,3 +1,4 @@
 from gateway_addon.cli import main
+from gateway_addon.names import PROGRAM
 
-main(prog_name="gateway")
+main(prog_name=PROGRAM)

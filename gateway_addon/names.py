@@ -1,12 +1,16 @@
 """Names that somebody else chose (a client's model, session and agent; an answer's model, stop reason, tier and request id), as they
-are kept and shown. Pure.
+are kept and shown; and the one by which this program was called. Pure, but for the environment that says that one.
 
 Promises one rule for all of them: at most `NAME_CHARS_MAX` characters, with a visible end where more was cut off; nothing that a
 terminal obeys, a line cannot hold or a database refuses; and no token that was pasted in the wrong place. The work is bounded by
 that length, however long a name came.
 """
 
+import os
 import re
+
+PROGRAM = os.environ.get("GATEWAY_COMMAND", "gateway")
+"""This program as the person types it who started it: `run.sh` says how it was called, elsewhere it is installed. Hints begin with it."""
 
 TOKEN_PREFIX = "gwt_"
 TOKEN_PATTERN = re.compile(r"gwt_[0-9A-Za-z]{1,64}")

@@ -43,7 +43,7 @@ LIBRARIES = {
 EDGES = {"addon", "cli", "console", "demo", "operations", "onboarding", "proxy", "upstreams", "simulator", "ledger", "clocks"}
 """Rooms with modules that may read the clock, the environment and files."""
 OUTSIDE = {"time", "os", "pathlib", "io", "tempfile", "shutil", "socket", "subprocess"}
-MAY_LOOK_OUTSIDE = {"policy.loading", "pricing.loading", "calls.judging_process", "http_client"}
+MAY_LOOK_OUTSIDE = {"names", "policy.loading", "pricing.loading", "calls.judging_process", "http_client"}
 """Modules of pure rooms that load files, start a process or ask over the network, and do nothing else."""
 
 

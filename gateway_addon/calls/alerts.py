@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from gateway_addon.ledger import Alert, Facts, Resolution, Standing, app_scope
 from gateway_addon.money import cents
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy import Alerts, GatewayPolicy, Retiring, Source
 
 THRESHOLDS_PERCENT = (50, 80, 95, 100)  # where the policy does not say
@@ -62,7 +63,7 @@ def overrun(app: str, model: str, call_id: int, bill: Resolution, now: float) ->
     """Return the alert for a call that cost more than was held for it. Once a day for an app and model: later ones say nothing new."""
     sentence = (
         f"a call of app {app} cost {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: {model} passed its "
-        f"declared pace. It is reserved whole until: gateway overrun clear {model}"
+        f"declared pace. It is reserved whole until: {PROGRAM} overrun clear {model}"
     )
     facts: Facts = {"model": model, "call_id": call_id, "spent_nano": bill.spent_nano, "held_nano": bill.held_nano}
     return Alert("overrun", app_scope(app), f"{model} {int(now) // DAY_S}", sentence, facts)
@@ -90,7 +91,7 @@ def batch_overrun(app: str, batch_id: str, call_id: int, bill: Resolution, now: 
 
 def drift(app: str, asked: str, served: str, call_id: int, now: float) -> Alert:
     """Return the alert for another model's answer to an app whose policy demands the one it asks for. Once a day for each pair."""
-    sentence = f"app {app} asked for {asked} and {served} answered (call {call_id}): gateway report --by served shows since when"
+    sentence = f"app {app} asked for {asked} and {served} answered (call {call_id}): {PROGRAM} report --by served shows since when"
     facts: Facts = {"asked": asked, "served": served, "call_id": call_id}
     return Alert("drift", app_scope(app), f"{asked} {served} {int(now) // DAY_S}", sentence, facts)
 
@@ -127,7 +128,7 @@ def policy_broken(problem: str, digest: str, now: float) -> Alert:
     """Return the alert for a saved policy that is not in force, with the place alone: `problem` may quote a mistyped secret."""
     place = re.match(r"\S+:\d+", problem)
     where = place[0] if place else "policies"
-    sentence = f"a saved policy is not in force ({where}); what was before it still is. What is wrong: gateway check"
+    sentence = f"a saved policy is not in force ({where}); what was before it still is. What is wrong: {PROGRAM} check"
     return Alert("policy", "total", f"{where} {int(now) // HOUR_S}", sentence, {"place": where, "in_force": digest[:12]})
 
 

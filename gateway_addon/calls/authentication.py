@@ -11,6 +11,7 @@ from gateway_addon.calls.refusal_messages import elsewhere, in_force, paused
 from gateway_addon.identity import tokens
 from gateway_addon.identity.client_address import within
 from gateway_addon.ledger import Token, TokenLookup, scopes
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy import AppPolicy, GatewayPolicy
 from gateway_addon.refusals import Refusal
 
@@ -60,7 +61,7 @@ def judge_caller(found: TokenLookup, address: str | None, headers: Headers, poli
         return Rejected(token)
     app = policy.apps.get(token.app)
     if app is None:
-        sentence = f"App {token.app} has a token but no policy: write policies/apps/{token.app}.yaml (gateway init shows one)."
+        sentence = f"App {token.app} has a token but no policy: write policies/apps/{token.app}.yaml ({PROGRAM} init shows one)."
         return Rejected(Refusal("app_unknown", sentence), token)
     pause = next((each for each in found.pauses if each.scope in scopes(app.name, app.team)), None)
     if pause is not None:

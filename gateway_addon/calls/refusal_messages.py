@@ -13,6 +13,7 @@ from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
 from gateway_addon.identity.tokens import ISSUE
 from gateway_addon.ledger import Denied, Pause, Standing, Token
 from gateway_addon.money import cents, dollars
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy import AppPolicy
 from gateway_addon.refusals import Refusal
 from gateway_addon.upstreams.rate_limits import Shortage
@@ -63,9 +64,9 @@ def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, quote: Qu
     kind, _, name = standing.scope.partition(":")
     whom = f"{name or kind}" if kind != "team" else standing.scope
     if standing.is_limited:
-        way_out = f"the operator's limit holds (gateway cap list), and gateway cap limit {whom} {standing.window} --lift takes it away"
+        way_out = f"the operator's limit holds ({PROGRAM} cap list), and {PROGRAM} cap limit {whom} {standing.window} --lift takes it away"
     else:
-        way_out = f"gateway cap raise {whom} {standing.window} AMOUNT --until DATE"
+        way_out = f"{PROGRAM} cap raise {whom} {standing.window} AMOUNT --until DATE"
     return Refusal("cap_spent", f"{stands}.{reset} To go on before: {way_out}.", denial.retry_after_s)
 
 
@@ -73,7 +74,7 @@ def paused(pause: Pause) -> Refusal:
     """Return the refusal for a scope that the operator has paused."""
     until = "until it is resumed" if pause.until is None else f"until {_time(pause.until)}"
     why = f" ({pause.why})" if pause.why else ""
-    return Refusal("app_paused", f"{_scope(pause.scope)} is paused {until}{why}. The operator can end it: gateway resume.")
+    return Refusal("app_paused", f"{_scope(pause.scope)} is paused {until}{why}. The operator can end it: {PROGRAM} resume.")
 
 
 def elsewhere(app: AppPolicy, address: str, headers: tuple[tuple[str, str], ...]) -> Refusal:
@@ -115,7 +116,7 @@ def cut_sentence(running: InFlightCall) -> str:
         )
     return (
         f"The budget of app {app} does not allow this answer to go on, so the gateway ended it here; what was generated so far is charged. "
-        f"Ask for fewer tokens, or raise the cap: gateway cap raise {app} day AMOUNT --until DATE."
+        f"Ask for fewer tokens, or raise the cap: {PROGRAM} cap raise {app} day AMOUNT --until DATE."
     )
 
 

@@ -19,7 +19,7 @@ from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.ledger.reservations import standing, zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
-from gateway_addon.names import safe_name
+from gateway_addon.names import PROGRAM, safe_name
 from gateway_addon.operations.places import examples_folder
 from gateway_addon.policy import Outline, PolicyError, load, outline
 from gateway_addon.pricing import PriceError
@@ -29,12 +29,12 @@ CALLS_SHOWN = 8
 SAY = says_errors(LedgerUnavailable, ValueError)
 
 
-@click.group(epilog="Example: gateway app show reviews")
+@click.group(epilog=f"Example: {PROGRAM} app show reviews")
 def app() -> None:
     """The apps: what each has spent, may spend, and who it calls as."""
 
 
-@app.command("list", epilog="Example: gateway app list --json")
+@app.command("list", epilog=f"Example: {PROGRAM} app list --json")
 @json_option
 @policies_option
 @ledger_option
@@ -52,7 +52,7 @@ def list_apps(as_json: bool, policies: Path, ledger: str) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif not rows:
-        click.echo("No apps yet: gateway init writes a first one.")
+        click.echo(f"No apps yet: {PROGRAM} init writes a first one.")
     else:
         cells = [
             (
@@ -68,7 +68,7 @@ def list_apps(as_json: bool, policies: Path, ledger: str) -> None:
         click.echo(tabulate(cells, headers=("app", "state", "today", "this month", "tokens", "last used"), disable_numparse=True))
 
 
-@app.command("show", epilog="Example: gateway app show reviews")
+@app.command("show", epilog=f"Example: {PROGRAM} app show reviews")
 @click.argument("name", metavar="APP")
 @json_option
 @policies_option
@@ -98,13 +98,13 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
         return
     click.echo(f"{name}{f', team {team}' if team else ''}\n{policy}")
     for each in pauses:
-        until = "until gateway resume" if each.until is None else f"until {shown(each.until, calendar)}"
+        until = f"until {PROGRAM} resume" if each.until is None else f"until {shown(each.until, calendar)}"
         click.echo(f"paused ({each.scope}) {until}{f': {each.why}' if each.why else ''}")
     click.echo(f"\n{caps_table(caps)}" if caps else "\nNo caps.")
     named = ", ".join(
         f"{each.id}{f' ({each.label})' if each.label else ''} last used {_when(each.last_used_at, calendar)}" for each in tokens
     )
-    click.echo(f"\nTokens: {named or f'none in force; gateway token issue {name}'}")
+    click.echo(f"\nTokens: {named or f'none in force; {PROGRAM} token issue {name}'}")
     if refusals:
         click.echo("Refused this month: " + ", ".join(f"{count:,} {code}" for code, count in refusals.items()))
     if calls:
@@ -121,7 +121,7 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
         click.echo(f"\n{tabulate(lines, headers=('call', 'when', 'model', 'state', 'spent'), disable_numparse=True)}")
 
 
-@app.command(epilog="Example: gateway app add claude-code --from claude-code")
+@app.command(epilog=f"Example: {PROGRAM} app add claude-code --from claude-code")
 @click.argument("name", metavar="APP")
 @click.option("--from", "example", required=True, help="The example to copy: claude-code, experiments, pipeline, reviews.")
 @policies_option
@@ -139,7 +139,7 @@ def add(name: str, example: str, policies: Path) -> None:
         except (PolicyError, PriceError):
             path.unlink()
             raise
-    click.echo(f"\nNext: gateway token issue {name}")
+    click.echo(f"\nNext: {PROGRAM} token issue {name}")
 
 
 def _row(

@@ -14,11 +14,12 @@ from gateway_addon.cli.scopes import must_know
 from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.names import PROGRAM
 
 CHANGE_CHARS_MAX = 300
 
 
-@click.command(epilog="Example: gateway audit --app reviews --since 7d")
+@click.command(epilog=f"Example: {PROGRAM} audit --app reviews --since 7d")
 @click.option("--app", help="Of this app alone: its tokens, caps, pauses, corrections.")
 @click.option(
     "--since", metavar="WHEN", default="30d", show_default=True, help="A date in the gateway's zone (2026-12-01) or a while ago (7d)."

@@ -9,21 +9,22 @@ from gateway_addon.cli.common import ledger_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.ledger.maintenance import backup as copies
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.names import PROGRAM
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command(epilog="Example: gateway backup /backups/gateway-2026-11-24.db")
+@click.command(epilog=f"Example: {PROGRAM} backup /backups/gateway-2026-11-24.db")
 @click.argument("file", type=FILE)
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError, OSError)
 def backup(file: Path, ledger: str) -> None:
     """Copy the ledger to FILE: one consistent moment of it, while gateways go on, proved as gateway doctor does."""
     calls = copies.backup(sqlite_files.file_path(ledger), file)
-    click.echo(f"{file}: {calls:,} calls, {file.stat().st_size / 2**20:.1f} MB, proved.  Back again: gateway restore {file}")
+    click.echo(f"{file}: {calls:,} calls, {file.stat().st_size / 2**20:.1f} MB, proved.  Back again: {PROGRAM} restore {file}")
 
 
-@click.command(epilog="Example: gateway restore /backups/gateway-2026-11-24.db")
+@click.command(epilog=f"Example: {PROGRAM} restore /backups/gateway-2026-11-24.db")
 @click.argument("file", type=FILE)
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError, OSError)
@@ -34,4 +35,4 @@ def restore(file: Path, ledger: str) -> None:
     click.echo(f"{path}: {calls:,} calls, proved.")
     if kept:
         click.echo(f"What was there before is now {kept[0]}.")
-    click.echo("It knows nothing of what was spent after the backup: gateway reconcile finds that, gateway adjust books it.")
+    click.echo(f"It knows nothing of what was spent after the backup: {PROGRAM} reconcile finds that, {PROGRAM} adjust books it.")

@@ -11,9 +11,10 @@ from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
+from gateway_addon.names import PROGRAM
 
 
-@click.command(epilog="Example: gateway batches")
+@click.command(epilog=f"Example: {PROGRAM} batches")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError)

@@ -20,6 +20,7 @@ from gateway_addon.ledger.reservations import capped, zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import Limit, Raise
 from gateway_addon.money import dollars, parse_nano
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy import Cap, Outline, outline
 from gateway_addon.windows import WINDOWS
 
@@ -28,12 +29,12 @@ AMOUNTS = {"ignore_unknown_options": True}  # -5 is an amount, and refused as on
 window_argument = click.argument("window", type=click.Choice(WINDOWS))
 
 
-@click.group(epilog="Example: gateway cap list")
+@click.group(epilog=f"Example: {PROGRAM} cap list")
 def cap() -> None:
     """Change what may be spent, for a while, and take it back. Caps themselves live in the policy files."""
 
 
-@cap.command("list", epilog="Example: gateway cap list reviews")
+@cap.command("list", epilog=f"Example: {PROGRAM} cap list reviews")
 @click.argument("name", metavar="[APP]", required=False)
 @json_option
 @policies_option
@@ -58,16 +59,16 @@ def list_caps(name: str | None, as_json: bool, policies: Path, ledger: str) -> N
         click.echo(f"\n{_changes_table(raises, limits, calendar)}")
     if unread:
         click.echo(
-            f"\nNot shown, since their files cannot be read now (gateway check says why): {', '.join(map(typed, unread))}.", err=True
+            f"\nNot shown, since their files cannot be read now ({PROGRAM} check says why): {', '.join(map(typed, unread))}.", err=True
         )
 
 
-@cap.command("raise", epilog="Example: gateway cap raise reviews day 5 --until 12h --why 'launch day'", context_settings=AMOUNTS)
+@cap.command("raise", epilog=f"Example: {PROGRAM} cap raise reviews day 5 --until 12h --why 'launch day'", context_settings=AMOUNTS)
 @click.argument("name", metavar="APP")
 @window_argument
 @click.argument("amount")
 @click.option("--until", required=True, metavar="DATE", help="When the raise ends: 2026-12-01, 12h, 3d.")
-@click.option("--replace", type=ROW_NUMBER, metavar="ID", help="In place of this raise (see gateway cap list) instead of beside it.")
+@click.option("--replace", type=ROW_NUMBER, metavar="ID", help=f"In place of this raise (see {PROGRAM} cap list) instead of beside it.")
 @click.option("--lift-limit", is_flag=True, help="Take away the limit that would hold it down.")
 @json_option
 @why_option
@@ -87,7 +88,8 @@ def raise_cap(
     ledger: str,
 ) -> None:
     """Add AMOUNT on top of the cap of APP (or team:NAME, or total) in each WINDOW, until a date."""
-    now, who, found, amount_nano = time.time(), getpass.getuser(), outline(policies), _amount(amount, f"gateway cap limit {name} {window}")
+    now, who, found = time.time(), getpass.getuser(), outline(policies)
+    amount_nano = _amount(amount, f"{PROGRAM} cap limit {name} {window}")
     with admin.changing(ledger_path(ledger)) as db:
         scope, calendar = scope_of(name, db, found), zone(db)
         ends_at, base_nano = to_come(until, now, calendar), _base_nano(name, scope, window, found)
@@ -115,7 +117,7 @@ def raise_cap(
         click.echo(f"It adds to raise {others}: {dollars(together_nano)} above in all. To change one instead: --replace ID.")
 
 
-@cap.command(epilog="Example: gateway cap withdraw 3 --why 'meant 5, not 500'")
+@cap.command(epilog=f"Example: {PROGRAM} cap withdraw 3 --why 'meant 5, not 500'")
 @click.argument("number", metavar="ID", type=ROW_NUMBER)
 @json_option
 @why_option
@@ -131,7 +133,7 @@ def withdraw(number: int, as_json: bool, why: str, ledger: str) -> None:
         click.echo(f"{typed(gone.scope)} may no longer spend {dollars(gone.amount_nano)} above its cap a {gone.window}.")
 
 
-@cap.command(epilog="Example: gateway cap limit reviews day 1 --why 'until the loop is found'", context_settings=AMOUNTS)
+@cap.command(epilog=f"Example: {PROGRAM} cap limit reviews day 1 --why 'until the loop is found'", context_settings=AMOUNTS)
 @click.argument("name", metavar="APP")
 @window_argument
 @click.argument("amount", required=False)
@@ -146,7 +148,7 @@ def limit(name: str, window: str, amount: str | None, lift: bool, as_json: bool,
     if lift == (amount is not None):
         stop("Say to what: an AMOUNT, or --lift to take the limit away.")
     now, who, found = time.time(), getpass.getuser(), outline(policies)
-    amount_nano = None if amount is None else _amount(amount, f"gateway cap limit {name} {window} 0")
+    amount_nano = None if amount is None else _amount(amount, f"{PROGRAM} cap limit {name} {window} 0")
     with admin.changing(ledger_path(ledger)) as db:
         scope = scope_of(name, db, found)
         if amount_nano is None:
@@ -154,18 +156,18 @@ def limit(name: str, window: str, amount: str | None, lift: bool, as_json: bool,
         else:
             base_nano = _base_nano(name, scope, window, found)
             if base_nano is not None and amount_nano > base_nano:
-                way_out = f"gateway cap raise {name} {window} AMOUNT --until DATE"
+                way_out = f"{PROGRAM} cap raise {name} {window} AMOUNT --until DATE"
                 raise ValueError(f"a limit lowers a cap, and {name} has {dollars(base_nano)} a {window}: to raise it, {way_out}")
             before = admin.limit_cap(db, scope, window, amount_nano, who=who, why=why, now=now)
     if lift and before is None:
-        stop(f"{name} has no limit for a {window}; gateway cap list shows those in force.", PROBLEM)
+        stop(f"{name} has no limit for a {window}; {PROGRAM} cap list shows those in force.", PROBLEM)
     if as_json:
         click.echo(json.dumps({"scope": scope, "window": window, "amount_nano": amount_nano, "before_nano": before and before.amount_nano}))
     elif amount_nano is None:
         click.echo(f"{name} has its cap for a {window} again, raises included.")
     else:
         click.echo(
-            f"{name} may spend {dollars(amount_nano)} a {window}, whatever its raises, until gateway cap limit {name} {window} --lift."
+            f"{name} may spend {dollars(amount_nano)} a {window}, whatever its raises, until {PROGRAM} cap limit {name} {window} --lift."
         )
 
 

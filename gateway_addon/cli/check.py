@@ -15,13 +15,14 @@ from gateway_addon.http_client import Egress, Unanswered, ask, whole
 from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import dollars
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy import AppPolicy, GatewayPolicy, PolicyError, load, retiring
 
 ANSWER_WITHIN_S = 5.0
 ANYONE = Egress(trusts_anyone=True)
 
 
-@click.command(epilog="Example: gateway check --running && echo what I saved is what holds")
+@click.command(epilog=f"Example: {PROGRAM} check --running && echo what I saved is what holds")
 @click.argument("directory", required=False, type=click.Path(path_type=Path, file_okay=False))
 @policies_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -65,7 +66,7 @@ def _compare(folder: Path, listen: tuple[str, int], *, as_json: bool) -> None:
     health = _health(listen)
     where = f"the gateway at {listen[0]}:{listen[1]}"
     if health is None:
-        stop(f"No gateway answers at {listen[0]}:{listen[1]}: start one with gateway serve, or name another with --listen.", PROBLEM)
+        stop(f"No gateway answers at {listen[0]}:{listen[1]}: start one with {PROGRAM} serve, or name another with --listen.", PROBLEM)
     try:
         saved, problem = load(folder).digest[:12], health.get("policy_problem")
     except PolicyError as error:
@@ -113,7 +114,7 @@ def _show_changes(ledger: str, limit: int, *, as_json: bool) -> None:
         which = change.digest if change.diff.startswith(("+key ", "-key ")) else change.digest[:12]
         click.echo(f"{day(change.at)} UTC  {which}  saved by {change.who}\n{change.diff}")
     if not found:
-        click.echo("No policy has come into force yet: gateway serve loads the first.")
+        click.echo(f"No policy has come into force yet: {PROGRAM} serve loads the first.")
 
 
 def _facts(policy: GatewayPolicy, now: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from gateway_addon.names import printable
+from gateway_addon.names import PROGRAM, printable
 from gateway_addon.operations.places import Places, PlacesUnclear, places
 
 FINE, PROBLEM, WRONG_USAGE = 0, 1, 2
@@ -31,7 +31,7 @@ def policies_option[F: Callable[..., Any]](command: F) -> F:
         type=click.Path(path_type=Path, file_okay=False),
         envvar="GATEWAY_POLICIES",
         default=lambda: default_places().policies,
-        show_default="see gateway where",
+        show_default=f"see {PROGRAM} where",
         help="Folder of policy files (GATEWAY_POLICIES).",
     )(command)
 
@@ -42,7 +42,7 @@ def ledger_option[F: Callable[..., Any]](command: F) -> F:
         metavar="URL",
         envvar="GATEWAY_LEDGER",
         default=lambda: f"sqlite:///{default_places().ledger}",
-        show_default="see gateway where",
+        show_default=f"see {PROGRAM} where",
         help="The ledger, sqlite:///PATH or postgresql://HOST/NAME (GATEWAY_LEDGER).",
     )(command)
 

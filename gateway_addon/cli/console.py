@@ -11,6 +11,7 @@ from gateway_addon.console.app import Console, Policies, server
 from gateway_addon.console.login import LINK_S, Login
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy import PolicyError
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.supervisor import bind
@@ -21,7 +22,7 @@ NOT_HERE = (
 )
 
 
-@click.command(epilog="Example: gateway console --listen 127.0.0.1:8090")
+@click.command(epilog=f"Example: {PROGRAM} console --listen 127.0.0.1:8090")
 @click.option(
     "--listen", type=ListenAddress(), default="127.0.0.1:8090", show_default=True, help="Where the page is, on this machine only."
 )

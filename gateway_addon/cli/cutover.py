@@ -30,13 +30,14 @@ from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.reports import token_usage
 from gateway_addon.ledger.reports.token_usage import Arrival, Straggler
 from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding.cutover import FileToday, OpenReason, is_in, tally, unaccounted, unseen
 from gateway_addon.onboarding.inventory import inspect
 from gateway_addon.policy import PolicyError, Source, load
 from gateway_addon.pricing import PriceError
 
-NO_RECORD = "There is no inventory at {0}. Make one of every place where apps live: gateway inventory PATH... --save {0}"
-ACCEPT = "What you know to be switched elsewhere, a file or a whole folder: gateway cutover --accept PATH"
+NO_RECORD = f"There is no inventory at {{0}}. Make one of every place where apps live: {PROGRAM} inventory PATH... --save {{0}}"
+ACCEPT = f"What you know to be switched elsewhere, a file or a whole folder: {PROGRAM} cutover --accept PATH"
 TAKES_EFFECT = {
     "file": "it is read again at once, without a restart",
     "env": "then restart the gateway: a process keeps its environment",
@@ -46,7 +47,7 @@ TAKES_EFFECT = {
 WATCH_EVERY_S = 1.0
 
 
-@click.command(epilog="Example: gateway cutover; then, while the key is rotated: gateway cutover --watch 10m")
+@click.command(epilog=f"Example: {PROGRAM} cutover; then, while the key is rotated: {PROGRAM} cutover --watch 10m")
 @click.option(
     "--inventory",
     "record",
@@ -75,7 +76,7 @@ def cutover(record: Path | None, accept: tuple[str, ...], watch: str | None, as_
     files = [_as_it_is(each) for each in dict.fromkeys(consumer["path"] for consumer in known["consumers"])]
     reasons = unseen(tokens) + unaccounted(files, tokens, [each["path"] for each in known.get("accepted", ())])
     if not any(token.calls > token.refused for token in tokens):
-        reasons.insert(0, OpenReason("the gateway", "has passed no call yet", "gateway token issue APP, and repoint the first app"))
+        reasons.insert(0, OpenReason("the gateway", "has passed no call yet", f"{PROGRAM} token issue APP, and repoint the first app"))
     if as_json:
         document = {"safe": not reasons, "reasons": [asdict(each) for each in reasons], "stragglers": [asdict(each) for each in coming]}
         click.echo(json.dumps({**document, "tokens": [asdict(token) for token in tokens]}, indent=2))
@@ -93,7 +94,7 @@ def _record(path: Path, accept: Sequence[str]) -> dict[str, Any]:
     except FileNotFoundError:
         stop(NO_RECORD.format(path))
     except (ValueError, TypeError):
-        stop(f"{path} is no inventory. Make one: gateway inventory PATH... --save {path}")
+        stop(f"{path} is no inventory. Make one: {PROGRAM} inventory PATH... --save {path}")
     if accept:
         paths = [str(Path(each).resolve()) for each in accept]
         for each in paths:
@@ -121,7 +122,7 @@ def _table(tokens: Sequence[Arrival]) -> str:
         if token.state == "in force"
     ]
     if not rows:
-        return "No token is in force: gateway token issue APP"
+        return f"No token is in force: {PROGRAM} token issue APP"
     return tabulate(rows, headers=("app", "token", "calls", "first seen (UTC)", "last seen (UTC)"), disable_numparse=True)
 
 
@@ -129,7 +130,7 @@ def _consumers(made_at: str, files: Sequence[FileToday], coming: Sequence[Stragg
     counts = ", ".join(f"{count} {state}" for state, count in tally(files).items()) or "none"
     lines = [f"Consumers of the inventory of {made_at[:16].replace('T', ' ')}, as they are now: {counts}."]
     for each in coming:
-        lines.append(f"App {each.app} comes through gateway local (last {day(each.last_at)}): change its code, and it needs no proxy.")
+        lines.append(f"App {each.app} comes through {PROGRAM} local (last {day(each.last_at)}): change its code, and it needs no proxy.")
     return "\n".join(lines)
 
 
@@ -146,8 +147,8 @@ def _verdict(reasons: Sequence[OpenReason], key: Source) -> str:
             "Safe to rotate the real key: every token in force has called, every consumer of the inventory is accounted for.",
             f"  1. Make a new key in the Console and put it where the gateway reads it ({key.kind} {_where(key)});",
             f"     {TAKES_EFFECT[key.kind]}.",
-            "  2. gateway cutover --watch 10m says whether the provider takes it.",
-            "  3. Disable the old key: that flushes out whoever was missed. gateway reconcile --since DATE shows who still bypassed.",
+            f"  2. {PROGRAM} cutover --watch 10m says whether the provider takes it.",
+            f"  3. Disable the old key: that flushes out whoever was missed. {PROGRAM} reconcile --since DATE shows who still bypassed.",
         ]
     )
 

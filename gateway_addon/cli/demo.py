@@ -21,12 +21,13 @@ from gateway_addon.demo.stage import APPS, GatewayFailed, Stage, staged
 from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.maintenance.invariants import findings
 from gateway_addon.ledger.reports import entry_history
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy import caps, load
 
 WIDTH = 110
 
 
-@click.command(epilog="Example: gateway demo")
+@click.command(epilog=f"Example: {PROGRAM} demo")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON instead of telling the story.")
 @click.option("--keep", is_flag=True, help="Keep the folder with its policies, ledger and log, to look around in.")
 @click.pass_context
@@ -49,7 +50,7 @@ def demo(ctx: click.Context, as_json: bool, keep: bool) -> None:
         if as_json:
             click.echo(json.dumps(_document(pairs, found), indent=2))
         else:
-            story.title("The report (gateway report)")
+            story.title(f"The report ({PROGRAM} report)")
             ctx.invoke(report, since="1h", ledger=f"sqlite:///{folder / 'gateway.db'}")
             _show_proof(story, pairs, found)
             story.ending(all(finding.holds for finding in found), time.monotonic() - began, folder if keep else None)
@@ -61,7 +62,7 @@ async def _play(folder: Path, story: "_Story") -> tuple[list[Pair], list[Finding
     story.title("The stage")
     async with staged(folder) as stage:
         story.line(f"A simulated Claude API, with a book of its own, at {stage.api.url}.")
-        story.line(f"The gateway, a process like any other (gateway serve), at {stage.url}. It alone has the API's key.")
+        story.line(f"The gateway, a process like any other ({PROGRAM} serve), at {stage.url}. It alone has the API's key.")
         story.line(f"Three apps, each with a token of its own: {', '.join(APPS)}.")
         with story.progress() as advance:
             for title, scene in SCENES:
@@ -147,7 +148,7 @@ class _Story:
         if not holds:
             self.line("The figures do not add up: the lines marked BAD say where.")
             return
-        self.line(f"Every figure adds up ({took_s:.0f} s). For a gateway of your own: gateway init, then gateway serve.")
+        self.line(f"Every figure adds up ({took_s:.0f} s). For a gateway of your own: {PROGRAM} init, then {PROGRAM} serve.")
         if kept:
             self.line(f"Kept for you to look at: {kept}")
 

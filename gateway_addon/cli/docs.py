@@ -4,10 +4,12 @@ from importlib import resources
 
 import click
 
+from gateway_addon.names import PROGRAM
+
 PAGES = resources.files("gateway_addon") / "docs"
 
 
-@click.command(epilog="Example: gateway docs policy")
+@click.command(epilog=f"Example: {PROGRAM} docs policy")
 @click.argument("topic", default="index")
 def docs(topic: str) -> None:
     """Show a chapter of the handbook, or the list of its chapters: in a pager on a terminal, else plainly."""

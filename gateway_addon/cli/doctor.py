@@ -13,10 +13,11 @@ from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import dollars
+from gateway_addon.names import PROGRAM
 from gateway_addon.operations.doctor import Check, check_all, check_disk, check_files
 
 
-@click.command(epilog="Example: gateway doctor")
+@click.command(epilog=f"Example: {PROGRAM} doctor")
 @click.option("--offline", is_flag=True, help="Send nothing: the key is only read, upstream and clock are not asked.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @policies_option

@@ -11,11 +11,12 @@ import click
 from gateway_addon.cli.common import FINE, PROBLEM, WRONG_USAGE, ledger_option, policies_option, says_errors, stop
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.messages.request import Request
+from gateway_addon.names import PROGRAM
 from gateway_addon.operations import explain as explanation
 from gateway_addon.policy import PolicyError, load
 
 
-@click.command(epilog="Example: gateway explain request.json --app reviews")
+@click.command(epilog=f"Example: {PROGRAM} explain request.json --app reviews")
 @click.argument("request_file", metavar="REQUEST.json", type=click.File("rb"))
 @click.option("--app", "app_name", required=True, help="Whose policy judges the request.")
 @click.option("--beta", "betas", multiple=True, help="A value of anthropic-beta sent with it.")

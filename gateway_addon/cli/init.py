@@ -12,6 +12,7 @@ from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.store.sqlite_files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
+from gateway_addon.names import PROGRAM
 from gateway_addon.operations import deploy
 from gateway_addon.operations.places import clone_folder
 from gateway_addon.policy import PolicyError, load
@@ -19,7 +20,7 @@ from gateway_addon.policy.keys import NAME
 from gateway_addon.pricing import PriceError
 
 GATEWAY = """\
-# What holds for every app behind this gateway. `gateway check` validates these files and prints what is in force;
+# What holds for every app behind this gateway. `{program} check` validates these files and prints what is in force;
 # a running gateway takes a saved change within a second, and keeps the old policy if the new one is broken.
 
 # Where admitted calls go.
@@ -49,7 +50,7 @@ caps: {{request: $1, day: {day}, month: {month}}}
 """
 
 
-@click.command(epilog="Example: gateway init --yes")
+@click.command(epilog=f"Example: {PROGRAM} init --yes")
 @click.option("--yes", is_flag=True, help="Take the defaults instead of asking.")
 @click.option("--app", default=None, metavar="NAME", help="Name of the first app.  [default: asked, or app]")
 @click.option("--systemd", is_flag=True, help="Only print a systemd unit that runs this gateway as an unprivileged service.")
@@ -81,7 +82,7 @@ def init(
         if not has_gateway:
             where = "Where is the real API key (env NAME, file PATH, or command PROGRAM ARGUMENT...)?"
             key = click.prompt(where, default="env ANTHROPIC_API_KEY", value_proc=_source)
-    texts = {policies / "gateway.yaml": GATEWAY.format(key=key, total=dollars(2 * month_nano, 0))}
+    texts = {policies / "gateway.yaml": GATEWAY.format(program=PROGRAM, key=key, total=dollars(2 * month_nano, 0))}
     if wants_app:
         texts[policies / "apps" / f"{name}.yaml"] = APP.format(app=name, day=dollars(month_nano // 10, 0), month=dollars(month_nano, 0))
     (policies / "apps").mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def init(
         create(place, load(policies).timezone)
         click.echo(f"{'wrote' if isinstance(place, Path) else 'ready'}  {place}")
     first = name if wants_app else sorted(load(policies).apps)[0]
-    click.echo(f"\nNext: gateway token issue {first}   then: gateway serve")
+    click.echo(f"\nNext: {PROGRAM} token issue {first}   then: {PROGRAM} serve")
 
 
 def write_new(path: Path, text: str) -> bool:

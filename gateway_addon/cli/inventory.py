@@ -11,16 +11,17 @@ import click
 from tabulate import tabulate
 
 from gateway_addon.cli.common import ledger_option, record_path, shown_path, status, write_privately
+from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding.inventory import Consumer, Inventory, Skip, document, inspect, read, shared_keys
 from gateway_addon.onboarding.inventory.tree import REASONS
 
 BESIDE = "(beside the ledger)"
 _PROGRESS_S = 0.2
 _EXAMPLES_MAX = 3
-_ISSUE = "gateway token issue APP "
+_ISSUE = f"{PROGRAM} token issue APP "
 
 
-@click.command(epilog="Example: gateway inventory ~ /etc --save")
+@click.command(epilog=f"Example: {PROGRAM} inventory ~ /etc --save")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(exists=True, path_type=Path))
 @click.option("--no-ignore", is_flag=True, help="Read what .gitignore names, and installed packages, too.")
 @click.option("--history", is_flag=True, help="Read the shell histories under PATH too.")
@@ -30,7 +31,7 @@ _ISSUE = "gateway token issue APP "
     is_flag=False,
     flag_value=BESIDE,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keep the JSON for `gateway cutover` [default: inventory.json, beside the ledger].",
+    help=f"Keep the JSON for `{PROGRAM} cutover` [default: inventory.json, beside the ledger].",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @ledger_option

@@ -17,13 +17,13 @@ from gateway_addon.ledger.reports.invoice import InvoiceLine
 from gateway_addon.ledger.reports.invoice import invoice as invoice_lines
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import dollars
-from gateway_addon.names import safe_name
+from gateway_addon.names import PROGRAM, safe_name
 from gateway_addon.windows import next_start, starts
 
 HEADINGS = ("model", "input", "output", "cache read", "cache write", "searches", "charge")
 
 
-@click.command(epilog="Example: gateway invoice --month 2026-10")
+@click.command(epilog=f"Example: {PROGRAM} invoice --month 2026-10")
 @click.option("--month", metavar="YYYY-MM", help="A month of the gateway's zone; default: the last one that is over.")
 @click.option("--app", help="Of this app alone.")
 @json_option

@@ -15,6 +15,7 @@ from gateway_addon.cli.serve import NO_KEY
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, admin
 from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
@@ -30,7 +31,7 @@ IN_CLEAR = "The proxy listens on this machine alone: credentials travel to it in
 
 @click.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-    epilog="Example: gateway local --app reports -- python nightly.py",
+    epilog=f"Example: {PROGRAM} local --app reports -- python nightly.py",
 )
 @click.option("--app", default="", metavar="APP", help="Whose calls they are: the command's, or the captured programs'.")
 @click.option("--capture", metavar="PROGRAM", help="Capture a running program's connections, by its name or process id.")
@@ -64,7 +65,7 @@ def local(
     if not policy.upstream.startswith("https://"):
         stop(f"The policy's upstream {policy.upstream} is plain http; only calls over https are intercepted.")
     if (command or capture) and app not in policy.apps:
-        stop(f"Say whose calls these are by --app, one of: {', '.join(sorted(policy.apps)) or 'none yet (gateway init)'}.")
+        stop(f"Say whose calls these are by --app, one of: {', '.join(sorted(policy.apps)) or f'none yet ({PROGRAM} init)'}.")
     if capture and (problem := capture_problem()):
         stop(problem)
     with bind(host, port) as listener, _token_of_the_run(app, ledger) as token:

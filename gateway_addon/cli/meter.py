@@ -13,10 +13,11 @@ from typing import Any, BinaryIO
 import click
 
 from gateway_addon.messages import Meter, Usage
+from gateway_addon.names import PROGRAM
 from gateway_addon.pricing import Cost, PriceError, Prices, cost, load
 
 
-@click.command(epilog="Example: gateway meter answer.sse")
+@click.command(epilog=f"Example: {PROGRAM} meter answer.sse")
 @click.argument("recording", type=click.File("rb"), default="-", metavar="[FILE]")
 @click.option("--jsonl", is_flag=True, help="read rows of JSON, one recorded response each, and print one row for each")
 @click.option("--content-type", default="application/json", show_default=True, help="of a single body; a stream is recognised anyway")
@@ -35,7 +36,7 @@ def meter(recording: BinaryIO, jsonl: bool, content_type: str, content_encoding:
             usage = _read(recording.read(), content_type, content_encoding)
             click.echo(json.dumps(_printed(usage, _cost(usage, None, prices, default_at)), indent=2))
     except (PriceError, ValueError) as error:
-        click.echo(f"gateway meter: {error}", err=True)
+        click.echo(f"{PROGRAM} meter: {error}", err=True)
         sys.exit(2)
 
 

@@ -15,11 +15,12 @@ from gateway_addon.ledger import LedgerUnavailable, ServerAddress
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.interface import driver
 from gateway_addon.money import dollars
+from gateway_addon.names import PROGRAM
 
 LINES = 10  # where no terminal shows a bar: about so many lines in all
 
 
-@click.command(epilog="Example: gateway migrate sqlite:///gateway.db postgresql://gateway@db.internal/gateway")
+@click.command(epilog=f"Example: {PROGRAM} migrate sqlite:///gateway.db postgresql://gateway@db.internal/gateway")
 @click.argument("source", metavar="sqlite:///PATH")
 @click.argument("target", metavar="postgresql://HOST/NAME")
 @says_errors(LedgerUnavailable, ValueError)
@@ -43,7 +44,7 @@ def migrate(source: str, target: str) -> None:
     spent = f"{proof.rows('calls'):,} calls{kept}, {proof.rows('entries'):,} entries, {dollars(proof.spent_nano)} spent"
     click.echo(f"{server}: {spent}.")
     click.echo(f"Proved: the rows of {len(proof.figures)} tables, the sums of {columns} columns and {proof.balances:,} balances agree.")
-    click.echo("gateway doctor's checks of the ledger find nothing on either side.")
+    click.echo(f"{PROGRAM} doctor's checks of the ledger find nothing on either side.")
     click.echo(f"From now on, everywhere: GATEWAY_LEDGER={server} (with its password and options). {file} is kept, and refused.")
 
 
@@ -55,8 +56,8 @@ def _ends(source: str, target: str) -> tuple[Path, ServerAddress]:
     if isinstance(one, ServerAddress) and isinstance(other, ServerAddress):
         raise ValueError("from one server to another a ledger goes by the server's own means: pg_dump --schema=gateway, then psql")
     if isinstance(one, Path):
-        raise ValueError(f"both are files: gateway backup FILE --ledger {source}, then gateway restore FILE --ledger {target}")
-    raise ValueError("a server's ledger does not go back into a file; a backup from before the move does: gateway restore FILE")
+        raise ValueError(f"both are files: {PROGRAM} backup FILE --ledger {source}, then {PROGRAM} restore FILE --ledger {target}")
+    raise ValueError(f"a server's ledger does not go back into a file; a backup from before the move does: {PROGRAM} restore FILE")
 
 
 @contextmanager

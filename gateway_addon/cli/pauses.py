@@ -15,15 +15,16 @@ from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import TOTAL
 from gateway_addon.money import dollars, parse_nano
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy import outline
 
 SAY = says_errors(LedgerUnavailable, ValueError)
 
 
-@click.command(epilog="Example: gateway pause experiments --until 8h --why 'runaway loop'")
+@click.command(epilog=f"Example: {PROGRAM} pause experiments --until 8h --why 'runaway loop'")
 @click.argument("name", metavar="APP", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every app.")
-@click.option("--until", metavar="DATE", help="End by itself then: 2026-12-01, 12h. Without it: until gateway resume.")
+@click.option("--until", metavar="DATE", help=f"End by itself then: 2026-12-01, 12h. Without it: until {PROGRAM} resume.")
 @click.option("--now", "cut", is_flag=True, help="End streams in flight too, within a second or so.")
 @json_option
 @why_option
@@ -40,11 +41,11 @@ def pause(name: str | None, everything: bool, until: str | None, cut: bool, as_j
     if as_json:
         click.echo(json.dumps({"scope": scope, "until": ends_at, "cut": cut, "why": why}))
         return
-    ending = "until gateway resume" if ends_at is None else f"until {shown(ends_at, calendar)}"
+    ending = f"until {PROGRAM} resume" if ends_at is None else f"until {shown(ends_at, calendar)}"
     click.echo(f"{scope} is paused {ending}. Calls in flight {'are cut' if cut else 'may finish'}.")
 
 
-@click.command(epilog="Example: gateway resume experiments")
+@click.command(epilog=f"Example: {PROGRAM} resume experiments")
 @click.argument("name", metavar="APP", required=False)
 @click.option("--all", "everything", is_flag=True, help="The pause of every app.")
 @json_option
@@ -65,7 +66,7 @@ def resume(name: str | None, everything: bool, as_json: bool, why: str, policies
 
 @click.command(
     context_settings={"ignore_unknown_options": True},  # -0.25 is an amount
-    epilog="Example: gateway adjust 4711 -0.25 --why 'invoice shows less'",
+    epilog=f"Example: {PROGRAM} adjust 4711 -0.25 --why 'invoice shows less'",
 )
 @click.argument("call_id", type=ROW_NUMBER)
 @click.argument("amount")
@@ -81,12 +82,12 @@ def adjust(call_id: int, amount: str, why: str, as_json: bool, ledger: str) -> N
     click.echo(json.dumps({"call": call_id, "spent_nano": cost_nano}) if as_json else f"Call {call_id} now costs {dollars(cost_nano)}.")
 
 
-@click.group(epilog="Example: gateway overrun clear claude-opus-5-5")
+@click.group(epilog=f"Example: {PROGRAM} overrun clear claude-opus-5-5")
 def overrun() -> None:
     """Models whose bill passed a grant: reserved in full until an operator has looked."""
 
 
-@overrun.command("clear", epilog="Example: gateway overrun clear claude-opus-5-5 --why 'pace raised in prices.yaml'")
+@overrun.command("clear", epilog=f"Example: {PROGRAM} overrun clear claude-opus-5-5 --why 'pace raised in prices.yaml'")
 @click.argument("model")
 @json_option
 @why_option

@@ -11,13 +11,14 @@ import click
 from tabulate import tabulate
 
 from gateway_addon.cli.common import policies_option, says_errors
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy import PolicyError, load_prices
 from gateway_addon.pricing import PriceRow, Prices, Rates, Retirement
 
 _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since", "also")
 
 
-@click.command(epilog="Example: gateway prices")
+@click.command(epilog=f"Example: {PROGRAM} prices")
 @click.option("--at", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="prices of that day (YYYY-MM-DD) instead of today's")
 @click.option("--all", "retired", is_flag=True, help="retired models too")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")

@@ -13,13 +13,14 @@ from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
 from gateway_addon.ledger.maintenance import prune as retention
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.names import PROGRAM
 from gateway_addon.windows import starts
 
 CALLS_MAX = 1000
 PAUSE_S = 0.02  # how long a gateway may be kept waiting: the next transaction is made as large as this allows
 
 
-@click.command(epilog="Example: gateway prune --before 400d")
+@click.command(epilog=f"Example: {PROGRAM} prune --before 400d")
 @click.option("--before", metavar="WHEN", required=True, help="A date (2026-12-01, UTC) or a while ago (400d), before this week and month.")
 @click.option("--dry-run", is_flag=True, help="Say what would go, change nothing.")
 @ledger_option
@@ -44,7 +45,7 @@ def prune(before: str, dry_run: bool, ledger: str) -> None:
         carries = _carry_all(path, until, bar.update)
     click.echo(f"{what} are {carries:,} rows now.")
     if not isinstance(path, ServerAddress):
-        click.echo("The file keeps its size, and its free pages are used again. `gateway docs running` says how to shrink it.")
+        click.echo(f"The file keeps its size, and its free pages are used again. `{PROGRAM} docs running` says how to shrink it.")
 
 
 def _carry_all(path: Path | ServerAddress, until: float, emit: Callable[[int], None]) -> int:

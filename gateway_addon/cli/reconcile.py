@@ -20,6 +20,7 @@ from gateway_addon.ledger.reports import provider_comparison
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
+from gateway_addon.names import PROGRAM
 from gateway_addon.operations.reconcile import (
     Correction,
     ReconcileLine,
@@ -54,7 +55,7 @@ class BothSides:
     estimates: list[Estimate]
 
 
-@click.command(epilog="Example: gateway reconcile --since 2026-11-01 --adjust")
+@click.command(epilog=f"Example: {PROGRAM} reconcile --since 2026-11-01 --adjust")
 @click.option("--since", required=True, metavar="DATE", help="The first day (2026-11-01, UTC), or how long ago (7d).")
 @click.option("--until", metavar="DATE", help="The day to stop before; default: with today.")
 @click.option("--workspace", "workspaces", multiple=True, metavar="ID", help="Only this workspace of the organisation (wrkspc_...).")
@@ -199,7 +200,7 @@ def _unseen(lines: Sequence[ReconcileLine], past: Sequence[ReconcileLine], found
     said += [f"  {written(line.day)}  {line.model}  {line.unseen:,} {line.kind.replace('_', ' ')}" for line in past]
     said.append("By key, all that was seen in this period (the Console says whose they are):")
     said += [f"  {key_id}  {tokens:,} tokens" for key_id, tokens in _by_key(found.reported)]
-    said.append("Find who holds a key: gateway inventory PATH... --history. Once the real key is rotated, calls with the old one fail.")
+    said.append(f"Find who holds a key: {PROGRAM} inventory PATH... --history. Once the real key is rotated, calls with the old one fail.")
     return "\n".join(said)
 
 

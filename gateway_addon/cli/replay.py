@@ -17,6 +17,7 @@ from gateway_addon.ledger import LedgerUnavailable, admin, reservations
 from gateway_addon.ledger.reports.entry_history import recorded
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import cents
+from gateway_addon.names import PROGRAM
 from gateway_addon.operations import policy_replay as room
 from gateway_addon.operations.policy_replay import ReplayVerdict, Tally
 from gateway_addon.policy import PolicyError, load
@@ -26,7 +27,7 @@ PROGRESS_EVERY = 5000
 NOT_JUDGED = "Not judged, because the ledger keeps no bodies: features, betas, thinking, required fields; nor rates."
 
 
-@click.command(epilog="Example: gateway replay --policy tomorrow/ --since 7d")
+@click.command(epilog=f"Example: {PROGRAM} replay --policy tomorrow/ --since 7d")
 @click.option(
     "--policy",
     "folder",

@@ -24,7 +24,7 @@ from gateway_addon.ledger.reports import daily_totals, spending
 from gateway_addon.ledger.reports.spending import DriftLine, Key, Notable, Only, Report, ReportLine
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import cents, dollars
-from gateway_addon.names import safe_name
+from gateway_addon.names import PROGRAM, safe_name
 from gateway_addon.policy import outline
 
 _HEADINGS = ("calls", "spent", "held", "mean", "cache hits", "out/max", "refused", "change")
@@ -33,7 +33,7 @@ CHANGE_MAX = 10
 """Times as much as before: beyond it a percentage says nothing."""
 
 
-@click.command(epilog="Example: gateway report --by model --since 7d")
+@click.command(epilog=f"Example: {PROGRAM} report --by model --since 7d")
 @click.option(
     "--by",
     metavar="WHAT[,WHAT]",
@@ -179,7 +179,7 @@ def _drift(found: DriftLine, calendar: tzinfo) -> tuple[str, ...]:
 
 def _table(found: Report) -> str:
     if not found.lines:
-        return "No calls in this time. The first one needs a token: gateway token issue APP"
+        return f"No calls in this time. The first one needs a token: {PROGRAM} token issue APP"
     total, before = found.total, {"total": sum(found.before.values())}
     rows = [*(_cells(line, found.before) for line in found.lines), _cells(total, before)]
     headings = [found.by if found.then is None else f"{found.by} / {found.then}", *_HEADINGS]

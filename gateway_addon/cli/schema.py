@@ -4,13 +4,14 @@ import json
 
 import click
 
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy.keys import APP, GATEWAY
 from gateway_addon.policy.kinds import record
 
 _FILES = {"app": ("policies/apps/*.yaml", APP), "gateway": ("policies/gateway.yaml", GATEWAY)}
 
 
-@click.command(epilog="Example: gateway schema > policies.schema.json")
+@click.command(epilog=f"Example: {PROGRAM} schema > policies.schema.json")
 @click.argument("file", type=click.Choice(list(_FILES)), default="app")
 def schema(file: str) -> None:
     """Print the JSON Schema of an app's policy file, or of gateway.yaml.

@@ -13,6 +13,7 @@ from argon2 import PasswordHasher
 from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.names import PROGRAM
 from gateway_addon.operations.tracing import OtelMissing
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
@@ -22,7 +23,7 @@ from gateway_addon.proxy.supervisor import bind, cores, is_loopback, supervise
 from gateway_addon.upstreams.credentials import SecretUnavailable, conceal
 
 WORKERS_MAX = 4  # by default: the ledger's file takes one writer at a time
-NO_KEY = "{0} Put the real Claude API key there, or see everything work without an account: gateway demo"
+NO_KEY = f"{{0}} Put the real Claude API key there, or see everything work without an account: {PROGRAM} demo"
 IN_CLEAR = (
     "Listening on {0} would send the apps' tokens across the network in clear. Give the listener a certificate (tls: in "
     "policies/gateway.yaml), listen on 127.0.0.1, or say --insecure-listen if a proxy in front of it does TLS."
@@ -47,7 +48,7 @@ def _common[F: Callable[..., Any]](command: F) -> F:
     return command
 
 
-@click.command(epilog="Example: gateway serve --listen 127.0.0.1:8080")
+@click.command(epilog=f"Example: {PROGRAM} serve --listen 127.0.0.1:8080")
 @_common
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=lambda: min(cores(), WORKERS_MAX), show_default=f"one per core, up to {WORKERS_MAX}",
@@ -95,7 +96,7 @@ def serve(
         raise SystemExit(supervise(arguments, listener, workers))
 
 
-@click.command(epilog="Example: gateway web --web-port 8081")
+@click.command(epilog=f"Example: {PROGRAM} web --web-port 8081")
 @_common
 @click.option(
     "--web-port", type=click.IntRange(1, 65535), default=8081, show_default=True, help="Port of mitmweb's page, on this machine only."

@@ -28,6 +28,7 @@ from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Token, admin
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding import snippets
 from gateway_addon.policy import Outline, PolicyError, outline
 from gateway_addon.pricing import PriceError
@@ -43,12 +44,12 @@ TO = click.option(
 SAY = says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError)
 
 
-@click.group(epilog="Example: gateway token issue reviews")
+@click.group(epilog=f"Example: {PROGRAM} token issue reviews")
 def token() -> None:
     """Issue, rotate, revoke and list the apps' tokens. Only their SHA-256 is stored: a token is shown once."""
 
 
-@token.command(epilog="Example: TOKEN=$(gateway token issue reviews --name laptop)")
+@token.command(epilog=f"Example: TOKEN=$({PROGRAM} token issue reviews --name laptop)")
 @click.argument("app")
 @click.option("--name", default="", help="What to call it in lists, for apps with several tokens.")
 @click.option("--expires", metavar="DURATION", help="When it ends by itself: 12h, 30d.")
@@ -77,7 +78,7 @@ def issue(
     _show_new(app, write, kind, file, ledger, _address(found, listen), as_json=as_json)
 
 
-@token.command(epilog="Example: gateway token rotate reviews --overlap 1h")
+@token.command(epilog=f"Example: {PROGRAM} token rotate reviews --overlap 1h")
 @click.argument("app")
 @click.option("--overlap", default="0s", metavar="DURATION", help="How long the old tokens go on working: 1h, 2d.", show_default=True)
 @click.option("--name", default="", help="What to call the new one in lists.")
@@ -105,9 +106,9 @@ def rotate(
     _show_new(app, write, kind, file, ledger, _address(found, listen), as_json=as_json)
 
 
-@token.command(epilog="Example: gateway token revoke reviews --id 3")
+@token.command(epilog=f"Example: {PROGRAM} token revoke reviews --id 3")
 @click.argument("app")
-@click.option("--id", "token_id", type=ROW_NUMBER, help="Only this one (see gateway token list).")
+@click.option("--id", "token_id", type=ROW_NUMBER, help=f"Only this one (see {PROGRAM} token list).")
 @click.option("--all", "everything", is_flag=True, help="All that the app has, without asking.")
 @json_option
 @policies_option
@@ -122,14 +123,14 @@ def revoke(app: str, token_id: int | None, everything: bool, as_json: bool, poli
         must_know(app, db, policies)
         revoked = admin.revoke_tokens(db, app, token_id=token_id, who=getpass.getuser(), now=now)
     if not revoked:
-        stop(f"App {app} has no such token in force; gateway token list {app} shows what it has.", PROBLEM)
+        stop(f"App {app} has no such token in force; {PROGRAM} token list {app} shows what it has.", PROBLEM)
     if as_json:
         click.echo(json.dumps([_row(each, now) for each in revoked], indent=2))
         return
     click.echo(f"Revoked {len(revoked)} of app {app}: {', '.join(_title(each) for each in revoked)}.", err=True)
 
 
-@token.command("forms", epilog="Example: gateway token forms langchain")
+@token.command("forms", epilog=f"Example: {PROGRAM} token forms langchain")
 @click.argument("kind", required=False, type=click.Choice(snippets.KINDS), metavar="[FORM]")
 @click.option("--app", default="app", show_default=True, help="The app whose lines they would be.")
 @policies_option
@@ -145,7 +146,7 @@ def show_forms(kind: str | None, app: str, policies: Path, listen: tuple[str, in
     click.echo(snippets.lines(kind, base_url=base_url, app=app, token_placeholder="TOKEN"), nl=False)
 
 
-@token.command("list", epilog="Example: gateway token list --idle 30d")
+@token.command("list", epilog=f"Example: {PROGRAM} token list --idle 30d")
 @click.argument("app", required=False)
 @click.option("--idle", metavar="DURATION", help="Only those in force that nobody used for so long: 30d. Candidates to revoke.")
 @json_option
@@ -164,7 +165,7 @@ def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path
         click.echo(json.dumps(rows, indent=2))
     elif not rows:
         click.echo(
-            "No token in force has been idle for so long." if idle is not None else f"No tokens yet: gateway token issue {app or 'APP'}"
+            "No token in force has been idle for so long." if idle is not None else f"No tokens yet: {PROGRAM} token issue {app or 'APP'}"
         )
     else:
         table = [{name: shown(value, calendar) if isinstance(value, float) else value for name, value in row.items()} for row in rows]

@@ -8,9 +8,10 @@ from click.core import ParameterSource
 
 from gateway_addon.cli.common import default_places, ledger_option, policies_option, says_errors
 from gateway_addon.ledger.store.sqlite_files import ledger_path, state_folder
+from gateway_addon.names import PROGRAM
 
 
-@click.command(epilog="Example: gateway where")
+@click.command(epilog=f"Example: {PROGRAM} where")
 @policies_option
 @ledger_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -28,6 +28,7 @@ from gateway_addon.ledger.reports import call_detail
 from gateway_addon.ledger.reports.day_cache import DayCache, ReadConnection
 from gateway_addon.ledger.reports.day_cache import apps as apps_of
 from gateway_addon.money import cents, dollars
+from gateway_addon.names import PROGRAM
 from gateway_addon.operations.reload import files_now
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
@@ -89,7 +90,7 @@ def build(console: Console) -> Flask:
     app = Flask(__name__)
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters.update(zip=zip, cents=cents, dollars=dollars, percent=lambda share: f"{share:.0%}", age=_age)
-    app.jinja_env.globals.update(BAR=charts.BAR, WIDTH=charts.WIDTH, HEIGHT=charts.HEIGHT)
+    app.jinja_env.globals.update(PROGRAM=PROGRAM, BAR=charts.BAR, WIDTH=charts.WIDTH, HEIGHT=charts.HEIGHT)
     app.before_request(lambda: _admit(console))
     app.after_request(_with_headers)
     app.register_error_handler(HTTPException, _say)
@@ -176,10 +177,10 @@ def _call(console: Console, call_id: int) -> Response:
 def _say(error: HTTPException) -> Response:
     """A problem as a page of its own, or for a scraper as a line, with the way out."""
     if request.endpoint == "metrics":
-        ways_out = {401: "Send the token of --metrics-token as a bearer.", 403: "Start gateway console with --metrics-token FILE."}
+        ways_out = {401: "Send the token of --metrics-token as a bearer.", 403: f"Start {PROGRAM} console with --metrics-token FILE."}
         return Response(ways_out.get(error.code or 500, error.description), error.code, content_type="text/plain; charset=utf-8")
     sentences = {
-        401: ("Open the link again", "This page opens by the link that gateway console printed. It works once, for ten minutes: "
+        401: ("Open the link again", f"This page opens by the link that {PROGRAM} console printed. It works once, for ten minutes: "
               "stop the command and start it again for a new one."),
         404: ("Nothing here", "There is no such page, or no call of this number in the ledger."),
         405: ("Only to look at", "The console changes nothing. Use the gateway command to pause, raise or adjust."),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from gateway_addon import __version__
 from gateway_addon.console.desk import Account, Desk
 from gateway_addon.money import dollars
+from gateway_addon.names import PROGRAM
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -48,7 +49,7 @@ def _metrics(seen: Desk, policy_broken: bool) -> Iterator[Metric]:
     capped = [_of(each, each.cap_nano) for each in accounts if each.cap_nano is not None]
     yield Metric("cap_dollars", "The window's cap, raises included. Scopes without a cap have no sample.", capped)
     paused = [Sample({"scope": each.today.scope}, _flag(each.pause)) for each in owners]
-    yield Metric("paused", "1 while gateway pause refuses the scope's calls.", paused)
+    yield Metric("paused", f"1 while {PROGRAM} pause refuses the scope's calls.", paused)
     spent = [Sample({"model": each.name}, _dollars(each.spent_nano)) for each in seen.models]
     yield Metric("model_spent_dollars", "Spent this month, by the model asked for.", spent)
     calls = [Sample({"model": each.name}, str(each.calls)) for each in seen.models]

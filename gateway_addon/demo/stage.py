@@ -18,6 +18,7 @@ from gateway_addon.demo.client import App
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.names import PROGRAM
 from gateway_addon.simulator import KEY, Simulator
 
 START_S = 15.0
@@ -109,6 +110,7 @@ def _write_files(folder: Path, upstream: str) -> None:
 
 async def _start(folder: Path) -> asyncio.subprocess.Process:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("GATEWAY_", "ANTHROPIC_"))}
+    environment["GATEWAY_COMMAND"] = PROGRAM
     command = ["-u", "-m", "gateway_addon", "serve", "--listen", "127.0.0.1:0"]
     where = ["--policies", str(folder / "policies"), "--ledger", f"sqlite:///{folder / 'gateway.db'}"]
     log = os.open(folder / "gateway.log", os.O_WRONLY | os.O_CREAT)

@@ -11,7 +11,7 @@ import string
 import zlib
 from collections.abc import Iterable
 
-from gateway_addon.names import TOKEN_PATTERN, TOKEN_PREFIX
+from gateway_addon.names import PROGRAM, TOKEN_PATTERN, TOKEN_PREFIX
 from gateway_addon.refusals import Refusal
 
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -19,7 +19,7 @@ _SECRET_DIGITS = 43  # 62^43 > 2^256
 _CHECK_DIGITS = 6  # 62^6 > 2^32
 _LENGTH = len(TOKEN_PREFIX) + _SECRET_DIGITS + _CHECK_DIGITS
 
-ISSUE = "Ask the gateway's operator for one (gateway token issue APP)"
+ISSUE = f"Ask the gateway's operator for one ({PROGRAM} token issue APP)"
 
 
 def mint() -> str:

@@ -22,6 +22,7 @@ from gateway_addon.ledger.store.locks import Turnstile, is_dead
 from gateway_addon.ledger.store.sqlite_schema import is_behind
 from gateway_addon.ledger.types import TOTAL, Limit, Raise, ServerAddress, Token, app_scope
 from gateway_addon.money import AMOUNT_NANO_MAX, dollars
+from gateway_addon.names import PROGRAM
 from gateway_addon.windows import next_start, starts
 
 BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
@@ -214,7 +215,7 @@ def raise_cap(
 ) -> Raise:
     """Add `amount_nano` on top of a scope's cap for this window, until a date. Raises have an end so that none is forgotten."""
     if amount_nano <= 0 or until <= now:
-        raise ValueError("a cap is raised by more than $0 and until a time to come; gateway cap limit lowers one")
+        raise ValueError(f"a cap is raised by more than $0 and until a time to come; {PROGRAM} cap limit lowers one")
     before = sum(each.amount_nano for each in raises(db, now=now) if (each.scope, each.window) == (scope, window))
     insert = "INSERT INTO raises (scope, window, amount_nano, since, until, who, why) VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING id"
     [(number,)] = db.execute(insert, (scope, window, amount_nano, now, until, who, why)).fetchall()
@@ -232,7 +233,7 @@ def withdraw_raise(db: sqlite3.Connection, number: int, *, who: str, why: str = 
     """End a raise at once; returns it as it was. Raises ValueError where none of this number is in force."""
     found = next((each for each in raises(db, now=now) if each.id == number), None)
     if found is None:
-        raise ValueError(f"no raise {number} is in force; gateway cap list shows those that are")
+        raise ValueError(f"no raise {number} is in force; {PROGRAM} cap list shows those that are")
     db.execute("UPDATE raises SET until = since WHERE id = ?", (number,))  # not deleted: its number must never mean another raise
     audit(db, who, "cap withdraw", f"{found.scope} {found.window}", found._asdict(), None, why, now)
     return found
@@ -285,9 +286,9 @@ def adjust(db: sqlite3.Connection, call_id: int, delta_nano: int, *, who: str, w
     """Correct what a resolved call cost, by an entry of its own; returns what it has cost since. No call costs less than nothing."""
     rows = db.execute("SELECT state, carried FROM calls WHERE id = ?", (call_id,)).fetchall()
     if rows and rows[0][1] is not None:
-        raise ValueError(f"call {call_id} is the sum of {rows[0][1]} calls that `gateway prune` carried: corrections are for single calls")
+        raise ValueError(f"call {call_id} is the sum of {rows[0][1]} calls that `{PROGRAM} prune` carried; only single calls are corrected")
     if not rows and (pruned := _pruned_until(db, call_id)):
-        raise ValueError(f"call {call_id} is gone: `gateway prune` made sums of the calls before {pruned}, and a sum is not corrected")
+        raise ValueError(f"call {call_id} is gone: `{PROGRAM} prune` made sums of the calls before {pruned}, and a sum is not corrected")
     if not rows or rows[0][0] not in ("settled", "voided"):
         raise ValueError(f"call {call_id} is {rows[0][0] if rows else 'not in the ledger'}: only a settled or voided call is adjusted")
     [(spent_nano,)] = db.execute("SELECT sum(spent_nano) FROM entries WHERE call_id = ?", (call_id,)).fetchall()

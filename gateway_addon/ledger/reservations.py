@@ -34,6 +34,7 @@ from gateway_addon.ledger.types import (
     app_scope,
     team_scope,
 )
+from gateway_addon.names import PROGRAM
 from gateway_addon.windows import WINDOWS, Starts, next_start, starts
 
 type CapWindow = tuple[str, str, int, int | None]
@@ -198,7 +199,7 @@ def reserve(
         return Reserved(written[0][0], _standings(db, frames, now, calendar), owner)
     denial = judge(facts(db, call, caps, now=now), limits, grant_nano, quantum_nano, call.input_tokens, now)
     if denial is None:
-        raise LedgerUnavailable("the ledger did not write a reservation and nothing in it says why: `gateway doctor` looks for the fault")
+        raise LedgerUnavailable(f"the ledger did not write a reservation and does not say why: `{PROGRAM} doctor` looks for the fault")
     return denial
 
 
@@ -324,7 +325,7 @@ def zone(db: sqlite3.Connection) -> tzinfo:
     """Return the zone of the ledger's calendar. It is a row, so that every process on the ledger has the same windows."""
     rows = db.execute("SELECT value FROM settings WHERE name = 'zone'").fetchall()
     if not rows:
-        raise LedgerUnavailable("the ledger has no time zone: it was not made by this program; `gateway init` makes one")
+        raise LedgerUnavailable(f"the ledger has no time zone: it was not made by this program; `{PROGRAM} init` makes one")
     return ZoneInfo(rows[0][0])
 
 

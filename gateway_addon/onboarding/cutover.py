@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway_addon.ledger.reports.token_usage import Arrival
+from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding.inventory import Consumer
 
 NO_CALLERS = frozenset({"document", "example", "recording"})
@@ -43,10 +44,10 @@ def unseen(arrivals: Iterable[Arrival]) -> list[OpenReason]:
     for token in arrivals:
         name = f"app {token.app}, token {token.token_id}" + (f" ({token.label})" if token.label else "")
         if token.state == "in force" and not token.calls:
-            way_out = f"switch the app, or if nobody has this token: gateway token revoke {token.app} --id {token.token_id}"
+            way_out = f"switch the app, or if nobody has this token: {PROGRAM} token revoke {token.app} --id {token.token_id}"
             found.append(OpenReason(name, "has never called", way_out))
         elif token.state == "in force" and token.calls == token.refused:
-            found.append(OpenReason(name, "has called, and was refused each time", "gateway report --by token shows why"))
+            found.append(OpenReason(name, "has called, and was refused each time", f"{PROGRAM} report --by token shows why"))
     return found
 
 
@@ -59,7 +60,7 @@ def unaccounted(files: Iterable[FileToday], arrivals: Sequence[Arrival], accepte
         if any(is_in(file.path, path) for path in exempt):
             continue
         if file.problem is not None:
-            found.append(OpenReason(file.path, file.problem, f"look at it, then: gateway cutover --accept {file.path}"))
+            found.append(OpenReason(file.path, file.problem, f"look at it, then: {PROGRAM} cutover --accept {file.path}"))
         found += [each for consumer in file.consumers if (each := _doubt(consumer, good)) is not None]
     return found
 
@@ -86,5 +87,5 @@ def _doubt(consumer: Consumer, good_tokens: set[str]) -> OpenReason | None:
         return OpenReason(place, f"({consumer.kind}) {DOUBTS[consumer.state]}", consumer.switch)
     tokens = [key for key in consumer.keys if key.startswith("gwt_")]
     if consumer.state == "switched" and any(token.rpartition("…")[2] not in good_tokens for token in tokens):
-        return OpenReason(place, f"({consumer.kind}) holds a token that is not in force here", "gateway token issue APP")
+        return OpenReason(place, f"({consumer.kind}) holds a token that is not in force here", f"{PROGRAM} token issue APP")
     return None

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gateway_addon import pricing
+from gateway_addon.names import PROGRAM
 from gateway_addon.policy.keys import APP, GATEWAY, NAME
 from gateway_addon.policy.kinds import REQUIRED, Key, record
 from gateway_addon.policy.model import AppPolicy, CapWindow, GatewayPolicy, Models
@@ -187,7 +188,7 @@ def _bytes(directory: Path, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise PolicyError(f"{_shown(directory, path)}: no such file; `gateway init` writes a first policy") from None
+        raise PolicyError(f"{_shown(directory, path)}: no such file; `{PROGRAM} init` writes a first policy") from None
     except OSError as error:
         raise PolicyError(f"{_shown(directory, path)}: not readable: {error.strerror}") from None
 

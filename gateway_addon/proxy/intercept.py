@@ -33,6 +33,7 @@ from mitmproxy_rs.local import LocalRedirector
 
 from gateway_addon.calls.permits import AuthenticatedRequest
 from gateway_addon.calls.responses import OwnResponse
+from gateway_addon.names import PROGRAM
 from gateway_addon.proxy import runtimes
 from gateway_addon.proxy.hooks import GatewayAddon, guarded
 from gateway_addon.proxy.server import on_signal, prepared
@@ -48,13 +49,13 @@ TOLD_A_BUNDLE = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 """Variables that *replace* a program's certificate authorities: OpenSSL and Python, requests, curl."""
 NO_CREDENTIALS = (
     "No app's name came with this call. Put its gateway token into the proxy's address, HTTPS_PROXY=http://APP:TOKEN@{0}, "
-    "or start the program with: gateway local --app APP -- COMMAND"
+    f"or start the program with: {PROGRAM} local --app APP -- COMMAND"
 )
 
 
 PASSED_BY = (
     "No call of {0} came by: it made none to {1}, or it reads neither HTTPS_PROXY nor what Node and Java are told, and called past the "
-    "gateway, unmetered. Point it at the gateway itself (gateway token issue APP --for ...); --allow-none if it need not call."
+    f"gateway, unmetered. Point it at the gateway itself ({PROGRAM} token issue APP --for ...); --allow-none if it need not call."
 )
 
 
@@ -317,14 +318,14 @@ def greeting(address: str, upstream: str, ca_folder: Path, capture: str | None) 
     return [
         f"local    http://{address}  ->  {upstream}; every other host passes sealed",
         *([f"capture  {capture}"] if capture else []),
-        f"proxy    HTTPS_PROXY=http://APP:TOKEN@{address} (TOKEN from: gateway token issue APP)",
+        f"proxy    HTTPS_PROXY=http://APP:TOKEN@{address} (TOKEN from: {PROGRAM} token issue APP)",
         f"trust    {ca}",
         f"  Node       NODE_EXTRA_CA_CERTS={ca}",
         f"  curl       CURL_CA_BUNDLE={ca}",
         f"  Python     SSL_CERT_FILE={ca} (requests: REQUESTS_CA_BUNDLE); it replaces the other authorities",
         f"  Debian     cp {ca} /usr/local/share/ca-certificates/gateway.crt && update-ca-certificates",
         f"  macOS      security add-trusted-cert -d -k /Library/Keychains/System.keychain {ca}",
-        "  Or let the gateway set all of this for one program: gateway local --app APP -- COMMAND",
+        f"  Or let the gateway set all of this for one program: {PROGRAM} local --app APP -- COMMAND",
     ]
 
 
@@ -335,4 +336,4 @@ def capture_problem() -> str | None:
         reason = "on Linux mitmproxy starts its redirector by sudo, which is not installed"
     if reason is None:
         return None
-    return f"This system cannot capture programs ({reason}). Start the program with: gateway local --app APP -- COMMAND"
+    return f"This system cannot capture programs ({reason}). Start the program with: {PROGRAM} local --app APP -- COMMAND"

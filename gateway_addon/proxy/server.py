@@ -30,6 +30,7 @@ from gateway_addon.clocks import SYSTEM
 from gateway_addon.http_client import STRAIGHT, Egress
 from gateway_addon.ledger import Ledger, ServerAddress
 from gateway_addon.ledger.store.sqlite_files import ledger_path, state_folder
+from gateway_addon.names import PROGRAM
 from gateway_addon.operations import batch_poller, daily_totals_job, jobs, reload, tracing, webhooks
 from gateway_addon.operations.batch_poller import BatchPoller
 from gateway_addon.operations.daily_totals_job import DailyTotalsJob
@@ -298,5 +299,5 @@ def greeting(settings: Settings, policy: GatewayPolicy, way: Egress) -> list[str
         *([f"egress   {way}"] if way != STRAIGHT else []),
         f"policy   {settings.policies} ({policy.digest[:12]})",
         f"ledger   {ledger if isinstance(ledger := ledger_path(settings.ledger), ServerAddress) else settings.ledger}",
-        f"apps     {', '.join(sorted(policy.apps)) or 'none yet: gateway init'}",
+        f"apps     {', '.join(sorted(policy.apps)) or f'none yet: {PROGRAM} init'}",
     ]

@@ -14,6 +14,7 @@ from itertools import groupby
 from gateway_addon.ledger.admin import PRUNED, audit, keep_setting
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.types import LedgerUnavailable
+from gateway_addon.names import PROGRAM
 from gateway_addon.windows import starts
 
 DAY_S = 86_400
@@ -150,7 +151,7 @@ def carry(db: sqlite3.Connection, groups: Sequence[PruneGroup], *, now: float) -
         db.executemany(_TAKE, [(carry_id, call_id) for call_id in group])
         values = {"carry_id": carry_id, "now": now}
         if db.execute(_HOW_MANY, values).fetchone()[0] != len(group):
-            raise LedgerUnavailable("another `gateway prune` works on this ledger: let it finish")
+            raise LedgerUnavailable(f"another `{PROGRAM} prune` works on this ledger: let it finish")
         for statement in (_LIMIT, _BOOK, _METER, _CORRECT, *_REMOVE):
             db.execute(statement, values)
         db.execute("DELETE FROM carries WHERE carry_id = ?", (carry_id,))

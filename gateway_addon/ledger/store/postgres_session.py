@@ -22,6 +22,7 @@ from psycopg.types.numeric import Int8Dumper
 from gateway_addon.ledger import reservations
 from gateway_addon.ledger.store import balances
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
+from gateway_addon.names import PROGRAM
 
 SESSION = {
     # milliseconds unless said. The gateway answers its caller after two seconds; nothing of it stays behind on the server.
@@ -68,13 +69,13 @@ SPELLED_BY_PATTERN = (
     (re.compile(r"(?<![:\w]):([a-z_]\w*)"), r"%(\1)s"),
 )
 
-BEHIND = "the ledger on {at} is an older version's: `gateway init` brings it up to date"
+BEHIND = f"the ledger on {{at}} is an older version's: `{PROGRAM} init` brings it up to date"
 _SENTENCES = {
     # by SQLSTATE, or its first two characters
     "25006": "the ledger's server {at} is read-only (a standby?): point --ledger at the primary",
-    "42P01": "the database on {at} has no ledger: `gateway init` makes one",
+    "42P01": f"the database on {{at}} has no ledger: `{PROGRAM} init` makes one",
     "42703": BEHIND,
-    "3F000": "the database on {at} has no ledger: `gateway init` makes one",
+    "3F000": f"the database on {{at}} has no ledger: `{PROGRAM} init` makes one",
     "42501": "the ledger's user on {at} lacks a privilege",
     "53100": "the disk of the ledger's server {at} is full: free some space, the gateway goes on by itself",
     "55P03": "the ledger on {at} was held too long by another gateway or a person's transaction",

@@ -13,6 +13,7 @@ from gateway_addon.ledger import access
 from gateway_addon.ledger.store.interface import driver, must_be_known
 from gateway_addon.ledger.store.sqlite_schema import APPLIED, known, migrate
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
+from gateway_addon.names import PROGRAM
 
 SCHEME = "sqlite:///"
 SERVER_SCHEMES = ("postgresql://", "postgres://")
@@ -33,9 +34,10 @@ _SENTENCES = {
     sqlite3.SQLITE_FULL: "the disk of the ledger {path} is full: free some space, the gateway goes on by itself",
     sqlite3.SQLITE_IOERR: "the disk of the ledger {path} reports an error: the gateway goes on by itself when it is back",
     sqlite3.SQLITE_NOMEM: "there is not enough memory to open the ledger {path}",
-    sqlite3.SQLITE_CORRUPT: "the ledger {path} is damaged: stop the gateway, keep the file, restore the last backup, then `gateway doctor`",
+    sqlite3.SQLITE_CORRUPT: f"the ledger {{path}} is damaged: stop the gateway, keep the file, restore the last backup, then"
+    f" `{PROGRAM} doctor`",
     sqlite3.SQLITE_NOTADB: "{path} is not a ledger or is damaged: stop the gateway, keep the file, restore the last backup, then"
-    " `gateway doctor`",
+    f" `{PROGRAM} doctor`",
 }  # fmt: skip
 
 type Identity = tuple[int, int]
@@ -118,7 +120,7 @@ def identity(path: Path) -> Identity:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise LedgerUnavailable(f"there is no ledger at {path}: `gateway init` makes one, or name yours with --ledger") from None
+        raise LedgerUnavailable(f"there is no ledger at {path}: `{PROGRAM} init` makes one, or name yours with --ledger") from None
     except PermissionError as error:
         raise access.closed(path) from error
     except OSError as error:
@@ -181,8 +183,8 @@ def must_be_a_ledger(path: Path, db: sqlite3.Connection) -> None:
     """Raise LedgerUnavailable where the file is another program's, or its tables are a newer gateway's."""
     if len(db.execute("SELECT 1 FROM sqlite_master WHERE name IN ('entries', '_sqlite_migrations')").fetchall()) < 2:
         if path.stat().st_size == 0:
-            raise LedgerUnavailable(f"{path} is an empty file, not a ledger: remove it, then `gateway init` makes one")
-        raise LedgerUnavailable(f"{path} is another program's file, not a ledger: name yours with --ledger; `gateway init` makes one")
+            raise LedgerUnavailable(f"{path} is an empty file, not a ledger: remove it, then `{PROGRAM} init` makes one")
+        raise LedgerUnavailable(f"{path} is another program's file, not a ledger: name yours with --ledger; `{PROGRAM} init` makes one")
     must_be_known(path, (name for (name,) in db.execute(APPLIED).fetchall()), known())
 
 

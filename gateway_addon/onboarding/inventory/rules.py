@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from gateway_addon.identity.fingerprint import API_KEY, GATEWAY_TOKEN
+from gateway_addon.names import PROGRAM
 
 WORDS = (b"nthropic", b"NTHROPIC_", b"sk-ant-", b"c2stYW50", b"Z3d0X", b"claude", b"LAUDE_", b"gwt_", b"apiKeyHelper")
 """A file without any of these holds no consumer, whatever its kind. Substring searches, not one regex: measured twice as
@@ -34,7 +35,7 @@ class FileKind(NamedTuple):
 
 
 def _issue(form: str, then: str) -> str:
-    return f"gateway token issue APP --for {form}; {then}"
+    return f"{PROGRAM} token issue APP --for {form}; {then}"
 
 
 _C = r"//[^\n]*|/\*.*?\*/"

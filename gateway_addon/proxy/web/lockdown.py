@@ -7,6 +7,8 @@ looked at it. Pure values.
 from collections.abc import Iterable
 from typing import Any
 
+from gateway_addon.names import PROGRAM
+
 OPTIONS: dict[str, Any] = {
     "web_host": "127.0.0.1",
     "web_open_browser": False,
@@ -25,7 +27,10 @@ LOOKING = frozenset({
 NO_SCRIPTS = (
     "A script would run where the real key is, and could read it. Run it in a mitmdump of its own, between your app and this gateway."
 )
-FIXED = "{0} cannot be changed while the gateway runs: that could open a way around it. Start again with: gateway web --set {0}=VALUE"
+FIXED = (
+    "{0} cannot be changed while the gateway runs: that could open a way around it. "
+    f"Start again with: {PROGRAM} web --set {{0}}=VALUE"
+)
 
 COMMANDS = (
     "gateway.", "flow.", "view.", "commands.history.", "replay.client", "replay.client.count", "replay.client.stop", "eventstore.clear",
