@@ -10,7 +10,7 @@ A creation whose answer is lost is settled at what it holds: nobody knows its id
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -86,12 +86,7 @@ class Workspace:
         """
         wanted = set(file_ids)
         owners = await self.ledger.look(partial(ownership.owners, ids=wanted)) if wanted else {}
-        for file_id in sorted(wanted):
-            owner = owners.get(file_id)
-            if owner != app.name and (owner is not None or app.mode == "enforce"):
-                sentence = f"app {app.name} has no file {file_id[:100]!r} here; it may use those that it uploaded through this gateway"
-                return stated("not_found", sentence)
-        return None
+        return foreign_file(app, wanted, owners)
 
     # -- batches
 
@@ -207,6 +202,16 @@ class Workspace:
         except TimeoutError:
             logger.error("The ledger is behind: what an app made or deleted is written as soon as the ledger answers.")
             return None
+
+
+def foreign_file(app: AppPolicy, wanted: Iterable[str], owners: Mapping[str, str]) -> Refusal | None:
+    """Return the refusal for the first file that is not the app's, by the owners that the ledger knows. Pure."""
+    for file_id in sorted(wanted):
+        owner = owners.get(file_id)
+        if owner != app.name and (owner is not None or app.mode == "enforce"):
+            sentence = f"app {app.name} has no file {file_id[:100]!r} here; it may use those that it uploaded through this gateway"
+            return stated("not_found", sentence)
+    return None
 
 
 class _Creation:

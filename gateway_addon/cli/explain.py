@@ -1,14 +1,17 @@
 """`gateway explain`: what would happen to a request, rule by rule, before anything is sent."""
 
+import ipaddress
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gateway_addon.cli.common import FINE, PROBLEM, WRONG_USAGE, ledger_option, policies_option, says_errors, stop
+from gateway_addon.ledger import reservations
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.messages.request import Request
 from gateway_addon.names import PROGRAM
@@ -20,21 +23,33 @@ from gateway_addon.policy import PolicyError, load
 @click.argument("request_file", metavar="REQUEST.json", type=click.File("rb"))
 @click.option("--app", "app_name", required=True, help="Whose policy judges the request.")
 @click.option("--beta", "betas", multiple=True, help="A value of anthropic-beta sent with it.")
+@click.option("--token", "token_id", type=int, metavar="NUMBER", help="Judge it as sent with this token of the app (`gateway token list`).")
+@click.option("--from", "address", metavar="ADDRESS", help="Judge it as sent from this IP address.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @policies_option
 @ledger_option
 @says_errors(PolicyError, ValueError)
-def explain(request_file: Any, app_name: str, betas: tuple[str, ...], as_json: bool, policies: Path, ledger: str) -> None:
+def explain(
+    request_file: Any, app_name: str, betas: tuple[str, ...], token_id: int | None, address: str | None, as_json: bool, policies: Path,
+    ledger: str,
+) -> None:  # fmt: skip
     """Say what would happen to the body in REQUEST.json (`-`: standard input), sent to /v1/messages by an app: every rule's
     verdict, what the call is quoted at, and which caps it fits.
 
-    Exits 1 where the request would be refused. What a rule that is only observed would refuse is said, and passes.
+    Exits 1 where the gateway would refuse the request at this moment, and says so with its code and sentence. Without --token a token
+    in force is assumed, and without --from an address from which the app may call. What a rule that is only observed would refuse is
+    said, and passes.
     """
     policy = load(policies)
     if app_name not in policy.apps:
         stop(f"No app {app_name!r} in {policies}; there: {', '.join(policy.apps) or 'none'}.", WRONG_USAGE)
+    if address is not None:
+        ipaddress.ip_address(address)  # raises ValueError with a sentence
     headers = tuple(("anthropic-beta", beta) for beta in betas)
     request = Request("POST", "/v1/messages", headers, request_file.read())
-    found = explanation.explain(policy, policy.apps[app_name], request, sqlite_files.ledger_path(ledger), time.time())
+    find_token = None if token_id is None else partial(reservations.token, token_id=token_id, app=app_name)
+    found = explanation.explain(
+        policy, policy.apps[app_name], request, sqlite_files.ledger_path(ledger), time.time(), find_token, address
+    )  # fmt: skip
     click.echo(json.dumps(found, indent=2) if as_json else explanation.written(found))
     sys.exit(PROBLEM if found["refused"] else FINE)

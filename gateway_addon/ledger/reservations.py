@@ -205,17 +205,22 @@ def reserve(
 
 def facts(db: sqlite3.Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> CallFacts:
     """Read all that decides about a call, for `denials.judge`."""
-    tokens = db.execute(ITS_TOKEN, (call.token_id, call.app)).fetchall()
     in_flight = db.execute(IN_FLIGHT, (app_scope(call.app),)).fetchall()
     requests, input_tokens = _counted(db, call.app, now)
     return CallFacts(
-        Token(*tokens[0]) if tokens else None,
+        token(db, call.token_id, call.app),
         tuple(pause for pause in state.pauses(db, now) if pause.scope in call.scopes),
         capped(db, caps, now=now),
         in_flight[0][0] if in_flight else 0,
         requests,
         input_tokens,
     )
+
+
+def token(db: sqlite3.Connection, token_id: int, app: str) -> Token | None:
+    """Return an app's token by its number, revoked and expired ones too; None where the app has no such token."""
+    rows = db.execute(ITS_TOKEN, (token_id, app)).fetchall()
+    return Token(*rows[0]) if rows else None
 
 
 def _counted(db: sqlite3.Connection, app: str, now: float) -> tuple[MinuteCount, MinuteCount]:

@@ -1,18 +1,39 @@
-"""What would happen to a request: every rule's verdict, what the call is quoted at, which caps it fits. Nothing is sent or held.
+"""Explain what would happen to a request: every rule's verdict, what the call is quoted at, which caps it fits. Nothing is sent or held.
 
-Promises the verdict that admission would come to at that moment, as plain data and in words. Asked by `gateway explain` and by the
-command of that name in mitmweb.
+Promises the verdict, code and sentence that the gateway would come to at that moment (where calls in flight hold what is missing:
+without a wait), by the gateway's own judgements, as plain data and in words. Asked by `gateway explain` and by the command of that
+name in mitmweb.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from gateway_addon.calls.authentication import Rejected, judge_caller
+from gateway_addon.calls.judgement import judge_plan, plan
+from gateway_addon.calls.judging import judge_request
 from gateway_addon.calls.quote import Quote, quote
-from gateway_addon.calls.reservation_options import reservation_options, rewritten
-from gateway_addon.ledger import LedgerUnavailable, ServerAddress, Standing, admin, reservations
+from gateway_addon.calls.refusal_messages import denied
+from gateway_addon.calls.reservation_options import ReservationOption, reservation_options, rewritten
+from gateway_addon.calls.workspace import foreign_file
+from gateway_addon.ledger import (
+    CallFacts,
+    Denied,
+    LedgerUnavailable,
+    NewCall,
+    ServerAddress,
+    Standing,
+    Token,
+    TokenLookup,
+    admin,
+    ownership,
+    reservations,
+    state,
+)
+from gateway_addon.ledger.denials import judge_caps
+from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.messages import request as reading
 from gateway_addon.messages.request import ParsedRequest, Request, is_fast
 from gateway_addon.money import dollars
@@ -20,38 +41,112 @@ from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, RuleVerdict, cap
 from gateway_addon.pricing import retired
 from gateway_addon.refusals import Refusal
 
+type FindToken = Callable[[ReadConnection], Token | None]
 
-def explain(policy: GatewayPolicy, app: AppPolicy, request: Request, ledger: Path | ServerAddress, now: float) -> dict[str, Any]:
-    """Everything that admission would find out about a request to /v1/messages, as plain data."""
-    read = reading.read("messages", request)
-    changes = rewritten(app, policy.prices, read, overrun=False, now=now) if isinstance(read, ParsedRequest) else {}
-    if changes:
-        request, read = reading.edited("messages", request, changes)
-    explanation: dict[str, Any] = {"app": app.name, "rewritten": changes, "rules": [], "quote": None, "caps": [], "observed": []}
-    if isinstance(read, Refusal):
-        return explanation | {"note": None, "refused": _refusal(read)}
-    explanation["note"] = retired(policy.prices, read.model, now, fast=is_fast(read.body))
+
+class Known(NamedTuple):
+    """What the ledger knows that bears on a request. `problem`: why it could not be read; then it is taken to be empty."""
+
+    lookup: TokenLookup
+    facts: CallFacts
+    upstream_limits: Mapping[str, tuple[str, float]]
+    owners: Mapping[str, str]
+    """Apps by the ids of the files that they uploaded."""
+    problem: str | None = None
+
+
+def explain(
+    policy: GatewayPolicy,
+    app: AppPolicy,
+    request: Request,
+    ledger: Path | ServerAddress,
+    now: float,
+    find_token: FindToken | None = None,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Return everything that the gateway would find out about a request to /v1/messages, as plain data.
+
+    `find_token` None: a token in force is assumed. `address` None: where it comes from is not judged.
+    """
+    asked = reading.read("messages", request)
+    files = set(asked.found.files) if isinstance(asked, ParsedRequest) else set()
+    limits = caps(policy, app)
+    known = _known(ledger, app, limits, files, find_token, now)
+    caller = judge_caller(known.lookup, address, request.headers, policy, now)
+    refused = caller.refusal if isinstance(caller, Rejected) else None
+    explanation: dict[str, Any] = {
+        "app": app.name, "rewritten": {}, "rules": [], "quote": None, "caps": [], "observed": [], "note": None,
+        "assumed": _assumed(app, known, address), "refused": None,
+    }  # fmt: skip
+    overruns = known.lookup.overruns
+    judged = judge_request(app, policy.prices, "messages", request, overruns, now)
+    if isinstance(judged, Refusal) or isinstance(asked, Refusal):
+        return explanation | {"refused": _refusal(refused or _first_refusal(judged, asked))}
+    changes = rewritten(app, policy.prices, asked, overrun=asked.model in overruns, now=now)
+    _, read = reading.edited("messages", request, changes) if changes else (request, asked)
+    assert isinstance(read, ParsedRequest)
     verdicts = list(trail(app, read, policy.prices))
-    explanation["rules"] = [verdict._asdict() for verdict in verdicts]
-    refusing = [verdict for verdict in verdicts if verdict.code]
-    observed: list[RuleVerdict | Refusal] = [verdict for verdict in refusing if app.observes(verdict.rule)]
-    refused: RuleVerdict | Refusal | None = next((verdict for verdict in refusing if not app.observes(verdict.rule)), None)
-    bound = quote(read, app, policy.prices, now)
+    observed: list[RuleVerdict | Refusal] = [verdict for verdict in verdicts if verdict.code and app.observes(verdict.rule)]
+    bound = judged.verdict if isinstance(judged.verdict, Quote) else quote(read, app, policy.prices, now)
+    refused = refused or (judged.verdict if isinstance(judged.verdict, Refusal) else None) or foreign_file(app, files, known.owners)
+    explanation |= {
+        "rewritten": changes,
+        "rules": [verdict._asdict() for verdict in verdicts],
+        "note": retired(policy.prices, read.model, now, fast=is_fast(read.body)),
+    }
     if isinstance(bound, Quote):
-        limits = caps(policy, app)
-        explanation["quote"] = _quote(bound)
-        explanation["caps"] = [_cap(cap, bound, standing) for cap, standing in _standings(ledger, limits, now)]
-        least = reservation_options(bound, app, policy, read, limits, overrun=False, now=now)[-1]
-        if least.hold_nano < bound.total_nano:  # only the first step must fit
-            explanation["quote"]["held_at_first"] = dollars(least.hold_nano)
-        else:
-            own = [cap["cap"].startswith("app:") and app.observes("caps") for cap in explanation["caps"]]
-            too_large = [_too_large(cap, bound) for cap in explanation["caps"]]
-            observed += [each for each, only_seen in zip(too_large, own, strict=True) if each and only_seen]
-            refused = refused or next((each for each, only_seen in zip(too_large, own, strict=True) if each and not only_seen), None)
-    else:
-        refused = refused or bound
+        least = reservation_options(bound, app, policy, read, limits, overrun=read.model in overruns, now=now)[-1]
+        standings: dict[tuple[str, str], Standing] = {(standing.scope, standing.window): standing for standing in known.facts.standings}
+        explanation["quote"] = _quote(bound) | {"held_at_first": dollars(least.hold_nano) if least.hold_nano < bound.total_nano else None}
+        explanation["caps"] = [_cap(cap, bound, least, standings.get((cap.scope, cap.window)), known.problem, now) for cap in limits]
+        by_money, seen = _judge_money(policy, app, read, bound, known, now)
+        refused, observed = refused or by_money, [*observed, *seen]
     return explanation | {"observed": [_refusal(each) for each in observed], "refused": refused and _refusal(refused)}
+
+
+def _first_refusal(*found: object) -> Refusal:
+    return next(each for each in found if isinstance(each, Refusal))
+
+
+def _judge_money(
+    policy: GatewayPolicy, app: AppPolicy, read: ParsedRequest, bound: Quote, known: Known, now: float
+) -> tuple[Refusal | None, list[Refusal]]:
+    """Return the refusal of a quoted call by caps, rates and concurrency, and what observed ones would have said."""
+    asked = plan(app, policy, read, bound, known.upstream_limits, known.lookup.overruns, now)
+    if isinstance(asked, Refusal):
+        return asked, []
+    verdict = judge_plan(asked, known.facts, bound.input_tokens, now)
+
+    def said(denial: Denied) -> Refusal:
+        return denied(denial, app, bound, verdict.option.hold_nano)
+
+    refused = None if verdict.denied is None else said(verdict.denied)
+    return refused, [*asked.notes, *map(said, verdict.observed)]
+
+
+def _known(
+    ledger: Path | ServerAddress, app: AppPolicy, limits: Sequence[Cap], files: set[str], find_token: FindToken | None, now: float
+) -> Known:
+    """Read all that the ledger knows, in one look."""
+    assumed = Token(0, app.name, "", now, None, None)
+    try:
+        with admin.reading(ledger) as db:
+            token = assumed if find_token is None else find_token(db)
+            call = NewCall(app.name, app.team, token.id if token else 0)
+            facts = reservations.facts(db, call, limits, now=now)._replace(token=token)
+            lookup = TokenLookup(token, state.pauses(db, now), state.overruns(db))
+            return Known(lookup, facts, state.ratelimits(db), ownership.owners(db, files))
+    except LedgerUnavailable as error:
+        untouched = [Standing(cap.scope, cap.window, 0, None, cap.amount_nano, 0, 0, 0, 0, 0) for cap in limits if cap.window != "request"]
+        return Known(TokenLookup(assumed), CallFacts(assumed, (), tuple(untouched)), {}, {}, str(error))
+
+
+def _assumed(app: AppPolicy, known: Known, address: str | None) -> list[str]:
+    """Say what the verdict takes for granted, a sentence each."""
+    sentences = [] if known.problem is None else [f"nothing is spent, held or paused, because {known.problem}"]
+    if app.addresses and address is None:
+        sentences.append(f"the call comes from one of {', '.join(map(str, app.addresses))} ({app.file}: addresses)")
+    return sentences
 
 
 def _refusal(refused: RuleVerdict | Refusal) -> dict[str, Any]:
@@ -65,45 +160,29 @@ def _quote(bound: Quote) -> dict[str, Any]:
         "parts": [{"name": part.name, "tokens": part.tokens, "rate": part.rate, "nano": part.nano} for part in bound.parts],
         "price_rows": bound.price_rows,
         "input_released_at_message_start": bound.releasable,
-        "held_at_first": None,
     }
 
 
-def _cap(cap: Cap, bound: Quote, standing: Standing | None) -> dict[str, Any]:
-    """One cap, what is left of it (of all of it, where there is no ledger yet), and whether this call fits."""
-    taken_nano = standing.spent_nano + standing.reserved_nano if standing else 0
-    amount_nano = standing.cap_nano if standing and standing.cap_nano is not None else cap.amount_nano
-    left_nano = amount_nano - taken_nano
+def _cap(cap: Cap, bound: Quote, least: ReservationOption, standing: Standing | None, problem: str | None, now: float) -> dict[str, Any]:
+    """One cap, what is left of it (of all of it, where there is no ledger yet), and whether this call may start."""
+    if standing is None:  # the cap of a request, which the ledger knows nothing of
+        amount_nano = left_nano = cap.amount_nano
+        fits = least.hold_nano <= cap.amount_nano
+    else:
+        amount_nano = cap.amount_nano if standing.cap_nano is None else standing.cap_nano
+        left_nano = amount_nano - standing.spent_nano - standing.reserved_nano - standing.quantum_nano
+        fits = judge_caps((standing,), least.hold_nano, least.quantum_nano, now) is None
+    counted = standing is not None and problem is None
     return {
         "cap": f"{cap.scope} {cap.window}",
         "amount": dollars(amount_nano),
         "raised": dollars(standing.raised_nano) if standing and standing.raised_nano else None,
         "limit": dollars(standing.limit_nano) if standing and standing.limit_nano is not None else None,
-        "spent": dollars(standing.spent_nano) if standing else None,
-        "held": dollars(standing.reserved_nano) if standing else None,
-        "fits": bound.total_nano <= left_nano,
+        "spent": dollars(standing.spent_nano) if standing and counted else None,
+        "held": dollars(standing.reserved_nano) if standing and counted else None,
+        "fits": fits,
         "largest_max_tokens": bound.output_within(left_nano),
     }
-
-
-def _too_large(cap: dict[str, Any], bound: Quote) -> Refusal | None:
-    """What a cap says to a call that is held whole and does not fit it."""
-    if cap["fits"]:
-        return None
-    largest = f"{cap['largest_max_tokens']:,}" if cap["largest_max_tokens"] else "none"
-    sentence = f"the call can cost up to {dollars(bound.total_nano)}, more than is left of {cap['cap']} ({cap['amount']})"
-    return Refusal("quote_over_cap", f"{sentence}; the largest max_tokens that fits: {largest}")
-
-
-def _standings(ledger: Path | ServerAddress, limits: Sequence[Cap], now: float) -> list[tuple[Cap, Standing | None]]:
-    """Each cap beside what the ledger says of it; nothing of it where there is no ledger to read."""
-    try:
-        with admin.reading(ledger) as db:
-            standings = reservations.standing(db, sorted({cap.scope for cap in limits}), limits, now=now)
-    except LedgerUnavailable:
-        standings = ()
-    found: dict[tuple[str, str], Standing] = {(standing.scope, standing.window): standing for standing in standings}
-    return [(cap, found.get((cap.scope, cap.window))) for cap in limits]
 
 
 def written(explanation: dict[str, Any]) -> str:
@@ -124,6 +203,7 @@ def written(explanation: dict[str, Any]) -> str:
         lines += ["", tabulate(rows, headers=("cap", "amount", "spent", "held", "this call"))]
     refused = explanation["refused"]
     lines += ["", *(f"observed, so let pass and recorded: {each['code']}: {each['sentence']}" for each in explanation["observed"])]
+    lines += [f"taken for granted: {each}" for each in explanation["assumed"]]
     if explanation["note"]:
         lines.append(f"the Claude API would refuse it: {explanation['note']}")
     lines.append(f"refused: {refused['code']}: {refused['sentence']}" if refused else "allowed by the policy")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from ledgers import new_file
 
 from gateway_addon.cli.explain import explain
 from gateway_addon.ledger import Ledger, NewCall, Reserved, admin
@@ -60,8 +61,14 @@ def test_a_call_that_no_cap_fits_is_told_what_would_fit(folder: Path):
     assert "quote_over_cap" in result.output
 
 
-def test_a_stream_need_not_fit_a_cap_whole(folder: Path):
-    assert explained(folder, PLAIN | {"max_tokens": 100_000, "stream": True}).exit_code == 0
+@pytest.mark.parametrize(("cap", "refused"), [("$0.1", None), ("$0.01", "quote_over_cap")])
+def test_a_stream_must_fit_with_its_first_step_alone(folder: Path, cap: str, refused: str | None):
+    (folder / "apps" / "steps.yaml").write_text(f"models: {{allow: [claude-haiku-4-5]}}\ncaps: {{request: {cap}}}\n")
+    result = explained(folder, PLAIN | {"max_tokens": 100_000, "stream": True}, "--json", app="steps")
+    found = json.loads(result.output)
+    assert (result.exit_code, found["refused"] and found["refused"]["code"]) == (int(refused is not None), refused)
+    assert found["quote"]["held_at_first"] is not None
+    assert found["caps"][-1]["fits"] is (refused is None)
 
 
 def test_what_is_left_of_a_cap_comes_from_the_ledger(folder: Path):
@@ -78,6 +85,21 @@ def test_what_is_left_of_a_cap_comes_from_the_ledger(folder: Path):
     asyncio.run(hold())
     day = next(cap for cap in found["caps"] if cap["cap"] == "app:reports day")
     assert (day["amount"], day["spent"], day["held"], day["fits"]) == ("$5.00", "$0.00", "$4.999", False)
+
+
+def test_the_caller_is_judged_as_far_as_it_is_given(folder: Path):
+    (folder / "apps" / "near.yaml").write_text("models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\naddresses: [10.0.0.0/8]\n")
+    with admin.changing(new_file(folder)) as db:
+        token = admin.issue_token(db, "near", "00" * 32, who="test", now=time.time())
+    assumed = explained(folder, PLAIN, app="near")
+    assert (assumed.exit_code, "taken for granted: the call comes from one of 10.0.0.0/8" in assumed.output) == (0, True)
+    cases = [(("--from", "192.0.2.1"), "token_address"), (("--token", "99"), "token_unknown"), (("--token", str(token.id)), None)]
+    for options, code in cases:
+        refused = json.loads(explained(folder, PLAIN, *options, "--json", app="near").output)["refused"]
+        assert (refused and refused["code"]) == code
+    with admin.changing(folder / "gateway.db") as db:
+        admin.pause(db, "app:near", who="test", why="a look", now=time.time())
+    assert "app_paused: app near is paused until it is resumed (a look)" in explained(folder, PLAIN, app="near").output.replace("App", "app")
 
 
 def test_an_alias_shows_as_rewritten(folder: Path):

@@ -22,7 +22,20 @@ from gateway_addon.calls.record import CallRecord
 from gateway_addon.calls.responses import OwnResponse
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import LedgerUnavailable, ServerAddress, Standing, admin, app_scope, reservations, scopes, team_scope
+from gateway_addon.identity.client_address import origin
+from gateway_addon.ledger import (
+    LedgerUnavailable,
+    ServerAddress,
+    Standing,
+    Token,
+    admin,
+    app_scope,
+    reservations,
+    scopes,
+    state,
+    team_scope,
+)
+from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.messages import Usage
 from gateway_addon.money import cents, dollars
 from gateway_addon.operations import explain as explanation
@@ -222,9 +235,15 @@ class DebugAddon(GatewayAddon):
         """What would happen to this request if it were sent now: every rule, the quote, the caps."""
         caller = self.caller(flow)
         app: AppPolicy | None = self.gateway.policy.apps.get(caller.app) if caller else None
-        if app is None or not isinstance(flow, http.HTTPFlow):
+        if caller is None or app is None or not isinstance(flow, http.HTTPFlow):
             return ["No app's token came with this flow while this process ran, so there is no policy to judge it by."]
-        found = explanation.explain(self.gateway.policy, app, request_of(flow), self.place, self.clocks.now())
+        request, policy, now = request_of(flow), self.gateway.policy, self.clocks.now()
+        address = origin(flow.client_conn.peername[0], request.headers, policy.trusted_proxies) if flow.client_conn.peername else None
+
+        def find_token(db: ReadConnection) -> Token | None:
+            return state.look_up_token(db, caller.digest, now).token
+
+        found = explanation.explain(policy, app, request, self.place, now, find_token, address)
         return [" ".join(line.split()) for line in explanation.written(found).splitlines() if line.strip(" -")]
 
 
