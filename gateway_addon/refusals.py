@@ -106,7 +106,7 @@ class Refusal:
 def stated(code: str, clause: str) -> Refusal:
     """The refusal for a rule's clause: what `explain` lists under its rule in small letters is said to a caller as a full sentence.
 
-    What is no word (`max_tokens`, `messages[0]`) keeps its spelling at the beginning, too.
+    A field name (`max_tokens`, `messages[0]`) keeps its spelling at the beginning, too.
     """
     first = clause.partition(" ")[0]
     capital = clause[:1].upper() if first.isalpha() else clause[:1]

@@ -164,7 +164,7 @@ def _row(
 
 
 def _policy(name: str, policies: Path) -> str:
-    """What the app may do, in a line; or why its file is not in force."""
+    """Return in a line what the app may do; or why its file is not in force."""
     try:
         found = load(policies).apps.get(name)
     except PolicyError as error:

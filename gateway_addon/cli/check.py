@@ -87,7 +87,7 @@ def _compare(folder: Path, listen: tuple[str, int], *, as_json: bool) -> None:
 
 
 def _health(listen: tuple[str, int]) -> dict[str, Any] | None:
-    """What a gateway says of itself, over TLS where plain HTTP is not understood; None where none answers.
+    """Ask a gateway for its health, over TLS where plain HTTP is not understood; None where none answers.
 
     The certificate is not checked: nothing secret is sent, and the answer is compared with what is on this disk.
     """

@@ -1,4 +1,4 @@
-"""What the commands share: the common options with their environment variables, and how an error is said."""
+"""Define the options that commands share, with their environment variables, and print errors as sentences."""
 
 import functools
 import os

@@ -69,7 +69,7 @@ def reconcile(
 ) -> None:
     """Hold the ledger against the provider's Usage & Cost reports, by day, model and kind of token.
 
-    What the provider saw and the gateway did not was paid for by calls that bypass it (exit code 1). The reports are some
+    Tokens that the provider saw and the gateway did not are from calls that bypass it (exit code 1). The reports are some
     minutes late, so today's lines may still grow; the provider is asked at most once a minute.
     """
     now, policy, path = time.time(), load(policies), ledger_path(ledger)
@@ -158,7 +158,7 @@ def _document(lines: Sequence[ReconcileLine], found: BothSides, proved: Sequence
 
 
 def _money(found: BothSides) -> tuple[int, int]:
-    """What the provider charges, and what the gateway booked by the metered tokens and the grants of those it could not meter."""
+    """Return the provider's charge, and the amount booked: by metered tokens, and by the grants of calls that could not be metered."""
     exact_nano = sum(part.nano for part in found.metered if not part.estimated)
     return sum(each.nano for each in found.charged), exact_nano + sum(each.spent_nano for each in found.estimates)
 

@@ -73,7 +73,7 @@ def report(
     policies: Path,
     ledger: str,
 ) -> None:
-    """What was spent, by whom, on what: sums of the entries that the caps are judged by.
+    """Show the spending, by whom and on what: sums of the entries that the caps are judged by.
 
     A call counts at the time of its admission. The change is against the period of the same length just before.
     """
@@ -266,7 +266,7 @@ def csv_text(rows: list[dict[str, object]]) -> str:
 
 
 def _sentences(found: Notable | None, since: float, calendar: tzinfo) -> str:
-    """What to look at first, as a person would say it."""
+    """Return the sentences of what needs attention first."""
     if found is None:
         return f"Nothing was spent since {times.shown(since, calendar)}."
     line, rest = found.line, found.rest

@@ -173,7 +173,7 @@ def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path
 
 
 def _with_policy(app: str, policies: Path) -> Outline:
-    """What the policy files say, which must have one of this app; whatever is in it."""
+    """Return the policy files as they can be read; they must have one of this app, valid or not."""
     found = outline(policies)
     if app not in found.apps:
         stop(f"No policy for app {app}: write {policies}/apps/{app}.yaml first. Apps with one: {', '.join(found.apps) or 'none'}.")
@@ -181,7 +181,7 @@ def _with_policy(app: str, policies: Path) -> Outline:
 
 
 def _ask_whether_all(app: str, now: float, policies: Path, ledger: str) -> None:
-    """Of several tokens, all are revoked only where a person says so."""
+    """Ask whether all tokens of an app are to be revoked, where it has several."""
     with admin.reading(ledger_path(ledger)) as db:
         good = [each for each in admin.tokens(db, must_know(app, db, policies)) if each.refusal(now) is None]
     if len(good) < 2:

@@ -70,7 +70,7 @@ class Policies:
 
 @dataclass(slots=True)
 class Console:
-    """What the pages are made from."""
+    """All that the pages are made from."""
 
     ledger: Path | ServerAddress
     policies: Policies
@@ -78,7 +78,7 @@ class Console:
     clock: Callable[[], float] = time.time
     memory: DayCache = field(default_factory=DayCache)
     metrics_token: str | None = field(default=None, repr=False)
-    """What a scraper must bring; None: there are no metrics."""
+    """The bearer token of a scraper; None: there are no metrics."""
 
     def look(self) -> desk.Desk:
         with admin.reading(self.ledger) as db:

@@ -1,4 +1,4 @@
-"""Where the marks of the drawings stand, in the drawings' own units. Colours and words are the templates' and the style sheet's.
+"""Compute where the marks of the drawings stand, in the drawings' own units. Colours and words are the templates' and the style sheet's.
 
 Drawn by hand in SVG instead of by a library: a bar and a stacked column are some lines each, take their colours from the page in
 both themes, carry a title for every mark and a table beside them, and need neither inline style nor script, which the page's
@@ -17,7 +17,7 @@ COLOURS = 6
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What is spent, then held, of a cap (or, with no cap, of the longest bar beside it)."""
+    """A bar of the amounts spent and held of a cap (or, with no cap, of the longest bar beside it)."""
 
     spent: int
     held: int

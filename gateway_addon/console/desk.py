@@ -1,4 +1,4 @@
-"""What there is to see, as values: gathered from one moment of the ledger and from the policy in force. Knows nothing of HTML."""
+"""Gather the figures of the overview from one moment of the ledger and from the policy in force. Knows nothing of HTML."""
 
 import math
 from collections import defaultdict
@@ -134,8 +134,10 @@ def look(db: ReadConnection, policy: GatewayPolicy, memory: DayCache, ledger: Pa
 
 
 def cache_savings(cached: Iterable[Cached], prices: Prices, now: float) -> tuple[int, float | None]:
-    """What reading from the cache saved against sending the same tokens anew, less what writing them cost extra; and the share of
-    prompt tokens that came from it. At list prices, without the modifiers of single calls."""
+    """Return the money that the prompt cache saved (less the extra cost of its writes), and the share of prompt tokens read from it.
+
+    At list prices, without the modifiers of single calls.
+    """
     saved, read, prompt = 0, 0, 0
     for each in cached:
         writes = each.cache_write_5m_tokens + each.cache_write_1h_tokens

@@ -1,4 +1,4 @@
-"""Who may look: whoever opens the link that the terminal printed, once, and then their browser.
+"""Let in the browser that opens the link on the terminal, once, and then its cookie.
 
 Promises that a link works once and for ten minutes, and that nothing secret is compared in a time that tells how much of it was
 right. Pure: the time comes as an argument.
@@ -14,7 +14,7 @@ SESSION_S = 12 * 3600
 
 @dataclass(slots=True)
 class Login:
-    """One console's door, made anew with each start."""
+    """The login of one console, made anew with each start."""
 
     opened_monotonic_s: float
     link: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)

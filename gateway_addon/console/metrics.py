@@ -1,4 +1,4 @@
-"""The desk's figures in Prometheus' text format, for machines that draw and alarm.
+"""Write the overview's figures in Prometheus' text format, for machines that draw and alarm.
 
 Promises bounded label sets: scopes and codes of the policy, models that have a price; never a call, a session or a token. Amounts
 are dollars with every decimal of their nano-dollars. Knows nothing of HTTP.

@@ -45,7 +45,7 @@ class Reply:
 
     @property
     def sentence(self) -> str:
-        """What an error says, as an SDK's exception shows it."""
+        """Return an error's message, as an SDK's exception shows it."""
         return str(self.json["error"]["message"])
 
 

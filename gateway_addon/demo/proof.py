@@ -31,7 +31,7 @@ class Pair:
 
     @property
     def surplus_nano(self) -> int:
-        """What the ledger booked beyond the bill."""
+        """Return the amount that the ledger booked beyond the bill."""
         return (self.call.spent_nano if self.call else 0) - (self.billed.billed_nano if self.billed else 0)
 
 
@@ -70,7 +70,7 @@ def estimated(both: Sequence[Pair]) -> Finding:
 
 
 def nothing_else(calls: Sequence[Forwarded], book: Sequence[Row]) -> Finding:
-    """What was refused left no trace at the API: not one request arrived that was not admitted."""
+    """Prove that refused calls left no trace at the API: not one request arrived that was not admitted."""
     if len(calls) != len(book):
         return Finding(False, f"{len(calls)} calls were let through, but {len(book)} requests arrived at the API")
     return Finding(True, f"Of all that was refused, nothing reached the API: {len(calls)} requests let through, {len(book)} arrived.")
@@ -96,7 +96,7 @@ def no_cap_passed(caps: Iterable[Cap], levels: Iterable[HighWater]) -> Finding:
 
 
 def sound(findings: Sequence[str]) -> Finding:
-    """What `gateway doctor` finds in the ledger."""
+    """Return the findings of `gateway doctor` in the ledger."""
     proved = "The ledger proves itself: balances, bills and reservations follow from its entries."
     return Finding(not findings, "; ".join(findings) or proved)
 

@@ -1,4 +1,4 @@
-"""What the demo's three apps do, scene by scene, and what must come of it.
+"""Play what the demo's three apps do, scene by scene, and check the result of each.
 
 Each scene drives the gateway, says in plain sentences what it saw, and raises Surprise where that is not what it should have
 seen. The apps: one answers customers' reviews, one writes articles, and one is an experimental script.
@@ -130,7 +130,7 @@ async def client_leaves(stage: Stage, say: Say) -> None:
 
 
 async def large_request(stage: Stage, say: Say) -> None:
-    """What Claude Code sends: 128,000 tokens asked for, few of them used. Held in steps, or nothing else would fit the cap."""
+    """Send calls like Claude Code's: 128,000 tokens asked for, few of them used. Held in steps, or nothing else would fit the cap."""
     pipeline = stage.apps["pipeline"]
     tool = {"description": "Reads, edits and runs things. " * 40, "input_schema": {"type": "object"}}
     tools = [{"name": f"tool_{number}", **tool} for number in range(24)]

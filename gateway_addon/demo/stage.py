@@ -54,7 +54,7 @@ class GatewayFailed(Exception):
 
 @dataclass(slots=True)
 class Stage:
-    """What a scene can use."""
+    """All that a scene can use."""
 
     api: Simulator
     folder: Path

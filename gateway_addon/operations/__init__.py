@@ -1,1 +1,1 @@
-"""What runs beside the calls: background jobs, reload, alert delivery, telemetry, doctor, explain, replay, reconcile."""
+"""Run the work beside the calls: background jobs, reload, alert delivery, telemetry, doctor, explain, replay, reconcile."""

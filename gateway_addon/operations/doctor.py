@@ -1,5 +1,5 @@
-"""What a gateway rests on beside its ledger: a policy that loads, a key that the provider takes, an upstream that answers over
-trusted TLS, a clock that agrees with it, a disk with room.
+"""Check all that a gateway needs besides its ledger: a policy that loads, a key that the provider takes, an upstream that answers
+over trusted TLS, a clock that agrees with it, a disk with room.
 
 Promises that asking costs nothing (one list of models, which is free), that the key is sent to the policy's upstream alone (a redirect
 is not followed) and is in no line. An edge: it reads files, the clock, the environment and the network.
@@ -28,7 +28,7 @@ TIMEOUT_S = 10.0
 
 
 class Check(NamedTuple):
-    """What one check saw. `findings` are sentences that name what is wrong and the way out; none: all is well."""
+    """The result of one check. `findings` are sentences that name what is wrong and the way out; none: all is well."""
 
     name: str
     seen: list[str]
@@ -36,14 +36,14 @@ class Check(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What the upstream said to a list of models. `date`: its clock, unix seconds; None where it sends none."""
+    """The upstream's answer to a list of models. `date`: its clock, unix seconds; None where it sends none."""
 
     status: int
     date: float | None
 
 
 def check_all(policies: Path, *, offline: bool, clock: Callable[[], float] = time.time) -> list[Check]:
-    """Policy, key, upstream and clock, as far as each can be looked at. `offline`: nothing is sent."""
+    """Check policy, key, upstream and clock, as far as each can be reached. `offline`: nothing is sent."""
     try:
         policy = load(policies)
     except (PolicyError, PriceError) as error:
@@ -60,7 +60,7 @@ def check_all(policies: Path, *, offline: bool, clock: Callable[[], float] = tim
 
 
 def check_models(policy: GatewayPolicy, now: float) -> Check:
-    """Look for what apps may use that the provider retires: soon is only said, what is gone is a finding."""
+    """Check the models that apps may use for retirement: a coming one is shown, a past one is a finding."""
     found = retiring(policy, now)
     soon = [each.sentence(now) for each in found if not each.what.is_past(now)]
     seen = soon or [f"none that an app may use ends within a month (prices checked {policy.prices.checked})"]
@@ -68,7 +68,7 @@ def check_models(policy: GatewayPolicy, now: float) -> Check:
 
 
 def check_files(ledger: Path, policies: Path) -> Check:
-    """Who may open the ledger's files, against what the policy says; against the strictest where it says nothing that can be read."""
+    """Check who may open the ledger's files against the policy; against the strictest mode where the policy cannot be read."""
     try:
         mode = load(policies).ledger_mode
     except (PolicyError, PriceError):
@@ -77,7 +77,7 @@ def check_files(ledger: Path, policies: Path) -> Check:
 
 
 def check_disk(ledger: Path) -> Check:
-    """Room beside the ledger's file."""
+    """Check the free room on the ledger's disk."""
     free_bytes = shutil.disk_usage(ledger.absolute().parent).free
     low = [f"only {free_bytes // 2**20} MB are free on the ledger's disk: a full disk refuses every call"]
     return Check("disk", [f"{free_bytes // 2**20:,} MB free"], low if free_bytes < DISK_FREE_BYTES_MIN else [])

@@ -1,7 +1,7 @@
 """The log: one plain line per thing worth saying, with no secret in it.
 
 Promises that neither a token nor the real key passes a handler, whoever logs them: mitmproxy prints the bytes of a broken
-request. An edge: it configures the process's logging.
+request. This module configures the process's logging.
 """
 
 import json
@@ -17,7 +17,7 @@ LOUD = ("mitmproxy.proxy.server", "mitmproxy.proxy.mode_servers", "hpack", "asyn
 
 
 FOREIGN_CHARACTERS_MAX = 300
-"""Of one of mitmproxy's sentences: it prints the bytes that it could not read, a TLS greeting as a page of hexadecimal digits."""
+"""Characters kept of one message of mitmproxy's: it prints bytes that it could not read, a TLS greeting as a page of digits."""
 
 
 class MaskedFilter(logging.Filter):

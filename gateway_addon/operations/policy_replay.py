@@ -1,8 +1,8 @@
-"""Yesterday's calls against tomorrow's policy: which would have been refused, why, and what that would have saved. Pure.
+"""Judge yesterday's calls by tomorrow's policy: which would have been refused, why, and the money saved. Pure.
 
 Judged is what the ledger keeps of a call: app, endpoint, model, `max_tokens`, quote and cost. The bodies are not kept, so features,
 betas, thinking and required fields are not judged, and neither are rates. A cap is held against what the calls before cost, in their
-order; at the door it would be held against quotes, so that in truth it refuses no later.
+order; at admission it would be held against quotes, so it would refuse no later.
 """
 
 from collections import defaultdict
@@ -24,7 +24,7 @@ type ReplayRuling = tuple[str | None, str]
 
 
 class ReplayVerdict(NamedTuple):
-    """What would have become of one call. `code` None: it would have passed."""
+    """The verdict of the new policy on one call. `code` None: it would have passed."""
 
     call: Recorded
     code: str | None

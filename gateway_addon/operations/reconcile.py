@@ -1,4 +1,4 @@
-"""The ledger beside the provider's own reports: how far they agree, what bypassed the gateway, and what estimates really cost.
+"""Compare the ledger with the provider's own reports: how far they agree, what bypassed the gateway, and what estimates really cost.
 
 Pure: values in, values out. Days are UTC days (whole days since 1970), as the provider reports them.
 
@@ -52,7 +52,7 @@ class ReconcileLine:
 
     @property
     def unseen(self) -> int:
-        """What the provider saw and the gateway did not."""
+        """Return the tokens that the provider saw and the gateway did not."""
         return max(0, self.provider - self.gateway - self.carried)
 
 
@@ -94,14 +94,14 @@ def compare(reported: Iterable[Reported], metered: Iterable[Metered], prices: Pr
 
 
 def agreement_percent(pairs: Iterable[tuple[int, int]]) -> float | None:
-    """Of all that either side counted, what both counted. None where there was nothing."""
+    """Return the share that both sides counted of all that either side counted. None where there was nothing."""
     pairs = list(pairs)
     of = sum(max(pair) for pair in pairs)
     return 100 * sum(min(pair) for pair in pairs) / of if of else None
 
 
 def worth_nano(lines: Iterable[ReconcileLine], prices: Prices) -> int:
-    """What the unseen tokens cost, about: at list prices, their tier and region not being known. Models without a price count 0."""
+    """Estimate the cost of the unseen tokens: at list prices, for their tier and region are not known. Models without a price count 0."""
     total = Fraction(0)
     for line in lines:
         if line.unseen and (row := prices.row(line.model, line.day * DAY_S)) is not None:
@@ -155,7 +155,7 @@ def shorts(past: Sequence[ReconcileLine], estimates: Sequence[Estimate], prices:
 def corrections(
     reported: Sequence[Reported], metered: Sequence[Metered], estimates: Sequence[Estimate], prices: Prices, *, now: float
 ) -> tuple[list[Correction], list[str]]:
-    """What may be taken off the estimated calls, by day, and a sentence for each day that proves nothing."""
+    """Return the amounts to take off the estimated calls, by day, and a sentence for each day that proves nothing."""
     found, silent = [], []
     for day in sorted({each.day for each in estimates}):
         inside = [each for each in estimates if each.day == day == each.ended_day]
@@ -233,7 +233,7 @@ def _dearest_nano(counts: Counts, model: str, prices: Prices, day: int, modes: s
 
 
 def _shares(estimates: Sequence[Estimate], at_most_nano: int, prices: Prices, day: int) -> tuple[tuple[int, int], ...]:
-    """What to take off each call, in proportion to what its bound leaves open."""
+    """Return the amount to take off each call, in proportion to the part of its bound that is uncertain."""
     floors = [_known_nano(each, prices, day) for each in estimates]
     room = [each.spent_nano - floor for each, floor in zip(estimates, floors, strict=True)]
     keep = max(0, at_most_nano - sum(floors))
@@ -244,7 +244,7 @@ def _shares(estimates: Sequence[Estimate], at_most_nano: int, prices: Prices, da
 
 
 def _known_nano(estimate: Estimate, prices: Prices, day: int) -> int:
-    """What a call certainly cost: its metered parts without their output, which is a grant."""
+    """Return the certain cost of a call: its metered parts without their output, which is a grant."""
     output = Counts(output_tokens=estimate.output_tokens)
     modes: set[tuple[str | None, str | None]] = {("standard", "global"), ("standard", "us"), ("fast", "global"), ("fast", "us")}
     granted_nano = _dearest_nano(output, estimate.model, prices, day, modes)

@@ -1,8 +1,8 @@
-"""Hot reload: a saved policy is in force within a second, a broken one never is; and each change of the real key is audited.
+"""Put a saved policy in force within a second, a broken one never; audit each change of the real key.
 
 Promises that a reload is all or nothing: files are read once they have rested for two looks (half of a file may well be valid
-YAML, and several saved together belong together), every one of them is validated before the gate sees any, and calls in flight
-keep the policy that they came under. Of a key only its fingerprint is kept. An edge: it reads files.
+YAML, and several saved together belong together), every one of them is validated before the gateway sees any, and calls in flight
+keep the policy that they came under. Only the fingerprint of a key is kept. This module reads files.
 """
 
 import asyncio
@@ -163,7 +163,7 @@ def saved_by(folder: Path) -> str:
 
 
 def files_now(folder: Path) -> Fingerprint:
-    """What tells one state of the policy files from another: names, times, sizes, inodes."""
+    """Return the names, times, sizes and inodes of the policy files, by which one state differs from another."""
     return tuple((str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino) for path in _files(folder) if (stat := path.stat()))
 
 

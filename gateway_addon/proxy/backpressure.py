@@ -1,11 +1,11 @@
-"""How long a connection was not read because one of its sides was slow to take what was written to it.
+"""Measure how long a connection was not read because one of its sides was slow to take its bytes.
 
-mitmproxy reads a piece, writes what comes of it, and reads on once both sides have room again: so a few buffers of a stream are held at
+mitmproxy reads a piece, writes it, and reads on once both sides have room again: so a few buffers of a stream are held at
 most, however slow its reader is. That waiting is timed here, because the provider generates on meanwhile. Promises that the waiting
 itself stays mitmproxy's own, on the fast path and off it. Knows nothing of the gateway.
 
-mitmproxy closes what has been idle for too long, by the wall clock: a step of an hour would end calls whose answers take their time.
-Here it goes by the clock that never steps.
+mitmproxy closes idle connections by the wall clock, so a clock step of an hour would end calls with slow answers. Here the
+monotonic clock counts.
 """
 
 import time
@@ -19,19 +19,19 @@ from gateway_addon.clocks import monotonic_s
 
 
 class SteadyWatchdog(TimeoutWatchdog):
-    """mitmproxy's watch over an idle connection, whatever becomes of the wall clock that it looks at."""
+    """mitmproxy's watchdog of an idle connection, made independent of steps of the wall clock."""
 
     active_monotonic_s: float
 
     @classmethod
     def take_over(cls, watchdog: Any) -> None:
-        """Go on in this way with a watch that may have begun already."""
+        """Turn a watchdog that may be running already into this one."""
         watchdog.__class__ = cls
         watchdog.register_activity()
 
     @property
     def last_activity(self) -> float:  # type: ignore[override]
-        """Return the wall clock's time at which it would have been active, had that clock always shown what it shows now."""
+        """Return the last activity in wall-clock time, corrected by the monotonic clock."""
         return time.time() - (monotonic_s() - self.active_monotonic_s)
 
     def register_activity(self) -> None:
@@ -39,10 +39,10 @@ class SteadyWatchdog(TimeoutWatchdog):
 
 
 class TimedHandler(ProxyConnectionHandler):
-    """mitmproxy's handler of a connection, with the time that it waited for room."""
+    """mitmproxy's handler of a connection, which measures the time that it waited for room."""
 
     undrained_s: float = 0.0
-    """All of it since the connection began. Two sides that wait at once count twice."""
+    """The waiting time since the connection began. Two sides that wait at once count twice."""
 
     async def drain_writers(self) -> None:
         began_monotonic_s = monotonic_s()
@@ -58,7 +58,7 @@ def handler_of(client: connection.Client) -> Any:
 
 
 def install(client: connection.Client) -> None:
-    """Time the waiting and the idling of a connection from now on. Raises TypeError where mitmproxy has handlers of another kind."""
+    """Measure waiting and idling of a connection from now on. Raises TypeError where mitmproxy has handlers of another kind."""
     handler = handler_of(client)
     if type(handler) is ProxyConnectionHandler:
         handler.__class__ = TimedHandler

@@ -1,4 +1,4 @@
-"""mitmproxy's two ends of an HTTP/1 connection, held to what may stand before, between and behind bodies.
+"""Bound the bytes that may stand before, between and behind bodies on mitmproxy's two ends of an HTTP/1 connection.
 
 Promises, in every release: interim answers (100, 103 and the like; not 101) are skipped, they are no answer; trailers are dropped, in
 both directions, for mitmproxy raises on them; and neither an answer's head, its interim answers included, nor a line that frames a chunk
@@ -18,7 +18,7 @@ HEAD_BYTES_MAX = 64 * 1024  # of a first line and the headers behind it; mitmpro
 
 
 class BoundedChunks(ChunkedReader):
-    """h11's reader of a chunked body, which says nothing of trailers."""
+    """h11's reader of a chunked body, which drops trailers."""
 
     def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:
         found = super().__call__(buf)
@@ -26,7 +26,7 @@ class BoundedChunks(ChunkedReader):
 
 
 class Body(Http1Connection):
-    """The reading of bodies, on either side."""
+    """The part of mitmproxy's connection that reads bodies, on either side."""
 
     def read_body(self, event: events.Event) -> layer.CommandGenerator[None]:
         if type(self.body_reader) is ChunkedReader:
@@ -52,7 +52,7 @@ class Client(Body, Http1Client):
 
     @classmethod
     def take_over(cls, client: Any) -> None:
-        """Go on in this way with a client that has sent nothing yet."""
+        """Turn a client that has sent nothing yet into this one."""
         client.__class__ = cls
         client.state = client.read_headers
 
@@ -61,7 +61,7 @@ class Client(Body, Http1Client):
             pass
 
     def _read_a_head(self, event: events.ConnectionEvent) -> layer.CommandGenerator[bool]:
-        """Read what has arrived; True where that began with an interim answer, which is taken off."""
+        """Read the bytes that arrived; return True where they began with an interim answer, which is dropped."""
         stream_id, unread_bytes = self.stream_id or 0, len(self.buf)
         read_bytes = self._read[1] if self._read[0] == stream_id else 0
         generator = super().read_headers(event)

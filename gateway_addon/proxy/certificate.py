@@ -1,7 +1,6 @@
-"""The listener's own certificate, for apps on other machines; read again when its files change.
+"""Serve the policy's certificate (`tls:`) to apps on other machines; read it again when its files change.
 
-mitmproxy would answer with a certificate of its own making; the one of the policy's `tls:` is put in its place per connection.
-An edge: it reads files.
+mitmproxy would generate a certificate of its own; the policy's is set for each connection instead. This module reads files.
 """
 
 import os
@@ -16,14 +15,14 @@ class TlsUnavailable(Exception):
 
 
 class Certificate:
-    """Makes server-side TLS contexts from the PEM files of a policy, one for each state of the files."""
+    """Make server-side TLS contexts from the PEM files of a policy, one for each state of the files."""
 
     def __init__(self) -> None:
         self._version: tuple[object, ...] | None = None
         self._context: SSL.Context | None = None
 
     def context(self, tls: Tls) -> SSL.Context:
-        """The context for the files as they are now. Raises TlsUnavailable."""
+        """Return the context for the files as they are now. Raises TlsUnavailable."""
         try:
             version = (tls, os.stat(tls.cert).st_mtime_ns, os.stat(tls.key).st_mtime_ns)
             if self._context is None or version != self._version:

@@ -1,4 +1,4 @@
-"""An event loop that goes on to the next address of a name where one does not answer soon, and begins with the one that answered last.
+"""Connect to the next address of a name where one does not answer soon, and begin with the one that answered last.
 
 Promises that a dead address costs the first connection `NEXT_ADDRESS_S`, not a minute, and the next ones nothing. Where none answers that
 soon, each gets its time, as asyncio gives it. (asyncio's own race of addresses hangs with eager tasks before Python 3.12.8, and mitmproxy
@@ -14,13 +14,15 @@ NEXT_ADDRESS_S = 0.3
 
 
 class ConnectingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose connections try a name's addresses in turn, `NEXT_ADDRESS_S` apart."""
+
     def __init__(self) -> None:
         super().__init__()
         self._answered: dict[tuple[Any, Any], str] = {}
         """By host and port: the address that a connection was made to last."""
 
     async def create_connection(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
-        """Connect, as asyncio does, but not to one address after the other without end."""
+        """Connect as asyncio does, with a short time for each address."""
         if host is None or options.get("ssl") is not None:
             return await super().create_connection(protocol_factory, host, port, **options)
         found = await self.getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""What the proxy remembers of a flow from its headers to its end, and how a call is ended before its time.
+"""Keep the state of a flow from its headers to its end, hold a call to its deadlines, and cut it early.
 
 Promises that an admitted call has a deadline at every moment (to connect, to begin, to go on, and the end of its grant), and
 that a call which is cut closes its upstream socket at once. Knows mitmproxy's connections; decides nothing about money.
@@ -22,61 +22,61 @@ from gateway_addon.proxy import inject
 from gateway_addon.proxy.backpressure import handler_of
 from gateway_addon.refusals import Refusal
 
-CUT_GRACE_S = 0.1  # how long a cut stream may take to complete its current event
+CUT_GRACE_S = 0.1  # for a cut stream to complete its current event
 LOOK_AGAIN_S = 3600.0
-HALF_CLOSED_S = 0.25  # how long who closed its side may still wait to be admitted: longer than it takes where there is budget
-UNREAD_ANSWER_S = 1.0  # how long a client may take to read the answer to a body that was not wanted
+HALF_CLOSED_S = 0.25  # a client that closed its side may still wait so long to be admitted: longer than it takes where there is budget
+UNREAD_ANSWER_S = 1.0  # for a client to read the answer to a body that was refused
 
 type Deadline = tuple[float, Callable[[], None]]
-"""A moment by the monotonic clock, and what is to be done then."""
+"""A moment by the monotonic clock, and the function to call then."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class FlowState:
-    """One flow, from its headers on."""
+    """The state of one flow, from its headers on."""
 
     flow: http.HTTPFlow
     gateway: Gateway
     clocks: Clocks
     handler: Any
-    """The connection's (backpressure.py); None once it or the flow has ended."""
+    """The handler of its connection (backpressure.py); None once the connection or the flow has ended."""
     caller: AuthenticatedRequest | None = None
     admitting: "asyncio.Task[None] | None" = None
-    """Who waits for this call to be admitted, while somebody does."""
+    """The task that waits for this call to be admitted, while one does."""
     left: bool = False
-    """The client has gone, for certain or, while it waited for budget, by all appearances."""
+    """The client has left for certain, or has closed its side while it waited for budget."""
     client_closed: bool = False
-    """The client has closed its side: it has left, or has only nothing more to say."""
+    """The client has closed its side: it has left, or only sends nothing more."""
     began_monotonic_s: float = 0.0
-    """When it was admitted."""
+    """The moment of its admission."""
     undrained_before_s: float = 0.0
-    """How long its connection had waited for a slow reader until then."""
+    """How long its connection had waited for a slow reader before its admission."""
     running: InFlightCall | None = None
     permit: Permit | None = None
     server: connection.Server | None = None
     status: int | None = None
     last_byte_monotonic_s: float = 0.0
-    """Of an answer that passes without a meter."""
+    """Set for an answer that passes without a meter."""
     cut_by: float = math.inf
-    """The moment at which a stream that is being cut closes, its current event complete or not."""
+    """The moment at which a stream that is being cut closes, even within an event."""
     watchdog: asyncio.TimerHandle | None = None
     ended: bool = False
     on_end: "asyncio.Future[None] | None" = None
-    """Done at its end, where somebody waits for that."""
+    """Done at the flow's end, where a task waits for it."""
 
     @property
     def wire(self) -> inject.WireState:
         return inject.wire(self.flow)
 
     def began(self, monotonic_s: float) -> None:
-        """It was admitted, and nothing of it was sent yet."""
+        """Note the admission, before any of the call is sent."""
         self.began_monotonic_s = monotonic_s
         self.undrained_before_s = self.handler.undrained_s if self.handler is not None else 0.0
 
     # -- the bytes of a stream
 
     def chunk(self, chunk: bytes) -> bytes:
-        """Read along with a stream; what it returns goes to the client: the chunk itself, unless the call is being cut."""
+        """Meter a chunk of a stream. Returns the bytes for the client: the chunk itself, unless the call is being cut."""
         running, monotonic_s = self.running, self.clocks.monotonic_s()
         if running is None:
             self._pass_unmetered(chunk, monotonic_s)
@@ -90,9 +90,9 @@ class FlowState:
         return chunk if running.cut is None else self._last_bytes(chunk, running)
 
     def _last_bytes(self, chunk: bytes, running: InFlightCall) -> bytes:
-        """What may still pass of a stream that is being cut: up to the end of an event, then the reason, then nothing."""
+        """Return the bytes that still pass of a stream that is being cut: up to the end of an event; the final event follows."""
         if self.wire.final_event is not None:
-            return b""  # what was on its way when the last word was said
+            return b""  # it arrived after the final event was chosen
         if running.encoded:
             self.close_upstream()
             return b""
@@ -108,7 +108,7 @@ class FlowState:
         return chunk[:end]
 
     def _pass_unmetered(self, chunk: bytes, monotonic_s: float) -> None:
-        """An answer without a meter passes as it is; its errand may read along."""
+        """Pass a chunk of an answer without a meter to its tap, if it has one."""
         self.last_byte_monotonic_s = monotonic_s
         if self.permit is not None and self.permit.response_hook.tap is not None and chunk:
             self.permit.response_hook.tap(chunk)
@@ -116,8 +116,10 @@ class FlowState:
     # -- deadlines
 
     def watch(self) -> None:
-        """Look at the deadlines now, and again when the nearest one is due, or before: most calls end long before their first one, and
-        a deadline that moves away is left to the look that was arranged for the nearer one."""
+        """Check the deadlines now, and again when the nearest one is due.
+
+        A deadline that moves away leaves the timer in place, which then checks early: most calls end long before their first deadline.
+        """
         if self.ended:
             return
         monotonic_s, loop = self.clocks.monotonic_s(), asyncio.get_running_loop()
@@ -142,7 +144,7 @@ class FlowState:
             self.watchdog = None
 
     def end(self) -> None:
-        """Nothing is watched any more, and nothing leads from the flow's record back to the flow: it can go when its stream does."""
+        """Stop watching, and drop the references from the flow's wire state back to the flow, so that it is freed with its stream."""
         self.ended, self.handler = True, None
         self.stop_watching()
         self.wire.on_sent = self.wire.on_client_end = inject.nothing
@@ -152,7 +154,7 @@ class FlowState:
     # -- a client that leaves
 
     def client_ended(self) -> None:
-        """The client closed its side. Nobody can tell whether it still reads, so it gets its answer, but no place in a queue."""
+        """Note that the client closed its side. It may still read: it gets its answer, but does not wait for budget."""
         self.client_closed = True
         asyncio.get_running_loop().call_later(HALF_CLOSED_S, self.stop_waiting)
 
@@ -163,7 +165,7 @@ class FlowState:
             self.admitting.cancel()
 
     async def finished(self) -> None:
-        """Wait until the answer is read to its end, of a call that goes on without its client."""
+        """Wait until the answer of a call that goes on without its client is read to its end."""
         if self.wire.sent and self.wire.hold_open and not self.ended:
             self.on_end = asyncio.get_running_loop().create_future()
             await self.on_end
@@ -197,10 +199,10 @@ class FlowState:
 
         return min(running.covered_until(), self.cut_by), expire
 
-    # -- an end before its time
+    # -- an early end
 
     def cut(self, why: str) -> None:
-        """End a running call now, with the reason as the stream's last event where one can be put."""
+        """End a running call now, with the reason as the stream's final event where one can be sent."""
         running = self.running
         if running is None or self.ended:
             return
@@ -219,13 +221,13 @@ class FlowState:
         """Close the socket to the upstream; mitmproxy then ends the exchange towards the client."""
         handler = handler_of(self.flow.client_conn)
         for each, transport in list(handler.transports.items()) if handler is not None else ():
-            # Each that a call may go by: to a proxy on the way, which the flow does not know, as to the upstream.
+            # Every server connection: the flow does not know one that leads to a proxy on the route.
             if isinstance(each, connection.Server) and transport.handler is not None:
                 transport.handler.cancel("closed by the gateway")
 
 
 def close_forgotten(client: connection.Client) -> None:
-    """Close the socket of a connection that has ended, where mitmproxy did not: it forgets one that it closes while a piece arrives.
+    """Close the socket of a connection that has ended, where mitmproxy left it open: it does so when a piece arrives as it closes.
 
     Not at once: a client that is still sending would lose the answer that it has not read yet.
     """
@@ -237,7 +239,7 @@ def close_forgotten(client: connection.Client) -> None:
 
 
 def _last_boundary(chunk: bytes) -> int:
-    """The index behind the last blank line of a piece of an event stream; 0 if no event ends in it."""
+    """Return the index behind the last blank line of a piece of an event stream; 0 if no event ends in it."""
     for blank in (b"\n\n", b"\r\n\r\n"):
         found = chunk.rfind(blank)
         if found >= 0:

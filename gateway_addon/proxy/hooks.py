@@ -1,8 +1,8 @@
-"""The mitmproxy addon: the life of a request, hook by hook, in the order in which a flow meets them. No decisions.
+"""Handle mitmproxy's hooks, in the order in which a flow meets them: connection, request, answer, end.
 
 Promises that nothing passes undecided. mitmproxy lets a flow go on when a hook raises, so every hook is guarded: a failure
-is a refusal on the way in, a conservative settlement on the way out. What may happen to a request is decided in gateway.py; the
-real key is put on the wire by inject.py; this module carries values between mitmproxy and those two.
+is a refusal on the way in, a conservative settlement on the way out. Decides nothing: gateway.py does. inject.py puts the
+real key on the wire; this module carries values between mitmproxy and those two.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ from gateway_addon.refusals import Refusal, new_request_id
 
 logger = logging.getLogger(__name__)
 
-UNREAD_BODY_MAX = 64 * 1024  # what is read of a body whose answer is already decided; beyond it the connection is closed
+UNREAD_BODY_MAX = 64 * 1024  # a body whose answer is already decided is read up to this; beyond it the connection is closed
 BODY_BYTES_MAX = 33 * 1024 * 1024  # a little above the API's own 32 MB, so that its limit is refused with its own sentence
 REPLACED = frozenset({b"x-api-key", b"authorization", b"proxy-authorization", b"accept-encoding", b"x-forwarded-for"})
-"""Request headers that no flow shows: credentials, and where in the operator's own network a call came from."""
+"""Request headers that no flow shows: credentials, and addresses in the operator's own network."""
 IDENTITY = (b"accept-encoding", b"identity")  # compression would delay the first tokens of a stream
-LOGGED_DROPS_MAX = 1_000  # header names whose first drop is logged: an app may make them up without end
+LOGGED_DROPS_MAX = 1_000  # header names whose first drop is logged: an app can invent names without end
 REQUIRED_OPTIONS: dict[str, Any] = {
     "proxy_debug": False,  # prints the bytes of the wire, the key among them
     "ssl_insecure": False,  # would hand the key to anybody who answers
@@ -92,8 +92,10 @@ def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class GatewayAddon:
+    """Carry a flow's values between mitmproxy and the gateway."""
+
     def __init__(self, gateway: Gateway, key: Callable[[], str], clocks: Clocks = SYSTEM, key_refused: Callable[[], None] = lambda: None):
-        """`key` returns the real API key, fresh after a rotation, `key_refused` hears of a 401."""
+        """`key` returns the real API key, the new one after a rotation; `key_refused` is called at a 401."""
         self.gateway = gateway
         self.key = key
         self.clocks = clocks
@@ -102,16 +104,16 @@ class GatewayAddon:
         self.draining = False
         self.on_running: Callable[[], None] = lambda: None
         self.egress = STRAIGHT
-        """To the upstream."""
+        """The route to the upstream."""
         self.logged_drops: set[bytes] = set()
         self.flow_states: dict[str, FlowState] = {}
         self.connections: dict[str, FlowState | None] = {}
-        """By client connection that injects: the life of its current flow. HTTP/1 has one at a time."""
+        """By client connection that injects: the state of its current flow. HTTP/1 has one at a time."""
 
     # -- the proxy's own life
 
     def configure(self, updated: set[str]) -> None:
-        """Refuse options that would open a way around the gateway, at start-up and while running (mitmweb can set them)."""
+        """Refuse options that would let calls bypass the gateway, at start-up and while running (mitmweb can set them)."""
         for name, required in REQUIRED_OPTIONS.items():
             if name in updated and getattr(ctx.options, name) != required:
                 raise exceptions.OptionsError(f"The gateway needs {name}={json.dumps(required)}; {name} cannot be changed while it runs.")
@@ -120,7 +122,7 @@ class GatewayAddon:
         self.on_running()
 
     async def done(self) -> None:
-        """Stop listening, let calls in flight finish, then settle what is left."""
+        """Stop listening, let calls in flight finish, then settle the rest."""
         self.draining = True
         await ctx.master.addons.get("proxyserver").servers.update([])
         deadline_monotonic_s = self.clocks.monotonic_s() + self.gateway.policy.timeouts.drain_s
@@ -134,6 +136,7 @@ class GatewayAddon:
 
     @guarded("connection")
     def next_layer(self, data: NextLayer) -> None:
+        """Put the injecting layer and the timed handler in place."""
         ctx.master.addons.get("nextlayer").next_layer(data)
         inject.install(data.layer)
         backpressure.install(data.context.client)
@@ -148,7 +151,7 @@ class GatewayAddon:
 
     @guarded("connection")
     def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
-        """Open a connection only for an admitted call, and remember it, so that the call can be cut."""
+        """Open a connection to the upstream for an admitted call alone, and keep it, so that the call can be cut."""
         flow_state = self.connections.get(data.client.id)
         if flow_state is None or (flow_state.running is None and flow_state.permit is None):
             data.server.error = "no admitted call asks for this connection"
@@ -157,9 +160,9 @@ class GatewayAddon:
 
     @guarded("connection")
     async def client_disconnected(self, client: connection.Client) -> None:
-        """Whoever waits at the door for a client that has left stops waiting; what was sent and does not stream is read to its end.
+        """Stop waiting for budget for a client that has left; read an answer that does not stream to its end.
 
-        mitmproxy closes the connection to the upstream when this hook is done.
+        mitmproxy closes the connection to the upstream when this hook returns.
         """
         flow_state = self.connections.pop(client.id, None)
         close_forgotten(client)
@@ -170,7 +173,7 @@ class GatewayAddon:
 
     @guarded("connection")
     def http_connect_upstream(self, flow: http.HTTPFlow) -> None:
-        """Show a proxy on the way to the upstream what opens it."""
+        """Authenticate at a proxy on the route to the upstream."""
         if self.egress.authorization is not None:
             flow.request.headers["proxy-authorization"] = self.egress.authorization
 
@@ -178,7 +181,7 @@ class GatewayAddon:
 
     @guarded("request")
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
-        """Take the credential off the flow before anything can show it, and find out who calls."""
+        """Take the credential off the flow before anything can show it, and authenticate the caller."""
         headers = _lowered(flow.request.headers)
         kept = [field for field in flow.request.headers.fields if field[0].lower() not in REPLACED]
         flow.request.headers.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
@@ -202,7 +205,7 @@ class GatewayAddon:
         inject.wire(flow).close_unread = announced_bytes is None or announced_bytes > UNREAD_BODY_MAX
 
     def _overloaded(self, flow: http.HTTPFlow, caller: AuthenticatedRequest, body_bytes: int) -> Refusal | None:
-        """The refusal of a body for which there is no room beside what has arrived of the others."""
+        """Refuse a body for which there is no memory beside those in flight, None where there is."""
 
         def held_bytes() -> int:
             return sum(each.wire.body_bytes for each in self.flow_states.values() if each.flow is not flow)
@@ -210,7 +213,7 @@ class GatewayAddon:
         return self.gateway.overloaded(caller, body_bytes, held_bytes, self.clocks.now())
 
     def _body_grew(self, state_ref: weakref.ref[FlowState]) -> bool:
-        """Refuse a body that has grown beyond the room that there is, though its headers said nothing of it."""
+        """Refuse a body without an announced length once it has grown beyond the memory that is left."""
         flow_state = state_ref()
         if flow_state is None or flow_state.caller is None or flow_state.flow.response:
             return False
@@ -229,11 +232,11 @@ class GatewayAddon:
     async def _authenticate_with(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...], digest: str | None = None
     ) -> AuthenticatedRequest | OwnResponse | Refusal:
-        """`digest`: of the token that was verified before, where the request carries none."""
+        """Authenticate a request by its token, or, where it carries none, by the `digest` of one that was verified before."""
         if self.draining:
             return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
         if flow.client_conn.id not in self.connections:
-            return Refusal("internal", inject.FAILED)  # nothing injects here: its `next_layer` hook has failed
+            return Refusal("internal", inject.FAILED)  # its `next_layer` hook has failed, so no layer injects
         if (wrong := request_head.problem(flow.request.http_version, headers)) is not None:
             return Refusal("request", wrong)
         if flow.request.authority:
@@ -250,7 +253,7 @@ class GatewayAddon:
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
-        """The body is here: have the call admitted, or answer it."""
+        """Have the call admitted, now that its body is complete, or answer it here."""
         if flow.response or flow.error:
             return
         flow_state = self.flow_states[flow.id]
@@ -292,14 +295,14 @@ class GatewayAddon:
     def _grant(
         self, caller: AuthenticatedRequest, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
     ) -> inject.SendPermission:
-        """For what was judged, not for what the flow is by now: under mitmweb a person may have edited it meanwhile."""
+        """Permit the request to be sent as it was judged: under mitmweb a person may have edited the flow meanwhile."""
         address, secure = inject.address(caller.policy.upstream)
         leaving, dropped = header_filter.leaving(fields, caller.policy.pass_headers)
         self._log_drops(caller.app.name, dropped)
         return inject.SendPermission(address, secure, request.method, request.target, fields, leaving, body, ("x-api-key", self.key()))
 
     def _log_drops(self, app: str, names: Iterable[bytes]) -> None:
-        """Log the first drop of each header name: who misses it upstream finds out here why."""
+        """Log the first drop of each header name, for a person who misses it upstream."""
         for name in names:
             if name not in self.logged_drops and len(self.logged_drops) < LOGGED_DROPS_MAX:
                 self.logged_drops.add(name)
@@ -309,11 +312,11 @@ class GatewayAddon:
                     "If it shall leave all the same: pass_headers: [%s] in gateway.yaml.", shown, app, shown,
                 )  # fmt: skip
 
-    # -- its answer
+    # -- the answer
 
     @guarded("response")
     def responseheaders(self, flow: http.HTTPFlow) -> None:
-        """The upstream's status is here: start to read along. A stream passes chunk by chunk, unchanged."""
+        """Start to meter the answer, or replace it. A stream passes chunk by chunk, unchanged."""
         flow_state, response = self.flow_states.get(flow.id), flow.response
         if flow_state is None or response is None or flow_state.caller is None:
             return
@@ -351,9 +354,9 @@ class GatewayAddon:
         response.headers.fields = fields
 
     def _chunk(self, state_ref: weakref.ref[FlowState], chunk: bytes) -> bytes:
-        """The stream's tap. It must not raise: mitmproxy would drop the chunk.
+        """Meter one chunk of a stream. Must not raise: mitmproxy would drop the chunk.
 
-        It hangs on the flow, which its life leads to: held firmly, each would keep the other.
+        The flow refers to this function, and the state to its flow: a strong reference would keep both alive.
         """
         flow_state = state_ref()
         if flow_state is None:
@@ -367,7 +370,7 @@ class GatewayAddon:
 
     @guarded("response")
     def response(self, flow: http.HTTPFlow) -> Coroutine[Any, Any, None] | None:
-        """The answer is whole. (Also reached by the gateway's own answers: they have nothing to settle.)"""
+        """End a call whose answer is complete. (The gateway's own answers come here too, and have nothing to settle.)"""
         flow_state, response = self.flow_states.get(flow.id), flow.response
         if flow_state is None or response is None:
             return None
@@ -378,7 +381,7 @@ class GatewayAddon:
         response_hook = flow_state.permit.response_hook if flow_state.permit is not None else None
         if response_hook is not None and response_hook.whole is not None and response.stream is False:
             return self._run_response_hook(flow, response, response_hook.whole)
-        # What the call cost is worked out while the client reads its answer, and before anything else that comes.
+        # The call is settled while the client reads its answer, and before any later event.
         asyncio.get_running_loop().call_soon(self.after_response, flow)
         return None
 
@@ -390,22 +393,22 @@ class GatewayAddon:
         self, flow: http.HTTPFlow, response: http.Response, response_hook: Callable[[int, bytes], Awaitable[bytes]]
     ) -> None:
         content = response.content or b""
-        said = await response_hook(response.status_code, content)
-        if said != content:
+        changed = await response_hook(response.status_code, content)
+        if changed != content:
             response.headers.pop("content-encoding", None)
-            response.content = said
+            response.content = changed
         self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
 
     @guarded("response")
     def error(self, flow: http.HTTPFlow) -> None:
-        """The exchange broke, on either side, or was never possible."""
+        """End a call whose exchange broke, on either side, or was never possible."""
         wire_state = inject.wire(flow)
         self.finish(flow.id, wire_state.broken_by or "upstream", sent=wire_state.sent)
 
     # -- endings
 
     def answer(self, flow: http.HTTPFlow, answer: OwnResponse | Refusal) -> None:
-        """Answer a flow here. A refused call opens no connection, not even to look the upstream up."""
+        """Answer a flow here. A refused call opens no connection, and looks no name up."""
         request_id = new_request_id()
         if isinstance(answer, Refusal):
             status, headers, body = answer.status, answer.headers(request_id), answer.body(request_id)
@@ -417,7 +420,7 @@ class GatewayAddon:
             flow_state.end()
 
     def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:
-        """Resolve the flow's reservation, once: whoever comes second finds nothing to do."""
+        """Resolve the flow's reservation, once: a second call does nothing."""
         flow_state = self.flow_states.pop(flow_id, None)
         if flow_state is None:
             return
@@ -430,7 +433,7 @@ class GatewayAddon:
             self.gateway.close_permit(flow_state.permit, PermitEnd(sent, ended_by, flow_state.status), self.clocks.now())
 
     def fail(self, side: Side, data: Any, refusal: Refusal) -> None:
-        """A hook failed: nothing unjudged passes, and nothing that may have been billed is forgotten."""
+        """End a flow whose hook failed: nothing unjudged passes, and nothing that may have been billed goes unsettled."""
         if isinstance(data, http.HTTPFlow):
             wire_state = inject.wire(data)
             flow_state = self.flow_states.get(data.id)
@@ -442,7 +445,7 @@ class GatewayAddon:
                     self.answer(data, refusal)
             else:
                 if flow_state is not None and flow_state.running is not None and flow_state.running.in_steps:
-                    flow_state.close_upstream()  # nothing tops the grant up any more
+                    flow_state.close_upstream()  # nothing tops up its grant any more
                 self.finish(data.id, "gateway", sent=wire_state.sent)
         elif isinstance(data, NextLayer):
             self.connections.pop(data.context.client.id, None)
@@ -451,17 +454,17 @@ class GatewayAddon:
 
 
 def _streams(decision: Admission | Permit) -> bool:
-    """Whether the answer passes as it comes: it is then never read on without a client."""
+    """Tell whether the answer passes piece by piece: it is then never read to its end without a client."""
     return decision.reading.stream if isinstance(decision, Admission) else decision.response_hook.streamed
 
 
 def request_of(flow: http.HTTPFlow) -> Request:
-    """The request as the gate judges it."""
+    """Return the request as the gateway judges it."""
     return Request(_method(flow.request), flow.request.path, _lowered(flow.request.headers), flow.request.raw_content or b"")
 
 
 def not_handed_on(status: int) -> Refusal | None:
-    """Return what an app gets in place of an answer that no client of the API should act on, or None."""
+    """Return the refusal that replaces an answer which no client of the API should act on, or None."""
     if 300 <= status < 400:
         return Refusal("upstream_redirect", REDIRECT.format(status))
     if not 200 <= status < 600:
@@ -470,12 +473,12 @@ def not_handed_on(status: int) -> Refusal | None:
 
 
 def _method(request: http.Request) -> str:
-    """The method as it will be sent. (`request.method` is in upper case, whatever the client wrote: judged would not be sent.)"""
+    """Return the method as it will be sent. (`request.method` is in upper case, even where the client wrote it otherwise.)"""
     return request.data.method.decode("ascii", "backslashreplace")
 
 
 def _announced(headers: http.Headers) -> int | None:
-    """How many bytes a request's headers say that its body has; None where they do not say."""
+    """Return the length that a request's headers announce for its body; None where they announce none."""
     length = headers.get("content-length", "0")
     known = "transfer-encoding" not in headers and length.isdigit() and len(length) < 12
     return int(length) if known else None
@@ -486,7 +489,7 @@ def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:
 
 
 def _base_url(client: connection.Client, headers: Iterable[tuple[str, str]]) -> str:
-    """Return the address of the socket that the client came to; "" where a proxy stands in front, whose address nobody here knows.
+    """Return the base URL of the socket that the client connected to; "" behind a proxy, whose address is not known here.
 
     (mitmproxy puts the upstream's name in the place of the Host header.)
     """

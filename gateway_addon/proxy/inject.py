@@ -53,11 +53,11 @@ BODY_METHODS = ("POST", "PUT", "PATCH")
 
 
 def nothing() -> None:
-    """What there is to do where nobody waits to hear."""
+    """Do nothing, where no callback is set."""
 
 
 def never() -> bool:
-    """What to answer where nobody counts."""
+    """Return False, where no callback is set."""
     return False
 
 
@@ -72,7 +72,7 @@ class SendPermission:
     fields: tuple[tuple[bytes, bytes], ...]
     """The headers as judged."""
     leaving: tuple[tuple[bytes, bytes], ...]
-    """Those of them that the API gets, beside what the gateway writes itself: host, length and credential."""
+    """The headers that the API gets, besides those that the gateway writes: host, length and credential."""
     body: bytes | None
     credential: tuple[str, str] = dataclasses.field(repr=False)
     """Header name and secret. Kept out of every repr, so out of every traceback and log."""
@@ -80,7 +80,7 @@ class SendPermission:
 
 @functools.lru_cache(16)
 def address(upstream: str) -> tuple[tuple[str, int], bool]:
-    """An upstream's host and port, and whether it speaks TLS."""
+    """Return an upstream's host and port, and whether it speaks TLS."""
     parts = urlsplit(upstream)
     secure = parts.scheme == "https"
     return (parts.hostname or "", parts.port or (443 if secure else 80)), secure
@@ -88,35 +88,35 @@ def address(upstream: str) -> tuple[tuple[str, int], bool]:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class WireState:
-    """What is known of one flow on the wire: the grant going in, the facts coming out."""
+    """The state of one flow on the wire: the permission to send going in, the facts coming out."""
 
     grant: SendPermission | None = None
     sent: bool = False
     """The request was handed to the upstream's socket: from here on the provider may have done work."""
     on_sent: Callable[[], None] = nothing
-    """Called at that moment: other deadlines hold from then on."""
+    """Called when `sent` becomes true: other deadlines hold from then on."""
     broken_by: Literal["client", "upstream", "gateway"] | None = None
     refusal: Refusal | None = None
-    """How to say it to the client if the exchange breaks before an answer began."""
+    """The client's answer if the exchange breaks before the upstream's answer began."""
     close_unread: bool = False
     """Answer with `flow.response` at once, without reading the body, and close."""
     body_bytes: int = 0
-    """Of the request's body, as far as it has arrived."""
+    """Bytes of the request's body that have arrived."""
     body_grew: Callable[[], bool] = never
-    """Called when more of it has; True where `flow.response` is to be sent at once, because there is no room for the rest."""
+    """Called when more of the body has arrived; True where `flow.response` is to be sent at once, for lack of memory."""
     hold_open: bool = False
-    """The call goes on though its client closes its side: it may still read, and if not, the answer tells what it cost."""
+    """The call goes on when its client closes its side: the client may still read, and the answer tells the cost."""
     on_client_end: Callable[[], None] = nothing
-    """Called when that happens."""
+    """Called when the client closes its side."""
     final_event: bytes | None = None
-    """The gateway's own last event of a stream that it cuts: sent when the upstream side is gone, and the body ends cleanly."""
+    """The gateway's own final event of a stream that it cuts: sent when the upstream side is closed, before a clean end."""
 
 
 _WIRES: "WeakKeyDictionary[http.HTTPFlow, WireState]" = WeakKeyDictionary()
 
 
 def wire(flow: http.HTTPFlow) -> WireState:
-    """The wire record of a flow, made on first use; it lives exactly as long as its flow."""
+    """Return the wire state of a flow, made on first use; it lives exactly as long as its flow."""
     wire_state = _WIRES.get(flow)
     if wire_state is None:
         wire_state = _WIRES[flow] = WireState()
@@ -124,7 +124,7 @@ def wire(flow: http.HTTPFlow) -> WireState:
 
 
 def forget(flow: http.HTTPFlow) -> None:
-    """Begin a flow's record anew: the same flow is sent a second time."""
+    """Drop a flow's wire state, before the same flow is sent a second time."""
     _WIRES.pop(flow, None)
 
 
@@ -137,8 +137,10 @@ def install(top: layer.Layer | None) -> None:
 
 
 class InjectLayer(relay.DirectLayer):
+    """mitmproxy's HTTP layer, whose streams inject the key, and which ends its flows when a layer below fails."""
+
     broken = False
-    """A layer has failed: what it was about is settled, the connections close, and nothing that still comes is looked at."""
+    """A layer has failed: its flows are settled, its connections close, and later events are ignored."""
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if self.broken:
@@ -154,7 +156,7 @@ class InjectLayer(relay.DirectLayer):
         yield from self._end_all_flows(refusal)
 
     def _end_all_flows(self, refusal: Refusal) -> layer.CommandGenerator[None]:
-        """End what was in flight: mitmproxy would log the failure and leave caller and upstream waiting for each other."""
+        """End all flows in flight: mitmproxy would log the failure, and leave client and upstream waiting for each other."""
         flows = [each.flow for each in self.streams.values() if getattr(each, "flow", None) is not None]
         self.streams.clear()  # with the bodies, where there was no memory for one more copy
         for each in flows:
@@ -175,7 +177,7 @@ class InjectLayer(relay.DirectLayer):
         yield from super()._handle_event(event)
 
     def make_stream(self, stream_id: int) -> layer.CommandGenerator[None]:
-        own = _shallow_copy(self.context)  # as its `fork`, which makes up a server's connection first, and drops it
+        own = _shallow_copy(self.context)  # like its `fork`, which first makes a server connection, and drops it
         own.layers = [*own.layers]
         stream = self.streams[stream_id] = InjectStream(own, stream_id)
         stream.top = self
@@ -183,6 +185,8 @@ class InjectLayer(relay.DirectLayer):
 
 
 class InjectStream(whole.WholeStream):
+    """mitmproxy's HTTP stream, which sends an admitted request with the key, once, and ends a cut stream with its final event."""
+
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if isinstance(event, BROKEN):
             wire_state = wire(self.flow)
@@ -222,13 +226,15 @@ class InjectStream(whole.WholeStream):
                 return
 
     def _break_cycles(self) -> None:
-        """Untie the knots of an ended stream (its states are its own methods, its context lists it): else its flow, with both bodies,
-        would stay until the garbage collector comes by, and that one would have to come often."""
+        """Break the reference cycles of an ended stream (its states are its own methods, its context lists it).
+
+        Else its flow, with both bodies, would stay until the garbage collector runs, and that would have to run often.
+        """
         self.client_state = self.server_state = _over
         self.context.layers.remove(self)
 
     def _granted(self, request: http.Request, server: connection.Connection) -> http.Request | None:
-        """The wire copy of an admitted request, or None: no grant, another server, no TLS, or not what was admitted."""
+        """Return the wire copy of an admitted request; None without a grant, for another server, without TLS, or if it was changed."""
         wire_state = wire(self.flow)
         grant, wire_state.grant = wire_state.grant, None
         if grant is None or not isinstance(server, connection.Server) or server.address != grant.address:
@@ -273,14 +279,14 @@ class InjectStream(whole.WholeStream):
 
 
 def failed(error: Exception) -> Refusal:
-    """What a caller is told whose request the gateway failed at."""
+    """Return the refusal for a request at which the gateway failed."""
     if isinstance(error, MemoryError):
         return Refusal("crowded", "The gateway has no memory for this request beside those in flight. Send it again in a moment.", 1)
     return Refusal("internal", FAILED)
 
 
 def log_failure(where: str, error: Exception) -> None:
-    """Log a failure, of memory in one line: its traceback would hold what there was no room for, and names a place by chance."""
+    """Log a failure. Lack of memory takes one line: its traceback would keep the bodies alive, and names a place by chance."""
     if isinstance(error, MemoryError):
         logger.error("Out of memory in %s: its call ends. Lower bodies_in_flight, or give the process more.", where)
     else:
@@ -288,12 +294,12 @@ def log_failure(where: str, error: Exception) -> None:
 
 
 def _over(event: events.Event) -> layer.CommandGenerator[None]:
-    """The state of a stream that has ended: whatever still comes changes nothing."""
+    """Ignore an event: the state of a stream that has ended."""
     yield from ()
 
 
 class ApiProtocolError(ResponseProtocolError):
-    """A broken exchange with the refusal that tells the client about it."""
+    """A broken exchange, with the refusal that the client gets."""
 
     def __init__(self, stream_id: int, message: str, code: ErrorCode, refusal: Refusal):
         super().__init__(stream_id, message, code)
@@ -301,7 +307,7 @@ class ApiProtocolError(ResponseProtocolError):
 
 
 class ApiHttp1Server(whole.WholeServer):
-    """mitmproxy's HTTP/1 server with its own errors (400, 413, 502, in HTML) said in the API's shape, and a bounded head.
+    """mitmproxy's HTTP/1 server, with its own errors (400, 413, 502, in HTML) in the API's shape, and a bounded head.
 
     A client that closes its side behind its request is taken for one that left, unless its call is one to `hold_open`.
     """
@@ -309,7 +315,7 @@ class ApiHttp1Server(whole.WholeServer):
     top: HttpLayer
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        """Without the bookkeeping of a layer that waits for answers: this one asks nothing, in the releases that are known."""
+        """Handle an event without the bookkeeping of blocking commands: this layer has none, in the releases that are known."""
         return self._handle_event(event) if relay.FITS else super().handle_event(event)
 
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
@@ -352,7 +358,7 @@ class ApiHttp1Server(whole.WholeServer):
             yield command
 
     def read_body(self, event: events.Event) -> layer.CommandGenerator[None]:
-        """Hand on as one piece what arrived of a body at once: 64 KB can be ten thousand chunks, each a walk through all layers."""
+        """Pass on as one piece the chunks of a body that arrived together: 64 KB can be ten thousand, each through all layers."""
         pieces: list[bytes] = []
         for command in super().read_body(event):
             if type(command) is ReceiveHttp and type(command.event) is RequestData:
@@ -372,9 +378,9 @@ class ApiHttp1Server(whole.WholeServer):
 
 
 def _wire_copy(request: http.Request, grant: SendPermission) -> http.Request:
-    """Copy the request with the real credential, in the gateway's own framing, without what stays here.
+    """Copy the request with the real credential and the gateway's own framing, without headers that stay here.
 
-    A shallow copy by hand: `request.copy()` takes every field apart and checks its type, a tenth of all that a call costs here.
+    The copy is shallow and made by hand: `request.copy()` checks every field's type, a tenth of a call's processor time.
     """
     sent = _shallow_copy(request)
     sent.data = _shallow_copy(request.data)
@@ -386,14 +392,14 @@ def _wire_copy(request: http.Request, grant: SendPermission) -> http.Request:
 
 
 def _shallow_copy[T](thing: T) -> T:
-    """A shallow copy, as `copy.copy` makes it by way of pickle's protocol."""
+    """Return a shallow copy; `copy.copy` would take the slower way of pickle's protocol."""
     made = object.__new__(type(thing))
     made.__dict__.update(thing.__dict__)
     return made
 
 
 def _refusal_of_mitmproxy(event: ResponseProtocolError) -> Refusal | None:
-    """The refusal for an error of mitmproxy's own, or None where it would close without a word."""
+    """Return the refusal for an error of mitmproxy's own, or None where it would close without an answer."""
     match event.code:
         case ErrorCode.REQUEST_TOO_LARGE:
             return Refusal("too_large", "The request's body is larger than the gateway takes (33 MB). Send less, or use several calls.")
@@ -405,14 +411,14 @@ def _refusal_of_mitmproxy(event: ResponseProtocolError) -> Refusal | None:
                 sentence += " If a proxy of the company's opens TLS, name its authority in gateway.yaml (egress.ca)."
             return Refusal("upstream_unreachable", sentence)
         case ErrorCode.GENERIC_SERVER_ERROR | ErrorCode.RESPONSE_VALIDATION_FAILED | ErrorCode.RESPONSE_TOO_LARGE:
-            told = _QUOTED.split(event.message)[0][:200]  # the bytes themselves may be an echo of the request, the key in it
-            return Refusal("upstream_unreachable", f"The Claude API's answer broke off before it began ({told}). Try again.")
+            shown = _QUOTED.split(event.message)[0][:200]  # the bytes themselves may be an echo of the request, the key in it
+            return Refusal("upstream_unreachable", f"The Claude API's answer broke off before it began ({shown}). Try again.")
         case _:
             return None
 
 
 def _raw_answer(refusal: Refusal) -> bytes:
-    """A whole HTTP/1.1 answer for a connection that is about to be closed."""
+    """Return a complete HTTP/1.1 answer for a connection that is about to be closed."""
     request_id = new_request_id()
     body = refusal.body(request_id)
     headers = {**refusal.headers(request_id), "content-length": str(len(body)), "connection": "close"}

@@ -1,9 +1,9 @@
-"""The intercepting proxy: for apps that call the Claude API by its own address and cannot be told otherwise.
+"""Run an intercepting proxy, for apps whose address of the Claude API cannot be changed.
 
 Promises that only tunnels to the policy's upstream are opened, with a certificate by mitmproxy's own authority, and that a
 call in them is judged, capped, metered and recorded like any other, under the app whose token the proxy credentials carry:
 three apps on one shared key cannot be told apart by the key. Every other tunnel passes sealed, and plain http to other hosts
-passes as it is; neither can carry the real key, because nothing injects there. An edge: it starts a process with an
+passes as it is; neither can carry the real key, because nothing injects there. This module starts a process with an
 environment of its own.
 """
 
@@ -41,7 +41,7 @@ from gateway_addon.proxy.settings import Settings
 from gateway_addon.refusals import Refusal
 
 ENDPOINT_PREFIX = "local/"
-"""Stands before the endpoint of every call that came this way; `gateway cutover` lists their apps as stragglers."""
+"""The prefix of the endpoint of every call that came through this proxy; `gateway cutover` lists their apps as stragglers."""
 
 CA_FOLDER = Path.home() / ".mitmproxy"
 CA_FILE = "mitmproxy-ca-cert.pem"
@@ -60,19 +60,19 @@ PASSED_BY = (
 
 
 class LocalAddon(GatewayAddon):
-    """The gateway's addon in a forward proxy. `captured` is the token that stands for programs captured from the system, which send no
-    proxy credentials; `child` the one for a command that this gateway runs, whose runtime may have no words for them."""
+    """The gateway's addon in a forward proxy. `captured` is the token for programs captured from the system, which send no proxy
+    credentials; `child` the token for a command that this gateway runs, whose runtime may be unable to send them."""
 
     def __init__(self, *arguments: Any, captured: str | None = None, child: str | None = None, **named: Any):
         super().__init__(*arguments, **named)
         self.captured = captured
         self.child = child
         self.calls = 0
-        """That came by, let in or not."""
+        """Calls to the upstream so far, admitted or refused."""
         self.callers: dict[str, tuple[str, str]] = {}
         """By client connection: the app's name as given, and its token."""
         self.bystanders: set[str] = set()
-        """Client connections that are no business of the gateway's: sealed tunnels, plain http to other hosts."""
+        """Client connections that the gateway passes unread: sealed tunnels, plain http to other hosts."""
 
     # -- a connection
 
@@ -87,17 +87,17 @@ class LocalAddon(GatewayAddon):
 
     @guarded("connection")
     def tls_start_client(self, data: tls.TlsData) -> None:
-        """mitmproxy's own authority signs here: the policy's certificate is for the gateway's name, not for the upstream's."""
+        """Leave the certificate to mitmproxy's own authority: the policy's is for the gateway's name, not for the upstream's."""
 
     @guarded("request")
     def http_connect(self, flow: http.HTTPFlow) -> None:
-        """A tunnel is asked for: take the credentials off, and keep them if it leads to the API."""
+        """Take the credentials off a request for a tunnel, and keep them if it leads to the API."""
         self.bystanders.discard(flow.client_conn.id)
         caller = _proxy_credentials(flow.request.headers)
         if not self._is_upstream(flow.request.host, flow.request.port):
             return
         if caller is None and self.child is not None:
-            return  # who it is, its call says, or the system
+            return  # its call has a token, or it is this user's own
         if caller is None:
             self.gateway.ledger.failed_authentication("token_proxy", now=self.clocks.now())
             self.answer(flow, Refusal("token_proxy", NO_CREDENTIALS.format(_address())))
@@ -139,8 +139,8 @@ class LocalAddon(GatewayAddon):
     async def _authenticate(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
     ) -> AuthenticatedRequest | OwnResponse | Refusal:
-        """The token of the tunnel takes the place of whatever key the app sends. In a command's tunnel that has none, a key of the app's
-        own may be a token: the command finds one in its environment."""
+        """Authenticate by the tunnel's token, in place of the key that the app sends. In a command's tunnel without a token, the app's key
+        may be one: the command has a token in its environment."""
         name, token = self._caller(flow.client_conn)
         own = [(key, value) for key, value in headers if key not in ("x-api-key", "authorization", "proxy-authorization")]
         if token or self.child is None:
@@ -176,7 +176,7 @@ class LocalAddon(GatewayAddon):
 
 def is_of_this_user(client: connection.Client) -> bool:
     """Return whether the other end of a loopback connection is held by this process's own user, who could read the token in the command's
-    environment all the same. Linux alone tells; elsewhere it is taken for nobody's."""
+    environment anyway. Known on Linux alone; elsewhere False."""
     ours, theirs = (f"{address[1]:04X}" for address in (client.sockname, client.peername))
     for table in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")):
         for line in table.read_text().splitlines()[1:] if table.exists() else ():
@@ -302,7 +302,7 @@ def child_environment(inherited: Mapping[str, str], proxy: str, token: str, upst
 
 
 def _bundle(ca_folder: Path, trusted: str | None, extra: str | None) -> Path:
-    """mitmproxy's authority beside those trusted before, in one file: the other tunnels are sealed, and show their true certificates."""
+    """Write mitmproxy's authority and those trusted before into one file: the other tunnels are sealed, and show their own certificates."""
     before = trusted or ssl.get_default_verify_paths().cafile or certifi.where()
     parts = (Path(before), *([Path(extra)] if extra else []), ca_folder / CA_FILE)
     bundle = ca_folder / "gateway-bundle.pem"
@@ -313,7 +313,7 @@ def _bundle(ca_folder: Path, trusted: str | None, extra: str | None) -> Path:
 
 
 def greeting(address: str, upstream: str, ca_folder: Path, capture: str | None) -> list[str]:
-    """How to come through here, and how to trust it."""
+    """Return the lines that say how to use this proxy, and how to trust it."""
     ca = ca_folder / CA_FILE
     return [
         f"local    http://{address}  ->  {upstream}; every other host passes sealed",
@@ -330,7 +330,7 @@ def greeting(address: str, upstream: str, ca_folder: Path, capture: str | None) 
 
 
 def capture_problem() -> str | None:
-    """Why mitmproxy cannot capture programs on this machine, or None."""
+    """Return why mitmproxy cannot capture programs on this machine, or None."""
     reason = LocalRedirector.unavailable_reason()
     if reason is None and sys.platform == "linux" and shutil.which("sudo") is None:
         reason = "on Linux mitmproxy starts its redirector by sudo, which is not installed"

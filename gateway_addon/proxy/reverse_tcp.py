@@ -1,7 +1,7 @@
-"""mitmproxy's reverse mode on TCP alone: `reversetcp:https://api.anthropic.com`.
+"""Define mitmproxy's reverse mode on TCP alone: `reversetcp:https://api.anthropic.com`.
 
-Its own reverse mode, in front of an https upstream, opens the port for UDP as well, to speak QUIC: a door that nobody asked for, and
-one that workers cannot share. Everything else is as in its own mode.
+In front of an https upstream, mitmproxy's own reverse mode opens the port for UDP as well, to speak QUIC: nobody asked for that, and
+workers cannot share it. Everything else is as in the original mode.
 """
 
 from mitmproxy.proxy import layers, mode_servers, mode_specs

@@ -1,7 +1,7 @@
-"""The launcher: mitmdump's work with the addon built in, hardened, drained at the end; or mitmweb's, for looking at flows.
+"""Launch the gateway: mitmproxy with the addon built in, hardened, drained at the end; or mitmweb, for looking at flows.
 
 Promises that the gateway is in the proxy before the first connection and stays there: it is built in, not a script that a
-watcher reloads or a failed edit unloads. This is an edge: it reads files, the clock and the environment.
+watcher reloads or a failed edit unloads. This module reads files, the clock and the environment.
 """
 
 import asyncio
@@ -52,29 +52,29 @@ from gateway_addon.upstreams.egress import egress
 logger = logging.getLogger(__name__)
 
 DECIDED = frozenset(["mode", "server", "listen_host", "listen_port", "allow_hosts", "ignore_hosts", "tcp_hosts", "udp_hosts"])
-"""Options by which it would listen elsewhere, or let calls pass as bytes that it does not read: it would start, and serve nobody."""
+"""Options that would make it listen elsewhere, or pass calls unread: it would start, and serve no call."""
 FAST_PATH: dict[str, Any] = {"connection": connection, "dispatch": dispatch, "relay": relay, "whole": whole}
 COLLECT_AFTER = 20_000  # objects made and not yet gone: those of a hundred calls in flight
 
 
 class UpstreamTls(tlsconfig.TlsConfig):
-    """TLS towards the upstream alone. Clients are shown the certificate of the policy or none, so mitmproxy's own authority is not
-    made: a key on the disk that may sign for any name, half a start's time, and a race where several gateways start at once."""
+    """Do TLS towards the upstream alone. Clients get the policy's certificate or none, so mitmproxy's own authority is not made:
+    a key on the disk that may sign for any name, half of the start's time, and a race between gateways that start together."""
 
     def configure(self, updated: set[str]) -> None:
         super().configure(updated - {"certs", "confdir", "key_size", "cert_passphrase"})  # type: ignore[no-untyped-call]
 
     def running(self) -> None:
-        """Nothing is left to do, without an authority."""
+        """Do nothing: there is no authority to load."""
 
     def tls_start_client(self, tls_start: tls.TlsData) -> None:
-        """Make no certificate up: where the policy has none, the handshake of a client that begins with TLS fails at once."""
+        """Generate no certificate: where the policy has none, the handshake of a client that begins with TLS fails at once."""
         if tls_start.ssl_conn is None:
             tls_start.ssl_conn = SSL.Connection(SSL.Context(SSL.TLS_SERVER_METHOD))
             tls_start.ssl_conn.set_accept_state()
 
     def request(self, flow: http.HTTPFlow) -> None:
-        """There is no authority, so there is no list of what it revoked."""
+        """Do nothing: without an authority there is no revocation list to serve."""
 
 
 class LeanMaster(Master):
@@ -127,7 +127,7 @@ async def _run(settings: Settings) -> int:
 
 
 def chosen(settings: Settings) -> Callable[..., GatewayAddon]:
-    """What makes the addon. mitmweb and its web server, 8 MB in each worker, are loaded only for those who asked for its page."""
+    """Return the function that makes the addon. mitmweb and its web server (8 MB in each worker) are loaded only where asked for."""
     if settings.web_port is None:
         return GatewayAddon
     from gateway_addon.proxy.web.addon import DebugAddon
@@ -136,13 +136,13 @@ def chosen(settings: Settings) -> Callable[..., GatewayAddon]:
 
 
 def spare_the_collector() -> None:
-    """Let the garbage collector come by rarely: it cost a sixth of all that a call costs, and found nothing.
+    """Run the garbage collector rarely: it took a sixth of a call's processor time, and found nothing.
 
-    An ended call leaves no cycles behind (inject.py unties mitmproxy's), unless mitmproxy's own checks are on (`python` without -O):
-    they tie knots of their own.
+    An ended call leaves no cycles behind (inject.py breaks mitmproxy's), unless mitmproxy's own checks are on (`python` without -O):
+    they make cycles of their own.
     """
     gc.collect()
-    gc.freeze()  # what is here now stays: no need to look through it again and again
+    gc.freeze()  # all that is loaded now stays, and need not be scanned again
     if not __debug__:
         gc.set_threshold(COLLECT_AFTER, 20, 20)
 
@@ -151,7 +151,7 @@ def spare_the_collector() -> None:
 async def prepared(
     settings: Settings, make: Callable[..., GatewayAddon] = GatewayAddon, endpoint_prefix: str = ""
 ) -> AsyncIterator[tuple[GatewayPolicy, GatewayAddon, Master]]:
-    """All that a gateway needs, ready to run: an addon as below, in a master built for it."""
+    """Make all that a gateway needs, ready to run: an addon (`assembled`), in a master built for it."""
     async with (
         call_listeners(settings) as on_call,
         assembled(settings.policies, settings.ledger, make, endpoint_prefix, on_call) as (policy, key, addon),
@@ -163,7 +163,7 @@ async def prepared(
 
 @asynccontextmanager
 async def call_listeners(settings: Settings) -> AsyncIterator[OnCall | None]:
-    """Who is told of each call, as the command line asks. Raises OtelMissing."""
+    """Make the function that receives each call's record, as the command line asks; None where nothing does. Raises OtelMissing."""
     listeners: list[OnCall] = [call_line] if settings.log_json else []
 
     def emit(call: CallRecord) -> None:
@@ -189,12 +189,12 @@ async def assembled(
     endpoint_prefix: str = "",
     on_call: OnCall | None = None,
 ) -> AsyncIterator[tuple[GatewayPolicy, WatchedSecret, GatewayAddon]]:
-    """An addon and what it stands on: the policy in force and watched, the key read, the ledger open."""
+    """Make an addon and all that it needs: the policy loaded and watched, the key read, the ledger open, the jobs running."""
     policy = load(policies)
     key = WatchedSecret(policy.key, withheld=policy.secret_variables)
     if policy.tls is not None:
         Certificate().context(policy.tls)
-    key()  # a missing key is said now, not to the first caller
+    key()  # a missing key is reported now, not to the first caller
     ledger = await Ledger.open(ledger_url)
     try:
         await must_agree(ledger, policy)
@@ -231,9 +231,9 @@ async def assembled(
 
 
 def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Master:
-    """A master with the addon ahead of all others (no other may see a flow before its credential is gone), hardened.
+    """Build a hardened master with the addon before all others (none may see a flow before its credential is removed).
 
-    Raises ValueError for an option that mitmproxy does not have, or that would open a way around the gateway.
+    Raises ValueError for an option that mitmproxy does not have, or that would let calls bypass the gateway.
     """
     opts = options.Options()
     own = {
@@ -267,7 +267,7 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
 
 
 def hardened(opts: options.Options, policy: GatewayPolicy) -> dict[str, Any]:
-    """mitmproxy's options as every gateway needs them, of those that this master has: bounds, timeouts and whom to trust upstream."""
+    """Return mitmproxy's options as every gateway needs them, of those that this master has: bounds, timeouts, whom to trust."""
     longest_s = max(policy.timeouts.first_byte_s, policy.timeouts.silence_s) + 60
     wanted = REQUIRED_OPTIONS | {"body_size_limit": str(BODY_BYTES_MAX), "tcp_timeout": int(longest_s)}
     way = egress(policy, os.environ)
@@ -291,7 +291,7 @@ def on_signal(stop: Callable[[], None]) -> None:
 
 
 def greeting(settings: Settings, policy: GatewayPolicy, way: Egress) -> list[str]:
-    """What a person wants to know first: where it listens, what is in force."""
+    """Return the lines for a person at the start: where it listens, and which policy is in force."""
     scheme = "https" if policy.tls else "http"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return [

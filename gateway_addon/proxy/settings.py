@@ -1,4 +1,4 @@
-"""What a launcher is told, as values: a supervisor hands it on and need not load what serves."""
+"""Define the settings of a launch as values, so that a supervisor can pass them on without loading the proxy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ FAST_PATH = ("connection", "dispatch", "relay", "whole")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a command line says about where to listen and where things are."""
+    """The settings that a command line gives: where to listen, and where ledger and policies are."""
 
     host: str
     port: int
@@ -20,11 +20,11 @@ class Settings:
     options: tuple[str, ...] = ()
     """`K=V` for mitmproxy."""
     web_port: int | None = None
-    """With a port for its page: run under mitmweb."""
+    """The port of mitmweb's page; None: run without mitmweb."""
     web_password: str = ""
-    """Its argon2 hash, so that no option shows it."""
+    """The argon2 hash of the page's password, so that no option shows the password."""
     left_out: tuple[str, ...] = ()
-    """Parts of the fast path, for which mitmproxy's own way stays."""
+    """Parts of the fast path that are switched off."""
     log_json: bool = False
     """Log lines of JSON, one for each call among them."""
     otel: bool = False
@@ -34,4 +34,4 @@ class Settings:
     ready_fd: int | None = None
     """Set in the first worker: the pipe by which the supervisor learns that this one listens."""
     emit: Callable[[str], None] = field(default=partial(print, flush=True))
-    """Says one line to the person who started it."""
+    """Prints one line for the person who started it."""

@@ -1,8 +1,8 @@
-"""Several gateway processes on one port: the listening socket is shared, dead workers are replaced, all are drained together.
+"""Run several gateway processes on one port: share the listening socket, replace dead workers, drain all of them together.
 
 Promises that a caller sees one gateway: the socket is bound once, here, and outlives every worker; a worker that dies is
 replaced, and its successor settles what it left open (the ledger's sweep at every start). Workers end when this process does,
-however it ends: they watch a pipe that only it holds. An edge: it starts processes and reads signals.
+however it ends: they watch a pipe that only it holds. This module starts processes and reads signals.
 """
 
 import asyncio
@@ -30,16 +30,16 @@ SAY_EVERY_S = 60.0
 RESTART_S = 1.0  # at least this long between two starts of one worker: a gateway that cannot start must not spin
 STILL_STARTING = -signal.SIGTERM  # of a worker that was told to end before it could listen to signals: it had no calls
 OPTIMISED = ["-O"] if sys.flags.optimize else []
-"""Workers run as their supervisor does."""
+"""Workers run with the same flag as their supervisor."""
 
 
 class ListeningLoop(ConnectingLoop):
-    """An event loop whose first server listens on a socket that is bound already, whatever address it is asked for.
+    """An event loop whose first server listens on a socket that is already bound, instead of the address it is given.
 
-    It takes all callers who wait as it comes by, so that nobody's first call waits for the second and third of those who came before; but
-    few at a time from a socket that is `shared` with other workers.
+    It accepts all waiting connections in one turn, so that no first call waits for the later calls of other clients; but few
+    at a time from a socket that is `shared` with other workers.
 
-    Where the process has no descriptor or memory left for one more connection, callers wait in the socket's queue, and one line says so.
+    Where the process has no descriptor or memory left for one more connection, clients wait in the socket's queue, and one line is logged.
     """
 
     def __init__(self, listener: socket.socket, *, shared: bool = False):
@@ -49,7 +49,7 @@ class ListeningLoop(ConnectingLoop):
         self._full_at = -math.inf
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Say what nobody caught; of accepting, once a minute, without a traceback: asyncio tries again each second."""
+        """Log an uncaught exception; a failure to accept at most once a minute and without a traceback: asyncio retries each second."""
         error = context.get("exception")
         if not (isinstance(error, OSError) and error.errno in FULL and "accept" in context.get("message", "")):
             return super().call_exception_handler(context)
@@ -68,7 +68,7 @@ class ListeningLoop(ConnectingLoop):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError with a sentence where the address is taken or not to be had."""
+    """Return a listening socket. Raises OSError with a sentence where the address is taken or not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # By its protocol asyncio knows what to send at once: else the kernel holds an answer's body back until its head is acknowledged, 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -84,7 +84,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether what is sent to this host stays on the machine."""
+    """Tell whether bytes sent to this host stay on the machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -92,12 +92,12 @@ def is_loopback(host: str) -> bool:
 
 
 def cores() -> int:
-    """How many processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """The signals that end a gateway: with the terminal that it was started from, its hang-up too. Without one that means: read again."""
+    """Return the signals that end a gateway: SIGHUP too where it runs on a terminal; elsewhere SIGHUP means to reload."""
     on_a_terminal = sys.stdin is not None and sys.stdin.isatty() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if on_a_terminal else ()))
 
@@ -149,7 +149,7 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
 
 
 def _drained(workers: list[subprocess.Popen[bytes]], signals: list[int], alive_fd: int) -> int:
-    """Have all workers finish what is in flight; at a second signal, end. Returns the worst exit code."""
+    """Let all workers finish their calls in flight; end them at a second signal. Returns the worst exit code."""
     for worker in workers:
         worker.terminate()
     os.close(alive_fd)

@@ -26,7 +26,7 @@ class Entry:
     custom_id: str
     params: dict[str, Any]
     wish: str
-    """What shall become of it, unless the batch is cancelled before."""
+    """The result that it will have, unless the batch is cancelled before."""
     result: dict[str, Any] | None = None
 
 
@@ -88,7 +88,7 @@ class Batches:
         return batch
 
     def cancel(self, id: str) -> Batch:
-        """What has not been generated yet will not be. Raises ApiError."""
+        """Cancel a batch: requests not generated yet will not be. Raises ApiError."""
         batch = self.find(id)
         if batch.ended_at is not None:
             raise ApiError("invalid_request_error", f"Message batch {id} has already ended")

@@ -33,14 +33,14 @@ class Behaviour:
     late_input_tokens: int = 0
     """Input that `message_start` did not know of: server tools raise it during the answer."""
     late_cache_write_tokens: int = 0
-    """The same for cache writes: they raise the total, while the 5m/1h split on the wire stays what `message_start` said."""
+    """Cache writes that `message_start` did not know of: they raise the total; the 5m/1h split on the wire stays as it was."""
     web_searches: int = 0
     """Each one is 2,000 late input tokens more."""
     turns: int | None = None
     """How often the model runs, each time with the request's whole `max_tokens` to write, reading all that was written and found before.
     None: as often as the request's tools at the provider let a hostile one; else once."""
     result_tokens: int = 2_000
-    """What one use of a tool brings into the prompts of all later turns."""
+    """Tokens that one use of a tool brings into the prompts of all later turns."""
     iterations: tuple[dict[str, Any], ...] = ()
     """Parts billed beside the message: {"type": "compaction", "model"?: ..., "input_tokens": 60385, "output_tokens": 522}."""
 
@@ -63,7 +63,7 @@ class Behaviour:
     inference_geo: str | None = None
     """The workspace's default, for requests that name none."""
     encoding: str | None = None
-    """Of the answer: identity, gzip, deflate, br, zstd, even if the client did not offer it. None: gzip if it did."""
+    """The answer's coding: identity, gzip, deflate, br, zstd, even if the client did not offer it. None: gzip if it did."""
     ratelimit_remaining_percent: int = 100
 
     # When. Generation starts when the request has arrived and goes on by itself; delivery follows.
@@ -109,7 +109,7 @@ class Behaviour:
     batch_s: float = 0
     """How long a batch takes."""
     batch_result: str = "succeeded"
-    """What becomes of a request in a batch: succeeded, errored, canceled, expired."""
+    """The result of a request in a batch: succeeded, errored, canceled, expired."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a word that means nothing here."""

@@ -12,7 +12,7 @@ from .prices import billed_nano
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one answer used, as the provider knows it (the wire shows less: a stream's cache split may lag)."""
+    """The usage of one answer, as the provider knows it (the wire shows less: a stream's cache split may lag)."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -55,7 +55,7 @@ class Row:
     """When it arrived (unix seconds)."""
     status: int | None = None
     answer_sha256: str | None = None
-    """Of the answer's body as it was sent, encoded or not; None until it ended."""
+    """The digest of the answer's body as it was sent, encoded or not; None until it ended."""
     message_id: str | None = None
     model_asked: str | None = None
     model_served: str | None = None

@@ -57,7 +57,7 @@ def billed(answer: Answer, behaviour: Behaviour, elapsed_s: float) -> Made:
 
 
 def billed_before_an_error(answer: Answer, behaviour: Behaviour, elapsed_s: float) -> Made | None:
-    """What is billed of a stream that begins with an error; None: nothing at all, as without turns of the API's own."""
+    """Return the usage billed for a stream that begins with an error; None: nothing at all, as without turns of the API's own."""
     looped = answer.final.web_searches > 0 or bool(answer.iterations)
     return made(answer.steps(), behaviour, elapsed_s) if looped and elapsed_s > LOOPS_AFTER_S else None
 

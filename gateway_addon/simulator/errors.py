@@ -36,7 +36,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> list[tuple[str, str]]:
-        """What most of the recorded refusals carry: advice on sending the request again."""
+        """Return the header that most of the recorded refusals carry: advice on sending the request again."""
         retry = [("x-should-retry", "true" if self.status in (409, 429) or self.status >= 500 else "false")]
         return [*retry, ("retry-after", str(self.retry_after_s))] if self.retry_after_s is not None else retry
 

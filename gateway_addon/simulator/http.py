@@ -33,7 +33,7 @@ class Request:
     headers: tuple[tuple[str, str], ...]
     """Names in lower case, in the order of the wire."""
     body: bytes
-    """Of one that is too large, the beginning."""
+    """The body, or the beginning of one that is too large."""
     too_large: bool = False
 
     def header(self, name: str) -> str | None:

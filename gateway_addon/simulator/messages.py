@@ -89,7 +89,7 @@ class Answer:
     blocks: tuple[Block, ...]
     stop_reason: str
     start: Usage
-    """What is known when the first event goes out."""
+    """The usage that is known when the first event goes out."""
     final: Usage
     iterations: tuple[Iteration, ...] = ()
     tokens_per_event: int = 8
@@ -97,7 +97,7 @@ class Answer:
     """The kind of tokens that a prompt is billed as when it is read again."""
 
     def used(self, made: Made) -> Usage:
-        """What is billed of the answer when so much of it was made, and nothing more."""
+        """Return the usage that is billed when so much of the answer was made, and nothing more."""
         unmade = sum(step.reads for step in self.steps()) - made.reads
         return replace(
             self.final,

@@ -25,7 +25,7 @@ SUMMARY_SHARE = 8
 
 
 def answer(message_id: str, model: str, body: dict[str, Any], size: int, behaviour: Behaviour, cache: Cache) -> Answer:
-    """What `model` (an id of prices.MODELS) generates for a request whose body was `size` bytes."""
+    """Return the answer that `model` (an id of prices.MODELS) generates for a request whose body was `size` bytes."""
     prompt_tokens = tokens(body, size, hostile=behaviour.hostile)
     output_tokens = _output_tokens(body, size, behaviour)
     late_write = "cache_write_1h_tokens" if hour_ttl(body) else "cache_write_5m_tokens"

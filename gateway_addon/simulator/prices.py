@@ -1,4 +1,4 @@
-"""What the simulated API charges: its own literals, its own arithmetic.
+"""Price the simulated API's usage: its own literals, its own arithmetic.
 
 Promises exact integers. It must never import the gateway's pricing: the two agree only if both are right, and that
 agreement is what `gateway demo` proves. Prices as published for the first-party API on 2026-11-23.
@@ -90,7 +90,7 @@ def billed_nano(model: str, usage: "Usage") -> int:
 
 
 def nano_by_kind(model: str, usage: "Usage") -> dict[str, Fraction]:
-    """What each kind of token costs, and the searches, exactly. A batch's tokens cost half."""
+    """Return the exact cost of each kind of token, and of the searches. A batch's tokens cost half."""
     sold = MODELS[model]
     price = sold.long_price if sold.long_price and usage.prompt_tokens > LONG_PROMPT_TOKENS else sold.price
     factor = Fraction(2 if usage.speed == "fast" else 1) * (Fraction(11, 10) if usage.inference_geo == "us" else 1)

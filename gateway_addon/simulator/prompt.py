@@ -58,7 +58,7 @@ def hour_ttl(body: dict[str, Any]) -> bool:
 
 
 def _segments(model: str, body: dict[str, Any]) -> Iterator[tuple[str, bytes, float]]:
-    """What lies between one `cache_control` mark and the next: its ttl, the digest of everything up to here, its share of the prompt.
+    """Yield the parts between two `cache_control` marks: ttl, digest of everything up to here, share of the prompt.
 
     The order is the API's own: tools, system, messages. A mark on the request itself stands for one on the last block.
     """

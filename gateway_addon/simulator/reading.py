@@ -1,4 +1,4 @@
-"""What the API refuses before any work: the checks on a request's body, in the order in which the real one complains.
+"""Refuse what the API refuses before any work: the checks on a request's body, in the order in which the real one complains.
 
 Every refusal is an ApiError in the API's own wording where a client is known to match on it.
 """
@@ -46,7 +46,7 @@ def served_model(body: dict[str, Any]) -> str:
 
 
 def check_message(size: int, body: dict[str, Any], served: str, *, hostile: bool) -> None:
-    """What a message to be generated, of so many bytes, has to fulfil beyond that: it has to fit its model."""
+    """Check that a message to be generated, of so many bytes, fits its model."""
     model = MODELS[served]
     asked_tokens = body.get("max_tokens")
     if not isinstance(asked_tokens, int) or isinstance(asked_tokens, bool):

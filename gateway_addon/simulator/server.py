@@ -176,7 +176,7 @@ class Simulator:
                 raise ApiError("not_found_error", f"Not found: {request.method} {path}")
 
     def _batch(self, method: str, rest: list[str], request: Request, query: dict[str, list[str]]) -> dict[str, Any]:
-        """What is asked and told of batches as JSON."""
+        """Answer a request about batches, as JSON."""
         match method, rest:
             case "POST", []:
                 id, server = f"msgbatch_{self._run}{next(self._numbers):012d}", self.behaviour
@@ -194,7 +194,7 @@ class Simulator:
                 raise ApiError("not_found_error", f"Not found: {method} {request.target}")
 
     def _file(self, method: str, rest: list[str], request: Request, query: dict[str, list[str]]) -> dict[str, Any]:
-        """What is asked and told of files as JSON."""
+        """Answer a request about files, as JSON."""
         match method, rest:
             case "POST", []:
                 return self.files.upload(f"file_{self._run}{next(self._numbers):012d}", request)
@@ -232,7 +232,7 @@ class Simulator:
         return answer.json()
 
     def _report(self, method: str, path: str, query: dict[str, list[str]]) -> dict[str, Any]:
-        """What the organisation's administrators may read."""
+        """Answer a request of the organisation's administrators."""
         match method, path.split("/")[3:]:
             case "GET", ["usage_report", "messages"]:
                 return admin.usage_report(self.book.all(), query, WORKSPACE_ID, time.time())
@@ -274,7 +274,7 @@ class Simulator:
         await exchange.answer(status, [JSON, *self._headers(request_id, self.behaviour), *(headers or [])], body, encoding=encoding)
 
     def _headers(self, request_id: str, behaviour: Behaviour) -> Headers:
-        """What the real API tells about the request and about the account that all share."""
+        """Return the headers in which the real API describes the request and the shared account."""
         reset = (datetime.now(UTC) + timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
         headers = [("date", formatdate(usegmt=True)), ("request-id", request_id)]
         headers += [("anthropic-organization-id", ORGANIZATION_ID), ("anthropic-workspace-id", WORKSPACE_ID)]

@@ -1,4 +1,4 @@
-"""Hook dispatch without the walk: which addons have a hook is looked up once, not at every event.
+"""Dispatch hooks by a table of the addons that have each, built once, instead of asking every addon at every event.
 
 mitmproxy asks each of its addons at each event, through a context manager. Without that walk a call costs 7 to 12 % less processor
 time (JSON and streams, 16 and 64 connections, beside `relay` and `whole`). Promises the same calls in the same order with the same
@@ -26,16 +26,16 @@ PARTS = {
     "register": ["self", "addon"],
     "remove": ["self", "addon"],
 }
-"""What is overridden or stood on here, with its parameters."""
+"""The methods that this module overrides or relies on, with their parameters."""
 
 
 def fits(manager: type = AddonManager, release: str = version.VERSION) -> bool:
-    """Whether mitmproxy's manager is still the one that `Dispatch` stands in for."""
+    """Tell whether mitmproxy's manager is the one that `Dispatch` was written for."""
     return release.startswith(RELEASES) and has(manager, PARTS)
 
 
 def has(owner: type, parts: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a class still has these methods, each with these parameters."""
+    """Tell whether a class has these methods, each with these parameters."""
 
     def parameters(name: str) -> list[str] | None:
         part = getattr(owner, name, None)
@@ -75,7 +75,7 @@ class Dispatch(AddonManager):
         return found
 
     def _arguments(self, event: hooks.Hook) -> list[Any]:
-        """What mitmproxy's own `args` says, without asking what a dataclass is each time."""
+        """Return a hook's arguments, as mitmproxy's own `args` does, without inspecting the dataclass each time."""
         names = self._fields.get(event.name)
         if names is None:
             names = self._fields[event.name] = [field.name for field in dataclasses.fields(event)]  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ class Dispatch(AddonManager):
         await self.trigger_event(update)
 
     def _call(self, event: hooks.Hook, arguments: list[Any]) -> Awaitable[None] | None:
-        """Each addon in its turn, without a coroutine as long as none of them has to be awaited."""
+        """Call each addon in turn, without a coroutine as long as none of them has to be awaited."""
         functions = iter(self._hooks(event))
         for function in functions:
             try:
@@ -123,7 +123,7 @@ class Dispatch(AddonManager):
     async def _awaited(
         self, event: hooks.Hook, arguments: list[Any], result: Awaitable[Any], functions: Iterator[Callable[..., Any]]
     ) -> None:
-        """From the first addon that has to be awaited on."""
+        """Await the first addon that needs it, then call the rest."""
         while True:
             try:
                 if result is not None and _waits(result):

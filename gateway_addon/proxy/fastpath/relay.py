@@ -1,4 +1,4 @@
-"""The way of a stream's bytes from the upstream's socket to the app's, in as few steps as there are pieces that arrive.
+"""Pass a stream's bytes from the upstream's socket to the app's, each piece that arrives in one step.
 
 mitmproxy takes each chunk of a chunked body through all of its layers alone, and an event of a stream is a chunk: twenty calls deep,
 five option look-ups, one write: without this a stream costs 40 to 50 % more processor time as its events come, 150 % more in one
@@ -35,7 +35,7 @@ from gateway_addon.proxy import bounded_http1
 from gateway_addon.proxy.fastpath import dispatch, whole
 
 READER = {"_bytes_in_chunk": 0, "_bytes_to_discard": b"", "_reading_trailer": False}
-"""What h11's reader of a chunked body keeps between two calls, and how it begins."""
+"""The state that h11's reader of a chunked body keeps between two calls, as it begins."""
 PARTS: dict[type, dict[str, list[str]]] = {
     ChunkedReader: {"__call__": ["self", "buf"]},
     Http1Client: {"read_body": ["self", "event"]},
@@ -43,13 +43,13 @@ PARTS: dict[type, dict[str, list[str]]] = {
     HttpStream: {"state_stream_response_body": ["self", "event"]},
     HttpLayer: {"event_to_child": ["self", "child", "event"], "register_connection": ["self", "command"]},
 }
-"""What is overridden or stood on here, with its parameters."""
+"""The methods that this module overrides or relies on, with their parameters."""
 
 OPEN = connection.ConnectionState.OPEN
 
 
 def fits(reader: Callable[[], object] = ChunkedReader) -> bool:
-    """Whether mitmproxy and h11 are still those that are stood in for."""
+    """Tell whether mitmproxy and h11 are those that this module was written for."""
     return dispatch.fits() and vars(reader()) == READER and all(dispatch.has(owner, parts) for owner, parts in PARTS.items())
 
 
@@ -57,7 +57,7 @@ FITS = fits()
 
 
 class Chunks(bounded_http1.BoundedChunks):
-    """h11's reader of a chunked body, which takes whole chunks that are there together for one."""
+    """h11's reader of a chunked body, which returns complete chunks that arrive together as one."""
 
     def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:
         if not buf:
@@ -70,7 +70,7 @@ class Chunks(bounded_http1.BoundedChunks):
         return h11.Data(data=content)
 
     def content(self, data: bytes) -> bytes | None:
-        """What is in these bytes, if they begin and end between two chunks; else None, and none of them is taken."""
+        """Return the content of these bytes, if they begin and end between two chunks; else None, and none of them is consumed."""
         content, end = self._whole(data)
         if end != len(data):
             return None
@@ -78,7 +78,7 @@ class Chunks(bounded_http1.BoundedChunks):
         return content
 
     def _whole(self, there: bytes) -> tuple[bytes, int]:
-        """The content of the whole chunks that these bytes begin with, and where they end: at 0 if there is none."""
+        """Return the content of the complete chunks at the start of these bytes, and their end: 0 if there is none."""
         if self._bytes_in_chunk or self._reading_trailer or not there.startswith(self._bytes_to_discard):
             return b"", 0
         content, end = whole.chunks(there, len(self._bytes_to_discard))
@@ -95,18 +95,18 @@ class RelayClient(whole.WholeClient):
 
     @classmethod
     def relaying(cls, client: Any, top: HttpLayer) -> None:
-        """Go on in this way with a client that has sent nothing yet."""
+        """Turn a client that has sent nothing yet into this one."""
         cls.take_over(client)
         client.streams, client.app, client.framed = top.streams, top.context.client, (0, False)
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        """Without the bookkeeping of a layer that waits for answers: this one asks nothing."""
+        """Handle an event without the bookkeeping of blocking commands: this layer has none."""
         if type(event) is events.DataReceived and (sent := self.at_once(event.data)) is not None:
             return _each(sent)
         return self._handle_event(event)
 
     def at_once(self, data: bytes) -> tuple[commands.SendData, ...] | None:
-        """Whole chunks of a running stream, on their way to the app; None where it takes more than that, and nothing was taken."""
+        """Send complete chunks of a running stream to the app; None where that is not enough, and no byte was consumed."""
         stream = self._running()
         if stream is None or self.buf or type(self.body_reader) is not Chunks or self.state != self.read_body:
             return None
@@ -123,14 +123,14 @@ class RelayClient(whole.WholeClient):
                 yield command
 
     def _running(self) -> HttpStream | None:
-        """The stream whose body passes as it comes, while it does; None: mitmproxy's layers know what to do."""
+        """Return the stream whose body passes piece by piece now; None: mitmproxy's layers handle the event."""
         stream = self.streams.get(self.stream_id or 0)
         if stream is None or stream._paused or stream.server_state != stream.state_stream_response_body:
             return None
         return stream if self.app.state is OPEN and stream.flow.response and callable(stream.flow.response.stream) else None
 
     def _handed_on(self, stream: HttpStream, data: bytes) -> tuple[commands.SendData, ...]:
-        """What the stream's tap makes of some bytes, on its way to the app."""
+        """Send the app the bytes that the stream's tap returns."""
         response: Any = stream.flow.response
         if self.framed[0] != stream.stream_id:
             self.framed = stream.stream_id, "chunked" in response.headers.get("transfer-encoding", "").lower()
@@ -146,7 +146,7 @@ def _each(sent: tuple[commands.SendData, ...]) -> layer.CommandGenerator[None]:
 
 
 class DirectLayer(HttpLayer):
-    """mitmproxy's HTTP layer, which takes what arrives on a connection to that connection's own layer without asking what else it is.
+    """mitmproxy's HTTP layer, which passes bytes from a connection straight to that connection's own layer.
 
     Also without the bookkeeping of a layer that waits for answers: those below it wait, this one does not.
     """
@@ -164,7 +164,7 @@ class DirectLayer(HttpLayer):
         return self._to_child(child, event) if FITS else super().event_to_child(child, event)
 
     def _to_child(self, child: Any, event: events.Event) -> layer.CommandGenerator[None]:
-        """As mitmproxy does, which asks of each command all that it is not before it finds what it is."""
+        """Handle a child's commands as mitmproxy does, with the frequent ones tested first."""
         for command in child.handle_event(event):
             kind = type(command)
             if kind is not commands.SendData and (command.blocking or kind is commands.RequestWakeup):
@@ -193,7 +193,7 @@ class DirectLayer(HttpLayer):
 
 
 def install(top: HttpLayer, server: connection.Connection) -> None:
-    """Let a connection to the upstream that was just made work in this way, or in mitmproxy's own with its bounds."""
+    """Make a new connection to the upstream a direct one, or, where that does not fit, mitmproxy's own with bounds."""
     below: Any = top.connections.get(server)
     above: Any = None
     while below is not None and type(below) is not HttpClient:

@@ -1,4 +1,4 @@
-"""Plain messages that arrive whole, through mitmproxy's HTTP layers in one event instead of three.
+"""Pass plain messages that arrive whole through mitmproxy's HTTP layers in one event instead of three.
 
 mitmproxy takes a message apart (head, body, end), passes each part through four layers, up and down again, and puts it together at the
 other side: without this a JSON call costs 15 to 40 % more processor time. Here a request or an answer that is there in one piece, and
@@ -64,7 +64,7 @@ PARTS: dict[type, dict[str, list[str]]] = {
     layer.Layer: {"handle_event": _EVENT},
     HttpLayer: {"event_to_child": ["self", "child", "event"], "get_connection": ["self", "event", "reuse"]},
 }
-"""What is overridden or stood on here, with its parameters."""
+"""The methods that this module overrides or relies on, with their parameters."""
 
 OPEN = connection.ConnectionState.OPEN
 
@@ -84,7 +84,7 @@ _KEPT = (b"connection", b"keep-alive")
 
 
 def fits() -> bool:
-    """Whether mitmproxy's layers are still those that are stood in for."""
+    """Tell whether mitmproxy's layers are those that this module was written for."""
     return dispatch.fits() and all(dispatch.has(owner, parts) for owner, parts in PARTS.items())
 
 
@@ -151,7 +151,7 @@ def chunks(data: bytes, at: int) -> tuple[bytes, int]:
 
 
 def _is_plain(request: http.Request | None) -> bool:
-    """Whether a request is one that is passed on whole, whatever was made of it since, and its connection stays open behind it."""
+    """Tell whether a request, as it is now, can be passed on whole, and its connection stays open behind it."""
     framing = _framing_of(request) if request is not None and request.data.method == b"POST" else None
     return framing is not None and framing != _CHUNKED
 
@@ -171,7 +171,7 @@ class WholeAnswer(ResponseHeaders):
 
 
 def body_bytes_max(context: Context) -> int:
-    """How large a body may be that is taken whole; 0 where mitmproxy is asked for more than to forward it."""
+    """Return the largest body that is taken whole; 0 where mitmproxy's options ask for more than forwarding."""
     options: Options = context.options
     asks_more = options.store_streamed_bodies or options.stream_large_bodies or options.keep_host_header
     if not FITS or asks_more or not isinstance(context.client.proxy_mode, ReverseMode):
@@ -185,7 +185,7 @@ def _nothing() -> layer.CommandGenerator[None]:
 
 
 class WholeServer(bounded_http1.Body, Http1Server):
-    """mitmproxy's side towards the client."""
+    """mitmproxy's HTTP/1 server, towards the client, which takes and sends whole messages."""
 
     def __init__(self, context: Context):
         super().__init__(context)
@@ -227,7 +227,7 @@ class WholeServer(bounded_http1.Body, Http1Server):
 
 
 class WholeClient(bounded_http1.Client):
-    """mitmproxy's side towards the upstream."""
+    """mitmproxy's HTTP/1 client, towards the upstream, which takes and sends whole messages."""
 
     @cached_property
     def whole_bytes_max(self) -> int:
@@ -257,12 +257,12 @@ class WholeClient(bounded_http1.Client):
 
 
 class WholeStream(HttpStream):
-    """What happens between the two."""
+    """mitmproxy's HTTP stream between the two, which runs the hooks of a whole message."""
 
     top: HttpLayer
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        """As every layer of mitmproxy's: a blocking command pauses it, and what comes meanwhile waits. In one generator, not in three."""
+        """Handle an event as every layer does (a blocking command pauses it, later events wait), in one generator instead of three."""
         if not FITS:
             return super().handle_event(event)
         paused = self._paused
@@ -300,7 +300,7 @@ class WholeStream(HttpStream):
         return cast(layer.CommandGenerator[None], super()._handle_event(event))
 
     def _in_parts(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
-        """An answer for somebody who knows of none that is whole."""
+        """Send an answer in parts, to a side that knows no whole messages."""
         yield from super()._handle_event(ResponseHeaders(self.stream_id, event.response))
         yield from super()._handle_event(ResponseData(self.stream_id, event.content))
         yield from super()._handle_event(ResponseEndOfMessage(self.stream_id))
@@ -350,7 +350,7 @@ class WholeStream(HttpStream):
             yield from self.client_state(part)
 
     def _connected(self) -> bool:
-        """Take the connection to the upstream that is there and rests, if there is one."""
+        """Take an open, idle connection to the upstream, if there is one."""
         request, own = self.flow.request, self.flow.server_conn
         wanted = GetHttpConnection((request.host, request.port), request.scheme == "https", own.via, own.transport_protocol)
         for server in self.top.connections:
@@ -387,7 +387,7 @@ class WholeStream(HttpStream):
         yield from self.send_response()
 
     def send_response(self, already_streamed: bool = False) -> layer.CommandGenerator[None]:
-        """Send an answer that is here whole, however it came: in one event, where mitmproxy makes three of it."""
+        """Send a complete answer in one event, where mitmproxy makes three of it."""
         flow: Any = self.flow
         more_follows = already_streamed or flow.response.status_code == 101
         if not FITS or more_follows or self.client_state != self.state_done or not self._answers_whole():

@@ -1,8 +1,8 @@
-"""The gateway's addon under mitmweb: says on each flow what the gateway made of it, and judges what a person sends again.
+"""Comment flows in mitmweb with the gateway's verdict and cost, and judge the flows that a person edits or replays.
 
-Promises that an edited or replayed flow passes the same admission as any call, as the app whose token came with it the first time and
-only while that token is in force; that it is judged as it is when it is sent, whatever happened to it since; and that a flow carries
-no secret: what ties it to its caller is a random word that means something to this process alone.
+Promises that an edited or replayed flow passes the same admission as any call, as the app whose token first came with it and
+only while that token is in force; that it is judged as it is sent, with every edit; and that a flow carries no secret: a random
+word, which only this process can resolve, refers to its caller.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ from gateway_addon.refusals import Refusal
 
 REFUSED = ":no_entry:"
 CALLER = "gateway_caller"
-"""Where a flow's metadata keeps the word for its caller: copied with the flow, so that a duplicate can be replayed too."""
+"""The key in a flow's metadata for the word of its caller: copied with the flow, so that a duplicate can be replayed too."""
 
 
 class FlowCaller(NamedTuple):
@@ -60,7 +60,7 @@ class FlowCaller(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class LastAdmission:
-    """Stands at the end of the chain of addons: whatever another did to a request, interception included, is judged."""
+    """Admit a request after every other addon, so that their changes are judged, those of an interception too."""
 
     gateway: "DebugAddon"
 
@@ -72,7 +72,7 @@ class LastAdmission:
 
 
 class DebugAddon(GatewayAddon):
-    """`place`: the ledger, for commands that read it."""
+    """The gateway's addon under mitmweb. `place`: the ledger, for commands that read it."""
 
     def __init__(self, *arguments: Any, place: Path | ServerAddress, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -122,7 +122,7 @@ class DebugAddon(GatewayAddon):
         return caller
 
     def _word(self, caller: FlowCaller) -> str:
-        """The word for a caller: always the same one, so that there are as many as there are tokens."""
+        """Return the word for a caller: always the same one, so that there are as many words as tokens."""
         known = next((word for word, each in self.callers.items() if each == caller), None)
         if known is None:
             known = secrets.token_hex(8)
@@ -130,17 +130,17 @@ class DebugAddon(GatewayAddon):
         return known
 
     def caller(self, flow: mflow.Flow) -> FlowCaller | None:
-        """Whose token came with this flow, or with the one that it is a copy of. None where this process has seen none."""
+        """Return the caller whose token came with this flow, or with the one that it is a copy of. None where no token was seen."""
         return self.callers.get(str(flow.metadata.get(CALLER)))
 
     async def _again(self, flow: http.HTTPFlow) -> AuthenticatedRequest | OwnResponse | Refusal | None:
-        """The flow as it is now at the door once more, as its caller."""
+        """Authenticate the flow again, as it is now, as its caller."""
         caller = self.caller(flow)
         return caller and await self._authenticate_with(flow, request_of(flow).headers, caller.digest)
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
-        """Not yet: `LastAdmission` is last."""
+        """Do nothing yet: `LastAdmission` admits, after all other addons."""
 
     @guarded("request")
     async def admit(self, flow: http.HTTPFlow) -> None:
@@ -176,7 +176,7 @@ class DebugAddon(GatewayAddon):
             flow_state.flow.comment = _line(flow_state.permit.caller.app.name, flow_state.permit.caller.endpoint, "free")
 
     def _ended(self, call: CallRecord) -> None:
-        """A call's cost is written: it goes on its flow."""
+        """Put a call's cost on its flow, once it is written."""
         if self._next_listener is not None:
             self._next_listener(call)
         flow = self._awaited.pop(call["call"], None)
@@ -192,7 +192,7 @@ class DebugAddon(GatewayAddon):
         ctx.master.addons.trigger(UpdateHook([flow]))
 
     async def _left(self, name: str) -> str:
-        """What the tightest of an app's caps leaves it: more it cannot spend today."""
+        """Return what the tightest of an app's caps leaves it today, in words."""
         policy = self.gateway.policy
         limits = caps(policy, policy.apps[name]) if name in policy.apps else ()
         try:
@@ -203,7 +203,7 @@ class DebugAddon(GatewayAddon):
         return f"{cents(max(0, min(left)))} left today" if left else "no cap"
 
     def priced(self, flow: http.HTTPFlow | None, usage: Usage) -> str:
-        """What an answer cost, for its content view."""
+        """Return the cost of an answer in words, for its content view."""
         call = self.booked.get(flow) if flow is not None else None
         if call is not None:
             flags = f" ({', '.join(call['flags'])})" if call["flags"] else ""
@@ -216,7 +216,7 @@ class DebugAddon(GatewayAddon):
 
     @command.command("gateway.spend")  # type: ignore[untyped-decorator]
     def spend(self, app: str = "") -> Sequence[str]:
-        """What was spent, is held and is left today and this month: of an app, or of everything."""
+        """Show the amounts spent, held and left today and this month, for an app or for all."""
         policy = self.gateway.policy
         names = [app] if app else sorted(policy.apps)
         known = [policy.apps.get(name) for name in names]
@@ -232,7 +232,7 @@ class DebugAddon(GatewayAddon):
 
     @command.command("gateway.explain")  # type: ignore[untyped-decorator]
     def explain(self, flow: mflow.Flow) -> Sequence[str]:
-        """What would happen to this request if it were sent now: every rule, the quote, the caps."""
+        """Explain what would happen to this request if it were sent now: every rule, the quote, the caps."""
         caller = self.caller(flow)
         app: AppPolicy | None = self.gateway.policy.apps.get(caller.app) if caller else None
         if caller is None or app is None or not isinstance(flow, http.HTTPFlow):
@@ -258,5 +258,5 @@ def _standing(standing: Standing) -> str:
 
 
 def _line(*parts: str | None) -> str:
-    """`app · model · ...`, without what is not known."""
+    """Return `app · model · ...`, without the parts that are not known."""
     return " · ".join(part for part in parts if part)

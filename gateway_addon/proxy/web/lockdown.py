@@ -1,7 +1,7 @@
-"""What mitmweb's page may do: change how flows are looked at. What could run code, move files or lead around the gateway is closed.
+"""Limit mitmweb's page to changing how flows are shown; close all that could run code, move files or bypass the gateway.
 
-Promises that both lists are of what is allowed: an option or a command that mitmproxy gets tomorrow is closed until somebody has
-looked at it. Pure values.
+Promises that both lists allow: an option or a command that a later mitmproxy adds is closed until a person has reviewed it. Pure
+values.
 """
 
 from collections.abc import Iterable
@@ -42,6 +42,6 @@ READS_FILES = frozenset({"view.flows.load"})
 
 
 def kept(names: Iterable[str]) -> set[str]:
-    """The commands among these that the page keeps."""
+    """Return the commands among these that the page keeps."""
     beginnings = tuple(each for each in COMMANDS if each.endswith("."))
     return {name for name in names if name in COMMANDS or name.startswith(beginnings)} - READS_FILES

@@ -1,4 +1,4 @@
-"""mitmweb as a gateway runs it: replays go through the gateway's layers, admission comes last, and its page is closed (lockdown.py)."""
+"""Run mitmweb for a gateway: replays go through the gateway's layers, admission comes last, the page is limited (lockdown.py)."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Bodies of the Messages API as a person reads them: a request's parts by name, a stream merged into its message.
+"""Show bodies of the Messages API as a person reads them: a request's parts by name, a stream merged into its message.
 
 Promises text for any bytes at all, of bounded length and in bounded time: it never raises on content, and says what it left out.
 Pure: it knows no mitmproxy, no prices and no policy.
@@ -13,7 +13,7 @@ from typing import Any
 from gateway_addon.messages import Meter, TokenCounts, Usage
 from gateway_addon.messages.sse import Framer, events
 
-BODY_BYTES_MAX = 8 * 2**20  # a larger one is not looked into: parsing it would hold up every call of this process
+BODY_BYTES_MAX = 8 * 2**20  # a larger one is not parsed: that would delay every call of this process
 TEXT_MAX = 20_000  # characters of one text; of a longer one its beginning, and how much is missing
 LINES_MAX = 4_000
 WIDTH = 88  # what half of a window shows
@@ -26,11 +26,11 @@ _FIRST = ("model", "max_tokens", "stream")
 _LAST = ("system", "tools", "messages")
 
 type Priced = Callable[[Usage], str]
-"""Says what an answer cost, in a few words."""
+"""Returns the cost of an answer, in a few words."""
 
 
 def request(body: bytes) -> str:
-    """A request: its settings first, then system, tools and messages."""
+    """Show a request: its settings first, then system, tools and messages."""
     found = _object(body)
     if isinstance(found, str):
         return found
@@ -53,7 +53,7 @@ def request(body: bytes) -> str:
 
 
 def answer(body: bytes, content_type: str, priced: Priced) -> str:
-    """An answer, whole JSON or stream: what it cost and used first, then the message that it adds up to."""
+    """Show an answer, JSON or stream: its cost and usage first, then the message that it adds up to."""
     if len(body) > BODY_BYTES_MAX:
         return _TOO_LARGE.format(len(body), BODY_BYTES_MAX)
     meter = Meter(content_type)
@@ -76,7 +76,7 @@ def answer(body: bytes, content_type: str, priced: Priced) -> str:
 
 
 def model(body: bytes) -> str:
-    """The model that a request names; empty where it names none."""
+    """Return the model that a request names; "" where it names none."""
     found = _object(body)
     named = found.get("model") if isinstance(found, dict) else None
     return _word(named) if isinstance(named, str) else ""
@@ -98,7 +98,7 @@ def _facts(usage: Usage, price: str) -> Iterator[tuple[str, str]]:
 
 
 def tokens(counts: TokenCounts) -> str:
-    """Counts in words, without those that are nothing."""
+    """Return token counts in words, without those that are zero."""
     named = (
         (counts.input_tokens, "input"),
         (counts.cache_read_tokens, "cache read"),
@@ -115,7 +115,7 @@ def tokens(counts: TokenCounts) -> str:
 
 @dataclass(slots=True)
 class _Text:
-    """A text as its pieces come, kept up to a bound."""
+    """A text that grows by pieces, kept up to a bound."""
 
     pieces: list[str] = field(default_factory=list)
     length: int = 0
@@ -150,7 +150,7 @@ _DELTAS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta
 
 
 def _merged(body: bytes) -> _Message:
-    """The blocks that a stream's deltas add up to. (The counts are the meter's business.)"""
+    """Return the blocks that a stream's deltas add up to. (The meter counts.)"""
     framer, message = Framer(), _Message()
     open_blocks: dict[object, tuple[dict[str, Any], _Text]] = {}
     for _, data in events(framer.feed(body) + framer.close()):
@@ -202,7 +202,7 @@ def _tool(lines: "_Lines", number: int, tool: object) -> None:
 
 
 def _content(lines: "_Lines", content: object, depth: int = 1) -> None:
-    """What a turn, a system prompt or a tool's result says: a text, or blocks."""
+    """Show the content of a turn, a system prompt or a tool's result: a text, or blocks."""
     if isinstance(content, list) and depth <= DEPTH_MAX:
         for block in content[:BLOCKS_MAX]:
             _block(lines, block, depth)
@@ -216,7 +216,7 @@ _IN_THE_HEAD = ("type", "cache_control", "id", "name", "tool_use_id", "is_error"
 
 
 def _block(lines: "_Lines", block: object, depth: int = 0) -> None:
-    """One block: what it is in its head, what it says below."""
+    """Show one block: its type in the head, its content below."""
     if not isinstance(block, Mapping):
         return lines.indented(_value(block), depth)
     kind = block.get("type")
@@ -233,7 +233,7 @@ def _block(lines: "_Lines", block: object, depth: int = 0) -> None:
 
 
 def _shortened(value: object) -> object:
-    """An image's source without its thousands of characters of base64."""
+    """Return an image's source without its thousands of characters of base64."""
     if isinstance(value, dict) and isinstance(data := value.get("data"), str):
         return value | {"data": f"({len(data):,} characters)"}
     return value
@@ -248,7 +248,7 @@ def _tool_input(text: _Text) -> str:
 
 
 class _Lines:
-    """Lines up to a bound; what comes beyond it is counted."""
+    """Lines up to a bound; those beyond it are counted."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -281,7 +281,7 @@ class _Lines:
 
 
 def _object(body: bytes) -> dict[str, Any] | str:
-    """The JSON object that a body is, or a sentence why it is none."""
+    """Return the JSON object that a body is, or a sentence why it is none."""
     if len(body) > BODY_BYTES_MAX:
         return _TOO_LARGE.format(len(body), BODY_BYTES_MAX)
     return _parsed(body) or _UNKNOWN
@@ -316,5 +316,5 @@ def _word(value: object, length_max: int = 200) -> str:
 
 
 def _cut(text: str, length: int) -> str:
-    """A text up to its bound. `length`: its own, where only its beginning was kept."""
+    """Cut a text at its bound. `length`: the length of the whole text, where only its beginning was kept."""
     return text if length <= TEXT_MAX else f"{text[:TEXT_MAX]}\n... {length - TEXT_MAX:,} more characters"

@@ -1,6 +1,6 @@
-"""mitmweb's replay button, through the gateway's own layers: a replayed request meets every hook that a call of an app meets.
+"""Send mitmweb's replays through the gateway's own layers: a replayed request meets every hook that a call of an app meets.
 
-Promises that a replay can be sent in no other way than by admission (its layers inject, and inject nothing without a grant), that
+Promises that a replay can be sent only after admission (its layers inject nothing without a permission), that
 it can be cut like any other call, and that one replay runs at a time. mitmproxy's own playback builds bare layers, which would send
 the label in the place of the key.
 """
@@ -57,6 +57,6 @@ class GatedPlayback(ClientPlayback):
 
 
 def gate_replays(playback: Any, connections: MutableMapping[str, FlowState | None]) -> None:
-    """Make mitmproxy's playback, commands and all, one that sends through the gateway."""
+    """Make mitmproxy's playback, with its commands, send through the gateway."""
     playback.__class__ = GatedPlayback
     playback.connections = connections
