@@ -32,7 +32,7 @@ HEADINGS = ("model", "input", "output", "cache read", "cache write", "searches",
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError)
 def invoice(month: str | None, app: str | None, as_json: bool, as_csv: bool, policies: Path, ledger: str) -> None:
-    """What each app is to be charged for a month, by model with every kind of token; it sums to the ledger to the nano-dollar."""
+    """Print what each app is to be charged for a month, by model with every kind of token; it sums to the ledger to the nano-dollar."""
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other.")
     with admin.reading(sqlite_files.ledger_path(ledger)) as db:

@@ -1,4 +1,4 @@
-"""What to charge on for a month: each app's spending by model, with every kind of token. Read-only; it sums to the balances, to the nano.
+"""Sum what to charge on for a month: each app's spending by model, with every kind of token. Read-only; it sums to the balances, to the nano.
 
 A bill's parts sum to its settlement; what was corrected later is a line of its own. What calls in flight hold is not charged.
 """
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 CORRECTIONS = "(corrections)"
 ESTIMATES = "(estimated)"
-"""What of a settlement no part of an answer explains: calls booked at what they held."""
+"""The part of a settlement that no answer explains: calls booked at what they held."""
 
 
 class InvoiceLine(NamedTuple):
