@@ -45,7 +45,7 @@ type FindToken = Callable[[ReadConnection], Token | None]
 
 
 class Known(NamedTuple):
-    """What the ledger knows that bears on a request. `problem`: why it could not be read; then it is taken to be empty."""
+    """All that the ledger knows that bears on a request. `problem`: why it could not be read; then it is taken to be empty."""
 
     lookup: TokenLookup
     facts: CallFacts

@@ -1,4 +1,4 @@
-"""Sum what to charge on for a month: each app's spending by model, with every kind of token. Read-only; it sums to the balances, to the nano.
+"""Sum what to charge on for a month: each app's spending by model and kind of token. Read-only; it sums to the balances to the nano.
 
 A bill's parts sum to its settlement; what was corrected later is a line of its own. What calls in flight hold is not charged.
 """
