@@ -32,10 +32,10 @@ def migrate(source: str, target: str) -> None:
     """
     file, server = _ends(source, target)
     with driver():
-        from gateway_addon.ledger.maintenance import migrate as transfer
+        from gateway_addon.ledger.maintenance import migrate as ledger_migrate
     click.echo(f"Proving {file}, then moving it ...", err=True)
     with _progress() as emit:
-        proof = transfer.move(file, server, who=getpass.getuser(), now=time.time(), emit=emit)
+        proof = ledger_migrate.move(file, server, who=getpass.getuser(), now=time.time(), emit=emit)
     if proof is None:
         click.echo(f"{file} was moved to {server} already: nothing is left to do.")
         return

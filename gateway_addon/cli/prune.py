@@ -10,7 +10,7 @@ import click
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
-from gateway_addon.ledger.maintenance import prune as retention
+from gateway_addon.ledger.maintenance import prune as ledger_prune
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.names import PROGRAM
@@ -34,13 +34,13 @@ def prune(before: str, dry_run: bool, ledger: str) -> None:
     path, now = sqlite_files.ledger_path(ledger), time.time()
     with admin.reading(path) as db:
         until = starts(times.since(before, now), zone(db)).day
-        found = retention.prunable(db, until)
+        found = ledger_prune.prunable(db, until)
     what = f"{found.calls:,} calls before {times.day(until)}"
     if dry_run:
         click.echo(f"{what} would become daily sums; {found.kept_open:,} without an end would stay.")
         return
     with admin.changing(path) as db:
-        retention.begin(db, until, found, who=getpass.getuser(), now=now)
+        ledger_prune.begin(db, until, found, who=getpass.getuser(), now=now)
     with click.progressbar(length=found.calls, label=what) as bar:
         carries = _carry_all(path, until, bar.update)
     click.echo(f"{what} are {carries:,} rows now.")
@@ -55,10 +55,10 @@ def _carry_all(path: Path | ServerAddress, until: float, emit: Callable[[int], N
     while day is not None:
         left = day.groups
         while left:
-            bundle, left = retention.bundle(left, calls_max)
+            bundle, left = ledger_prune.bundle(left, calls_max)
             began = time.monotonic()
             with admin.changing(path) as db:
-                retention.carry(db, bundle, now=time.time())
+                ledger_prune.carry(db, bundle, now=time.time())
             took_s = time.monotonic() - began
             calls = sum(map(len, bundle))
             calls_max = max(10, min(CALLS_MAX, int(calls * PAUSE_S / took_s)))
@@ -69,7 +69,7 @@ def _carry_all(path: Path | ServerAddress, until: float, emit: Callable[[int], N
     return carries
 
 
-def _next_day(path: Path | ServerAddress, since: float, until: float) -> retention.PrunedDay | None:
+def _next_day(path: Path | ServerAddress, since: float, until: float) -> ledger_prune.PrunedDay | None:
     """Each day is read in a moment of its own: a reader that stays keeps SQLite's log from being emptied."""
     with admin.reading(path) as db:
-        return retention.next_day(db, since, until)
+        return ledger_prune.next_day(db, since, until)

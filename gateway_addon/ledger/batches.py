@@ -232,18 +232,18 @@ def lacks_results(db: sqlite3.Connection, batch: Batch) -> bool:
     return batch.open or any(_is_lost(flags) for flags, *_ in db.execute(SETTLED_AT, (batch.call_id,)).fetchall())
 
 
-def waits(db: sqlite3.Connection, now: float) -> bool:
+def is_due(db: sqlite3.Connection, now: float) -> bool:
     """Return whether a batch is due to be polled."""
     return bool(db.execute(WAITS, {"now": now, "ahead_s": PAUSE_MAX_S}).fetchone()[0])
 
 
-def take(db: sqlite3.Connection, now: float) -> Batch | None:
+def claim_due(db: sqlite3.Connection, now: float) -> Batch | None:
     """Claim a batch that is due: of all processes on the ledger, only the caller polls it this time."""
     rows = db.execute(TAKE, {"now": now, "ahead_s": PAUSE_MAX_S, "until": now + TURN_S}).fetchall()
     return _batch(rows[0]) if rows else None
 
 
-def looked(
+def record_poll(
     db: sqlite3.Connection, id: str, status: str, *, look_at: float, failures: int, lost_since: float | None = None
 ) -> None:
     """Record a poll of an open batch, and when to poll again."""

@@ -215,7 +215,7 @@ class Ledger:
 
     async def take_alert(self, *, retry_s: float, give_up_s: float, now: float) -> DueAlert | None:
         """Claim one alert that is due, for this process alone until it is time to retry. Raises LedgerUnavailable."""
-        if not await self.look(partial(state.alert_waits, retry_s=retry_s, now=now)):
+        if not await self.look(partial(state.is_alert_due, retry_s=retry_s, now=now)):
             return None
         take = partial(state.take_alert, retry_s=retry_s, give_up_s=give_up_s, now=now)
         return cast(DueAlert | None, await self._ask(RECORD, take, frozenset(("alerts",))))

@@ -64,7 +64,7 @@ LATER_TIMES = 128
 DUE_ALERT = f"(try_at <= :now OR try_at > :now + :retry_s * {LATER_TIMES})"
 
 
-def alert_waits(db: sqlite3.Connection, retry_s: float, now: float) -> bool:
+def is_alert_due(db: sqlite3.Connection, retry_s: float, now: float) -> bool:
     """Return whether an alert is due to be sent."""
     waits = f"SELECT EXISTS (SELECT 1 FROM alerts WHERE {DUE_ALERT})"
     return bool(db.execute(waits, {"now": now, "retry_s": retry_s}).fetchone()[0])

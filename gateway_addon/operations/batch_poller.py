@@ -16,8 +16,7 @@ from gateway_addon.calls import batch_booking
 from gateway_addon.calls.batches import PricedResults, object_of
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.http_client import PIECE_BYTES, whole
-from gateway_addon.ledger import Ledger, LedgerUnavailable, app_scope, ownership
-from gateway_addon.ledger import batches as book
+from gateway_addon.ledger import Ledger, LedgerUnavailable, app_scope, batches, ownership
 from gateway_addon.ledger.batches import Batch, ResultRow
 from gateway_addon.policy import GatewayPolicy
 
@@ -69,9 +68,9 @@ class BatchPoller:
 
     async def look(self) -> bool:
         """Ask about one batch that is due; False where none is. Raises LedgerUnavailable."""
-        if not await self._ledger.look(partial(book.waits, now=self._clocks.now())):
+        if not await self._ledger.look(partial(batches.is_due, now=self._clocks.now())):
             return False
-        batch = await self._ledger.write(partial(book.take, now=self._clocks.now()), "batches")
+        batch = await self._ledger.write(partial(batches.claim_due, now=self._clocks.now()), "batches")
         if batch is None:
             return False
         try:
@@ -93,7 +92,7 @@ class BatchPoller:
         if shown.status == "ended":
             await self._close(batch)
         else:
-            pause_s = min(max(self._policy().timeouts.batch_poll_s, (self._clocks.now() - batch.made_at) / OLDER), book.PAUSE_MAX_S)
+            pause_s = min(max(self._policy().timeouts.batch_poll_s, (self._clocks.now() - batch.made_at) / OLDER), batches.PAUSE_MAX_S)
             await self._again(batch, shown.status, pause_s, 0)
 
     async def _close(self, batch: Batch) -> None:
@@ -103,12 +102,12 @@ class BatchPoller:
             answer = await asyncio.to_thread(lambda: opened.enter_context(self._ask(path)))
             _expect(answer.status)
             results = await batch_booking.pricing(self._ledger, batch, self._policy().prices, answer.encoding)
-            renew_monotonic_s = self._clocks.monotonic_s() + book.TURN_S / 3
+            renew_monotonic_s = self._clocks.monotonic_s() + batches.TURN_S / 3
             while (rows := await asyncio.to_thread(_some, answer, results)) is not None:
                 await batch_booking.write(self._ledger, batch, rows)
                 if self._clocks.monotonic_s() >= renew_monotonic_s:
-                    await self._again(batch, batch.status, book.TURN_S, batch.failures, batch.lost_since)
-                    renew_monotonic_s = self._clocks.monotonic_s() + book.TURN_S / 3
+                    await self._again(batch, batch.status, batches.TURN_S, batch.failures, batch.lost_since)
+                    renew_monotonic_s = self._clocks.monotonic_s() + batches.TURN_S / 3
             await batch_booking.write(self._ledger, batch, results.close())
         if not await batch_booking.close(self._ledger, batch, self._closed, flags=results.flags, now=self._clocks.now()):
             raise BatchLost("results_unreadable", "its results are not all there, or not to be read")
@@ -134,14 +133,14 @@ class BatchPoller:
             await batch_booking.close(self._ledger, batch, self._closed, anyway="results_gone", now=self._clocks.now())
             return
         failures = batch.failures + 1
-        pause_s = min(self._policy().timeouts.batch_poll_s * 2.0 ** min(failures, 20), book.PAUSE_MAX_S)
+        pause_s = min(self._policy().timeouts.batch_poll_s * 2.0 ** min(failures, 20), batches.PAUSE_MAX_S)
         logger.warning("Batch %s of app %s could not be looked at, again in %.0f s: %s.", batch.id, batch.app, pause_s, error)
         await self._again(batch, batch.status, pause_s, failures, lost_since or batch.lost_since)
 
     async def _again(self, batch: Batch, status: str, pause_s: float, failures: int, lost_since: float | None = None) -> None:
         look_at = self._clocks.now() + pause_s
-        looked = partial(book.looked, id=batch.id, status=status, look_at=look_at, failures=failures, lost_since=lost_since)
-        await self._ledger.write(looked, app_scope(batch.app))
+        poll = partial(batches.record_poll, id=batch.id, status=status, look_at=look_at, failures=failures, lost_since=lost_since)
+        await self._ledger.write(poll, app_scope(batch.app))
 
 
 def _some(answer: PolledAnswer, results: PricedResults) -> list[ResultRow] | None:

@@ -131,8 +131,8 @@ async def test_a_clock_set_back_does_not_hide_a_batch(path, back_s, due):
     ledger = await opened(path)
     try:
         await a_batch(ledger)
-        assert await ledger.look(partial(batches.waits, now=NOON - back_s)) == due
-        taken = await ledger.write(partial(batches.take, now=NOON - back_s), "batches")
+        assert await ledger.look(partial(batches.is_due, now=NOON - back_s)) == due
+        taken = await ledger.write(partial(batches.claim_due, now=NOON - back_s), "batches")
         assert (taken is not None) == due
     finally:
         await ledger.close()
@@ -142,15 +142,15 @@ async def test_a_batch_is_one_process_s_to_look_at_for_its_turn(path):
     one, other = await opened(path), await opened(path)
     try:
         await a_batch(one)
-        assert not await one.look(partial(batches.waits, now=NOON + 59))
-        assert await one.look(partial(batches.waits, now=NOON + 60))
-        take = partial(batches.take, now=NOON + 60)
+        assert not await one.look(partial(batches.is_due, now=NOON + 59))
+        assert await one.look(partial(batches.is_due, now=NOON + 60))
+        take = partial(batches.claim_due, now=NOON + 60)
         taken = await asyncio.gather(one.write(take, "batches"), other.write(take, "batches"))
         assert sorted(each is None for each in taken) == [False, True]
-        again = await other.write(partial(batches.take, now=NOON + 60 + batches.TURN_S), "batches")
+        again = await other.write(partial(batches.claim_due, now=NOON + 60 + batches.TURN_S), "batches")
         assert (again.id, again.open, again.requests) == ("msgbatch_1", True, 2)
-        looked = partial(batches.looked, id="msgbatch_1", status="canceling", look_at=NOON + 900, failures=2)
-        await one.write(looked, "app:reports")
+        poll = partial(batches.record_poll, id="msgbatch_1", status="canceling", look_at=NOON + 900, failures=2)
+        await one.write(poll, "app:reports")
         with admin.reading(path) as db:
             [line] = batches.open_batches(db)
         assert (line.held_nano, line.status, line.look_at, line.failures, line.results) == (1000, "canceling", NOON + 900, 2, 0)

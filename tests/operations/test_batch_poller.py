@@ -134,7 +134,7 @@ async def test_failed_polls_are_repeated_after_growing_pauses(tmp_path):
                 clock[0] = (await line(gw)).look_at
             assert pauses == [120, 240, 480, PAUSE_MAX_S, PAUSE_MAX_S], name
             assert (await gw.held_nano(), await gw.spent_nano()) == (held, 0), name
-            await gw.gateway.ledger.write(partial(batches.looked, id=id, status="in_progress", look_at=clock[0], failures=0))
+            await gw.gateway.ledger.write(partial(batches.record_poll, id=id, status="in_progress", look_at=clock[0], failures=0))
 
 
 async def look_until_settled(gw, batch_poller, clock, held) -> float:

@@ -16,7 +16,7 @@ from ledgers import CALL, Part, balance, new_ledger, rows
 
 from gateway_addon.cli.backup import backup, restore
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, access, admin
-from gateway_addon.ledger.maintenance import backup as copies
+from gateway_addon.ledger.maintenance import backup as ledger_backup
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import sqlite_files
 
@@ -39,7 +39,7 @@ async def test_a_backup_under_load_is_a_sound_ledger_and_stops_nobody(tmp_path):
     seen = []
     while not all(task.done() for task in working):
         copy = tmp_path / f"copy-{len(seen)}.db"
-        seen.append(await asyncio.to_thread(copies.backup, path, copy))
+        seen.append(await asyncio.to_thread(ledger_backup.backup, path, copy))
         with admin.reading(copy) as db:
             assert invariants.findings(db) == []
     await asyncio.gather(*working)
@@ -68,10 +68,10 @@ async def test_an_open_call_in_a_backup_is_settled_at_the_held_amount(tmp_path):
     path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
     ledger = await Ledger.open(f"sqlite:///{path}")
     await ledger.reserve(CALL, 100, [], now=time.time())
-    copies.backup(path, copy)
+    ledger_backup.backup(path, copy)
     await ledger.close()
     elsewhere = tmp_path / "elsewhere.db"
-    copies.restore(copy, elsewhere, now=1.0)
+    ledger_backup.restore(copy, elsewhere, now=1.0)
     assert balance(elsewhere) == (0, 100, 1)
     await (await Ledger.open(f"sqlite:///{elsewhere}")).close()
     assert balance(elsewhere) == (100, 0, 0)
@@ -79,11 +79,11 @@ async def test_an_open_call_in_a_backup_is_settled_at_the_held_amount(tmp_path):
 
 async def test_a_ledger_in_use_is_not_replaced(tmp_path):
     path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
-    copies.backup(path, copy)
+    ledger_backup.backup(path, copy)
     ledger = await Ledger.open(f"sqlite:///{path}")
     try:
         with pytest.raises(LedgerUnavailable, match=r"is in use by .*: stop the gateway"):
-            copies.restore(copy, path, now=1.0)
+            ledger_backup.restore(copy, path, now=1.0)
         await spend(ledger, 1)
     finally:
         await ledger.close()
@@ -91,7 +91,7 @@ async def test_a_ledger_in_use_is_not_replaced(tmp_path):
 
 def test_a_copy_that_is_not_sound_replaces_nothing(tmp_path):
     path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
-    copies.backup(path, copy)
+    ledger_backup.backup(path, copy)
     with closing(sqlite3.connect(copy)) as db:
         db.execute("INSERT INTO balances VALUES ('total', 'ever', 0, 5, 0, 0, 0)")
         db.commit()
@@ -135,7 +135,7 @@ def test_a_backup_is_not_given_the_name_of_a_log(tmp_path, name):
 @pytest.mark.parametrize("left", ["-wal", "-journal"])
 def test_nothing_is_made_beside_the_log_of_another_database(tmp_path, left):
     path = new_ledger(tmp_path)
-    for name, make in (("copy.db", copies.backup), ("new.db", lambda _, new: sqlite_files.create(new))):
+    for name, make in (("copy.db", ledger_backup.backup), ("new.db", lambda _, new: sqlite_files.create(new))):
         (log := tmp_path / f"{name}{left}").write_text("frames")
         with pytest.raises(LedgerUnavailable, match="is left of another database"):
             make(path, tmp_path / name)
@@ -150,7 +150,7 @@ def test_the_next_backup_removes_a_killed_ones_file(tmp_path):
         each.touch()
     with living.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        copies.backup(path, copy)
+        ledger_backup.backup(path, copy)
     assert sorted(each.name for each in tmp_path.glob(".*")) == [".copy.db.4712", ".copy.db.notes"]
 
 
@@ -160,7 +160,7 @@ def test_the_next_backup_removes_a_killed_ones_file(tmp_path):
 def torn(folder) -> None:
     """A folder with such a ledger, `gateway.db`, and a backup that was made before the change, `copy.db`."""
     path = new_ledger(folder)
-    copies.backup(path, folder / "copy.db")
+    ledger_backup.backup(path, folder / "copy.db")
     with closing(sqlite_files.writer_connection(path)) as db:
         db.execute("PRAGMA wal_autocheckpoint = 0")
         admin.pause(db, "app:reports", why="in the log", who="test", now=1.0)
@@ -249,15 +249,15 @@ def test_a_removed_databases_log_is_not_played_into_the_next(tmp_path):
 def test_a_restore_proves_the_file_in_place_not_the_copy(tmp_path, monkeypatch):
     """With the log left where it is, SQLite would show the old ledger under the new one's name, and `restore` called that proved."""
     torn(tmp_path)
-    path, real = tmp_path / "gateway.db", copies._aside
-    monkeypatch.setattr(copies, "_aside", lambda ledger, tag: real(ledger, tag) if tag.startswith("unsound") else [])
+    path, real = tmp_path / "gateway.db", ledger_backup._aside
+    monkeypatch.setattr(ledger_backup, "_aside", lambda ledger, tag: real(ledger, tag) if tag.startswith("unsound") else [])
     with pytest.raises(LedgerUnavailable, match=r"what was restored is not sound and is now .*gateway.db.unsound-1"):
-        copies.restore(tmp_path / "copy.db", path, now=1.0)
+        ledger_backup.restore(tmp_path / "copy.db", path, now=1.0)
     assert not path.exists()
 
 
 def test_a_restored_ledger_keeps_a_log_from_its_first_moment(tmp_path):
     path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
-    copies.backup(path, copy)
-    copies.restore(copy, path, now=1.0)
+    ledger_backup.backup(path, copy)
+    ledger_backup.restore(copy, path, now=1.0)
     assert rows(path, "PRAGMA journal_mode") == [("wal",)]

@@ -17,7 +17,7 @@ from gateway_addon.cli.prune import prune
 from gateway_addon.ledger import Outcome, Settlement, admin, batches, reservations
 from gateway_addon.ledger.batches import NewBatch, ResultRow
 from gateway_addon.ledger.maintenance import invariants
-from gateway_addon.ledger.maintenance import prune as retention
+from gateway_addon.ledger.maintenance import prune as ledger_prune
 from gateway_addon.ledger.reports import day_cache, provider_comparison, spending
 
 NOON = 1_773_144_000.0  # Tuesday 2026-03-10 12:00 UTC
@@ -85,13 +85,13 @@ def figures(path):
 def pruned(path, until=UNTIL, calls_max=7):
     carries = 0
     with admin.changing(path) as db:
-        retention.begin(db, until, retention.prunable(db, until), who="test", now=NOON)
+        ledger_prune.begin(db, until, ledger_prune.prunable(db, until), who="test", now=NOON)
         since = 0
-        while (day := retention.next_day(db, since, until)) is not None:
+        while (day := ledger_prune.next_day(db, since, until)) is not None:
             left, since = day.groups, day.end
             while left:
-                bundle, left = retention.bundle(left, calls_max)
-                retention.carry(db, bundle, now=NOON)
+                bundle, left = ledger_prune.bundle(left, calls_max)
+                ledger_prune.carry(db, bundle, now=NOON)
                 carries += len(bundle)
     return carries
 
@@ -167,16 +167,16 @@ def test_the_tables_refuse_what_no_carry_holds(path, tampering, sentence):
 
 def test_only_closed_windows_are_pruned(path):
     with admin.changing(path) as db, pytest.raises(ValueError, match="before this week and this month"):
-        retention.begin(db, NOON - 9.4 * DAY_S, retention.prunable(db, NOON), who="test", now=NOON)
+        ledger_prune.begin(db, NOON - 9.4 * DAY_S, ledger_prune.prunable(db, NOON), who="test", now=NOON)
 
 
 def test_two_prunes_at_once_do_not_count_a_call_twice(path):
     before = figures(path)
     with admin.changing(path) as db:
-        day = retention.next_day(db, 0, UNTIL)
-        retention.carry(db, day.groups[:2], now=NOON)
+        day = ledger_prune.next_day(db, 0, UNTIL)
+        ledger_prune.carry(db, day.groups[:2], now=NOON)
     with pytest.raises(Exception, match="another `gateway prune`"), admin.changing(path) as db:
-        retention.carry(db, day.groups, now=NOON)
+        ledger_prune.carry(db, day.groups, now=NOON)
     assert figures(path) == before
     assert sound(path)
 
