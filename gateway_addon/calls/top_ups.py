@@ -20,7 +20,7 @@ from gateway_addon.refusals import Refusal
 LOOK_AT_LEASE_S = 0.25
 TOP_UP_EVERY_S = TICK_S / 4  # however great the hurry: a few writes a second, not one per delta
 LATE_S = 0.5  # the lease check may be this late: declared lags have room for that
-CUT_CODES = {"budget": "cap_spent", "paused": "app_paused", "adrift": "ledger"}
+CUT_CODES = {"budget": "cap_spent", "paused": "app_paused", "lease_expiring": "ledger"}
 
 type Cut = Callable[[str], None]
 """Ends a running call early, given the reason: a key of `CUT_CODES`."""
@@ -109,7 +109,7 @@ class RunningStreams:
         lease_expiring = self._ledger.lease_expiring()
         for running, cut in list(self.running.items()) if lease_expiring else ():
             if running.admission.call_id in lease_expiring and running.admission.call.stream:
-                cut("adrift")
+                cut("lease_expiring")
 
 
 def cut_refusal(running: InFlightCall) -> Refusal:

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextvars import Context
+from typing import Any, cast
 
 from gateway_addon.proxy.connecting import ConnectingLoop
 
@@ -47,6 +48,7 @@ class ListeningLoop(ConnectingLoop):
         self._accepts = SHARED_ACCEPTS if shared else BACKLOG
         self._listener: socket.socket | None = listener
         self._full_at = -math.inf
+        self._retry: asyncio.TimerHandle | None = None
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Log an uncaught exception; a failure to accept at most once a minute and without a traceback: asyncio retries each second."""
@@ -57,6 +59,21 @@ class ListeningLoop(ConnectingLoop):
             self._full_at = self.time()
             logger.error("No more connections are taken for now (%s): raise `ulimit -n`, or start more workers.", error.strerror)
         return None
+
+    def call_later[*Ts](
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Retry accepting once: without descriptors, asyncio asks for a retry for each connection that it may take in one turn."""
+        if callback != self._start_serving:  # type: ignore[attr-defined]
+            return super().call_later(delay, callback, *args, context=context)
+        if self._retry is None:
+            self._retry = super().call_later(delay, cast(Callable[[*Ts], object], self._accept_again), *args)
+        return self._retry
+
+    def _accept_again(self, protocol_factory: Any, listener: socket.socket, *arguments: Any) -> None:
+        self._retry = None
+        if listener.fileno() >= 0:  # else it was closed meanwhile
+            self._start_serving(protocol_factory, listener, *arguments)  # type: ignore[attr-defined]
 
     async def create_server(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> asyncio.Server:
         if self._listener is None:

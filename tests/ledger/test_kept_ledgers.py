@@ -80,7 +80,7 @@ async def test_a_gateway_goes_on_with_a_kept_ledger(name, engine, tmp_path):
         assert balance(ledger) == (before[0] + orphans, before[1] - orphans, 1), "the batch holds on"
         assert isinstance(await opened.reserve(MINE, 1000, [], now=NOON), Reserved)
         paused = await opened.reserve(NewCall("search", None, 2), 1000, [], now=NOON)
-        assert (paused.reason, paused.limit) == ("paused", "app:search")
+        assert (paused.reason, paused.pause.scope) == ("paused", "app:search")
     finally:
         await opened.close()
     assert check_ledger(ledger, now=NOON).findings == []

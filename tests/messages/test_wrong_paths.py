@@ -66,7 +66,7 @@ def test_a_path_that_is_like_none_gets_the_general_sentence(method, target):
 
 
 def test_the_work_for_a_path_is_bounded_by_its_segments():
-    with mock.patch.object(request, "endpoint", wraps=request.endpoint) as asked:
+    with mock.patch.object(request, "endpoint_of", wraps=request.endpoint_of) as asked:
         assert sentence("POST", "/v1/a" * 20_000) is None
     assert asked.call_count <= 2 * SEGMENTS_MAX
 

@@ -128,7 +128,8 @@ def test_an_admin_key_is_not_to_be_switched() -> None:
 
 def test_every_form_that_a_row_names_exists() -> None:
     named = {form for kind in rules.KINDS for form in re.findall(r"--for ([a-z-]+)", kind.switch)}
-    assert named == set(snippets.KINDS)
+    assert named
+    assert named <= set(snippets.KINDS)
 
 
 # Keys

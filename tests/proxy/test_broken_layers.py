@@ -8,7 +8,7 @@ import pytest
 from gateway import gateway
 from ledgers import rows
 
-from gateway_addon.messages import request
+from gateway_addon.calls import judging
 from gateway_addon.proxy import inject
 from gateway_addon.proxy.fastpath import relay
 from gateway_addon.proxy.inject import InjectStream
@@ -66,7 +66,7 @@ async def test_a_judgement_without_memory_is_a_503_to_come_again(tmp_path, monke
         raise MemoryError
 
     async with Simulator() as api, gateway(tmp_path, api) as gw:
-        monkeypatch.setattr(request, "read", read)
+        monkeypatch.setattr(judging, "read", read)
         with pytest.raises(anthropic.InternalServerError, match="has no memory for this request") as refused:
             await gw.client().messages.create(**ASK)
         assert (refused.value.response.headers["retry-after"], json.loads(refused.value.response.content)["type"]) == ("1", "error")

@@ -170,6 +170,7 @@ def test_without_descriptors_one_line_says_so_and_callers_wait(caplog, monkeypat
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert not answered
+        assert sum(1 for each in asyncio.get_running_loop()._scheduled if each._callback.__name__ == "_accept_again") <= 1
         await until(lambda: len(answered) >= len(callers))
         server.close()
 
