@@ -23,7 +23,7 @@ from gateway_addon.policy import PolicyError, load
 @click.argument("request_file", metavar="REQUEST.json", type=click.File("rb"))
 @click.option("--app", "app_name", required=True, help="Whose policy judges the request.")
 @click.option("--beta", "betas", multiple=True, help="A value of anthropic-beta sent with it.")
-@click.option("--token", "token_id", type=int, metavar="NUMBER", help="Judge it as sent with this token of the app (`gateway token list`).")
+@click.option("--token", "token_id", type=int, metavar="NUMBER", help=f"Judge it as sent with this token ({PROGRAM} token list).")
 @click.option("--from", "address", metavar="ADDRESS", help="Judge it as sent from this IP address.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @policies_option

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
+import weakref
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -137,9 +138,14 @@ def die(journal: Journal) -> None:
 
 
 def reconnect(ledger):
-    """Make the writer open a new connection on its next turn. The old one is let go of, not closed: a commit may still be at work on it,
-    though what it wrote can be read already."""
-    ledger._commit_queue.writer._db = None
+    """Make the writer open a new connection on its next turn.
+
+    The old one is closed with the ledger, not now: a commit may still be at work on it, though what it wrote can be read already.
+    """
+    writer = ledger._commit_queue.writer
+    left, writer._db = writer._db, None
+    if left is not None:
+        weakref.finalize(ledger, left.close)
 
 
 async def until(condition, seconds=20):
