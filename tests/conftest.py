@@ -40,6 +40,12 @@ def pytest_ignore_collect(collection_path: Path, config):
     return None
 
 
+def pytest_collection_modifyitems(config, items):
+    """In the fast half, leave out what starts a PostgreSQL server."""
+    if config.getoption("--fast"):
+        items[:] = [each for each in items if "postgresql" not in each.name and ("sqlite" in each.name or "server" not in each.fixturenames)]
+
+
 @pytest.fixture(params=[True, False], ids=["dispatch", "walk"])
 def either_dispatch(request, monkeypatch):
     """Run a test with the gateway's own hook dispatch, and with mitmproxy's, as in a release where that has moved."""
