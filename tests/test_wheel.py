@@ -95,7 +95,7 @@ def machine(tmp_path_factory):
 def test_the_wheel_holds_every_file_of_the_package(machine):
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "gateway_addon", "policies/examples"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    there = {re.sub("^policies/", "gateway_addon/policy/", name) for name in names if name and (ROOT / name).exists()}
+    there = {re.sub("^policies/", "gateway_addon/policy/", name) for name in names if name and (ROOT / name).is_file()}
     held = set(zipfile.ZipFile(machine.wheel).namelist())
     assert there - held == set()
     assert {name for name in held if not name.startswith("gateway_addon-")} - there == set()

@@ -16,7 +16,7 @@ def clone(folder: Path) -> Path:
     for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
         if name and (ROOT / name).exists():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, root / name)
+            shutil.copy(ROOT / name, root / name, follow_symlinks=False)
     (root / ".venv" / "bin").mkdir(parents=True)
     for name in ("python", "mitmdump", "sqlite-utils"):
         wrapper = root / ".venv" / "bin" / name
