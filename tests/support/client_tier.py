@@ -18,6 +18,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from upstreams import served
+
 from gateway_addon.onboarding import snippets
 
 FOLDER = Path(__file__).parents[1] / "clients" / "programs"
@@ -245,15 +247,9 @@ async def recorder(url: str) -> AsyncIterator[Recorder]:
         finally:
             sink.close()
 
-    server = await asyncio.start_server(joined, "127.0.0.1", 0)
-    recording = Recorder(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    try:
+    async with served(joined, ways) as address:
+        recording = Recorder(address)
         yield recording
-    finally:
-        server.close()
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
 
 
 def keep(client: Client, request: dict[str, object], day: str) -> None:

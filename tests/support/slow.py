@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from upstreams import OPENING, event
+from upstreams import OPENING, event, served
 
 STEP_S = 0.02
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -50,15 +50,8 @@ async def provider(*, tokens_per_s: int = 380, padding_bytes: int = 8_000, paddi
         made.tokens[name] = int(tokens_per_s * (time.monotonic() - began))
         writer.close()
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0)
-    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
+    async with served(talk, tasks) as made.url:
         yield made
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def ask(port: int, token: str, name: str, max_tokens: int = 60_000) -> socket.socket:

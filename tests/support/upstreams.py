@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterable
+from asyncio import StreamReader, StreamWriter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -16,6 +17,19 @@ class Upstream:
     connections: int = 0
     closed_at: list[float] = field(default_factory=list)
     """When the other side closed each connection (time.monotonic)."""
+
+
+@asynccontextmanager
+async def served(talk: Callable[[StreamReader, StreamWriter], Awaitable[None]], tasks: set[asyncio.Task[None]]) -> AsyncIterator[str]:
+    """Serve connections by `talk` until the block ends, then cancel the `tasks`, which `talk` adds to. Yields the address."""
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -46,15 +60,8 @@ async def upstream(answer: bytes | Iterable[bytes] = b"", *, then: str = "close"
         made.closed_at.append(time.monotonic())
         writer.close()
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0)
-    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
+    async with served(talk, tasks) as made.url:
         yield made
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def answer(status: int, content_type: str, body: bytes, *, announce: int | None = None) -> bytes:
