@@ -13,7 +13,7 @@ from gateway_addon.cli.common import json_option, ledger_option, policies_option
 from gateway_addon.cli.init import app_name, write_new
 from gateway_addon.cli.scopes import known_apps, must_know
 from gateway_addon.cli.times import shown
-from gateway_addon.ledger import LedgerUnavailable, Standing, admin, app_scope, scopes, state
+from gateway_addon.ledger import LedgerUnavailable, Standing, admin, app_scope, connect, scopes, state
 from gateway_addon.ledger.reports import call_detail, spending
 from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.ledger.reservations import standing, zone
@@ -42,7 +42,7 @@ def app() -> None:
 def list_apps(as_json: bool, policies: Path, ledger: str) -> None:
     """List every app that has a policy file, a token or a call."""
     now, found = time.time(), outline(policies)
-    with admin.reading(ledger_path(ledger)) as db:
+    with connect.reading(ledger_path(ledger)) as db:
         calendar, names = zone(db), known_apps(db, policies)
         paused = {each.scope for each in state.pauses(db, now)}
         stands: dict[tuple[str, str], Standing] = {
@@ -77,7 +77,7 @@ def list_apps(as_json: bool, policies: Path, ledger: str) -> None:
 def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
     """Show APP on one screen: policy, caps with what stands against them, tokens, what was refused this month, last calls."""
     now, found = time.time(), outline(policies)
-    with admin.reading(ledger_path(ledger)) as db:
+    with connect.reading(ledger_path(ledger)) as db:
         calendar = zone(db)
         must_know(name, db, policies)
         team = admin.team_of(db, name)

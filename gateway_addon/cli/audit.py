@@ -11,7 +11,7 @@ from tabulate import tabulate
 from gateway_addon.cli import times
 from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
 from gateway_addon.cli.scopes import must_know
-from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.names import PROGRAM
@@ -30,7 +30,7 @@ CHANGE_CHARS_MAX = 300
 @says_errors(LedgerUnavailable, ValueError)
 def audit(app: str | None, since: str, as_json: bool, policies: Path, ledger: str) -> None:
     """List the changes that people made: when, who, what, before and after, why."""
-    with admin.reading(ledger_path(ledger)) as db:
+    with connect.reading(ledger_path(ledger)) as db:
         calendar = zone(db)
         if app is not None:
             must_know(app, db, policies)

@@ -7,7 +7,7 @@ import click
 from tabulate import tabulate
 
 from gateway_addon.cli.common import ledger_option, says_errors
-from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger import LedgerUnavailable, connect
 from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
@@ -21,7 +21,7 @@ from gateway_addon.names import PROGRAM
 def batches(as_json: bool, ledger: str) -> None:
     """List the message batches that are not settled yet. A running gateway settles those whose results nobody fetches."""
     now = time.time()
-    with admin.reading(ledger_path(ledger)) as db:
+    with connect.reading(ledger_path(ledger)) as db:
         found = open_batches(db)
     if as_json:
         click.echo(json.dumps([{**each._asdict(), "age_s": round(now - each.made_at)} for each in found]))

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, json_option, ledger_option, policies_option, says_errors, stop, why_option
 from gateway_addon.cli.scopes import scope_of, typed
 from gateway_addon.cli.times import shown, to_come
-from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.ledger.reservations import capped, zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
@@ -43,7 +43,7 @@ def cap() -> None:
 def list_caps(name: str | None, as_json: bool, policies: Path, ledger: str) -> None:
     """List the caps of APP (or team:NAME, total; all without it), and the raises and limits in force: until when, by whom, why."""
     now, found = time.time(), outline(policies)
-    with admin.reading(ledger_path(ledger)) as db:
+    with connect.reading(ledger_path(ledger)) as db:
         calendar = zone(db)
         wanted = None if name is None else scope_of(name, db, found)
         rows = standing_rows(db, found, now, None if wanted is None else (wanted,))
@@ -90,7 +90,7 @@ def raise_cap(
     """Add AMOUNT on top of the cap of APP (or team:NAME, or total) in each WINDOW, until a date."""
     now, who, found = time.time(), getpass.getuser(), outline(policies)
     amount_nano = _amount(amount, f"{PROGRAM} cap limit {name} {window}")
-    with admin.changing(ledger_path(ledger)) as db:
+    with connect.changing(ledger_path(ledger)) as db:
         scope, calendar = scope_of(name, db, found), zone(db)
         ends_at, base_nano = to_come(until, now, calendar), _base_nano(name, scope, window, found)
         if replace is not None:
@@ -125,7 +125,7 @@ def raise_cap(
 @SAY
 def withdraw(number: int, as_json: bool, why: str, ledger: str) -> None:
     """Take the raise ID back, from the next call on. gateway cap list shows the raises in force."""
-    with admin.changing(ledger_path(ledger)) as db:
+    with connect.changing(ledger_path(ledger)) as db:
         gone = admin.withdraw_raise(db, number, who=getpass.getuser(), why=why, now=time.time())
     if as_json:
         click.echo(json.dumps(gone._asdict()))
@@ -149,7 +149,7 @@ def limit(name: str, window: str, amount: str | None, lift: bool, as_json: bool,
         stop("Say to what: an AMOUNT, or --lift to take the limit away.")
     now, who, found = time.time(), getpass.getuser(), outline(policies)
     amount_nano = None if amount is None else _amount(amount, f"{PROGRAM} cap limit {name} {window} 0")
-    with admin.changing(ledger_path(ledger)) as db:
+    with connect.changing(ledger_path(ledger)) as db:
         scope = scope_of(name, db, found)
         if amount_nano is None:
             before = admin.lift_limit(db, scope, window, who=who, why=why, now=now)

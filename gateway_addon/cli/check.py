@@ -12,7 +12,7 @@ from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, poli
 from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.cli.times import day
 from gateway_addon.http_client import Egress, Unanswered, ask, whole
-from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import dollars
 from gateway_addon.names import PROGRAM
@@ -105,7 +105,7 @@ def _health(listen: tuple[str, int]) -> dict[str, Any] | None:
 
 
 def _show_changes(ledger: str, limit: int, *, as_json: bool) -> None:
-    with admin.reading(ledger_path(ledger)) as db:
+    with connect.reading(ledger_path(ledger)) as db:
         found = admin.policy_changes(db, limit)
     if as_json:
         click.echo(json.dumps([change._asdict() for change in found], indent=2))

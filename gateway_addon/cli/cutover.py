@@ -26,7 +26,7 @@ from gateway_addon.cli.common import (
 )
 from gateway_addon.cli.times import day, duration_s
 from gateway_addon.clocks import monotonic_s
-from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect
 from gateway_addon.ledger.reports import token_usage
 from gateway_addon.ledger.reports.token_usage import Arrival, Straggler
 from gateway_addon.ledger.store.sqlite_files import ledger_path
@@ -71,7 +71,7 @@ def cutover(record: Path | None, accept: tuple[str, ...], watch: str | None, as_
     if watch is not None:
         sys.exit(_watch(path, duration_s(watch)))
     known, key = _record(record or record_path(ledger), accept), load(policies).key
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         tokens, coming = token_usage.arrivals(db, now=now), token_usage.stragglers(db)
     files = [_as_it_is(each) for each in dict.fromkeys(consumer["path"] for consumer in known["consumers"])]
     reasons = unseen(tokens) + unaccounted(files, tokens, [each["path"] for each in known.get("accepted", ())])
@@ -166,7 +166,7 @@ def _watch(path: Path | ServerAddress, for_s: float) -> int:
     started, ends_monotonic_s = time.time(), monotonic_s() + for_s
     told = 0
     while True:
-        with admin.reading(path) as db:
+        with connect.reading(path) as db:
             seen = token_usage.passed(db, since=started)
         if seen.unauthorised > told and seen.last_unauthorised_at is not None:
             told = seen.unauthorised

@@ -18,7 +18,7 @@ from gateway_addon.demo import proof
 from gateway_addon.demo.proof import Finding, Pair
 from gateway_addon.demo.scenes import SCENES, Surprise
 from gateway_addon.demo.stage import APPS, GatewayFailed, Stage, staged
-from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger import LedgerUnavailable, connect
 from gateway_addon.ledger.maintenance.invariants import findings
 from gateway_addon.ledger.reports import entry_history
 from gateway_addon.names import PROGRAM
@@ -77,7 +77,7 @@ async def _play(folder: Path, story: "_Story") -> tuple[list[Pair], list[Finding
 def _prove(stage: Stage) -> tuple[list[Pair], list[Finding]]:
     policy = load(stage.folder / "policies")
     limits = {cap for app in policy.apps.values() for cap in caps(policy, app)}
-    with admin.reading(stage.ledger) as db:
+    with connect.reading(stage.ledger) as db:
         calls, levels, wrong = entry_history.forwarded(db), entry_history.high_water(db), findings(db)
     book = stage.api.book.all()
     both = proof.pairs(calls, book)

@@ -9,7 +9,7 @@ import click
 
 from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors, status
 from gateway_addon.cli.scopes import must_have_policies
-from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import dollars
@@ -47,9 +47,9 @@ def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
 def check_ledger(path: Path | ServerAddress, *, now: float) -> Check:
     """Recompute the ledger from its entries. Raises LedgerUnavailable where it cannot be read."""
     began = time.monotonic()
-    with admin.reading(path, lambda: status(f"proving the ledger, {time.monotonic() - began:.0f} s")) as db:
+    with connect.reading(path, lambda: status(f"proving the ledger, {time.monotonic() - began:.0f} s")) as db:
         findings = invariants.findings(db)
-        running = [] if findings else invariants.open_calls(db, admin.death_check(path, db), now=now)
+        running = [] if findings else invariants.open_calls(db, connect.death_check(path, db), now=now)
         calls, entries = db.execute("SELECT (SELECT count(*) FROM calls), (SELECT count(*) FROM entries)").fetchone()
     seen = [f"{path}: {calls:,} calls, {entries:,} entries"]
     for call in running:

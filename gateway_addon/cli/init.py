@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
-from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger import LedgerUnavailable, connect
 from gateway_addon.ledger.store.sqlite_files import create, ledger_path
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.names import PROGRAM
@@ -89,7 +89,7 @@ def init(
     for path, text in texts.items():
         write_new(path, text)
     if isinstance(place, Path) and place.exists():
-        with admin.reading(place, as_it_is=True):
+        with connect.reading(place, as_it_is=True):
             click.echo(f"kept   {place}")
     else:
         if isinstance(place, Path):

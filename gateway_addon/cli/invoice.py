@@ -12,7 +12,7 @@ from tabulate import tabulate
 from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
 from gateway_addon.cli.report import csv_text
 from gateway_addon.cli.scopes import must_know
-from gateway_addon.ledger import LedgerUnavailable, admin, reservations
+from gateway_addon.ledger import LedgerUnavailable, connect, reservations
 from gateway_addon.ledger.reports.invoice import InvoiceLine
 from gateway_addon.ledger.reports.invoice import invoice as invoice_lines
 from gateway_addon.ledger.store import sqlite_files
@@ -35,7 +35,7 @@ def invoice(month: str | None, app: str | None, as_json: bool, as_csv: bool, pol
     """Print what each app is to be charged for a month, by model with every kind of token; it sums to the ledger to the nano-dollar."""
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other.")
-    with admin.reading(sqlite_files.ledger_path(ledger)) as db:
+    with connect.reading(sqlite_files.ledger_path(ledger)) as db:
         calendar = reservations.zone(db)
         since, until = _span(month, time.time(), calendar)
         wanted = None if app is None else must_know(app, db, policies)

@@ -13,7 +13,7 @@ import click
 from gateway_addon.cli.common import ListenAddress, ledger_option, policies_option, says_errors, stop
 from gateway_addon.cli.serve import NO_KEY
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.names import PROGRAM
 from gateway_addon.policy import PolicyError, load
@@ -85,7 +85,7 @@ def _token_of_the_run(app: str, ledger: str) -> Iterator[str | None]:
         yield None
         return
     token, who, path = tokens.mint(), getpass.getuser(), ledger_path(ledger)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         now = time.time()
         issued = admin.issue_token(
             db, app, tokens.digest(token), label="local run", expires_at=now + RUN_TOKEN_S, who=who, why="gateway local", now=now
@@ -93,5 +93,5 @@ def _token_of_the_run(app: str, ledger: str) -> Iterator[str | None]:
     try:
         yield token
     finally:
-        with admin.changing(path) as db:
+        with connect.changing(path) as db:
             admin.revoke_tokens(db, app, token_id=issued.id, who=who, why="gateway local ended", now=time.time())

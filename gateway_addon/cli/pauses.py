@@ -10,7 +10,7 @@ import click
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, json_option, ledger_option, policies_option, says_errors, stop, why_option
 from gateway_addon.cli.scopes import scope_of
 from gateway_addon.cli.times import shown, to_come
-from gateway_addon.ledger import LedgerUnavailable, admin
+from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import TOTAL
@@ -34,7 +34,7 @@ SAY = says_errors(LedgerUnavailable, ValueError)
 def pause(name: str | None, everything: bool, until: str | None, cut: bool, as_json: bool, why: str, policies: Path, ledger: str) -> None:
     """Refuse every further call of APP (or team:NAME, or --all)."""
     asked, now, found = _asked(name, everything), time.time(), outline(policies)
-    with admin.changing(ledger_path(ledger)) as db:
+    with connect.changing(ledger_path(ledger)) as db:
         scope, calendar = scope_of(asked, db, found), zone(db)
         ends_at = None if until is None else to_come(until, now, calendar)
         admin.pause(db, scope, until=ends_at, cut=cut, who=getpass.getuser(), why=why, now=now)
@@ -56,7 +56,7 @@ def pause(name: str | None, everything: bool, until: str | None, cut: bool, as_j
 def resume(name: str | None, everything: bool, as_json: bool, why: str, policies: Path, ledger: str) -> None:
     """End a pause of APP (or team:NAME, or --all)."""
     asked, found = _asked(name, everything), outline(policies)
-    with admin.changing(ledger_path(ledger)) as db:
+    with connect.changing(ledger_path(ledger)) as db:
         scope = scope_of(asked, db, found)
         ended = admin.resume(db, scope, who=getpass.getuser(), why=why, now=time.time())
     if not ended:
@@ -77,7 +77,7 @@ def resume(name: str | None, everything: bool, as_json: bool, why: str, policies
 def adjust(call_id: int, amount: str, why: str, as_json: bool, ledger: str) -> None:
     """Correct what call CALL_ID cost by AMOUNT (-0.25 takes off), as an entry of its own. The view `spend` of the ledger shows ids."""
     delta_nano = -parse_nano(amount[1:]) if amount.startswith("-") else parse_nano(amount)
-    with admin.changing(ledger_path(ledger)) as db:
+    with connect.changing(ledger_path(ledger)) as db:
         cost_nano = admin.adjust(db, call_id, delta_nano, who=getpass.getuser(), why=why, now=time.time())
     click.echo(json.dumps({"call": call_id, "spent_nano": cost_nano}) if as_json else f"Call {call_id} now costs {dollars(cost_nano)}.")
 
@@ -95,7 +95,7 @@ def overrun() -> None:
 @SAY
 def clear(model: str, as_json: bool, why: str, ledger: str) -> None:
     """Let MODEL reserve in steps again."""
-    with admin.changing(ledger_path(ledger)) as db:
+    with connect.changing(ledger_path(ledger)) as db:
         cleared = admin.clear_overrun(db, model, who=getpass.getuser(), why=why, now=time.time())
     if not cleared:
         stop(f"{model} was not held back.", PROBLEM)

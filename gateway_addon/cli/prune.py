@@ -9,7 +9,7 @@ import click
 
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, says_errors
-from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect
 from gateway_addon.ledger.maintenance import prune as ledger_prune
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store import sqlite_files
@@ -32,14 +32,14 @@ def prune(before: str, dry_run: bool, ledger: str) -> None:
     its times, session, agent and request id. Open calls stay. What was begun and interrupted is taken up by the next run.
     """
     path, now = sqlite_files.ledger_path(ledger), time.time()
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         until = starts(times.since(before, now), zone(db)).day
         found = ledger_prune.prunable(db, until)
     what = f"{found.calls:,} calls before {times.day(until)}"
     if dry_run:
         click.echo(f"{what} would become daily sums; {found.kept_open:,} without an end would stay.")
         return
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         ledger_prune.begin(db, until, found, who=getpass.getuser(), now=now)
     with click.progressbar(length=found.calls, label=what) as bar:
         carries = _carry_all(path, until, bar.update)
@@ -57,7 +57,7 @@ def _carry_all(path: Path | ServerAddress, until: float, emit: Callable[[int], N
         while left:
             bundle, left = ledger_prune.bundle(left, calls_max)
             began = time.monotonic()
-            with admin.changing(path) as db:
+            with connect.changing(path) as db:
                 ledger_prune.carry(db, bundle, now=time.time())
             took_s = time.monotonic() - began
             calls = sum(map(len, bundle))
@@ -71,5 +71,5 @@ def _carry_all(path: Path | ServerAddress, until: float, emit: Callable[[int], N
 
 def _next_day(path: Path | ServerAddress, since: float, until: float) -> ledger_prune.PrunedDay | None:
     """Each day is read in a moment of its own: a reader that stays keeps SQLite's log from being emptied."""
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         return ledger_prune.next_day(db, since, until)

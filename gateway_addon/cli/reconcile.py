@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, status, stop
 from gateway_addon.cli.times import duration_s, moment
-from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin, connect
 from gateway_addon.ledger.reports import provider_comparison
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
 from gateway_addon.ledger.store.sqlite_files import ledger_path
@@ -113,7 +113,7 @@ def _both_sides(
     api = AdminApi(policy.upstream, key, lambda pages: status(f"page {pages} of the provider's reports"), way)
     reported, charged = api.usage(start, end, workspaces), api.cost(start, end, workspaces)
     status()
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         period = {"since": float(start), "until": float(end or now + 1)}
         return BothSides(reported, charged, provider_comparison.metered(db, **period), provider_comparison.estimates(db, **period))
 
@@ -122,7 +122,7 @@ def _take_turn(path: Path | ServerAddress, sleep: Callable[[float], None] = time
     """Wait until a minute has passed since any process asked the provider."""
     said = False
     while True:
-        with admin.changing(path) as db:
+        with connect.changing(path) as db:
             wait_s = provider_comparison.claim_poll(db, now=time.time())
         if wait_s <= 0:
             return status()
@@ -134,7 +134,7 @@ def _take_turn(path: Path | ServerAddress, sleep: Callable[[float], None] = time
 
 
 def _write(path: Path | ServerAddress, proved: Sequence[Correction], now: float) -> None:
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         for correction in proved:
             for call_id, delta_nano in correction.deltas:
                 admin.adjust(db, call_id, delta_nano, who=getpass.getuser(), why=correction.why, now=now)

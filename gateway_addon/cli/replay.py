@@ -13,7 +13,7 @@ from tabulate import tabulate
 from gateway_addon import windows
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, says_errors, status
-from gateway_addon.ledger import LedgerUnavailable, admin, reservations
+from gateway_addon.ledger import LedgerUnavailable, connect, reservations
 from gateway_addon.ledger.reports.entry_history import recorded
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import cents
@@ -46,7 +46,7 @@ def replay(folder: Path, since: str | None, as_json: bool, ledger: str) -> None:
     Judged are model, endpoint, max_tokens and caps. Nothing is sent, and nothing is changed.
     """
     policy, now = load(folder), time.time()
-    with admin.reading(sqlite_files.ledger_path(ledger)) as db:
+    with connect.reading(sqlite_files.ledger_path(ledger)) as db:
         start = times.since(since, now) if since else windows.starts(now, reservations.zone(db)).month
         apps, reasons = room.tallied(_with_progress(room.replay(recorded(db, since=start, until=now), policy)))
     if as_json:

@@ -19,7 +19,7 @@ from gateway_addon import windows
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.cli.scopes import must_know, scope_of
-from gateway_addon.ledger import LedgerUnavailable, admin, reservations
+from gateway_addon.ledger import LedgerUnavailable, connect, reservations
 from gateway_addon.ledger.reports import daily_totals, spending
 from gateway_addon.ledger.reports.spending import DriftLine, Key, Notable, Only, Report, ReportLine
 from gateway_addon.ledger.store import sqlite_files
@@ -82,7 +82,7 @@ def report(
     key, then = _groupings(by)
     now = time.time()
     path = sqlite_files.ledger_path(ledger)
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         calendar = reservations.zone(db)
         start, end = _period(since, until, last, now, calendar)
         only = Only(
@@ -93,7 +93,7 @@ def report(
     if not alerts and not notable and then is None and only == spending.EVERY and key in spending.GROUPINGS:
         with contextlib.suppress(LedgerUnavailable):  # where nothing can be written, every call is read
             daily_totals.keep(path, key, since=start, until=end, now=now)
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         if alerts:
             _show_alerts(spending.alerts(db, since=start, until=end), calendar, as_json, as_csv)
         elif notable:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gateway_addon.cli.common import stop
-from gateway_addon.ledger import LedgerUnavailable, admin, app_scope, team_scope
+from gateway_addon.ledger import LedgerUnavailable, admin, app_scope, connect, team_scope
 from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import TOTAL
@@ -21,7 +21,7 @@ def must_have_policies(policies: Path, ledger: str) -> None:
     if (policies / "gateway.yaml").exists():
         return
     try:
-        with admin.reading(ledger_path(ledger)) as db:
+        with connect.reading(ledger_path(ledger)) as db:
             apps = admin.apps(db)
     except (LedgerUnavailable, ValueError):  # no ledger that could know any: what is missing is said by whoever reads it
         return

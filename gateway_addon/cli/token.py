@@ -25,7 +25,7 @@ from gateway_addon.cli.common import (
 from gateway_addon.cli.scopes import must_know
 from gateway_addon.cli.times import duration_s, shown
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import LedgerUnavailable, Token, admin
+from gateway_addon.ledger import LedgerUnavailable, Token, admin, connect
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.names import PROGRAM
@@ -119,7 +119,7 @@ def revoke(app: str, token_id: int | None, everything: bool, as_json: bool, poli
     now = time.time()
     if token_id is None and not everything:
         _ask_whether_all(app, now, policies, ledger)
-    with admin.changing(ledger_path(ledger)) as db:
+    with connect.changing(ledger_path(ledger)) as db:
         must_know(app, db, policies)
         revoked = admin.revoke_tokens(db, app, token_id=token_id, who=getpass.getuser(), now=now)
     if not revoked:
@@ -156,7 +156,7 @@ def show_forms(kind: str | None, app: str, policies: Path, listen: tuple[str, in
 def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path, ledger: str) -> None:
     """List tokens: when each was issued and last used, and whether it is in force. The tokens themselves are not kept."""
     now = time.time()
-    with admin.reading(ledger_path(ledger)) as db:
+    with connect.reading(ledger_path(ledger)) as db:
         found, calendar = admin.tokens(db, None if app is None else must_know(app, db, policies)), zone(db)
     if idle is not None:
         found = [each for each in found if each.refusal(now) is None and (each.last_used_at or each.created_at) < now - duration_s(idle)]
@@ -182,7 +182,7 @@ def _with_policy(app: str, policies: Path) -> Outline:
 
 def _ask_whether_all(app: str, now: float, policies: Path, ledger: str) -> None:
     """Ask whether all tokens of an app are to be revoked, where it has several."""
-    with admin.reading(ledger_path(ledger)) as db:
+    with connect.reading(ledger_path(ledger)) as db:
         good = [each for each in admin.tokens(db, must_know(app, db, policies)) if each.refusal(now) is None]
     if len(good) < 2:
         return
@@ -206,7 +206,7 @@ def _show_new(
     if file is not None and file.exists():
         stop(f"{file} exists and is not changed. Name a new file, or paste the lines that --for prints into it.")
     secret = tokens.mint()
-    with admin.changing(ledger_path(ledger)) as db:
+    with connect.changing(ledger_path(ledger)) as db:
         made = write(db, digest=tokens.digest(secret))
     click.echo(f"Token for app {app}, shown this once (only its SHA-256 is kept):", err=True)
     click.echo(

@@ -23,7 +23,7 @@ from werkzeug.wrappers import Response as AnyResponse
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.console import charts, desk, metrics
 from gateway_addon.console.login import SESSION_S, Login
-from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin, reservations
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect, reservations
 from gateway_addon.ledger.reports import call_detail
 from gateway_addon.ledger.reports.day_cache import DayCache, ReadConnection
 from gateway_addon.ledger.reports.day_cache import apps as apps_of
@@ -81,7 +81,7 @@ class Console:
     """The bearer token of a scraper; None: there are no metrics."""
 
     def look(self) -> desk.Desk:
-        with admin.reading(self.ledger) as db:
+        with connect.reading(self.ledger) as db:
             return desk.look(db, self.policies(), self.memory, self.ledger, self.clock())
 
 
@@ -133,7 +133,7 @@ def _enter(console: Console, link: str) -> AnyResponse:
 
 
 def _overview(console: Console) -> Response:
-    with admin.reading(console.ledger) as db:
+    with connect.reading(console.ledger) as db:
         seen = desk.look(db, console.policies(), console.memory, console.ledger, console.clock())
         return _page("overview.html", db, desk=seen, problem=console.policies.problem)
 
@@ -147,7 +147,7 @@ def _calls(console: Console) -> Response:
     asked, now = request.args, console.clock()
     filters = {name: asked.get(name, "") for name in ("app", "model", "state", "text")}
     wanted = call_detail.CallFilter(**filters, before=min(asked.get("before", call_detail.NEWEST, type=int), call_detail.NEWEST))
-    with admin.reading(console.ledger) as db:
+    with connect.reading(console.ledger) as db:
         found, more = call_detail.search(db, wanted)
         days = console.memory.between(db, now - desk.CHART_DAYS * desk.DAY_S, now)
         return _page(
@@ -164,7 +164,7 @@ def _calls(console: Console) -> Response:
 
 
 def _call(console: Console, call_id: int) -> Response:
-    with admin.reading(console.ledger) as db:
+    with connect.reading(console.ledger) as db:
         told = call_detail.story(db, call_id)
         if told is None:
             abort(404)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway_addon.console import charts
-from gateway_addon.ledger import Pause, ServerAddress, Standing, admin, app_scope, reservations, state, team_scope
+from gateway_addon.ledger import Pause, ServerAddress, Standing, app_scope, connect, reservations, state, team_scope
 from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.reports import day_cache, spending
@@ -127,7 +127,7 @@ def look(db: ReadConnection, policy: GatewayPolicy, memory: DayCache, ledger: Pa
         hit_share,
         tuple(day_cache.refusals(month)),
         _drift(month),
-        tuple(call for call in invariants.open_calls(db, admin.death_check(ledger, db), now=now) if call.call_id not in held_by_batches),
+        tuple(call for call in invariants.open_calls(db, connect.death_check(ledger, db), now=now) if call.call_id not in held_by_batches),
         tuple(batches),
         tuple(reversed(spending.alerts(db, since=month_start, until=now + 1)[-20:])),
     )

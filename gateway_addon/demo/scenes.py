@@ -13,7 +13,7 @@ from typing import Any
 
 from gateway_addon.demo.client import App, Reply
 from gateway_addon.demo.stage import Stage, issue
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import admin, connect
 from gateway_addon.ledger.reports import entry_history
 from gateway_addon.money import cents
 
@@ -76,9 +76,9 @@ async def revoked_token(stage: Stage, say: Say) -> None:
     """A token that worked a moment ago."""
     leaked = App("reviews", stage.url, issue(stage.folder, "reviews"))
     expect(await leaked.ask("/v1/models"), 200)
-    with admin.reading(stage.ledger) as db:
+    with connect.reading(stage.ledger) as db:
         newest = admin.tokens(db, "reviews")[-1]
-    with admin.changing(stage.ledger) as db:
+    with connect.changing(stage.ledger) as db:
         admin.revoke_tokens(db, "reviews", token_id=newest.id, who="demo", why="it leaked", now=time.time())
     refused = expect(await leaked.ask("/v1/models"), 401, "token_revoked")
     say("A second token of reviews leaks and is revoked; it holds from the very next request on, and for that token alone.")
@@ -147,7 +147,7 @@ async def large_request(stage: Stage, say: Say) -> None:
     size = len(json.dumps(ask))
     say(f"pipeline's editor asks {OPUS} as Claude Code does: {size:,} bytes, 24 tools, max_tokens 128,000, thinking.")
     day = await today(pipeline)
-    with admin.reading(stage.ledger) as db:
+    with connect.reading(stage.ledger) as db:
         call = entry_history.forwarded(db)[-1]
     say(
         f"It could cost {cents(call.quote_nano)}, which does not fit the cap of {day['cap']} a day. Held in steps, it never held more than "

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gateway_addon.demo.client import App
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import admin, connect
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.names import PROGRAM
 from gateway_addon.simulator import KEY, Simulator
@@ -93,7 +93,7 @@ async def staged(folder: Path) -> AsyncIterator[Stage]:
 def issue(folder: Path, app: str) -> str:
     """A token for an app, as `gateway token issue` makes it."""
     token = tokens.mint()
-    with admin.changing(folder / "gateway.db") as db:
+    with connect.changing(folder / "gateway.db") as db:
         admin.issue_token(db, app, tokens.digest(token), label="demo", who="demo", now=time.time())
     return token
 

@@ -1,31 +1,24 @@
 """Write the changes that people make: tokens, raises of caps, pauses, corrections. Each is one transaction with its audit row.
 
-Every function takes a connection inside a write transaction: `with changing(path) as db` from a command, `ledger.change(partial(...))`
-inside a running gateway. All are in force for the next call in every process, because calls are judged by these rows.
+Every function takes a connection inside a write transaction: `with connect.changing(path) as db` from a command,
+`ledger.change(partial(...))` inside a running gateway. All are in force for the next call in every process, because calls
+are judged by these rows.
 """
 
-import contextlib
 import difflib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from gateway_addon.ledger import access, reservations
-from gateway_addon.ledger.orphans import BATCHES
+from gateway_addon.ledger import reservations
 from gateway_addon.ledger.store import balances, sqlite_files
-from gateway_addon.ledger.store.interface import driver
-from gateway_addon.ledger.store.locks import Turnstile, is_dead
-from gateway_addon.ledger.store.sqlite_schema import is_behind
-from gateway_addon.ledger.types import TOTAL, Limit, Raise, ServerAddress, Token, app_scope
+from gateway_addon.ledger.types import TOTAL, Limit, Raise, Token, app_scope
 from gateway_addon.money import AMOUNT_NANO_MAX, dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.windows import next_start, starts
-
-BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
 
 EVER_CALLED = "SELECT 1 FROM tokens WHERE app = ? AND last_used_at IS NOT NULL"  # by refused calls too, of which no balance tells
 EVER_SPENT = "FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
@@ -48,95 +41,6 @@ class PolicyChange(NamedTuple):
     who: str
     digest: str
     diff: str
-
-
-@contextlib.contextmanager
-def changing(path: Path | ServerAddress) -> Iterator[sqlite3.Connection]:
-    """Open a command's write transaction, in its turn among the gateway's processes. Raises LedgerUnavailable."""
-    if isinstance(path, ServerAddress):
-        with driver():
-            from gateway_addon.ledger.store import postgres
-        with postgres.changing(path) as db:
-            yield db
-        return
-    sqlite_files.identity(path)
-    access.must_be_allowed(path)
-    try:
-        turnstile = Turnstile(path)
-    except OSError as error:
-        raise sqlite_files.unavailable(path, error) from error
-    try:
-        with turnstile.turn(), contextlib.closing(sqlite_files.writer_connection(path)) as db:
-            db.execute("BEGIN IMMEDIATE")
-            sqlite_files.must_be_here(path, db)
-            yield db
-            db.execute("COMMIT")
-    except sqlite3.Error as error:
-        if not sqlite_files.is_of_the_file(error):
-            raise
-        raise sqlite_files.unavailable(path, error) from error
-    finally:
-        turnstile.close()
-
-
-@contextlib.contextmanager
-def reading(path: Path | ServerAddress, tick: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
-    """Open a connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable.
-
-    A long statement on a file calls `tick` some times a second, and can be ended by Ctrl-C in between. An older version's ledger is
-    brought up to date first, unless it is wanted `as_it_is`.
-    """
-
-    def step() -> int:
-        tick()
-        return 0
-
-    if isinstance(path, ServerAddress):
-        with driver():
-            from gateway_addon.ledger.store import postgres
-        with postgres.reading(path) as db:
-            yield db
-        return
-    sqlite_files.identity(path)
-    if not as_it_is:
-        access.must_be_allowed(path, reading=True)
-    try:
-        with contextlib.closing(sqlite_files.reader_connection(path)) as db:
-            if not as_it_is and is_behind(db):
-                with changing(path):
-                    pass
-            db.row_factory = sqlite3.Row
-            db.set_progress_handler(step, BEAT_STEPS)
-            db.execute("BEGIN")
-            sqlite_files.must_be_a_ledger(path, db)
-            sqlite_files.must_be_here(path, db)
-            yield db
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_INTERRUPT:  # what the driver makes of Ctrl-C in `step`
-            raise KeyboardInterrupt from None
-        if not sqlite_files.is_of_the_file(error):
-            raise
-        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and (shut := access.shut(path)) is not None:
-            raise shut from error
-        raise sqlite_files.unavailable(path, error) from error
-
-
-def death_check(path: Path | ServerAddress, db: sqlite3.Connection) -> Callable[[str], bool]:
-    """Return a function that says whether an owner's process is gone. A batch has no process: it waits for its results."""
-    if isinstance(path, ServerAddress):
-        with driver():
-            from gateway_addon.ledger.store import postgres
-        living = postgres.living(db) | {BATCHES}
-        return lambda owner: owner not in living
-
-    def gone(owner: str) -> bool:
-        try:
-            return owner != BATCHES and is_dead(path, owner)
-        except PermissionError as error:  # a group may read the ledger, not the locks beside it
-            raise access.closed(path) from error
-
-    return gone
 
 
 def issue_token(

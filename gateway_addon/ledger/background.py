@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import connect
 from gateway_addon.ledger.types import ServerAddress
 
 type IsStopped = Callable[[], bool]
@@ -27,7 +27,7 @@ async def read[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connectio
             if gone():
                 raise asyncio.CancelledError
 
-        with admin.reading(place, tick) as db:
+        with connect.reading(place, tick) as db:
             return work(db)
 
     return await _in_thread(whole)
@@ -40,7 +40,7 @@ async def change[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connect
     """
 
     def whole(_: IsStopped) -> T:
-        with admin.changing(place) as db:
+        with connect.changing(place) as db:
             return work(db)
 
     return await _in_thread(whole)

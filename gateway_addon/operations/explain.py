@@ -27,7 +27,7 @@ from gateway_addon.ledger import (
     Standing,
     Token,
     TokenLookup,
-    admin,
+    connect,
     ownership,
     reservations,
     state,
@@ -130,7 +130,7 @@ def _known(
     """Read all that the ledger knows, in one look."""
     assumed = Token(0, app.name, "", now, None, None)
     try:
-        with admin.reading(ledger) as db:
+        with connect.reading(ledger) as db:
             token = assumed if find_token is None else find_token(db)
             call = NewCall(app.name, app.team, token.id if token else 0)
             facts = reservations.facts(db, call, limits, now=now)._replace(token=token)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from ledgers import Cap, url
 from postgresql import Postgres, binaries
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, ServerAddress, Settlement, admin
+from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, ServerAddress, Settlement, admin, connect
 from gateway_addon.ledger.store import sqlite_files
 
 CALLERS = 32
@@ -56,7 +56,7 @@ async def gateway(ledger_url: str, apps: int, total: bool, seconds: float) -> di
 
 def measure(place: Path | ServerAddress, gateways: int, apps: int, total: bool, seconds: float) -> str:
     """A cell: calls a second over all gateways, and their 99th percentile."""
-    with admin.changing(place) as db:
+    with connect.changing(place) as db:
         for app in range(apps):
             admin.issue_token(db, f"app{app}", f"digest{app}", who="bench", now=time.time())
     command = [sys.executable, "-O", __file__, "--gateway", json.dumps([url(place), apps, total, seconds])]

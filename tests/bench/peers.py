@@ -15,7 +15,7 @@ import official
 from postgresql import Postgres, binaries
 
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import ServerAddress, admin
+from gateway_addon.ledger import ServerAddress, admin, connect
 from gateway_addon.ledger.store import sqlite_files
 
 PROGRAMS = {"nginx": "nginx", "litellm": "litellm", "official": "claude"}
@@ -154,7 +154,7 @@ def _policies(folder: Path, place: Path | ServerAddress, upstream: str) -> str:
     (folder / "policies" / "apps" / "bench.yaml").write_text(APP)
     sqlite_files.create(place)
     token = tokens.mint()
-    with admin.changing(place) as db:
+    with connect.changing(place) as db:
         admin.issue_token(db, "bench", tokens.digest(token), who="bench", now=time.time())
     return token
 

@@ -12,7 +12,7 @@ from gateway import gateway
 
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, orphans, reservations
+from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, connect, orphans, reservations
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.proxy import hooks
 from gateway_addon.simulator import Behaviour, Simulator
@@ -24,7 +24,7 @@ CAP = SimpleNamespace(scope="app:app", window="day", amount_nano=1_000)
 @pytest.fixture
 def db(tmp_path):
     sqlite_files.create(tmp_path / "gateway.db")
-    with admin.changing(tmp_path / "gateway.db") as db:
+    with connect.changing(tmp_path / "gateway.db") as db:
         db.row_factory = None
         admin.issue_token(db, "app", "0" * 64, who="test", now=NOW)
         yield db

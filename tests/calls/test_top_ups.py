@@ -13,7 +13,7 @@ from ledgers import until
 from upstreams import chunked, event, upstream
 
 from gateway_addon.clocks import Clocks, monotonic_s
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import admin, connect
 from gateway_addon.simulator import Behaviour, Simulator
 
 DOLLAR = 1_000_000_000
@@ -213,7 +213,7 @@ def _counted(function):
 
 
 def pause(path):
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         admin.pause(db, "app:app", cut=True, who="test", why="runaway loop", now=time.time())
 
 
@@ -239,7 +239,7 @@ async def test_overrun_set_meanwhile_is_seen_by_a_slow_body(tmp_path, monkeypatc
         head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {gw.tokens['app']}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         writer.write(head.encode())
         await until(lambda: any(flow_state.caller for flow_state in gw.addon.flow_states.values()))
-        with admin.changing(tmp_path / "gateway.db") as db:
+        with connect.changing(tmp_path / "gateway.db") as db:
             db.execute("INSERT INTO overruns VALUES ('claude-opus-5-5', 1, 0, 1)")
         await asyncio.sleep(0.06)
         writer.write(body)

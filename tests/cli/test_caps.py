@@ -11,7 +11,7 @@ from ledgers import CALL, Cap
 
 from gateway_addon.calls.responses import me
 from gateway_addon.cli import main
-from gateway_addon.ledger import Reserved, admin, reservations
+from gateway_addon.ledger import Reserved, admin, connect, reservations
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.policy import caps, load
 
@@ -27,7 +27,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with (tmp_path / "policies/gateway.yaml").open("a") as file:
         file.write(GENERAL)
     sqlite_files.create(tmp_path / "gateway.db", "Europe/Berlin")
-    with admin.changing(tmp_path / "gateway.db") as db:
+    with connect.changing(tmp_path / "gateway.db") as db:
         admin.issue_token(db, "reports", "d1", who="test", now=time.time())
         admin.align(db, "Europe/Berlin", {"reports": "batch", "app": None}, who="test", now=time.time())
     monkeypatch.setenv("GATEWAY_POLICIES", str(tmp_path / "policies"))
@@ -55,7 +55,7 @@ def told(line: str) -> dict:
 def hold(here: Path, nano: int) -> bool:
     """Whether a call of `reports` that costs so much is let in now."""
     judged = [Cap("app:reports", "day", 10 * DOLLAR), Cap("team:batch", "day", 20 * DOLLAR), Cap("total", "day", 40 * DOLLAR)]
-    with admin.changing(here / "gateway.db") as db:
+    with connect.changing(here / "gateway.db") as db:
         return isinstance(reservations.reserve(db, "me", CALL, nano, judged, now=time.time()), Reserved)
 
 
@@ -121,7 +121,7 @@ def test_a_raise_can_take_the_limit_away_with_it(here):
 )
 def test_what_would_have_no_effect_is_refused(here, line, sentence):
     assert sentence in refused(line)
-    with admin.reading(here / "gateway.db") as db:
+    with connect.reading(here / "gateway.db") as db:
         assert db.execute("SELECT (SELECT count(*) FROM pauses) + (SELECT count(*) FROM raises) + (SELECT count(*) FROM limits)").fetchone()[0] == 0
 
 
@@ -198,7 +198,7 @@ def test_explain_and_me_say_raise_and_limit(here):
     [own] = [each for each in told("explain request.json --app reports")["caps"] if each["cap"] == "app:reports day"]
     assert (own["amount"], own["raised"], own["limit"]) == ("$1.00", "$5.00", "$1.00")
     policy = load(here / "policies")
-    with admin.reading(here / "gateway.db") as db:
+    with connect.reading(here / "gateway.db") as db:
         stands = reservations.standing(db, ["app:reports"], caps(policy, policy.apps["reports"]), now=time.time())
     [day] = [each for each in me(policy.apps["reports"], stands).body["windows"] if each["window"] == "day"]
     assert (day["cap"], day["raised"], day["limit"], day["limit_nano"]) == ("$1.00", "$5.00", "$1.00", DOLLAR)

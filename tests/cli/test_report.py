@@ -11,7 +11,7 @@ from ledgers import CALL, ENGINES, Cap, Part, Tokens, new_ledger, rows, writing
 
 from gateway_addon.cli.invoice import invoice
 from gateway_addon.cli.report import report
-from gateway_addon.ledger import Alert, Outcome, Settlement, admin, reservations, state
+from gateway_addon.ledger import Alert, Outcome, Settlement, admin, connect, reservations, state
 from gateway_addon.ledger.reports import spending
 from gateway_addon.ledger.reports.invoice import invoice as invoice_lines
 from gateway_addon.ledger.store import sqlite_files
@@ -83,7 +83,7 @@ def test_a_report_sums_to_what_the_caps_are_judged_by(path, by):
 
 
 def test_an_adjustment_shows_in_the_report_of_its_call(path):
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         admin.adjust(db, 1, -DOLLAR // 2, who="ops", why="the provider's report", now=NOW)
     [line] = [each for each in as_json(path)["lines"] if each["key"] == "reports"]
     assert line["spent_nano"] == 7 * DOLLAR // 2
@@ -257,7 +257,7 @@ def test_an_invoice_sums_to_the_ledger_to_the_nano(tmp_path, engine):
         reservations.settle(db, lost.call_id, Settlement(None, (), Outcome()), now=at)
         reservations.reserve(db, "me", CALL, 10**6, CAPS, now=at)
         admin.adjust(db, 1, -891, who="ops", why="the bill", now=at + 50 * 86_400)
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         lines = invoice_lines(db, since=starts(at).month, until=next_start("month", at))
     assert [(line.app, line.model, line.spent_nano) for line in lines] == [
         ("drafts", "claude-opus-4-6", 77),

@@ -14,7 +14,7 @@ from gateway import APP, gateway, write_policies
 from gateway_addon import names
 from gateway_addon.cli import main
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import admin, connect
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.onboarding import snippets
 from gateway_addon.simulator import Behaviour, Simulator
@@ -42,7 +42,7 @@ def test_token_is_alone_on_stdout_and_in_no_other_line(here, kind):
     assert names.TOKEN_PATTERN.fullmatch(shown.stdout.strip())
     assert shown.stdout.strip() not in shown.stderr
     assert "http://127.0.0.1:8080" in shown.stderr
-    with admin.reading(here / "gateway.db") as db:
+    with connect.reading(here / "gateway.db") as db:
         [row] = db.execute("SELECT digest FROM tokens").fetchall()
     assert row[0] == tokens.digest(shown.stdout.strip())
 
@@ -65,7 +65,7 @@ def test_the_lines_go_to_a_private_file_with_the_token_in_them(here):
 def test_a_wrong_use_issues_no_token(here, words, said):
     shown = token("issue", "app", *words)
     assert (shown.exit_code, said in shown.output) == (2, True)
-    with admin.reading(here / "gateway.db") as db:
+    with connect.reading(here / "gateway.db") as db:
         assert admin.tokens(db) == []
 
 
@@ -125,5 +125,5 @@ def test_looking_at_the_forms_issues_no_token(here: Path):
     assert (listed.exit_code, shown.exit_code) == (0, 0), listed.output + shown.output
     assert all(kind in listed.stdout for kind in snippets.KINDS)
     assert shown.stdout == snippets.lines("langchain", base_url="http://127.0.0.1:9090", app="app", token_placeholder="TOKEN")
-    with admin.reading(here / "gateway.db") as db:
+    with connect.reading(here / "gateway.db") as db:
         assert admin.tokens(db) == []

@@ -26,7 +26,7 @@ from gateway_addon.clocks import monotonic_s
 from gateway_addon.console.app import COOKIE, Console, Policies, build, server
 from gateway_addon.console.login import LINK_S, SESSION_S, Login
 from gateway_addon.console.metrics import _labels, exposition
-from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, batches, reservations
+from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, batches, connect, reservations
 from gateway_addon.ledger.reports import spending
 from gateway_addon.ledger.reports.spending import GROUPINGS
 from gateway_addon.proxy.supervisor import bind
@@ -105,7 +105,7 @@ async def test_a_ledger_on_either_engine_has_its_pages(tmp_path, engine):
         assert [(each.calls, each.spent_nano) for each in seen.models] == [(2, 3_000_000)]
         assert (len(seen.live), seen.live[0].alive, [each.calls for each in seen.drift]) == (1, True, [1])
         assert dict(seen.refusals) == {"model": 1, "token_unknown": 1}
-        with admin.reading(place) as db:
+        with connect.reading(place) as db:
             assert [line.key for line in spending.report(db, "token", since=now - 60, until=now + 60).lines] == ["reports #1"]
         client = build(desk).test_client()
         client.get(f"/login/{desk.login.link}")
@@ -147,7 +147,7 @@ def test_open_batches_are_as_listed_and_no_live_calls(tmp_path):
     """Open batches are those that `gateway batches` lists, and no live calls."""
     console = new_desk(tmp_path, 20)
     now = time.time()
-    with admin.changing(console.ledger) as db:
+    with connect.changing(console.ledger) as db:
         token = admin.issue_token(db, "reviews", "digest-of-a-token", who="test", now=now)
         held = reservations.reserve(db, "somebody", NewCall("reviews", None, token.id, "batches.create"), 5_000_000, (), now=now)
         batches.adopt(db, batches.NewBatch("msgbatch_1", held.call_id, "reviews", now - 7200, 30, False, "d", "{}", "{}", "canceling", now + 60))

@@ -14,7 +14,7 @@ from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, Part, balance, new_ledger
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-from gateway_addon.ledger import Denied, Ledger, Outcome, Pause, Settlement, admin, reservations
+from gateway_addon.ledger import Denied, Ledger, Outcome, Pause, Settlement, admin, connect, reservations
 from gateway_addon.ledger.maintenance import backup, invariants
 from gateway_addon.ledger.reports import spending
 from gateway_addon.ledger.store import sqlite_files, sqlite_schema
@@ -39,7 +39,7 @@ def test_a_long_statement_hears_ctrl_c(path):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     try:
-        with pytest.raises(KeyboardInterrupt), admin.reading(path) as db:
+        with pytest.raises(KeyboardInterrupt), connect.reading(path) as db:
             db.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000000) SELECT count(*) FROM n").fetchone()
     finally:
         signal.signal(signal.SIGINT, before)
@@ -73,7 +73,7 @@ def test_every_change_says_who_what_before_after_and_why(db):
 
 def test_a_change_that_fails_halfway_leaves_no_trace(path):
     def fail():
-        with admin.changing(path) as db:
+        with connect.changing(path) as db:
             admin.pause(db, "total", who="ann", now=NOON)
             raise RuntimeError
 
@@ -171,7 +171,7 @@ def test_a_change_of_zone_moves_past_calls_and_running_ones(db, path):
 def test_a_change_of_zone_moves_each_call_to_its_windows(path, zone):
     """Over a year, at odd hours and right at each day's ends, where clocks change too."""
     year = [NOON + 86_400 * day + 3600 * (day % 24) for day in range(366)]
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         for at in [*year, *(starts(each, ZoneInfo(zone)).day + beside for each in year for beside in (-1, 0, 0.5))]:
             reservations.refused(db, "me", CALL, "model", now=at)
         assert admin.align(db, zone, {}, who="gateway", now=NOON)
@@ -193,16 +193,16 @@ def test_a_change_of_team_takes_the_apps_past_along(db, path):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_app_that_was_only_refused_takes_its_past_along_too(tmp_path, engine):
     ledger = new_ledger(tmp_path, engine)
-    with admin.changing(ledger) as db:
+    with connect.changing(ledger) as db:
         reservations.refused(db, "me", CALL, "model", now=NOON)
-    with admin.changing(ledger) as db:
+    with connect.changing(ledger) as db:
         assert admin.align(db, "UTC", {"reports": "editors"}, who="gateway", now=NOON)
     assert rows(ledger, "SELECT team FROM calls") == [("editors",)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_policy_is_kept_once_with_what_is_different(tmp_path, engine):
-    with admin.changing(new_ledger(tmp_path, engine)) as db:
+    with connect.changing(new_ledger(tmp_path, engine)) as db:
         assert admin.keep_policy(db, "d1", {"gateway.yaml": "caps: {day: $1}\n"}, who="ann", now=NOON)
         assert not admin.keep_policy(db, "d1", {"gateway.yaml": "caps: {day: $1}\n"}, who="the second worker", now=NOON)
         assert admin.keep_policy(db, "d2", {"gateway.yaml": "caps: {day: $2}\n"}, who="bob", now=NOON + 1)
@@ -213,35 +213,35 @@ def test_a_policy_is_kept_once_with_what_is_different(tmp_path, engine):
 
 async def test_a_command_holds_for_the_next_call_of_a_running_gateway(path):
     ledger = await Ledger.open(f"sqlite:///{path}", now=NOON)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         admin.pause(db, "total", who="ann", why="bad night", now=NOON)
     assert await ledger.reserve(CALL, 1, DAY_CAP, now=NOON) == Denied("paused", pause=Pause("total", int(NOON), None, "bad night"))
     assert [pause.why for pause in await ledger.pauses(now=NOON)] == ["bad night"]
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         admin.resume(db, "total", who="ann", now=NOON)
     assert await ledger.pauses(now=NOON) == ()
     await ledger.close()
 
 
 def test_the_first_reader_or_writer_upgrades_an_older_ledger(tmp_path):
-    for name, come in (("read", admin.reading), ("written", admin.changing)):
+    for name, come in (("read", connect.reading), ("written", connect.changing)):
         path = older_ledger(tmp_path / f"{name}.db")
         with come(path):
             pass
-        with admin.reading(path) as db:
+        with connect.reading(path) as db:
             assert invariants.findings(db) == []
             assert spending.report(db, "app", since=NOON - 1, until=NOON + 1).spent_nano == 30
     older = older_ledger(tmp_path / "older.db")
     backup.backup(older, tmp_path / "copy.db")
     backup.restore(tmp_path / "copy.db", tmp_path / "back.db", now=NOON)
-    with admin.reading(tmp_path / "back.db") as db:
+    with connect.reading(tmp_path / "back.db") as db:
         assert spending.report(db, "app", since=NOON - 1, until=NOON + 1).spent_nano == 30
 
 
 def older_ledger(path):
     """One as the first version made it, with one call of $0.00000003."""
     first = Migrations("gateway_ledger")
-    first()(sqlite_schema.m001_ledger)
+    first(name="m001_ledger")(sqlite_schema.runner(sqlite_schema.TABLES))
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         first.apply(Database(db))
         db.execute("PRAGMA journal_mode = WAL")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, balance, new_ledger, until, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, admin, background, reservations
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, background, connect, reservations
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import balances
 from gateway_addon.operations.reload import align
@@ -21,7 +21,7 @@ TIMEOUT_S = 1.0
 def path(tmp_path, request, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     found = new_ledger(tmp_path, request.param)
-    with admin.changing(found) as db:
+    with connect.changing(found) as db:
         reservations.settle(db, reservations.reserve(db, "me", CALL, 100, [], now=NOON).call_id, Settlement(100, (Part(100),)), now=NOON)
     return found
 
@@ -64,7 +64,7 @@ async def test_while_past_calls_move_the_loop_serves_and_settles_later(ledger, p
     assert (await settled).first
     assert balance(path, "team:editors") == (110, 0, 0)
     assert isinstance(await ledger.reserve(CALL, 30, DAY_CAP, now=NOON), Reserved)
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         assert invariants.findings(db) == []
 
 
@@ -76,7 +76,7 @@ async def test_one_gateway_moves_the_calls_and_the_others_wait(path, ledger, lon
     may_end.set()
     await asyncio.gather(*moving)
     await other.close()
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         assert [row[0] for row in db.execute("SELECT count(*) FROM audit WHERE action = 'align'").fetchall()] == [1]
 
 

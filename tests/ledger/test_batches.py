@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from ledgers import CALL, ENGINES, NOON, balance, new_ledger, rows, url, writing
 
 from gateway_addon.cli.batches import batches as batches_command
-from gateway_addon.ledger import Ledger, admin, batches, ownership
+from gateway_addon.ledger import Ledger, batches, connect, ownership
 from gateway_addon.ledger.batches import NewBatch, ResultRow
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.ownership import OwnedObject
@@ -60,9 +60,9 @@ async def test_a_batch_outlives_its_process_and_is_no_orphan(path):
     second = await opened(path, now=NOON + 10)
     try:
         assert balance(path) == (7, 1000, 1), "the call beside it is an orphan, the batch is not"
-        with admin.reading(path) as db:
+        with connect.reading(path) as db:
             assert invariants.findings(db) == []
-            [call] = invariants.open_calls(db, admin.death_check(path, db), now=NOON + 10)
+            [call] = invariants.open_calls(db, connect.death_check(path, db), now=NOON + 10)
             assert (call.alive, call.owner) == (True, "batch msgbatch_1")
     finally:
         await second.close()
@@ -82,7 +82,7 @@ async def test_results_are_booked_once_and_settle_a_batch_at_their_sum(path):
         assert balance(path) == (330, 0, 0)
         assert rows(path, "SELECT kind, model, input_tokens, nano FROM usage") == [("message", "claude-haiku-4-5", 20, 330)]
         assert rows(path, "SELECT state, complete, service_tier FROM calls") == [("settled", 1, "batch")]
-        with admin.reading(path) as db:
+        with connect.reading(path) as db:
             assert (invariants.findings(db), batches.open_batches(db)) == ([], [])
     finally:
         await ledger.close()
@@ -151,7 +151,7 @@ async def test_a_batch_is_one_process_s_to_look_at_for_its_turn(path):
         assert (again.id, again.open, again.requests) == ("msgbatch_1", True, 2)
         poll = partial(batches.record_poll, id="msgbatch_1", status="canceling", look_at=NOON + 900, failures=2)
         await one.write(poll, "app:reports")
-        with admin.reading(path) as db:
+        with connect.reading(path) as db:
             [line] = batches.open_batches(db)
         assert (line.held_nano, line.status, line.look_at, line.failures, line.results) == (1000, "canceling", NOON + 900, 2, 0)
     finally:
@@ -171,7 +171,7 @@ async def test_an_id_that_was_given_before_is_not_given_again(path):
 
 
 def test_what_is_made_belongs_to_one_app_for_good(path):
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         for app, id, at in (("a", "file_1", 1.0), ("a", "file_2", 2.0), ("a", "file_3", 2.0), ("b", "file_4", 3.0)):
             assert ownership.own(db, OwnedObject(id, "file", app, at, "{}"))
         assert not ownership.own(db, OwnedObject("file_1", "file", "b", 9.0, "{}"))
@@ -187,7 +187,7 @@ def test_what_is_made_belongs_to_one_app_for_good(path):
 
 
 def test_a_list_has_pages_in_both_directions(path):
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         for number in range(5):
             ownership.own(db, OwnedObject(f"file_{number}", "file", "a", float(number // 2), "{}"))
         ownership.own(db, OwnedObject("msgbatch_1", "batch", "a", 1.0, "{}"))

@@ -12,12 +12,22 @@ import pytest
 from ledgers import until
 from processes import ledgered
 
-from gateway_addon.ledger import Ledger, admin
+from gateway_addon.ledger import Ledger, connect
 from gateway_addon.ledger.maintenance.invariants import findings
 from gateway_addon.ledger.reports import entry_history
 from gateway_addon.simulator import Simulator
 
 DOLLAR = 1_000_000_000
+
+
+def nothing_is_lost(calls, levels, book, cap: float) -> None:
+    """No call is booked below its bill, nor all of them together, and the cap was never passed."""
+    by_id = {call.request_id: call for call in calls}
+    for row in book.messages():
+        if row.request_id in by_id:
+            assert by_id[row.request_id].spent_nano >= row.billed_nano
+    assert sum(call.spent_nano for call in calls) >= book.billed_nano
+    assert max(level.nano for level in levels if level.scope == "app:app") <= cap * DOLLAR
 
 
 async def keep_calling(urls, token, chance, stop):
@@ -43,7 +53,7 @@ async def kill(process):
 
 
 def calls_open(ledger, process):
-    with admin.reading(ledger) as db:
+    with connect.reading(ledger) as db:
         query = "SELECT count(*) AS open FROM calls WHERE state = 'open' AND owner LIKE ?"
         return db.execute(query, (f"%-{process.pid}-%",)).fetchone()["open"]
 
@@ -89,17 +99,12 @@ async def test_a_killed_gateway_loses_no_spend_and_frees_none(tmp_path, kills):
         process._transport.close()
         async with asyncio.timeout(20):
             book = await api.settled()
-        with admin.reading(crashing.ledger) as db:
+        with connect.reading(crashing.ledger) as db:
             calls, levels, wrong = entry_history.forwarded(db), entry_history.high_water(db), findings(db)
     assert wrong == []
     orphans = [call for call in calls if any("orphan" in flag for flag in call.flags)]
     assert len(orphans) >= kills
-    by_id = {call.request_id: call for call in calls}
-    for row in book.messages():
-        if row.request_id in by_id:
-            assert by_id[row.request_id].spent_nano >= row.billed_nano
-    assert sum(call.spent_nano for call in calls) >= book.billed_nano
-    assert max(level.nano for level in levels if level.scope == "app:app") <= cap * DOLLAR
+    nothing_is_lost(calls, levels, book, cap)
     assert all(call.state != "open" for call in calls)
 
 
@@ -140,20 +145,15 @@ async def test_killed_gateways_and_a_crashing_server_pass_no_cap(tmp_path, round
             for process, _ in running:
                 await asyncio.wait_for(process.wait(), 30)
                 process._transport.close()
-            with admin.changing(gateways.ledger) as db:
+            with connect.changing(gateways.ledger) as db:
                 db.execute("UPDATE owners SET lease_until = 0")  # the time of a lease passes
             await (await Ledger.open(gateways.ledger.url)).close()
             async with asyncio.timeout(20):
                 book = await api.settled()
-        with admin.reading(gateways.ledger) as db:
+        with connect.reading(gateways.ledger) as db:
             calls, levels, wrong = entry_history.forwarded(db), entry_history.high_water(db), findings(db)
     assert wrong == []
     assert all(call.state != "open" for call in calls)
-    by_id = {call.request_id: call for call in calls}
-    for row in book.messages():
-        if row.request_id in by_id:
-            assert by_id[row.request_id].spent_nano >= row.billed_nano
-    assert sum(call.spent_nano for call in calls) >= book.billed_nano
-    assert max(level.nano for level in levels if level.scope == "app:app") <= cap * DOLLAR
+    nothing_is_lost(calls, levels, book, cap)
     assert sum("orphan" in call.flags for call in calls) >= rounds
     assert list(tmp_path.glob(".gateway/unwritten/*/*")) == []

@@ -14,7 +14,7 @@ import pytest
 from gateway import AUTHORITIES
 from processes import ledgered
 
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import connect
 from gateway_addon.ledger.maintenance.invariants import findings
 from gateway_addon.ledger.reports import entry_history
 from gateway_addon.simulator import Behaviour, Simulator
@@ -93,7 +93,7 @@ async def two_hundred_callers(tmp_path, seed, *, gateway_count, ledger=None):
             async with asyncio.timeout(20):
                 book = await api.settled()
         rows = {row.request_id: row for row in book.messages()}
-        with admin.reading(gateways.ledger) as db:
+        with connect.reading(gateways.ledger) as db:
             calls, levels, wrong = entry_history.forwarded(db), entry_history.high_water(db), findings(db)
             refused = [call for call in entry_history.recorded(db, since=0, until=time.time() + 1) if call.refusal]
     assert wrong == []
@@ -141,7 +141,7 @@ async def test_a_budget_is_usable_down_to_the_quote_of_the_next_call(tmp_path, c
 
                 await asyncio.gather(*(spend(urls[index % 2]) for index in range(16)))
             book = await api.settled()
-        with admin.reading(gateways.ledger) as db:
+        with connect.reading(gateways.ledger) as db:
             spent_nano = sum(call.spent_nano for call in entry_history.forwarded(db))
     assert spent_nano == book.billed_nano
     assert 0.98 * cap * DOLLAR <= spent_nano <= cap * DOLLAR

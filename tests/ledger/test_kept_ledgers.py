@@ -14,7 +14,7 @@ from ledgers import ENGINES, NOON, balance, rows, url, writing
 
 from gateway_addon.cli import main
 from gateway_addon.cli.doctor import check_ledger
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, Settlement, admin
+from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, Settlement, admin, connect
 from gateway_addon.ledger.reports import daily_totals
 from gateway_addon.ledger.store import sqlite_files
 
@@ -89,7 +89,7 @@ async def test_a_gateway_goes_on_with_a_kept_ledger(name, engine, tmp_path):
 def test_who_raised_and_why_is_read_from_the_audit(engine, tmp_path):
     """An older version kept both there alone."""
     ledger = up_to_date(kept("m005_observed", engine, tmp_path))
-    with admin.reading(ledger) as db:
+    with connect.reading(ledger) as db:
         [raised] = admin.raises(db, now=NOON)
     assert (raised.scope, raised.window, raised.who, raised.why) == ("app:reports", "month", "ops", "close of the books")
 

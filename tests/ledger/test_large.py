@@ -12,7 +12,7 @@ import pytest
 from ledgers import Cap, Part, Steps
 from processes import ledgered
 
-from gateway_addon.ledger import Ledger, NewCall, Settlement, admin, reservations
+from gateway_addon.ledger import Ledger, NewCall, Settlement, admin, connect, reservations
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.reports import daily_totals, spending
 from gateway_addon.ledger.store import sqlite_files
@@ -44,7 +44,7 @@ def test_a_call_and_a_kept_month_cost_the_same_in_a_large_ledger(tmp_path):
         by_calls = steps.of(lambda: spending.report(db, "app", **period))
         daily_totals.keep(path, "app", **period, now=now)
         assert steps.of(lambda: spending.report(db, "app", **period)) < by_calls / 5
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         assert Steps(db).of(lambda: list(daily_totals.missing(db, "app", **period, now=now))) < 500, "it does not look for the days call by call"
 
 
@@ -57,7 +57,7 @@ def test_a_new_app_comes_into_force_without_a_scan_of_the_ledger(tmp_path):
 
 def test_the_ledgers_made_for_these_tests_are_sound(tmp_path):
     month.make(tmp_path / "made.db", 5_000, until=time.time())
-    with admin.reading(tmp_path / "made.db") as db:
+    with connect.reading(tmp_path / "made.db") as db:
         assert invariants.findings(db) == []
 
 
@@ -98,7 +98,7 @@ async def test_admission_a_months_report_and_start_up_by_the_clock(tmp_path, cal
     started_s = min([await start_s(gateways) for _ in range(3)])
     daily_totals.keep(large, "app", since=now - 30 * DAY_S, until=now, now=now)
     began = time.perf_counter()
-    with admin.reading(large) as db:
+    with connect.reading(large) as db:
         spending.report(db, "app", since=now - 30 * DAY_S, until=now)
     report_s = time.perf_counter() - began
     print(f"{calls:,} calls: p50 {median:.2f}x, p99 {slow:.2f}x, started in {started_s:.2f} s, month in {report_s:.2f} s", file=sys.stderr)

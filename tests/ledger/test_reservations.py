@@ -28,6 +28,7 @@ from gateway_addon.ledger import (
     Settlement,
     TokenLookup,
     admin,
+    connect,
     reservations,
 )
 from gateway_addon.ledger.denials import judge
@@ -524,14 +525,14 @@ async def test_what_only_records_never_waits_and_is_kept(ledger, path):
 async def test_a_token_is_found_by_its_digest_and_revoked_at_once(ledger, path):
     assert (await ledger.look_up_token("d1", now=NOON)).token.app == "reports"
     assert (await ledger.look_up_token("nobody", now=NOON)).token is None
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         admin.revoke_tokens(db, "reports", who="ops", now=NOON)
     assert (await ledger.look_up_token("d1", now=NOON)).token.refusal(NOON) == "token_revoked"
 
 
 async def test_a_lookup_returns_token_pauses_and_models_held_back(ledger, path):
     assert await ledger.look_up_token("nobody", now=NOON) == TokenLookup(None, (), frozenset())
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         admin.pause(db, "total", who="ops", why="bad night", now=NOON)
         admin.pause(db, "app:reports", who="ops", why="loop", until=NOON + 60, cut=True, now=NOON)
         db.execute("INSERT INTO overruns VALUES ('claude-haiku-4-5', 1, 0, 1), ('claude-opus-5-5', 2, 0, 1)")

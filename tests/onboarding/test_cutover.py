@@ -13,7 +13,7 @@ from village import KEY, write
 from gateway_addon.cli import cutover as command
 from gateway_addon.cli import main
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin
+from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, connect
 from gateway_addon.ledger.reports import token_usage
 from gateway_addon.ledger.reports.token_usage import Arrival
 from gateway_addon.ledger.store import sqlite_files
@@ -88,7 +88,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write(tmp_path, {"policies/apps/reports.yaml": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n", "village/none": ""})
     write(tmp_path, {"policies/gateway.yaml": "key: {file: /run/key}\n"})
     sqlite_files.create(tmp_path / "gateway.db")
-    with admin.changing(tmp_path / "gateway.db") as db:
+    with connect.changing(tmp_path / "gateway.db") as db:
         admin.issue_token(db, "reports", DIGEST, label="cron", who="test", now=NOW)
     monkeypatch.setenv("GATEWAY_POLICIES", str(tmp_path / "policies"))
     monkeypatch.setenv("GATEWAY_LEDGER", f"sqlite:///{tmp_path / 'gateway.db'}")
@@ -179,7 +179,7 @@ async def test_what_the_ledger_knows_of_who_has_come(tmp_path, engine):
         held = await ledger.reserve(NewCall("reports", None, 1, endpoint, "claude-haiku-4-5"), 100, (), now=at)
         await ledger.void(held.call_id, Outcome(status=401), now=at)
     await ledger.close()
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         [seen] = token_usage.arrivals(db, now=NOW)
         [straggler] = token_usage.stragglers(db)
         passed = token_usage.passed(db, since=NOW - 40)

@@ -16,7 +16,7 @@ from processes import ledgered
 
 from gateway_addon.clocks import Clocks
 from gateway_addon.http_client import Unanswered
-from gateway_addon.ledger import admin, batches
+from gateway_addon.ledger import batches, connect
 from gateway_addon.ledger.batches import PAUSE_MAX_S
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.operations.batch_poller import KEPT_FOR_S, LOST_AFTER_S, BatchPoller
@@ -198,7 +198,7 @@ async def test_results_that_come_after_all_correct_the_bill_once(tmp_path):
             " WHERE endpoint = 'batches.create'",
         )
         assert ("corrected" in flags.split(), "estimated" in flags, adjustments) == (True, False, 1)
-        with admin.reading(tmp_path / "gateway.db") as db:
+        with connect.reading(tmp_path / "gateway.db") as db:
             assert invariants.findings(db) == []
 
 
@@ -307,7 +307,7 @@ async def test_a_batch_is_priced_by_the_table_of_its_admission(tmp_path):
 
 
 async def open_batches(ledger):
-    with admin.reading(ledger) as db:
+    with connect.reading(ledger) as db:
         return batches.open_batches(db), invariants.findings(db)
 
 
@@ -336,7 +336,7 @@ async def test_killed_gateways_batch_is_settled_once_by_the_next(tmp_path, engin
             async with anthropic.AsyncAnthropic(base_url=url, api_key=place.tokens["app"], max_retries=0) as client:
                 assert len([line async for line in await client.messages.batches.results(made.id)]) == 3
         found, wrong = await open_batches(place.ledger)
-        with admin.reading(place.ledger) as db:
+        with connect.reading(place.ledger) as db:
             spent, held = db.execute("SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'app:app' AND window = 'ever'").fetchone()
         assert (found, wrong, spent, held) == ([], [], api.book.billed_nano, 0)
 

@@ -13,7 +13,7 @@ import pytest
 from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, Steps, new_ledger, rows, spend, until, url
 from processes import ledgered
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, admin, background, reservations
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, background, connect, reservations
 from gateway_addon.ledger.reports import daily_totals, spending
 from gateway_addon.operations import daily_totals_job, jobs
 from gateway_addon.operations.daily_totals_job import DailyTotalsJob
@@ -33,7 +33,7 @@ def soon(monkeypatch):
 @pytest.fixture(params=ENGINES)
 def path(tmp_path, request):
     found = new_ledger(tmp_path, request.param)
-    with admin.changing(found) as db:
+    with connect.changing(found) as db:
         for number in range(24):
             spend(db, NOON - number * DAY_S / 4, 10 + number)
             reservations.refused(db, "me", CALL, "rate", now=NOON - number * DAY_S / 4)
@@ -56,7 +56,7 @@ def kept(path):
 
 
 def told(path):
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         return spending.report(db, "app", **PERIOD)
 
 
@@ -77,12 +77,12 @@ async def test_the_newest_day_is_kept_first(path):
 
 
 async def test_a_day_with_an_open_call_is_kept_once_the_call_has_ended(path):
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         open_id = reservations.reserve(db, "batches", CALL, 100, [], now=NOON - 3 * DAY_S).call_id
     async with kept_by(path) as days:
         await days.catch_up()
         assert kept(path) == [6, 5, 4]
-        with admin.changing(path) as db:
+        with connect.changing(path) as db:
             reservations.settle(db, open_id, Settlement(7), now=NOON)
         await days.catch_up()
     assert kept(path) == [6, 5, 4, 3, 2, 1]
@@ -91,7 +91,7 @@ async def test_a_day_with_an_open_call_is_kept_once_the_call_has_ended(path):
 async def test_a_day_that_is_struck_off_is_kept_anew(path):
     async with kept_by(path) as days:
         await days.catch_up()
-        with admin.changing(path) as db:
+        with connect.changing(path) as db:
             spend(db, NOON - 2 * DAY_S, 500)
         after = told(path)
         assert kept(path) == [6, 5, 4, 3, 1]
@@ -203,11 +203,11 @@ async def test_a_first_report_reads_the_days_that_were_kept_for_it(tmp_path):
     path = tmp_path / "gateway.db"
     month.make(path, 10_000, until=NOON)
     period = {"since": NOON - 10 * DAY_S, "until": NOON}
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         by_calls = Steps(db).of(lambda: spending.report(db, "app", **period))
     async with kept_by(path) as days:
         await days.catch_up()
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         assert list(daily_totals.missing(db, "app", 0, NOON, NOON)) == [], "nothing is left for the first report to sum"
         assert Steps(db).of(lambda: spending.report(db, "app", **period)) < by_calls / 5
 
@@ -215,7 +215,7 @@ async def test_a_first_report_reads_the_days_that_were_kept_for_it(tmp_path):
 async def test_a_running_gateway_keeps_days(tmp_path, monkeypatch):
     monkeypatch.setenv("SIMULATED_KEY", KEY)
     place = ledgered(tmp_path, "http://127.0.0.1:9", {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\n"})
-    with admin.changing(place.ledger) as db:
+    with connect.changing(place.ledger) as db:
         spend(db, time.time() - 2 * DAY_S, call=replace(CALL, app="app"))
     async with assembled(place.folder / "policies", url(place.ledger)):
         await until(lambda: len(kept(place.ledger)) == 1)

@@ -12,7 +12,7 @@ from ledgers import CALL, DAY_CAP, NOON, Part, new_ledger, rows
 from upstreams import upstream
 
 from gateway_addon.cli.doctor import doctor
-from gateway_addon.ledger import Outcome, Settlement, admin, reservations
+from gateway_addon.ledger import Outcome, Settlement, admin, connect, reservations
 from gateway_addon.ledger.store import balances, sqlite_files, sqlite_schema
 from gateway_addon.ledger.store.locks import OwnerLock
 from gateway_addon.simulator import KEY, Simulator
@@ -109,7 +109,7 @@ def test_open_reservations_are_listed_with_age_and_owner(path):
 
 def test_balances_can_be_computed_anew(path):
     damage(path, "DELETE FROM balances")
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         balances.rebuild(db)
     assert examine(path)[0] == 0
 
@@ -124,7 +124,7 @@ def test_json_says_the_same(path):
 def test_long_work_says_how_far_it_is(path, monkeypatch):
     said = []
     monkeypatch.setattr("gateway_addon.cli.doctor.status", lambda line="": said.append(line))
-    monkeypatch.setattr(admin, "BEAT_STEPS", 100)
+    monkeypatch.setattr(connect, "BEAT_STEPS", 100)
     examine(path)
     assert said[0] == "proving the ledger, 0 s"
     assert said[-1] == "", "it does not stay on the screen"

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from ledgers import new_file
 
 from gateway_addon.cli.explain import explain
-from gateway_addon.ledger import Ledger, NewCall, Reserved, admin
+from gateway_addon.ledger import Ledger, NewCall, Reserved, admin, connect
 
 PLAIN: dict[str, Any] = {"model": "claude-haiku-4-5", "max_tokens": 1000, "messages": [{"role": "user", "content": "hello"}]}
 
@@ -74,7 +74,7 @@ def test_a_stream_must_fit_with_its_first_step_alone(folder: Path, cap: str, ref
 def test_what_is_left_of_a_cap_comes_from_the_ledger(folder: Path):
     async def hold() -> None:
         ledger = await Ledger.open(f"sqlite:///{folder / 'gateway.db'}", create=True)
-        with admin.changing(folder / "gateway.db") as db:
+        with connect.changing(folder / "gateway.db") as db:
             token = admin.issue_token(db, "reports", "00" * 32, who="test", now=time.time())
         held = await ledger.reserve(NewCall("reports", None, token.id), 4_999_000_000, (), now=time.time())
         assert isinstance(held, Reserved)
@@ -89,7 +89,7 @@ def test_what_is_left_of_a_cap_comes_from_the_ledger(folder: Path):
 
 def test_the_caller_is_judged_as_far_as_it_is_given(folder: Path):
     (folder / "apps" / "near.yaml").write_text("models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\naddresses: [10.0.0.0/8]\n")
-    with admin.changing(new_file(folder)) as db:
+    with connect.changing(new_file(folder)) as db:
         token = admin.issue_token(db, "near", "00" * 32, who="test", now=time.time())
     assumed = explained(folder, PLAIN, app="near")
     assert (assumed.exit_code, "taken for granted: the call comes from one of 10.0.0.0/8" in assumed.output) == (0, True)
@@ -97,7 +97,7 @@ def test_the_caller_is_judged_as_far_as_it_is_given(folder: Path):
     for options, code in cases:
         refused = json.loads(explained(folder, PLAIN, *options, "--json", app="near").output)["refused"]
         assert (refused and refused["code"]) == code
-    with admin.changing(folder / "gateway.db") as db:
+    with connect.changing(folder / "gateway.db") as db:
         admin.pause(db, "app:near", who="test", why="a look", now=time.time())
     assert "app_paused: app near is paused until it is resumed (a look)" in explained(folder, PLAIN, app="near").output.replace("App", "app")
 

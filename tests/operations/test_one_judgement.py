@@ -14,7 +14,7 @@ from gateway_addon.calls import queue
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.identity import tokens
 from gateway_addon.identity.client_address import origin
-from gateway_addon.ledger import Ledger, NewCall, Outcome, RateLimits, Settlement, admin, ownership, reservations, state
+from gateway_addon.ledger import Ledger, NewCall, Outcome, RateLimits, Settlement, admin, connect, ownership, reservations, state
 from gateway_addon.messages.request import Request
 from gateway_addon.operations.explain import explain
 from gateway_addon.policy import load
@@ -115,7 +115,7 @@ async def both(folder, seed: int) -> tuple[dict | None, Refusal | None]:
     policy = load(write_policies(folder / "policies", "https://127.0.0.1:1", {"app": text}, common))
     path, secret = new_file(folder), tokens.mint()
     ledger = await Ledger.open(f"sqlite:///{path}", now=now)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         fill(random, db, ledger.owner, policy.apps["app"], now, tokens.digest(secret))
     request, peer = request_of(random), random.choice(ADDRESSES)
     headers = (("x-api-key", secret), *((("x-forwarded-for", random.choice(ADDRESSES)),) if random.random() < 0.3 else ()))

@@ -19,7 +19,7 @@ from ledgers import CALL, ENGINES, Part, new_ledger, rows, url
 from upstreams import answer, upstream
 
 from gateway_addon.cli import reconcile as command
-from gateway_addon.ledger import Ledger, Outcome, Settlement, admin
+from gateway_addon.ledger import Ledger, Outcome, Settlement, connect
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.reports import provider_comparison
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
@@ -171,7 +171,7 @@ async def test_cut_streams_estimate_is_corrected_and_audited(tmp_path, monkeypat
         assert await gw.spent_nano() == booked_nano
         first, second = await run(tmp_path, "--since", since, "--adjust"), await run(tmp_path, "--since", since, "--adjust")
         corrected_nano = await gw.spent_nano()
-        with admin.reading(tmp_path / "gateway.db") as db:
+        with connect.reading(tmp_path / "gateway.db") as db:
             assert invariants.findings(db) == []
     assert billed_nano <= corrected_nano < booked_nano
     assert corrected_nano - billed_nano <= 1, "one model, one tier: exact but for the rounding"
@@ -332,7 +332,7 @@ async def test_the_ledger_s_evidence_is_by_day_model_and_certainty(tmp_path, eng
         flags = ("estimated:no_status",) if cost is None else ()
         await ledger.settle(held.call_id, Settlement(cost, parts, Outcome(model_served=f"m{number}", flags=flags)), now=ended)
     await ledger.close()
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         found = provider_comparison.metered(db, since=at - 1, until=at + 1)
         [open_ended] = provider_comparison.estimates(db, since=at - 1, until=at + 1)
         assert provider_comparison.metered(db, since=at + 1, until=at + 2) == []

@@ -15,7 +15,7 @@ from ledgers import ENGINES, new_ledger, until, url
 
 from gateway_addon.cli.check import check
 from gateway_addon.identity.fingerprint import fingerprint
-from gateway_addon.ledger import Ledger, LedgerUnavailable, admin
+from gateway_addon.ledger import Ledger, LedgerUnavailable, admin, connect
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.operations import jobs
 from gateway_addon.operations.reload import KEY_PROBLEM, LOOK_EVERY_S, PolicyWatcher, align, audit_key, must_agree
@@ -103,7 +103,7 @@ async def test_every_change_is_audited_once_with_diff_and_owner(tmp_path: Path):
         prices.write_text("multiplier: 1.5\n")
         await until(lambda: running.gateway.policy.digest not in digests)
         url = f"sqlite:///{running.folder / 'gateway.db'}"
-        with admin.reading(ledger_path(url)) as db:
+        with connect.reading(ledger_path(url)) as db:
             changes = admin.policy_changes(db, 10)
         assert [change.digest for change in reversed(changes)] == [*digests, running.gateway.policy.digest]
         assert {change.who for change in changes} == {"ana", file.owner()}
@@ -213,7 +213,7 @@ async def test_a_call_in_flight_is_priced_as_it_was_admitted(tmp_path: Path):
 
 def changed(folder: Path, begins: str) -> list[str]:
     """The lines of all audited changes that begin so, the newest first."""
-    with admin.reading(folder / "gateway.db") as db:
+    with connect.reading(folder / "gateway.db") as db:
         return [line for change in admin.policy_changes(db, 100) for line in change.diff.splitlines() if line.startswith(begins)]
 
 
@@ -252,7 +252,7 @@ async def test_storm_of_saves_shows_no_call_half_a_policy(tmp_path: Path, saves:
         await running.quiet()
         answered = [each for each in outcomes if each[2] == "answered"]
         assert len((await api.settled()).messages()) == len(answered), "none was dropped between here and the API"
-        with admin.reading(ledger_path(f"sqlite:///{running.folder / 'gateway.db'}")) as db:
+        with connect.reading(ledger_path(f"sqlite:///{running.folder / 'gateway.db'}")) as db:
             changes = admin.policy_changes(db, 1000)
     assert {each[:2] for each in answered} == {("claude-haiku-4-5", 100), ("claude-sonnet-5", 100), ("claude-sonnet-5", 200)}
     assert {each[2] for each in outcomes} == {"answered", "model", "max_tokens"}, "every call had one whole answer"

@@ -20,7 +20,7 @@ from gateway import APP, write_policies
 from ledgers import until
 
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import admin, connect
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.proxy.supervisor import SHARED_ACCEPTS, ListeningLoop, bind, cores, stop_signals
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -35,7 +35,7 @@ def serving(folder: Path, upstream: str, *options: str):
     path = folder / "gateway.db"
     sqlite_files.create(path)
     token = tokens.mint()
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         admin.issue_token(db, "app", tokens.digest(token), who="test", now=time.time())
     where = ["--listen", "127.0.0.1:0", "--policies", str(policies), "--ledger", f"sqlite:///{path}", *options]
     command = [sys.executable, "-u", "-m", "gateway_addon", "serve", *where]

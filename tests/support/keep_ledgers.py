@@ -21,7 +21,7 @@ import postgresql
 import psycopg
 from ledgers import NOON, Cap, Part, Tokens
 
-from gateway_addon.ledger import Alert, NewCall, Outcome, ServerAddress, Settlement, admin, batches, reservations, state
+from gateway_addon.ledger import Alert, NewCall, Outcome, ServerAddress, Settlement, admin, batches, connect, reservations, state
 from gateway_addon.ledger.maintenance import invariants, prune
 from gateway_addon.ledger.orphans import settle_orphans
 from gateway_addon.ledger.reports import daily_totals, spending
@@ -45,7 +45,7 @@ DONE = Outcome(200, "claude-haiku-4-5", "end_turn", "req_1", complete=True, pric
 def fill(path: Path | ServerAddress) -> None:
     """Make a ledger with whatever a ledger can have in it: of each kind of row at least one."""
     sqlite_files.create(path, ZONE)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         for app, digest in (("reports", "d1"), ("search", "d2"), ("old", "d3")):
             admin.issue_token(db, app, digest, label="first", expires_at=NOON + 90 * DAY_S, who="ops", now=JANUARY)
         admin.revoke_tokens(db, "old", who="ops", why="left", now=FEBRUARY)
@@ -57,7 +57,7 @@ def fill(path: Path | ServerAddress) -> None:
             _ordinary_day(db, MARCH + day * DAY_S)
     _prune(path, FEBRUARY)
     daily_totals.keep(path, "app", since=FEBRUARY, until=MARCH, now=NOON)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         _odd_calls(db, NOON - 3 * DAY_S)
         _batches(db, NOON - 2 * DAY_S)
         _what_people_did(db, NOON - DAY_S)
@@ -139,15 +139,15 @@ def _reserve(db: sqlite3.Connection, owner: str, call: NewCall, grant_nano: int,
 
 
 def _prune(path: Path | ServerAddress, before: float) -> None:
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         prune.begin(db, before, prune.prunable(db, before), who="ops", now=NOON)
     since = 0.0
     while True:
-        with admin.reading(path) as db:
+        with connect.reading(path) as db:
             day = prune.next_day(db, since, before)
         if day is None:
             return
-        with admin.changing(path) as db:
+        with connect.changing(path) as db:
             prune.carry(db, day.groups, now=NOON)
         since = day.end
 
@@ -156,7 +156,7 @@ def said(path: Path | ServerAddress) -> dict[str, object]:
     """Return all that a version reports of a ledger, as JSON would: every report, standing, token, batch, alert and open call, to the nano."""
     spans = {"january": (JANUARY, FEBRUARY), "february": (FEBRUARY, MARCH), "march": (MARCH, NOON + DAY_S)}
     caps = [Cap("app:reports", "month", 1_000_000_000), Cap("total", "day", 5_000_000)]
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         document = {
             "findings": invariants.findings(db),
             "reports": {

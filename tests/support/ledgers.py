@@ -16,7 +16,7 @@ from pathlib import Path
 import postgresql
 import pytest
 
-from gateway_addon.ledger import NewCall, Outcome, ServerAddress, Settlement, admin, reservations
+from gateway_addon.ledger import NewCall, Outcome, ServerAddress, Settlement, admin, connect, reservations
 from gateway_addon.ledger.store import postgres, sqlite_files
 from gateway_addon.ledger.store.journal import Journal
 
@@ -76,7 +76,7 @@ def new_file(folder: Path) -> Path:
 def new_ledger(folder: Path, engine: str = "sqlite") -> Path | ServerAddress:
     """An empty ledger with one token (id 1) of the app `reports`."""
     path = postgresql.shared().ledger() if engine == "postgresql" else new_file(folder)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         admin.issue_token(db, "reports", "d1", who="test", now=NOON)
     return path
 

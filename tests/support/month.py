@@ -9,7 +9,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import admin, connect
 from gateway_addon.ledger.store import sqlite_files, sqlite_schema
 
 DAY_S = 86_400
@@ -78,7 +78,7 @@ _USED = "UPDATE tokens SET last_used_at = (SELECT started_at FROM calls WHERE to
 def make(path: Path, calls: int, *, until: float, days: int = 30) -> None:
     """Create a ledger at `path` with so many resolved or refused calls, evenly over the days before `until`."""
     sqlite_files.create(path)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         for number, app in enumerate(APPS):
             admin.issue_token(db, app, f"digest {number}", who="month", now=until - days * DAY_S)
     since = int(until) - days * DAY_S

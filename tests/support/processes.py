@@ -15,7 +15,7 @@ from gateway import write_policies
 from ledgers import new_file, url
 
 from gateway_addon.identity import tokens as identity
-from gateway_addon.ledger import ServerAddress, admin
+from gateway_addon.ledger import ServerAddress, admin, connect
 from gateway_addon.simulator import KEY
 
 START_S = 60  # a start takes one; machines that are twenty times too busy have been seen
@@ -74,7 +74,7 @@ def ledgered(
     write_policies(folder / "policies", upstream, apps, policy)
     place = ledger or new_file(folder)
     tokens = {app: identity.mint() for app in apps}
-    with admin.changing(place) as db:
+    with connect.changing(place) as db:
         for app, token in tokens.items():
             admin.issue_token(db, app, identity.digest(token), who="test", now=time.time())
     return Ledgered(folder, tokens, ledger)

@@ -12,9 +12,10 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from gateway_addon.ledger import access, admin
+from gateway_addon.ledger import access, connect
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.ledger.store.journal import sync_folder
 from gateway_addon.ledger.store.locks import Turnstile, living
 from gateway_addon.ledger.store.sqlite_schema import migrate
 from gateway_addon.ledger.types import LedgerUnavailable
@@ -47,7 +48,7 @@ def backup(ledger: Path, copy: Path) -> int:
     with _unfinished(copy) as unfinished:
         calls, *_ = _proved_copy(ledger, unfinished)
         os.replace(unfinished, copy)
-        _sync(copy.absolute().parent)
+        sync_folder(copy.absolute().parent)
     return calls
 
 
@@ -73,7 +74,7 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
             figures = _proved_copy(copy, unfinished, log=True)
             kept = _aside(ledger, f"before-{int(now)}")
             os.replace(unfinished, ledger)
-            _sync(ledger.absolute().parent)
+            sync_folder(ledger.absolute().parent)
             _prove_in_place(ledger, figures, kept, now)
     except sqlite3.Error as error:
         raise sqlite_files.unavailable(ledger, error) from error
@@ -84,7 +85,7 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
 
 def _proved_copy(source: Path, target: Path, *, log: bool = False) -> CopyFigures:
     """Copy a ledger into one file, without a log. `log`: the copy will keep a write-ahead log, as gateways need it."""
-    with admin.reading(source, as_it_is=True) as db:
+    with connect.reading(source, as_it_is=True) as db:
         sqlite_files.must_be_a_ledger(source, db)
         with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as written:
             db.backup(written)
@@ -177,14 +178,5 @@ def _aside(ledger: Path, tag: str) -> list[Path]:
             old.unlink()  # to rename one link of a file to the other does nothing
         else:
             os.replace(old, new)
-    _sync(ledger.absolute().parent)
+    sync_folder(ledger.absolute().parent)
     return [new for _, new in found]
-
-
-def _sync(folder: Path) -> None:
-    """Make renames last through a power cut."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

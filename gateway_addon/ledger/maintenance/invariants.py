@@ -84,7 +84,7 @@ def _of_the_file(db: sqlite3.Connection) -> list[str]:
 
 
 def open_calls(db: sqlite3.Connection, is_dead: Callable[[str], bool], *, now: float) -> list[OpenCall]:
-    """Return every open reservation, the oldest first; `is_dead` judges an owner (`admin.death_check`)."""
+    """Return every open reservation, the oldest first; `is_dead` judges an owner (`connect.death_check`)."""
     rows = db.execute(_OPEN, {"now": now}).fetchall()
     return [
         OpenCall(call_id, app, model, held_nano, age_s, f"batch {batch}" if batch else owner, not is_dead(owner))

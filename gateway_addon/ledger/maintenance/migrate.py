@@ -15,10 +15,10 @@ from pathlib import Path
 
 import psycopg
 
-from gateway_addon.ledger import access, admin
+from gateway_addon.ledger import admin, connect
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import balances, postgres, postgres_session, sqlite_files
-from gateway_addon.ledger.store.locks import Turnstile, living
+from gateway_addon.ledger.store.locks import living
 from gateway_addon.ledger.store.postgres_schema import MIGRATIONS
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
@@ -92,20 +92,10 @@ def move(
 @contextlib.contextmanager
 def _held(source: Path) -> Iterator[sqlite3.Connection]:
     """Open the file's ledger with its write lock: gateways that start have to wait, and then find it moved."""
-    sqlite_files.identity(source)
-    access.must_be_allowed(source)
-    try:
-        turnstile = Turnstile(source)
-    except OSError as error:
-        raise sqlite_files.unavailable(source, error) from error
-    try:
-        with turnstile.turn(), contextlib.closing(sqlite_files.writer_connection(source)) as ledger:
-            ledger.execute("BEGIN IMMEDIATE")
-            if users := living(source):
-                raise LedgerUnavailable(f"the ledger {source} is in use by {', '.join(users)}: stop the gateway, then move its ledger")
-            yield ledger
-    finally:
-        turnstile.close()
+    with connect.in_turn(source) as ledger:
+        if users := living(source):
+            raise LedgerUnavailable(f"the ledger {source} is in use by {', '.join(users)}: stop the gateway, then move its ledger")
+        yield ledger
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Find single calls, and show one with all its bookings. Read-only; the connection yields rows by name (`admin.reading`)."""
+"""Find single calls, and show one with all its bookings. Read-only; the connection yields rows by name (`connect.reading`)."""
 
 import sqlite3
 from dataclasses import dataclass

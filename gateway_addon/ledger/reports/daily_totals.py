@@ -11,7 +11,7 @@ from datetime import tzinfo
 from pathlib import Path
 from typing import NamedTuple
 
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import connect
 from gateway_addon.ledger.reports import spending
 from gateway_addon.ledger.reports.spending import REFUSAL, ReportLine
 from gateway_addon.ledger.reservations import zone
@@ -46,15 +46,15 @@ _KEEP = f"INSERT INTO kept_lines (day_start, grouping, {', '.join(ReportLine.__s
 
 def keep(path: Path | ServerAddress, by: spending.By, *, since: float, until: float, now: float) -> None:
     """Sum and keep the closed days of a period that are not kept yet. Raises LedgerUnavailable."""
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         wanted = list(missing(db, by, since - (until - since), until, now))
     if not wanted:
         return
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         claimed = claim(db, wanted, now=now)
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         summed = [(span, lines(db, span)) for span in claimed]
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         for span, found in summed:
             put(db, span, found, claimed_at=now)
 

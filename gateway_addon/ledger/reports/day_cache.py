@@ -14,7 +14,7 @@ from gateway_addon.ledger.reservations import zone
 from gateway_addon.windows import next_start, starts
 
 type ReadConnection = sqlite3.Connection
-"""One moment of the ledger, as `admin.reading` yields it, for modules that only pass it on."""
+"""One moment of the ledger, as `connect.reading` yields it, for modules that only pass it on."""
 
 SETTLED_DOWN_S = 3600  # after its end a day gets no further rows of refused calls
 DAY_S = 86_400

@@ -1,7 +1,7 @@
 """Tell the history of the ledger, call by call and moment by moment, from the entries alone. Read-only.
 
 For a comparison of the ledger with other records: each forwarded call with its bill, and the highest level of each scope.
-The connection yields rows by name (`admin.reading`).
+The connection yields rows by name (`connect.reading`).
 """
 
 import sqlite3

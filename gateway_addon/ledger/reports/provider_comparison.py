@@ -1,7 +1,7 @@
 """Report for the comparison with the provider: metered tokens by day and model, and the estimated calls.
 
 Days are UTC days (whole days since 1970), whatever the ledger's zone: the provider's buckets are. Read-only but for the note of
-when the provider was last asked. The connection yields rows by name (`admin.reading`).
+when the provider was last asked. The connection yields rows by name (`connect.reading`).
 """
 
 import sqlite3

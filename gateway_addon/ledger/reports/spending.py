@@ -1,6 +1,6 @@
 """Report the spending: sums of the entries by which the caps are judged. Read-only; a call belongs to the time of its admission.
 
-Knows nothing of tables on a terminal. The connection yields rows by name (`admin.reading`).
+Knows nothing of tables on a terminal. The connection yields rows by name (`connect.reading`).
 """
 
 import json

@@ -1,6 +1,6 @@
 """Report the use of tokens: first and last call of each, apps that still use `gateway local`, refusals of the real key.
 
-Read-only. The connection yields rows by name (`admin.reading`).
+Read-only. The connection yields rows by name (`connect.reading`).
 """
 
 import sqlite3

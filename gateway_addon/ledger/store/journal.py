@@ -73,7 +73,7 @@ class Journal:
         if self._file is None:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._file = _locked_new(self._path)
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
         return self._file
 
 
@@ -189,7 +189,8 @@ def _write(file: int, data: bytes) -> None:
     os.fsync(file)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut."""
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)

@@ -2,10 +2,11 @@
 
 Promises, whatever code writes: no entry without its balances (a trigger books both in one statement), no open call without its
 reservation (the call's row writes the entry), no call resolved twice (a unique index), no entry or audit row changed or removed.
-Each migration is a function whose name is its identity; it runs once, and all that are due run in one transaction.
+A migration's name is its identity; it runs once, and all that are due run in one transaction.
 """
 
 import sqlite3
+from collections.abc import Callable
 
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
@@ -210,12 +211,6 @@ ALTER TABLE batches ADD COLUMN custom_ids TEXT;
 ALTER TABLE batches ADD COLUMN lost_since REAL;
 """
 
-
-@migrations()
-def m001_ledger(db: Database) -> None:
-    _run(db, TABLES)
-
-
 # `carries`: the calls that are becoming one row, empty outside of a transaction (prune.py). A carry moves money from many entries to
 # one, so it is booked in no balance: what it holds must be what they held, and they may go once it does, no earlier and no others.
 RETENTION = """
@@ -321,55 +316,20 @@ CREATE VIEW standings AS
 # Of the few calls that passed though an observed rule would have refused them, so that a report need not look through all.
 OBSERVED = "CREATE INDEX calls_observed ON calls (started_at) WHERE instr(flags, 'observed:') > 0;\n"
 
-
-@migrations()
-def m002_views_for_people(db: Database) -> None:
-    _run(db, VIEWS)
-
-
-@migrations()
-def m002_spend_call_by_call(db: Database) -> None:
-    _run(db, SPEND_CALL_BY_CALL)
-
-
-@migrations()
-def m003_shared_workspace(db: Database) -> None:
-    _run(db, WORKSPACE)
-
-
-@migrations()
-def m004_retention(db: Database) -> None:
-    _run(db, RETENTION)
-
-
-@migrations()
-def m004_days(db: Database) -> None:
-    _run(db, DAYS)
-
-
-@migrations()
-def m004_minutes(db: Database) -> None:
-    _run(db, MINUTES)
-
-
-@migrations()
-def m005_observed(db: Database) -> None:
-    _run(db, OBSERVED)
-
-
-@migrations()
-def m006_batch_ids(db: Database) -> None:
-    _run(db, BATCH_IDS)
-
-
-@migrations()
-def m007_limits(db: Database) -> None:
-    _run(db, LIMITS)
-
-
-@migrations()
-def m008_nano_in_views(db: Database) -> None:
-    _run(db, NANO_IN_VIEWS)
+MIGRATIONS = (
+    ("m001_ledger", TABLES),
+    ("m002_views_for_people", VIEWS),
+    ("m002_spend_call_by_call", SPEND_CALL_BY_CALL),
+    ("m003_shared_workspace", WORKSPACE),
+    ("m004_retention", RETENTION),
+    ("m004_days", DAYS),
+    ("m004_minutes", MINUTES),
+    ("m005_observed", OBSERVED),
+    ("m006_batch_ids", BATCH_IDS),
+    ("m007_limits", LIMITS),
+    ("m008_nano_in_views", NANO_IN_VIEWS),
+)
+"""The migrations, by name, in the order in which they run."""
 
 
 def known() -> list[str]:
@@ -391,11 +351,19 @@ def migrate(connection: sqlite3.Connection) -> None:
         migrations.apply(Database(connection, execute_plugins=False))  # of two processes, the second finds it done
 
 
-def _run(db: Database, script: str) -> None:
-    """Run a script statement by statement: `executescript` would commit the migration's transaction first."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            db.conn.execute(statement)
-            statement = ""
+def runner(script: str) -> Callable[[Database], None]:
+    """Return a migration that runs a script statement by statement: `executescript` would commit its transaction first."""
+
+    def run(db: Database) -> None:
+        statement = ""
+        for line in script.splitlines(keepends=True):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                db.conn.execute(statement)
+                statement = ""
+
+    return run
+
+
+for _name, _script in MIGRATIONS:
+    migrations(name=_name)(runner(_script))

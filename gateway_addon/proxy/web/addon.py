@@ -28,8 +28,8 @@ from gateway_addon.ledger import (
     ServerAddress,
     Standing,
     Token,
-    admin,
     app_scope,
+    connect,
     reservations,
     scopes,
     state,
@@ -224,7 +224,7 @@ class DebugAddon(GatewayAddon):
             return [f"No app {app!r}; there: {', '.join(sorted(policy.apps))}."]
         wanted = scopes(app, policy.apps[app].team) if app else ["total", *map(team_scope, policy.teams), *map(app_scope, names)]
         try:
-            with admin.reading(self.place) as db:
+            with connect.reading(self.place) as db:
                 standings = reservations.standing(db, wanted, all_caps(policy), now=self.clocks.now())
         except LedgerUnavailable as error:
             return [f"The ledger cannot be read: {error}."]

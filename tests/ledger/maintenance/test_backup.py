@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from ledgers import CALL, Part, balance, new_ledger, rows
 
 from gateway_addon.cli.backup import backup, restore
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, access, admin
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, access, admin, connect
 from gateway_addon.ledger.maintenance import backup as ledger_backup
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import sqlite_files
@@ -40,7 +40,7 @@ async def test_a_backup_under_load_is_a_sound_ledger_and_stops_nobody(tmp_path):
     while not all(task.done() for task in working):
         copy = tmp_path / f"copy-{len(seen)}.db"
         seen.append(await asyncio.to_thread(ledger_backup.backup, path, copy))
-        with admin.reading(copy) as db:
+        with connect.reading(copy) as db:
             assert invariants.findings(db) == []
     await asyncio.gather(*working)
     await ledger.close()
@@ -53,7 +53,7 @@ def test_restore_brings_the_backup_and_keeps_the_replaced_files(tmp_path):
     path, copy = new_ledger(tmp_path), tmp_path / "copy.db"
     assert run(backup, copy, path)[0] == 0
     assert copy.stat().st_mode & 0o777 == 0o600
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         admin.pause(db, "app:reports", why="later", who="test", now=1.0)
     code, output = run(restore, copy, path)
     assert code == 0, output

@@ -18,7 +18,7 @@ from ledgers import NOON, Cap, balance, new_ledger, rows
 
 from gateway_addon.cli import main
 from gateway_addon.cli import migrate as command
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, admin, reservations
+from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, admin, connect, reservations
 from gateway_addon.ledger.maintenance import invariants, migrate
 from gateway_addon.ledger.store import sqlite_files
 
@@ -37,7 +37,7 @@ def source(tmp_path):
     """Some hundred calls, one that a dead process left open, and whatever else a ledger keeps."""
     path = tmp_path / "gateway.db"
     month.make(path, 130, until=NOON)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         token = admin.issue_token(db, "reports", "d1", who="test", now=NOON)
         call = NewCall("reports", "batch", token.id, model_asked="claude-haiku-4-5", max_tokens=100)
         assert isinstance(reservations.reserve(db, "gone", call, 700, [], now=NOON + 1 / 3), Reserved)
@@ -82,7 +82,7 @@ def test_every_row_is_there_as_it_was(source, target, monkeypatch):
     assert (proved.rows("calls"), proved.kept_calls, proved.spent_nano) == (132, 0, balance(source, "total")[0])
     for scope in ("total", "app:reports", "team:batch", "team:content"):
         assert balance(target, scope) == balance(source, scope)
-    with admin.reading(target) as db:
+    with connect.reading(target) as db:
         assert invariants.findings(db) == []
 
 
@@ -97,7 +97,7 @@ async def test_a_gateway_goes_on_there_under_the_same_caps(source, target):
     move(source, target)
     token_id = rows(source, "SELECT id FROM tokens WHERE app = 'reports'")[0][0]
     call, last = NewCall("reports", "batch", token_id), rows(source, "SELECT max(id) FROM calls")[0][0]
-    with admin.changing(target) as db:
+    with connect.changing(target) as db:
         assert admin.resume(db, "team:batch", who="test", now=NOON)
         assert admin.issue_token(db, "new", "d2", who="test", now=NOON).id == token_id + 1
     ledger = await Ledger.open(target.url, now=NOON)  # which settles the orphan at what it held
@@ -200,13 +200,13 @@ def test_a_ledger_begun_there_meanwhile_is_kept(source, target):
     def begin(done, of):
         if done == of:
             sqlite_files.create(target)
-            with admin.changing(target) as db:
+            with connect.changing(target) as db:
                 admin.issue_token(db, "first", "d9", who="test", now=NOON)
 
     with pytest.raises(LedgerUnavailable, match="another ledger was begun there meanwhile"):
         move(source, target, emit=begin)
     assert rows(target, "SELECT app FROM tokens") == [("first",)]
-    with admin.changing(source) as db:
+    with connect.changing(source) as db:
         admin.issue_token(db, "still-here", "d8", who="test", now=NOON)
 
 
@@ -220,7 +220,7 @@ def test_calls_made_between_two_tries_are_moved_too(source, target):
 
     with pytest.raises(Cut):
         move(source, target, emit=cut)
-    with admin.changing(source) as db:
+    with connect.changing(source) as db:
         assert admin.adjust(db, 1, 5, who="test", why="later", now=NOON)
     assert move(source, target).kept_calls == 0, "what had been brought was of another state of the file"
     assert balance(target, "total") == balance(source, "total")
@@ -282,9 +282,9 @@ def test_between_the_two_last_commits_neither_side_takes_calls(source, target, m
     with pytest.raises(LedgerUnavailable):
         move(source, target)
     monkeypatch.undo()
-    with pytest.raises(LedgerUnavailable, match="was moved to"), admin.changing(source):
+    with pytest.raises(LedgerUnavailable, match="was moved to"), connect.changing(source):
         pass
-    with pytest.raises(LedgerUnavailable, match="has no ledger"), admin.changing(target) as db:
+    with pytest.raises(LedgerUnavailable, match="has no ledger"), connect.changing(target) as db:
         db.execute("SELECT 1 FROM calls")
     assert move(source, target).kept_calls == 132
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from ledgers import CALL, ENGINES, Part, Tokens, copied, new_ledger, rows, url, writing
 
 from gateway_addon.cli.prune import prune
-from gateway_addon.ledger import Outcome, Settlement, admin, batches, reservations
+from gateway_addon.ledger import Outcome, Settlement, admin, batches, connect, reservations
 from gateway_addon.ledger.batches import NewBatch, ResultRow
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.maintenance import prune as ledger_prune
@@ -32,7 +32,7 @@ REFUSED = (sqlite3.IntegrityError, psycopg.errors.IntegrityConstraintViolation)
 @pytest.fixture(scope="module", params=ENGINES)
 def filled(tmp_path_factory, request):
     found = new_ledger(tmp_path_factory.mktemp("filled"), request.param)
-    with admin.changing(found) as db:
+    with connect.changing(found) as db:
         fill(db)
     return found
 
@@ -72,7 +72,7 @@ def fill(db):
 def figures(path):
     """All that a person or a cap can see of the past."""
     spans = [(OLD - DAY_S, NOON), (OLD - DAY_S, UNTIL), (UNTIL, NOON)]
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         groupings = [by for by in spending.GROUPINGS if by != "agent"]
         seen = [spending.report(db, by, since=since, until=until) for by in groupings for since, until in spans]
         told = [spending.drifts(db, since=since, until=until) for since, until in spans]
@@ -84,7 +84,7 @@ def figures(path):
 
 def pruned(path, until=UNTIL, calls_max=7):
     carries = 0
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         ledger_prune.begin(db, until, ledger_prune.prunable(db, until), who="test", now=NOON)
         since = 0
         while (day := ledger_prune.next_day(db, since, until)) is not None:
@@ -97,7 +97,7 @@ def pruned(path, until=UNTIL, calls_max=7):
 
 
 def sound(path):
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         return invariants.findings(db) == [] and db.execute("SELECT count(*) FROM carries").fetchone()[0] == 0
 
 
@@ -118,7 +118,7 @@ def test_nothing_that_is_reported_or_judged_changes(path):
 
 def test_a_carry_still_adds_up_after_a_change_of_zone_and_team(path):
     pruned(path)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         admin.align(db, "Asia/Tokyo", {"reports": "nightly"}, who="test", now=NOON)
     assert sound(path)
 
@@ -126,7 +126,7 @@ def test_a_carry_still_adds_up_after_a_change_of_zone_and_team(path):
 def test_a_pruned_call_is_not_corrected_and_the_error_says_why(path):
     pruned(path)
     carry_id, calls = rows(path, "SELECT id, carried FROM calls WHERE carried IS NOT NULL AND state = 'settled' LIMIT 1")[0]
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         with pytest.raises(ValueError, match="call 1 is gone: `gateway prune` made sums of the calls before 2026-01-09"):
             admin.adjust(db, 1, 1, who="test", why="x", now=NOON)
         with pytest.raises(ValueError, match=f"call {carry_id} is the sum of {calls} calls"):
@@ -138,7 +138,7 @@ def test_a_pruned_call_is_not_corrected_and_the_error_says_why(path):
 def test_a_late_bill_of_a_call_that_is_gone_changes_nothing(path):
     pruned(path)
     before = figures(path)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         assert not reservations.settle(db, 1, Settlement(500), now=NOON).first
     assert figures(path) == before
 
@@ -166,16 +166,16 @@ def test_the_tables_refuse_what_no_carry_holds(path, tampering, sentence):
 
 
 def test_only_closed_windows_are_pruned(path):
-    with admin.changing(path) as db, pytest.raises(ValueError, match="before this week and this month"):
+    with connect.changing(path) as db, pytest.raises(ValueError, match="before this week and this month"):
         ledger_prune.begin(db, NOON - 9.4 * DAY_S, ledger_prune.prunable(db, NOON), who="test", now=NOON)
 
 
 def test_two_prunes_at_once_do_not_count_a_call_twice(path):
     before = figures(path)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         day = ledger_prune.next_day(db, 0, UNTIL)
         ledger_prune.carry(db, day.groups[:2], now=NOON)
-    with pytest.raises(Exception, match="another `gateway prune`"), admin.changing(path) as db:
+    with pytest.raises(Exception, match="another `gateway prune`"), connect.changing(path) as db:
         ledger_prune.carry(db, day.groups, now=NOON)
     assert figures(path) == before
     assert sound(path)
@@ -201,7 +201,7 @@ def test_the_command_prunes_says_so_and_leaves_a_trace(path):
 
 def test_a_prune_that_is_killed_is_taken_up_by_the_next(tmp_path):
     path = new_ledger(tmp_path)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         fill(db)
     before = figures(path)
     command = [sys.executable, "-m", "gateway_addon", "prune", "--before", "2026-01-09", "--ledger", url(path)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from ledgers import CALL, ENGINES, NOON, copied, new_ledger, rows, spend, writing
 
-from gateway_addon.ledger import Settlement, admin, reservations
+from gateway_addon.ledger import Settlement, admin, connect, reservations
 from gateway_addon.ledger.maintenance import prune
 from gateway_addon.ledger.reports import daily_totals, spending
 
@@ -18,7 +18,7 @@ GROUPINGS = [by for by in spending.GROUPINGS if by != "agent"]
 @pytest.fixture(scope="module", params=ENGINES)
 def filled(tmp_path_factory, request):
     found = new_ledger(tmp_path_factory.mktemp("filled"), request.param)
-    with admin.changing(found) as db:
+    with connect.changing(found) as db:
         for number in range(60):
             call = replace(CALL, model_asked=("claude-haiku-4-5", "claude-sonnet-5")[number % 2])
             spend(db, NOON - number * DAY_S / 4, 10 + number, call)
@@ -32,7 +32,7 @@ def path(tmp_path, filled):
 
 
 def told(path):
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         return [spending.report(db, by, since=SINCE, until=UNTIL) for by in GROUPINGS]
 
 
@@ -64,7 +64,7 @@ def test_a_report_of_kept_days_reads_no_call_and_is_the_same(path):
 @pytest.mark.parametrize("change", ["a call", "a refusal", "a correction", "a zone", "a prune"])
 def test_what_changes_a_day_strikes_it_off(path, change):
     keep(path)
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         match change:
             case "a call":
                 spend(db, NOON - 2 * DAY_S)
@@ -87,11 +87,11 @@ def test_what_changes_a_day_strikes_it_off(path, change):
 
 def test_a_day_is_kept_only_when_closed_for_an_hour_and_settled(path):
     """A day with an open call is not kept."""
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         open_id = reservations.reserve(db, "me", CALL, 100, [], now=NOON - 3 * DAY_S).call_id
     keep(path)
     assert kept(path) == 6
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         reservations.settle(db, open_id, Settlement(7), now=NOON)
     keep(path, now=NOON - DAY_S / 2 + 3599)
     assert kept(path) == 8
@@ -106,7 +106,7 @@ def test_a_day_that_changes_while_it_is_summed_is_not_kept(path, monkeypatch):
     def with_a_call_between(db, by, since, until):
         lines = of_calls_really(db, by, since, until)
         if by == "app" and since < NOON - 2 * DAY_S < until:
-            with admin.changing(path) as other:
+            with connect.changing(path) as other:
                 spend(other, NOON - 2 * DAY_S)
         return lines
 
@@ -118,26 +118,26 @@ def test_a_day_that_changes_while_it_is_summed_is_not_kept(path, monkeypatch):
 
 
 def claimed(path, now=NOON, **how):
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         wanted = list(daily_totals.missing(db, "app", 0, NOON, NOON))
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         return daily_totals.claim(db, wanted, now=now, **how)
 
 
 def summed(path, spans):
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         return [(span, daily_totals.lines(db, span)) for span in spans]
 
 
 def put(path, found, claimed_at):
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         return [daily_totals.put(db, span, lines, claimed_at=claimed_at) for span, lines in found]
 
 
 def test_a_replaced_claim_keeps_nothing(path):
     """Not even where the day changed in between."""
     stale = summed(path, claimed(path))
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         spend(db, NOON - 2 * DAY_S)
     fresh = summed(path, claimed(path, NOON + 1))
     assert put(path, stale, NOON) == [False] * len(stale)
@@ -147,9 +147,9 @@ def test_a_replaced_claim_keeps_nothing(path):
 
 @pytest.mark.parametrize("change", ["a zone", "an open call"])
 def test_what_is_no_closed_day_any_more_is_not_claimed(path, change):
-    with admin.reading(path) as db:
+    with connect.reading(path) as db:
         wanted = list(daily_totals.missing(db, "app", 0, NOON, NOON))
-    with admin.changing(path) as db:
+    with connect.changing(path) as db:
         if change == "a zone":
             admin.align(db, "Asia/Tokyo", {}, who="test", now=NOON)
         else:

@@ -11,7 +11,7 @@ import pytest
 from broken_disk import Broken, disk_error
 from ledgers import CALL, DAY_CAP, NOON, balance, new_ledger, reconnect, rows, until
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, connect
 from gateway_addon.ledger.store import sqlite_files, writer
 
 
@@ -162,7 +162,7 @@ async def test_a_damaged_file_says_what_to_do(tmp_path):
     path.write_bytes(b"not a ledger at all" * 500)
     with pytest.raises(LedgerUnavailable, match="not a ledger or is damaged: stop the gateway, keep the file"):
         await Ledger.open(f"sqlite:///{path}")
-    with pytest.raises(LedgerUnavailable, match="not a ledger or is damaged"), admin.changing(path):
+    with pytest.raises(LedgerUnavailable, match="not a ledger or is damaged"), connect.changing(path):
         pass
 
 

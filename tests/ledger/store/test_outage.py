@@ -16,7 +16,7 @@ import pytest
 from gateway import gateway
 from ledgers import CALL, DAY_CAP, NOON, balance, die, rows, until, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, Settlement, admin, connect
 from gateway_addon.ledger import ledger as ledger_module
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import postgres
@@ -34,7 +34,7 @@ def server():
 @pytest.fixture
 def place(server):
     made = server.ledger()
-    with admin.changing(made) as db:
+    with connect.changing(made) as db:
         admin.issue_token(db, "reports", "d1", who="test", now=NOON)
     return made
 
@@ -57,7 +57,7 @@ def journal_of(place, home, owner):
 
 
 def sound(place):
-    with admin.reading(place) as db:
+    with connect.reading(place) as db:
         return invariants.findings(db) == []
 
 
@@ -158,7 +158,7 @@ async def test_a_journal_after_the_sweep_adds_once_and_never_subtracts(place, ho
     shutil.copy(kept._path, again)
     await survivor.sweep(now=NOON)
     assert balance(place) == (booked_nano, 0, 0)
-    with admin.changing(place) as db:  # a person corrects it; the same line, read again, does not correct him
+    with connect.changing(place) as db:  # a person corrects it; the same line, read again, does not correct him
         admin.adjust(db, held.call_id, -50, who="test", why="the invoice shows less", now=NOON)
     again.rename(kept._path)
     await survivor.sweep(now=NOON)
@@ -251,7 +251,7 @@ async def test_a_gateway_frozen_beyond_its_lease_cuts_its_streams(place, home, s
         running = asyncio.ensure_future(stream(gw, tokens_per_s=200, tokens_per_event=5))
         await until(lambda: len(gw.gateway.streams.running) == 1)
         before = gw.gateway.ledger.owner
-        with admin.changing(place) as db:
+        with connect.changing(place) as db:
             db.execute("DELETE FROM owners WHERE id = ?", (before,))
         text, _ = await asyncio.wait_for(running, 5)
         assert "lost its ledger" in text

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, until, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, admin, reservations
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, admin, connect, reservations
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import balances, postgres, postgres_session, sqlite_files
 
@@ -159,7 +159,7 @@ async def test_a_late_settlement_only_ever_adds_and_adds_once(server, ledger, co
         assert not (await asyncio.wait_for(ledger.settle(held.call_id, Settlement(cost_nano), now=NOON), 5)).first
     assert balance(server) == (booked_nano, 0, 0)
     await other.close()
-    with admin.reading(server) as db:
+    with connect.reading(server) as db:
         assert invariants.findings(db) == []
 
 
@@ -192,7 +192,7 @@ async def test_the_servers_clock_decides_which_day_a_call_belongs_to(server, mon
 
 
 def test_apps_without_a_common_cap_never_wait_for_each_other(server):
-    with admin.changing(server) as db:
+    with connect.changing(server) as db:
         admin.issue_token(db, "other", "d2", who="test", now=NOON)
     with closing(postgres.connect(server)) as mine, closing(postgres.connect(server)) as theirs:
         for db, app, token_id in ((mine, "reports", 1), (theirs, "other", 2)):

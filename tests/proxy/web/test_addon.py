@@ -15,7 +15,7 @@ from ledgers import until
 from tornado import netutil, tcpserver
 from tornado.ioloop import IOLoop
 
-from gateway_addon.ledger import admin
+from gateway_addon.ledger import admin, connect
 from gateway_addon.proxy.web.addon import CALLER, DebugAddon
 from gateway_addon.proxy.web.lockdown import kept
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -187,7 +187,7 @@ async def test_replay_is_admitted_and_billed_to_its_app_once(desk, tmp_path):
         shown = [(await seen.page.get(path)).content for path in ("/flows", "/flows/dump", "/events", "/options")]
         book = await api.settled()
         assert await seen.gw.spent_nano("app:app") == book.billed_nano > 0
-        with admin.reading(tmp_path / "gateway.db") as db:
+        with connect.reading(tmp_path / "gateway.db") as db:
             rows = [tuple(row) for row in db.execute("SELECT app, state, token_id, flags FROM calls ORDER BY id")]
     assert [row.header("x-api-key") for row in book.messages()] == [KEY] * 4
     assert [(flow["is_replay"], flow["comment"].startswith("app · claude-haiku-4-5 · $")) for flow in again] == [("request", True)] * 2
