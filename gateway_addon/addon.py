@@ -24,6 +24,7 @@ from gateway_addon.proxy.certificate import TlsUnavailable
 from gateway_addon.proxy.server import assembled, hardened
 from gateway_addon.proxy.supervisor import is_loopback
 from gateway_addon.upstreams.credentials import SecretUnavailable
+from gateway_addon.upstreams.egress import egress
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Shim:
         try:
             self.policies = Path(os.environ.get("GATEWAY_POLICIES") or places().policies)
             self.ledger = os.environ.get("GATEWAY_LEDGER") or f"sqlite:///{places().ledger}"
-            ctx.options.update(**hardened(ctx.options, load_policy(self.policies)))
+            policy = load_policy(self.policies)
+            ctx.options.update(**hardened(ctx.options, policy, egress(policy, os.environ)))
         except SAID as error:
             logger.error("%s", error)
 

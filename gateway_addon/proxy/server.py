@@ -255,7 +255,7 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
         logging.getLogger("mitmproxy.tools.web.webaddons").setLevel(logging.ERROR)  # its advice on passwords that last longer than ours
         own |= lockdown.OPTIONS | {"web_port": settings.web_port, "web_password": settings.web_password}
     master.addons.chain.insert(0, master.addons.register(addon))
-    opts.update(**hardened(opts, policy), **own)
+    opts.update(**hardened(opts, policy, addon.egress), **own)
     for name in (option.partition("=")[0].strip() for option in settings.options):
         if name in DECIDED:
             raise ValueError(f"--set: {name} is the gateway's to decide, from --listen and the policy's upstream; leave it out.")
@@ -266,11 +266,10 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     return master
 
 
-def hardened(opts: options.Options, policy: GatewayPolicy) -> dict[str, Any]:
+def hardened(opts: options.Options, policy: GatewayPolicy, way: Egress) -> dict[str, Any]:
     """Return mitmproxy's options as every gateway needs them, of those that this master has: bounds, timeouts, whom to trust."""
     longest_s = max(policy.timeouts.first_byte_s, policy.timeouts.silence_s) + 60
     wanted = REQUIRED_OPTIONS | {"body_size_limit": str(BODY_BYTES_MAX), "tcp_timeout": int(longest_s)}
-    way = egress(policy, os.environ)
     trust = {"ssl_verify_upstream_trusted_ca": way.ca_file, "ssl_verify_upstream_trusted_confdir": way.ca_folder}
     wanted |= {name: place for name, place in trust.items() if place is not None}
     return {name: value for name, value in wanted.items() if name in opts}

@@ -113,4 +113,4 @@ async def test_every_start_takes_the_policys_way_out(tmp_path, monkeypatch):
         policies = write_policies(tmp_path / "policies", far.url, {"app": APP}, way_out)
         async with assembled(policies, f"sqlite:///{new_file(tmp_path)}") as (policy, _, addon):
             assert addon.egress.proxy == ("127.0.0.1", 3128)
-        assert hardened(options.Options(), policy)["ssl_verify_upstream_trusted_ca"] == str(far.ca)
+        assert hardened(options.Options(), policy, addon.egress)["ssl_verify_upstream_trusted_ca"] == str(far.ca)
