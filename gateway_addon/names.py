@@ -22,6 +22,8 @@ NAME_CHARS_MAX = 200
 
 def safe_name(text: str) -> str:
     """Return a name as it may be kept: itself, for every name that is meant well."""
+    if len(text) <= NAME_CHARS_MAX and text.isprintable() and TOKEN_PREFIX not in text:  # nearly every one
+        return text
     shown = masked(printable(text[:NAME_CHARS_MAX]))
     return shown if len(text) <= NAME_CHARS_MAX >= len(shown) else f"{shown[: NAME_CHARS_MAX - 1]}…"
 

@@ -58,11 +58,12 @@ def judge_request(
     flags = (*(f"edited:{name}" for name in changes), *(f"observed:{code}" for code in observed(app, parsed, prices)))
     if verdict is None and parsed.endpoint == "messages":
         verdict = quote(parsed, app, prices, now)
-    kept = without_prompt(parsed)
+    kept_asked = without_prompt(asked)
+    kept = without_prompt(parsed) if changes else kept_asked
     if isinstance(verdict, Quote):
         verdict = replace(verdict, terms=replace(verdict.terms, reading=kept))
     body = sent.body if changes else None
-    return Judgement(without_prompt(asked), kept, verdict, flags, body, edited_text(changes, asked.body))
+    return Judgement(kept_asked, kept, verdict, flags, body, edited_text(changes, asked.body))
 
 
 def without_prompt(parsed: ParsedRequest) -> ParsedRequest:
