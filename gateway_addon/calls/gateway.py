@@ -174,7 +174,9 @@ class Gateway:
             return self._refused(app, caller.token, endpoint, judgement, now)
         call, parsed, quote = new_call(caller, judgement.asked, request, self._endpoint_prefix), judgement.reading, judgement.verdict
         if isinstance(quote, Quote):
-            call = replace(call, input_tokens=quote.input_tokens, quote_nano=quote.total_nano)
+            call = replace(
+                call, input_tokens=quote.input_tokens, quote_nano=quote.total_nano, model=prices.canonical(parsed.model)
+            )
         try:
             decision = quote if isinstance(quote, Refusal) else await self._decide(caller, parsed, request, call, quote, now)
         except LedgerUnavailable as error:

@@ -3,6 +3,7 @@
 from gateway_addon.ledger.ledger import Ledger
 from gateway_addon.ledger.types import (
     Alert,
+    AppPart,
     CallFacts,
     CapShape,
     Denied,
@@ -22,12 +23,14 @@ from gateway_addon.ledger.types import (
     Token,
     TokenLookup,
     app_scope,
+    part_scope,
     scopes,
     team_scope,
 )
 
 __all__ = [
     "Alert",
+    "AppPart",
     "CallFacts",
     "CapShape",
     "Denied",
@@ -48,6 +51,7 @@ __all__ = [
     "Token",
     "TokenLookup",
     "app_scope",
+    "part_scope",
     "scopes",
     "team_scope",
 ]

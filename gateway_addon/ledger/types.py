@@ -1,7 +1,7 @@
 """The types of the ledger's interface.
 
-Amounts are whole nano-dollars, times are unix seconds (UTC), a scope is `total`, `team:NAME` or `app:NAME`. Knows nothing of
-SQL; caps and priced parts come from other packages and are described here by their shape only.
+Amounts are whole nano-dollars, times are unix seconds (UTC), a scope is `total`, `team:NAME`, `app:NAME` or a part of an app,
+`app:NAME KIND:VALUE`. Knows nothing of SQL; caps and priced parts come from other packages and are described here by their shape only.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,14 @@ TOTAL = "total"
 
 def app_scope(app: str) -> str:
     return f"app:{app}"
+
+
+type AppPart = tuple[str, str]
+"""A part of an app that a call belongs to: its kind (session, agent, user, model, token, label.NAME) and its value."""
+
+
+def part_scope(app: str, part: AppPart) -> str:
+    return f"{app_scope(app)} {part[0]}:{part[1]}"
 
 
 def team_scope(team: str) -> str:
@@ -102,12 +110,20 @@ class NewCall:
     quote_nano: int = 0
     session_id: str | None = None
     agent_id: str | None = None
+    model: str | None = None
+    """The model as it is counted: by its canonical id, whatever name was asked for."""
     traceparent: str | None = None
     """The client's own span (W3C trace context): for the span of this call, and never written to the ledger."""
 
     @property
     def scopes(self) -> tuple[str, ...]:
         return scopes(self.app, self.team)
+
+    @property
+    def parts(self) -> tuple[AppPart, ...]:
+        """Return the parts of its app in which the call counts, as far as they are known."""
+        known = (("session", self.session_id), ("agent", self.agent_id), ("model", self.model), ("token", str(self.token_id)))
+        return tuple((kind, value) for kind, value in known if value)
 
 
 @dataclass(frozen=True, slots=True)
