@@ -22,10 +22,10 @@ from typing import Any
 
 from gateway_addon.calls import alerts
 from gateway_addon.calls.authentication import Rejected, authenticate
-from gateway_addon.calls.judgement import plan
 from gateway_addon.calls.judging import judge_request
 from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook, new_call
+from gateway_addon.calls.planning import plan
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.quote import Quote
 from gateway_addon.calls.record import OnCall, record
@@ -203,9 +203,7 @@ class Gateway:
         if parsed.endpoint == "models":
             return Permit(caller, call, now, response_hook=ResponseHook(whole=partial(_visible, caller)))
         if parsed.endpoint == "count_tokens" and (denial := await self._too_many_counts(caller.app, now)) is not None:
-            return (
-                Permit(caller, call, now, flags=("observed:rate",)) if caller.app.observes("rates") else rate_reached(denial, caller.app)
-            )
+            return Permit(caller, call, now, flags=("observed:rate",)) if caller.app.observes("rates") else rate_reached(denial, caller.app)
         return Permit(caller, call, now)
 
     async def _too_many_counts(self, app: AppPolicy, now: float) -> Denied | None:

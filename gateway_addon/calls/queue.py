@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from gateway_addon.calls.judgement import RATES, observed_denials
+from gateway_addon.calls.planning import RATES, observed_denials
 from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan
 from gateway_addon.ledger import CapShape, Denied, Ledger, NewCall, RateLimits, Reserved
 

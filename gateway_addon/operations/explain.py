@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from gateway_addon.calls.authentication import Rejected, judge_caller
-from gateway_addon.calls.judgement import judge_plan, plan
 from gateway_addon.calls.judging import judge_request
+from gateway_addon.calls.planning import fits_request_cap, judge_plan, plan
 from gateway_addon.calls.quote import Quote, quote
 from gateway_addon.calls.refusal_messages import denied
 from gateway_addon.calls.reservation_options import ReservationOption, reservation_options, rewritten
@@ -98,7 +98,7 @@ def explain(
         least = reservation_options(bound, app, policy, read, limits, overrun=read.model in overruns, now=now)[-1]
         standings: dict[tuple[str, str], Standing] = {(standing.scope, standing.window): standing for standing in known.facts.standings}
         explanation["quote"] = _quote(bound) | {"held_at_first": dollars(least.hold_nano) if least.hold_nano < bound.total_nano else None}
-        explanation["caps"] = [_cap(cap, bound, least, standings.get((cap.scope, cap.window)), known.problem, now) for cap in limits]
+        explanation["caps"] = [_cap(app, cap, bound, least, standings.get((cap.scope, cap.window)), known.problem, now) for cap in limits]
         by_money, seen = _judge_money(policy, app, read, bound, known, now)
         refused, observed = refused or by_money, [*observed, *seen]
     return explanation | {"observed": [_refusal(each) for each in observed], "refused": refused and _refusal(refused)}
@@ -163,11 +163,13 @@ def _quote(bound: Quote) -> dict[str, Any]:
     }
 
 
-def _cap(cap: Cap, bound: Quote, least: ReservationOption, standing: Standing | None, problem: str | None, now: float) -> dict[str, Any]:
+def _cap(
+    app: AppPolicy, cap: Cap, bound: Quote, least: ReservationOption, standing: Standing | None, problem: str | None, now: float
+) -> dict[str, Any]:
     """One cap, what is left of it (of all of it, where there is no ledger yet), and whether this call may start."""
     if standing is None:  # the cap of a request, which the ledger knows nothing of
         amount_nano = left_nano = cap.amount_nano
-        fits = least.hold_nano <= cap.amount_nano
+        fits = fits_request_cap(app, least.hold_nano)
     else:
         amount_nano = cap.amount_nano if standing.cap_nano is None else standing.cap_nano
         left_nano = amount_nano - standing.spent_nano - standing.reserved_nano - standing.quantum_nano

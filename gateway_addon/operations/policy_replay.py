@@ -1,8 +1,9 @@
 """Judge yesterday's calls by tomorrow's policy: which would have been refused, why, and the money saved. Pure.
 
-Judged is what the ledger keeps of a call: app, endpoint, model, `max_tokens`, quote and cost. The bodies are not kept, so features,
-betas, thinking and required fields are not judged, and neither are rates. A cap is held against what the calls before cost, in their
-order; at admission it would be held against quotes, so it would refuse no later.
+Judged is what the ledger keeps of a call: app, endpoint, model, `max_tokens`, what it held and what it cost. The bodies are not kept,
+so features, betas, thinking and required fields are not judged, and neither are rates. Caps are judged as they are at an admission
+(`denials.judge_caps`), by what was held to start the call, or by its cost where that was more, beside what the calls before cost: as
+if each had ended before the next began, without the raises and limits of the time.
 """
 
 from collections import defaultdict
@@ -10,11 +11,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gateway_addon.calls.planning import fits_request_cap
+from gateway_addon.calls.reservation_options import planned
+from gateway_addon.ledger import RateLimits, Standing
+from gateway_addon.ledger.denials import judge_caps
 from gateway_addon.ledger.reports.entry_history import Recorded
 from gateway_addon.messages.request import ParsedRequest
-from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, edits, trail
+from gateway_addon.policy import AppPolicy, GatewayPolicy, edits, trail
 from gateway_addon.pricing import Prices
-from gateway_addon.windows import Window
+from gateway_addon.windows import WINDOWS, Window
 
 JUDGED = frozenset(("endpoint", "model", "max_tokens"))
 """Refusals by the rules for which the ledger knows enough."""
@@ -79,22 +84,28 @@ def _ruling(app: AppPolicy, call: Recorded, prices: Prices) -> ReplayRuling:
     read = ParsedRequest(call.endpoint, call.model or "", call.max_tokens or 0)
     changes = edits(app, read, prices)
     read = ParsedRequest(call.endpoint, changes.get("model", read.model), changes.get("max_tokens", read.max_tokens))
-    refused = (verdict for verdict in trail(app, read, prices) if verdict.code in JUDGED)
+    refused = (verdict for verdict in trail(app, read, prices) if verdict.code in JUDGED and not app.observes(verdict.rule))
     return next(((verdict.code, verdict.sentence) for verdict in refused), (None, ""))
 
 
 def _capped(call: Recorded, policy: GatewayPolicy, spent: defaultdict[ReplayWindow, int]) -> ReplayRuling:
-    """The first cap that the call would have passed; where there is none, it counts in its windows."""
-    frames: list[ReplayWindow] = []
-    for cap in caps(policy, policy.apps[call.app]):
-        if cap.window == "request":
-            if call.quote_nano > cap.amount_nano and not call.endpoint.endswith("batches.create"):  # there it is of each request
-                return "quote_over_cap", f"can cost more than the cap for one request of {cap.scope.replace(':', ' ')}"
-            continue
-        frame = (cap.scope, cap.window, call.starts.of(cap.window))
-        if spent[frame] + call.spent_nano > cap.amount_nano:
-            return "cap_spent", f"the {cap.window} cap of {cap.scope.replace(':', ' ')} was spent"
-        frames.append(frame)
-    for frame in frames:
-        spent[frame] += call.spent_nano
-    return None, ""
+    """Judge a call by the caps, with what the calls before cost; where every cap allows it, it counts in its windows."""
+    app, asked_nano = policy.apps[call.app], max(call.grant_nano + call.quantum_nano, call.spent_nano)
+    if not asked_nano:  # a call that costs nothing is asked of no cap
+        return None, ""
+    of_one_request = not call.endpoint.endswith("batches.create") and not app.observes("caps")
+    if of_one_request and not fits_request_cap(app, max(call.grant_nano, call.spent_nano)):
+        return "quote_over_cap", f"can cost more than the cap for one request of app {app.name}"
+    standings = [
+        Standing(cap.scope, cap.window, at, None, cap.amount_nano, 0, spent[cap.scope, cap.window, at], 0, 0, 0)
+        for cap in planned(app, policy, (), RateLimits()).limits if cap.window in WINDOWS
+        for at in [call.starts.of(cap.window)]
+    ]  # fmt: skip
+    denied = judge_caps(standings, asked_nano, 0, 0.0)
+    if denied is None:
+        for standing in standings:
+            spent[standing.scope, standing.window, standing.starts_at] += call.spent_nano
+        return None, ""
+    assert denied.standing is not None
+    cap = f"{denied.standing.window} cap of {denied.standing.scope.replace(':', ' ')}"
+    return denied.reason, f"can cost more than the whole {cap}" if denied.reason == "quote_over_cap" else f"the {cap} was spent"

@@ -65,7 +65,7 @@ def policies_of(random: Random) -> tuple[str, str]:
 
 
 def fill(random: Random, db, owner: str, app, now: float, digest: str) -> None:
-    """Bring the ledger to some standing: what was spent, is held and kept free, who was admitted, what is paused, revoked, raised."""
+    """Bring the ledger to some standing: what was spent, is held and kept free, who was admitted, what is paused, revoked, raised, limited."""
     expires_at = now + random.choice((-1, 0, 60)) if random.random() < 0.08 else None
     token = admin.issue_token(db, "app", digest, expires_at=expires_at, who="test", now=now - 100)
     other = admin.issue_token(db, "other", "another's", who="test", now=now - 100)
@@ -74,7 +74,8 @@ def fill(random: Random, db, owner: str, app, now: float, digest: str) -> None:
         call = NewCall("app" if mine else "other", app.team if mine else None, token.id if mine and expires_at is None else other.id)
         call = call if mine and expires_at is None else NewCall("other", None, other.id)
         at, nano = now - random.choice((0, 1, 30, 59, 90)), random.choice((0, 19_000_000, 50_000_000, 90_000_000, 290_000_000))
-        held = reservations.reserve(db, owner, call, nano, (), quantum_nano=random.choice((0, 5_000_000, 30_000_000)), rates=RateLimits(), now=at)
+        quantum_nano = random.choice((0, 5_000_000, 30_000_000))
+        held = reservations.reserve(db, owner, call, nano, (), quantum_nano=quantum_nano, rates=RateLimits(), now=at)
         if random.random() < 0.4:
             reservations.settle(db, held.call_id, Settlement(random.randrange(nano + 1), (), Outcome()), now=at)
     if random.random() < 0.05:
@@ -82,8 +83,13 @@ def fill(random: Random, db, owner: str, app, now: float, digest: str) -> None:
     if random.random() < 0.12:
         scope = random.choice(("total", "team:night", "app:app", "app:other"))
         admin.pause(db, scope, until=random.choice((None, now + 5, now)), why=random.choice(("", "night")), who="test", now=now - 9)
-    if random.random() < 0.3:
-        admin.raise_cap(db, "app:app", random.choice(WINDOWS), 50_000_000, until=now + random.choice((0, 60)), who="test", now=now - 9)
+    scopes = ("app:app", "app:app", "team:night", "total")
+    for _ in range(random.choice((0, 0, 1, 2))):
+        nano, until = random.choice((10_000_000, 50_000_000, 10**12)), now + random.choice((0, 60))
+        admin.raise_cap(db, random.choice(scopes), random.choice(WINDOWS), nano, until=until, who="test", now=now - 9)
+    for _ in range(random.choice((0, 0, 1, 2))):
+        nano = random.choice((0, 20_000_000, 100_000_000, 300_000_000, 10**12))
+        admin.limit_cap(db, random.choice(scopes), random.choice(WINDOWS), nano, who="test", now=now - 9)
     if random.random() < 0.2:
         db.execute("INSERT INTO overruns VALUES ('claude-haiku-4-5', 1, ?, 5)", (now,))
     if random.random() < 0.5:
@@ -135,7 +141,8 @@ async def both(folder, seed: int) -> tuple[dict | None, Refusal | None]:
     finally:
         await ledger.close()
     if not isinstance(answer, Refusal):
-        assert {each["code"] for each in told["observed"]} == {flag.removeprefix("observed:") for flag in observed if flag.startswith("observed:")}
+        flagged = {flag.removeprefix("observed:") for flag in observed if flag.startswith("observed:")}
+        assert {each["code"] for each in told["observed"]} == flagged
     return told["refused"], answer if isinstance(answer, Refusal) else None
 
 

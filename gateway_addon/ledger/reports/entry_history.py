@@ -69,14 +69,16 @@ class Recorded:
     model: str | None
     max_tokens: int | None
     refusal: str | None
-    quote_nano: int
+    grant_nano: int
+    """The amount held to start it, and `quantum_nano`, kept free beside it for its first top-up; 0 where nothing was asked of a cap."""
+    quantum_nano: int
     spent_nano: int
     starts: Starts
     """The first instants of the windows in which the call counted."""
 
 
 _RECORDED = """
-SELECT id, app, endpoint, model_asked, max_tokens, refusal, quote_nano,
+SELECT id, app, endpoint, model_asked, max_tokens, refusal, grant_nano, quantum_nano,
   (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano, day_start, week_start, month_start
 FROM calls WHERE started_at >= :since AND started_at < :until AND carried IS NULL ORDER BY id
 """
@@ -84,8 +86,9 @@ FROM calls WHERE started_at >= :since AND started_at < :until AND carried IS NUL
 
 def recorded(db: sqlite3.Connection, *, since: float, until: float) -> Iterator[Recorded]:
     """Yield every call of the period with a valid token, in the order of admission; read as it is consumed."""
-    for number, app, endpoint, model, max_tokens, refusal, quote, spent, *starts in db.execute(_RECORDED, {"since": since, "until": until}):
-        yield Recorded(number, app, endpoint.rpartition("/")[2], model, max_tokens, refusal, quote, spent, Starts(*starts))
+    rows = db.execute(_RECORDED, {"since": since, "until": until})
+    for number, app, endpoint, model, max_tokens, refusal, grant, quantum, spent, *starts in rows:
+        yield Recorded(number, app, endpoint.rpartition("/")[2], model, max_tokens, refusal, grant, quantum, spent, Starts(*starts))
 
 
 def forwarded(db: sqlite3.Connection) -> list[Forwarded]:

@@ -1,9 +1,8 @@
-"""Judge a quoted call: how it may be asked of the ledger, and what the ledger's facts would say to that. Pure.
+"""Plan how a quoted call is asked of the ledger, and judge the plan by the ledger's facts. Pure.
 
-One judgement for the gateway and for `explain`. It enforces nothing: the queue asks the ledger, whose statement does.
+One judgement for the gateway, for `explain` and for `replay`. It enforces nothing: the queue asks the ledger, whose statement does.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -43,15 +42,19 @@ def plan(
     if short is not None:
         notes.append(headroom(app, short))
     options = reservation_options(bound, app, policy, read, caps(policy, app), overrun=read.model in overruns, now=now)
-    request_cap = app.caps.get("request", math.inf)
-    fitting = [option for option in options if option.hold_nano <= request_cap]
+    fitting = [option for option in options if fits_request_cap(app, option.hold_nano)]
     if not fitting:
-        too_large = over_request_cap(app, bound, int(request_cap))
+        too_large = over_request_cap(app, bound, app.caps["request"])
         if not app.observes("caps"):
             return too_large
         notes.append(too_large)
     rates = RateLimits(app.rates.requests_per_minute, app.rates.input_tokens_per_minute, app.rates.concurrent)
     return planned(app, policy, options if app.observes("caps") else fitting, rates, notes)
+
+
+def fits_request_cap(app: AppPolicy, hold_nano: int) -> bool:
+    """Tell whether an app's cap for one request lets a call hold an amount."""
+    return "request" not in app.caps or hold_nano <= app.caps["request"]
 
 
 class Verdict(NamedTuple):
