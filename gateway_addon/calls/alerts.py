@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 from gateway_addon.ledger import Alert, Facts, Resolution, Standing, app_scope
+from gateway_addon.ledger.reports.forecast import Forecast, named
 from gateway_addon.money import cents
 from gateway_addon.names import PROGRAM
 from gateway_addon.policy import Alerts, GatewayPolicy, Retiring, Source
@@ -40,14 +41,13 @@ def passed(standing: Standing, thresholds_percent: Iterable[int]) -> list[Alert]
 
 
 def _threshold(standing: Standing, percent: int) -> Alert:
-    who = "all apps together" if standing.scope == "total" else standing.scope.replace(":", " ")
     when = {"day": "today", "week": "this week", "month": "this month", "ever": "in all"}[standing.window]
     cap_nano = standing.cap_nano or 0
     return Alert(
         "threshold",
         standing.scope,
         f"{standing.window} {standing.starts_at} {percent}",
-        f"{who} spent {cents(standing.spent_nano)} of {cents(cap_nano)} {when} ({percent} % of the cap reached)",
+        f"{named(standing.scope)} spent {cents(standing.spent_nano)} of {cents(cap_nano)} {when} ({percent} % of the cap reached)",
         {
             "window": standing.window,
             "window_start": standing.starts_at,
@@ -57,6 +57,20 @@ def _threshold(standing: Standing, percent: int) -> Alert:
             "resets_at": standing.resets_at,
         },
     )
+
+
+def forecast(coming: Forecast, starts_at: int) -> Alert | None:
+    """Return the alert for a cap that would be reached before its window ends; a day's own is left to the thresholds. Once a window."""
+    if coming.reached_on is None or coming.window == "day":
+        return None
+    facts: Facts = {
+        "window": coming.window,
+        "window_start": starts_at,
+        "cap_nano": coming.cap_nano,
+        "forecast_nano": coming.at_end_nano,
+        "cap_reached_on": coming.reached_on.isoformat(),
+    }
+    return Alert("forecast", coming.scope, f"{coming.window} {starts_at}", coming.sentence, facts)
 
 
 def overrun(app: str, model: str, call_id: int, bill: Resolution, now: float) -> Alert:

@@ -381,9 +381,10 @@ class Gateway:
         limits = tuple(cap for cap in caps(self.policy, app) if cap.scope == f"app:{app.name}")
         try:
             standings = await self.ledger.standing([f"app:{app.name}"], limits, now=now)
+            coming = await self.ledger.forecasts(standings, now=now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
-        return me(app, standings)
+        return me(app, standings, coming)
 
     def upstream_headers(self, caller: AuthenticatedRequest, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
         """Record the shared key's limits; emit an alert where the upstream refuses the key, or redirects."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway_addon.ledger import Standing, app_scope
+from gateway_addon.ledger.reports.forecast import Forecast
 from gateway_addon.money import dollars
 from gateway_addon.names import NAME_CHARS_MAX, safe_name
 from gateway_addon.policy import AppPolicy, may_use
@@ -20,10 +21,10 @@ class OwnResponse:
     status: int = 200
 
 
-def me(app: AppPolicy, standings: Iterable[Standing]) -> OwnResponse:
-    """Answer `GET /gateway/me`: an app's own caps, for apps that plan their work."""
+def me(app: AppPolicy, standings: Iterable[Standing], forecasts: Iterable[Forecast]) -> OwnResponse:
+    """Answer `GET /gateway/me`: an app's own caps, and each with its forecast, for apps that plan their work."""
     request_cap = app.caps.get("request")
-    windows = [_amounts(standing) for standing in standings]
+    windows = [_amounts(standing) | _coming(forecast) for standing, forecast in zip(standings, forecasts, strict=True)]
     return OwnResponse({"app": app.name, "models": list(app.models.allow), "request_cap_nano": request_cap, "windows": windows})
 
 
@@ -85,6 +86,17 @@ def _amounts(standing: Standing) -> dict[str, Any]:
         "resets_at": standing.resets_at,
         **{f"{name}_nano": nano for name, nano in amounts.items()},
         **{name: None if nano is None else dollars(nano) for name, nano in amounts.items()},
+    }
+
+
+def _coming(forecast: Forecast) -> dict[str, Any]:
+    nano = forecast.at_end_nano
+    reached_on = None if forecast.reached_on is None else forecast.reached_on.isoformat()
+    return {
+        "forecast_nano": nano,
+        "forecast": None if nano is None else dollars(nano),
+        "forecast_days": forecast.closed_days,
+        "cap_reached_on": reached_on,
     }
 
 

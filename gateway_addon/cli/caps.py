@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, json_option, ledger_option, policies_option, says_errors, stop, why_option
 from gateway_addon.cli.scopes import scope_of, typed
+from gateway_addon.cli.tables import table
 from gateway_addon.cli.times import shown, to_come
 from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reports.day_cache import ReadConnection
+from gateway_addon.ledger.reports.forecast import CLOSED_DAYS_MIN, forecasts, too_young
 from gateway_addon.ledger.reservations import capped, zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import Limit, Raise
-from gateway_addon.money import dollars, parse_nano
+from gateway_addon.money import cents, dollars, parse_nano
 from gateway_addon.names import PROGRAM
-from gateway_addon.policy import Cap, Outline, outline
+from gateway_addon.policy import Outline, outline
 from gateway_addon.windows import WINDOWS
 
 SAY = says_errors(LedgerUnavailable, ValueError)
@@ -205,10 +206,10 @@ def _held_down(name: str, limit: Limit, calendar: tzinfo) -> None:
 
 
 def standing_rows(db: ReadConnection, found: Outline, now: float, scopes: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Return every cap of these scopes (None: of all) with its raises and limit, and how it stands."""
-    wanted = {scope: caps or {} for scope, caps in found.caps.items() if scopes is None or scope in scopes}
-    asked = [Cap(scope, window, nano) for scope, caps in wanted.items() for window, nano in caps.items() if window != "request"]
+    """Return every cap of these scopes (None: of all) with its raises and limit, how it stands, and its forecast."""
+    asked = [each for each in found.windowed if scopes is None or each.scope in scopes]
     policy_nano = {(each.scope, each.window): each.amount_nano for each in asked}
+    standings = capped(db, asked, now=now)
     return [
         {
             "scope": each.scope,
@@ -219,23 +220,29 @@ def standing_rows(db: ReadConnection, found: Outline, now: float, scopes: Sequen
             "in_force_nano": each.cap_nano,
             "spent_nano": each.spent_nano,
             "held_nano": each.reserved_nano,
+            "forecast_nano": coming.at_end_nano,
+            "forecast_days": coming.closed_days,
+            "cap_reached_on": coming.reached_on and coming.reached_on.isoformat(),
         }
-        for each in capped(db, asked, now=now)
+        for each, coming in zip(standings, forecasts(db, standings, now=now), strict=True)
     ]
 
 
 def caps_table(rows: list[dict[str, Any]]) -> str:
-    names = ("policy_nano", "raised_nano", "limit_nano", "in_force_nano", "spent_nano", "held_nano")
-    cells = [
-        (
-            typed(row["scope"]),
-            row["window"],
-            *("" if row[name] is None or (not row[name] and name == "raised_nano") else dollars(row[name]) for name in names),
-        )
-        for row in rows
-    ]
-    heads = ("of", "window", "policy", "raised", "limit", "in force", "spent", "held")
-    return tabulate(cells, headers=heads, disable_numparse=True, colalign=("left", "left", *["right"] * 6))
+    """Return the caps as a table, without the columns that say nothing, and a note where forecasts have too few days."""
+    names = ("policy", "raised", "limit", "in force", "spent", "held", "forecast")
+    cells = [[typed(row["scope"]), row["window"], *(_amount_cell(row, name) for name in names), row["cap_reached_on"]] for row in rows]
+    headings = ("of", "window", *names, "cap reached")
+    grid = table(cells, headings, right=names, drop_empty=("raised", "limit", "held", "forecast", "cap reached"))
+    young = list(dict.fromkeys(typed(row["scope"]) for row in rows if row["forecast_days"] < CLOSED_DAYS_MIN))
+    return f"{grid}\n\n{too_young(young)}" if young else grid
+
+
+def _amount_cell(row: dict[str, Any], name: str) -> str:
+    nano = row[f"{name.replace(' ', '_')}_nano"]
+    if nano is None or (not nano and name in ("raised", "held")):
+        return ""
+    return cents(nano) if name == "forecast" else dollars(nano)
 
 
 def _changes_table(raises: list[Raise], limits: list[Limit], calendar: tzinfo) -> str:
@@ -252,6 +259,4 @@ def _changes_table(raises: list[Raise], limits: list[Limit], calendar: tzinfo) -
         for each in raises
     ]
     cells += [("limit", typed(each.scope), each.window, dollars(each.amount_nano), "--lift", each.who, each.why) for each in limits]
-    return tabulate(
-        cells, headers=("change", "of", "window", "amount", "until", "by", "why"), disable_numparse=True, maxcolwidths=[None] * 6 + [40]
-    )
+    return table(cells, ("change", "of", "window", "amount", "until", "by", "why"), right=("amount",))

@@ -5,30 +5,36 @@ import csv
 import difflib
 import io
 import json
-import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import tzinfo
 from pathlib import Path
 from typing import cast
 
 import click
-from tabulate import tabulate
 
 from gateway_addon import windows
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.cli.scopes import must_know, scope_of
-from gateway_addon.ledger import LedgerUnavailable, connect, reservations
+from gateway_addon.cli.tables import table
+from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservations
 from gateway_addon.ledger.reports import daily_totals, spending
+from gateway_addon.ledger.reports.day_cache import ReadConnection
+from gateway_addon.ledger.reports.forecast import CLOSED_DAYS_MIN, Forecast, forecasts, too_young
 from gateway_addon.ledger.reports.spending import DriftLine, Key, Notable, Only, Report, ReportLine
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.ledger.types import TOTAL
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, safe_name
-from gateway_addon.policy import outline
+from gateway_addon.policy import Outline, outline
 
-_HEADINGS = ("calls", "spent", "held", "mean", "cache hits", "out/max", "refused", "change")
-_SPARE = ("out/max", "cache hits", "mean", "change", "refused", "held")
+_HEADINGS = ("calls", "spent", "forecast", "held", "mean", "cache hits", "out/max", "refused", "change")
+_SPARE = ("out/max", "cache hits", "mean", "change", "refused", "held", "forecast")
+
+type Coming = Mapping[str, Sequence[Forecast]]
+"""The forecasts of each line's app in each window, and of all together under "total"; empty for a report that is not of this month."""
 CHANGE_MAX = 10
 """Times as much as before: beyond it a percentage says nothing."""
 
@@ -103,7 +109,10 @@ def report(
             drifts = (
                 [_named(each) for each in spending.drifts(db, since=start, until=end)] if key == "served" and only == spending.EVERY else []
             )
-            _show(_report(spending.report(db, key, since=start, until=end, then=then, only=only)), drifts, calendar, as_json, as_csv)
+            found_report = _report(spending.report(db, key, since=start, until=end, then=then, only=only))
+            is_this_month = key == "app" and then is None and not (since or until or last or team or model)
+            coming = _coming(db, found_report, app, outline(policies), now) if is_this_month else {}
+            _show(found_report, coming, drifts, calendar, as_json, as_csv)
 
 
 def _groupings(text: str) -> tuple[Key, Key | None]:
@@ -132,6 +141,17 @@ def _period(since: str | None, until: str | None, last: str | None, now: float, 
     return begins, ends
 
 
+def _coming(db: ReadConnection, found: Report, app: str | None, policies: Outline, now: float) -> Coming:
+    scopes = {line.key: app_scope(line.key) for line in found.lines} | {"total": app_scope(app) if app else TOTAL}
+    standings = reservations.standing(db, dict.fromkeys(scopes.values()), policies.windowed, now=now)
+    coming = forecasts(db, standings, now=now)
+    return {key: [each for each in coming if each.scope == scope] for key, scope in scopes.items()}
+
+
+def _at_end_nano(key: str, coming: Coming) -> int | None:
+    return next((each.at_end_nano for each in coming.get(key, ()) if each.window == "month"), None)
+
+
 # An older gateway kept names as they came: escapes for the terminal, megabytes.
 
 
@@ -153,13 +173,15 @@ def _notable(found: Notable | None) -> Notable | None:
     return found and replace(found, model=safe_name(found.model), line=replace(found.line, key=safe_name(found.line.key)))
 
 
-def _show(found: Report, drifts: list[DriftLine], calendar: tzinfo, as_json: bool, as_csv: bool) -> None:
+def _show(found: Report, coming: Coming, drifts: list[DriftLine], calendar: tzinfo, as_json: bool, as_csv: bool) -> None:
     if as_json:
-        click.echo(json.dumps(_document(found) | ({"drifts": [asdict(each) for each in drifts]} if found.by == "served" else {})))
+        click.echo(json.dumps(_document(found, coming) | ({"drifts": [asdict(each) for each in drifts]} if found.by == "served" else {})))
     elif as_csv:
-        click.echo(csv_text([_with_dollars(_figures(line, found.before)) for line in found.lines]), nl=False)
+        click.echo(csv_text([_with_dollars(_figures(line, found.before, coming)) for line in found.lines]), nl=False)
     else:
-        click.echo(f"{times.shown(found.since, calendar)} to {times.shown(found.until, calendar)}\n\n{_table(found)}")
+        click.echo(f"{times.shown(found.since, calendar)} to {times.shown(found.until, calendar)}\n\n{_table(found, coming)}")
+        if found.lines and coming:
+            click.echo("\n" + "\n".join(_forecast_sentences(coming)))
         if found.refusals:
             click.echo("\nRefused: " + ", ".join(f"{calls:,} {code}" for code, calls in found.refusals))
         if found.observed:
@@ -169,7 +191,17 @@ def _show(found: Report, drifts: list[DriftLine], calendar: tzinfo, as_json: boo
             click.echo(f"\nRefused by the provider at the shared key's limits (429): {by_key}")
         if drifts:
             click.echo("\nAnother model answered than the one asked for:")
-            click.echo(tabulate([_drift(each, calendar) for each in drifts], headers=("app", "asked", "served", "calls", "since", "last")))
+            headings = ("app", "asked", "served", "calls", "since", "last")
+            click.echo(table([_drift(each, calendar) for each in drifts], headings, right=("calls",)))
+
+
+def _forecast_sentences(coming: Coming) -> list[str]:
+    """Return what the column of forecasts is, which caps would be reached when, and where there is no forecast."""
+    named_once = {(each.scope, each.window): each for found in coming.values() for each in found}.values()
+    young = [key for key, found in coming.items() if found[0].closed_days < CLOSED_DAYS_MIN]
+    sentences = ["Forecast: for the end of this month, by the usual spending of each weekday."] if len(young) < len(coming) else []
+    sentences += [f"{each.sentence}." for each in named_once if each.reached_on is not None and each.window != "day"]
+    return sentences + ([too_young(young)] if young else [])
 
 
 def _drift(found: DriftLine, calendar: tzinfo) -> tuple[str, ...]:
@@ -177,36 +209,24 @@ def _drift(found: DriftLine, calendar: tzinfo) -> tuple[str, ...]:
     return found.app, found.asked, found.served, f"{found.calls:,}", first, last
 
 
-def _table(found: Report) -> str:
+def _table(found: Report, coming: Coming) -> str:
     if not found.lines:
         return f"No calls in this time. The first one needs a token: {PROGRAM} token issue APP"
     total, before = found.total, {"total": sum(found.before.values())}
-    rows = [*(_cells(line, found.before) for line in found.lines), _cells(total, before)]
-    headings = [found.by if found.then is None else f"{found.by} / {found.then}", *_HEADINGS]
-    without = {"change"} if not before["total"] or {found.by, found.then} & {"day", "month"} else set()
-    if without:
-        rows = [row[:-1] for row in rows]
-        headings.pop()
-    return fitted(rows, headings)
+    rows = [*(_cells(line, found.before, coming) for line in found.lines), _cells(total, before, coming)]
+    if not before["total"] or {found.by, found.then} & {"day", "month"}:
+        rows = [[*row[:-1], ""] for row in rows]
+    first = found.by if found.then is None else f"{found.by} / {found.then}"
+    return table(rows, [first, *_HEADINGS], right=_HEADINGS, drop_empty=("forecast", "change"), spare=_SPARE, has_total=True)
 
 
-def fitted(rows: list[list[str]], headings: list[str]) -> str:
-    """Return a table, its last row the total, that fits the terminal: what matters least is left out first."""
-    table = [*rows[:-1], [""] * len(headings), rows[-1]]
-    shown = tabulate(table, headers=headings, disable_numparse=True, colalign=("left", *["right"] * (len(headings) - 1)))
-    width = shutil.get_terminal_size((0, 0)).columns  # 0: this is no terminal
-    spare = next((name for name in _SPARE if name in headings), None)
-    if not width or spare is None or max(map(len, shown.splitlines())) <= width:
-        return shown
-    at = headings.index(spare)
-    return fitted([row[:at] + row[at + 1 :] for row in rows], headings[:at] + headings[at + 1 :])
-
-
-def _cells(line: ReportLine, before: dict[str, int]) -> list[str]:
+def _cells(line: ReportLine, before: dict[str, int], coming: Coming) -> list[str]:
+    at_end_nano = _at_end_nano(line.key, coming)
     return [
         line.key,
         f"{line.calls:,}",
         cents(line.spent_nano) + ("*" if line.estimated else ""),
+        "" if at_end_nano is None else cents(at_end_nano),
         cents(line.held_nano) if line.held_nano else "",
         "" if line.mean_nano is None else cents(line.mean_nano),
         _percent(line.cache_hit_share),
@@ -228,21 +248,27 @@ def _change(spent_nano: int, before_nano: int) -> str:
     return f"{(spent_nano - before_nano) / before_nano:+.0%}"
 
 
-def _figures(line: ReportLine, before: dict[str, int]) -> dict[str, object]:
+def _figures(line: ReportLine, before: dict[str, int], coming: Coming) -> dict[str, object]:
     shares = {"mean_nano": line.mean_nano, "cache_hit_share": line.cache_hit_share, "output_share": line.output_share}
-    return asdict(line) | shares | {"spent_before_nano": before.get(line.key, 0)}
+    later = {"forecast_nano": _at_end_nano(line.key, coming)} if coming else {}
+    return asdict(line) | shares | {"spent_before_nano": before.get(line.key, 0)} | later
 
 
-def _document(found: Report) -> dict[str, object]:
+def _document(found: Report, coming: Coming) -> dict[str, object]:
     return {
         "by": found.by if found.then is None else f"{found.by},{found.then}",
         "since": found.since,
         "until": found.until,
-        "lines": [_figures(line, found.before) for line in found.lines],
-        "total": _figures(found.total, {"total": sum(found.before.values())}),
+        "lines": [_figures(line, found.before, coming) for line in found.lines],
+        "total": _figures(found.total, {"total": sum(found.before.values())}, coming),
+        **({"forecasts": {key: [_forecast(each) for each in its] for key, its in coming.items()}} if coming else {}),
         "refusals": dict(found.refusals),
         "observed": dict(found.observed),
     }
+
+
+def _forecast(found: Forecast) -> dict[str, object]:
+    return found._asdict() | {"reached_on": found.reached_on and found.reached_on.isoformat()}
 
 
 def _with_dollars(figures: dict[str, object]) -> dict[str, object]:
@@ -306,7 +332,7 @@ def _show_alerts(found: list[dict[str, object]], calendar: tzinfo, as_json: bool
         click.echo("No alerts.")
     else:
         rows = [(times.shown(cast(float, each["at"]), calendar), each["sentence"], _told(each, calendar)) for each in found]
-        click.echo(tabulate(rows, headers=("when", "what", "sent"), disable_numparse=True, maxcolwidths=[None, 90, None]))
+        click.echo(table(rows, ("when", "what", "sent")))
 
 
 def _told(alert: dict[str, object], calendar: tzinfo) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self, cast
 
 from gateway_addon.ledger import orphans, reservations, state
+from gateway_addon.ledger.reports.forecast import Forecast, forecasts
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.commit_queue import CommitQueue
 from gateway_addon.ledger.store.interface import EVERYTHING, Store, driver
@@ -280,6 +281,10 @@ class Ledger:
     async def capped(self, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
         """Return the standing of each of these caps. Raises LedgerUnavailable."""
         return await self.look(partial(reservations.capped, caps=caps, now=self._at(now)))
+
+    async def forecasts(self, standings: Sequence[Standing], *, now: float) -> tuple[Forecast, ...]:
+        """Return the forecast of each standing. Raises LedgerUnavailable."""
+        return await self.look(partial(forecasts, standings=standings, now=self._at(now)))
 
     async def pauses(self, *, now: float) -> tuple[Pause, ...]:
         """Return the pauses in force. Raises LedgerUnavailable."""

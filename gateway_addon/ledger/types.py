@@ -331,7 +331,7 @@ class TokenLookup:
 
 type Facts = Mapping[str, str | int | float | None]
 
-AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "redirect", "policy", "retirement"]
+AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "redirect", "policy", "retirement", "forecast"]
 
 
 @dataclass(frozen=True, slots=True)

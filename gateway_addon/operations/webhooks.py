@@ -44,6 +44,9 @@ class AlertDelivery:
         self._models_looked: tuple[str, int] | None = None
         """The policy and the day for which its models were looked at."""
 
+        self._forecasts_looked: tuple[str, int] | None = None
+        """The policy and the hour for which its caps were forecast."""
+
     def emit(self, alert: Alert) -> None:
         """Tell this soon. Never waits."""
         self._news.append(alert)
@@ -55,6 +58,7 @@ class AlertDelivery:
             await self._once(self._news[0], policy)
             self._news.popleft()
         await self._look_at_caps(policy)
+        await self._look_at_forecasts(policy)
 
     def _look_at_models(self, policy: GatewayPolicy) -> None:
         now = self._clock()
@@ -79,6 +83,18 @@ class AlertDelivery:
                 await self._once(alert, policy)
             still.update((alert.scope, alert.once) for alert in reached)
         self._passed = frozenset(still)
+
+    async def _look_at_forecasts(self, policy: GatewayPolicy) -> None:
+        """Alert of caps that would be reached before their windows end. Once an hour: a forecast moves with the days that are over."""
+        now = self._clock()
+        look = (policy.digest, int(now) // alerts.HOUR_S)
+        if look == self._forecasts_looked:
+            return
+        standings = await self._ledger.capped(all_caps(policy), now=now)
+        for standing, coming in zip(standings, await self._ledger.forecasts(standings, now=now), strict=True):
+            if (alert := alerts.forecast(coming, standing.starts_at)) is not None:
+                await self._once(alert, policy)
+        self._forecasts_looked = look
 
     async def _once(self, alert: Alert, policy: GatewayPolicy) -> None:
         wanted = alerts.rule(policy, alert.scope).webhook is not None

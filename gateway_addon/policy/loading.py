@@ -15,7 +15,7 @@ from gateway_addon import pricing
 from gateway_addon.names import PROGRAM
 from gateway_addon.policy.keys import APP, GATEWAY, NAME
 from gateway_addon.policy.kinds import REQUIRED, Key, record
-from gateway_addon.policy.model import AppPolicy, CapWindow, GatewayPolicy, Models
+from gateway_addon.policy.model import AppPolicy, Cap, CapWindow, GatewayPolicy, Models
 from gateway_addon.policy.rules import matching
 from gateway_addon.pricing import LISTED_BY, PriceError, Prices
 from gateway_addon.yaml_file import FileError as PolicyError
@@ -74,6 +74,12 @@ class Outline(NamedTuple):
     @property
     def apps(self) -> list[str]:
         return [scope.removeprefix("app:") for scope in self.caps if scope.startswith("app:")]
+
+    @property
+    def windowed(self) -> tuple[Cap, ...]:
+        """Return the caps of every window that can be read: a single request's are not counted in one."""
+        found = ((scope, window, nano) for scope, caps in self.caps.items() for window, nano in (caps or {}).items())
+        return tuple(Cap(*each) for each in found if each[1] != "request")
 
 
 def outline(directory: Path) -> Outline:

@@ -2,16 +2,19 @@
 
 import json
 import time
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from gateway import APP, write_policies
-from ledgers import CALL, Cap
+from ledgers import CALL, Cap, spend
 
 from gateway_addon.calls.responses import me
 from gateway_addon.cli import main
 from gateway_addon.ledger import Reserved, admin, connect, reservations
+from gateway_addon.ledger.reports.forecast import forecasts
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.policy import caps, load
 
@@ -200,5 +203,36 @@ def test_explain_and_me_say_raise_and_limit(here):
     policy = load(here / "policies")
     with connect.reading(here / "gateway.db") as db:
         stands = reservations.standing(db, ["app:reports"], caps(policy, policy.apps["reports"]), now=time.time())
-    [day] = [each for each in me(policy.apps["reports"], stands).body["windows"] if each["window"] == "day"]
+        coming = forecasts(db, stands, now=time.time())
+    [day] = [each for each in me(policy.apps["reports"], stands, coming).body["windows"] if each["window"] == "day"]
     assert (day["cap"], day["raised"], day["limit"], day["limit_nano"]) == ("$1.00", "$5.00", "$1.00", DOLLAR)
+
+
+def test_report_app_show_and_me_tell_one_forecast(here):
+    """Five days of ten dollars each, and five so far today; a cap of a hundred without an end is reached in the fourth day from now."""
+    (here / "policies/apps/reports.yaml").write_text(REPORTS.replace("day: $10", "month: $9000, ever: $100"))
+    now = time.time()
+    with connect.changing(here / "gateway.db") as db:
+        admin.issue_token(db, "app", "d2", who="test", now=now)
+        for day in range(1, 6):
+            spend(db, now - day * 86_400, 10 * DOLLAR)
+        spend(db, now, 5 * DOLLAR)
+        spend(db, now, DOLLAR, replace(CALL, app="app", team=None, token_id=2))
+    policy = load(here / "policies")
+    with connect.reading(here / "gateway.db") as db:
+        stands = reservations.standing(db, ["app:reports"], caps(policy, policy.apps["reports"]), now=now)
+        windows = {each["window"]: each for each in me(policy.apps["reports"], stands, forecasts(db, stands, now=now)).body["windows"]}
+        day = datetime.fromtimestamp(now, reservations.zone(db)).date() + timedelta(days=4)
+    assert (windows["ever"]["cap_reached_on"], windows["ever"]["forecast"], windows["ever"]["forecast_days"]) == (day.isoformat(), None, 5)
+    assert windows["day"]["forecast"] == "$10.00"
+    report = told("report")
+    lines = {line["key"]: line["forecast_nano"] for line in [*report["lines"], report["total"]]}
+    assert (lines["reports"], lines["app"]) == (windows["month"]["forecast_nano"], None)
+    assert lines["total"] == lines["reports"]
+    shown = {each["window"]: (each["forecast_nano"], each["cap_reached_on"]) for each in told("app show reports")["caps"] if each["scope"] == "app:reports"}
+    assert shown == {"month": (lines["reports"], None), "ever": (None, day.isoformat())}
+    sentence = f"app reports would reach the cap in all, $100.00, on {day:%A}, {day}, at the pace of the last 5 days."
+    assert sentence in gateway("report").output
+    young = "No forecast yet for app: it takes 3 days that are over since the first call."
+    assert young in gateway("report").output
+    assert "forecast" not in gateway("report --since 30d").output, "of a period that ends now, not with the month"

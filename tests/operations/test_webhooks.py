@@ -11,10 +11,10 @@ from functools import partial
 
 import pytest
 from gateway import gateway
-from ledgers import NOON, new_ledger, rows, until
+from ledgers import NOON, new_ledger, rows, spend, until
 
 from gateway_addon.calls import alerts
-from gateway_addon.ledger import Alert, Ledger, LedgerUnavailable, Resolution, Standing
+from gateway_addon.ledger import Alert, Ledger, LedgerUnavailable, Resolution, Standing, connect
 from gateway_addon.operations import jobs
 from gateway_addon.operations.reload import PolicyWatcher
 from gateway_addon.operations.webhooks import AlertDelivery
@@ -274,6 +274,24 @@ async def test_spending_is_told_once_by_the_highest_threshold(tmp_path):
             assert [(body["kind"], body["scope"], body["threshold_percent"]) for body in bodies] == [("threshold", "app:app", 20)]
             assert rows(tmp_path / "gateway.db", "SELECT once FROM alerts ORDER BY id")[-1][0].endswith(" 20")
             assert len(delivered(tmp_path)) == 2
+
+
+async def test_a_cap_that_would_be_reached_is_told_once(tmp_path, ledger):
+    """A week of days that used a tenth of a cap each; a restart, another process and the next hour tell it no second time."""
+    found = policy(tmp_path, "alerts: {webhook: {env: HOOK}, at: [99%]}\ncaps: {ever: $1}")
+    with connect.changing(tmp_path / "gateway.db") as db:
+        for day in range(4):
+            spend(db, time.time() - day * 86_400, DOLLAR // 10)
+    with hook() as (address, bodies):
+        for hours in (0, 0, 2):
+            delivery = AlertDelivery(ledger, {Source("env", "HOOK"): address}.__getitem__, lambda hours=hours: time.time() + hours * 3600)
+            await delivery.look(found)
+            await delivery.look(found)
+            await delivery.deliver(found)
+    [body] = bodies
+    assert (body["kind"], body["scope"], body["window"], body["cap_nano"]) == ("forecast", "total", "ever", DOLLAR)
+    assert body["text"].startswith("gateway: all apps together would reach the cap in all, $1.00, on ")
+    assert body["cap_reached_on"] in body["text"]
 
 
 @pytest.fixture

@@ -90,6 +90,7 @@ async def test_an_app_learns_where_it_stands_and_nothing_of_others(tmp_path):
     assert (stands["day"]["cap"], stands["month"]["cap"], stands["week"]["cap"]) == ("$2.00", "$9.00", None)
     assert (stands["day"]["spent_nano"], stands["day"]["held_nano"], stands["day"]["free_nano"]) == (spent_nano, 0, 2_000_000_000 - spent_nano)
     assert stands["day"]["resets_at"] % 86_400 == 0
+    assert (stands["month"]["forecast"], stands["month"]["forecast_days"], stands["month"]["cap_reached_on"]) == (None, 0, None)
     assert "other" not in json.dumps(me)
 
 

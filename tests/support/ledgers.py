@@ -104,7 +104,7 @@ def rows(path: Path | ServerAddress, sql: str, *values: object) -> list[tuple]:
 
 def spend(db: sqlite3.Connection, now: float, nano: int = 10, call: NewCall = CALL) -> int:
     """Book a call that came to so much. Returns its number."""
-    call_id = reservations.reserve(db, "me", call, 100, [], now=now).call_id
+    call_id = reservations.reserve(db, "me", call, max(100, nano), [], now=now).call_id
     reservations.settle(db, call_id, Settlement(nano, (Part(nano),), Outcome(status=200)), now=now)
     return call_id
 
