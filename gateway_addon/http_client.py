@@ -21,6 +21,8 @@ import certifi  # brought by mitmproxy, which trusts these where nobody says oth
 BODY_BYTES_MAX = 64 * 2**20
 PIECE_BYTES = 64 * 1024
 PORTS = {"https": 443, "http": 80}
+METADATA = frozenset({"fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"})
+"""Metadata services of clouds that are not at a link-local address (AWS over IPv6, Alibaba, Azure, Oracle)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +112,12 @@ def ask(
     credential: Credential | None = None,
     body: bytes | None = None,
     inside: bool = False,
+    guarded: bool = False,
 ) -> Iterator[Answer]:
     """Send one request; read the answer within the block. Raises Unanswered, whose sentence begins with `whose`.
 
     `timeout_s` limits each wait: for one address, for the answer, for more of it. `inside`: plain http reaches no public address.
+    `guarded`, for an address that somebody else may have named: no metadata service of a cloud, and plain http inside this machine alone.
     """
     parts = _parts(url, whose)
     if credential is not None:
@@ -121,6 +125,10 @@ def ask(
     with _unanswered(whose):
         if inside and parts.scheme == "http" and _is_public(parts):
             raise Unanswered(f"{whose} has a public address, and plain http can be read on the way there: use https")
+        if guarded and parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+            raise Unanswered(f"{whose} is plain http, which is for this machine alone: use https")
+        if guarded and any(_is_metadata(each) for each in _addresses(parts, way)):
+            raise Unanswered(f"{whose} is at the address of a cloud's metadata service, which is never asked")
         connection = _connection(parts, way, timeout_s)
     with closing(connection):
         with _unanswered(whose):
@@ -179,9 +187,24 @@ def _is_loopback(host: str) -> bool:
 
 def _is_public(parts: SplitResult) -> bool:
     """Return whether any address of the host is one of the internet's. Raises OSError where it has none."""
-    found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+    return any(each.is_global for each in _addresses(parts, STRAIGHT))
+
+
+def _addresses(parts: SplitResult, way: Egress) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Return the addresses of a host, as far as they are known here: behind a proxy a name is not. Raises OSError where it has none."""
+    flags = socket.AI_NUMERICHOST if way.proxy is not None else 0
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM, flags=flags)
+    except socket.gaierror:
+        if way.proxy is not None:
+            return []
+        raise
     addresses = (ipaddress.ip_address(str(each[4][0]).partition("%")[0]) for each in found)
-    return any((getattr(each, "ipv4_mapped", None) or each).is_global for each in addresses)
+    return [getattr(each, "ipv4_mapped", None) or each for each in addresses]
+
+
+def _is_metadata(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return address.is_link_local or str(address) in METADATA
 
 
 def _connection(parts: SplitResult, way: Egress, timeout_s: float) -> http.client.HTTPConnection:

@@ -32,6 +32,11 @@ TABLE: dict[str, RefusalKind] = {
     "token_address": RefusalKind(401, "authentication_error", False),
     "token_noise": RefusalKind(429, "rate_limit_error", False),
     "token_proxy": RefusalKind(407, "authentication_error", False),
+    "identity_invalid": RefusalKind(401, "authentication_error", False),
+    "identity_expired": RefusalKind(401, "authentication_error", False),
+    "identity_unknown": RefusalKind(403, "permission_error", False),
+    "identity_ambiguous": RefusalKind(403, "permission_error", False),
+    "identity_unavailable": RefusalKind(503, "api_error", True),
     # what
     "app_unknown": RefusalKind(403, "permission_error", False),
     "app_paused": RefusalKind(403, "permission_error", False),

@@ -224,6 +224,37 @@ def test_plain_http_stays_inside_the_network(address, may, monkeypatch):
             pass
 
 
+METADATA = ["169.254.169.254", "fe80::1%1", "::ffff:169.254.170.2", "fd00:ec2::254", "100.100.100.200"]
+
+
+@pytest.mark.parametrize("address", METADATA)
+def test_a_guarded_question_is_never_a_metadata_services(address, monkeypatch):
+    """Whoever names an address in a document could else have the gateway ask there; one among those of a name is enough to refuse it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(family, socket.SOCK_STREAM, 6, "", (each, 443)) for each in ("10.0.0.1", address)])
+    monkeypatch.setattr(http_client, "_connection", lambda *_: (_ for _ in ()).throw(ConnectionRefusedError))
+    for guarded, said in ((True, "metadata service"), (False, "ConnectionRefusedError")):
+        with pytest.raises(Unanswered, match=said):
+            with ask("https://issuer.corp/keys", "the issuer", timeout_s=1, guarded=guarded):
+                pass
+
+
+@pytest.mark.parametrize(("host", "said"), [("10.0.0.1", "plain http, which is for this machine alone"), ("127.0.0.1", "ConnectionRefusedError")])
+def test_a_guarded_question_in_plain_stays_on_this_machine(host, said, monkeypatch):
+    monkeypatch.setattr(http_client, "_connection", lambda *_: (_ for _ in ()).throw(ConnectionRefusedError))
+    with pytest.raises(Unanswered, match=said):
+        with ask(f"http://{host}/keys", "the issuer", timeout_s=1, guarded=True):
+            pass
+
+
+def test_behind_a_proxy_a_name_is_the_proxys_to_resolve(monkeypatch):
+    monkeypatch.setattr(http_client, "_connection", lambda *_: (_ for _ in ()).throw(ConnectionRefusedError))
+    for host, said in (("issuer.invalid", "ConnectionRefusedError"), ("169.254.169.254", "metadata service")):
+        with pytest.raises(Unanswered, match=said):
+            with ask(f"https://{host}/keys", "the issuer", timeout_s=1, guarded=True, way=http_client.Egress(("proxy", 3128), "egress.proxy")):
+                pass
+
+
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/", "https://", "https://[::1/", "https://x:port/", "https://x:0/", "https://x/é", "x"])
 def test_an_address_that_is_none_is_said_without_showing_it(url):
     with pytest.raises(Unanswered, match=r"^the webhook has an address that is not of the form https://HOST/PATH$"):

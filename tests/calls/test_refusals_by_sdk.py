@@ -163,6 +163,10 @@ ELSEWHERE = {
     "crowded": "memory is the limit: tests/test_scale.py",
     "token_noise": "sixty refusals come before it: tests/test_noise.py",
     "token_proxy": "gateway local alone: tests/test_local.py",
+    **dict.fromkeys(
+        ("identity_invalid", "identity_expired", "identity_unknown", "identity_ambiguous", "identity_unavailable"),
+        "needs an issuer: tests/calls/test_identities.py",
+    ),
     "upgrade": "the SDK does not upgrade: tests/test_upgrade.py",
     "browser": "the SDK sends no OPTIONS: tests/test_wrong_paths.py",
     "request": "the SDK's HTTP is well-formed: tests/test_wire.py",
