@@ -12,7 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from gateway_addon.identity.trust import ALGORITHMS, KeySource
 from gateway_addon.messages.header_filter import OWN
+from gateway_addon.policy import trusting
 from gateway_addon.policy.kinds import (
     AMOUNT,
     BOOLEAN,
@@ -233,6 +235,32 @@ _MAX_TOKENS = either(
     ValueKind(lambda node, spot: MaxTokens(COUNT.read(node, spot)), COUNT.schema, COUNT.written), record(MaxTokens, _LIMIT)
 )
 
+_KEYS_OF_ISSUER = one_of(
+    KeySource,
+    {
+        "url": parsed(trusting.web_address, {"type": "string", "format": "uri"}, "an https address"),
+        "file": text(what="a path"),
+        "inline": parsed(trusting.inline_keys, {"type": "string"}, "a JWK set (JSON)"),
+    },
+)
+_ISSUER = {
+    "url": Key(
+        parsed(trusting.issuer_address, {"type": "string"}, "an https address"),
+        "its `iss`, to the letter; `spiffe://DOMAIN` for a trust domain whose tokens have none",
+    ),
+    "keys": Key(
+        _KEYS_OF_ISSUER, "where its public keys (JWK set) are; unless given, where its discovery document says", KeySource("discovery")
+    ),
+    "algorithms": Key(listing(word(*ALGORITHMS)), "by which it signs; `RS256, ES256` unless given", ("RS256", "ES256")),
+    "lifetime": Key(SECONDS, "the longest life of a token, from `iat` to `exp`; an hour unless given", 3600.0),
+    "skew": Key(SECONDS, "by how much its clock and ours may differ; 60 s unless given", 60.0),
+}
+_WORKLOAD = {
+    "issuer": Key(_NAMES, "the name of an issuer in gateway.yaml"),
+    "subject": Key(text(), "the token's `sub`, to the letter; a beginning ends in `*` and stands beside a claim that is an id", None),
+    "claims": Key(mapping(text(what="a text")), "further claims, to the letter: `{repository_id: 456}`", MappingProxyType({})),
+}
+
 APP: dict[str, Key] = {
     "models": _group(
         Models,
@@ -304,6 +332,10 @@ APP: dict[str, Key] = {
     "observe": Key(listing(word(*OBSERVABLE)), "rules that are only observed while the others are enforced", ()),
     "served": Key(word("any", "exact"), "`exact` raises an alert when another model answers than the one asked", "any"),
     "addresses": Key(listing(_NETWORK), "networks its tokens may be used from; anywhere unless given", ()),
+    "workloads": Key(
+        listing(record(trusting.rule, _WORKLOAD)), "whose identity tokens are this app's, beside its own tokens; nobody's unless given", (),
+        _WORKLOAD,
+    ),
 }
 
 _TIMEOUTS = {
@@ -369,6 +401,11 @@ GATEWAY: dict[str, Key] = {
         "request headers that are sent on beside those that the Claude API knows; no others unless given",
         (),
     ),
+    "issuers": Key(
+        mapping(record(trusting.issuer, _ISSUER)), "whose identity tokens (OpenID Connect) are believed, by a name of yours",
+        MappingProxyType({}), {"NAME": _group(trusting.issuer, _ISSUER, "one issuer")},
+    ),
+    "audience": Key(text(), "whom an identity token must be for (its `aud`); must be given where issuers are", None),
     "ledger_mode": Key(
         _MODE, "who may open a ledger that is a file: `0640` lets its group read it while a gateway runs, `0600` unless given", 0o600
     ),

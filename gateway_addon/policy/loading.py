@@ -12,7 +12,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gateway_addon import pricing
+from gateway_addon.identity.trust import Issuer
 from gateway_addon.names import PROGRAM
+from gateway_addon.policy import trusting
 from gateway_addon.policy.keys import APP, GATEWAY, NAME
 from gateway_addon.policy.kinds import REQUIRED, Key, record
 from gateway_addon.policy.model import AppPolicy, Cap, CapWindow, GatewayPolicy, Models
@@ -46,11 +48,12 @@ def load(directory: Path) -> GatewayPolicy:
         with problems.noted():
             apps[Path(name).stem] = parse_app(
                 file.shown, _text(file), prices or pricing.load(), general and general["teams"],
-                workspace_geo=general["workspace_geo"] if general else "unknown",
+                workspace_geo=general["workspace_geo"] if general else "unknown", issuers=general and general["issuers"],
             )  # fmt: skip
     problems.say()
     assert general is not None
     assert prices is not None
+    trust = trusting.trust(general.pop("audience"), general.pop("issuers"), apps)
     digest = hashlib.sha256(prices.digest.encode())
     for name, file in (("gateway.yaml", gateway_file), *files.items()):
         digest.update(f"\0{name}\0{len(file.content)}\0".encode() + file.content)
@@ -58,7 +61,7 @@ def load(directory: Path) -> GatewayPolicy:
     if (directory / "prices.yaml").exists():
         texts["prices.yaml"] = _text(_File("prices.yaml", _bytes(directory, directory / "prices.yaml")))
     return GatewayPolicy(
-        **general, apps=MappingProxyType(apps), prices=prices, digest=digest.hexdigest(), texts=MappingProxyType(texts)
+        **general, apps=MappingProxyType(apps), trust=trust, prices=prices, digest=digest.hexdigest(), texts=MappingProxyType(texts)
     )  # fmt: skip
 
 
@@ -115,15 +118,16 @@ def parse_gateway(file: str, text: str) -> dict[str, Any]:
     values: dict[str, Any] = record(dict, GATEWAY).read(compose(file, text), Spot(file))
     if wrong := [team for team in values["teams"] if re.fullmatch(NAME, team) is None]:
         raise PolicyError("\n".join(f"{file}: teams.{team}: not a name; use lower-case letters, digits, - and _" for team in wrong))
-    return values
+    return values | {"issuers": trusting.named_issuers(file, values["issuers"], values["audience"], NAME)}
 
 
 def parse_app(
-    file: str, text: str, prices: Prices, teams: Mapping[str, Any] | None, *, workspace_geo: str = "unknown"
-) -> AppPolicy:
+    file: str, text: str, prices: Prices, teams: Mapping[str, Any] | None, *, workspace_geo: str = "unknown",
+    issuers: Mapping[str, Issuer] | None = None,
+) -> AppPolicy:  # fmt: skip
     """Return the policy of the app that the file is named after. Every model it names must have a price. Raises PolicyError.
 
-    `teams` None: they are unknown, because gateway.yaml cannot be read.
+    `teams` and `issuers` None: they are unknown, because gateway.yaml cannot be read.
     """
     node, spot, problems = compose(file, text), Spot(file), Problems()
     values: dict[str, Any] = {}
@@ -146,6 +150,10 @@ def parse_app(
         for model in fallbacks.default if fallbacks else ():
             if prices.canonical(model) is None:
                 raise spot.at("features.fallbacks.default").error(found["features"][1], f"{model} has no price{_near(model, prices)}")
+    with problems.noted():
+        if "workloads" in found and issuers is not None:
+            node = found["workloads"][1]
+            values["workloads"] = trusting.workload_rules(node, spot.at("workloads"), value("workloads"), issuers)
     problems.say()
     return AppPolicy(name=Path(file).stem, file=file, workspace_geo=workspace_geo, **values)  # type: ignore[arg-type]
 

@@ -6,6 +6,7 @@ from ipaddress import IPv4Network, IPv6Network
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from gateway_addon.identity.trust import Trust, WorkloadRule
 from gateway_addon.pricing import Prices
 
 CapWindow = Literal["request", "day", "week", "month", "ever"]
@@ -144,6 +145,8 @@ class AppPolicy:
     """Rules (of OBSERVABLE) that only record what they would refuse; the other rules are enforced."""
     served: Literal["exact", "any"]
     addresses: tuple[IPv4Network | IPv6Network, ...]
+    workloads: tuple[WorkloadRule, ...]
+    """Whose identity tokens are this app's."""
     workspace_geo: Literal["global", "us", "unknown"]
     """The gateway's setting, repeated here because the quote of a request depends on it."""
 
@@ -175,6 +178,8 @@ class GatewayPolicy:
     alerts: Alerts
     workspace_geo: Literal["global", "us", "unknown"]
     apps: Mapping[str, AppPolicy]
+    trust: Trust | None
+    """Whose identity tokens are believed, and whose they are; None: nobody's are."""
     prices: Prices
     digest: str
     """SHA-256 over the files' names and bytes and the prices' digest."""
