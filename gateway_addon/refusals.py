@@ -83,6 +83,8 @@ class Refusal:
     code: str
     sentence: str
     retry_after_s: int | None = None
+    more_headers: tuple[tuple[str, str], ...] = ()
+    """Headers of this refusal beside those of every one."""
 
     @property
     def status(self) -> int:
@@ -98,7 +100,7 @@ class Refusal:
             headers["x-should-retry"] = "false"
         if self.retry_after_s is not None:
             headers["retry-after"] = str(self.retry_after_s)
-        return headers
+        return headers | dict(self.more_headers)
 
     def body(self, request_id: str) -> bytes:
         """The API's error envelope (platform documentation, "Errors")."""

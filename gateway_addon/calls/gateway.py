@@ -33,6 +33,7 @@ from gateway_addon.calls.refusal_messages import denied, rate_reached, throttled
 from gateway_addon.calls.responses import OwnResponse, me, visible_models
 from gateway_addon.calls.running import Admission, InFlightCall
 from gateway_addon.calls.settlement import EndedBy, Void, drifted, settle
+from gateway_addon.calls.spend_limit import usage
 from gateway_addon.calls.top_ups import Cut, RunningStreams
 from gateway_addon.calls.workspace import Workspace
 from gateway_addon.clocks import SYSTEM, Clocks
@@ -147,8 +148,8 @@ class Gateway:
         if isinstance(endpoint, Refusal):
             better = wrong_paths.refusal(method, target, base_url)
             return self._refused(caller.app, caller.token, "unknown", better or endpoint, now)
-        if endpoint == "me":
-            return await self._me(caller.app, now)
+        if endpoint in ("me", "usage"):
+            return await self._standing(caller.app, endpoint, now)
         return AuthenticatedRequest(caller.app, caller.token, endpoint, self.policy, self._clocks.monotonic_s(), caller.overruns)
 
     def _rejected(self, caller: Rejected, address: str, endpoint: str, now: float) -> Refusal:
@@ -377,14 +378,16 @@ class Gateway:
         problems = {"policy_problem": self.policy_problem, "key_problem": self.key_problem}
         return health | {name: problem for name, problem in problems.items() if problem is not None}
 
-    async def _me(self, app: AppPolicy, now: float) -> OwnResponse | Refusal:
+    async def _standing(self, app: AppPolicy, endpoint: str, now: float) -> OwnResponse | Refusal:
+        """Tell an app how its own caps stand: in this gateway's words (`me`) or in those of Claude Code (`usage`)."""
         limits = tuple(cap for cap in caps(self.policy, app) if cap.scope == f"app:{app.name}")
         try:
             standings = await self.ledger.standing([f"app:{app.name}"], limits, now=now)
-            coming = await self.ledger.forecasts(standings, now=now)
+            if endpoint == "usage":
+                return OwnResponse(usage(app.name, standings))
+            return me(app, standings, await self.ledger.forecasts(standings, now=now))
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
-        return me(app, standings, coming)
 
     def upstream_headers(self, caller: AuthenticatedRequest, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
         """Record the shared key's limits; emit an alert where the upstream refuses the key, or redirects."""

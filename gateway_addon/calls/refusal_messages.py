@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from gateway_addon.calls.quote import Quote
 from gateway_addon.calls.running import InFlightCall
+from gateway_addon.calls.spend_limit import rejected_headers
 from gateway_addon.identity.client_address import FORWARDED_FOR
 from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
 from gateway_addon.identity.tokens import ISSUE
@@ -67,7 +68,8 @@ def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, quote: Qu
         way_out = f"the operator's limit holds ({PROGRAM} cap list), and {PROGRAM} cap limit {whom} {standing.window} --lift takes it away"
     else:
         way_out = f"{PROGRAM} cap raise {whom} {standing.window} AMOUNT --until DATE"
-    return Refusal("cap_spent", f"{stands}.{reset} To go on before: {way_out}.", denial.retry_after_s)
+    headers = rejected_headers(app.name, standing)
+    return Refusal("cap_spent", f"{stands}.{reset} To go on before: {way_out}.", denial.retry_after_s, headers)
 
 
 def paused(pause: Pause) -> Refusal:

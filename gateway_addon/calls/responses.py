@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gateway_addon.calls.spend_limit import allowed_headers
 from gateway_addon.ledger import Standing, app_scope
 from gateway_addon.ledger.reports.forecast import Forecast
 from gateway_addon.money import dollars
@@ -43,9 +44,9 @@ def note_header(note: str | None) -> list[tuple[str, str]]:
 
 
 def cap_headers(app: str, standings: Sequence[Standing]) -> list[tuple[str, str]]:
-    """Return the `x-gateway-cap-WINDOW` headers: how the app's own caps stood at admission, the call's reservation included."""
+    """Return how the app's own caps stood at admission: `x-gateway-cap-WINDOW`, with the call's reservation, and what Claude Code reads."""
     own = [standing for standing in standings if standing.scope == app_scope(app) and standing.cap_nano is not None]
-    return [(f"x-gateway-cap-{standing.window}", _header(standing)) for standing in own]
+    return [*((f"x-gateway-cap-{standing.window}", _header(standing)) for standing in own), *allowed_headers(app, own)]
 
 
 def edited_text(changes: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

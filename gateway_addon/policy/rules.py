@@ -28,7 +28,7 @@ THINKING_TOKENS_MIN = 1_024
 """The API's least budget of thinking, which has to be below `max_tokens`."""
 CLAMPED = ("max_tokens", "thinking", "fallbacks")
 """The fields that a clamp rewrites."""
-_ALWAYS = ("hello", "healthz", "me")
+_ALWAYS = ("hello", "healthz", "me", "usage")
 
 
 def judge(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Refusal | None:

@@ -227,7 +227,7 @@ async def test_what_frames_an_answer_takes_bounded_memory(tmp_path, path, first,
             assert sent < 64 * LONG, "the connection was closed"
 
 
-OURS = ("x-gateway-refusal: cap_spent", "X-Gateway-Cap-Day: spent=$0", "x-should-retry: true", "trailer: x", "alt-svc: h3=':443'")
+OURS = ("x-gateway-refusal: cap_spent", "X-Gateway-Cap-Day: spent=$0", "x-should-retry: true", "trailer: x", "alt-svc: h3=':443'", "anthropic-ratelimit-unified-status: rejected")
 
 
 @PATHS
@@ -239,7 +239,8 @@ async def test_an_upstream_cannot_speak_as_the_gateway(tmp_path, path):
         assert top.startswith(b"HTTP/1.1 200 O K [2J \r\n"), top
         assert not set(top.replace(b"\r\n", b"")) & {0, 10, 13, 27}
         names = [line.partition(b":")[0] for line in top.split(b"\r\n")[1:]]
-        assert names == [b"x-good", b"content-type", b"content-length", b"x-gateway-cap-day"]
+        assert [name for name in names if b"unified" not in name] == [b"x-good", b"content-type", b"content-length", b"x-gateway-cap-day"]
+        assert (top.count(b"unified-status"), b"unified-status: allowed" in top) == (1, True)
 
 
 @PATHS
