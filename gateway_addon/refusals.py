@@ -51,6 +51,7 @@ TABLE: dict[str, RefusalKind] = {
     "unknown_field": RefusalKind(403, "permission_error", False),
     "max_tokens": RefusalKind(403, "permission_error", False),
     "requirement": RefusalKind(403, "permission_error", False),
+    "label": RefusalKind(403, "permission_error", False),
     "replay": RefusalKind(403, "permission_error", False),
     "not_found": RefusalKind(404, "not_found_error", False),
     "unsettled": RefusalKind(409, "conflict_error", True),

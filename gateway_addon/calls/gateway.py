@@ -168,6 +168,8 @@ class Gateway:
     async def admit(self, caller: AuthenticatedRequest, request: Request, now: float) -> Admission | Permit | OwnResponse | Refusal:
         """Judge a request by its policy, and reserve what it can cost. On return the reservation is durable."""
         app, prices, endpoint = caller.app, caller.policy.prices, caller.endpoint
+        if caller.token.labels:
+            request = replace(request, fixed_labels=caller.token.labels)
         judgement = await self._judging.judge(
             endpoint, request.body, judge_request, app, prices, endpoint, request, caller.overruns, now
         )  # fmt: skip

@@ -1,14 +1,16 @@
 """Define what the gateway hands out besides admissions: authenticated requests, and permits to forward unmetered calls. Values only."""
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from gateway_addon.calls.settlement import EndedBy
+from gateway_addon.identity.parts import parts_of
 from gateway_addon.ledger import NewCall, Token
 from gateway_addon.messages.request import ParsedRequest, Request
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy
+from gateway_addon.policy.labels import labels_in_force
 
 TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 """The span in which an app calls, as its tracing sends it (https://www.w3.org/TR/trace-context/)."""
@@ -69,21 +71,22 @@ class Permit:
 
 
 def new_call(caller: AuthenticatedRequest, parsed: ParsedRequest, request: Request, endpoint_prefix: str) -> NewCall:
-    """Return the row of a call that is not quoted yet, with the session and agent ids that Claude Code sends."""
-    model, session, agent = (
-        safe_name(text) or None
-        for text in (parsed.model, *("".join(request.header(f"x-claude-code-{name}-id")[:1]) for name in ("session", "agent")))
-    )
+    """Return the row of a call that is not quoted yet, with what the request says of its session, agents, user and labels."""
+    metadata = parsed.body.get("metadata")
+    said = parts_of(request.headers, metadata.get("user_id") if isinstance(metadata, Mapping) else None)
     trace = "".join(request.header("traceparent")[:1])
     return NewCall(
         caller.app.name,
         caller.app.team,
         caller.token.id,
         endpoint_prefix + caller.endpoint,
-        model,
+        safe_name(parsed.model) or None,
         parsed.stream,
         parsed.max_tokens or None,
-        session_id=session,
-        agent_id=agent,
+        session_id=said.session,
+        agent_id=said.agent,
+        parent_agent_id=said.parent_agent,
+        user_id=said.user,
+        labels=labels_in_force(caller.app, parsed),
         traceparent=trace if TRACEPARENT.fullmatch(trace) else None,
     )

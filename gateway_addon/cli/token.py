@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from datetime import tzinfo
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +23,14 @@ from gateway_addon.cli.common import (
     stop,
     write_privately,
 )
+from gateway_addon.cli.labels import label_option
 from gateway_addon.cli.scopes import must_know
 from gateway_addon.cli.times import duration_s, shown
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Token, admin, connect
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.ledger.types import Labels
 from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding import snippets
 from gateway_addon.policy import Outline, PolicyError, outline
@@ -53,6 +56,7 @@ def token() -> None:
 @click.argument("app")
 @click.option("--name", default="", help="What to call it in lists, for apps with several tokens.")
 @click.option("--expires", metavar="DURATION", help="When it ends by itself: 12h, 30d.")
+@label_option("A label of all its calls: client=acme. It counts whatever a call says.")
 @FOR
 @TO
 @json_option
@@ -64,6 +68,7 @@ def issue(
     app: str,
     name: str,
     expires: str | None,
+    labels: Labels,
     kind: str | None,
     file: Path | None,
     as_json: bool,
@@ -74,7 +79,7 @@ def issue(
     """Print a new token for APP, alone on stdout, once."""
     found, now = _with_policy(app, policies), time.time()
     expires_at = now + duration_s(expires) if expires else None
-    write = partial(admin.issue_token, app=app, label=name, expires_at=expires_at, who=getpass.getuser(), now=now)
+    write = partial(admin.issue_token, app=app, label=name, expires_at=expires_at, labels=labels, who=getpass.getuser(), now=now)
     _show_new(app, write, kind, file, ledger, _address(found, listen), as_json=as_json)
 
 
@@ -168,7 +173,7 @@ def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path
             "No token in force has been idle for so long." if idle is not None else f"No tokens yet: {PROGRAM} token issue {app or 'APP'}"
         )
     else:
-        table = [{name: shown(value, calendar) if isinstance(value, float) else value for name, value in row.items()} for row in rows]
+        table = [{name: _cell(value, calendar) for name, value in row.items()} for row in rows]
         click.echo(tabulate([row | {"last used": row["last used"] or "never"} for row in table], headers="keys"))
 
 
@@ -226,6 +231,12 @@ def _title(each: Token) -> str:
     return f"{each.id} ({each.label})" if each.label else str(each.id)
 
 
+def _cell(value: object, calendar: tzinfo) -> object:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={text}" for name, text in value.items())
+    return shown(value, calendar) if isinstance(value, float) else value
+
+
 def _row(each: Token, now: float) -> dict[str, object]:
     state = each.refusal(now)
     return {
@@ -235,5 +246,6 @@ def _row(each: Token, now: float) -> dict[str, object]:
         "state": "in force" if state is None else state.removeprefix("token_"),
         "issued": each.created_at,
         "expires": each.expires_at,
+        "labels": dict(each.labels),
         "last used": each.last_used_at,
     }

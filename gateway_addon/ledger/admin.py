@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from gateway_addon.ledger import reservations
+from gateway_addon.ledger import reservations, state
 from gateway_addon.ledger.store import balances, sqlite_files
-from gateway_addon.ledger.types import TOTAL, Limit, Raise, Token, app_scope
+from gateway_addon.ledger.types import TOTAL, Labels, Limit, Raise, Token, app_scope, labels_text
 from gateway_addon.money import AMOUNT_NANO_MAX, dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.windows import next_start, starts
@@ -24,11 +24,13 @@ EVER_CALLED = "SELECT 1 FROM tokens WHERE app = ? AND last_used_at IS NOT NULL" 
 EVER_SPENT = "FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
 LIMITS = "SELECT scope, window, amount_nano, since, who, why FROM limits"
 RAISES = "SELECT id, scope, window, amount_nano, since, until, who, why FROM raises"
-TOKENS = "SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens"
+TOKENS = f"SELECT {state.TOKEN} FROM tokens"
 
 PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (prune.py)
 
-ISSUE = "INSERT INTO tokens (app, label, digest, created_at, expires_at) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
+ISSUE = """
+INSERT INTO tokens (app, label, digest, created_at, expires_at, labels) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id
+"""
 
 
 class PolicyChange(NamedTuple):
@@ -44,13 +46,14 @@ class PolicyChange(NamedTuple):
 
 
 def issue_token(
-    db: sqlite3.Connection, app: str, digest: str, *, label: str = "", expires_at: float | None = None, who: str, why: str = "", now: float
-) -> Token:
+    db: sqlite3.Connection, app: str, digest: str, *, label: str = "", expires_at: float | None = None, labels: Labels = (), who: str,
+    why: str = "", now: float
+) -> Token:  # fmt: skip
     """Enter a token by its SHA-256 (hexadecimal). Raises ValueError if it is there already."""
-    found = db.execute(ISSUE, (app, label, digest, now, expires_at)).fetchall()
+    found = db.execute(ISSUE, (app, label, digest, now, expires_at, labels_text(labels))).fetchall()
     if not found:
         raise ValueError(f"the ledger has this token of {app} already: mint another one")
-    token = Token(found[0][0], app, label, now, expires_at, None)
+    token = Token(found[0][0], app, label, now, expires_at, None, labels=labels)
     audit(db, who, "token issue", f"app:{app}", None, _token_facts(token), why, now)
     return token
 
@@ -71,15 +74,16 @@ def revoke_tokens(
 def rotate_token(
     db: sqlite3.Connection, app: str, digest: str, *, label: str = "", keep_old_s: float = 0, who: str, why: str = "", now: float
 ) -> Token:
-    """Issue a new token and revoke the app's others, at once or after `keep_old_s` seconds of grace."""
-    revoke_tokens(db, app, at=now + keep_old_s, who=who, why=why, now=now)
-    return issue_token(db, app, digest, label=label, who=who, why=why, now=now)
+    """Issue a new token and revoke the app's others, at once or after `keep_old_s` seconds of grace. Labels that all had, it has."""
+    before = {token.labels for token in revoke_tokens(db, app, at=now + keep_old_s, who=who, why=why, now=now)}
+    labels = before.pop() if len(before) == 1 else ()
+    return issue_token(db, app, digest, label=label, labels=labels, who=who, why=why, now=now)
 
 
 def tokens(db: sqlite3.Connection, app: str | None = None) -> list[Token]:
     """Return the tokens of one app or of all, in the order of issue."""
     rows = db.execute(f"{TOKENS} WHERE app = coalesce(?, app) ORDER BY id", (app,)).fetchall()
-    return [Token(*row) for row in rows]
+    return [state.token_of(row) for row in rows]
 
 
 def apps(db: sqlite3.Connection) -> list[str]:
@@ -342,7 +346,8 @@ def _pause(db: sqlite3.Connection, scope: str) -> dict[str, object] | None:
 
 
 def _token_facts(token: Token) -> dict[str, object]:
-    return {"id": token.id, "label": token.label, "expires_at": token.expires_at, "revoked_at": token.revoked_at}
+    facts: dict[str, object] = {"id": token.id, "label": token.label, "expires_at": token.expires_at, "revoked_at": token.revoked_at}
+    return facts | ({"labels": dict(token.labels)} if token.labels else {})
 
 
 def audit(db: sqlite3.Connection, who: str, action: str, subject: str, before: object, after: object, why: str, now: float) -> None:

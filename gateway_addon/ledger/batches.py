@@ -13,7 +13,7 @@ from typing import NamedTuple
 from gateway_addon.ledger import ownership, reservations
 from gateway_addon.ledger.orphans import BATCHES
 from gateway_addon.ledger.ownership import OwnedObject
-from gateway_addon.ledger.types import NewCall, Outcome, Resolution, Settlement
+from gateway_addon.ledger.types import NewCall, Outcome, Resolution, Settlement, labels_of
 from gateway_addon.names import safe_name
 
 PAUSE_MAX_S = 900.0  # between two looks at a batch: one that is further ahead was arranged before the clock was set back
@@ -179,7 +179,7 @@ GROUP BY kind, model, price_row ORDER BY kind, model, price_row
 """
 FLAGS = "SELECT DISTINCT flags FROM batch_usage WHERE call_id = ? AND flags <> '' ORDER BY flags"
 CALL = """
-SELECT app, team, token_id, endpoint, model_asked, quote_nano, session_id, agent_id, started_at,
+SELECT app, team, token_id, endpoint, model_asked, quote_nano, session_id, agent_id, parent_agent_id, user_id, labels, started_at,
   status, model_served, request_id, complete, price_rows, flags, service_tier FROM calls WHERE id = ?
 """
 PARTS = """
@@ -300,9 +300,13 @@ def _is_lost(flags: str) -> bool:
 
 def settled(db: sqlite3.Connection, call_id: int) -> SettledBatch:
     """Return the call of a settled batch."""
-    app, team, token_id, endpoint, model, quote_nano, session, agent, started_at, *ended = db.execute(CALL, (call_id,)).fetchone()
+    row = db.execute(CALL, (call_id,)).fetchone()
+    app, team, token_id, endpoint, model, quote_nano, session, agent, parent, user, labels, started_at, *ended = row
     status, served, request_id, complete, price_rows, flags, tier = ended
-    call = NewCall(app, team, token_id, endpoint, model, quote_nano=quote_nano, session_id=session, agent_id=agent)
+    call = NewCall(
+        app, team, token_id, endpoint, model, quote_nano=quote_nano, session_id=session, agent_id=agent, parent_agent_id=parent,
+        user_id=user, labels=labels_of(labels),
+    )  # fmt: skip
     outcome = Outcome(status, served, None, request_id, None, bool(complete), price_rows, tuple(flags.split()), tier)
     return SettledBatch(call, started_at, outcome, tuple(_Sum(*row) for row in db.execute(PARTS, (call_id,)).fetchall()))
 

@@ -32,6 +32,7 @@ from gateway_addon.ledger.types import (
     Standing,
     Token,
     app_scope,
+    labels_text,
     team_scope,
 )
 from gateway_addon.names import PROGRAM
@@ -84,9 +85,7 @@ OBSTACLES = f"""
   {_RATE.format(limit="input_tokens_per_minute", count="input_tokens", size=":input_tokens")}
 """
 
-ITS_TOKEN = """
-SELECT id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens WHERE id = ? AND app = ?
-"""
+ITS_TOKEN = f"SELECT {state.TOKEN} FROM tokens WHERE id = ? AND app = ?"
 IN_FLIGHT = "SELECT open FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
 COUNTED = "SELECT minute, requests, input_tokens FROM minutes WHERE app = ? AND minute IN (?, ?)"
 
@@ -97,9 +96,11 @@ ON CONFLICT (app, minute) DO UPDATE SET requests = minutes.requests + 1
 
 RESERVE = f"""
 INSERT INTO calls (state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, session_id, agent_id,
-  day_start, week_start, month_start, started_at, quote_nano, grant_nano, quantum_nano, input_tokens_quoted)
+  parent_agent_id, user_id, labels, day_start, week_start, month_start, started_at,
+  quote_nano, grant_nano, quantum_nano, input_tokens_quoted)
 SELECT 'open', :owner, :app, :team, :token_id, :endpoint, :model_asked, :stream, :max_tokens, :session_id, :agent_id,
-  :day_start, :week_start, :month_start, :now, :quote_nano, :grant_nano, :own_quantum_nano, :input_tokens
+  :parent_agent_id, :user_id, :labels, :day_start, :week_start, :month_start, :now,
+  :quote_nano, :grant_nano, :own_quantum_nano, :input_tokens
 WHERE NOT EXISTS ({OBSTACLES})
 RETURNING id
 """
@@ -144,10 +145,10 @@ WHERE id = :call_id
 
 ASIDE = """
 INSERT INTO calls (state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, session_id, agent_id,
-  day_start, week_start, month_start, started_at, ended_at, quote_nano, input_tokens_quoted, refusal,
+  parent_agent_id, user_id, labels, day_start, week_start, month_start, started_at, ended_at, quote_nano, input_tokens_quoted, refusal,
   status, model_served, stop_reason, request_id, first_byte_at, complete, price_rows, flags, service_tier, speed, inference_geo)
 VALUES (:state, :owner, :app, :team, :token_id, :endpoint, :model_asked, :stream, :max_tokens, :session_id, :agent_id,
-  :day_start, :week_start, :month_start, :now, :now, :quote_nano, :input_tokens, :refusal,
+  :parent_agent_id, :user_id, :labels, :day_start, :week_start, :month_start, :now, :now, :quote_nano, :input_tokens, :refusal,
   :status, :model_served, :stop_reason, :request_id, :first_byte_at, :complete, :price_rows, :flags, :service_tier, :speed, :inference_geo)
 """
 
@@ -220,7 +221,7 @@ def facts(db: sqlite3.Connection, call: NewCall, caps: Sequence[CapShape], *, no
 def token(db: sqlite3.Connection, token_id: int, app: str) -> Token | None:
     """Return an app's token by its number, revoked and expired ones too; None where the app has no such token."""
     rows = db.execute(ITS_TOKEN, (token_id, app)).fetchall()
-    return Token(*rows[0]) if rows else None
+    return state.token_of(rows[0]) if rows else None
 
 
 def _counted(db: sqlite3.Connection, app: str, now: float) -> tuple[MinuteCount, MinuteCount]:
@@ -388,6 +389,9 @@ def _call_values(call: NewCall, owner: str, windows: Starts, now: float) -> dict
         "max_tokens": call.max_tokens,
         "session_id": call.session_id,
         "agent_id": call.agent_id,
+        "parent_agent_id": call.parent_agent_id,
+        "user_id": call.user_id,
+        "labels": labels_text(call.labels),
         "day_start": windows.day,
         "week_start": windows.week,
         "month_start": windows.month,

@@ -2,19 +2,22 @@
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from typing import Any
 
-from gateway_addon.ledger.types import Alert, DueAlert, Pause, Token, TokenLookup
+from gateway_addon.ledger.types import Alert, DueAlert, Pause, Token, TokenLookup, labels_of
 
+TOKEN = "id, app, label, created_at, expires_at, revoked_at, last_used_at, labels"
+"""The columns that `token_of` takes."""
 IN_FORCE = "FROM pauses WHERE until IS NULL OR until > ?"
 # In one statement, because every request asks for all of it, and a look costs more by the statement than by the row.
 KNOCK = f"""
-SELECT 'token' AS what, id, app, label, created_at, expires_at, revoked_at, last_used_at FROM tokens WHERE digest = ?
+SELECT 'token' AS what, {TOKEN} FROM tokens WHERE digest = ?
 UNION ALL
-SELECT 'pause', cut, scope, why, since, until, NULL, NULL {IN_FORCE}
+SELECT 'pause', cut, scope, why, since, until, NULL, NULL, NULL {IN_FORCE}
 UNION ALL
-SELECT 'overrun', NULL, model, NULL, NULL, NULL, NULL, NULL FROM overruns
+SELECT 'overrun', NULL, model, NULL, NULL, NULL, NULL, NULL, NULL FROM overruns
 """
 PAUSES = f"SELECT scope, since, until, why, cut {IN_FORCE} ORDER BY scope"
 
@@ -25,13 +28,18 @@ def look_up_token(db: sqlite3.Connection, digest: str, now: float) -> TokenLooku
     models: list[str] = []
     for what, *row in db.execute(KNOCK, (digest, now)).fetchall():
         if what == "token":
-            token = Token(*row)
+            token = token_of(row)
         elif what == "pause":
             cut, scope, why, since, until, *_ = row
             pauses.append(Pause(scope, since, until, why, bool(cut)))
         else:
             models.append(row[1])
     return TokenLookup(token, tuple(sorted(pauses, key=attrgetter("scope"))), frozenset(models))
+
+
+def token_of(row: Sequence[Any]) -> Token:
+    id, app, label, created_at, expires_at, revoked_at, last_used_at, labels = row
+    return Token(id, app, label, created_at, expires_at, revoked_at, last_used_at, labels_of(labels))
 
 
 def pauses(db: sqlite3.Connection, now: float) -> tuple[Pause, ...]:

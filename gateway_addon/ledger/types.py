@@ -4,6 +4,7 @@ Amounts are whole nano-dollars, times are unix seconds (UTC), a scope is `total`
 `app:NAME KIND:VALUE`. Knows nothing of SQL; caps and priced parts come from other packages and are described here by their shape only.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -20,6 +21,20 @@ def app_scope(app: str) -> str:
 
 type AppPart = tuple[str, str]
 """A part of an app that a call belongs to: its kind (session, agent, user, model, token, label.NAME) and its value."""
+
+
+type Labels = tuple[tuple[str, str], ...]
+"""Labels of a call or of a token, name and value, by name."""
+
+
+def labels_text(labels: Labels) -> str | None:
+    """Return labels as the ledger writes them: a JSON object, None for none."""
+    return json.dumps(dict(labels), ensure_ascii=False, sort_keys=True) if labels else None
+
+
+def labels_of(text: str | None) -> Labels:
+    """Return the labels that a row holds."""
+    return tuple(json.loads(text).items()) if text else ()
 
 
 def part_scope(app: str, part: AppPart) -> str:
@@ -110,6 +125,10 @@ class NewCall:
     quote_nano: int = 0
     session_id: str | None = None
     agent_id: str | None = None
+    parent_agent_id: str | None = None
+    """The agent that started this one; None for one that the session's main agent started."""
+    user_id: str | None = None
+    labels: Labels = ()
     model: str | None = None
     """The model as it is counted: by its canonical id, whatever name was asked for."""
     traceparent: str | None = None
@@ -122,7 +141,10 @@ class NewCall:
     @property
     def parts(self) -> tuple[AppPart, ...]:
         """Return the parts of its app in which the call counts, as far as they are known."""
-        known = (("session", self.session_id), ("agent", self.agent_id), ("model", self.model), ("token", str(self.token_id)))
+        known = (
+            ("session", self.session_id), ("agent", self.agent_id), ("user", self.user_id), ("model", self.model),
+            ("token", str(self.token_id)), *((f"label.{name}", value) for name, value in self.labels),
+        )  # fmt: skip
         return tuple((kind, value) for kind, value in known if value)
 
 
@@ -275,6 +297,8 @@ class Token:
     revoked_at: float | None
     last_used_at: float | None = None
     """Unix seconds, to the minute."""
+    labels: Labels = ()
+    """The labels of all its calls."""
 
     def refusal(self, now: float) -> Literal["token_revoked", "token_expired"] | None:
         """Return the code by which this token is refused at `now`, None while it is in force."""

@@ -15,6 +15,8 @@ OWN = frozenset({
     b"http2-settings", b"expect", b"x-api-key", b"authorization", b"proxy-authorization", b"x-forwarded-for",
 })  # fmt: skip
 """Request headers that the gateway writes itself, or that end here: no policy lets them leave."""
+OWN_PREFIX = b"x-gateway-"
+"""Begins the headers that apps say to the gateway alone (labels), and those that it says to them."""
 _KNOWN = frozenset({
     b"content-type", b"content-encoding", b"accept", b"accept-encoding", b"user-agent",
     b"x-app", b"x-client-request-id", b"idempotency-key",
@@ -24,7 +26,7 @@ _STAYS_OUT = frozenset({
     b"x-should-retry", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"te", b"trailer", b"upgrade", b"alt-svc",
 })  # fmt: skip
 _STAYS_OUT_PREFIXES = (
-    b"x-gateway-", b"anthropic-ratelimit-", b"anthropic-priority-", b"anthropic-organization-id", b"anthropic-workspace-id",
+    OWN_PREFIX, b"anthropic-ratelimit-", b"anthropic-priority-", b"anthropic-organization-id", b"anthropic-workspace-id",
 )  # fmt: skip
 _CREDENTIAL_BETAS = (b"oauth-", b"oidc-")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]+")
@@ -38,7 +40,7 @@ def leaving(fields: Fields, passed: Iterable[str]) -> tuple[Fields, tuple[bytes,
     known, kept, dropped = _KNOWN.union(name.encode() for name in passed), [], []
     for name, value in fields:
         lower = name.lower()
-        if lower in OWN:
+        if lower in OWN or lower.startswith(OWN_PREFIX):
             continue
         if lower in known or lower.startswith(_KNOWN_PREFIXES):
             kept.append((name, value))

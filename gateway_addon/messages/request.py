@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Never
 
+from gateway_addon.messages.labels import SaidLabel, said_labels
 from gateway_addon.messages.nfkc import nfkc_growth
 from gateway_addon.messages.scan import FeatureUse, RequestScan, scan_request
 from gateway_addon.messages.schema import HEADER_FEATURES, UNTYPED
@@ -82,6 +83,8 @@ class Request:
     target: str
     headers: tuple[tuple[str, str], ...]
     body: bytes
+    fixed_labels: tuple[tuple[str, str], ...] = ()
+    """The labels of its caller's token, by name: the operator's word, which no header changes."""
 
     def header(self, name: str) -> tuple[str, ...]:
         """Return every value sent for a header."""
@@ -105,6 +108,10 @@ class ParsedRequest:
     found: RequestScan = field(default_factory=RequestScan)
     item: str = ""
     """The id in the path, of a batch or a file."""
+    labels: tuple[SaidLabel, ...] = ()
+    """The labels that it says, and nobody has judged."""
+    fixed_labels: tuple[tuple[str, str], ...] = ()
+    """The labels of its caller's token, as in `Request`."""
 
     @property
     def shared(self) -> bool:
@@ -187,6 +194,8 @@ def message(endpoint: str, body: dict[str, Any], raw: bytes, request: Request) -
         text_bytes=text_bytes,
         betas=betas(request),
         found=found,
+        labels=said_labels(request.headers),
+        fixed_labels=request.fixed_labels,
     )
 
 
@@ -225,6 +234,8 @@ def _read_head(endpoint: str, request: Request) -> ParsedRequest | Refusal:
         size=len(request.body),
         betas=betas(request),
         found=RequestScan(uses=header_uses(request)),
+        labels=said_labels(request.headers),
+        fixed_labels=request.fixed_labels,
     )
 
 

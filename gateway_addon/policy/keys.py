@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from gateway_addon.identity.trust import ALGORITHMS, KeySource
-from gateway_addon.messages.header_filter import OWN
+from gateway_addon.messages.header_filter import OWN, OWN_PREFIX
+from gateway_addon.messages.labels import LABEL_NAME
 from gateway_addon.policy import trusting
 from gateway_addon.policy.kinds import (
     AMOUNT,
@@ -28,6 +29,7 @@ from gateway_addon.policy.kinds import (
     listing,
     mapping,
     one_of,
+    one_or_more,
     parsed,
     record,
     text,
@@ -40,6 +42,7 @@ from gateway_addon.policy.model import (
     Betas,
     EgressPolicy,
     Feature,
+    LabelPolicy,
     MaxTokens,
     Models,
     RatePolicy,
@@ -90,7 +93,7 @@ def _header(value: str) -> str:
     name = value.lower()
     if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", name) is None:
         raise ValueError(f"{value!r} is not the name of a header; write one like x-trace-id")
-    if name.encode() in OWN:
+    if name.encode() in OWN or name.encode().startswith(OWN_PREFIX):
         raise ValueError(f"{value!r} is written by the gateway itself, or ends here; leave it out")
     return name
 
@@ -260,6 +263,24 @@ _WORKLOAD = {
     "subject": Key(text(), "the token's `sub`, to the letter; a beginning ends in `*` and stands beside a claim that is an id", None),
     "claims": Key(mapping(text(what="a text")), "further claims, to the letter: `{repository_id: 456}`", MappingProxyType({})),
 }
+_SOURCES = word("header", "path", "token")
+_LABEL_VALUE = text(r"\S(?:[^\x00-\x1f]{0,198}\S)?", "a value of a label, or a pattern like cust-*")
+
+
+def _label(**keys: Any) -> LabelPolicy:
+    return LabelPolicy(sources=keys.pop("from"), **keys)
+
+
+_LABEL = {
+    "from": Key(
+        one_or_more(_SOURCES),
+        "where a call may say it: `header` (`x-gateway-label-NAME`), `path` (`/l/NAME=VALUE/v1/messages`), or `token`: nowhere else than "
+        "on its token, where it always may stand and always wins; `[header, path]` unless given",
+        ("header", "path"),
+    ),
+    "values": Key(one_or_more(_LABEL_VALUE), "the values that it may have, or patterns of them; any unless given", ("*",)),
+    "required": Key(BOOLEAN, "a call that may cost something is refused without it", False),
+}
 
 APP: dict[str, Key] = {
     "models": _group(
@@ -309,6 +330,15 @@ APP: dict[str, Key] = {
         Thinking(),
     ),
     "require": Key(listing(word("metadata.user_id", "system")), "what each request must carry", ()),
+    "labels": Key(
+        mapping(record(_label, _LABEL), pattern=LABEL_NAME),
+        "labels by which reports, invoices and caps tell the app's calls apart: a customer, a project, a branch",
+        MappingProxyType({}),
+        {"NAME": Key(record(_label, _LABEL), "one label", REQUIRED, _LABEL)},
+    ),
+    "undeclared_labels": Key(
+        word("refuse", "drop"), "what becomes of a call with a label that is not under `labels`; `drop` forgets the label", "refuse"
+    ),
     "reserve": Key(word("auto", "full", "progressive"), "how much of a stream's worst case is held while it runs", "auto"),
     "abandoned": Key(
         word("finish", "close"),
@@ -366,7 +396,9 @@ GATEWAY: dict[str, Key] = {
         "unknown",
     ),
     "caps": _caps(_WINDOWS, "what all apps together may spend, beside each app's own caps", NO_CAPS),
-    "teams": Key(mapping(record(Team, _TEAM)), "apps that share caps, by the team's name", MappingProxyType({}), {"NAME": _TEAM_KEY}),
+    "teams": Key(
+        mapping(record(Team, _TEAM), pattern=NAME), "apps that share caps, by the team's name", MappingProxyType({}), {"NAME": _TEAM_KEY}
+    ),
     "timeouts": _group(_timeouts, _TIMEOUTS, "how long to wait for the upstream", _timeouts(**_DEFAULT_TIMEOUTS)),
     "bodies_in_flight": Key(
         COUNT,

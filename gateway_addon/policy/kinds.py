@@ -130,13 +130,25 @@ def listing(kind: ValueKind) -> ValueKind:
     return ValueKind(read, {"type": "array", "items": kind.schema}, f"a list of {kind.written}")
 
 
-def mapping(kind: ValueKind, what: str = "names") -> ValueKind:
-    """Values of one kind under names of the operator's choosing."""
+def one_or_more(kind: ValueKind) -> ValueKind:
+    """Values of one kind, as a tuple; a single one may stand without its list."""
+    several = listing(kind)
+
+    def read(node: Node, spot: Spot) -> tuple[Any, ...]:
+        return (kind.read(node, spot),) if isinstance(node, ScalarNode) else several.read(node, spot)
+
+    return ValueKind(read, {"anyOf": [kind.schema, several.schema]}, f"{kind.written}, or a list")
+
+
+def mapping(kind: ValueKind, what: str = "names", pattern: str | None = None) -> ValueKind:
+    """Values of one kind under names of the operator's choosing, which the whole `pattern` matches where there is one."""
 
     def read(node: Node, spot: Spot) -> Mapping[str, Any]:
         values, problems = {}, Problems()
-        for name, (_, value) in entries(node, spot).items():
+        for name, (key, value) in entries(node, spot).items():
             with problems.noted():
+                if pattern is not None and re.fullmatch(pattern, name) is None:
+                    raise spot.at(name).error(key, "not a name; use lower-case letters, digits, - and _")
                 values[name] = kind.read(value, spot.at(name))
         problems.say()
         return MappingProxyType(values)

@@ -116,8 +116,6 @@ def _read_keys(path: Path, keys: Mapping[str, Key], names: Sequence[str]) -> dic
 def parse_gateway(file: str, text: str) -> dict[str, Any]:
     """Return the values of a gateway.yaml, by name. Raises PolicyError."""
     values: dict[str, Any] = record(dict, GATEWAY).read(compose(file, text), Spot(file))
-    if wrong := [team for team in values["teams"] if re.fullmatch(NAME, team) is None]:
-        raise PolicyError("\n".join(f"{file}: teams.{team}: not a name; use lower-case letters, digits, - and _" for team in wrong))
     return values | {"issuers": trusting.named_issuers(file, values["issuers"], values["audience"], NAME)}
 
 

@@ -12,7 +12,7 @@ from gateway_addon.pricing import Prices
 CapWindow = Literal["request", "day", "week", "month", "ever"]
 CAP_WINDOWS: tuple[CapWindow, ...] = ("request", "day", "week", "month", "ever")
 
-OBSERVABLE = ("endpoints", "models", "unknown_fields", "features", "betas", "max_tokens", "thinking", "require", "caps", "rates")
+OBSERVABLE = ("endpoints", "models", "unknown_fields", "features", "betas", "max_tokens", "thinking", "require", "labels", "caps", "rates")
 """The rules of an app's policy that may be observed instead of enforced, by the keys that hold them."""
 
 NO_CAPS: Mapping[CapWindow, int] = MappingProxyType({})
@@ -76,6 +76,16 @@ class Betas:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelPolicy:
+    """A label that the app's calls may carry. A token's own labels are the operator's word, and need no declaration."""
+
+    sources: tuple[Literal["header", "path", "token"], ...] = ("header", "path")
+    values: tuple[str, ...] = ("*",)
+    """Patterns, each of which matches whole values."""
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RatePolicy:
     requests_per_minute: int | None = None
     input_tokens_per_minute: int | None = None
@@ -136,6 +146,8 @@ class AppPolicy:
     max_tokens: MaxTokens | None
     thinking: Thinking
     require: tuple[str, ...]
+    labels: Mapping[str, LabelPolicy]
+    undeclared_labels: Literal["refuse", "drop"]
     reserve: Literal["full", "progressive", "auto"]
     abandoned: Literal["finish", "close"]
     rates: RatePolicy

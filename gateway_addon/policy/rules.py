@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from gateway_addon.messages.request import MESSAGES, ParsedRequest
 from gateway_addon.messages.scan import FeatureUse
+from gateway_addon.policy import labels
 from gateway_addon.policy.model import AppPolicy
 from gateway_addon.pricing import Prices
 from gateway_addon.refusals import Refusal, stated
@@ -52,6 +53,7 @@ def trail(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Iterator[Ru
     yield _endpoint(app, reading)
     if reading.endpoint in (*PROMPTS, "model"):
         yield _model(app, reading.model, "model", prices)
+    yield from _labels(app, reading)
     if reading.endpoint not in PROMPTS:  # they bring features along in their headers
         yield from _features(app, reading)
         yield from _betas(app, reading)
@@ -131,6 +133,12 @@ def _endpoint(app: AppPolicy, reading: ParsedRequest) -> RuleVerdict:
     return RuleVerdict(
         "endpoints", f"app {app.name} may not call {name}; allowed: {_listed(app.endpoints)} ({app.file} endpoints)", "endpoint"
     )
+
+
+def _labels(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
+    if reading.labels or reading.fixed_labels or app.labels:
+        for sentence, refused in labels.verdicts(app, reading):
+            yield RuleVerdict("labels", sentence, "label" if refused else None)
 
 
 def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> RuleVerdict:

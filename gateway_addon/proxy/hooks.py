@@ -25,7 +25,7 @@ from gateway_addon.calls.running import Admission
 from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.http_client import STRAIGHT
-from gateway_addon.messages import header_filter
+from gateway_addon.messages import header_filter, labels
 from gateway_addon.messages.request import Request
 from gateway_addon.proxy import backpressure, inject, request_head
 from gateway_addon.proxy.certificate import Certificate
@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 UNREAD_BODY_MAX = 64 * 1024  # a body whose answer is already decided is read up to this; beyond it the connection is closed
 BODY_BYTES_MAX = 33 * 1024 * 1024  # a little above the API's own 32 MB, so that its limit is refused with its own sentence
-REPLACED = frozenset({b"x-api-key", b"authorization", b"proxy-authorization", b"accept-encoding", b"x-forwarded-for"})
-"""Request headers that no flow shows: credentials, and addresses in the operator's own network."""
+PATH_LABELS = labels.PATH_HEADER.encode()
+REPLACED = frozenset({b"x-api-key", b"authorization", b"proxy-authorization", b"accept-encoding", b"x-forwarded-for", PATH_LABELS})
+"""Request headers that no flow shows as they came: credentials, addresses in the operator's own network, what is the gateway's to say."""
 IDENTITY = (b"accept-encoding", b"identity")  # compression would delay the first tokens of a stream
 LOGGED_DROPS_MAX = 1_000  # header names whose first drop is logged: an app can invent names without end
 REQUIRED_OPTIONS: dict[str, Any] = {
@@ -181,9 +182,13 @@ class GatewayAddon:
 
     @guarded("request")
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
-        """Take the credential off the flow before anything can show it, and authenticate the caller."""
+        """Take the credential off the flow before anything can show it, and labels off its path, and authenticate the caller."""
         headers = _lowered(flow.request.headers)
         kept = [field for field in flow.request.headers.fields if field[0].lower() not in REPLACED]
+        in_path, path = labels.split_path(flow.request.path)
+        if in_path:
+            flow.request.path = path
+            kept.append((PATH_LABELS, in_path.encode()))
         flow.request.headers.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
         flow.request.stream = False
         handler = backpressure.handler_of(flow.client_conn)

@@ -51,6 +51,7 @@ STAYS = {
     "anthropic_beta": "oauth-2025-04-20",
     "content-lengths": "3",
     "xanthropic-version": "x",
+    "x-gateway-anything": "x",
 }
 FRAMINGS = {
     "whole": (f"content-length: {len(BODY)}", BODY),
@@ -107,7 +108,7 @@ async def test_the_policy_lets_a_header_leave_and_a_first_drop_is_told(tmp_path,
         assert len(gw.addon.logged_drops) == 1_000, "an app that makes names up does not fill the log, nor the memory"
 
 
-@pytest.mark.parametrize("name", ["Authorization", "x-api-key", "content-length", "connection", "not a name", "x:y"])
+@pytest.mark.parametrize("name", ["Authorization", "x-api-key", "content-length", "connection", "X-Gateway-Label-Client", "not a name", "x:y"])
 def test_a_header_that_the_gateway_writes_cannot_be_passed(tmp_path, name):
     policies = write_policies(tmp_path, "https://api.anthropic.com", {"app": APP}, f"pass_headers: ['{name}']")
     with pytest.raises(PolicyError, match=r"gateway\.yaml:\d+: pass_headers: "):

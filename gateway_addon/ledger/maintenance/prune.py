@@ -1,7 +1,7 @@
 """Prune a ledger: calls that ended long ago become sums, to the nano.
 
 A *carry* is one row in the place of many calls that no report tells apart: same app, team, token, day, models, state, flags. It keeps
-their number, their tokens by price row and their money; it does not keep each call's times, sessions and request ids.
+their number, their tokens by price row and their money; it does not keep each call's times, sessions, users and request ids.
 Promises that every balance stays the sum of its entries (the tables refuse a carry that holds another sum, and the removal of an entry
 that no carry holds), and that each transaction is small: a gateway that writes meanwhile waits for some ten milliseconds at most.
 """
@@ -42,7 +42,7 @@ class Prunable:
 
 # What reports group or count by. Days of the provider's (UTC) beside those of the ledger's zone, for `gateway reconcile`.
 _KEYS = """state, app, team, token_id, endpoint, model_asked, model_served, stream, status, refusal, service_tier, speed, inference_geo,
-  flags, day_start, week_start, month_start"""
+  flags, labels, day_start, week_start, month_start"""
 _DAYS = f"CAST(started_at AS INTEGER) / {DAY_S}, CAST(coalesce(ended_at, started_at) AS INTEGER) / {DAY_S}, max_tokens IS NULL"
 _PAST = "started_at >= :since AND started_at < :before AND carried IS NULL AND state <> 'open'"
 

@@ -46,6 +46,10 @@ class CallRow:
     request_id: str | None
     session_id: str | None
     agent_id: str | None
+    parent_agent_id: str | None
+    user_id: str | None
+    labels: str | None
+    """A JSON object."""
     flags: str
     token: str
     spent_nano: int
@@ -94,9 +98,12 @@ class CallDetail:
     parts: tuple[CallPart, ...]
 
 
-_LABELS = ("calls.app", "model_asked", "model_served", "refusal", "stop_reason", "request_id", "session_id", "agent_id", "flags")
+_LABELS = (
+    "calls.app", "model_asked", "model_served", "refusal", "stop_reason", "request_id", "session_id", "agent_id", "user_id", "calls.labels",
+    "flags",
+)  # fmt: skip
 _COLUMNS = """calls.id, state, calls.app, team, endpoint, model_asked, model_served, stream, max_tokens, started_at, first_byte_at,
-  ended_at, quote_nano, status, refusal, stop_reason, request_id, session_id, agent_id, flags,
+  ended_at, quote_nano, status, refusal, stop_reason, request_id, session_id, agent_id, parent_agent_id, user_id, calls.labels, flags,
   trim('#' || token_id || ' ' || coalesce(tokens.label, '')) AS token,
   (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano,
   (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = calls.id) AS held_nano"""

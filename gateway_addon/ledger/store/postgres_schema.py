@@ -326,6 +326,25 @@ CREATE VIEW standings AS
   FROM balances;
 """
 
+RECORDED = """
+SET LOCAL search_path = gateway;
+
+ALTER TABLE calls ADD COLUMN parent_agent_id TEXT, ADD COLUMN user_id TEXT, ADD COLUMN labels TEXT;
+ALTER TABLE tokens ADD COLUMN labels TEXT;
+CREATE INDEX calls_of_session ON calls (session_id, app) WHERE session_id IS NOT NULL;
+
+DROP VIEW spend;
+CREATE VIEW spend AS
+  SELECT id AS call, to_timestamp(started_at) AS started, app, team, model_asked, model_served, state, status, refusal,
+    (SELECT '$' || round(coalesce(sum(spent_nano), 0) / 1e9, 6) FROM entries WHERE call_id = calls.id) AS spent,
+    (SELECT '$' || round(coalesce(sum(reserved_nano), 0) / 1e9, 6) FROM entries WHERE call_id = calls.id) AS held,
+    flags, session_id, agent_id,
+    (SELECT coalesce(sum(spent_nano), 0)::bigint FROM entries WHERE call_id = calls.id) AS spent_nano,
+    (SELECT coalesce(sum(reserved_nano), 0)::bigint FROM entries WHERE call_id = calls.id) AS held_nano,
+    parent_agent_id, user_id, labels
+  FROM calls;
+"""
+
 MIGRATIONS = (
     ("m001_ledger", TABLES),
     ("m002_spend_call_by_call", SPEND_CALL_BY_CALL),
@@ -337,5 +356,6 @@ MIGRATIONS = (
     ("m006_batch_ids", "ALTER TABLE gateway.batches ADD COLUMN custom_ids TEXT, ADD COLUMN lost_since DOUBLE PRECISION"),
     ("m007_limits", LIMITS),
     ("m008_nano_in_views", NANO_IN_VIEWS),
+    ("m012_recorded", RECORDED),
 )
 """The migrations, by name. Each runs once, in one transaction."""

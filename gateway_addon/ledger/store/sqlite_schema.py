@@ -316,6 +316,27 @@ CREATE VIEW standings AS
 # Of the few calls that passed though an observed rule would have refused them, so that a report need not look through all.
 OBSERVED = "CREATE INDEX calls_observed ON calls (started_at) WHERE instr(flags, 'observed:') > 0;\n"
 
+# What a call says of itself, and the labels of a token, as JSON objects. The index leads from a session to its calls; a call without a
+# session is not in it.
+RECORDED = """
+ALTER TABLE calls ADD COLUMN parent_agent_id TEXT;
+ALTER TABLE calls ADD COLUMN user_id TEXT;
+ALTER TABLE calls ADD COLUMN labels TEXT;
+ALTER TABLE tokens ADD COLUMN labels TEXT;
+CREATE INDEX calls_of_session ON calls (session_id, app) WHERE session_id IS NOT NULL;
+
+DROP VIEW spend;
+CREATE VIEW spend AS
+  SELECT id AS call, datetime(started_at, 'unixepoch') AS started, app, team, model_asked, model_served, state, status, refusal,
+    (SELECT printf('$%.6f', total(spent_nano) / 1e9) FROM entries WHERE call_id = calls.id) AS spent,
+    (SELECT printf('$%.6f', total(reserved_nano) / 1e9) FROM entries WHERE call_id = calls.id) AS held,
+    flags, session_id, agent_id,
+    (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano,
+    (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = calls.id) AS held_nano,
+    parent_agent_id, user_id, labels
+  FROM calls;
+"""
+
 MIGRATIONS = (
     ("m001_ledger", TABLES),
     ("m002_views_for_people", VIEWS),
@@ -328,6 +349,7 @@ MIGRATIONS = (
     ("m006_batch_ids", BATCH_IDS),
     ("m007_limits", LIMITS),
     ("m008_nano_in_views", NANO_IN_VIEWS),
+    ("m012_recorded", RECORDED),
 )
 """The migrations, by name, in the order in which they run."""
 
