@@ -32,11 +32,18 @@ from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import Labels
 from gateway_addon.names import PROGRAM
-from gateway_addon.onboarding import snippets
+from gateway_addon.onboarding import snippets, workload_forms
+from gateway_addon.onboarding.workload_forms import WORKLOAD_FORMS, WORKLOAD_KINDS
 from gateway_addon.policy import Outline, PolicyError, outline
 from gateway_addon.pricing import PriceError
 
 FOR = click.option("--for", "kind", type=click.Choice(snippets.KINDS), help="Also print the lines to paste, in this form.")
+FOR_ANY = click.option(
+    "--for",
+    "kind",
+    type=click.Choice([*snippets.KINDS, *WORKLOAD_KINDS]),
+    help=f"Also print the lines to paste, in this form; for a workload ({', '.join(WORKLOAD_KINDS)}) they are all, and no token is made.",
+)
 TO = click.option(
     "--to",
     "file",
@@ -57,7 +64,7 @@ def token() -> None:
 @click.option("--name", default="", help="What to call it in lists, for apps with several tokens.")
 @click.option("--expires", metavar="DURATION", help="When it ends by itself: 12h, 30d.")
 @label_option("A label of all its calls: client=acme. It counts whatever a call says.")
-@FOR
+@FOR_ANY
 @TO
 @json_option
 @policies_option
@@ -78,6 +85,9 @@ def issue(
 ) -> None:
     """Print a new token for APP, alone on stdout, once."""
     found, now = _with_policy(app, policies), time.time()
+    if kind in WORKLOAD_KINDS:
+        _show_workload(app, kind, found, listen, beside=bool(name or expires or labels or file or as_json))
+        return
     expires_at = now + duration_s(expires) if expires else None
     write = partial(admin.issue_token, app=app, label=name, expires_at=expires_at, labels=labels, who=getpass.getuser(), now=now)
     _show_new(app, write, kind, file, ledger, _address(found, listen), as_json=as_json)
@@ -225,6 +235,15 @@ def _show_new(
     else:
         write_privately(file, snippets.lines(kind, base_url=base_url, app=app, token_placeholder=secret))
         click.echo(f"\n{where}\nThe lines are in {file}.", err=True)
+
+
+def _show_workload(app: str, kind: str, found: Outline, listen: tuple[str, int], *, beside: bool) -> None:
+    """Print both sides of a workload's identity, which needs no token."""
+    if beside:
+        stop(f"--for {kind} makes no token: the job has an identity of its own. Leave --name, --expires, --label, --to and --json out.")
+    click.echo(f"{WORKLOAD_FORMS[kind].where}\n", err=True)
+    audience = found.audience or "https://gateway.internal"
+    click.echo(workload_forms.lines(kind, base_url=_address(found, listen), audience=audience, app=app), nl=False)
 
 
 def _title(each: Token) -> str:

@@ -73,6 +73,9 @@ class Outline(NamedTuple):
 
     caps: Mapping[str, Mapping[CapWindow, int] | None]
     tls: bool
+    issuers: tuple[str, ...] = ()
+    """The addresses of the issuers of identity tokens."""
+    audience: str | None = None
 
     @property
     def apps(self) -> list[str]:
@@ -87,12 +90,13 @@ class Outline(NamedTuple):
 
 def outline(directory: Path) -> Outline:
     """Read apps and caps alone, for commands that must work while a file is broken. Never raises."""
-    general = _read_keys(directory / "gateway.yaml", GATEWAY, ("caps", "teams", "tls"))
+    general = _read_keys(directory / "gateway.yaml", GATEWAY, ("caps", "teams", "tls", "issuers", "audience"))
     found = {"total": general["caps"]} | {f"team:{name}": team.caps for name, team in (general["teams"] or {}).items()}
     for path in sorted((directory / "apps").glob("*.yaml")):
         if _APP_FILE.fullmatch(path.name):
             found[f"app:{path.stem}"] = _read_keys(path, APP, ("caps",))["caps"]
-    return Outline(MappingProxyType(found), general["tls"] is not None)
+    issuers = tuple(each.url for each in (general["issuers"] or {}).values())
+    return Outline(MappingProxyType(found), general["tls"] is not None, issuers, general["audience"])
 
 
 def _read_keys(path: Path, keys: Mapping[str, Key], names: Sequence[str]) -> dict[str, Any]:
