@@ -30,6 +30,7 @@ from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.quote import Quote
 from gateway_addon.calls.record import OnCall, record
 from gateway_addon.calls.refusal_messages import denied, rate_reached, throttled
+from gateway_addon.calls.reservation_options import ReservationPlan
 from gateway_addon.calls.responses import OwnResponse, me, visible_models
 from gateway_addon.calls.running import Admission, InFlightCall
 from gateway_addon.calls.settlement import EndedBy, Void, drifted, settle
@@ -220,20 +221,24 @@ class Gateway:
     ) -> Admission | Refusal:
         """Reserve as planned; where rules in observe mode would have refused, flag the call with their codes."""
         app = caller.app
-        upstream_limits = {} if app.rates.headroom_percent is None else await self.ledger.upstream_limits()
-        known = caller.overruns if self._clocks.monotonic_s() - caller.monotonic_s < OVERRUNS_FRESH_S else await self.ledger.overruns()
-        asked = plan(app, caller.policy, parsed, quote, upstream_limits, known, now)
-        if isinstance(asked, Refusal):
-            return asked
-        result, option, passed = await self._queue.observe(call, asked, now)
+        attempt = await self._queue.reserve(call, partial(self._plan, caller, parsed, quote, now), now, app.rates.wait_s)
+        if isinstance(attempt, Refusal):
+            return attempt
+        result, option, observed = attempt
         if isinstance(result, Denied):
-            return denied(result, app, quote, option.hold_nano)
-        flags = tuple(f"observed:{code}" for code in dict.fromkeys((*(note.code for note in asked.notes), *passed)))
+            return denied(result, app, quote, option)
+        flags = tuple(f"observed:{code}" for code in observed)
         prices = caller.policy.prices
         return Admission(
             result.call_id, call, app, prices, parsed, quote, option.granted_tokens, option.pace, now, option.granted_turns,
             result.standings, flags,
         )  # fmt: skip
+
+    async def _plan(self, caller: AuthenticatedRequest, parsed: ParsedRequest, quote: Quote, now: float) -> ReservationPlan | Refusal:
+        """Plan a quoted call by what the ledger knows at this moment. Raises LedgerUnavailable."""
+        upstream_limits = {} if caller.app.rates.headroom_percent is None else await self.ledger.upstream_limits()
+        known = caller.overruns if self._clocks.monotonic_s() - caller.monotonic_s < OVERRUNS_FRESH_S else await self.ledger.overruns()
+        return plan(caller.app, caller.policy, parsed, quote, upstream_limits, known, now)
 
     # -- running
 
@@ -247,7 +252,8 @@ class Gateway:
         """Take note of a running answer's progress: release what the input turned out not to need, request output before it runs out."""
         back_nano = running.release_nano()
         if back_nano:
-            self._later(self.ledger.release(running.admission.call_id, back_nano, now=self._clocks.now()))
+            written = self.ledger.release(running.admission.call_id, back_nano, now=self._clocks.now())
+            written.add_done_callback(partial(self._wake, running.admission.scopes))
         self.streams.hurry_if_short(running, monotonic_s)
 
     def stop(self) -> None:
@@ -286,7 +292,7 @@ class Gateway:
             written, state, outcome, parts = self.ledger.void(call_id, end, now=now), "voided", end, ()
 
         def on_written(written: "asyncio.Future[Resolution]") -> None:
-            self._wake(written)
+            self._wake(call.scopes, written)
             if written.cancelled() or written.exception() is not None:
                 return
             resolution = written.result()
@@ -303,7 +309,7 @@ class Gateway:
     def batch_closed(self, batch: Batch, end: SettledBatch, resolution: Resolution) -> None:
         """Report a batch that this process has settled. Another process may have admitted it."""
         logger.info("Batch %s of app %s is settled at %s.", batch.id, batch.app, dollars(resolution.spent_nano))
-        self._queue.settled()
+        self._queue.settled(end.call.scopes)
         if self.on_call is not None:
             self.on_call(record(
                 end.call, "settled", started_at=end.started_at, ended_at=self._clocks.now(), call_id=batch.call_id, outcome=end.outcome,
@@ -331,14 +337,11 @@ class Gateway:
         if self.on_call is not None:
             self.on_call(record(permit.call, "free", started_at=permit.admitted_at, ended_at=now, outcome=outcome))
 
-    def _later(self, written: "asyncio.Future[Any]") -> None:
-        """Wake the budget queue once a release is written."""
-        written.add_done_callback(self._wake)
-
-    def _wake(self, written: "asyncio.Future[Any]") -> None:
+    def _wake(self, scopes: tuple[str, ...], written: "asyncio.Future[Any]") -> None:
+        """Wake the calls that wait in these scopes, once a settlement or a release is written."""
         if not written.cancelled() and written.exception() is not None:
             logger.error("The ledger could not write a settlement: %s", written.exception())
-        self._queue.settled()
+        self._queue.settled(scopes)
 
     # -- refusals, and answers of the gateway's own
 

@@ -1,88 +1,225 @@
-"""Reserve budget for a call at once, or queue the call while calls in flight hold what is left.
+"""Reserve budget for a call at once, or queue the call while calls in flight hold what it needs: budget, or its app's concurrency.
 
 Promises that waiting is bounded and fair within a process (first come, first served, per scope), that no call is refused without a
-last attempt, and that a call that is cancelled while it waits leaves nothing behind. Knows the ledger; no policy.
+last attempt, that a call which has waited is planned anew, and that one that is cancelled while it waits leaves nothing behind.
+Knows the ledger; no policy.
 """
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Sequence
+import math
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from gateway_addon.calls.planning import RATES, observed_denials
 from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan
-from gateway_addon.ledger import CapShape, Denied, Ledger, NewCall, RateLimits, Reserved
+from gateway_addon.ledger import TOTAL, Denied, Ledger, NewCall, RateLimits, Reserved
+from gateway_addon.refusals import Refusal
 
-WAIT_S = 2.0  # for budget that is held, not spent
-LOOK_S = 0.05  # another process's settlement wakes nobody here, so attempts are repeated
+HELD_WAIT_S = 2.0  # for budget that calls in flight hold
+LOOK_S = 0.05  # another process's settlement wakes nobody here, so attempts are repeated, ever more rarely
+LOOK_MAX_S = 0.5
+EXPECTED_MAX_S = 60  # an SDK sleeps as long as it is told to, and stands in no line meanwhile
+
+type Plan = Callable[[], Awaitable[ReservationPlan | Refusal]]
+"""Plans a call by what is known at the moment. May raise LedgerUnavailable."""
+
+
+def wait_s(denied: Denied, concurrency_wait_s: float) -> float:
+    """Return how long a call waits for what it was denied; 0 where no call that ends can bring it."""
+    if denied.reason == "concurrency" and denied.limit_max:
+        return concurrency_wait_s
+    return HELD_WAIT_S if denied.reason == "cap_held" else 0.0
+
+
+class Attempt(NamedTuple):
+    """The ledger's answer to a planned call. `option` is what is held, or the last, smallest one, of which `result` is the denial."""
+
+    result: Reserved | Denied
+    option: ReservationOption
+    observed: tuple[str, ...]
+    """The codes that rules in observe mode would have refused with."""
 
 
 class BudgetQueue:
-    """Queue the calls of one process that wait for budget, one queue per scope."""
+    """Queue the calls of one process that wait for budget, in a line for each scope."""
 
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
-        self._lines: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._settled = asyncio.Event()
+        self._lines: dict[str, _Line] = {}
 
-    async def reserve(
-        self, call: NewCall, reservation_options: Sequence[ReservationOption], limits: Sequence[CapShape], rates: RateLimits, now: float
-    ) -> tuple[Reserved | Denied, ReservationOption]:
-        """Reserve by the first option that fits; where budget is only held, wait for it. Raises LedgerUnavailable.
+    async def reserve(self, call: NewCall, plan: Plan, now: float, concurrency_wait_s: float = 0.0) -> Attempt | Refusal:
+        """Reserve by the first option of the plan that fits, and wait for what is only held. Raises LedgerUnavailable.
 
-        A new call does not overtake one that waits in one of its scopes. The denial is the last, smallest option's.
+        A new call does not overtake one that waits in one of its scopes. Returns a refusal where the plan is one.
         """
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        began_s = loop.time()
 
-        async def attempt() -> tuple[Reserved | Denied, ReservationOption]:
-            for option in reservation_options:
-                result = await self._ledger.reserve(
-                    call, option.hold_nano, limits, quantum_nano=option.quantum_nano, rates=rates, now=now + loop.time() - began
-                )
-                if isinstance(result, Reserved):
-                    return result, option
-            return result, option
+        async def attempt() -> Attempt | Refusal:
+            return await self._attempt(call, plan, now + loop.time() - began_s)
 
-        scope = next((scope for scope in call.scopes if scope in self._lines and self._lines[scope].locked()), None)
-        if scope is None:
-            result, option = await attempt()
-            if isinstance(result, Reserved) or result.reason != "cap_held" or result.standing is None:
-                return result, option
-            scope = result.standing.scope
-        with suppress(TimeoutError):
-            async with asyncio.timeout(WAIT_S), self._lines[scope]:
-                while True:
-                    result, option = await attempt()
-                    if isinstance(result, Reserved) or result.reason != "cap_held":
-                        return result, option
-                    await self._next_settlement()
-        return await attempt()
+        place = _Place(self._lines, (*call.scopes[1:], TOTAL), began_s, concurrency_wait_s)
+        depth = place.occupied()
+        if not depth:
+            found = await attempt()
+            if (hindrance := place.hindrance(found)) is None:
+                return found
+            depth = place.depth(hindrance)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(began_s + max(HELD_WAIT_S, concurrency_wait_s)):
+                    return await place.wait(depth, attempt)
+            return place.left_with(await attempt())
+        finally:
+            place.leave()
 
-    async def observe(
-        self, call: NewCall, asked: ReservationPlan, now: float
-    ) -> tuple[Reserved | Denied, ReservationOption, tuple[str, ...]]:
-        """Reserve as planned; also return the codes that rules in observe mode would have refused with.
+    async def _attempt(self, call: NewCall, plan: Plan, now: float) -> Attempt | Refusal:
+        """Ask the ledger once for each option, the largest first; note what rules in observe mode would have refused.
 
         Caps in observe mode are left out of the reservation, or a stream's later top-ups would be refused by them.
-        Raises LedgerUnavailable.
         """
+        asked = await plan()
+        if isinstance(asked, Refusal):
+            return asked
         own = await self._ledger.capped(asked.observed_caps, now=now) if asked.observed_caps else ()
-        codes = dict.fromkeys(denied.reason for denied in observed_denials(own, asked.options[-1], now))
-        result, option = await self.reserve(call, asked.options, asked.limits, asked.rates, now)
+        observed = dict.fromkeys([note.code for note in asked.notes])
+        observed |= dict.fromkeys([denied.reason for denied in observed_denials(own, asked.options[-1], now)])
+        result, option = await self._first_that_fits(call, asked, asked.rates, now)
         if asked.observes_rates and isinstance(result, Denied) and result.reason in RATES:
-            codes[result.reason] = None
-            result, option = await self.reserve(call, asked.options, asked.limits, RateLimits(), now)
+            observed[result.reason] = None
+            result, option = await self._first_that_fits(call, asked, RateLimits(), now)
         if own and isinstance(result, Reserved):
             result = replace(result, standings=(*result.standings, *own))
-        return result, option, tuple(codes)
+        return Attempt(result, option, tuple(observed))
 
-    def settled(self) -> None:
-        """Wake the waiting calls: a settlement of this process is written."""
-        self._settled.set()
-        self._settled = asyncio.Event()
+    async def _first_that_fits(
+        self, call: NewCall, asked: ReservationPlan, rates: RateLimits, now: float
+    ) -> tuple[Reserved | Denied, ReservationOption]:
+        for option in asked.options:
+            result = await self._ledger.reserve(
+                call, option.hold_nano, asked.limits, quantum_nano=option.quantum_nano, rates=rates, now=now
+            )
+            if isinstance(result, Reserved):
+                break
+        return result, option
 
-    async def _next_settlement(self) -> None:
+    def settled(self, scopes: Iterable[str]) -> None:
+        """Wake the first calls in these scopes' lines: a settlement of this process is written."""
+        for scope in scopes:
+            if (line := self._lines.get(scope)) is not None:
+                line.freed.set()
+
+
+
+@dataclass(slots=True)
+class _Line:
+    """The calls of one scope that wait. There is one while any does."""
+
+    began_s: float
+    first: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the call whose turn it is."""
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when something of this scope is settled."""
+    calls: int = 0
+    admitted: int = 0
+
+
+@dataclass(slots=True)
+class _Place:
+    """One call's place: in the lines of its scopes from the narrowest on, up to the scope that stands in its way.
+
+    So a call that waits for its app's concurrency is in no other app's way, and all calls take their lines in one order.
+    """
+
+    lines: dict[str, _Line]
+    scopes: tuple[str, ...]
+    began_s: float
+    concurrency_wait_s: float
+    joined: list[str] = field(default_factory=list)
+
+    def occupied(self) -> int:
+        """Return how many lines a new call joins, so as to overtake nobody."""
+        return max((number for number, scope in enumerate(self.scopes, 1) if scope in self.lines), default=0)
+
+    def hindrance(self, found: Attempt | Refusal) -> Denied | None:
+        """Return the denial that waiting may turn into a reservation, if it is one."""
+        denied = found.result if isinstance(found, Attempt) else None
+        return denied if isinstance(denied, Denied) and wait_s(denied, self.concurrency_wait_s) else None
+
+    def depth(self, denied: Denied) -> int:
+        """Return how many lines a call stands in that waits after this denial."""
+        scope = None if denied.standing is None else denied.standing.scope
+        return self.scopes.index(scope) + 1 if scope in self.scopes else 1  # concurrency and an app's parts: in the app's line
+
+    async def wait(self, depth: int, attempt: Callable[[], Awaitable[Attempt | Refusal]]) -> Attempt | Refusal:
+        """Make attempts when it is this call's turn, until one succeeds, waiting does not help, or its time is over."""
+        loop, look_s, held_since_s = asyncio.get_running_loop(), LOOK_S, self.began_s
+        while True:
+            await self._join(depth)
+            found = await attempt()
+            if (hindrance := self.hindrance(found)) is None:
+                return self.left_with(found)
+            if hindrance.reason == "concurrency":  # its time in the app's line is no time in which budget was held
+                since_s, held_since_s = self.began_s, math.inf
+            else:
+                since_s = held_since_s = min(held_since_s, loop.time())
+            left_s = since_s + wait_s(hindrance, self.concurrency_wait_s) - loop.time()
+            if left_s <= 0:
+                return self.left_with(found)
+            await self._join(depth := self.depth(hindrance))
+            await self._freed(min(look_s, left_s))
+            look_s = min(2 * look_s, LOOK_MAX_S)
+
+    async def _join(self, depth: int) -> None:
+        """Stand first in as many lines; leave those beyond them."""
+        while len(self.joined) > depth:
+            self._leave_last()
+        while len(self.joined) < depth:
+            scope = self.scopes[len(self.joined)]
+            line = self.lines.setdefault(scope, _Line(asyncio.get_running_loop().time()))
+            line.calls += 1
+            try:
+                await line.first.acquire()
+            except BaseException:
+                self._forget(scope)
+                raise
+            self.joined.append(scope)
+
+    async def _freed(self, most_s: float) -> None:
+        """Wait until something is settled in the widest of its scopes, for a while at most."""
+        freed = self.lines[self.joined[-1]].freed
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._settled.wait(), LOOK_S)
+            await asyncio.wait_for(freed.wait(), most_s)
+        freed.clear()
+
+    def left_with(self, found: Attempt | Refusal) -> Attempt | Refusal:
+        """Count an admission in the lines; give a denial by concurrency the wait to expect, by how fast its line moves."""
+        if not isinstance(found, Attempt):
+            return found
+        if isinstance(found.result, Reserved):
+            for scope in self.joined:
+                self.lines[scope].admitted += 1
+            return found
+        line = self.lines.get(self.scopes[0])
+        if found.result.reason != "concurrency" or line is None or not line.admitted:
+            return found
+        each_s = (asyncio.get_running_loop().time() - line.began_s) / line.admitted
+        expected_s = min(math.ceil(max(1, line.calls) * each_s), EXPECTED_MAX_S)
+        return found._replace(result=replace(found.result, retry_after_s=expected_s))
+
+    def leave(self) -> None:
+        while self.joined:
+            self._leave_last()
+
+    def _leave_last(self) -> None:
+        scope = self.joined.pop()
+        self.lines[scope].first.release()
+        self._forget(scope)
+
+    def _forget(self, scope: str) -> None:
+        line = self.lines[scope]
+        line.calls -= 1
+        if not line.calls:
+            del self.lines[scope]

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from gateway_addon.calls.quote import Quote
+from gateway_addon.calls.reservation_options import ReservationOption
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.calls.spend_limit import rejected_headers
 from gateway_addon.identity.client_address import FORWARDED_FOR
@@ -37,15 +38,29 @@ def in_force(token: Token | None, now: float) -> Token | Refusal:
     return token
 
 
-def denied(denial: Denied, app: AppPolicy, quote: Quote | BatchQuote, granted_nano: int) -> Refusal:
-    """Return the refusal for a reservation that the ledger denied. `granted_nano` is the amount that was asked for."""
+def denied(denial: Denied, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption) -> Refusal:
+    """Return the refusal for a reservation that the ledger denied. `option` is what was asked for."""
     if denial.standing is not None:
-        return _denied_by_cap(denial, denial.standing, app, quote, granted_nano)
+        return _denied_by_cap(denial, denial.standing, app, quote, option)
     if denial.pause is not None:
         return paused(denial.pause)
     if denial.reason in ("token_unknown", "token_revoked", "token_expired"):
         return Refusal(denial.reason, f"The token of app {app.name} has just been revoked or expired. Ask the operator for a new one.")
+    if denial.reason == "concurrency":
+        return _too_many_in_flight(denial, app)
     return rate_reached(denial, app)
+
+
+def _too_many_in_flight(denial: Denied, app: AppPolicy) -> Refusal:
+    """Return the refusal for a call whose turn did not come while it waited in its app's line."""
+    place = f"({app.file}: rates.concurrent)"
+    if not denial.limit_max:
+        return Refusal("concurrency", f"App {app.name} may have no call in flight {place}. Raise it there.")
+    calls = "1 call" if denial.limit_max == 1 else f"{denial.limit_max:,} calls"
+    waited = f", and none ended for this one within {app.rates.wait_s:g} s (rates.wait)" if app.rates.wait_s else ""
+    expected = "" if denial.retry_after_s is None else f" Expect its turn in about {denial.retry_after_s} s."
+    sentence = f"App {app.name} has {calls} in flight, as many as it may have at once {place}{waited}."
+    return Refusal("concurrency", f"{sentence}{expected} Make fewer at once, or raise it there.", denial.retry_after_s or 1)
 
 
 def rate_reached(denial: Denied, app: AppPolicy) -> Refusal:
@@ -55,10 +70,10 @@ def rate_reached(denial: Denied, app: AppPolicy) -> Refusal:
     return Refusal(denial.reason, sentence, denial.retry_after_s)
 
 
-def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, quote: Quote | BatchQuote, granted_nano: int) -> Refusal:
+def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption) -> Refusal:
     if denial.reason == "quote_over_cap":
         return Refusal("quote_over_cap", _too_large(app, quote, standing.cap_nano or 0, _cap_name(standing)))
-    stands = f"{_stands(standing)}; this call needs {cents(granted_nano)} to start"
+    stands = f"{_stands(standing)}; this call needs {cents(option.hold_nano)} to start"
     if denial.reason == "cap_held":
         return Refusal("cap_held", f"{stands}, and calls in flight hold what is left. Try again shortly.", denial.retry_after_s or 1)
     reset = "" if standing.resets_at is None else f" It resets at {_time(standing.resets_at)}."

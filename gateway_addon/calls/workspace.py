@@ -23,7 +23,7 @@ from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.refusal_messages import BatchQuote, denied
-from gateway_addon.calls.reservation_options import ReservationOption, planned
+from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan, planned
 from gateway_addon.calls.responses import OwnResponse
 from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, ownership
 from gateway_addon.ledger import batches as book
@@ -100,11 +100,19 @@ class Workspace:
         call = replace(call, model_asked=asked.model, quote_nano=asked.quote_nano)
         # Tokens a minute do not count here: the provider takes its time with a batch, and has other limits for it.
         rates = RateLimits(app.rates.requests_per_minute, None, app.rates.concurrent)
+
         whole = planned(app, policy, [ReservationOption(0, asked.quote_nano)], rates)
-        result, _, passed = await self.queue.observe(call, whole, now)
-        asked = replace(asked, flags=tuple(dict.fromkeys((*asked.flags, *(f"observed:{code}" for code in passed)))))
+
+        async def plan() -> ReservationPlan:
+            return whole
+
+        attempt = await self.queue.reserve(call, plan, now, app.rates.wait_s)
+        if isinstance(attempt, Refusal):
+            return attempt
+        result, option, observed = attempt
+        asked = replace(asked, flags=tuple(dict.fromkeys((*asked.flags, *(f"observed:{code}" for code in observed)))))
         if isinstance(result, Denied):
-            return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), asked.quote_nano)
+            return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), option)
         creation = _Creation(self, caller, call, asked, result, now)
         response_hook = ResponseHook(whole=creation.answered, ended=creation.ended)
         return Permit(caller, call, now, asked.body, edited=", ".join(asked.edited), response_hook=response_hook, reserved=True)

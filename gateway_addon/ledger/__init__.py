@@ -2,6 +2,7 @@
 
 from gateway_addon.ledger.ledger import Ledger
 from gateway_addon.ledger.types import (
+    TOTAL,
     Alert,
     AppPart,
     CallFacts,
@@ -29,6 +30,7 @@ from gateway_addon.ledger.types import (
 )
 
 __all__ = [
+    "TOTAL",
     "Alert",
     "AppPart",
     "CallFacts",

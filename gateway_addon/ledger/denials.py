@@ -24,7 +24,7 @@ def judge(facts: CallFacts, limits: RateLimits, grant_nano: int, quantum_nano: i
     if (by_cap := judge_caps(facts.standings, grant_nano, quantum_nano, now)) is not None:
         return by_cap
     if limits.concurrent is not None and facts.open >= limits.concurrent:
-        return Denied("concurrency", limit="concurrent", limit_max=limits.concurrent, used=facts.open, retry_after_s=1)
+        return Denied("concurrency", limit="concurrent", limit_max=limits.concurrent, used=facts.open)
     by_requests = judge_rate("requests_per_minute", limits.requests_per_minute, 1, facts.requests, now)
     return by_requests or judge_rate("input_tokens_per_minute", limits.input_tokens_per_minute, input_tokens, facts.input_tokens, now)
 

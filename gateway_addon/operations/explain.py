@@ -1,8 +1,8 @@
 """Explain what would happen to a request: every rule's verdict, what the call is quoted at, which caps it fits. Nothing is sent or held.
 
-Promises the verdict, code and sentence that the gateway would come to at that moment (where calls in flight hold what is missing:
-without a wait), by the gateway's own judgements, as plain data and in words. Asked by `gateway explain` and by the command of that
-name in mitmweb.
+Promises the verdict, code and sentence that the gateway would come to at that moment (where calls in flight hold what is missing: if
+none of them ended during the wait, and how long that is), by the gateway's own judgements, as plain data and in words. Asked by
+`gateway explain` and by the command of that name in mitmweb.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from tabulate import tabulate
 from gateway_addon.calls.authentication import Rejected, judge_caller
 from gateway_addon.calls.judging import judge_request
 from gateway_addon.calls.planning import fits_request_cap, judge_plan, plan
+from gateway_addon.calls.queue import wait_s
 from gateway_addon.calls.quote import Quote, quote
 from gateway_addon.calls.refusal_messages import denied
 from gateway_addon.calls.reservation_options import ReservationOption, reservation_options, rewritten
@@ -76,7 +77,7 @@ def explain(
     refused = caller.refusal if isinstance(caller, Rejected) else None
     explanation: dict[str, Any] = {
         "app": app.name, "rewritten": {}, "rules": [], "quote": None, "caps": [], "observed": [], "note": None,
-        "assumed": _assumed(app, known, address), "refused": None,
+        "assumed": _assumed(app, known, address), "waits_s": 0.0, "refused": None,
     }  # fmt: skip
     overruns = known.lookup.overruns
     judged = judge_request(app, policy.prices, "messages", request, overruns, now)
@@ -99,7 +100,8 @@ def explain(
         standings: dict[tuple[str, str], Standing] = {(standing.scope, standing.window): standing for standing in known.facts.standings}
         explanation["quote"] = _quote(bound) | {"held_at_first": dollars(least.hold_nano) if least.hold_nano < bound.total_nano else None}
         explanation["caps"] = [_cap(app, cap, bound, least, standings.get((cap.scope, cap.window)), known.problem, now) for cap in limits]
-        by_money, seen = _judge_money(policy, app, read, bound, known, now)
+        by_money, waits_s, seen = _judge_money(policy, app, read, bound, known, now)
+        explanation["waits_s"] = 0.0 if refused else waits_s
         refused, observed = refused or by_money, [*observed, *seen]
     return explanation | {"observed": [_refusal(each) for each in observed], "refused": refused and _refusal(refused)}
 
@@ -110,18 +112,19 @@ def _first_refusal(*found: object) -> Refusal:
 
 def _judge_money(
     policy: GatewayPolicy, app: AppPolicy, read: ParsedRequest, bound: Quote, known: Known, now: float
-) -> tuple[Refusal | None, list[Refusal]]:
-    """Return the refusal of a quoted call by caps, rates and concurrency, and what observed ones would have said."""
+) -> tuple[Refusal | None, float, list[Refusal]]:
+    """Return the refusal of a quoted call by caps, rates and concurrency, the wait before it, and what observed ones would have said."""
     asked = plan(app, policy, read, bound, known.upstream_limits, known.lookup.overruns, now)
     if isinstance(asked, Refusal):
-        return asked, []
+        return asked, 0.0, []
     verdict = judge_plan(asked, known.facts, bound.input_tokens, now)
 
     def said(denial: Denied) -> Refusal:
-        return denied(denial, app, bound, verdict.option.hold_nano)
+        return denied(denial, app, bound, verdict.option)
 
     refused = None if verdict.denied is None else said(verdict.denied)
-    return refused, [*asked.notes, *map(said, verdict.observed)]
+    waits_s = 0.0 if verdict.denied is None else wait_s(verdict.denied, app.rates.wait_s)
+    return refused, waits_s, [*asked.notes, *map(said, verdict.observed)]
 
 
 def _known(
@@ -208,6 +211,8 @@ def written(explanation: dict[str, Any]) -> str:
     lines += [f"taken for granted: {each}" for each in explanation["assumed"]]
     if explanation["note"]:
         lines.append(f"the Claude API would refuse it: {explanation['note']}")
+    if explanation["waits_s"]:
+        lines.append(f"it waits up to {explanation['waits_s']:g} s in line for calls in flight to end; if that does not help:")
     lines.append(f"refused: {refused['code']}: {refused['sentence']}" if refused else "allowed by the policy")
     return "\n".join(lines).lstrip("\n")
 

@@ -32,6 +32,7 @@ from gateway_addon.policy.kinds import (
     one_or_more,
     parsed,
     record,
+    seconds,
     text,
     word,
 )
@@ -54,6 +55,7 @@ from gateway_addon.policy.model import (
 )
 from gateway_addon.pricing import LISTED_BY
 
+WAIT_MAX_S = 300.0  # half of the time in which the official SDKs want the whole answer
 NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
 """Apps and teams: lower case, so that two spellings never mean two budgets."""
 
@@ -115,6 +117,13 @@ def _zone(value: str) -> str:
     return value
 
 
+def _wait(value: str) -> float:
+    wait_s = 0.0 if value in ("0", "0s") else seconds(value)
+    if wait_s > WAIT_MAX_S:
+        raise ValueError(f"{value!r} is longer than {WAIT_MAX_S / 60:g}m: the SDKs give a call up after 10m, and its answer takes time too")
+    return wait_s
+
+
 _COMMAND = ValueKind(listing(text()).read, listing(text()).schema, "a list: the program and its arguments")
 SOURCE = one_of(
     Source,
@@ -127,6 +136,7 @@ SOURCE = one_of(
 )
 _UPSTREAM = parsed(_upstream, {"type": "string", "format": "uri"}, "an https address")
 _ZONE = parsed(_zone, {"type": "string"}, "a time zone")
+_WAIT = parsed(_wait, {"anyOf": [{"enum": [0, "0"]}, SECONDS.schema]}, SECONDS.written)
 _MODE = parsed(_mode, {"enum": [*_MODES, *_MODES.values()]}, "`0600` or `0640`")
 _NETWORK = parsed(ipaddress.ip_network, {"type": "string"}, "a network (`10.0.0.0/8`)")
 _PROXY = parsed(_proxy, {"type": "string"}, "a network (`10.0.0.0/8`)")
@@ -154,8 +164,8 @@ def _alerts(at: tuple[int, ...], webhook: Source | None, format: Any) -> Alerts:
     return Alerts(at_percent=at, webhook=webhook, format=format)
 
 
-def _rates(headroom: int | None, **limits: int | None) -> RatePolicy:
-    return RatePolicy(**limits, headroom_percent=headroom)
+def _rates(wait: float, headroom: int | None, **limits: int | None) -> RatePolicy:
+    return RatePolicy(**limits, wait_s=wait, headroom_percent=headroom)
 
 
 ALERTS = _group(
@@ -352,6 +362,11 @@ APP: dict[str, Key] = {
             "requests_per_minute": Key(COUNT, "requests a minute; as many of `count_tokens` beside them", None),
             "input_tokens_per_minute": Key(COUNT, "quoted input tokens a minute", None),
             "concurrent": Key(COUNT, "calls in flight at once; a batch is one until it is settled", None),
+            "wait": Key(
+                _WAIT,
+                "how long a call beyond them waits in line before it is refused: `30s` unless given, at most `5m`, `0s` for not at all",
+                RatePolicy().wait_s,
+            ),
             "headroom": Key(PERCENT, "stay out of this last share of the shared key's own rate limits", None),
         },
         "how fast it may call",

@@ -88,7 +88,8 @@ def _percent(value: str) -> int:
     return int(match[1])
 
 
-def _seconds(value: str) -> float:
+def seconds(value: str) -> float:
+    """Return a written duration in seconds. Raises ValueError."""
     match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(ms|s|m|h)", value)
     if match is None or float(match[1]) == 0:
         raise ValueError(f"{value!r} is not a duration; write one like 500ms, 10s, 5m or 1h")
@@ -107,7 +108,7 @@ COUNT = parsed(
     "a number (`200k`)",
 )
 PERCENT = parsed(_percent, {"type": "string", "pattern": "^[0-9]{1,3}%$"}, "a share (`80%`)")
-SECONDS = parsed(_seconds, {"type": "string", "pattern": r"^[0-9]{1,6}(\.[0-9]{1,3})?(ms|s|m|h)$"}, "a duration (`10s`)")
+SECONDS = parsed(seconds, {"type": "string", "pattern": r"^[0-9]{1,6}(\.[0-9]{1,3})?(ms|s|m|h)$"}, "a duration (`10s`)")
 BOOLEAN = parsed(_boolean, {"type": "boolean"}, "`true` or `false`")
 AMOUNT = parsed(
     parse_nano,

@@ -90,6 +90,8 @@ class RatePolicy:
     requests_per_minute: int | None = None
     input_tokens_per_minute: int | None = None
     concurrent: int | None = None
+    wait_s: float = 30.0
+    """How long a call waits in line for one of the app's calls in flight to end."""
     headroom_percent: int | None = None
     """Keep this share of the shared key's own limits free for the other apps."""
 

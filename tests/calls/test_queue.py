@@ -8,14 +8,16 @@ import pytest
 from ledgers import CALL, NOON, Cap
 
 from gateway_addon.calls import queue as room
-from gateway_addon.calls.queue import BudgetQueue
+from gateway_addon.calls.queue import Attempt, BudgetQueue
 from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan
 from gateway_addon.ledger import Denied, RateLimits, Reserved, Standing
+from gateway_addon.refusals import Refusal
 
 DAY = Standing("app:reports", "day", 0, None, 1000, 0, 900, 100, 0, 1)
 HELD = Denied("cap_held", standing=DAY)
 SPENT = Denied("cap_spent", standing=DAY)
 WHOLE, FIRST_STEP = ReservationOption(100, 500), ReservationOption(10, 50)
+SHORT = Refusal("headroom", "The shared key has little left.")
 
 
 class Told:
@@ -37,12 +39,17 @@ class Told:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(room, "WAIT_S", 0.2)
+    monkeypatch.setattr(room, "HELD_WAIT_S", 0.2)
     monkeypatch.setattr(room, "LOOK_S", 0.01)
 
 
-def come(queue, *reservation_options, call=CALL):
-    return queue.reserve(call, reservation_options or (WHOLE,), (), RateLimits(), NOON)
+def come(queue, *reservation_options, call=CALL, plan=None, wait_s=0.0):
+    """Ask for a reservation by these options, or by a plan."""
+
+    async def planned():
+        return plan or ReservationPlan(reservation_options or (WHOLE,), (), RateLimits())
+
+    return queue.reserve(call, planned, NOON, wait_s)
 
 
 def reserved(number):
@@ -51,7 +58,7 @@ def reserved(number):
 
 async def test_the_first_offer_that_fits_is_taken():
     ledger = Told(HELD, reserved(1))
-    assert await come(BudgetQueue(ledger), WHOLE, FIRST_STEP) == (reserved(1), FIRST_STEP)
+    assert await come(BudgetQueue(ledger), WHOLE, FIRST_STEP) == Attempt(reserved(1), FIRST_STEP, ())
     assert [hold for _, hold in ledger.asked] == [500, 50]
 
 
@@ -74,25 +81,29 @@ async def test_own_caps_in_observe_mode_are_reported_and_hold_nothing(spent_nano
     own = DAY._replace(spent_nano=spent_nano, reserved_nano=held_nano)
     ledger = Told(reserved(1), own=(own,))
     rates = RateLimits(requests_per_minute=1)
-    result, option, said = await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (TOTAL,), rates, (OWN,)), NOON)
-    assert (result, option, said) == (Reserved(1, (own,)), WHOLE, codes)
+    attempt = await come(BudgetQueue(ledger), plan=ReservationPlan((WHOLE,), (TOTAL,), rates, (OWN,)))
+    assert attempt == (Reserved(1, (own,)), WHOLE, codes)
     assert (ledger.limits, ledger.rates) == ([TOTAL], rates)
 
 
 async def test_a_quote_above_an_observed_cap_is_said():
     ledger = Told(reserved(1), own=(DAY._replace(cap_nano=499),))
-    assert (await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (TOTAL,), RateLimits(), (OWN,)), NOON))[2] == ("quote_over_cap",)
+    assert (await come(BudgetQueue(ledger), plan=ReservationPlan((WHOLE,), (TOTAL,), RateLimits(), (OWN,)))).observed == ("quote_over_cap",)
 
 
 async def test_what_an_observed_app_shares_with_others_holds_it_too():
     ledger = Told(SPENT, own=())
-    assert (await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (TOTAL,), RateLimits(), (OWN,), True), NOON))[0] == SPENT
+    assert (await come(BudgetQueue(ledger), plan=ReservationPlan((WHOLE,), (TOTAL,), RateLimits(), (OWN,), True))).result == SPENT
 
 
-@pytest.mark.parametrize(("observe_rates", "outcome"), [(True, (Reserved(1, ()), ("rate",))), (False, (Denied("rate"), ()))])
-async def test_a_rate_holds_unless_it_is_only_observed(observe_rates, outcome):
-    ledger = Told(Denied("rate"), reserved(1))
-    result, _, said = await BudgetQueue(ledger).observe(CALL, ReservationPlan((WHOLE,), (OWN,), RateLimits(1), observes_rates=observe_rates), NOON)
+@pytest.mark.parametrize("denied", [Denied("rate"), Denied("concurrency", limit_max=1)])
+@pytest.mark.parametrize("observed", [True, False])
+async def test_a_rate_holds_unless_it_is_only_observed(observed, denied):
+    """What is only observed is not waited for either."""
+    ledger = Told(denied, reserved(1))
+    plan = ReservationPlan((WHOLE,), (OWN,), RateLimits(1), observes_rates=observed)
+    result, _, said = await come(BudgetQueue(ledger), plan=plan, wait_s=60.0 if observed else 0.0)
+    outcome = (reserved(1), (denied.reason,)) if observed else (denied, ())
     assert (result, said) == outcome
     assert ledger.limits == [OWN]
 
@@ -102,7 +113,7 @@ async def test_whoever_waits_gets_what_a_settlement_frees():
     queue = BudgetQueue(ledger)
     waiting = asyncio.ensure_future(come(queue))
     await asyncio.sleep(0.005)
-    queue.settled()
+    queue.settled(CALL.scopes)
     assert (await waiting)[0] == reserved(1)
 
 
@@ -110,13 +121,14 @@ async def test_the_wait_is_bounded_and_ends_with_one_last_look():
     ledger = Told(HELD)
     began = asyncio.get_running_loop().time()
     assert (await come(BudgetQueue(ledger)))[0] == HELD
-    assert asyncio.get_running_loop().time() - began >= room.WAIT_S
+    assert asyncio.get_running_loop().time() - began >= room.HELD_WAIT_S
     assert len(ledger.asked) > 2
 
 
 async def test_the_last_look_can_still_succeed(monkeypatch):
-    monkeypatch.setattr(room, "WAIT_S", 0.0)
-    assert (await come(BudgetQueue(Told(HELD, reserved(1)))))[0] == reserved(1)
+    monkeypatch.setattr(room, "HELD_WAIT_S", 0.01)
+    monkeypatch.setattr(room, "LOOK_S", 60.0)
+    assert (await come(BudgetQueue(Told(HELD, HELD, reserved(1)))))[0] == reserved(1)
 
 
 def asking_for(model):
@@ -155,3 +167,115 @@ async def test_whoever_leaves_the_line_leaves_nothing_behind():
         await left
     ledger.answers = deque([HELD, reserved(1)])
     assert (await asyncio.wait_for(come(queue), 0.1))[0] == reserved(1)
+
+
+FULL = Denied("concurrency", limit="concurrent", limit_max=1, used=1)
+
+
+class Places:
+    """A ledger in which each app may have so many calls in flight, and no more money than that."""
+
+    def __init__(self, **places):
+        self.places, self.admitted, self.attempts = places, [], 0
+
+    async def reserve(self, call, hold_nano, limits, *, quantum_nano, rates, now):
+        self.attempts += 1
+        await asyncio.sleep(0)
+        if not self.places[call.app]:
+            return FULL
+        self.places[call.app] -= 1
+        self.admitted.append(call.model_asked)
+        return reserved(len(self.admitted))
+
+    def end(self, queue, app="reports"):
+        self.places[app] += 1
+        queue.settled((f"app:{app}", "total"))
+
+
+async def waiting(queue, *names, wait_s=5.0):
+    """Calls that came in this order, each once the one before it waits."""
+    tasks = []
+    for name in names:
+        tasks.append(asyncio.ensure_future(come(queue, call=asking_for(name), wait_s=wait_s)))
+        await asyncio.sleep(0.002)
+    return tasks
+
+
+async def test_calls_beyond_the_concurrency_wait_in_their_order(monkeypatch):
+    """A settlement wakes the first alone: the others make no attempt."""
+    monkeypatch.setattr(room, "LOOK_S", 60.0)
+    ledger = Places(reports=0)
+    queue = BudgetQueue(ledger)
+    tasks = await waiting(queue, "a", "b", "c")
+    for _ in tasks:
+        ledger.end(queue)
+        await asyncio.sleep(0.005)
+    await asyncio.gather(*tasks)
+    assert ledger.admitted == ["a", "b", "c"]
+    assert ledger.attempts <= 8
+    assert not queue._lines
+
+
+async def test_an_app_that_waits_for_its_own_calls_is_in_no_ones_way():
+    ledger = Places(reports=0, other=1)
+    queue = BudgetQueue(ledger)
+    tasks = await waiting(queue, "a")
+    stranger = replace(asking_for("other"), app="other", team=None)
+    assert (await asyncio.wait_for(come(queue, call=stranger), 0.05)).result == reserved(1)
+    ledger.end(queue)
+    assert (await tasks[0]).result == reserved(2)
+
+
+async def test_a_call_that_leaves_the_line_lets_the_next_one_up():
+    ledger = Places(reports=0)
+    queue = BudgetQueue(ledger)
+    first, second, third = await waiting(queue, "a", "b", "c")
+    first.cancel()
+    second.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    ledger.end(queue)
+    assert (await third).result == reserved(1)
+    assert not queue._lines
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected_s"),
+    [(0, None), (1, 2)],  # one came through in 0.6 s, and three wait
+)
+async def test_the_wait_ends_with_a_denial_that_says_what_to_expect(ends, expected_s):
+    ledger = Places(reports=0)
+    queue = BudgetQueue(ledger)
+    served = await waiting(queue, *"a"[:ends])
+    refused = await waiting(queue, "b", wait_s=0.6)
+    behind = await waiting(queue, "c", "d")
+    for _ in served:
+        ledger.end(queue)
+    assert (await refused[0]).result == replace(FULL, retry_after_s=expected_s)
+    for task in behind:
+        task.cancel()
+    await asyncio.gather(*behind, return_exceptions=True)
+
+
+async def test_no_call_waits_where_none_may_be_in_flight():
+    ledger = Told(Denied("concurrency", limit="concurrent", limit_max=0, used=0))
+    await asyncio.wait_for(come(BudgetQueue(ledger), wait_s=60.0), 0.1)
+    assert len(ledger.asked) == 1
+
+
+async def test_budget_is_waited_for_anew_behind_a_wait_for_concurrency(monkeypatch):
+    """The time in the app's line is no time in which budget was held."""
+    monkeypatch.setattr(room, "LOOK_MAX_S", 0.01)
+    ledger = Told(*[FULL] * 26, HELD, HELD, reserved(1))
+    assert (await come(BudgetQueue(ledger), wait_s=60.0)).result == reserved(1)
+
+
+async def test_a_call_that_has_waited_is_planned_anew():
+    """Meanwhile its model may have passed a grant, and must be held whole; or the shared key has run short."""
+    plans = [ReservationPlan((FIRST_STEP,), (), RateLimits()), ReservationPlan((WHOLE,), (), RateLimits()), SHORT]
+
+    async def plan():
+        return plans.pop(0)
+
+    ledger = Told(FULL)
+    assert await BudgetQueue(ledger).reserve(CALL, plan, NOON, 60.0) == SHORT
+    assert [hold for _, hold in ledger.asked] == [50, 500]

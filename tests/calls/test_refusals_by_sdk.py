@@ -149,7 +149,7 @@ CASES = [
     Case("quote_over_cap", RATE, ask(), r"can cost up to \$.*, more than the cap for today of app app .*send less", LEAST + "caps: {day: $0.0001}\n"),
     Case("cap_held", RATE, twice(in_flight=True), r"held of \$0\.0025.*calls in flight hold what is left\. Try again", LEAST + "caps: {day: $0.0025}\n", True, Behaviour(delay_headers_s=4)),
     Case("rate", RATE, twice(), r"App app is at its limit of 1 requests per minute \(.*rates\)", RICH + "rates: {requests_per_minute: 1}\n", True),
-    Case("concurrency", RATE, twice(in_flight=True), r"App app is at its limit of 1 concurrent", RICH + "rates: {concurrent: 1}\n", True, Behaviour(delay_headers_s=0.5)),
+    Case("concurrency", RATE, twice(in_flight=True), r"App app has 1 call in flight, as many as it may have at once \(.*rates\.concurrent\), .* within 0\.2 s \(rates\.wait\)\. Make fewer", RICH + "rates: {concurrent: 1, wait: 0.2s}\n", True, Behaviour(delay_headers_s=0.8)),
     Case("headroom", RATE, twice(), r"The shared key has .* left for now, and app app keeps 20 % of it free", RICH + "rates: {headroom: 20%}\n", True, Behaviour(ratelimit_remaining_percent=10)),
     Case("ledger", anthropic.ServiceUnavailableError, without_ledger, r"cannot reach its ledger.*Try again shortly", retry_after=True),
     Case("internal", anthropic.ServiceUnavailableError, with_a_bug, r"The gateway failed while judging this request, so it was not sent"),

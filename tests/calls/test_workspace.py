@@ -136,7 +136,7 @@ async def test_a_batch_over_a_cap_is_refused_before_anything_is_sent(tmp_path):
 
 
 async def test_a_batch_counts_against_every_cap_while_it_is_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("gateway_addon.calls.queue.WAIT_S", 0.1)
+    monkeypatch.setattr("gateway_addon.calls.queue.HELD_WAIT_S", 0.1)
     async with running(tmp_path, apps={"app": APP.replace("$100", "$0.002")}) as gw:
         await created(gw, *(asked(f"r{number}") for number in range(2)))
         async with httpx2.AsyncClient(base_url=gw.url, headers={"x-api-key": gw.tokens["app"]}) as http:

@@ -230,7 +230,7 @@ def test_concurrency_counts_open_calls_only(db):
     limits = RateLimits(concurrent=2)
     first = hold(db, 1, rates=limits)
     hold(db, 1, rates=limits)
-    assert hold(db, 1, rates=limits) == Denied("concurrency", limit="concurrent", limit_max=2, used=2, retry_after_s=1)
+    assert hold(db, 1, rates=limits) == Denied("concurrency", limit="concurrent", limit_max=2, used=2)
     reservations.settle(db, first.call_id, Settlement(1), now=NOON)
     assert isinstance(hold(db, 1, rates=limits), Reserved)
 

@@ -27,10 +27,17 @@ AMOUNTS = ("$0.02", "$0.1", "$0.2", "$0.3", "$0.4", "$0.6", "$1", "$50")
 ADDRESSES = ("127.0.0.1", "10.1.2.3", "192.0.2.9")
 
 
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch):
-    """`explain` does not wait for what is only held; neither does the gateway, here."""
-    monkeypatch.setattr(queue, "WAIT_S", 0.0)
+@pytest.fixture
+def waited(monkeypatch):
+    """The gateway's calls that waited in line, where a wait is over at once."""
+    calls = []
+
+    async def over(place, most_s):
+        calls.append(place)
+        raise TimeoutError
+
+    monkeypatch.setattr(queue._Place, "_freed", over)
+    return calls
 
 
 def caps_of(random: Random, windows, most: int) -> str:
@@ -55,7 +62,7 @@ def policies_of(random: Random) -> tuple[str, str]:
     if some() < 0.5:
         rates = {"requests_per_minute": (0, 2, 6), "input_tokens_per_minute": (900, 5000), "concurrent": (0, 1, 4)}
         named = [f"{name}: {random.choice(rates[name])}" for name in random.sample(sorted(rates), random.randrange(1, 4))]
-        lines.append(f"rates: {{{', '.join([*named, *(['headroom: 50%'] if some() < 0.4 else [])])}}}")
+        lines.append(f"rates: {{{', '.join([*named, *(['headroom: 50%'] if some() < 0.4 else []), *(['wait: 0s'] if some() < 0.3 else [])])}}}")
     lines.append(f"reserve: {random.choice(('full', 'progressive', 'auto'))}")
     if some() < 0.12:
         lines.append("addresses: [10.0.0.0/8, 127.0.0.0/8]")
@@ -113,7 +120,7 @@ def request_of(random: Random) -> Request:
     return Request("POST", "/v1/messages", (), raw if random.random() < 0.95 else raw[:-1])
 
 
-async def both(folder, seed: int) -> tuple[dict | None, Refusal | None]:
+async def both(folder, seed: int) -> tuple[dict, Refusal | None]:
     """What `explain` and the gateway say to one request, by one ledger."""
     random = Random(seed)
     now = float(int(time.time()) // 86_400 * 86_400 + random.randrange(86_400)) + 0.25
@@ -143,15 +150,19 @@ async def both(folder, seed: int) -> tuple[dict | None, Refusal | None]:
     if not isinstance(answer, Refusal):
         flagged = {flag.removeprefix("observed:") for flag in observed if flag.startswith("observed:")}
         assert {each["code"] for each in told["observed"]} == flagged
-    return told["refused"], answer if isinstance(answer, Refusal) else None
+    return told, answer if isinstance(answer, Refusal) else None
 
 
 @pytest.mark.parametrize("start", [pytest.param(at, marks=[pytest.mark.soak] if at else []) for at in range(0, 50 * CASES, CASES)])
-async def test_explain_and_the_gateway_give_one_verdict(tmp_path, start):
+async def test_explain_and_the_gateway_give_one_verdict(tmp_path, waited, start):
     said = Counter()
     for seed in range(start, start + CASES):
         (folder := tmp_path / str(seed)).mkdir()
         told, refused = await both(folder, seed)
-        assert told == (refused and {"code": refused.code, "sentence": refused.sentence}), f"seed {seed}"
+        assert told["refused"] == (refused and {"code": refused.code, "sentence": refused.sentence}), f"seed {seed}"
+        assert (told["waits_s"] > 0) == bool(waited), f"seed {seed}"
         said[refused and refused.code] += 1
-    assert len(said) >= 6, f"too little was tried: {said}"
+        said["waited"] += len(waited)
+        waited.clear()
+    assert len(said) >= 7, f"too little was tried: {said}"
+    assert said["waited"] >= 3, f"too little was tried: {said}"

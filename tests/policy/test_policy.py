@@ -77,8 +77,14 @@ addresses: [10.0.0.0/8, "::1"]
     assert (found.features["web_search"].max_uses, found.max_tokens and found.max_tokens.limit) == (3, 8192)
     rates = found.rates
     assert (rates.requests_per_minute, rates.input_tokens_per_minute, rates.concurrent, rates.headroom_percent) == (60, 200_000, 4, 20)
+    assert rates.wait_s == 30.0
     assert (found.alerts.at_percent, found.alerts.webhook) == ((50, 100), Source("env", "SPEND_WEBHOOK"))
     assert [str(network) for network in found.addresses] == ["10.0.0.0/8", "::1/128"]
+
+
+@pytest.mark.parametrize(("wait", "wait_s"), [("0", 0.0), ("0s", 0.0), ("250ms", 0.25), ("5m", 300.0)])
+def test_the_wait_for_concurrency_may_be_none(wait: str, wait_s: float):
+    assert app(f"rates: {{concurrent: 2, wait: {wait}}}").rates.wait_s == wait_s
 
 
 def test_the_gateway_s_own_keys_have_defaults():
@@ -126,6 +132,8 @@ def test_the_key_has_one_source(text: str, key: Source):
         (LEAST + "reserve: most", f"{FILE}:3: reserve: 'most' is not a word known here"),
         (LEAST + "addresses: [10.0.0.1/8]", f"{FILE}:3: addresses: 10.0.0.1/8 has host bits set"),
         (LEAST + "rates: {headroom: 120%}", f"{FILE}:3: rates.headroom: '120%' is not a share"),
+        (LEAST + "rates: {wait: 10m}", f"{FILE}:3: rates.wait: '10m' is longer than 5m: the SDKs give a call up after 10m"),
+        (LEAST + "rates: {wait: 30}", f"{FILE}:3: rates.wait: '30' is not a duration; write one like 500ms, 10s"),
         (ALIASES + "claude-opus-5-5: claude-haiku-4-5}", f"{FILE}:4: models.aliases.claude-opus-5-5: is a model's own name"),
         (ALIASES + "fast: claude-hiku}", f"{FILE}:4: models.aliases.fast: claude-hiku has no price"),
         ("", f"{FILE}:1: the file is empty"),

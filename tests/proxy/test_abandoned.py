@@ -5,6 +5,7 @@ import json
 import socket
 import struct
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import anthropic
 import pytest
@@ -172,11 +173,11 @@ async def test_a_stream_whose_client_closed_its_side_is_not_begun(tmp_path):
 
 
 async def test_an_abandoned_call_keeps_its_concurrent_slot(tmp_path):
-    one = {"app": FINISH["app"] + "rates: {concurrent: 1}\n"}
-    async with Simulator(behaviour=BRIEF) as api, gateway(tmp_path, api, one) as gw:
+    one = {"app": FINISH["app"] + "rates: {concurrent: 1, wait: 0s}\n"}
+    async with Simulator(behaviour=replace(BRIEF, tokens_per_s=40)) as api, gateway(tmp_path, api, one) as gw:
         async with caller(gw, request(gw)):
             await until(lambda: api.book.in_flight)
-        with pytest.raises(anthropic.RateLimitError, match="concurrent"):
+        with pytest.raises(anthropic.RateLimitError, match="as many as it may have at once"):
             await gw.client().messages.create(model=MODEL, max_tokens=9, messages=[{"role": "user", "content": "x"}])
         await gw.quiet()
         await gw.client().messages.create(model=MODEL, max_tokens=9, messages=[{"role": "user", "content": "x"}])
