@@ -108,7 +108,7 @@ def test_a_report_shows_no_name_of_an_old_ledger_as_it_came(tmp_path, by, form):
     path, name = new_ledger(tmp_path), BAD.replace("\x00", "") + "n" * LONG
     with closing(writing(path)) as db:
         spend(db, 1.7e9)
-        db.execute("UPDATE calls SET agent_id = ?, model_asked = ?, model_served = ?, flags = 'drift'", (name, name, name))
+        db.execute("UPDATE calls SET agent_id = $1, model_asked = $2, model_served = $3, flags = 'drift'", (name, name, name))
     shown = CliRunner().invoke(report, ["--ledger", f"sqlite:///{path}", "--by", by, "--since", "2023-11-01", *form])
     assert shown.exit_code == 0
     assert "nnn" in shown.output

@@ -7,29 +7,30 @@ are judged by these rows.
 
 import difflib
 import json
-import sqlite3
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger import reservations, state
+from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.ledger.store import balances, sqlite_files
 from gateway_addon.ledger.types import TOTAL, Labels, Limit, Raise, Token, app_scope, labels_text
 from gateway_addon.money import AMOUNT_NANO_MAX, dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.windows import next_start, starts
 
-EVER_CALLED = "SELECT 1 FROM tokens WHERE app = ? AND last_used_at IS NOT NULL"  # by refused calls too, of which no balance tells
-EVER_SPENT = "FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
-LIMITS = "SELECT scope, window, amount_nano, since, who, why FROM limits"
-RAISES = "SELECT id, scope, window, amount_nano, since, until, who, why FROM raises"
+ADJUST = "INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES ($1, $2, 'adjust', $3, $4)"
+EVER_CALLED = "SELECT 1 FROM tokens WHERE app = $1 AND last_used_at IS NOT NULL"  # by refused calls too, of which no balance tells
+EVER_SPENT = """FROM balances WHERE scope = $1 AND "window" = 'ever' AND window_start = 0"""
+LIMITS = 'SELECT scope, "window", amount_nano, since, who, why FROM limits'
+RAISES = 'SELECT id, scope, "window", amount_nano, since, until, who, why FROM raises'
 TOKENS = f"SELECT {state.TOKEN} FROM tokens"
 
 PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (prune.py)
 
 ISSUE = """
-INSERT INTO tokens (app, label, digest, created_at, expires_at, labels) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id
+INSERT INTO tokens (app, label, digest, created_at, expires_at, labels) VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING RETURNING id
 """
 
 
@@ -46,7 +47,7 @@ class PolicyChange(NamedTuple):
 
 
 def issue_token(
-    db: sqlite3.Connection, app: str, digest: str, *, label: str = "", expires_at: float | None = None, labels: Labels = (), who: str,
+    db: Connection, app: str, digest: str, *, label: str = "", expires_at: float | None = None, labels: Labels = (), who: str,
     why: str = "", now: float
 ) -> Token:  # fmt: skip
     """Enter a token by its SHA-256 (hexadecimal). Raises ValueError if it is there already."""
@@ -59,12 +60,12 @@ def issue_token(
 
 
 def revoke_tokens(
-    db: sqlite3.Connection, app: str, *, token_id: int | None = None, at: float | None = None, who: str, why: str = "", now: float
+    db: Connection, app: str, *, token_id: int | None = None, at: float | None = None, who: str, why: str = "", now: float
 ) -> list[Token]:
     """Revoke an app's good tokens, or the one of this id, from now or from `at` on; returns them. Running calls still settle."""
     good = [token for token in tokens(db, app) if token.refusal(now) is None and token_id in (None, token.id)]
     for token in good:
-        db.execute("UPDATE tokens SET revoked_at = ? WHERE id = ?", (now if at is None else at, token.id))
+        db.execute("UPDATE tokens SET revoked_at = $1 WHERE id = $2", (now if at is None else at, token.id))
     revoked = [token for token in tokens(db, app) if token.id in {each.id for each in good}]
     for before, after in zip(good, revoked, strict=True):
         audit(db, who, "token revoke", f"app:{app}", _token_facts(before), _token_facts(after), why, now)
@@ -72,7 +73,7 @@ def revoke_tokens(
 
 
 def rotate_token(
-    db: sqlite3.Connection, app: str, digest: str, *, label: str = "", keep_old_s: float = 0, who: str, why: str = "", now: float
+    db: Connection, app: str, digest: str, *, label: str = "", keep_old_s: float = 0, who: str, why: str = "", now: float
 ) -> Token:
     """Issue a new token and revoke the app's others, at once or after `keep_old_s` seconds of grace. Labels that all had, it has."""
     before = {token.labels for token in revoke_tokens(db, app, at=now + keep_old_s, who=who, why=why, now=now)}
@@ -80,84 +81,82 @@ def rotate_token(
     return issue_token(db, app, digest, label=label, labels=labels, who=who, why=why, now=now)
 
 
-def tokens(db: sqlite3.Connection, app: str | None = None) -> list[Token]:
+def tokens(db: Connection, app: str | None = None) -> list[Token]:
     """Return the tokens of one app or of all, in the order of issue."""
-    rows = db.execute(f"{TOKENS} WHERE app = coalesce(?, app) ORDER BY id", (app,)).fetchall()
+    rows = db.execute(f"{TOKENS} WHERE app = coalesce($1, app) ORDER BY id", (app,)).fetchall()
     return [state.token_of(row) for row in rows]
 
 
-def apps(db: sqlite3.Connection) -> list[str]:
+def apps(db: Connection) -> list[str]:
     """Return every app that the ledger knows: those with a token, and those that ever had a call reserved."""
     rows = db.execute("SELECT DISTINCT app FROM tokens UNION SELECT substr(scope, 5) FROM balances WHERE scope LIKE 'app:%'").fetchall()
     return sorted(app for (app,) in rows)
 
 
-def team_of(db: sqlite3.Connection, app: str) -> str | None:
+def team_of(db: Connection, app: str) -> str | None:
     """Return the team of an app under the policy last in force."""
     return _settings(db).get(f"team:{app}") or None
 
 
-def teams(db: sqlite3.Connection) -> list[str]:
+def teams(db: Connection) -> list[str]:
     """Return every team that an app of the policy last in force belongs to."""
     rows = db.execute("SELECT DISTINCT value FROM settings WHERE name LIKE 'team:%' AND value <> ''").fetchall()
     return sorted(team for (team,) in rows)
 
 
-_AUDIT = """
+_AUDIT = named("""
 SELECT id, at, who, action, subject, before, after, why FROM audit
-WHERE at >= :since AND (CAST(:app AS TEXT) IS NULL OR subject = 'app:' || :app OR subject LIKE 'app:' || :app || ' %'
-  OR CASE WHEN subject LIKE 'call:%' THEN (SELECT app FROM calls WHERE id = CAST(substr(subject, 6) AS BIGINT)) END = :app)
+WHERE at >= $since AND (CAST($app AS TEXT) IS NULL OR subject = 'app:' || $app OR subject LIKE 'app:' || $app || ' %'
+  OR CASE WHEN subject LIKE 'call:%' THEN (SELECT app FROM calls WHERE id = CAST(substr(subject, 6) AS BIGINT)) END = $app)
 ORDER BY id
-"""
+""")
 
 
-def audit_trail(db: sqlite3.Connection, app: str | None, *, since: float) -> list[dict[str, Any]]:
+def audit_trail(db: Connection, app: str | None, *, since: float) -> list[dict[str, Any]]:
     """Return the changes since a time, of one app (its tokens, caps, pauses, corrections) or of all, in their order."""
     names = ("id", "at", "who", "action", "subject", "before", "after", "why")
     found = [dict(zip(names, row, strict=True)) for row in db.execute(_AUDIT, {"since": since, "app": app}).fetchall()]
     return [row | {name: row[name] and json.loads(row[name]) for name in ("before", "after")} for row in found]
 
 
-def raise_cap(
-    db: sqlite3.Connection, scope: str, window: str, amount_nano: int, *, until: float, who: str, why: str = "", now: float
-) -> Raise:
+def raise_cap(db: Connection, scope: str, window: str, amount_nano: int, *, until: float, who: str, why: str = "", now: float) -> Raise:
     """Add `amount_nano` on top of a scope's cap for this window, until a date. Raises have an end so that none is forgotten."""
     if amount_nano <= 0 or until <= now:
         raise ValueError(f"a cap is raised by more than $0 and until a time to come; {PROGRAM} cap limit lowers one")
     before = sum(each.amount_nano for each in raises(db, now=now) if (each.scope, each.window) == (scope, window))
-    insert = "INSERT INTO raises (scope, window, amount_nano, since, until, who, why) VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING id"
+    insert = 'INSERT INTO raises (scope, "window", amount_nano, since, until, who, why) VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id'
     [(number,)] = db.execute(insert, (scope, window, amount_nano, now, until, who, why)).fetchall()
     after = {"raised_nano": before + amount_nano, "until": until}
     audit(db, who, "cap raise", f"{scope} {window}", {"raised_nano": before}, after, why, now)
     return Raise(number, scope, window, amount_nano, now, until, who, why)
 
 
-def raises(db: sqlite3.Connection, *, now: float) -> list[Raise]:
+def raises(db: Connection, *, now: float) -> list[Raise]:
     """Return the raises in force, in the order in which they were made."""
-    return [Raise(*row) for row in db.execute(f"{RAISES} WHERE until > ? ORDER BY id", (now,)).fetchall()]
+    return [Raise(*row) for row in db.execute(f"{RAISES} WHERE until > $1 ORDER BY id", (now,)).fetchall()]
 
 
-def withdraw_raise(db: sqlite3.Connection, number: int, *, who: str, why: str = "", now: float) -> Raise:
+def withdraw_raise(db: Connection, number: int, *, who: str, why: str = "", now: float) -> Raise:
     """End a raise at once; returns it as it was. Raises ValueError where none of this number is in force."""
     found = next((each for each in raises(db, now=now) if each.id == number), None)
     if found is None:
         raise ValueError(f"no raise {number} is in force; {PROGRAM} cap list shows those that are")
-    db.execute("UPDATE raises SET until = since WHERE id = ?", (number,))  # not deleted: its number must never mean another raise
+    db.execute("UPDATE raises SET until = since WHERE id = $1", (number,))  # not deleted: its number must never mean another raise
     audit(db, who, "cap withdraw", f"{found.scope} {found.window}", found._asdict(), None, why, now)
     return found
 
 
-def limit_cap(db: sqlite3.Connection, scope: str, window: str, amount_nano: int, *, who: str, why: str = "", now: float) -> Limit | None:
+def limit_cap(db: Connection, scope: str, window: str, amount_nano: int, *, who: str, why: str = "", now: float) -> Limit | None:
     """Lower a scope's cap for this window to `amount_nano` until the limit is lifted; returns the limit that stood before."""
     if amount_nano < 0:
         raise ValueError("a limit is $0 or more")
     before = _lift(db, scope, window)
-    db.execute("INSERT INTO limits VALUES (?, ?, ?, ?, ?, ?)", (scope, window, amount_nano, now, who, why))
+    db.execute("INSERT INTO limits VALUES ($1, $2, $3, $4, $5, $6)", (scope, window, amount_nano, now, who, why))
     audit(db, who, "cap limit", f"{scope} {window}", before and before._asdict(), {"amount_nano": amount_nano}, why, now)
     return before
 
 
-def lift_limit(db: sqlite3.Connection, scope: str, window: str, *, who: str, why: str = "", now: float) -> Limit | None:
+def lift_limit(db: Connection, scope: str, window: str, *, who: str, why: str = "", now: float) -> Limit | None:
     """Take a limit away; returns it, None where there was none."""
     before = _lift(db, scope, window)
     if before is not None:
@@ -165,69 +164,67 @@ def lift_limit(db: sqlite3.Connection, scope: str, window: str, *, who: str, why
     return before
 
 
-def limits(db: sqlite3.Connection) -> list[Limit]:
+def limits(db: Connection) -> list[Limit]:
     """Return the limits in force, by scope and window."""
     return [Limit(*row) for row in db.execute(f"{LIMITS} ORDER BY scope, window").fetchall()]
 
 
-def pause(
-    db: sqlite3.Connection, scope: str, *, until: float | None = None, cut: bool = False, who: str, why: str = "", now: float
-) -> None:
+def pause(db: Connection, scope: str, *, until: float | None = None, cut: bool = False, who: str, why: str = "", now: float) -> None:
     """Refuse every further call of `total`, a team or an app, until a time or until `resume`; `cut`: end those in flight too."""
     before = _pause(db, scope)
-    db.execute("DELETE FROM pauses WHERE scope = ?", (scope,))
-    db.execute("INSERT INTO pauses VALUES (?, ?, ?, ?, ?)", (scope, now, until, why, cut))
+    db.execute("DELETE FROM pauses WHERE scope = $1", (scope,))
+    db.execute("INSERT INTO pauses VALUES ($1, $2, $3, $4, $5)", (scope, now, until, why, cut))
     audit(db, who, "pause", scope, before, {"until": until, "cut": cut}, why, now)
 
 
-def resume(db: sqlite3.Connection, scope: str, *, who: str, why: str = "", now: float) -> bool:
+def resume(db: Connection, scope: str, *, who: str, why: str = "", now: float) -> bool:
     """End a pause; False where there was none."""
     before = _pause(db, scope)
     if before is None:
         return False
-    db.execute("DELETE FROM pauses WHERE scope = ?", (scope,))
+    db.execute("DELETE FROM pauses WHERE scope = $1", (scope,))
     audit(db, who, "resume", scope, before, None, why, now)
     return True
 
 
-def adjust(db: sqlite3.Connection, call_id: int, delta_nano: int, *, who: str, why: str, now: float) -> int:
+def adjust(db: Connection, call_id: int, delta_nano: int, *, who: str, why: str, now: float) -> int:
     """Correct what a resolved call cost, by an entry of its own; returns what it has cost since. No call costs less than nothing."""
-    rows = db.execute("SELECT state, carried FROM calls WHERE id = ?", (call_id,)).fetchall()
+    rows = db.execute("SELECT state, carried FROM calls WHERE id = $1", (call_id,)).fetchall()
     if rows and rows[0][1] is not None:
         raise ValueError(f"call {call_id} is the sum of {rows[0][1]} calls that `{PROGRAM} prune` carried; only single calls are corrected")
     if not rows and (pruned := _pruned_until(db, call_id)):
         raise ValueError(f"call {call_id} is gone: `{PROGRAM} prune` made sums of the calls before {pruned}, and a sum is not corrected")
     if not rows or rows[0][0] not in ("settled", "voided"):
         raise ValueError(f"call {call_id} is {rows[0][0] if rows else 'not in the ledger'}: only a settled or voided call is adjusted")
-    [(spent_nano,)] = db.execute("SELECT sum(spent_nano) FROM entries WHERE call_id = ?", (call_id,)).fetchall()
+    [(spent_nano,)] = db.execute("SELECT sum(spent_nano) FROM entries WHERE call_id = $1", (call_id,)).fetchall()
     if spent_nano + delta_nano < 0:
         raise ValueError(f"call {call_id} cost {dollars(spent_nano)}: {dollars(-delta_nano)} cannot be taken off")
     [(all_nano,)] = db.execute(f"SELECT coalesce(sum(spent_nano), 0) {EVER_SPENT}", (TOTAL,)).fetchall()
     if all_nano + delta_nano > AMOUNT_NANO_MAX:
         raise ValueError(f"all calls together would come to more than the ledger can hold ({dollars(AMOUNT_NANO_MAX)})")
-    db.execute("INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES (?, ?, 'adjust', ?, ?)", (call_id, now, delta_nano, why))
+    db.execute(ADJUST, (call_id, now, delta_nano, why))
     after = spent_nano + delta_nano
     audit(db, who, "adjust", f"call:{call_id}", {"spent_nano": spent_nano}, {"spent_nano": after}, why, now)
     return int(after)
 
 
-def clear_overrun(db: sqlite3.Connection, model: str, *, who: str, why: str = "", now: float) -> bool:
+def clear_overrun(db: Connection, model: str, *, who: str, why: str = "", now: float) -> bool:
     """Let a model reserve progressively again; False where it was not held back."""
-    rows = db.execute("SELECT call_id, over_nano FROM overruns WHERE model = ?", (model,)).fetchall()
+    rows = db.execute("SELECT call_id, over_nano FROM overruns WHERE model = $1", (model,)).fetchall()
     if not rows:
         return False
-    db.execute("DELETE FROM overruns WHERE model = ?", (model,))
+    db.execute("DELETE FROM overruns WHERE model = $1", (model,))
     audit(db, who, "overrun clear", f"model:{model}", {"call_id": rows[0][0], "over_nano": rows[0][1]}, None, why, now)
     return True
 
 
-def is_aligned(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None]) -> bool:
+def is_aligned(db: Connection, zone: str, teams: Mapping[str, str | None]) -> bool:
     """Return whether the ledger's calendar and the apps' teams are those of the policy."""
     settings = _settings(db)
     return settings["zone"] == zone and not _moved(settings, teams)
 
 
-def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *, who: str, now: float) -> bool:
+def align(db: Connection, zone: str, teams: Mapping[str, str | None], *, who: str, now: float) -> bool:
     """Make the ledger's calendar and the apps' teams those of the policy; True if anything changed.
 
     Past calls move with their app and their day: windows are computed anew and the balances from the entries, in this one
@@ -242,9 +239,9 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
     for app, team in moved.items():
         keep_setting(db, f"team:{app}", team or "")
         if app in booked or db.execute(EVER_CALLED, (app,)).fetchall():
-            db.execute("UPDATE calls SET team = ? WHERE app = ? AND team IS DISTINCT FROM ?", (team, app, team))
+            db.execute("UPDATE calls SET team = $1 WHERE app = $2 AND team IS DISTINCT FROM $3", (team, app, team))
     if zone_before != zone:
-        db.execute("UPDATE settings SET value = ? WHERE name = 'zone'", (zone,))
+        db.execute("UPDATE settings SET value = $1 WHERE name = 'zone'", (zone,))
         _move_windows(db, ZoneInfo(zone))
         db.execute("DELETE FROM kept_days")  # they were days of the other calendar
     if booked or zone_before != zone:
@@ -254,14 +251,14 @@ def align(db: sqlite3.Connection, zone: str, teams: Mapping[str, str | None], *,
     return True
 
 
-def moved(db: sqlite3.Connection, source: str, target: str | None, *, who: str, now: float) -> None:
+def moved(db: Connection, source: str, target: str | None, *, who: str, now: float) -> None:
     """Note on either side where a ledger was moved from and, on the side that it leaves (`target`), to."""
     if target is not None:
         keep_setting(db, sqlite_files.MOVED_TO, target)
     audit(db, who, "migrate", "ledger", {"ledger": source}, {"ledger": target or "here"}, "gateway migrate", now)
 
 
-def keep_policy(db: sqlite3.Connection, digest: str, texts: Mapping[str, str], *, who: str, now: float) -> bool:
+def keep_policy(db: Connection, digest: str, texts: Mapping[str, str], *, who: str, now: float) -> bool:
     """Audit how the policy differs from the one last in force: a diff, once, however many processes load it; True if it does.
 
     The last texts are kept with it, so a change made while no gateway ran is audited at the next start.
@@ -276,7 +273,7 @@ def keep_policy(db: sqlite3.Connection, digest: str, texts: Mapping[str, str], *
     return True
 
 
-def keep_key(db: sqlite3.Connection, fingerprint: str, place: str, *, who: str, now: float) -> bool:
+def keep_key(db: Connection, fingerprint: str, place: str, *, who: str, now: float) -> bool:
     """Audit that another real key is in use than the one before, once, however many processes notice; True if it is another."""
     rows = db.execute("SELECT value FROM settings WHERE name = 'key'").fetchall()
     before = rows[0][0] if rows else None
@@ -288,10 +285,10 @@ def keep_key(db: sqlite3.Connection, fingerprint: str, place: str, *, who: str, 
     return True
 
 
-def policy_changes(db: sqlite3.Connection, limit: int) -> list[PolicyChange]:
+def policy_changes(db: Connection, limit: int) -> list[PolicyChange]:
     """Return the latest changes of the policy and of the real key, the newest first."""
     rows = db.execute(
-        "SELECT at, who, after FROM audit WHERE action IN ('policy', 'key') ORDER BY id DESC LIMIT ?", (limit,)
+        "SELECT at, who, after FROM audit WHERE action IN ('policy', 'key') ORDER BY id DESC LIMIT $1", (limit,)
     ).fetchall()  # fmt: skip
     return [PolicyChange(at, who, **json.loads(after)) for at, who, after in rows]
 
@@ -301,7 +298,7 @@ def _diff(name: str, before: str, after: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _settings(db: sqlite3.Connection) -> dict[str, str]:
+def _settings(db: Connection) -> dict[str, str]:
     return dict(db.execute("SELECT name, value FROM settings").fetchall())
 
 
@@ -310,15 +307,15 @@ def _moved(settings: Mapping[str, str], teams: Mapping[str, str | None]) -> dict
     return {app: team for app, team in teams.items() if settings.get(f"team:{app}") != (team or "")}
 
 
-def keep_setting(db: sqlite3.Connection, name: str, value: str) -> None:
-    db.execute("INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value))
+def keep_setting(db: Connection, name: str, value: str) -> None:
+    db.execute("INSERT INTO settings VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value))
 
 
 _SPAN = "SELECT (SELECT min(started_at) FROM calls), (SELECT max(started_at) FROM calls)"
-_MOVE = "UPDATE calls SET day_start = ?, week_start = ?, month_start = ? WHERE started_at >= ? AND started_at < ?"
+_MOVE = "UPDATE calls SET day_start = $1, week_start = $2, month_start = $3 WHERE started_at >= $4 AND started_at < $5"
 
 
-def _move_windows(db: sqlite3.Connection, zone: ZoneInfo) -> None:
+def _move_windows(db: Connection, zone: ZoneInfo) -> None:
     """Compute the windows of all calls anew: one statement for each day of the zone's calendar, from an index."""
     [(at, last)] = db.execute(_SPAN).fetchall()
     while at is not None and at <= last:
@@ -328,20 +325,20 @@ def _move_windows(db: sqlite3.Connection, zone: ZoneInfo) -> None:
         at = end
 
 
-def _pruned_until(db: sqlite3.Connection, call_id: int) -> str | None:
+def _pruned_until(db: Connection, call_id: int) -> str | None:
     """Return the day before which calls were pruned, if this call may have been one of them."""
-    rows = db.execute("SELECT value FROM settings WHERE name = ? AND ? < (SELECT max(id) FROM calls)", (PRUNED, call_id)).fetchall()
+    rows = db.execute("SELECT value FROM settings WHERE name = $1 AND $2 < (SELECT max(id) FROM calls)", (PRUNED, call_id)).fetchall()
     return datetime.fromtimestamp(float(rows[0][0]), UTC).strftime("%Y-%m-%d") if rows else None
 
 
-def _lift(db: sqlite3.Connection, scope: str, window: str) -> Limit | None:
-    rows = db.execute(f"{LIMITS} WHERE scope = ? AND window = ?", (scope, window)).fetchall()
-    db.execute("DELETE FROM limits WHERE scope = ? AND window = ?", (scope, window))
+def _lift(db: Connection, scope: str, window: str) -> Limit | None:
+    rows = db.execute(f'{LIMITS} WHERE scope = $1 AND "window" = $2', (scope, window)).fetchall()
+    db.execute('DELETE FROM limits WHERE scope = $1 AND "window" = $2', (scope, window))
     return Limit(*rows[0]) if rows else None
 
 
-def _pause(db: sqlite3.Connection, scope: str) -> dict[str, object] | None:
-    rows = db.execute("SELECT since, until, why, cut FROM pauses WHERE scope = ?", (scope,)).fetchall()
+def _pause(db: Connection, scope: str) -> dict[str, object] | None:
+    rows = db.execute("SELECT since, until, why, cut FROM pauses WHERE scope = $1", (scope,)).fetchall()
     return dict(zip(("since", "until", "why", "cut"), rows[0], strict=True)) if rows else None
 
 
@@ -350,7 +347,7 @@ def _token_facts(token: Token) -> dict[str, object]:
     return facts | ({"labels": dict(token.labels)} if token.labels else {})
 
 
-def audit(db: sqlite3.Connection, who: str, action: str, subject: str, before: object, after: object, why: str, now: float) -> None:
+def audit(db: Connection, who: str, action: str, subject: str, before: object, after: object, why: str, now: float) -> None:
     as_json = [None if value is None else json.dumps(value) for value in (before, after)]
     row = (now, who, action, subject, *as_json, why)
-    db.execute("INSERT INTO audit (at, who, action, subject, before, after, why) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+    db.execute("INSERT INTO audit (at, who, action, subject, before, after, why) VALUES ($1, $2, $3, $4, $5, $6, $7)", row)

@@ -6,20 +6,20 @@ it waits goes at once, and a file's long statement ends with it. A change that i
 
 import asyncio
 import contextlib
-import sqlite3
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from gateway_addon.ledger import connect
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.types import ServerAddress
 
 type IsStopped = Callable[[], bool]
 """Return whether nobody waits for the answer any more."""
 
 
-async def read[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connection], T]) -> T:
+async def read[T](place: Path | ServerAddress, work: Callable[[Connection], T]) -> T:
     """Run a read of one moment of the ledger. Raises LedgerUnavailable."""
 
     def whole(gone: IsStopped) -> T:
@@ -33,7 +33,7 @@ async def read[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connectio
     return await _in_thread(whole)
 
 
-async def change[T](place: Path | ServerAddress, work: Callable[[sqlite3.Connection], T]) -> T:
+async def change[T](place: Path | ServerAddress, work: Callable[[Connection], T]) -> T:
     """Run a change alone in the ledger, however long it takes: calls find the ledger held meanwhile.
 
     A change whose caller is cancelled may still be written. Raises the change's own error, or LedgerUnavailable.

@@ -5,7 +5,6 @@ whichever process the results are read, and that a batch is settled once: at the
 held amount when the caller says that they will never come. Knows nothing of HTTP, policies or prices.
 """
 
-import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 from gateway_addon.ledger import ownership, reservations
 from gateway_addon.ledger.orphans import BATCHES
 from gateway_addon.ledger.ownership import OwnedObject
+from gateway_addon.ledger.sql import Connection, Row, named, numbers
 from gateway_addon.ledger.types import NewCall, Outcome, Resolution, Settlement, labels_of
 from gateway_addon.names import safe_name
 
@@ -134,22 +134,22 @@ class SettledBatch(NamedTuple):
 _COLUMNS = "id, call_id, app, made_at, requests, hour_ttl, prices, status, look_at, failures, lost_since"
 ADOPT = """
 INSERT INTO batches (id, call_id, app, made_at, requests, hour_ttl, prices, flags, custom_ids, status, look_at)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT DO NOTHING
 """
-KEEP_PRICES = "INSERT INTO price_tables VALUES (?, ?) ON CONFLICT DO NOTHING"
-HOLD = "UPDATE calls SET owner = ?, status = 200, request_id = ? WHERE id = ? AND state = 'open'"
-FIND = f"SELECT {_COLUMNS} FROM batches WHERE id = ?"
-DUE = "(look_at <= :now OR look_at > :now + :ahead_s)"
-WAITS = f"SELECT EXISTS (SELECT 1 FROM batches WHERE {DUE})"
-TAKE = f"""
-UPDATE batches SET look_at = :until
+KEEP_PRICES = "INSERT INTO price_tables VALUES ($1, $2) ON CONFLICT DO NOTHING"
+HOLD = "UPDATE calls SET owner = $1, status = 200, request_id = $2 WHERE id = $3 AND state = 'open'"
+FIND = f"SELECT {_COLUMNS} FROM batches WHERE id = $1"
+DUE = "(look_at <= $now OR look_at > $now + $ahead_s)"
+WAITS = named(f"SELECT EXISTS (SELECT 1 FROM batches WHERE {DUE})")
+TAKE = named(f"""
+UPDATE batches SET look_at = $until
 WHERE id = (SELECT id FROM batches WHERE {DUE} ORDER BY look_at LIMIT 1)
 RETURNING {_COLUMNS}
-"""
-LOOKED = "UPDATE batches SET status = ?, look_at = ?, failures = ?, lost_since = ? WHERE id = ? AND look_at IS NOT NULL"
+""")
+LOOKED = "UPDATE batches SET status = $1, look_at = $2, failures = $3, lost_since = $4 WHERE id = $5 AND look_at IS NOT NULL"
 # Results never change, so the first reading stands. Where one errs and succeeds as well, the success does, and says so.
 BOOK = f"""
-INSERT INTO batch_usage VALUES ({", ".join("?" * 15)}) ON CONFLICT (call_id, custom_id, part) DO UPDATE SET kind = excluded.kind,
+INSERT INTO batch_usage VALUES ({numbers(15)}) ON CONFLICT (call_id, custom_id, part) DO UPDATE SET kind = excluded.kind,
   model = excluded.model, input_tokens = excluded.input_tokens, output_tokens = excluded.output_tokens,
   cache_read_tokens = excluded.cache_read_tokens, cache_write_5m_tokens = excluded.cache_write_5m_tokens,
   cache_write_1h_tokens = excluded.cache_write_1h_tokens, cache_write_unsplit_tokens = excluded.cache_write_unsplit_tokens,
@@ -159,36 +159,36 @@ WHERE batch_usage.kind IN ('errored', 'canceled', 'expired') AND excluded.nano >
 """
 CLOSING = """
 SELECT call_id, requests, batches.flags, request_id, look_at IS NOT NULL FROM batches LEFT JOIN calls ON calls.id = call_id
-WHERE batches.id = ?
+WHERE batches.id = $1
 """
 LOST = ("batch_gone", "results_unreadable", "results_gone")
 """Reasons to settle a batch at its held amount, without its results."""
 SETTLED_AT = """
 SELECT flags, (SELECT spent_nano FROM entries WHERE call_id = calls.id AND kind = 'settle'),
   (SELECT sum(spent_nano) FROM entries WHERE call_id = calls.id)
-FROM calls WHERE id = ? AND state = 'settled' AND carried IS NULL
+FROM calls WHERE id = $1 AND state = 'settled' AND carried IS NULL
 """
-CORRECT = "INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES (?, ?, 'adjust', ?, 'the results of the batch came')"
-CORRECTED = "UPDATE calls SET flags = ?, model_served = ?, price_rows = ?, complete = 1, service_tier = 'batch' WHERE id = ?"
-READ = "SELECT count(DISTINCT custom_id) FROM batch_usage WHERE call_id = ?"
+CORRECT = "INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES ($1, $2, 'adjust', $3, 'the results of the batch came')"
+CORRECTED = "UPDATE calls SET flags = $1, model_served = $2, price_rows = $3, complete = 1, service_tier = 'batch' WHERE id = $4"
+READ = "SELECT count(DISTINCT custom_id) FROM batch_usage WHERE call_id = $1"
 SUMS = """
 SELECT kind, model, price_row, sum(input_tokens), sum(output_tokens), sum(cache_read_tokens), sum(cache_write_5m_tokens),
   sum(cache_write_1h_tokens), sum(cache_write_unsplit_tokens), sum(web_search_requests), sum(nano)
-FROM batch_usage WHERE call_id = ? AND kind NOT IN ('errored', 'canceled', 'expired')
+FROM batch_usage WHERE call_id = $1 AND kind NOT IN ('errored', 'canceled', 'expired')
 GROUP BY kind, model, price_row ORDER BY kind, model, price_row
 """
-FLAGS = "SELECT DISTINCT flags FROM batch_usage WHERE call_id = ? AND flags <> '' ORDER BY flags"
+FLAGS = "SELECT DISTINCT flags FROM batch_usage WHERE call_id = $1 AND flags <> '' ORDER BY flags"
 CALL = """
 SELECT app, team, token_id, endpoint, model_asked, quote_nano, session_id, agent_id, parent_agent_id, user_id, labels, started_at,
-  status, model_served, request_id, complete, price_rows, flags, service_tier FROM calls WHERE id = ?
+  status, model_served, request_id, complete, price_rows, flags, service_tier FROM calls WHERE id = $1
 """
 PARTS = """
 SELECT kind, model, price_row, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens,
   cache_write_1h_tokens, cache_write_unsplit_tokens, web_search_requests, nano
-FROM usage WHERE call_id = ? ORDER BY part
+FROM usage WHERE call_id = $1 ORDER BY part
 """
-CLOSE = "UPDATE batches SET look_at = NULL, status = 'ended' WHERE id = ?"
-FORGET_IDS = "UPDATE batches SET custom_ids = NULL WHERE id = ?"  # up to a megabyte
+CLOSE = "UPDATE batches SET look_at = NULL, status = 'ended' WHERE id = $1"
+FORGET_IDS = "UPDATE batches SET custom_ids = NULL WHERE id = $1"  # up to a megabyte
 OPEN = """
 SELECT batches.id, batches.call_id, batches.app, requests, batches.status,
   (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = batches.call_id),
@@ -197,7 +197,7 @@ FROM batches WHERE look_at IS NOT NULL ORDER BY made_at, batches.id
 """
 
 
-def adopt(db: sqlite3.Connection, new: NewBatch) -> bool:
+def adopt(db: Connection, new: NewBatch) -> bool:
     """Enter a batch that the provider has taken as the app's; no process holds its reservation any more.
 
     False where the id was known before.
@@ -211,53 +211,49 @@ def adopt(db: sqlite3.Connection, new: NewBatch) -> bool:
     return True
 
 
-def find(db: sqlite3.Connection, id: str) -> Batch | None:
+def find(db: Connection, id: str) -> Batch | None:
     rows = db.execute(FIND, (id,)).fetchall()
     return _batch(rows[0]) if rows else None
 
 
-def prices(db: sqlite3.Connection, digest: str) -> str:
+def prices(db: Connection, digest: str) -> str:
     """Return the price table of this digest, as text."""
-    return str(db.execute("SELECT content FROM price_tables WHERE digest = ?", (digest,)).fetchone()[0])
+    return str(db.execute("SELECT content FROM price_tables WHERE digest = $1", (digest,)).fetchone()[0])
 
 
-def custom_ids(db: sqlite3.Connection, id: str) -> str | None:
+def custom_ids(db: Connection, id: str) -> str | None:
     """Return the packed ids of a batch's own requests, None where they were not kept."""
-    [(packed,)] = db.execute("SELECT custom_ids FROM batches WHERE id = ?", (id,)).fetchall()
+    [(packed,)] = db.execute("SELECT custom_ids FROM batches WHERE id = $1", (id,)).fetchall()
     return None if packed is None else str(packed)
 
 
-def lacks_results(db: sqlite3.Connection, batch: Batch) -> bool:
+def lacks_results(db: Connection, batch: Batch) -> bool:
     """Return whether a batch is open, or was settled without its results: then they are worth reading."""
     return batch.open or any(_is_lost(flags) for flags, *_ in db.execute(SETTLED_AT, (batch.call_id,)).fetchall())
 
 
-def is_due(db: sqlite3.Connection, now: float) -> bool:
+def is_due(db: Connection, now: float) -> bool:
     """Return whether a batch is due to be polled."""
     return bool(db.execute(WAITS, {"now": now, "ahead_s": PAUSE_MAX_S}).fetchone()[0])
 
 
-def claim_due(db: sqlite3.Connection, now: float) -> Batch | None:
+def claim_due(db: Connection, now: float) -> Batch | None:
     """Claim a batch that is due: of all processes on the ledger, only the caller polls it this time."""
     rows = db.execute(TAKE, {"now": now, "ahead_s": PAUSE_MAX_S, "until": now + TURN_S}).fetchall()
     return _batch(rows[0]) if rows else None
 
 
-def record_poll(
-    db: sqlite3.Connection, id: str, status: str, *, look_at: float, failures: int, lost_since: float | None = None
-) -> None:
+def record_poll(db: Connection, id: str, status: str, *, look_at: float, failures: int, lost_since: float | None = None) -> None:
     """Record a poll of an open batch, and when to poll again."""
     db.execute(LOOKED, (status, look_at, failures, lost_since, id))
 
 
-def book_results(db: sqlite3.Connection, call_id: int, rows: Iterable[ResultRow]) -> None:
+def book_results(db: Connection, call_id: int, rows: Iterable[ResultRow]) -> None:
     """Keep results as they are read. An existing row stays as it is, unless it says that nothing was billed."""
     db.executemany(BOOK, [(call_id, *row) for row in rows])
 
 
-def close(
-    db: sqlite3.Connection, id: str, *, anyway: str | None = None, flags: tuple[str, ...] = (), now: float
-) -> Resolution | None:
+def close(db: Connection, id: str, *, anyway: str | None = None, flags: tuple[str, ...] = (), now: float) -> Resolution | None:
     """Settle a batch at the sum of its results; None where some are missing. Correct one that was settled without them.
 
     `anyway`: the reason (of `LOST`) why they will never come: settle at the held amount, `estimated`. `flags`: oddities in them.
@@ -280,7 +276,7 @@ def close(
     return resolution
 
 
-def _correct(db: sqlite3.Connection, call_id: int, settlement: Settlement, now: float) -> None:
+def _correct(db: Connection, call_id: int, settlement: Settlement, now: float) -> None:
     """Correct a call that was settled at its held amount to the sum of its results, by an extra entry, once."""
     for flags_before, settled_nano, spent_nano in db.execute(SETTLED_AT, (call_id,)).fetchall():
         if not _is_lost(flags_before) or settlement.cost_nano is None:
@@ -290,7 +286,7 @@ def _correct(db: sqlite3.Connection, call_id: int, settlement: Settlement, now: 
         kept = (flag for flag in flags_before.split() if not flag.startswith("estimated"))
         flags = " ".join(dict.fromkeys((*kept, *outcome.flags, "corrected")))
         db.execute(CORRECTED, (flags, outcome.model_served, outcome.price_rows, call_id))
-        db.execute("DELETE FROM usage WHERE call_id = ?", (call_id,))
+        db.execute("DELETE FROM usage WHERE call_id = $1", (call_id,))
         db.executemany(reservations.PART, reservations.usage_rows(call_id, settlement.parts, settled_nano))
 
 
@@ -298,7 +294,7 @@ def _is_lost(flags: str) -> bool:
     return any(f"estimated:{reason}" in flags.split() for reason in LOST)
 
 
-def settled(db: sqlite3.Connection, call_id: int) -> SettledBatch:
+def settled(db: Connection, call_id: int) -> SettledBatch:
     """Return the call of a settled batch."""
     row = db.execute(CALL, (call_id,)).fetchone()
     app, team, token_id, endpoint, model, quote_nano, session, agent, parent, user, labels, started_at, *ended = row
@@ -311,12 +307,12 @@ def settled(db: sqlite3.Connection, call_id: int) -> SettledBatch:
     return SettledBatch(call, started_at, outcome, tuple(_Sum(*row) for row in db.execute(PARTS, (call_id,)).fetchall()))
 
 
-def open_batches(db: sqlite3.Connection) -> list[OpenBatch]:
+def open_batches(db: Connection) -> list[OpenBatch]:
     """Return every batch that is not settled, the oldest first."""
     return [OpenBatch(*row) for row in db.execute(OPEN).fetchall()]
 
 
-def _summed(db: sqlite3.Connection, call_id: int, request_id: str | None, flags: tuple[str, ...]) -> Settlement:
+def _summed(db: Connection, call_id: int, request_id: str | None, flags: tuple[str, ...]) -> Settlement:
     sums = [_Sum(*row) for row in db.execute(SUMS, (call_id,)).fetchall()]
     more = [flag for (each,) in db.execute(FLAGS, (call_id,)).fetchall() for flag in str(each).split()]
     served = safe_name(", ".join(dict.fromkeys(each.model for each in sums if each.model))) or None
@@ -326,6 +322,6 @@ def _summed(db: sqlite3.Connection, call_id: int, request_id: str | None, flags:
     return Settlement(sum(each.nano for each in sums), tuple(sums), outcome)
 
 
-def _batch(row: sqlite3.Row) -> Batch:
+def _batch(row: Row) -> Batch:
     id, call_id, app, made_at, requests, hour_ttl, prices_digest, status, look_at, failures, lost_since = row
     return Batch(id, call_id, app, made_at, requests, bool(hour_ttl), prices_digest, status, look_at, failures, lost_since)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gateway_addon.ledger import access
 from gateway_addon.ledger.orphans import BATCHES
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.interface import driver
 from gateway_addon.ledger.store.locks import Turnstile, is_dead
@@ -17,7 +18,7 @@ BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
 
 
 @contextlib.contextmanager
-def changing(path: Path | ServerAddress) -> Iterator[sqlite3.Connection]:
+def changing(path: Path | ServerAddress) -> Iterator[Connection]:
     """Open a command's write transaction, in its turn among the gateway's processes. Raises LedgerUnavailable."""
     if isinstance(path, ServerAddress):
         with driver():
@@ -37,7 +38,7 @@ def changing(path: Path | ServerAddress) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def in_turn(path: Path) -> Iterator[sqlite3.Connection]:
+def in_turn(path: Path) -> Iterator[sqlite_files.FileConnection]:
     """Open a write transaction on a file, in a turn among the gateway's processes; the caller commits it.
 
     Raises LedgerUnavailable, and sqlite3.Error as the driver raises it.
@@ -57,16 +58,12 @@ def in_turn(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(path: Path | ServerAddress, tick: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[sqlite3.Connection]:
+def reading(path: Path | ServerAddress, tick: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[Connection]:
     """Open a connection that sees one moment of the ledger and cannot write. Raises LedgerUnavailable.
 
     A long statement on a file calls `tick` some times a second, and can be ended by Ctrl-C in between. An older version's ledger is
     brought up to date first, unless it is wanted `as_it_is`.
     """
-
-    def step() -> int:
-        tick()
-        return 0
 
     if isinstance(path, ServerAddress):
         with driver():
@@ -74,16 +71,30 @@ def reading(path: Path | ServerAddress, tick: Callable[[], None] = lambda: None,
         with postgres.reading(path) as db:
             yield db
         return
+    with reading_file(path, tick, as_it_is=as_it_is) as db:
+        yield db
+
+
+@contextlib.contextmanager
+def reading_file(
+    path: Path, tick: Callable[[], None] = lambda: None, *, as_it_is: bool = False
+) -> Iterator[sqlite_files.FileConnection]:
+    """Open a ledger's file like `reading`."""
+
+    def step() -> int:
+        tick()
+        return 0
+
     sqlite_files.identity(path)
     if not as_it_is:
         access.must_be_allowed(path, reading=True)
     try:
         with contextlib.closing(sqlite_files.reader_connection(path)) as db:
-            if not as_it_is and is_behind(db):
+            if not as_it_is and is_behind(db.raw):
                 with changing(path):
                     pass
-            db.row_factory = sqlite3.Row
-            db.set_progress_handler(step, BEAT_STEPS)
+            db.raw.row_factory = sqlite3.Row
+            db.raw.set_progress_handler(step, BEAT_STEPS)
             db.execute("BEGIN")
             sqlite_files.must_be_a_ledger(path, db)
             sqlite_files.must_be_here(path, db)
@@ -99,7 +110,7 @@ def reading(path: Path | ServerAddress, tick: Callable[[], None] = lambda: None,
         raise sqlite_files.unavailable(path, error) from error
 
 
-def death_check(path: Path | ServerAddress, db: sqlite3.Connection) -> Callable[[str], bool]:
+def death_check(path: Path | ServerAddress, db: Connection) -> Callable[[str], bool]:
     """Return a function that says whether an owner's process is gone. A batch has no process: it waits for its results."""
     if isinstance(path, ServerAddress):
         with driver():

@@ -6,7 +6,6 @@ refused with `LedgerUnavailable` within `timeout_s` where it cannot be written. 
 
 import asyncio
 import logging
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Literal, NamedTuple, Self, cast
 
 from gateway_addon.ledger import orphans, reservations, state
 from gateway_addon.ledger.reports.forecast import Forecast, forecasts
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.commit_queue import CommitQueue
 from gateway_addon.ledger.store.interface import EVERYTHING, Store, driver
@@ -55,7 +55,7 @@ UNSTORABLE = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "uns
 RESUMED_AT_ONCE = 100  # endings of a dead process in one go: a server's time for it is limited
 RESOLVE, EXTEND, RESERVE, RECORD = range(4)  # in a batch, money that comes back goes first and top-ups before admissions
 
-type Change = Callable[[sqlite3.Connection], object]
+type Change = Callable[[Connection], object]
 
 
 class _Held(NamedTuple):
@@ -135,7 +135,7 @@ class Ledger:
         """
         held = tuple(cap for cap in caps if cap.window != "request")
 
-        def write(db: sqlite3.Connection) -> Reserved | Denied:  # the owner's name is read when it is written: a fenced node has a new one
+        def write(db: Connection) -> Reserved | Denied:  # the owner's name is read when it is written: a fenced node has a new one
             return reservations.reserve(db, self.owner, call, grant_nano, held, quantum_nano=quantum_nano, rates=rates, now=self._at(now))
 
         answer = cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held)))
@@ -152,7 +152,7 @@ class Ledger:
         """Hold more for running calls, [(call_id, more_nano)], in one write. Raises LedgerUnavailable."""
         running = {call_id: self._running[call_id] for call_id, _ in top_ups if call_id in self._running}
 
-        def write(db: sqlite3.Connection) -> list[bool]:
+        def write(db: Connection) -> list[bool]:
             return [
                 call_id in running and reservations.extend(db, call_id, more_nano, running[call_id].caps, now=self._at(now))
                 for call_id, more_nano in top_ups
@@ -248,15 +248,15 @@ class Ledger:
         instead = partial(orphans.resume, ending=replace(ending, settlement=UNSTORABLE))
         return await self._ask(RESOLVE, write, frozenset((EVERYTHING,)), instead)
 
-    async def change[T](self, write: Callable[[sqlite3.Connection], T]) -> T:
+    async def change[T](self, write: Callable[[Connection], T]) -> T:
         """Run a change of `ledger.admin` in a transaction of its own. Raises the change's own error, or LedgerUnavailable."""
         return cast(T, await self._ask(RECORD, write, frozenset((EVERYTHING,))))
 
-    async def write[T](self, write: Callable[[sqlite3.Connection], T], *scopes: str) -> T:
+    async def write[T](self, write: Callable[[Connection], T], *scopes: str) -> T:
         """Run a small change of another ledger module, alone in these scopes. Raises LedgerUnavailable."""
         return cast(T, await self._ask(RECORD, write, frozenset(scopes)))
 
-    def keep[T](self, write: Callable[[sqlite3.Connection], T], *scopes: str) -> "asyncio.Future[T]":
+    def keep[T](self, write: Callable[[Connection], T], *scopes: str) -> "asyncio.Future[T]":
         """Run a small change like `write`, but as certain as a settlement: perhaps later, never dropped."""
         return cast("asyncio.Future[T]", self._lasting(write, frozenset(scopes)))
 
@@ -298,14 +298,14 @@ class Ledger:
         """Return the upstream's latest rate-limit headers, each with its time. Raises LedgerUnavailable."""
         return await self.look(state.ratelimits)
 
-    async def look[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
+    async def look[T](self, read: Callable[[Connection], T]) -> T:
         """Run a read of `ledger.batches` or `ledger.ownership`. Raises LedgerUnavailable."""
         return await self._store.read(read)
 
     async def others(self) -> list[str]:
         """Return the other processes that use this ledger now, by name. Raises LedgerUnavailable."""
 
-        def living(db: sqlite3.Connection) -> list[str]:
+        def living(db: Connection) -> list[str]:
             return sorted({*orphans.known(db)} - {*self._store.dead(db), self.owner})
 
         return await self.look(living)
@@ -398,5 +398,5 @@ def _touched(app: str, caps: Sequence[CapShape]) -> frozenset[str]:
     return frozenset((app_scope(app), *(cap.scope for cap in caps)))
 
 
-def _end_unstorable(db: sqlite3.Connection, ending: RecordedEnd) -> Resolution:
+def _end_unstorable(db: Connection, ending: RecordedEnd) -> Resolution:
     return reservations.end(db, replace(ending, settlement=UNSTORABLE))

@@ -4,10 +4,10 @@ A dead process cannot say what its calls cost, and the provider bills them all t
 clock; `gateway reconcile` corrects the estimate later. A living sibling's reservations are left alone.
 """
 
-import sqlite3
 from collections.abc import Iterable
 
 from gateway_addon.ledger import reservations
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.types import Outcome, RecordedEnd, Resolution, Settlement
 
 BATCHES = "batches"
@@ -16,23 +16,23 @@ BATCHES = "batches"
 ORPHAN = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "orphan")))
 
 
-def known(db: sqlite3.Connection) -> list[str]:
+def known(db: Connection) -> list[str]:
     """Return every process that was entered as an owner or has open reservations."""
-    every = "SELECT id FROM owners UNION SELECT owner FROM calls WHERE state = 'open' AND owner <> ?"
+    every = "SELECT id FROM owners UNION SELECT owner FROM calls WHERE state = 'open' AND owner <> $1"
     return [owner for (owner,) in db.execute(every, (BATCHES,)).fetchall()]
 
 
-def resume(db: sqlite3.Connection, ending: RecordedEnd) -> Resolution | None:
+def resume(db: Connection, ending: RecordedEnd) -> Resolution | None:
     """Resolve a call as its dead process recorded its end. None where the call is not here: the ledger was restored since."""
-    known = db.execute("SELECT 1 FROM calls WHERE id = ? AND owner = ?", (ending.call_id, ending.owner)).fetchall()
+    known = db.execute("SELECT 1 FROM calls WHERE id = $1 AND owner = $2", (ending.call_id, ending.owner)).fetchall()
     return reservations.end(db, ending) if known else None
 
 
-def settle_orphans(db: sqlite3.Connection, dead: Iterable[str], *, now: float) -> int:
+def settle_orphans(db: Connection, dead: Iterable[str], *, now: float) -> int:
     """Settle the open reservations of these owners and strike them off; returns how many. Inside a write transaction."""
     swept = 0
     for owner in dead:
         orphans = db.execute(reservations.OPEN_OF_OWNER, (owner,)).fetchall()
         swept += sum(reservations.settle(db, call_id, ORPHAN, now=now).first for (call_id,) in orphans)
-        db.execute("DELETE FROM owners WHERE id = ?", (owner,))
+        db.execute("DELETE FROM owners WHERE id = $1", (owner,))
     return swept

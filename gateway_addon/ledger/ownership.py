@@ -3,10 +3,11 @@
 Promises that an id belongs for good to the app that made it through the gateway: no second app takes it over.
 """
 
-import sqlite3
 from collections.abc import Iterable
 from itertools import batched
 from typing import Literal, NamedTuple
+
+from gateway_addon.ledger.sql import Connection, Row, named, numbers
 
 Kind = Literal["batch", "file"]
 
@@ -30,52 +31,52 @@ class OwnedPage(NamedTuple):
 
 
 _COLUMNS = "id, kind, app, made_at, object, gone_at IS NOT NULL"
-OWN = "INSERT INTO belongings (id, kind, app, made_at, object) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
-FIND = f"SELECT {_COLUMNS} FROM belongings WHERE id = ?"
+OWN = "INSERT INTO belongings (id, kind, app, made_at, object) VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING"
+FIND = f"SELECT {_COLUMNS} FROM belongings WHERE id = $1"
 OWNERS = "SELECT id, app FROM belongings WHERE gone_at IS NULL AND id IN ({})"
 AT_ONCE = 500  # ids in a statement
-NEWEST = f"""
-SELECT {_COLUMNS} FROM belongings WHERE app = :app AND kind = :kind AND gone_at IS NULL
-ORDER BY made_at DESC, id DESC LIMIT :limit
-"""
-AFTER = f"""
-SELECT {_COLUMNS} FROM belongings WHERE app = :app AND kind = :kind AND gone_at IS NULL
-  AND (made_at < :made_at OR (made_at = :made_at AND id < :id))
-ORDER BY made_at DESC, id DESC LIMIT :limit
-"""
-BEFORE = f"""
-SELECT {_COLUMNS} FROM belongings WHERE app = :app AND kind = :kind AND gone_at IS NULL
-  AND (made_at > :made_at OR (made_at = :made_at AND id > :id))
-ORDER BY made_at, id LIMIT :limit
-"""
+NEWEST = named(f"""
+SELECT {_COLUMNS} FROM belongings WHERE app = $app AND kind = $kind AND gone_at IS NULL
+ORDER BY made_at DESC, id DESC LIMIT $limit
+""")
+AFTER = named(f"""
+SELECT {_COLUMNS} FROM belongings WHERE app = $app AND kind = $kind AND gone_at IS NULL
+  AND (made_at < $made_at OR (made_at = $made_at AND id < $id))
+ORDER BY made_at DESC, id DESC LIMIT $limit
+""")
+BEFORE = named(f"""
+SELECT {_COLUMNS} FROM belongings WHERE app = $app AND kind = $kind AND gone_at IS NULL
+  AND (made_at > $made_at OR (made_at = $made_at AND id > $id))
+ORDER BY made_at, id LIMIT $limit
+""")
 
 
-def own(db: sqlite3.Connection, belonging: OwnedObject) -> bool:
+def own(db: Connection, belonging: OwnedObject) -> bool:
     """Enter an object that an app has made; False where the id has an owner already."""
     return db.execute(OWN, belonging[:5]).rowcount == 1
 
 
-def find(db: sqlite3.Connection, id: str) -> OwnedObject | None:
+def find(db: Connection, id: str) -> OwnedObject | None:
     rows = db.execute(FIND, (id,)).fetchall()
     return _belonging(rows[0]) if rows else None
 
 
-def owners(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, str]:
+def owners(db: Connection, ids: Iterable[str]) -> dict[str, str]:
     """Return, by id, the apps that own these ids; unknown and deleted ones are left out."""
     found: dict[str, str] = {}
     for some in batched(sorted(set(ids)), AT_ONCE):
-        found.update(dict(db.execute(OWNERS.format(", ".join("?" * len(some))), some).fetchall()))
+        found.update(dict(db.execute(OWNERS.format(numbers(len(some))), some).fetchall()))
     return found
 
 
-def chosen(db: sqlite3.Connection, app: str, kind: Kind, ids: Iterable[str]) -> tuple[OwnedObject, ...]:
+def chosen(db: Connection, app: str, kind: Kind, ids: Iterable[str]) -> tuple[OwnedObject, ...]:
     """Return the objects of these ids that an app owns, in their order."""
     found = (find(db, id) for id in dict.fromkeys(ids))
     return tuple(each for each in found if each is not None and (each.app, each.kind, each.gone) == (app, kind, False))
 
 
 def page(
-    db: sqlite3.Connection, app: str, kind: Kind, limit: int, *, after: OwnedObject | None = None, before: OwnedObject | None = None
+    db: Connection, app: str, kind: Kind, limit: int, *, after: OwnedObject | None = None, before: OwnedObject | None = None
 ) -> OwnedPage:
     """Return at most `limit` of an app's objects: the newest, or those next to one of them."""
     cursor = after or before
@@ -87,16 +88,16 @@ def page(
     return OwnedPage(tuple(reversed(items)) if before else tuple(items), len(rows) > limit)
 
 
-def seen(db: sqlite3.Connection, id: str, content: str) -> None:
+def seen(db: Connection, id: str, content: str) -> None:
     """Keep an object as it was just seen."""
-    db.execute("UPDATE belongings SET object = ? WHERE id = ?", (content, id))
+    db.execute("UPDATE belongings SET object = $1 WHERE id = $2", (content, id))
 
 
-def gone(db: sqlite3.Connection, id: str, now: float) -> None:
+def gone(db: Connection, id: str, now: float) -> None:
     """Mark an object as deleted. Its id stays taken."""
-    db.execute("UPDATE belongings SET gone_at = ? WHERE id = ? AND gone_at IS NULL", (now, id))
+    db.execute("UPDATE belongings SET gone_at = $1 WHERE id = $2 AND gone_at IS NULL", (now, id))
 
 
-def _belonging(row: sqlite3.Row) -> OwnedObject:
+def _belonging(row: Row) -> OwnedObject:
     id, kind, app, made_at, content, gone = row
     return OwnedObject(id, kind, app, made_at, content, bool(gone))

@@ -5,7 +5,6 @@ said no is judged from values (`denials.judge`) in the same transaction. Each fu
 all searches by key: their cost does not grow with the ledger. Knows nothing of files, threads, clocks or policies.
 """
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from datetime import tzinfo
 from functools import lru_cache
@@ -15,6 +14,7 @@ from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger import state
 from gateway_addon.ledger.denials import judge, judge_rate
+from gateway_addon.ledger.sql import Connection, Engine, Statement, named
 from gateway_addon.ledger.types import (
     CallFacts,
     CapShape,
@@ -41,131 +41,130 @@ from gateway_addon.windows import WINDOWS, Starts, next_start, starts
 type CapWindow = tuple[str, str, int, int | None]
 """A scope, its window, the window's start, and the cap's amount where there is one."""
 
-# The statements are written once, for both engines; where a scope's balance is kept has a name because PostgreSQL says it otherwise
-# (`pgsession.SPELLED`). `ASKED` becomes a row of values for each cap asked about (`_asking`): to take them out of JSON,
-# as one value, cost twice as much as all the look-ups.
-ASKED = "(VALUES :caps) AS asked"
+# Places in a statement (`_asking`): a row of values for each cap asked about (to take them out of JSON, as one value, cost twice as much
+# as all the look-ups), and where the engine keeps a cap's balance.
+ASKED = "(VALUES caps) AS asked"
 ASKED_NOTHING = "(SELECT NULL AS column1, NULL AS column2, NULL AS column3, NULL AS column4 WHERE 1 = 0) AS asked"
-ITS_BALANCE = "LEFT JOIN balances USING (scope, window, window_start)"
+ITS_BALANCE = "LEFT JOIN its_balance"
 
 # One row per cap asked about, with what stands against it. In force is min(policy + raises, limit).
 STANDINGS = f"""
-  SELECT cap.scope, cap.window, cap.window_start,
+  SELECT cap.scope, cap."window", cap.window_start,
     CASE WHEN limit_nano < cap.amount_nano + cap.raised_nano THEN limit_nano ELSE cap.amount_nano + cap.raised_nano END AS cap_nano,
     cap.raised_nano, coalesce(spent_nano, 0) AS spent_nano, coalesce(reserved_nano, 0) AS reserved_nano,
     coalesce(quantum_nano, 0) AS quantum_nano, coalesce(open, 0) AS open, cap.limit_nano
-  FROM (SELECT column1 AS scope, column2 AS window, CAST(column3 AS BIGINT) AS window_start, CAST(column4 AS BIGINT) AS amount_nano,
+  FROM (SELECT column1 AS scope, column2 AS "window", CAST(column3 AS BIGINT) AS window_start, CAST(column4 AS BIGINT) AS amount_nano,
           (SELECT coalesce(sum(amount_nano), 0) FROM raises
-           WHERE scope = column1 AND window = column2 AND until > :now) AS raised_nano,
-          (SELECT amount_nano FROM limits WHERE scope = column1 AND window = column2) AS limit_nano
+           WHERE scope = column1 AND "window" = column2 AND until > $now) AS raised_nano,
+          (SELECT amount_nano FROM limits WHERE scope = column1 AND "window" = column2) AS limit_nano
         FROM {ASKED}) AS cap
   {ITS_BALANCE}
 """
 
 # What stands in the way of a reservation; no row: nothing does. `denials.judge` asks the same of values, and says what it is.
 _RATE = """
-  SELECT 1 FROM (SELECT coalesce(sum({count}) FILTER (WHERE minute = :minute), 0) AS recent,
-            coalesce(sum({count}) FILTER (WHERE minute < :minute), 0) AS before
-          FROM minutes WHERE CAST(:{limit} AS BIGINT) IS NOT NULL AND app = :app AND minute IN (:minute, :minute - 1)) AS counted
-    WHERE 60 * recent + (60 - :second) * before + 60 * {size} > 60 * :{limit}
+  SELECT 1 FROM (SELECT coalesce(sum({count}) FILTER (WHERE minute = $minute), 0) AS recent,
+            coalesce(sum({count}) FILTER (WHERE minute < $minute), 0) AS before
+          FROM minutes WHERE CAST(${limit} AS BIGINT) IS NOT NULL AND app = $app AND minute IN ($minute, $minute - 1)) AS counted
+    WHERE 60 * recent + (60 - $second) * before + 60 * {size} > 60 * ${limit}
 """
 OBSTACLES = f"""
-  SELECT 1 FROM (SELECT 1) AS caller LEFT JOIN tokens ON id = :token_id AND app = :app
-    WHERE id IS NULL OR revoked_at <= :now OR expires_at <= :now
+  SELECT 1 FROM (SELECT 1) AS caller LEFT JOIN tokens ON id = $token_id AND app = $app
+    WHERE id IS NULL OR revoked_at <= $now OR expires_at <= $now
   UNION ALL
-  SELECT 1 FROM pauses WHERE scope IN ('total', :app_scope, :team_scope) AND (until IS NULL OR until > :now)
+  SELECT 1 FROM pauses WHERE scope IN ('total', $app_scope, $team_scope) AND (until IS NULL OR until > $now)
   UNION ALL
-  SELECT 1 FROM ({STANDINGS}) AS standing WHERE spent_nano + reserved_nano + quantum_nano + :grant_nano + :own_quantum_nano > cap_nano
+  SELECT 1 FROM ({STANDINGS}) AS standing WHERE spent_nano + reserved_nano + quantum_nano + $grant_nano + $own_quantum_nano > cap_nano
   UNION ALL
-  SELECT 1 FROM (SELECT 1) AS caller LEFT JOIN balances ON scope = :app_scope AND window = 'ever' AND window_start = 0
-    WHERE coalesce(open, 0) >= :concurrent
+  SELECT 1 FROM (SELECT 1) AS caller LEFT JOIN balances ON scope = $app_scope AND "window" = 'ever' AND window_start = 0
+    WHERE coalesce(open, 0) >= $concurrent
   UNION ALL
   {_RATE.format(limit="requests_per_minute", count="requests", size="1")}
   UNION ALL
-  {_RATE.format(limit="input_tokens_per_minute", count="input_tokens", size=":input_tokens")}
+  {_RATE.format(limit="input_tokens_per_minute", count="input_tokens", size="$input_tokens")}
 """
 
-ITS_TOKEN = f"SELECT {state.TOKEN} FROM tokens WHERE id = ? AND app = ?"
-IN_FLIGHT = "SELECT open FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
-COUNTED = "SELECT minute, requests, input_tokens FROM minutes WHERE app = ? AND minute IN (?, ?)"
+ITS_TOKEN = f"SELECT {state.TOKEN} FROM tokens WHERE id = $1 AND app = $2"
+IN_FLIGHT = """SELECT open FROM balances WHERE scope = $1 AND "window" = 'ever' AND window_start = 0"""
+COUNTED = "SELECT minute, requests, input_tokens FROM minutes WHERE app = $1 AND minute IN ($2, $3)"
 
-ADMITTED = """
-INSERT INTO minutes (app, minute, requests, input_tokens) VALUES (:app, :minute, 1, 0)
+ADMITTED = named("""
+INSERT INTO minutes (app, minute, requests, input_tokens) VALUES ($app, $minute, 1, 0)
 ON CONFLICT (app, minute) DO UPDATE SET requests = minutes.requests + 1
-"""
+""")
 
 RESERVE = f"""
 INSERT INTO calls (state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, session_id, agent_id,
   parent_agent_id, user_id, labels, day_start, week_start, month_start, started_at,
   quote_nano, grant_nano, quantum_nano, input_tokens_quoted)
-SELECT 'open', :owner, :app, :team, :token_id, :endpoint, :model_asked, :stream, :max_tokens, :session_id, :agent_id,
-  :parent_agent_id, :user_id, :labels, :day_start, :week_start, :month_start, :now,
-  :quote_nano, :grant_nano, :own_quantum_nano, :input_tokens
+SELECT 'open', $owner, $app, $team, $token_id, $endpoint, $model_asked, $stream, $max_tokens, $session_id, $agent_id,
+  $parent_agent_id, $user_id, $labels, $day_start, $week_start, $month_start, $now,
+  $quote_nano, $grant_nano, $own_quantum_nano, $input_tokens
 WHERE NOT EXISTS ({OBSTACLES})
 RETURNING id
 """
 
 EXTEND = f"""
 INSERT INTO entries (call_id, at, kind, reserved_nano)
-SELECT :call_id, :now, 'extend', :more_nano
-WHERE EXISTS (SELECT 1 FROM calls WHERE id = :call_id AND state = 'open')
-  AND NOT EXISTS (SELECT 1 FROM ({STANDINGS}) AS standing WHERE spent_nano + reserved_nano + :more_nano > cap_nano)
+SELECT $call_id, $now, 'extend', $more_nano
+WHERE EXISTS (SELECT 1 FROM calls WHERE id = $call_id AND state = 'open')
+  AND NOT EXISTS (SELECT 1 FROM ({STANDINGS}) AS standing WHERE spent_nano + reserved_nano + $more_nano > cap_nano)
 """
 
-RELEASE = """
+RELEASE = named("""
 INSERT INTO entries (call_id, at, kind, reserved_nano)
-SELECT :call_id, :now, 'release', -:back_nano
-WHERE EXISTS (SELECT 1 FROM calls WHERE id = :call_id AND state = 'open')
-  AND :back_nano <= (SELECT sum(reserved_nano) FROM entries WHERE call_id = :call_id)
-"""
+SELECT $call_id, $now, 'release', -$back_nano
+WHERE EXISTS (SELECT 1 FROM calls WHERE id = $call_id AND state = 'open')
+  AND $back_nano <= (SELECT sum(reserved_nano) FROM entries WHERE call_id = $call_id)
+""")
 
-RESOLVE = """
+RESOLVE = named("""
 INSERT INTO entries (call_id, at, kind, reserved_nano, spent_nano, quantum_nano, open)
-SELECT call_id, :now, :kind, -sum(reserved_nano), coalesce(:spent_nano, sum(reserved_nano)), -sum(quantum_nano), -1
-FROM entries WHERE call_id = :call_id
+SELECT call_id, $now, $kind, -sum(reserved_nano), coalesce($spent_nano, sum(reserved_nano)), -sum(quantum_nano), -1
+FROM entries WHERE call_id = $call_id
 GROUP BY call_id
 ON CONFLICT DO NOTHING
 RETURNING -reserved_nano, spent_nano
-"""
+""")
 
 # A bill that comes after its call was settled as an orphan: what it adds is booked, once; nothing is taken off.
-LATE = """
+LATE = named("""
 INSERT INTO entries (call_id, at, kind, spent_nano, note)
-SELECT call_id, :now, 'adjust', :cost_nano - sum(spent_nano), 'late settlement'
-FROM entries JOIN calls ON calls.id = call_id WHERE call_id = :call_id AND ' ' || flags || ' ' LIKE '% orphan %'
-GROUP BY call_id HAVING :cost_nano > sum(spent_nano) AND count(*) FILTER (WHERE note = 'late settlement') = 0
-"""
+SELECT call_id, $now, 'adjust', $cost_nano - sum(spent_nano), 'late settlement'
+FROM entries JOIN calls ON calls.id = call_id WHERE call_id = $call_id AND ' ' || flags || ' ' LIKE '% orphan %'
+GROUP BY call_id HAVING $cost_nano > sum(spent_nano) AND count(*) FILTER (WHERE note = 'late settlement') = 0
+""")
 
-FINISH = """
-UPDATE calls SET state = :state, ended_at = :now, status = :status, model_served = :model_served, stop_reason = :stop_reason,
-  request_id = :request_id, first_byte_at = :first_byte_at, complete = :complete, price_rows = :price_rows, flags = :flags,
-  service_tier = :service_tier, speed = :speed, inference_geo = :inference_geo
-WHERE id = :call_id
-"""
+FINISH = named("""
+UPDATE calls SET state = $state, ended_at = $now, status = $status, model_served = $model_served, stop_reason = $stop_reason,
+  request_id = $request_id, first_byte_at = $first_byte_at, complete = $complete, price_rows = $price_rows, flags = $flags,
+  service_tier = $service_tier, speed = $speed, inference_geo = $inference_geo
+WHERE id = $call_id
+""")
 
-ASIDE = """
+ASIDE = named("""
 INSERT INTO calls (state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, session_id, agent_id,
   parent_agent_id, user_id, labels, day_start, week_start, month_start, started_at, ended_at, quote_nano, input_tokens_quoted, refusal,
   status, model_served, stop_reason, request_id, first_byte_at, complete, price_rows, flags, service_tier, speed, inference_geo)
-VALUES (:state, :owner, :app, :team, :token_id, :endpoint, :model_asked, :stream, :max_tokens, :session_id, :agent_id,
-  :parent_agent_id, :user_id, :labels, :day_start, :week_start, :month_start, :now, :now, :quote_nano, :input_tokens, :refusal,
-  :status, :model_served, :stop_reason, :request_id, :first_byte_at, :complete, :price_rows, :flags, :service_tier, :speed, :inference_geo)
-"""
+VALUES ($state, $owner, $app, $team, $token_id, $endpoint, $model_asked, $stream, $max_tokens, $session_id, $agent_id,
+  $parent_agent_id, $user_id, $labels, $day_start, $week_start, $month_start, $now, $now, $quote_nano, $input_tokens, $refusal,
+  $status, $model_served, $stop_reason, $request_id, $first_byte_at, $complete, $price_rows, $flags, $service_tier, $speed, $inference_geo)
+""")
 
-PART = "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+PART = "INSERT INTO usage VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)"
 
-OVERRUN = """
-INSERT INTO overruns (model, call_id, at, over_nano) SELECT coalesce(model_asked, 'unknown'), id, :now, :over_nano
-FROM calls WHERE id = :call_id ON CONFLICT DO NOTHING
-"""
+OVERRUN = named("""
+INSERT INTO overruns (model, call_id, at, over_nano) SELECT coalesce(model_asked, 'unknown'), id, $now, $over_nano
+FROM calls WHERE id = $call_id ON CONFLICT DO NOTHING
+""")
 
-EVER_BOOKED = "SELECT 1 FROM balances WHERE scope = ? AND window = 'ever' AND window_start = 0"
+EVER_BOOKED = """SELECT 1 FROM balances WHERE scope = $1 AND "window" = 'ever' AND window_start = 0"""
 
-OPEN_OF_OWNER = "SELECT id FROM calls WHERE owner = ? AND state = 'open' ORDER BY id"
+OPEN_OF_OWNER = "SELECT id FROM calls WHERE owner = $1 AND state = 'open' ORDER BY id"
 
 
 def reserve(
-    db: sqlite3.Connection,
+    db: Connection,
     owner: str,
     call: NewCall,
     grant_nano: int,
@@ -195,7 +194,7 @@ def reserve(
     }
     frames = _frames(caps, windows)
     values |= _asked(frames)
-    written = db.execute(_asking(RESERVE, len(frames)), values).fetchall()
+    written = db.execute(_asking(RESERVE, db.engine, len(frames)), values).fetchall()
     if written:
         return Reserved(written[0][0], _standings(db, frames, now, calendar), owner)
     denial = judge(facts(db, call, caps, now=now), limits, grant_nano, quantum_nano, call.input_tokens, now)
@@ -204,7 +203,7 @@ def reserve(
     return denial
 
 
-def facts(db: sqlite3.Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> CallFacts:
+def facts(db: Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> CallFacts:
     """Read all that decides about a call, for `denials.judge`."""
     in_flight = db.execute(IN_FLIGHT, (app_scope(call.app),)).fetchall()
     requests, input_tokens = _counted(db, call.app, now)
@@ -218,13 +217,13 @@ def facts(db: sqlite3.Connection, call: NewCall, caps: Sequence[CapShape], *, no
     )
 
 
-def token(db: sqlite3.Connection, token_id: int, app: str) -> Token | None:
+def token(db: Connection, token_id: int, app: str) -> Token | None:
     """Return an app's token by its number, revoked and expired ones too; None where the app has no such token."""
     rows = db.execute(ITS_TOKEN, (token_id, app)).fetchall()
     return state.token_of(rows[0]) if rows else None
 
 
-def _counted(db: sqlite3.Connection, app: str, now: float) -> tuple[MinuteCount, MinuteCount]:
+def _counted(db: Connection, app: str, now: float) -> tuple[MinuteCount, MinuteCount]:
     """Return what an app was admitted with in this calendar minute and the last: requests, and input tokens."""
     minute = int(now) // 60
     counted = {at: (requests, tokens) for at, requests, tokens in db.execute(COUNTED, (app, minute, minute - 1)).fetchall()}
@@ -232,7 +231,7 @@ def _counted(db: sqlite3.Connection, app: str, now: float) -> tuple[MinuteCount,
     return MinuteCount(recent[0], before[0]), MinuteCount(recent[1], before[1])
 
 
-def admit_request(db: sqlite3.Connection, name: str, per_minute: int, *, now: float) -> Denied | None:
+def admit_request(db: Connection, name: str, per_minute: int, *, now: float) -> Denied | None:
     """Count a request that has a rate and no reservation, under its own name, where the rate allows it."""
     requests, _ = _counted(db, name, now)
     if (denial := judge_rate("requests_per_minute", per_minute, 1, requests, now)) is not None:
@@ -241,25 +240,25 @@ def admit_request(db: sqlite3.Connection, name: str, per_minute: int, *, now: fl
     return None
 
 
-def extend(db: sqlite3.Connection, call_id: int, more_nano: int, caps: Sequence[CapShape], *, now: float) -> bool:
+def extend(db: Connection, call_id: int, more_nano: int, caps: Sequence[CapShape], *, now: float) -> bool:
     """Hold `more_nano` more for a running call; False where a cap does not allow it or the call is resolved.
 
     `caps` are those of its admission. The quanta that other streams keep free do not count: top-ups come first.
     """
-    row = db.execute("SELECT day_start, week_start, month_start FROM calls WHERE id = ?", (call_id,)).fetchall()
+    row = db.execute("SELECT day_start, week_start, month_start FROM calls WHERE id = $1", (call_id,)).fetchall()
     if not row or more_nano < 0:
         return False
     frames = _frames(caps, Starts(*row[0]))
     values = {"call_id": call_id, "more_nano": more_nano, "now": now} | _asked(frames)
-    return db.execute(_asking(EXTEND, len(frames)), values).rowcount == 1
+    return db.execute(_asking(EXTEND, db.engine, len(frames)), values).rowcount == 1
 
 
-def release(db: sqlite3.Connection, call_id: int, back_nano: int, *, now: float) -> bool:
+def release(db: Connection, call_id: int, back_nano: int, *, now: float) -> bool:
     """Release a part of a running call's reservation; False where it holds less or is resolved."""
     return back_nano >= 0 and db.execute(RELEASE, {"call_id": call_id, "back_nano": back_nano, "now": now}).rowcount == 1
 
 
-def settle(db: sqlite3.Connection, call_id: int, settlement: Settlement, *, now: float) -> Resolution:
+def settle(db: Connection, call_id: int, settlement: Settlement, *, now: float) -> Resolution:
     """Turn what a call holds into what it cost, in full even where that is more (flagged `overrun`). At most once."""
     held_and_spent = _resolve(db, call_id, "settle", settlement.cost_nano, now)
     if held_and_spent is None:
@@ -280,7 +279,7 @@ def settle(db: sqlite3.Connection, call_id: int, settlement: Settlement, *, now:
     return Resolution(True, spent_nano, held_nano, overrun)
 
 
-def void(db: sqlite3.Connection, call_id: int, outcome: Outcome, *, now: float) -> Resolution:
+def void(db: Connection, call_id: int, outcome: Outcome, *, now: float) -> Resolution:
     """Give back everything that a call holds: the provider did no work. At most once."""
     held_and_spent = _resolve(db, call_id, "void", 0, now)
     if held_and_spent is None:
@@ -289,30 +288,30 @@ def void(db: sqlite3.Connection, call_id: int, outcome: Outcome, *, now: float) 
     return Resolution(True, 0, held_and_spent[0])
 
 
-def end(db: sqlite3.Connection, ending: RecordedEnd) -> Resolution:
+def end(db: Connection, ending: RecordedEnd) -> Resolution:
     """Settle or void a call. At most once."""
     if ending.kind == "void":
         return void(db, ending.call_id, ending.settlement.outcome, now=ending.at)
     return settle(db, ending.call_id, ending.settlement, now=ending.at)
 
 
-def refused(db: sqlite3.Connection, owner: str, call: NewCall, code: str, *, now: float) -> None:
+def refused(db: Connection, owner: str, call: NewCall, code: str, *, now: float) -> None:
     """Keep a row for a request that went no further."""
     _aside(db, owner, call, "refused", code, Outcome(), now)
 
 
-def free(db: sqlite3.Connection, owner: str, call: NewCall, outcome: Outcome, *, now: float) -> None:
+def free(db: Connection, owner: str, call: NewCall, outcome: Outcome, *, now: float) -> None:
     """Keep a row for a request that costs nothing and was forwarded without a reservation (token counts, model lists)."""
     _aside(db, owner, call, "free", None, outcome, now)
 
 
-def failed_authentication(db: sqlite3.Connection, reason: str, *, now: float) -> None:
+def failed_authentication(db: Connection, reason: str, *, now: float) -> None:
     """Count a request without a valid token."""
-    count = "INSERT INTO noise VALUES (?, ?, 1) ON CONFLICT (minute, reason) DO UPDATE SET calls = noise.calls + 1"
+    count = "INSERT INTO noise VALUES ($1, $2, 1) ON CONFLICT (minute, reason) DO UPDATE SET calls = noise.calls + 1"
     db.execute(count, (int(now) // 60 * 60, reason))
 
 
-def standing(db: sqlite3.Connection, scopes: Iterable[str], caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
+def standing(db: Connection, scopes: Iterable[str], caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
     """Return the standing of every scope in every window, with its cap among `caps`."""
     calendar = zone(db)
     windows = starts(now, calendar)
@@ -321,13 +320,13 @@ def standing(db: sqlite3.Connection, scopes: Iterable[str], caps: Sequence[CapSh
     return _standings(db, frames, now, calendar)
 
 
-def capped(db: sqlite3.Connection, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
+def capped(db: Connection, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
     """Return the standing of each of these caps."""
     calendar = zone(db)
     return _standings(db, _frames(caps, starts(now, calendar)), now, calendar)
 
 
-def zone(db: sqlite3.Connection) -> tzinfo:
+def zone(db: Connection) -> tzinfo:
     """Return the zone of the ledger's calendar. It is a row, so that every process on the ledger has the same windows."""
     rows = db.execute("SELECT value FROM settings WHERE name = 'zone'").fetchall()
     if not rows:
@@ -346,33 +345,33 @@ def _names(count: int) -> tuple[str, ...]:
 
 
 @lru_cache
-def _asking(statement: str, count: int) -> str:
-    """Return the statement for so many caps."""
-    row = "({}, {}, {}, {})"
-    rows = ", ".join([row] * count).format(*(f":{name}" for name in _names(count)))
-    return statement.replace(ASKED, f"(VALUES {rows}) AS asked" if count else ASKED_NOTHING)
+def _asking(statement: str, engine: Engine, count: int) -> Statement:
+    """Return the statement for an engine and so many caps."""
+    rows = ", ".join(["({}, {}, {}, {})"] * count).format(*(f"${name}" for name in _names(count)))
+    asked = f"(VALUES {rows}) AS asked" if count else ASKED_NOTHING
+    return named(statement.replace(ASKED, asked).replace(ITS_BALANCE, engine.balance_of_cap))
 
 
 def _asked(frames: Sequence[CapWindow]) -> dict[str, Any]:
     return dict(zip(_names(len(frames)), chain.from_iterable(frames), strict=True))
 
 
-def _standings(db: sqlite3.Connection, frames: Sequence[CapWindow], now: float, calendar: tzinfo) -> tuple[Standing, ...]:
+def _standings(db: Connection, frames: Sequence[CapWindow], now: float, calendar: tzinfo) -> tuple[Standing, ...]:
     if not frames:
         return ()
-    rows = db.execute(_asking(STANDINGS, len(frames)), _asked(frames) | {"now": now}).fetchall()
+    rows = db.execute(_asking(STANDINGS, db.engine, len(frames)), _asked(frames) | {"now": now}).fetchall()
     return tuple(
         Standing(scope, window, start, next_start(window, start or now, calendar), *amounts) for scope, window, start, *amounts in rows
     )
 
 
-def _resolve(db: sqlite3.Connection, call_id: int, kind: str, spent_nano: int | None, now: float) -> tuple[int, int] | None:
+def _resolve(db: Connection, call_id: int, kind: str, spent_nano: int | None, now: float) -> tuple[int, int] | None:
     """Resolve a call; return its held and its booked amount, None where it is unknown or was resolved before."""
     rows = db.execute(RESOLVE, {"call_id": call_id, "kind": kind, "spent_nano": spent_nano, "now": now}).fetchall()
     return rows[0] if rows else None
 
 
-def _aside(db: sqlite3.Connection, owner: str, call: NewCall, state: str, refusal: str | None, outcome: Outcome, now: float) -> None:
+def _aside(db: Connection, owner: str, call: NewCall, state: str, refusal: str | None, outcome: Outcome, now: float) -> None:
     values = _call_values(call, owner, starts(now, zone(db)), now) | _outcome_values(outcome, outcome.flags)
     db.execute(ASIDE, values | {"state": state, "refusal": refusal})
 

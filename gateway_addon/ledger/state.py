@@ -1,28 +1,28 @@
 """Keep the small facts besides money: tokens, pauses, alerts, overruns, the upstream's limits. Statements on a given connection."""
 
 import json
-import sqlite3
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.ledger.types import Alert, DueAlert, Pause, Token, TokenLookup, labels_of
 
 TOKEN = "id, app, label, created_at, expires_at, revoked_at, last_used_at, labels"
 """The columns that `token_of` takes."""
-IN_FORCE = "FROM pauses WHERE until IS NULL OR until > ?"
+IN_FORCE = "FROM pauses WHERE until IS NULL OR until > ${}"
 # In one statement, because every request asks for all of it, and a look costs more by the statement than by the row.
 KNOCK = f"""
-SELECT 'token' AS what, {TOKEN} FROM tokens WHERE digest = ?
+SELECT 'token' AS what, {TOKEN} FROM tokens WHERE digest = $1
 UNION ALL
-SELECT 'pause', cut, scope, why, since, until, NULL, NULL, NULL {IN_FORCE}
+SELECT 'pause', cut, scope, why, since, until, NULL, NULL, NULL {IN_FORCE.format(2)}
 UNION ALL
 SELECT 'overrun', NULL, model, NULL, NULL, NULL, NULL, NULL, NULL FROM overruns
 """
-PAUSES = f"SELECT scope, since, until, why, cut {IN_FORCE} ORDER BY scope"
+PAUSES = f"SELECT scope, since, until, why, cut {IN_FORCE.format(1)} ORDER BY scope"
 
 
-def look_up_token(db: sqlite3.Connection, digest: str, now: float) -> TokenLookup:
+def look_up_token(db: Connection, digest: str, now: float) -> TokenLookup:
     token: Token | None = None
     pauses: list[Pause] = []
     models: list[str] = []
@@ -42,51 +42,53 @@ def token_of(row: Sequence[Any]) -> Token:
     return Token(id, app, label, created_at, expires_at, revoked_at, last_used_at, labels_of(labels))
 
 
-def pauses(db: sqlite3.Connection, now: float) -> tuple[Pause, ...]:
+def pauses(db: Connection, now: float) -> tuple[Pause, ...]:
     rows = db.execute(PAUSES, (now,)).fetchall()
     return tuple(Pause(scope, since, until, why, bool(cut)) for scope, since, until, why, cut in rows)
 
 
-def overruns(db: sqlite3.Connection) -> frozenset[str]:
+def overruns(db: Connection) -> frozenset[str]:
     return frozenset(model for (model,) in db.execute("SELECT model FROM overruns").fetchall())
 
 
-def keep_ratelimits(db: sqlite3.Connection, headers: Mapping[str, str], now: float) -> None:
-    upsert = "INSERT INTO ratelimits VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value, at = excluded.at"
+def keep_ratelimits(db: Connection, headers: Mapping[str, str], now: float) -> None:
+    upsert = "INSERT INTO ratelimits VALUES ($1, $2, $3) ON CONFLICT (name) DO UPDATE SET value = excluded.value, at = excluded.at"
     db.executemany(upsert, [(name, value, now) for name, value in headers.items()])
 
 
-def ratelimits(db: sqlite3.Connection) -> dict[str, tuple[str, float]]:
+def ratelimits(db: Connection) -> dict[str, tuple[str, float]]:
     return {name: (value, at) for name, value, at in db.execute("SELECT name, value, at FROM ratelimits").fetchall()}
 
 
-def alert_once(db: sqlite3.Connection, alert: Alert, send: bool, now: float) -> bool:
+def alert_once(db: Connection, alert: Alert, send: bool, now: float) -> bool:
     """Write an alert, unless it was written before; return whether it is new. `send`: it is to be sent from now on."""
-    insert = "INSERT INTO alerts (kind, scope, once, at, sentence, facts, try_at) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
     row = (alert.kind, alert.scope, alert.once, now, alert.sentence, json.dumps(dict(alert.facts)), now if send else None)
-    return db.execute(insert, row).rowcount == 1
+    return db.execute(ALERT, row).rowcount == 1
 
 
+ALERT = """
+INSERT INTO alerts (kind, scope, once, at, sentence, facts, try_at) VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING
+"""
 LATER_TIMES = 128
 """The longest pause between two tries, in first pauses. A later try was planned before the clock was set back."""
-DUE_ALERT = f"(try_at <= :now OR try_at > :now + :retry_s * {LATER_TIMES})"
+DUE_ALERT = f"(try_at <= $now OR try_at > $now + $retry_s * {LATER_TIMES})"
+IS_ALERT_DUE = named(f"SELECT EXISTS (SELECT 1 FROM alerts WHERE {DUE_ALERT})")
 
 
-def is_alert_due(db: sqlite3.Connection, retry_s: float, now: float) -> bool:
+def is_alert_due(db: Connection, retry_s: float, now: float) -> bool:
     """Return whether an alert is due to be sent."""
-    waits = f"SELECT EXISTS (SELECT 1 FROM alerts WHERE {DUE_ALERT})"
-    return bool(db.execute(waits, {"now": now, "retry_s": retry_s}).fetchone()[0])
+    return bool(db.execute(IS_ALERT_DUE, {"now": now, "retry_s": retry_s}).fetchone()[0])
 
 
-TAKE_ALERT = f"""
-UPDATE alerts SET tries = tries + 1, try_at = CASE WHEN at + :give_up_s >= :now
-  THEN :now + :retry_s * (1 << CASE WHEN tries < 7 THEN tries ELSE 7 END) END
+TAKE_ALERT = named(f"""
+UPDATE alerts SET tries = tries + 1, try_at = CASE WHEN at + $give_up_s >= $now
+  THEN $now + $retry_s * (1 << CASE WHEN tries < 7 THEN tries ELSE 7 END) END
 WHERE id = (SELECT id FROM alerts WHERE {DUE_ALERT} ORDER BY try_at LIMIT 1)
 RETURNING id, kind, scope, once, sentence, facts, at, tries
-"""
+""")
 
 
-def take_alert(db: sqlite3.Connection, retry_s: float, give_up_s: float, now: float) -> DueAlert | None:
+def take_alert(db: Connection, retry_s: float, give_up_s: float, now: float) -> DueAlert | None:
     """Claim one alert that is due: for `retry_s`, twice that after the next try, and so on; given up after `give_up_s`."""
     rows = db.execute(TAKE_ALERT, {"now": now, "retry_s": retry_s, "give_up_s": give_up_s}).fetchall()
     if not rows:
@@ -95,6 +97,6 @@ def take_alert(db: sqlite3.Connection, retry_s: float, give_up_s: float, now: fl
     return DueAlert(number, Alert(kind, scope, once, sentence, json.loads(facts)), at, tries)
 
 
-def alert_done(db: sqlite3.Connection, number: int, delivered_at: float | None) -> None:
+def alert_done(db: Connection, number: int, delivered_at: float | None) -> None:
     """End an alert: it was delivered (unix seconds), or is given up (None)."""
-    db.execute("UPDATE alerts SET try_at = NULL, delivered_at = ? WHERE id = ?", (delivered_at, number))
+    db.execute("UPDATE alerts SET try_at = NULL, delivered_at = $1 WHERE id = $2", (delivered_at, number))

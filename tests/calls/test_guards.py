@@ -25,13 +25,12 @@ CAP = SimpleNamespace(scope="app:app", window="day", amount_nano=1_000)
 def db(tmp_path):
     sqlite_files.create(tmp_path / "gateway.db")
     with connect.changing(tmp_path / "gateway.db") as db:
-        db.row_factory = None
         admin.issue_token(db, "app", "0" * 64, who="test", now=NOW)
         yield db
 
 
 def held_nano(db) -> int:
-    return db.execute("SELECT reserved_nano + spent_nano FROM balances WHERE scope = 'app:app' AND window = 'day'").fetchone()[0]
+    return db.execute("""SELECT reserved_nano + spent_nano FROM balances WHERE scope = 'app:app' AND "window" = 'day'""").fetchone()[0]
 
 
 def reserve_ten(db):

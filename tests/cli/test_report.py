@@ -77,7 +77,7 @@ def test_spending_is_told_apart_by(path, by, lines):
 @pytest.mark.parametrize("by", [*spending.KEYS, "app,day", "team,model", "month,app", "token,session"])
 def test_a_report_sums_to_what_the_caps_are_judged_by(path, by):
     found = json.loads(run(path, "--since", "30d", "--json", "--by", by))
-    [(spent_nano, held_nano)] = rows(path, "SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND window = 'ever'")
+    [(spent_nano, held_nano)] = rows(path, """SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND "window" = 'ever'""")
     assert found["total"]["spent_nano"] == sum(line["spent_nano"] for line in found["lines"]) == spent_nano
     assert found["total"]["held_nano"] == held_nano == DOLLAR // 2
 
@@ -264,7 +264,7 @@ def test_an_invoice_sums_to_the_ledger_to_the_nano(tmp_path, engine):
         ("reports", "claude-haiku-4-5", 1_234_567_891), ("reports", "(estimated)", 999), ("reports", "(corrections)", -891),
     ]  # fmt: skip
     for app in ("drafts", "reports"):
-        months = rows(path, "SELECT spent_nano FROM balances WHERE scope = ? AND window = 'month' AND window_start = ?", f"app:{app}", starts(at).month)
+        months = rows(path, """SELECT spent_nano FROM balances WHERE scope = $1 AND "window" = 'month' AND window_start = $2""", f"app:{app}", starts(at).month)
         assert months == [(sum(line.spent_nano for line in lines if line.app == app),)]
 
 

@@ -160,7 +160,7 @@ def test_a_change_of_zone_moves_past_calls_and_running_ones(db, path):
     spend(db, 100)
     held = reservations.reserve(db, "me", CALL, 70, DAY_CAP, now=late)
     assert admin.align(db, "Europe/Berlin", {"reports": "batch"}, who="gateway", now=late)
-    days = rows(path, "SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND window = 'day' ORDER BY window_start")
+    days = rows(path, """SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND "window" = 'day' ORDER BY window_start""")
     assert days == [(100, 0), (0, 70)]
     reservations.void(db, held.call_id, Outcome(), now=late)
     assert invariants.findings(db) == []
@@ -242,13 +242,13 @@ def older_ledger(path):
     """One as the first version made it, with one call of $0.00000003."""
     first = Migrations("gateway_ledger")
     first(name="m001_ledger")(sqlite_schema.runner(sqlite_schema.TABLES))
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        first.apply(Database(db))
+    with closing(sqlite_files.FileConnection(sqlite3.connect(path, isolation_level=None))) as db:
+        first.apply(Database(db.raw))
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("INSERT INTO settings VALUES ('zone', 'UTC')")
         db.execute(
             "INSERT INTO calls (id, state, owner, app, token_id, endpoint, stream, day_start, week_start, month_start, started_at, grant_nano)"
-            " VALUES (1, 'open', 'me', 'reports', 1, 'messages', 0, 0, 0, 0, ?, 50)",
+            " VALUES (1, 'open', 'me', 'reports', 1, 'messages', 0, 0, 0, 0, $1, 50)",
             (NOON,),
         )
         reservations.settle(db, 1, Settlement(30, (Part(30),)), now=NOON)

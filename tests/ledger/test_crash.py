@@ -54,7 +54,7 @@ async def kill(process):
 
 def calls_open(ledger, process):
     with connect.reading(ledger) as db:
-        query = "SELECT count(*) AS open FROM calls WHERE state = 'open' AND owner LIKE ?"
+        query = "SELECT count(*) AS open FROM calls WHERE state = 'open' AND owner LIKE $1"
         return db.execute(query, (f"%-{process.pid}-%",)).fetchone()["open"]
 
 

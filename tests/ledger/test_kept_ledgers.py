@@ -74,7 +74,7 @@ async def test_a_gateway_goes_on_with_a_kept_ledger(name, engine, tmp_path):
     """It settles what the dead process held at what it held, keeps the batch's hold, and takes calls under the raise and the pause."""
     ledger = up_to_date(kept(name, engine, tmp_path))
     before = balance(ledger)
-    orphans = rows(ledger, "SELECT sum(reserved_nano), count(*) FROM entries JOIN calls ON calls.id = call_id WHERE owner = ?", GONE)[0][0]
+    orphans = rows(ledger, "SELECT sum(reserved_nano), count(*) FROM entries JOIN calls ON calls.id = call_id WHERE owner = $1", GONE)[0][0]
     opened = await Ledger.open(url(ledger), now=NOON)
     try:
         assert balance(ledger) == (before[0] + orphans, before[1] - orphans, 1), "the batch holds on"
@@ -182,7 +182,7 @@ for name, statements in CHANGES:
     sqlite_schema.migrations(name=name)(file_change(statements))
     postgres.MIGRATIONS += ((name, "SET LOCAL search_path = gateway; " + "; ".join(statements)),)
 if point != "never":
-    postgres_session.Connection.execute = die  # on a server: the zone is kept last, in the same transaction
+    postgres_session.ServerConnection.execute = die  # on a server: the zone is kept last, in the same transaction
 sqlite_files.create(ledger)
 """
 

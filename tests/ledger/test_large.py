@@ -39,7 +39,7 @@ def test_a_call_and_a_kept_month_cost_the_same_in_a_large_ledger(tmp_path):
             took[calls] = Steps(db).of(lambda db=db: a_call(db, now))
     assert took[20_000] <= took[1] * 1.05
     with closing(sqlite_files.reader_connection(path)) as db:
-        db.row_factory = sqlite3.Row
+        db.raw.row_factory = sqlite3.Row
         steps, period = Steps(db), {"since": now - 25 * DAY_S, "until": now}
         by_calls = steps.of(lambda: spending.report(db, "app", **period))
         daily_totals.keep(path, "app", **period, now=now)

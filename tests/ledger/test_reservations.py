@@ -64,7 +64,7 @@ def hold(db, nano, caps=DAY_CAP, call=CALL, now=NOON, **options):
 def test_a_reservation_counts_in_every_scope_and_window(db, path):
     """Whether capped or not."""
     hold(db, 300)
-    held = rows(path, "SELECT scope, window, reserved_nano FROM balances")
+    held = rows(path, 'SELECT scope, "window", reserved_nano FROM balances')
     assert sorted(held) == sorted((scope, window, 300) for scope in ("total", "team:batch", "app:reports") for window in WINDOWS)
 
 
@@ -344,7 +344,7 @@ def test_a_call_belongs_to_the_window_of_its_admission(db, path):
     assert hold(db, 1000, now=before_midnight + 2).call_id
     assert reservations.extend(db, call_id, 500, DAY_CAP, now=before_midnight + 2), "yesterday's room is yesterday's"
     reservations.settle(db, call_id, Settlement(900), now=before_midnight + 3600)
-    days = rows(path, "SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND window = 'day' ORDER BY window_start")
+    days = rows(path, """SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'total' AND "window" = 'day' ORDER BY window_start""")
     assert days == [(900, 0), (0, 1000)]
 
 
@@ -418,8 +418,8 @@ def any_sequence(path, steps):
                         spent + reserved <= cap.amount_nano
                         for cap in caps
                         for spent, reserved in db.execute(
-                            "SELECT spent_nano, reserved_nano FROM balances JOIN calls ON calls.id = ? WHERE scope = ? AND window = ? AND"
-                            " window_start = CASE window WHEN 'day' THEN day_start WHEN 'month' THEN month_start ELSE 0 END",
+                            """SELECT spent_nano, reserved_nano FROM balances JOIN calls ON calls.id = $1 WHERE scope = $2 AND "window" = $3
+                            AND window_start = CASE "window" WHEN 'day' THEN day_start WHEN 'month' THEN month_start ELSE 0 END""",
                             (call_id, cap.scope, cap.window),
                         )
                     )
@@ -430,9 +430,9 @@ def any_sequence(path, steps):
             elif kind == "estimate":
                 reservations.settle(db, call_id, Settlement(None), now=now)
             elif kind == "settle":
-                [(held,)] = db.execute("SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = ?", (call_id,)).fetchall()
+                [(held,)] = db.execute("SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = $1", (call_id,)).fetchall()
                 reservations.settle(db, call_id, Settlement(min(nano, held)), now=now)
-            elif rows(path, "SELECT 1 FROM calls WHERE id = ? AND state IN ('settled', 'voided')", call_id):
+            elif rows(path, "SELECT 1 FROM calls WHERE id = $1 AND state IN ('settled', 'voided')", call_id):
                 admin.adjust(db, call_id, nano, who="test", why="property", now=now)
         kept = db.execute("SELECT * FROM balances ORDER BY 1, 2, 3").fetchall()
         assert kept == db.execute(f"{balances.FROM_ENTRIES} ORDER BY 1, 2, 3").fetchall()
@@ -444,14 +444,13 @@ def any_sequence(path, steps):
 
 
 def plans(db):
-    hot = {name: reservations._asking(getattr(reservations, name), 3) for name in ("RESERVE", "OBSTACLES", "STANDINGS", "EXTEND")}
-    hot |= {name: getattr(reservations, name) for name in ("RELEASE", "RESOLVE", "FINISH")}
-    hot |= {"token": "SELECT id FROM tokens WHERE digest = :d", "open": reservations.OPEN_OF_OWNER.replace("?", ":owner")}
-    hot["trigger"] = "SELECT scope, window, window_start FROM call_frames WHERE call_id = :call_id"
+    judging = ("RESERVE", "OBSTACLES", "STANDINGS", "EXTEND")
+    hot = {name: reservations._asking(getattr(reservations, name), db.engine, 3).numbered for name in judging}
+    hot |= {name: getattr(reservations, name).numbered for name in ("RELEASE", "RESOLVE", "FINISH")}
+    hot |= {"token": "SELECT id FROM tokens WHERE digest = $1", "open": reservations.OPEN_OF_OWNER}
+    hot["trigger"] = 'SELECT scope, "window", window_start FROM call_frames WHERE call_id = $1'
     for name, sql in hot.items():
-        names = {word.strip("(),;-+") for word in sql.replace(":", " :").split() if word.startswith(":")}
-        bound = dict.fromkeys((each[1:] for each in names), 1)
-        yield name, [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", bound)]
+        yield name, [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", [1] * 50)]
 
 
 @pytest.mark.parametrize("path", ["sqlite"], indirect=True)

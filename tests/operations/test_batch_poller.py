@@ -337,7 +337,7 @@ async def test_killed_gateways_batch_is_settled_once_by_the_next(tmp_path, engin
                 assert len([line async for line in await client.messages.batches.results(made.id)]) == 3
         found, wrong = await open_batches(place.ledger)
         with connect.reading(place.ledger) as db:
-            spent, held = db.execute("SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'app:app' AND window = 'ever'").fetchone()
+            spent, held = db.execute("""SELECT spent_nano, reserved_nano FROM balances WHERE scope = 'app:app' AND "window" = 'ever'""").fetchone()
         assert (found, wrong, spent, held) == ([], [], api.book.billed_nano, 0)
 
 

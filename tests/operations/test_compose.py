@@ -104,7 +104,7 @@ async def a_gateway_is_replaced_under_load_and_no_call_is_dropped_or_billed_twic
         running[0] = await gateways.serve("--listen", place)
         if announced:
             nginx.reload()
-        await until(lambda: rows(gateways.ledger, "SELECT 1 FROM calls WHERE state = 'settled' AND owner LIKE ?", f"%-{running[0][0].pid}-%"))
+        await until(lambda: rows(gateways.ledger, "SELECT 1 FROM calls WHERE state = 'settled' AND owner LIKE $1", f"%-{running[0][0].pid}-%"))
         enough.set()
         await asyncio.gather(*callers)
     await api.settled()

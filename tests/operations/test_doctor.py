@@ -62,9 +62,9 @@ def test_a_sound_ledger_passes(path):
 @pytest.mark.parametrize(
     ("sql", "finding"),
     [
-        ("UPDATE balances SET spent_nano = spent_nano + 1 WHERE scope = 'total' AND window = 'day'", "balance total day"),
-        ("UPDATE balances SET quantum_nano = 9 WHERE scope = 'app:reports' AND window = 'ever'", "balance app:reports ever"),
-        ("DELETE FROM balances WHERE scope = 'team:batch' AND window = 'month'", "balance team:batch month"),
+        ("""UPDATE balances SET spent_nano = spent_nano + 1 WHERE scope = 'total' AND "window" = 'day'""", "balance total day"),
+        ("""UPDATE balances SET quantum_nano = 9 WHERE scope = 'app:reports' AND "window" = 'ever'""", "balance app:reports ever"),
+        ("""DELETE FROM balances WHERE scope = 'team:batch' AND "window" = 'month'""", "balance team:batch month"),
         ("INSERT INTO balances VALUES ('app:ghost', 'day', 0, 0, 0, 0, 0)", "balance app:ghost day"),
         ("UPDATE entries SET spent_nano = 99 WHERE kind = 'settle' AND call_id = 1", "call 1: its parts sum to $0.0000001"),
         ("UPDATE usage SET nano = 1 WHERE call_id = 2", "call 2: its parts sum to $0.000000001, it was settled at $0.0000002"),

@@ -98,7 +98,7 @@ def fill(random: Random, db, owner: str, app, now: float, digest: str) -> None:
         nano = random.choice((0, 20_000_000, 100_000_000, 300_000_000, 10**12))
         admin.limit_cap(db, random.choice(scopes), random.choice(WINDOWS), nano, who="test", now=now - 9)
     if random.random() < 0.2:
-        db.execute("INSERT INTO overruns VALUES ('claude-haiku-4-5', 1, ?, 5)", (now,))
+        db.execute("INSERT INTO overruns VALUES ('claude-haiku-4-5', 1, $1, 5)", (now,))
     if random.random() < 0.5:
         reset = datetime.fromtimestamp(now + random.choice((-1, 20)), UTC).isoformat()
         limits = {"requests-limit": "100", "requests-remaining": random.choice(("90", "3")), "requests-reset": reset}

@@ -13,7 +13,7 @@ class Broken:
         return getattr(self._db, name)
 
     def execute(self, sql, *values):
-        if sql.strip().startswith(self._statement):
+        if getattr(sql, "text", sql).strip().startswith(self._statement):
             if self._after:
                 self._db.execute(sql, *values)
             raise self._error

@@ -25,6 +25,7 @@ from gateway_addon.ledger import Alert, NewCall, Outcome, ServerAddress, Settlem
 from gateway_addon.ledger.maintenance import invariants, prune
 from gateway_addon.ledger.orphans import settle_orphans
 from gateway_addon.ledger.reports import daily_totals, spending
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.windows import starts
 
@@ -64,7 +65,7 @@ def fill(path: Path | ServerAddress) -> None:
         _held(db, NOON)
 
 
-def _ordinary_day(db: sqlite3.Connection, at: float) -> None:
+def _ordinary_day(db: Connection, at: float) -> None:
     for hour in range(0, 24, 6):
         now = at + 3600 * hour + 1 / 4
         cost = 120_345 + 1_001 * hour
@@ -76,7 +77,7 @@ def _ordinary_day(db: sqlite3.Connection, at: float) -> None:
     reservations.failed_authentication(db, "token_unknown", now=at + 62)
 
 
-def _odd_calls(db: sqlite3.Connection, at: float) -> None:
+def _odd_calls(db: Connection, at: float) -> None:
     """Every way in which a call ends that is not the ordinary one."""
     voided = _reserve(db, "host-1", SEARCH, 5_000_000, now=at)
     reservations.void(db, voided, Outcome(429, flags=("upstream_429",)), now=at + 1)
@@ -100,7 +101,7 @@ def _odd_calls(db: sqlite3.Connection, at: float) -> None:
     assert state.alert_once(db, replace(alert, kind="drift", once="x"), False, at)
 
 
-def _batches(db: sqlite3.Connection, at: float) -> None:
+def _batches(db: Connection, at: float) -> None:
     """One that is settled, and one of whose three requests one result was read."""
     for name, requests in (("msgbatch_done", 1), ("msgbatch_open", 3)):
         call = replace(REPORTS, endpoint="batches", session_id=None)
@@ -116,7 +117,7 @@ def _batches(db: sqlite3.Connection, at: float) -> None:
     assert resolution.spent_nano == 432_100
 
 
-def _what_people_did(db: sqlite3.Connection, at: float) -> None:
+def _what_people_did(db: Connection, at: float) -> None:
     admin.raise_cap(db, "app:reports", "month", 7_000_000_000, until=NOON + 30 * DAY_S, who="ops", why="close of the books", now=at)
     admin.limit_cap(db, "app:reports", "day", 3_000_000, who="ops", why="a quiet week", now=at)
     admin.pause(db, "app:search", until=NOON + 20 * DAY_S, cut=True, who="ops", why="loops \N{SNOWMAN}", now=at)
@@ -125,14 +126,14 @@ def _what_people_did(db: sqlite3.Connection, at: float) -> None:
     admin.rotate_token(db, "reports", "d4", label="second", keep_old_s=30 * DAY_S, who="ops", now=at)
 
 
-def _held(db: sqlite3.Connection, at: float) -> None:
+def _held(db: Connection, at: float) -> None:
     """Calls of a process that is gone, which nobody has swept."""
     _reserve(db, GONE, REPORTS, 250_000, now=at)
     running = _reserve(db, GONE, replace(REPORTS, stream=True, agent_id="a-2"), 100_000, now=at + 1, quantum_nano=20_000)
     assert reservations.extend(db, running, 30_000, [], now=at + 2)
 
 
-def _reserve(db: sqlite3.Connection, owner: str, call: NewCall, grant_nano: int, *, now: float, quantum_nano: int = 0) -> int:
+def _reserve(db: Connection, owner: str, call: NewCall, grant_nano: int, *, now: float, quantum_nano: int = 0) -> int:
     reserved = reservations.reserve(db, owner, call, grant_nano, [], quantum_nano=quantum_nano, now=now)
     assert isinstance(reserved, reservations.Reserved), reserved
     return reserved.call_id

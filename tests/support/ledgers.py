@@ -17,6 +17,7 @@ import postgresql
 import pytest
 
 from gateway_addon.ledger import NewCall, Outcome, ServerAddress, Settlement, admin, connect, reservations
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import postgres, sqlite_files
 from gateway_addon.ledger.store.journal import Journal
 
@@ -92,17 +93,17 @@ def url(path: Path | ServerAddress) -> str:
     return path.url if isinstance(path, ServerAddress) else f"sqlite:///{path}"
 
 
-def writing(path: Path | ServerAddress) -> sqlite3.Connection:
+def writing(path: Path | ServerAddress) -> Connection:
     """A connection to try the book's functions on, outside of a transaction."""
     return postgres.connect(path) if isinstance(path, ServerAddress) else sqlite_files.writer_connection(path)
 
 
 def rows(path: Path | ServerAddress, sql: str, *values: object) -> list[tuple]:
-    with closing(postgres.connect(path) if isinstance(path, ServerAddress) else sqlite3.connect(path)) as db:
+    with closing(postgres.connect(path) if isinstance(path, ServerAddress) else sqlite_files.FileConnection(sqlite3.connect(path))) as db:
         return db.execute(sql, values).fetchall()
 
 
-def spend(db: sqlite3.Connection, now: float, nano: int = 10, call: NewCall = CALL) -> int:
+def spend(db: Connection, now: float, nano: int = 10, call: NewCall = CALL) -> int:
     """Book a call that came to so much. Returns its number."""
     call_id = reservations.reserve(db, "me", call, max(100, nano), [], now=now).call_id
     reservations.settle(db, call_id, Settlement(nano, (Part(nano),), Outcome(status=200)), now=now)
@@ -111,16 +112,16 @@ def spend(db: sqlite3.Connection, now: float, nano: int = 10, call: NewCall = CA
 
 def balance(path: Path | ServerAddress, scope: str = "app:reports", window: str = "ever") -> tuple[int, int, int]:
     """Spent, reserved and the number of open calls."""
-    found = rows(path, "SELECT spent_nano, reserved_nano, open FROM balances WHERE scope = ? AND window = ?", scope, window)
+    found = rows(path, 'SELECT spent_nano, reserved_nano, open FROM balances WHERE scope = $1 AND "window" = $2', scope, window)
     return found[0] if found else (0, 0, 0)
 
 
 class Steps:
     """Counts the work of a connection's statements, in tens of virtual instructions."""
 
-    def __init__(self, db: sqlite3.Connection):
+    def __init__(self, db: Connection):
         self.count = 0
-        db.set_progress_handler(self._step, 10)
+        db.raw.set_progress_handler(self._step, 10)
 
     def _step(self) -> int:
         self.count += 1

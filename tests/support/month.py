@@ -63,8 +63,8 @@ WITH sums AS MATERIALIZED (
     sum(entries.quantum_nano) AS quantum, sum(entries.open) AS open
   FROM main.entries JOIN main.calls ON calls.id = call_id GROUP BY 1, 2, 3, 4, 5),
 calls AS (SELECT row_number() OVER () AS id, * FROM sums)
-INSERT INTO balances SELECT scope, window, window_start, sum(spent), sum(reserved), sum(quantum), sum(open)
-FROM ({sqlite_schema.FRAMES}) JOIN calls ON id = call_id GROUP BY scope, window, window_start
+INSERT INTO balances SELECT scope, "window", window_start, sum(spent), sum(reserved), sum(quantum), sum(open)
+FROM ({sqlite_schema.FRAMES}) JOIN calls ON id = call_id GROUP BY scope, "window", window_start
 """
 
 _MINUTES = """

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gateway_addon.ledger import access, connect
 from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.journal import sync_folder
 from gateway_addon.ledger.store.locks import Turnstile, living
@@ -85,12 +86,12 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
 
 def _proved_copy(source: Path, target: Path, *, log: bool = False) -> CopyFigures:
     """Copy a ledger into one file, without a log. `log`: the copy will keep a write-ahead log, as gateways need it."""
-    with connect.reading(source, as_it_is=True) as db:
+    with connect.reading_file(source, as_it_is=True) as db:
         sqlite_files.must_be_a_ledger(source, db)
-        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as written:
-            db.backup(written)
+        with contextlib.closing(sqlite_files.FileConnection(sqlite3.connect(target, isolation_level=None))) as written:
+            db.raw.backup(written.raw)
             written.execute("PRAGMA journal_mode = DELETE")
-            migrate(written)
+            migrate(written.raw)
             if findings := invariants.findings(written):
                 raise LedgerUnavailable(f"{source} is not a sound ledger, so no copy of it was put anywhere: {'; '.join(findings)}")
             if log:
@@ -111,7 +112,7 @@ def _prove_in_place(ledger: Path, expected: CopyFigures, kept: list[Path], now: 
         raise LedgerUnavailable(f"what was restored is not sound and is now {unsound}{before}: {'; '.join(findings)}")
 
 
-def _figures(db: sqlite3.Connection) -> CopyFigures:
+def _figures(db: Connection) -> CopyFigures:
     [row] = db.execute(_FIGURES).fetchall()
     return tuple(row)
 

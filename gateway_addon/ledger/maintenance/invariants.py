@@ -1,10 +1,10 @@
 """Prove the ledger's invariants from its entries: every finding is a sentence that names what is wrong. Read-only."""
 
-import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gateway_addon.ledger.store import balances
+from gateway_addon.ledger.sql import Connection, named
+from gateway_addon.ledger.store import balances, engines
 from gateway_addon.money import dollars
 
 FINDINGS_MAX = 20  # of one kind: a broken ledger should not scroll its cause off the screen
@@ -28,10 +28,10 @@ class OpenCall:
 
 # Each balance beside the same balance from the entries: two equal rows, or something is wrong.
 _BALANCES = f"""
-SELECT scope, window, window_start, sum(kept * spent_nano) AS kept_spent, sum((1 - kept) * spent_nano) AS spent,
+SELECT scope, "window", window_start, sum(kept * spent_nano) AS kept_spent, sum((1 - kept) * spent_nano) AS spent,
   sum(kept * reserved_nano) AS kept_reserved, sum((1 - kept) * reserved_nano) AS reserved
 FROM (SELECT 1 AS kept, * FROM balances UNION ALL SELECT 0, * FROM ({balances.FROM_ENTRIES}) AS summed) AS both_ways
-GROUP BY scope, window, window_start
+GROUP BY scope, "window", window_start
 HAVING count(*) <> 2 OR min(spent_nano) <> max(spent_nano) OR min(reserved_nano) <> max(reserved_nano)
   OR min(quantum_nano) <> max(quantum_nano) OR min(open) <> max(open)
 """
@@ -52,16 +52,16 @@ WHERE left_open <> CASE state WHEN 'open' THEN 1 ELSE 0 END OR left_held < 0 OR 
   OR resolutions <> CASE WHEN state IN ('settled', 'voided') AND carried IS NULL THEN 1 ELSE 0 END
 """
 
-_OPEN = """
-SELECT calls.id, calls.app, model_asked, sum(reserved_nano) AS held, :now - started_at AS age_s, owner, batches.id AS batch
+_OPEN = named("""
+SELECT calls.id, calls.app, model_asked, sum(reserved_nano) AS held, $now - started_at AS age_s, owner, batches.id AS batch
 FROM calls JOIN entries ON entries.call_id = calls.id LEFT JOIN batches ON batches.call_id = calls.id
 WHERE state = 'open' GROUP BY calls.id, batches.id ORDER BY started_at
-"""
+""")
 
 
-def findings(db: sqlite3.Connection) -> list[str]:
+def findings(db: Connection) -> list[str]:
     """Return the faults of the file, the balances, the calls' states and the billed parts; empty for a sound ledger."""
-    found = _of_the_file(db) if isinstance(db, sqlite3.Connection) else []  # a server looks after its own files
+    found = _of_the_file(db) if db.engine is engines.SQLITE else []  # a server looks after its own files
     if found:
         return found
     for scope, window, start, kept_spent, spent, kept_reserved, reserved in db.execute(_BALANCES).fetchmany(FINDINGS_MAX):
@@ -76,14 +76,14 @@ def findings(db: sqlite3.Connection) -> list[str]:
     return found
 
 
-def _of_the_file(db: sqlite3.Connection) -> list[str]:
+def _of_the_file(db: Connection) -> list[str]:
     damage = [str(row[0]) for row in db.execute(f"PRAGMA integrity_check({FINDINGS_MAX})").fetchall() if row[0] != "ok"]
     if damage:
         return [f"the file is damaged: {line}; restore the last backup" for line in damage]
     return [f"call {row[0]} refers to a row that is missing" for row in db.execute("PRAGMA foreign_key_check").fetchmany(FINDINGS_MAX)]
 
 
-def open_calls(db: sqlite3.Connection, is_dead: Callable[[str], bool], *, now: float) -> list[OpenCall]:
+def open_calls(db: Connection, is_dead: Callable[[str], bool], *, now: float) -> list[OpenCall]:
     """Return every open reservation, the oldest first; `is_dead` judges an owner (`connect.death_check`)."""
     rows = db.execute(_OPEN, {"now": now}).fetchall()
     return [

@@ -17,7 +17,8 @@ import psycopg
 
 from gateway_addon.ledger import admin, connect
 from gateway_addon.ledger.maintenance import invariants
-from gateway_addon.ledger.store import balances, postgres, postgres_session, sqlite_files
+from gateway_addon.ledger.sql import Connection
+from gateway_addon.ledger.store import postgres, postgres_session, sqlite_files
 from gateway_addon.ledger.store.locks import living
 from gateway_addon.ledger.store.postgres_schema import MIGRATIONS
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
@@ -42,7 +43,7 @@ BYTES_IN_FILE = "length(CAST({} AS BLOB))"
 BYTES_ON_SERVER = "octet_length(convert_to({}, 'UTF8'))"
 
 _BALANCES = """
-SELECT scope, window, window_start, spent_nano, reserved_nano, quantum_nano, open FROM balances ORDER BY scope, window, window_start
+SELECT scope, "window", window_start, spent_nano, reserved_nano, quantum_nano, open FROM balances ORDER BY scope, "window", window_start
 """
 
 
@@ -90,7 +91,7 @@ def move(
 
 
 @contextlib.contextmanager
-def _held(source: Path) -> Iterator[sqlite3.Connection]:
+def _held(source: Path) -> Iterator[Connection]:
     """Open the file's ledger with its write lock: gateways that start have to wait, and then find it moved."""
     with connect.in_turn(source) as ledger:
         if users := living(source):
@@ -99,14 +100,14 @@ def _held(source: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def _alone(target: ServerAddress) -> Iterator[postgres_session.Connection]:
+def _alone(target: ServerAddress) -> Iterator[postgres_session.ServerConnection]:
     with contextlib.closing(postgres_session.connect(target, postgres_session.PATIENT | {"search_path": UNFINISHED})) as db:
         if not db.execute("SELECT pg_try_advisory_lock(hashtext('gateway migrate'))").fetchall()[0][0]:
             raise LedgerUnavailable(f"another ledger is being moved to {target} now: let that end first")
         yield db
 
 
-def _is_there(ledger: sqlite3.Connection, db: postgres_session.Connection, source: Path, target: ServerAddress) -> bool:
+def _is_there(ledger: Connection, db: postgres_session.ServerConnection, source: Path, target: ServerAddress) -> bool:
     """Return whether this move was made before. Raises LedgerUnavailable where either side is part of another move."""
     moved_to = sqlite_files.moved_to(ledger)
     if moved_to not in (None, str(target)):
@@ -120,7 +121,7 @@ def _is_there(ledger: sqlite3.Connection, db: postgres_session.Connection, sourc
     return False
 
 
-def _begin(db: postgres_session.Connection, target: ServerAddress, calls_figures: Figures) -> int:
+def _begin(db: postgres_session.ServerConnection, target: ServerAddress, calls_figures: Figures) -> int:
     """Make the tables to move into, or keep an interrupted move's if the file's calls are unchanged. Returns the calls in them."""
     mark = json.dumps([calls_figures, [name for name, _ in MIGRATIONS]])
     if _exists(db, UNFINISHED):
@@ -132,30 +133,30 @@ def _begin(db: postgres_session.Connection, target: ServerAddress, calls_figures
     db.execute(f"ALTER SCHEMA gateway RENAME TO {UNFINISHED}")
     for table in OF_CALLS:
         db.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")  # what they would write is moved as it is
-    db.execute("INSERT INTO settings VALUES ('moving', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (mark,))
+    db.execute("INSERT INTO settings VALUES ('moving', $1) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (mark,))
     db.execute("COMMIT")
     return 0
 
 
 def _bring_calls(
-    ledger: sqlite3.Connection, db: postgres_session.Connection, columns: Columns, total: int, emit: Callable[[int, int], None]
+    ledger: Connection, db: postgres_session.ServerConnection, columns: Columns, total: int, emit: Callable[[int, int], None]
 ) -> None:
     """Copy the missing calls, in the order of their ids, each with its entries and usage."""
     [(last, done)] = db.execute("SELECT coalesce(max(id), 0), count(*) FROM calls").fetchall()
-    step = "SELECT max(id), count(*) FROM (SELECT id FROM calls WHERE id > ? ORDER BY id LIMIT ?)"
+    step = "SELECT max(id), count(*) FROM (SELECT id FROM calls WHERE id > $1 ORDER BY id LIMIT $2)"
     emit(done, total)
     while (found := ledger.execute(step, (last, CALLS_AT_ONCE)).fetchone())[1]:
         db.execute("BEGIN")
         for table, call in OF_CALLS.items():
-            _pour(ledger, db, table, columns[table], f"WHERE {call} > ? AND {call} <= ?", (last, found[0]))
+            _pour(ledger, db, table, columns[table], f"WHERE {call} > $1 AND {call} <= $2", (last, found[0]))
         db.execute("COMMIT")
         last, done = found[0], done + found[1]
         emit(done, total)
 
 
 def _end(
-    ledger: sqlite3.Connection,
-    db: postgres_session.Connection,
+    ledger: Connection,
+    db: postgres_session.ServerConnection,
     columns: Columns,
     expected: Figures,
     kept: int,
@@ -169,14 +170,14 @@ def _end(
     for table in columns.keys() - OF_CALLS.keys():
         db.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
         _pour(ledger, db, table, columns[table])
-    db.execute(balances.FILL)
+    db.execute(db.engine.fill_balances)
     for table in columns:
         db.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
         db.execute(f"ANALYZE {table}")
     for table in (table for table, its in columns.items() if its.get("id") == "INTEGER"):
         db.execute(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), coalesce(max(id), 0) + 1, false) FROM {table}")
     summed = ledger.execute(_BALANCES).fetchall()
-    wrong = [*_differences(expected, _figures(db, columns, BYTES_ON_SERVER)), *_unequal(summed, db), *invariants.findings(db)]  # type: ignore[arg-type]
+    wrong = [*_differences(expected, _figures(db, columns, BYTES_ON_SERVER)), *_unequal(summed, db), *invariants.findings(db)]
     if wrong:
         db.execute("ROLLBACK")
         db.execute(f"DROP SCHEMA {UNFINISHED} CASCADE")
@@ -187,22 +188,22 @@ def _end(
         db.execute("DROP SCHEMA gateway CASCADE")
     db.execute(f"ALTER SCHEMA {UNFINISHED} RENAME TO gateway")
     db.execute("SET LOCAL search_path = gateway")
-    admin.moved(db, str(source), None, who=who, now=now)  # type: ignore[arg-type]
+    admin.moved(db, str(source), None, who=who, now=now)
     spent_nano = sum(row[3] for row in summed if row[:2] == ("total", "ever"))
     return Proof(expected, len(summed), spent_nano, kept)
 
 
-def _columns(ledger: sqlite3.Connection) -> Columns:
+def _columns(ledger: Connection) -> Columns:
     named = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT GLOB '_sqlite_*' AND name NOT GLOB 'sqlite_*'"
     tables = {name for (name,) in ledger.execute(named).fetchall()} - STAYS
     return {table: {row[1]: row[2] for row in ledger.execute(f"PRAGMA table_info({table})").fetchall()} for table in sorted(tables)}
 
 
-def _figures(db: sqlite3.Connection | postgres_session.Connection, columns: Columns, bytes_of: str) -> Figures:
-    measures = {"INTEGER": "{}", "REAL": "CAST({} AS INTEGER)", "TEXT": bytes_of}
+def _figures(db: Connection, columns: Columns, bytes_of: str) -> Figures:
+    measures = {"INTEGER": "{}", "REAL": db.engine.whole, "TEXT": bytes_of}
     found: Figures = {}
     for table, its in columns.items():
-        sums = [f"count({column}), sum({measures[kind].format(column)})" for column, kind in its.items()]
+        sums = [f'count("{column}"), sum({measures[kind].format(f'"{column}"')})' for column, kind in its.items()]
         found[table] = [*db.execute(f"SELECT count(*), {', '.join(sums)} FROM {table} WHERE {_moves(table)}").fetchall()[0]]
     return found
 
@@ -213,8 +214,8 @@ def _moves(table: str) -> str:
 
 
 def _pour(
-    ledger: sqlite3.Connection,
-    db: postgres_session.Connection,
+    ledger: Connection,
+    db: postgres_session.ServerConnection,
     table: str,
     columns: Mapping[str, str],
     where: str = "WHERE true",
@@ -237,16 +238,16 @@ def _differences(expected: Figures, found: Figures) -> list[str]:
     return [f"{table} counts and sums to {found[table]}, not {figures}" for table, figures in expected.items() if found[table] != figures]
 
 
-def _unequal(balances: list[tuple[object, ...]], db: postgres_session.Connection) -> list[str]:
+def _unequal(balances: list[tuple[object, ...]], db: postgres_session.ServerConnection) -> list[str]:
     there = {tuple(row) for row in db.execute(_BALANCES).fetchall()}
     return [f"balance {row}: the two sides differ" for row in sorted(there ^ set(balances), key=repr)]
 
 
-def _exists(db: postgres_session.Connection, schema: str) -> bool:
-    return bool(db.execute("SELECT to_regnamespace(?) IS NOT NULL", (schema,)).fetchall()[0][0])
+def _exists(db: postgres_session.ServerConnection, schema: str) -> bool:
+    return bool(db.execute("SELECT to_regnamespace($1) IS NOT NULL", (schema,)).fetchall()[0][0])
 
 
-def _tables_with_rows(db: postgres_session.Connection) -> list[str]:
+def _tables_with_rows(db: postgres_session.ServerConnection) -> list[str]:
     """Return the tables with rows of the ledger of that name: an empty one, as `gateway init` makes it, has none."""
     named = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'gateway' AND table_type = 'BASE TABLE' ORDER BY 1"
     tables = {name for (name,) in db.execute(named).fetchall()} - {"migrations", "settings", "owners", "turns"}

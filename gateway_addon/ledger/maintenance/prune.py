@@ -6,13 +6,13 @@ Promises that every balance stays the sum of its entries (the tables refuse a ca
 that no carry holds), and that each transaction is small: a gateway that writes meanwhile waits for some ten milliseconds at most.
 """
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from gateway_addon.ledger.admin import PRUNED, audit, keep_setting
 from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.ledger.types import LedgerUnavailable
 from gateway_addon.names import PROGRAM
 from gateway_addon.windows import starts
@@ -43,63 +43,63 @@ class Prunable:
 # What reports group or count by. Days of the provider's (UTC) beside those of the ledger's zone, for `gateway reconcile`.
 _KEYS = """state, app, team, token_id, endpoint, model_asked, model_served, stream, status, refusal, service_tier, speed, inference_geo,
   flags, labels, day_start, week_start, month_start"""
-_DAYS = f"CAST(started_at AS INTEGER) / {DAY_S}, CAST(coalesce(ended_at, started_at) AS INTEGER) / {DAY_S}, max_tokens IS NULL"
-_PAST = "started_at >= :since AND started_at < :before AND carried IS NULL AND state <> 'open'"
+_DAYS = f"{{started}} / {DAY_S}, {{ended}} / {DAY_S}, max_tokens IS NULL"
+_PAST = "started_at >= $since AND started_at < $before AND carried IS NULL AND state <> 'open'"
 
-_NEXT = f"SELECT started_at FROM calls WHERE {_PAST} ORDER BY started_at LIMIT 1"
+_NEXT = named(f"SELECT started_at FROM calls WHERE {_PAST} ORDER BY started_at LIMIT 1")
 _OF_A_DAY = f"SELECT {_KEYS}, {_DAYS}, id FROM calls WHERE {_PAST} ORDER BY {_KEYS}, {_DAYS}, id"
 
 _CARRY = f"""
 INSERT INTO calls (owner, started_at, ended_at, carried, {_KEYS})
-SELECT 'carry', started_at, coalesce(ended_at, started_at), ?, {_KEYS} FROM calls WHERE id = ? RETURNING id
+SELECT 'carry', started_at, coalesce(ended_at, started_at), $1, {_KEYS} FROM calls WHERE id = $2 RETURNING id
 """
-_TAKE = "INSERT INTO carries (carry_id, call_id) SELECT ?, id FROM calls WHERE id = ?"
-_HOW_MANY = "SELECT count(*) FROM carries WHERE carry_id = :carry_id"
-_TAKEN = "(SELECT call_id FROM carries WHERE carry_id = :carry_id)"
+_TAKE = "INSERT INTO carries (carry_id, call_id) SELECT $1, id FROM calls WHERE id = $2"
+_HOW_MANY = named("SELECT count(*) FROM carries WHERE carry_id = $carry_id")
+_TAKEN = "(SELECT call_id FROM carries WHERE carry_id = $carry_id)"
 # `max_tokens` of the calls that have an answer, which is what a report holds the answers' lengths against.
-_LIMIT = f"""
+_LIMIT = named(f"""
 UPDATE calls SET max_tokens = (
   SELECT sum(old.max_tokens) FROM calls AS old JOIN usage ON usage.call_id = old.id AND part = 0 WHERE old.id IN {_TAKEN})
-WHERE id = :carry_id
-"""
-_BOOK = f"""
+WHERE id = $carry_id
+""")
+_BOOK = named(f"""
 INSERT INTO entries (call_id, at, kind, spent_nano)
-SELECT :carry_id, :now, 'carry', sum(spent_nano) FROM entries WHERE call_id IN {_TAKEN} HAVING count(*) > 0
-"""
-_METER = f"""
+SELECT $carry_id, $now, 'carry', sum(spent_nano) FROM entries WHERE call_id IN {_TAKEN} HAVING count(*) > 0
+""")
+_METER = named(f"""
 INSERT INTO usage (call_id, part, kind, model, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens,
   cache_write_1h_tokens, cache_write_unsplit_tokens, web_search_requests, nano, price_row)
-SELECT :carry_id, row_number() OVER (ORDER BY min(part), kind) - 1, kind, model, sum(input_tokens), sum(output_tokens),
+SELECT $carry_id, row_number() OVER (ORDER BY min(part), kind) - 1, kind, model, sum(input_tokens), sum(output_tokens),
   sum(cache_read_tokens), sum(cache_write_5m_tokens), sum(cache_write_1h_tokens), sum(cache_write_unsplit_tokens),
   sum(web_search_requests), sum(nano), price_row
 FROM usage WHERE call_id IN {_TAKEN} GROUP BY kind, model, price_row
-"""
+""")
 # Corrections have no tokens: beside the parts they are what the rest of an estimate is, and take the sum of the parts to the carry's.
-_CORRECT = """
+_CORRECT = named("""
 INSERT INTO usage (call_id, part, kind, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens,
   cache_write_1h_tokens, cache_write_unsplit_tokens, web_search_requests, nano)
-SELECT :carry_id, parts, 'estimate', 0, 0, 0, 0, 0, 0, 0, spent_nano - billed_nano
-FROM (SELECT count(*) AS parts, coalesce(sum(nano), 0) AS billed_nano FROM usage WHERE call_id = :carry_id) AS metered
-CROSS JOIN (SELECT spent_nano FROM entries WHERE call_id = :carry_id) AS carry WHERE spent_nano <> billed_nano
-"""
+SELECT $carry_id, parts, 'estimate', 0, 0, 0, 0, 0, 0, 0, spent_nano - billed_nano
+FROM (SELECT count(*) AS parts, coalesce(sum(nano), 0) AS billed_nano FROM usage WHERE call_id = $carry_id) AS metered
+CROSS JOIN (SELECT spent_nano FROM entries WHERE call_id = $carry_id) AS carry WHERE spent_nano <> billed_nano
+""")
 _ROWS_OF_A_CALL = ("usage WHERE call_id", "batch_usage WHERE call_id", "batches WHERE call_id", "entries WHERE call_id", "calls WHERE id")
-_REMOVE = tuple(f"DELETE FROM {column} IN {_TAKEN}" for column in _ROWS_OF_A_CALL)
+_REMOVE = tuple(named(f"DELETE FROM {column} IN {_TAKEN}") for column in _ROWS_OF_A_CALL)
 
-_NOISY = "SELECT DISTINCT minute - minute % 86400 FROM noise WHERE minute < ? AND minute % 86400 <> 0"
-_NOISE_OF_A_DAY = "FROM noise WHERE minute >= :day AND minute < :day + 86400"
+_NOISY = "SELECT DISTINCT minute - minute % 86400 FROM noise WHERE minute < $1 AND minute % 86400 <> 0"
+_NOISE_OF_A_DAY = "FROM noise WHERE minute >= $1 AND minute < $1 + 86400"
 
 
-def prunable(db: sqlite3.Connection, before: float) -> Prunable:
+def prunable(db: Connection, before: float) -> Prunable:
     """Count the rows that would go; change nothing."""
-    count = """
+    count = named("""
     SELECT count(*) FILTER (WHERE state <> 'open'), count(*) FILTER (WHERE state = 'open'),
-      (SELECT count(*) FROM alerts WHERE at < :before AND kind = 'threshold')
-    FROM calls WHERE started_at < :before AND carried IS NULL
-    """
+      (SELECT count(*) FROM alerts WHERE at < $before AND kind = 'threshold')
+    FROM calls WHERE started_at < $before AND carried IS NULL
+    """)
     return Prunable(*db.execute(count, {"before": before}).fetchone())
 
 
-def begin(db: sqlite3.Connection, before: float, found: Prunable, *, who: str, now: float) -> None:
+def begin(db: Connection, before: float, found: Prunable, *, who: str, now: float) -> None:
     """Audit the prune that begins, and delete from the small tables. Raises ValueError for a time within an open window."""
     calendar = zone(db)
     closed = min(starts(now, calendar)[:3])
@@ -108,26 +108,28 @@ def begin(db: sqlite3.Connection, before: float, found: Prunable, *, who: str, n
     facts = {"before": before, "calls": found.calls}
     audit(db, who, "prune", "ledger", None, facts, "calls become daily sums", now)
     keep_setting(db, PRUNED, str(before))
-    db.execute("DELETE FROM raises WHERE until < ?", (before,))
+    db.execute("DELETE FROM raises WHERE until < $1", (before,))
     # An alert of another kind is what keeps a person from being told the same again.
-    db.execute("DELETE FROM alerts WHERE at < ? AND kind = 'threshold' AND try_at IS NULL", (before,))
+    db.execute("DELETE FROM alerts WHERE at < $1 AND kind = 'threshold' AND try_at IS NULL", (before,))
     for (day,) in db.execute(_NOISY, (before,)).fetchall():
         _sum_noise(db, day)
 
 
-def _sum_noise(db: sqlite3.Connection, day: int) -> None:
-    counted = db.execute(f"SELECT reason, sum(calls) {_NOISE_OF_A_DAY} GROUP BY reason", {"day": day}).fetchall()
-    db.execute(f"DELETE {_NOISE_OF_A_DAY}", {"day": day})
-    db.executemany("INSERT INTO noise (minute, reason, calls) VALUES (?, ?, ?)", [(day, reason, calls) for reason, calls in counted])
+def _sum_noise(db: Connection, day: int) -> None:
+    counted = db.execute(f"SELECT reason, sum(calls) {_NOISE_OF_A_DAY} GROUP BY reason", (day,)).fetchall()
+    db.execute(f"DELETE {_NOISE_OF_A_DAY}", (day,))
+    db.executemany("INSERT INTO noise (minute, reason, calls) VALUES ($1, $2, $3)", [(day, reason, calls) for reason, calls in counted])
 
 
-def next_day(db: sqlite3.Connection, since: float, before: float) -> PrunedDay | None:
+def next_day(db: Connection, since: float, before: float) -> PrunedDay | None:
     """Return the first day from `since` on with calls to carry. Read before the write transactions: an ended call's keys stay."""
     first = db.execute(_NEXT, {"since": since, "before": before}).fetchone()
     if first is None:
         return None
     end = (int(first[0]) // DAY_S + 1) * DAY_S
-    calls = (tuple(row) for row in db.execute(_OF_A_DAY, {"since": first[0], "before": min(end, before)}).fetchall())
+    whole = db.engine.whole
+    query = named(_OF_A_DAY.format(started=whole.format("started_at"), ended=whole.format("coalesce(ended_at, started_at)")))
+    calls = (tuple(row) for row in db.execute(query, {"since": first[0], "before": min(end, before)}).fetchall())
     return PrunedDay(end, [tuple(call[-1] for call in alike) for _, alike in groupby(calls, key=lambda call: call[:-1])])
 
 
@@ -143,7 +145,7 @@ def bundle(groups: Sequence[PruneGroup], calls_max: int) -> tuple[list[PruneGrou
     return taken, []
 
 
-def carry(db: sqlite3.Connection, groups: Sequence[PruneGroup], *, now: float) -> None:
+def carry(db: Connection, groups: Sequence[PruneGroup], *, now: float) -> None:
     """Put one row in each group's place, inside a write transaction on everything. Raises LedgerUnavailable where calls have gone since."""
     for group in groups:
         rows = db.execute(_CARRY, (len(group), group[0])).fetchall()
@@ -154,4 +156,4 @@ def carry(db: sqlite3.Connection, groups: Sequence[PruneGroup], *, now: float) -
             raise LedgerUnavailable(f"another `{PROGRAM} prune` works on this ledger: let it finish")
         for statement in (_LIMIT, _BOOK, _METER, _CORRECT, *_REMOVE):
             db.execute(statement, values)
-        db.execute("DELETE FROM carries WHERE carry_id = ?", (carry_id,))
+        db.execute("DELETE FROM carries WHERE carry_id = $1", (carry_id,))

@@ -1,8 +1,9 @@
 """Find single calls, and show one with all its bookings. Read-only; the connection yields rows by name (`connect.reading`)."""
 
-import sqlite3
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from gateway_addon.ledger.sql import Connection, Row, named
 
 State = Literal["open", "settled", "voided", "refused", "free"]
 STATES: tuple[State, ...] = get_args(State)
@@ -109,34 +110,34 @@ _COLUMNS = """calls.id, state, calls.app, team, endpoint, model_asked, model_ser
   (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = calls.id) AS held_nano"""
 _SEARCH = f"""
 SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id
-WHERE carried IS NULL AND (:app = '' OR calls.app = :app) AND (:model = '' OR :model IN (model_asked, model_served))
-  AND (:state = '' OR state = :state)
-  AND calls.id < :before
-  AND (:text = '' OR CAST(calls.id AS TEXT) = :text OR {" OR ".join(f"instr(lower({label}), lower(:text)) > 0" for label in _LABELS)})
+WHERE carried IS NULL AND ($app = '' OR calls.app = $app) AND ($model = '' OR $model IN (model_asked, model_served))
+  AND ($state = '' OR state = $state)
+  AND calls.id < $before
+  AND ($text = '' OR CAST(calls.id AS TEXT) = $text OR {" OR ".join(f"{{instr}}(lower({label}), lower($text)) > 0" for label in _LABELS)})
 ORDER BY calls.id DESC LIMIT {PAGE + 1}
 """
 _ENTRIES = """
 SELECT at, kind, reserved_nano, spent_nano, sum(reserved_nano) OVER (ORDER BY id), sum(spent_nano) OVER (ORDER BY id), note
-FROM entries WHERE call_id = ? ORDER BY id
+FROM entries WHERE call_id = $1 ORDER BY id
 """
-_PARTS = f"SELECT {', '.join(CallPart.__slots__)} FROM usage WHERE call_id = ? ORDER BY part"
+_PARTS = f"SELECT {', '.join(CallPart.__slots__)} FROM usage WHERE call_id = $1 ORDER BY part"
 
 
-def search(db: sqlite3.Connection, wanted: CallFilter) -> tuple[list[CallRow], bool]:
+def search(db: Connection, wanted: CallFilter) -> tuple[list[CallRow], bool]:
     """Return the newest matching calls, at most a page, and whether there are older ones."""
     values = {name: getattr(wanted, name) for name in CallFilter.__slots__} | {"text": wanted.text.strip().removeprefix("#")}
-    rows = db.execute(_SEARCH, values).fetchall()
+    rows = db.execute(named(_SEARCH.format(instr=db.engine.instr)), values).fetchall()
     return [_call(row) for row in rows[:PAGE]], len(rows) > PAGE
 
 
-def story(db: sqlite3.Connection, call_id: int) -> CallDetail | None:
+def story(db: Connection, call_id: int) -> CallDetail | None:
     """Return everything that the ledger knows of one call; None where there is no such number."""
-    row = db.execute(f"SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id WHERE calls.id = ?", (call_id,)).fetchone()
+    row = db.execute(f"SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id WHERE calls.id = $1", (call_id,)).fetchone()
     if row is None:
         return None
     entries = tuple(CallEntry(*each) for each in db.execute(_ENTRIES, (call_id,)).fetchall())
     return CallDetail(_call(row), entries, tuple(CallPart(*each) for each in db.execute(_PARTS, (call_id,)).fetchall()))
 
 
-def _call(row: sqlite3.Row) -> CallRow:
+def _call(row: Row) -> CallRow:
     return CallRow(**{name: row[name] for name in CallRow.__slots__} | {"stream": bool(row["stream"])})

@@ -5,7 +5,6 @@ day, a correction of one), and a day that was struck off is summed again. A day 
 of it is open. A process claims a day before it sums it, with the time of the claim; the sums are kept only if that claim still stands.
 """
 
-import sqlite3
 from collections.abc import Iterator, Sequence
 from datetime import tzinfo
 from pathlib import Path
@@ -15,6 +14,7 @@ from gateway_addon.ledger import connect
 from gateway_addon.ledger.reports import spending
 from gateway_addon.ledger.reports.spending import REFUSAL, ReportLine
 from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.sql import Connection, numbers
 from gateway_addon.ledger.types import ServerAddress
 from gateway_addon.windows import next_start, starts
 
@@ -32,16 +32,17 @@ class Span(NamedTuple):
 
 _OLDEST_OPEN = "SELECT min(+started_at) FROM calls WHERE state = 'open'"  # the plus keeps SQLite from seeking it among all calls
 _FIRST = "SELECT min(started_at) FROM calls"
-_KNOWN = "SELECT day_start, grouping FROM kept_days WHERE ready = 1 AND day_start >= ? AND day_start < ?"
-_AT_WORK = "SELECT 1 FROM kept_days WHERE ready < ? LIMIT 1"
+_KNOWN = "SELECT day_start, grouping FROM kept_days WHERE ready = 1 AND day_start >= $1 AND day_start < $2"
+_AT_WORK = "SELECT 1 FROM kept_days WHERE ready < $1 LIMIT 1"
 _CLAIM = """
-INSERT INTO kept_days (day_start, day_end, grouping, ready) VALUES (?, ?, ?, ?)
+INSERT INTO kept_days (day_start, day_end, grouping, ready) VALUES ($1, $2, $3, $4)
 ON CONFLICT (day_start, grouping) DO UPDATE SET day_end = excluded.day_end, ready = excluded.ready WHERE kept_days.ready <= 0
 """
-_CLAIMED = "SELECT day_start, day_end, grouping FROM kept_days WHERE ready = ? ORDER BY day_start, grouping"
-_READY = "UPDATE kept_days SET ready = 1 WHERE day_start = ? AND day_end = ? AND grouping = ? AND ready = ?"
-_FORGET = "DELETE FROM kept_lines WHERE day_start = ? AND grouping = ?"
-_KEEP = f"INSERT INTO kept_lines (day_start, grouping, {', '.join(ReportLine.__slots__)}) VALUES (?, ?{', ?' * len(ReportLine.__slots__)})"
+_CLAIMED = "SELECT day_start, day_end, grouping FROM kept_days WHERE ready = $1 ORDER BY day_start, grouping"
+_READY = "UPDATE kept_days SET ready = 1 WHERE day_start = $1 AND day_end = $2 AND grouping = $3 AND ready = $4"
+_FORGET = "DELETE FROM kept_lines WHERE day_start = $1 AND grouping = $2"
+_LINE = ("day_start", "grouping", *ReportLine.__slots__)
+_KEEP = f"INSERT INTO kept_lines ({', '.join(_LINE)}) VALUES ({numbers(len(_LINE))})"
 
 
 def keep(path: Path | ServerAddress, by: spending.By, *, since: float, until: float, now: float) -> None:
@@ -59,7 +60,7 @@ def keep(path: Path | ServerAddress, by: spending.By, *, since: float, until: fl
             put(db, span, found, claimed_at=now)
 
 
-def missing(db: sqlite3.Connection, by: spending.By, since: float, until: float, now: float) -> Iterator[Span]:
+def missing(db: Connection, by: spending.By, since: float, until: float, now: float) -> Iterator[Span]:
     """Yield the closed days from `since` to `until` that are not kept yet, the newest first."""
     first = db.execute(_FIRST).fetchone()[0]
     if first is None or by == "agent":  # as many lines as sessions: not worth keeping
@@ -72,7 +73,7 @@ def missing(db: sqlite3.Connection, by: spending.By, since: float, until: float,
         end = start
 
 
-def claim(db: sqlite3.Connection, spans: Sequence[Span], *, now: float, alone: bool = False) -> list[Span]:
+def claim(db: Connection, spans: Sequence[Span], *, now: float, alone: bool = False) -> list[Span]:
     """Claim the days that are still closed and not kept, to sum them. Inside a write transaction on everything.
 
     A claim replaces another process's, whose sums are then not kept. `alone`: claim none while another process sums.
@@ -85,12 +86,12 @@ def claim(db: sqlite3.Connection, spans: Sequence[Span], *, now: float, alone: b
     return [Span(*row) for row in db.execute(_CLAIMED, (_claim(now),)).fetchall()]
 
 
-def lines(db: sqlite3.Connection, span: Span) -> list[ReportLine]:
+def lines(db: Connection, span: Span) -> list[ReportLine]:
     """Sum a day's report from its calls."""
     return spending.of_calls(db, span.grouping, span.start, span.end)
 
 
-def put(db: sqlite3.Connection, span: Span, found: Sequence[ReportLine], *, claimed_at: float) -> bool:
+def put(db: Connection, span: Span, found: Sequence[ReportLine], *, claimed_at: float) -> bool:
     """Keep a day's sums; False where the claim stands no longer: the day has changed, or another process claimed it."""
     if db.execute(_READY, (*span, _claim(claimed_at))).rowcount == 0:
         return False
@@ -105,7 +106,7 @@ def _claim(at: float) -> int:
     return -int(at * 1_000_000)
 
 
-def _closed(db: sqlite3.Connection, now: float) -> float:
+def _closed(db: Connection, now: float) -> float:
     """Return the time before which no call is open and none will be added."""
     return min(now - SETTLED_DOWN_S, db.execute(_OLDEST_OPEN).fetchone()[0] or now)
 

@@ -4,16 +4,16 @@ Promises the same figures as `spending`, which reads every call anew. A day is r
 person has changed anything (the audit grew), and, while it is young, when a call was added.
 """
 
-import sqlite3
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gateway_addon.ledger.reports.spending import DRIFTED
 from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.windows import next_start, starts
 
-type ReadConnection = sqlite3.Connection
+type ReadConnection = Connection
 """One moment of the ledger, as `connect.reading` yields it, for modules that only pass it on."""
 
 SETTLED_DOWN_S = 3600  # after its end a day gets no further rows of refused calls
@@ -56,25 +56,25 @@ class CachedDay:
 _SPENDING = f"""
 SELECT app, coalesce(model_asked, '(none)'), model_served, {DRIFTED}, count(DISTINCT calls.id) + coalesce(sum(carried - 1), 0),
   sum(spent_nano)
-FROM calls CROSS JOIN entries ON entries.call_id = calls.id WHERE started_at >= :since AND started_at < :until GROUP BY 1, 2, 3, 4
+FROM calls CROSS JOIN entries WHERE entries.call_id = calls.id AND started_at >= $since AND started_at < $until GROUP BY 1, 2, 3, 4
 """
-_CACHED = """
+_CACHED = named("""
 SELECT model, sum(input_tokens), sum(cache_read_tokens), sum(cache_write_5m_tokens + cache_write_unsplit_tokens), sum(cache_write_1h_tokens)
-FROM calls CROSS JOIN usage ON usage.call_id = calls.id
-WHERE started_at >= :since AND started_at < :until AND model IS NOT NULL GROUP BY model
-"""
-_REFUSALS = """
+FROM calls CROSS JOIN usage
+WHERE usage.call_id = calls.id AND started_at >= $since AND started_at < $until AND model IS NOT NULL GROUP BY model
+""")
+_REFUSALS = named("""
 SELECT refusal, sum(coalesce(carried, 1)) FROM calls
-WHERE state = 'refused' AND started_at >= :since AND started_at < :until GROUP BY refusal
+WHERE state = 'refused' AND started_at >= $since AND started_at < $until GROUP BY refusal
 UNION ALL
-SELECT reason, sum(calls) FROM noise WHERE minute >= :since AND minute < :until GROUP BY reason
-"""
+SELECT reason, sum(calls) FROM noise WHERE minute >= $since AND minute < $until GROUP BY reason
+""")
 _VERSION = """
 SELECT spent_nano, reserved_nano, open, (SELECT max(id) FROM audit) FROM balances
-WHERE scope = 'total' AND window = 'day' AND window_start = ?
+WHERE scope = 'total' AND "window" = 'day' AND window_start = $1
 """
-_NEWEST = "SELECT (SELECT max(id) FROM calls), (SELECT coalesce(sum(calls), 0) FROM noise WHERE minute >= ?)"
-_APPS = "SELECT substr(scope, 5) FROM balances WHERE scope LIKE 'app:%' AND window = 'ever' ORDER BY scope"
+_NEWEST = "SELECT (SELECT max(id) FROM calls), (SELECT coalesce(sum(calls), 0) FROM noise WHERE minute >= $1)"
+_APPS = """SELECT substr(scope, 5) FROM balances WHERE scope LIKE 'app:%' AND "window" = 'ever' ORDER BY scope"""
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ class DayCache:
 
     _kept: dict[int, tuple[object, CachedDay]] = field(default_factory=dict)
 
-    def between(self, db: sqlite3.Connection, since: float, now: float) -> list[CachedDay]:
+    def between(self, db: Connection, since: float, now: float) -> list[CachedDay]:
         """Return every day from the one that holds `since` to today."""
         calendar = zone(db)
         found, start = [], starts(since, calendar).day
@@ -93,7 +93,7 @@ class DayCache:
             start = end
         return found
 
-    def _day(self, db: sqlite3.Connection, start: int, end: int, now: float) -> CachedDay:
+    def _day(self, db: Connection, start: int, end: int, now: float) -> CachedDay:
         version: list[object] = [end, *(db.execute(_VERSION, (start,)).fetchone() or ())]
         if now < end + SETTLED_DOWN_S:
             version += db.execute(_NEWEST, (start,)).fetchone()
@@ -105,7 +105,7 @@ class DayCache:
         return day
 
 
-def apps(db: sqlite3.Connection) -> list[str]:
+def apps(db: Connection) -> list[str]:
     """Return every app that ever had a call reserved."""
     return [row[0] for row in db.execute(_APPS).fetchall()]
 
@@ -118,14 +118,14 @@ def refusals(days: Iterable[CachedDay]) -> list[tuple[str, int]]:
     return sorted(counted.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _read(db: sqlite3.Connection, start: int, end: int) -> CachedDay:
+def _read(db: Connection, start: int, end: int) -> CachedDay:
     span = {"since": start, "until": end}
     counted: Counter[str] = Counter()
     for code, calls in db.execute(_REFUSALS, span).fetchall():
         counted[code] += calls
     return CachedDay(
         start,
-        tuple(Spending(*row) for row in db.execute(_SPENDING, span).fetchall()),
+        tuple(Spending(*row) for row in db.execute(named(_SPENDING.format(instr=db.engine.instr)), span).fetchall()),
         tuple(Cached(*row) for row in db.execute(_CACHED, span).fetchall()),
         tuple(counted.items()),
     )

@@ -4,10 +4,10 @@ For a comparison of the ledger with other records: each forwarded call with its 
 The connection yields rows by name (`connect.reading`).
 """
 
-import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.windows import Starts
 
 
@@ -52,10 +52,11 @@ WHERE state <> 'refused' AND carried IS NULL GROUP BY calls.id ORDER BY calls.id
 
 _HIGH_WATER = """
 WITH level AS (
-  SELECT scope, window, window_start, sum(spent_nano + reserved_nano) OVER (
-    PARTITION BY scope, window, window_start ORDER BY entries.id) AS nano
+  SELECT scope, "window", window_start, sum(spent_nano + reserved_nano) OVER (
+    PARTITION BY scope, "window", window_start ORDER BY entries.id) AS nano
   FROM entries JOIN call_frames USING (call_id))
-SELECT scope, window, window_start, max(nano) AS nano FROM level GROUP BY scope, window, window_start ORDER BY scope, window, window_start
+SELECT scope, "window", window_start, max(nano) AS nano FROM level GROUP BY scope, "window", window_start
+ORDER BY scope, "window", window_start
 """
 
 
@@ -77,26 +78,26 @@ class Recorded:
     """The first instants of the windows in which the call counted."""
 
 
-_RECORDED = """
+_RECORDED = named("""
 SELECT id, app, endpoint, model_asked, max_tokens, refusal, grant_nano, quantum_nano,
   (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano, day_start, week_start, month_start
-FROM calls WHERE started_at >= :since AND started_at < :until AND carried IS NULL ORDER BY id
-"""
+FROM calls WHERE started_at >= $since AND started_at < $until AND carried IS NULL ORDER BY id
+""")
 
 
-def recorded(db: sqlite3.Connection, *, since: float, until: float) -> Iterator[Recorded]:
+def recorded(db: Connection, *, since: float, until: float) -> Iterator[Recorded]:
     """Yield every call of the period with a valid token, in the order of admission; read as it is consumed."""
     rows = db.execute(_RECORDED, {"since": since, "until": until})
     for number, app, endpoint, model, max_tokens, refusal, grant, quantum, spent, *starts in rows:
         yield Recorded(number, app, endpoint.rpartition("/")[2], model, max_tokens, refusal, grant, quantum, spent, Starts(*starts))
 
 
-def forwarded(db: sqlite3.Connection) -> list[Forwarded]:
+def forwarded(db: Connection) -> list[Forwarded]:
     """Return every forwarded call, in the order of admission: free and open ones too."""
     rows = [dict(row) for row in db.execute(_FORWARDED).fetchall()]
     return [Forwarded(**row | {"flags": tuple(row["flags"].split())}) for row in rows]
 
 
-def high_water(db: sqlite3.Connection) -> list[HighWater]:
+def high_water(db: Connection) -> list[HighWater]:
     """Return the highest level of each scope and window, by replaying every entry in the order of writing."""
     return [HighWater(**dict(row)) for row in db.execute(_HIGH_WATER).fetchall()]

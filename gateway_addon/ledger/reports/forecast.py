@@ -5,12 +5,12 @@ median of its weekday. A day is one of the ledger's calendar; its spending is th
 flight is not counted. Read-only.
 """
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from datetime import date, datetime, timedelta, tzinfo
 from typing import NamedTuple
 
 from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.types import Standing
 from gateway_addon.money import cents
 from gateway_addon.windows import Window, starts
@@ -83,7 +83,7 @@ def project(closed_nano: Sequence[int], today_nano: int, spent_nano: int, days_l
     return Projection(None if days_left is None else sum_nano, reached)
 
 
-def forecasts(db: sqlite3.Connection, standings: Iterable[Standing], *, now: float) -> tuple[Forecast, ...]:
+def forecasts(db: Connection, standings: Iterable[Standing], *, now: float) -> tuple[Forecast, ...]:
     """Return the forecast of each standing, in their order."""
     calendar = zone(db)
     today = datetime.fromtimestamp(now, calendar).date()
@@ -117,18 +117,18 @@ def _median(amounts_nano: Sequence[int]) -> int:
 
 
 _DAYS = """
-SELECT window_start, spent_nano FROM balances WHERE scope = :scope AND window = 'day' AND window_start >= :since
-UNION ALL SELECT min(window_start), 0 FROM balances WHERE scope = :scope AND window = 'day' AND window_start < :since
+SELECT window_start, spent_nano FROM balances WHERE scope = $1 AND "window" = 'day' AND window_start >= $2
+UNION ALL SELECT min(window_start), 0 FROM balances WHERE scope = $1 AND "window" = 'day' AND window_start < $2
 """
 
 
-def _days_nano(db: sqlite3.Connection, scope: str, now: float, calendar: tzinfo) -> list[int]:
+def _days_nano(db: Connection, scope: str, now: float, calendar: tzinfo) -> list[int]:
     """Return the spending of a scope's days, the oldest first and today last: 28 before today, or all since its first call."""
     keys = [starts(now, calendar).day]
     while len(keys) <= CLOSED_DAYS_MAX:
         keys.append(starts(keys[-1] - 1, calendar).day)
     keys.reverse()
-    rows = db.execute(_DAYS, {"scope": scope, "since": keys[0]}).fetchall()
+    rows = db.execute(_DAYS, (scope, keys[0])).fetchall()
     spent = {start: spent_nano for start, spent_nano in rows if start is not None}
     first = min(spent, default=keys[-1])
     return [spent.get(key, 0) for key in keys if key >= first or key == keys[-1]]

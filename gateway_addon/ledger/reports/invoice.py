@@ -3,8 +3,9 @@
 A bill's parts sum to its settlement; what was corrected later is a line of its own. What calls in flight hold is not charged.
 """
 
-import sqlite3
 from typing import NamedTuple
+
+from gateway_addon.ledger.sql import Connection, named
 
 CORRECTIONS = "(corrections)"
 ESTIMATES = "(estimated)"
@@ -27,19 +28,19 @@ class InvoiceLine(NamedTuple):
 
 
 _KINDS = InvoiceLine._fields[2:-2]
-_LINES = f"""
+_LINES = named(f"""
 SELECT calls.app, coalesce(usage.model, '{ESTIMATES}') AS model, {", ".join(f"sum({name}) AS {name}" for name in _KINDS)},
   sum(web_search_requests) AS web_searches, sum(nano) AS spent_nano
-FROM calls CROSS JOIN usage ON usage.call_id = calls.id WHERE started_at >= :since AND started_at < :until GROUP BY 1, 2
+FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND started_at >= $since AND started_at < $until GROUP BY 1, 2
 UNION ALL
 SELECT calls.app, '{CORRECTIONS}', {", ".join("0" for _ in _KINDS)}, 0, sum(spent_nano)
-FROM calls CROSS JOIN entries ON entries.call_id = calls.id
-WHERE started_at >= :since AND started_at < :until AND kind = 'adjust' GROUP BY 1
+FROM calls CROSS JOIN entries
+WHERE entries.call_id = calls.id AND started_at >= $since AND started_at < $until AND kind = 'adjust' GROUP BY 1
 ORDER BY 1, spent_nano DESC, 2
-"""
+""")
 
 
-def invoice(db: sqlite3.Connection, *, since: float, until: float) -> list[InvoiceLine]:
+def invoice(db: Connection, *, since: float, until: float) -> list[InvoiceLine]:
     """Return the lines of the calls admitted from `since` to before `until`, an app's dearest model first."""
     rows = db.execute(_LINES, {"since": since, "until": until}).fetchall()
     return [InvoiceLine(*row) for row in rows if row["spent_nano"] or any(row[name] for name in _KINDS)]

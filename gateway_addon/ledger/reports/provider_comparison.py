@@ -4,10 +4,10 @@ Days are UTC days (whole days since 1970), whatever the ledger's zone: the provi
 when the provider was last asked. The connection yields rows by name (`connect.reading`).
 """
 
-import sqlite3
 from dataclasses import dataclass
 
 from gateway_addon.ledger.admin import keep_setting
+from gateway_addon.ledger.sql import Connection, Statement, named
 
 DAY_S = 86400
 POLL_EVERY_S = 60
@@ -48,8 +48,8 @@ class Estimate:
     """True if the answer broke off: its output is bounded by the declared pace of its model."""
 
 
-_DAYS = f"CAST(started_at AS INTEGER) / {DAY_S} AS day, CAST(coalesce(ended_at, started_at) AS INTEGER) / {DAY_S} AS ended_day"
-_CHOSEN = "started_at >= :since AND started_at < :until"
+_DAYS = f"{{started}} / {DAY_S} AS day, {{ended}} / {DAY_S} AS ended_day"
+_CHOSEN = "started_at >= $since AND started_at < $until"
 _ESTIMATED = "' ' || flags LIKE '% estimated%'"
 _LEFT = " OR ".join(f"' ' || flags LIKE '% estimated:{reason}%'" for reason in ("cut", "no_status", "stream_error"))
 _MODEL = "coalesce(model_served, model_asked, '(none)')"
@@ -62,7 +62,7 @@ SELECT {_DAYS}, coalesce(usage.model, {_MODEL}) AS model, {_ESTIMATED} AS estima
   sum(cache_write_5m_tokens + cache_write_unsplit_tokens) AS cache_write_5m_tokens,
   sum(cache_write_1h_tokens) AS cache_write_1h_tokens, sum(output_tokens) AS output_tokens,
   sum(web_search_requests) AS web_searches, sum(nano) AS nano
-FROM calls CROSS JOIN usage ON usage.call_id = calls.id WHERE {_CHOSEN} AND nano > 0 AND usage.kind <> 'estimate' GROUP BY 1, 2, 3, 4
+FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND {_CHOSEN} AND nano > 0 AND usage.kind <> 'estimate' GROUP BY 1, 2, 3, 4
 """
 
 _ESTIMATES = f"""
@@ -75,19 +75,19 @@ FROM calls WHERE {_CHOSEN} AND carried IS NULL AND state = 'settled' AND {_ESTIM
 """
 
 
-def metered(db: sqlite3.Connection, *, since: float, until: float) -> list[Metered]:
+def metered(db: Connection, *, since: float, until: float) -> list[Metered]:
     """Return the calls admitted from `since` to before `until`, by day and model, exact and estimated ones apart."""
-    rows = db.execute(_METERED, {"since": since, "until": until}).fetchall()
+    rows = db.execute(_by_day(db, _METERED), {"since": since, "until": until}).fetchall()
     return [Metered(**{**dict(row), "estimated": bool(row["estimated"])}) for row in rows]
 
 
-def estimates(db: sqlite3.Connection, *, since: float, until: float) -> list[Estimate]:
+def estimates(db: Connection, *, since: float, until: float) -> list[Estimate]:
     """Return every estimated call of the period at its present amount, corrections included."""
-    rows = db.execute(_ESTIMATES, {"since": since, "until": until}).fetchall()
+    rows = db.execute(_by_day(db, _ESTIMATES), {"since": since, "until": until}).fetchall()
     return [Estimate(**{**dict(row), "left": bool(row["left"])}) for row in rows]
 
 
-def claim_poll(db: sqlite3.Connection, *, now: float) -> float:
+def claim_poll(db: Connection, *, now: float) -> float:
     """Claim a poll of the provider, in a write transaction: 0 if it may be asked now, else the seconds to wait."""
     rows = db.execute("SELECT value FROM settings WHERE name = 'reports_polled_at'").fetchall()
     wait_s = float(rows[0][0]) + POLL_EVERY_S - now if rows else 0.0
@@ -95,3 +95,8 @@ def claim_poll(db: sqlite3.Connection, *, now: float) -> float:
         return wait_s
     keep_setting(db, "reports_polled_at", str(now))
     return 0.0
+
+
+def _by_day(db: Connection, statement: str) -> Statement:
+    whole = db.engine.whole
+    return named(statement.format(started=whole.format("started_at"), ended=whole.format("coalesce(ended_at, started_at)")))

@@ -4,7 +4,6 @@ Knows nothing of tables on a terminal. The connection yields rows by name (`conn
 """
 
 import json
-import sqlite3
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from itertools import chain
 from typing import Literal, NamedTuple, cast, get_args
 
 from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.sql import Connection, Row, named
 
 By = Literal["app", "model", "served", "day", "token", "agent"]
 GROUPINGS: tuple[By, ...] = get_args(By)
@@ -44,7 +44,7 @@ _KEY: dict[Grouping, str] = {
 
 # Each table is summed by key on its own: a row per call would have to be kept for the whole period. CROSS JOIN keeps SQLite from
 # turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
-_CHOSEN = "WHERE started_at >= :since AND started_at < :until {only} GROUP BY 1"
+_CHOSEN = "started_at >= $since AND started_at < $until {only} GROUP BY 1"
 _REFUSED = "AND state = 'refused'"  # they have no entries: what they are grouped by needs no look at those of the other calls
 _COUNT = "coalesce(sum(coalesce(carried, 1)) FILTER (WHERE {}), 0)"  # a carry stands for many calls (prune.py)
 _LINES = f"""
@@ -52,17 +52,17 @@ WITH seen AS (
   SELECT {{key}} AS key, {_COUNT.format("state IN ('open', 'settled', 'voided')")} AS calls,
     {_COUNT.format("state = 'settled'")} AS settled, {_COUNT.format("state = 'refused'")} AS refused,
     {_COUNT.format("' ' || flags LIKE '% estimated%'")} AS estimated, {_COUNT.format("status = 429")} AS upstream_429
-  FROM calls {_CHOSEN}),
+  FROM calls WHERE {_CHOSEN}),
 money AS (
   SELECT {{key}} AS key, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
-  FROM calls CROSS JOIN entries ON entries.call_id = calls.id {_CHOSEN}),
+  FROM calls CROSS JOIN entries WHERE entries.call_id = calls.id AND {_CHOSEN}),
 metered AS (
   SELECT {{key}} AS key, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens,
     sum(cache_read_tokens) AS cache_read_tokens,
     sum(cache_write_5m_tokens + cache_write_1h_tokens + cache_write_unsplit_tokens) AS cache_write_tokens,
     sum(web_search_requests) AS web_searches, sum(max_tokens) FILTER (WHERE part = 0) AS max_tokens,
     sum(output_tokens) FILTER (WHERE max_tokens IS NOT NULL) AS limited_output_tokens
-  FROM calls CROSS JOIN usage ON usage.call_id = calls.id {_CHOSEN})
+  FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND {_CHOSEN})
 SELECT key, calls, settled, refused, estimated, upstream_429, coalesce(spent_nano, 0) AS spent_nano, coalesce(held_nano, 0) AS held_nano,
   coalesce(input_tokens, 0) AS input_tokens, coalesce(output_tokens, 0) AS output_tokens,
   coalesce(cache_read_tokens, 0) AS cache_read_tokens, coalesce(cache_write_tokens, 0) AS cache_write_tokens,
@@ -82,7 +82,7 @@ class Only(NamedTuple):
     @property
     def text(self) -> str:
         """As conditions of a statement."""
-        said = {"app": "calls.app = :app", "team": "team = :team", "model": ":model IN (model_asked, model_served)"}
+        said = {"app": "calls.app = $app", "team": "team = $team", "model": "$model IN (model_asked, model_served)"}
         return "".join(f" AND {said[name]}" for name, value in self._asdict().items() if value is not None)
 
 
@@ -153,7 +153,7 @@ class Report:
         return _sum("total", self.lines) if self.lines else ReportLine("total", *(0 for _ in _FIGURES))
 
 
-def report(db: sqlite3.Connection, by: Key, *, since: float, until: float, then: Key | None = None, only: Only = EVERY) -> Report:
+def report(db: Connection, by: Key, *, since: float, until: float, then: Key | None = None, only: Only = EVERY) -> Report:
     """Sum the calls admitted from `since` to before `until`, by one grouping or two."""
 
     def found(start: float, end: float) -> list[ReportLine]:
@@ -168,22 +168,23 @@ def report(db: sqlite3.Connection, by: Key, *, since: float, until: float, then:
     return Report(by, since, until, tuple(lines), spent_before, refusals, observed, then)
 
 
-_NOISE = "SELECT reason, sum(calls) FROM noise WHERE minute >= :since AND minute < :until GROUP BY reason"
+_NOISE = named("SELECT reason, sum(calls) FROM noise WHERE minute >= $since AND minute < $until GROUP BY reason")
 _OBSERVED = """
 SELECT flags, sum(coalesce(carried, 1)) AS calls FROM calls
-WHERE started_at >= :since AND started_at < :until AND instr(flags, 'observed:') > 0 {only} GROUP BY flags
+WHERE started_at >= $since AND started_at < $until AND {instr}(flags, 'observed:') > 0 {only} GROUP BY flags
 """
 
 
-def _observed(db: sqlite3.Connection, since: float, until: float, only: Only) -> tuple[tuple[str, int], ...]:
+def _observed(db: Connection, since: float, until: float, only: Only) -> tuple[tuple[str, int], ...]:
     """Count the observed refusals by code, the most frequent first; read from an index of such calls alone."""
     counts: Counter[str] = Counter()
-    for row in db.execute(_OBSERVED.format(only=only.text), {"since": since, "until": until} | only._asdict()).fetchall():
+    query = named(_OBSERVED.format(instr=db.engine.instr, only=only.text))
+    for row in db.execute(query, {"since": since, "until": until} | only._asdict()).fetchall():
         counts.update({flag.removeprefix("observed:"): int(row["calls"]) for flag in row["flags"].split() if flag.startswith("observed:")})
     return tuple(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
 
 
-def _refusals(db: sqlite3.Connection, since: float, until: float, only: Only) -> tuple[tuple[str, int], ...]:
+def _refusals(db: Connection, since: float, until: float, only: Only) -> tuple[tuple[str, int], ...]:
     """Count the refusals by code, the most frequent first."""
     lines = _lines(db, REFUSAL, since, until) if only == EVERY else of_calls(db, REFUSAL, since, until, only=only)
     counted = Counter({line.key: line.refused for line in lines if line.refused})
@@ -192,10 +193,10 @@ def _refusals(db: sqlite3.Connection, since: float, until: float, only: Only) ->
     return tuple(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
 
-def refused_of(db: sqlite3.Connection, app: str, *, since: float, until: float) -> dict[str, int]:
+def refused_of(db: Connection, app: str, *, since: float, until: float) -> dict[str, int]:
     """Return how many calls of an app were refused, by code, the most frequent first."""
     counted = """
-    SELECT refusal, count(*) AS calls FROM calls WHERE app = ? AND state = 'refused' AND started_at >= ? AND started_at < ?
+    SELECT refusal, count(*) AS calls FROM calls WHERE app = $1 AND state = 'refused' AND started_at >= $2 AND started_at < $3
     GROUP BY refusal ORDER BY calls DESC, refusal
     """
     return {row[0]: row[1] for row in db.execute(counted, (app, since, until)).fetchall()}
@@ -213,20 +214,23 @@ class DriftLine:
     last_at: float
 
 
-DRIFTED = "instr(' ' || flags || ' ', ' drift ') > 0"
+DRIFTED = "{instr}(' ' || flags || ' ', ' drift ') > 0"
 """Settlement's word that another model answered, as the index `calls_drifted` spells it."""
 _DRIFTS = f"""
 SELECT app, model_asked AS asked, model_served AS served,
-  sum(coalesce(carried, 1)) FILTER (WHERE started_at >= :since AND started_at < :until) AS calls,
+  sum(coalesce(carried, 1)) FILTER (WHERE started_at >= $since AND started_at < $until) AS calls,
   min(started_at) AS first_at, max(started_at) AS last_at
 FROM calls WHERE {DRIFTED} GROUP BY app, model_asked, model_served
-HAVING count(*) FILTER (WHERE started_at >= :since AND started_at < :until) > 0 ORDER BY calls DESC, app, asked, served
+HAVING count(*) FILTER (WHERE started_at >= $since AND started_at < $until) > 0 ORDER BY calls DESC, app, asked, served
 """
 
 
-def drifts(db: sqlite3.Connection, *, since: float, until: float) -> list[DriftLine]:
+def drifts(db: Connection, *, since: float, until: float) -> list[DriftLine]:
     """Return the drifts of a period; read from an index of such calls alone, so that `first_at` may lie before `since`."""
-    return [DriftLine(**dict(row)) for row in db.execute(_DRIFTS, {"since": since, "until": until}).fetchall()]
+    return [
+        DriftLine(**dict(row))
+        for row in db.execute(named(_DRIFTS.format(instr=db.engine.instr)), {"since": since, "until": until}).fetchall()
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +244,11 @@ class Notable:
     rest: ReportLine
 
 
-def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | None:
+def notable(db: Connection, *, since: float, until: float) -> Notable | None:
     """Return the configuration that cost most; None where nothing was spent."""
     asked = "CASE WHEN carried IS NULL THEN max_tokens END"  # of a carry it is a sum
     key = f"calls.app || ' ' || coalesce(CAST({asked} AS TEXT), '-') || ' ' || coalesce(model_asked, '(none)')"
-    query = _LINES.format(key=key, order="spent_nano DESC", only="")
+    query = named(_LINES.format(key=key, order="spent_nano DESC", only=""))
     lines = [_line(row, row["key"]) for row in db.execute(query, {"since": since, "until": until}).fetchall()]
     if not lines or lines[0].spent_nano == 0:
         return None
@@ -253,24 +257,24 @@ def notable(db: sqlite3.Connection, *, since: float, until: float) -> Notable | 
     return Notable(app, model, None if asked_tokens == "-" else int(asked_tokens), lines[0], rest)
 
 
-def alerts(db: sqlite3.Connection, *, since: float, until: float) -> list[dict[str, object]]:
+def alerts(db: Connection, *, since: float, until: float) -> list[dict[str, object]]:
     """Return the alerts of a period, in order, each with its facts."""
-    rows = db.execute("SELECT * FROM alerts WHERE at >= ? AND at < ? ORDER BY at, id", (since, until)).fetchall()
+    rows = db.execute("SELECT * FROM alerts WHERE at >= $1 AND at < $2 ORDER BY at, id", (since, until)).fetchall()
     return [{name: value for name, value in dict(row).items() if name != "facts"} | json.loads(row["facts"]) for row in rows]
 
 
-_KEPT_DAYS = """
+_KEPT_DAYS = named("""
 SELECT day_start, day_end FROM kept_days
-WHERE grouping = :by AND ready = 1 AND day_start >= :since AND day_end <= :until ORDER BY day_start
-"""
+WHERE grouping = $by AND ready = 1 AND day_start >= $since AND day_end <= $until ORDER BY day_start
+""")
 _FIGURES = tuple(name for name in ReportLine.__slots__ if name != "key")
-_KEPT_LINES = f"""
+_KEPT_LINES = named(f"""
 SELECT key, {", ".join(f"sum({name}) AS {name}" for name in _FIGURES)} FROM kept_days JOIN kept_lines USING (day_start, grouping)
-WHERE grouping = :by AND ready = 1 AND day_start >= :since AND day_end <= :until GROUP BY key
-"""
+WHERE grouping = $by AND ready = 1 AND day_start >= $since AND day_end <= $until GROUP BY key
+""")
 
 
-def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> list[ReportLine]:
+def _lines(db: Connection, by: Grouping, since: float, until: float) -> list[ReportLine]:
     """Return the lines of a period: kept days (daily_totals.py) as they were summed, the rest from the calls."""
     period = {"by": by, "since": since, "until": until}
     parts = [[_line(row, row["key"]) for row in db.execute(_KEPT_LINES, period).fetchall()]]
@@ -285,17 +289,15 @@ def _lines(db: sqlite3.Connection, by: Grouping, since: float, until: float) -> 
     return [lines[0] if len(lines) == 1 else _sum(key, lines) for key, lines in merged.items()]
 
 
-def of_calls(
-    db: sqlite3.Connection, by: Grouping, since: float, until: float, *, then: Key | None = None, only: Only = EVERY
-) -> list[ReportLine]:
+def of_calls(db: Connection, by: Grouping, since: float, until: float, *, then: Key | None = None, only: Only = EVERY) -> list[ReportLine]:
     """Sum the calls admitted in a span, each of them read."""
     key = _KEY[by] if then is None else f"CAST({_KEY[by]} AS TEXT) || '{UNIT}' || CAST({_KEY[then]} AS TEXT)"
-    query = _LINES.format(key=key, order="key", only=only.text + (f" {_REFUSED}" if by == REFUSAL else ""))
+    query = named(_LINES.format(key=key, order="key", only=only.text + (f" {_REFUSED}" if by == REFUSAL else "")))
     rows = db.execute(query, {"since": since, "until": until} | only._asdict()).fetchall()
     return [_line(row, _named(db, by, then, row["key"])) for row in rows]
 
 
-def _named(db: sqlite3.Connection, by: Grouping, then: Key | None, key: object) -> str:
+def _named(db: Connection, by: Grouping, then: Key | None, key: object) -> str:
     if then is None:
         return _key(db, by, key)
     first, _, second = str(key).rpartition(UNIT)
@@ -306,7 +308,7 @@ def _sum(key: str, lines: Iterable[ReportLine]) -> ReportLine:
     return ReportLine(key, *map(sum, zip(*([getattr(line, name) for name in _FIGURES] for line in lines), strict=True)))
 
 
-def _key(db: sqlite3.Connection, by: Grouping, key: object) -> str:
+def _key(db: Connection, by: Grouping, key: object) -> str:
     """Return a group's name for people. Called once a group: the rows are many."""
     match by:
         case "day":
@@ -319,8 +321,8 @@ def _key(db: sqlite3.Connection, by: Grouping, key: object) -> str:
             return str(key)
 
 
-_TOKEN = "SELECT app || ' #' || id || coalesce(nullif(' ' || label, ' '), '') FROM tokens WHERE id = ?"
+_TOKEN = "SELECT app || ' #' || id || coalesce(nullif(' ' || label, ' '), '') FROM tokens WHERE id = $1"
 
 
-def _line(row: sqlite3.Row, key: str) -> ReportLine:
+def _line(row: Row, key: str) -> ReportLine:
     return ReportLine(key, **{name: row[name] for name in _FIGURES})

@@ -3,9 +3,10 @@
 Read-only. The connection yields rows by name (`connect.reading`).
 """
 
-import sqlite3
 from dataclasses import dataclass
 from typing import Literal
+
+from gateway_addon.ledger.sql import Connection, named
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,38 +42,38 @@ class ForwardedCalls:
     last_unauthorised_at: float | None
 
 
-_ARRIVALS = """
+_ARRIVALS = named("""
 SELECT tokens.id AS token_id, tokens.app AS app, label, digest,
-  CASE WHEN revoked_at <= :now THEN 'revoked' WHEN expires_at <= :now THEN 'expired' ELSE 'in force' END AS state,
+  CASE WHEN revoked_at <= $now THEN 'revoked' WHEN expires_at <= $now THEN 'expired' ELSE 'in force' END AS state,
   count(calls.id) + coalesce(sum(carried - 1), 0) AS calls,
   count(calls.id) FILTER (WHERE calls.state = 'refused') + coalesce(sum(carried - 1) FILTER (WHERE calls.state = 'refused'), 0) AS refused,
   min(started_at) AS first_at, max(started_at) AS last_at
 FROM tokens LEFT JOIN calls ON calls.token_id = tokens.id
 GROUP BY tokens.id, tokens.app, label, digest, revoked_at, expires_at ORDER BY tokens.app, tokens.id
-"""
+""")
 
 _STRAGGLERS = """
 SELECT app, max(started_at) FILTER (WHERE endpoint LIKE 'local/%') AS last_at FROM calls GROUP BY app
 HAVING max(started_at) FILTER (WHERE endpoint LIKE 'local/%') = max(started_at) ORDER BY app
 """
 
-_PASSED = """
+_PASSED = named("""
 SELECT count(*) AS calls, count(*) FILTER (WHERE status = 401) AS unauthorised,
   max(ended_at) FILTER (WHERE status = 401) AS last_unauthorised_at
-FROM calls WHERE state <> 'refused' AND state <> 'open' AND ended_at >= :since
-"""
+FROM calls WHERE state <> 'refused' AND state <> 'open' AND ended_at >= $since
+""")
 
 
-def arrivals(db: sqlite3.Connection, *, now: float) -> list[Arrival]:
+def arrivals(db: Connection, *, now: float) -> list[Arrival]:
     """Return every token ever issued, by app."""
     return [Arrival(**dict(row)) for row in db.execute(_ARRIVALS, {"now": now}).fetchall()]
 
 
-def stragglers(db: sqlite3.Connection) -> list[Straggler]:
+def stragglers(db: Connection) -> list[Straggler]:
     return [Straggler(**dict(row)) for row in db.execute(_STRAGGLERS).fetchall()]
 
 
-def passed(db: sqlite3.Connection, *, since: float) -> ForwardedCalls:
+def passed(db: Connection, *, since: float) -> ForwardedCalls:
     """Count the calls that were forwarded and have ended since a time."""
     [row] = db.execute(_PASSED, {"since": since}).fetchall()
     return ForwardedCalls(**dict(row))

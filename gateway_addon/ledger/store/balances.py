@@ -3,7 +3,7 @@
 Promises to be independent of the triggers: the scopes and windows in which a call counts are named here, not asked of their view.
 """
 
-import sqlite3
+from gateway_addon.ledger.sql import Connection
 
 # Entries are summed by what decides where they count, in the order of time, before each such group is spread over its twelve balances:
 # of ten million calls there are some ten thousand groups.
@@ -12,21 +12,19 @@ SUMS = """
     sum(entries.quantum_nano) AS quantum_nano, sum(entries.open) AS open
   FROM entries JOIN calls ON calls.id = call_id GROUP BY day_start, week_start, month_start, app, team
 """
-WINDOW_STARTS = "CASE window WHEN 'day' THEN day_start WHEN 'week' THEN week_start WHEN 'month' THEN month_start ELSE 0 END AS window_start"
-EACH_WINDOW = "(SELECT 'day' AS window UNION ALL SELECT 'week' UNION ALL SELECT 'month' UNION ALL SELECT 'ever') AS windows"
+WINDOW_STARTS = """
+  CASE "window" WHEN 'day' THEN day_start WHEN 'week' THEN week_start WHEN 'month' THEN month_start ELSE 0 END AS window_start"""
+EACH_WINDOW = """(SELECT 'day' AS "window" UNION ALL SELECT 'week' UNION ALL SELECT 'month' UNION ALL SELECT 'ever') AS windows"""
 FROM_ENTRIES = f"""
   WITH sums AS ({SUMS})
-  SELECT CASE kind WHEN 'app' THEN 'app:' || app WHEN 'team' THEN 'team:' || team ELSE 'total' END AS scope, window, {WINDOW_STARTS},
+  SELECT CASE kind WHEN 'app' THEN 'app:' || app WHEN 'team' THEN 'team:' || team ELSE 'total' END AS scope, "window", {WINDOW_STARTS},
     sum(spent_nano) AS spent_nano, sum(reserved_nano) AS reserved_nano, sum(quantum_nano) AS quantum_nano, sum(open) AS open
   FROM sums CROSS JOIN (SELECT 'total' AS kind UNION ALL SELECT 'app' UNION ALL SELECT 'team') AS kinds CROSS JOIN {EACH_WINDOW}
   WHERE kind <> 'team' OR team IS NOT NULL GROUP BY 1, 2, 3
 """
 
-CLEAR = "DELETE FROM balances"
-FILL = f"INSERT INTO balances (scope, window, window_start, spent_nano, reserved_nano, quantum_nano, open) {FROM_ENTRIES}"
 
-
-def rebuild(db: sqlite3.Connection) -> None:
+def rebuild(db: Connection) -> None:
     """Compute the balances anew."""
-    db.execute(CLEAR)
-    db.execute(FILL)
+    db.execute(db.engine.clear_balances)
+    db.execute(db.engine.fill_balances)

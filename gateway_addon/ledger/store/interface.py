@@ -5,12 +5,12 @@ how a connection is made, how writers take turns, what a commit is stamped with,
 """
 
 import contextlib
-import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.journal import Journal, LeftJournal
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
@@ -35,6 +35,12 @@ def must_be_known(ledger: Path | ServerAddress, applied: Iterable[str], known: I
     if newer := sorted(set(applied) - set(known)):
         sentence = f"the ledger {ledger} is a newer gateway's ({', '.join(newer)} changed its tables): update this gateway, then restart it"
         raise LedgerUnavailable(sentence)
+
+
+class WriterConnection(Connection, Protocol):
+    @property
+    def in_transaction(self) -> bool: ...
+    def close(self) -> None: ...
 
 
 class Store(Protocol):
@@ -67,7 +73,7 @@ class Store(Protocol):
     def owner(self) -> str:
         """Return this process's name in the ledger."""
 
-    def connect(self) -> sqlite3.Connection:
+    def connect(self) -> WriterConnection:
         """Open the writer thread's connection, with this process entered as an owner. Raises `errors`, LedgerUnavailable."""
 
     def must_be_unchanged(self) -> None:
@@ -79,28 +85,28 @@ class Store(Protocol):
     def try_turn(self) -> Callable[[], None] | None:
         """Take the turn if it is free. Return the function that releases it, or None (always, on a server)."""
 
-    def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
+    def begin(self, db: Connection, scopes: Collection[str]) -> None:
         """Begin a transaction that may judge and change the balances of `scopes`, alone in each of them until its commit."""
 
-    def stamp(self, db: sqlite3.Connection, number: int) -> None:
+    def stamp(self, db: Connection, number: int) -> None:
         """Note, inside the transaction, that this owner commits for the `number`th time.
 
         Raises LedgerUnavailable if it may not: its lease ran out, or a newer gateway has changed the tables since.
         """
 
-    def commit(self, db: sqlite3.Connection) -> None:
+    def commit(self, db: Connection) -> None:
         """Make the transaction durable."""
 
-    def commits(self, db: sqlite3.Connection) -> int | None:
+    def commits(self, db: Connection) -> int | None:
         """Return the number of the owner's last commit; None where the ledger does not know the owner."""
 
-    def dead(self, db: sqlite3.Connection) -> list[str]:
+    def dead(self, db: Connection) -> list[str]:
         """Return the dead owners that have not been swept."""
 
-    def sweep(self, db: sqlite3.Connection, now: float) -> int:
+    def sweep(self, db: Connection, now: float) -> int:
         """Settle the open calls of dead owners; return how many. In a transaction on EVERYTHING."""
 
-    async def read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
+    async def read[T](self, read: Callable[[Connection], T]) -> T:
         """Run a read on the request's path. Raises LedgerUnavailable."""
 
     def unavailable(self, error: Exception) -> LedgerUnavailable:

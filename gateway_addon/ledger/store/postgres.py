@@ -12,13 +12,11 @@ import logging
 import math
 import os
 import socket
-import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import cast
 from uuid import uuid4
 
 import psycopg
@@ -26,14 +24,15 @@ from psycopg_pool import ConnectionPool
 
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import orphans
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.interface import EVERYTHING, must_be_known
 from gateway_addon.ledger.store.journal import Journal, LeftJournal, unwritten_journals
 from gateway_addon.ledger.store.postgres_schema import MIGRATIONS
 from gateway_addon.ledger.store.postgres_session import (
     BEHIND,
     PATIENT,
-    Connection,
     Limited,
+    ServerConnection,
     connect,
     defaults,
     is_busy,
@@ -68,20 +67,20 @@ def create(server: ServerAddress, zone: str = "UTC") -> None:
             for name, script in MIGRATIONS:
                 if name not in done:
                     db.raw.execute(script.encode())
-                    db.raw.execute("INSERT INTO gateway.migrations VALUES (%s)", (name,))
-            db.execute("INSERT INTO settings VALUES ('zone', ?) ON CONFLICT DO NOTHING", (zone,))
+                    db.raw.execute("INSERT INTO gateway.migrations VALUES ($1)", (name,))
+            db.execute("INSERT INTO settings VALUES ('zone', $1) ON CONFLICT DO NOTHING", (zone,))
     except psycopg.Error as error:
         raise unavailable(server, error) from error
 
 
 @contextlib.contextmanager
-def changing(server: ServerAddress) -> Iterator[sqlite3.Connection]:
+def changing(server: ServerAddress) -> Iterator[Connection]:
     """Open a command's write transaction, alone in the ledger. Raises LedgerUnavailable."""
     try:
         with contextlib.closing(connect(server, PATIENT)) as db:
             _begin(db, (EVERYTHING,))
             _must_fit(server, db)
-            yield cast(sqlite3.Connection, db)
+            yield db
             db.execute("COMMIT")
     except psycopg.Error as error:
         if not is_its_own(error):
@@ -90,21 +89,21 @@ def changing(server: ServerAddress) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(server: ServerAddress) -> Iterator[sqlite3.Connection]:
+def reading(server: ServerAddress) -> Iterator[Connection]:
     """Open a connection that sees one moment of the ledger and cannot write; rows by name. Raises LedgerUnavailable."""
     try:
         with contextlib.closing(connect(server, PATIENT)) as db:
             db.raw.row_factory = named_rows
             db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             _must_fit(server, db)
-            yield cast(sqlite3.Connection, db)
+            yield db
     except psycopg.Error as error:
         if not is_its_own(error):
             raise
         raise unavailable(server, error) from error
 
 
-def living(db: sqlite3.Connection) -> set[str]:
+def living(db: Connection) -> set[str]:
     """Return the owners whose lease runs, by the server's clock."""
     alive = "SELECT id FROM owners WHERE lease_until > extract(epoch FROM clock_timestamp())"
     return {owner for (owner,) in db.execute(alive).fetchall()}
@@ -117,9 +116,9 @@ def _begin(db: Connection, scopes: Collection[str]) -> None:
         db.execute("LOCK TABLE turns IN EXCLUSIVE MODE")
     elif scopes:
         wanted = sorted(scopes)
-        held = "SELECT scope FROM turns WHERE scope = ANY(?) ORDER BY scope FOR UPDATE"
+        held = "SELECT scope FROM turns WHERE scope = ANY($1) ORDER BY scope FOR UPDATE"
         if len(db.execute(held, (wanted,)).fetchall()) < len(wanted):
-            db.execute("INSERT INTO turns SELECT unnest(CAST(? AS text[])) ON CONFLICT DO NOTHING", (wanted,))
+            db.execute("INSERT INTO turns SELECT unnest(CAST($1 AS text[])) ON CONFLICT DO NOTHING", (wanted,))
             db.execute(held, (wanted,))
 
 
@@ -150,7 +149,7 @@ class ServerStore:
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-reader")
         self._pool = ConnectionPool(
             server.url,
-            kwargs={"autocommit": True, **defaults(server)},
+            kwargs={"autocommit": True, "cursor_factory": psycopg.RawCursor, **defaults(server)},
             connection_class=Limited,
             min_size=0,
             max_size=READERS,
@@ -174,7 +173,7 @@ class ServerStore:
     def lease_left_s(self) -> float:
         return self._lease_ends - monotonic_s()
 
-    def connect(self) -> sqlite3.Connection:
+    def connect(self) -> ServerConnection:
         db = connect(self._server, kind=Limited)
         try:
             _must_fit(self._server, db)
@@ -183,19 +182,19 @@ class ServerStore:
         except BaseException:
             db.close()
             raise
-        return cast(sqlite3.Connection, db)
+        return db
 
     def _enrol(self, db: Connection) -> None:
         """Enter this process under a new name. A name whose lease ran out is never used again."""
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
         asked_at = monotonic_s()
         db.execute(
-            "INSERT INTO owners (id, pid, host, started_at, lease_until) SELECT ?, ?, ?, ?, extract(epoch FROM clock_timestamp()) + ?",
+            "INSERT INTO owners (id, pid, host, started_at, lease_until) SELECT $1, $2, $3, $4, extract(epoch FROM clock_timestamp()) + $5",
             (name, os.getpid(), socket.gethostname(), time.time(), LEASE_S),
         )
         self._name, self._lease_ends = name, asked_at + LEASE_S
         if self.journal is None:
-            db.execute("INSERT INTO settings VALUES ('identity', ?) ON CONFLICT DO NOTHING", (uuid4().hex,))
+            db.execute("INSERT INTO settings VALUES ('identity', $1) ON CONFLICT DO NOTHING", (uuid4().hex,))
             [(identity,)] = db.execute("SELECT value FROM settings WHERE name = 'identity'").fetchall()
             self._unwritten /= identity  # whatever address the server will have then: a standby that took over is the same ledger
             self.journal = Journal(self._unwritten, name)
@@ -214,19 +213,19 @@ class ServerStore:
     def try_turn(self) -> None:
         return None
 
-    def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
-        _begin(cast(Connection, db), scopes)
+    def begin(self, db: Connection, scopes: Collection[str]) -> None:
+        _begin(db, scopes)
 
-    def stamp(self, db: sqlite3.Connection, number: int) -> None:
+    def stamp(self, db: Connection, number: int) -> None:
         asked_at, self._lease_from = time.time(), monotonic_s()
         renew = """
-        UPDATE owners SET commits = ?, lease_until = extract(epoch FROM clock_timestamp()) + ?
-        WHERE id = ? AND lease_until > extract(epoch FROM clock_timestamp()) AND (SELECT count(*) FROM migrations) <= ?
+        UPDATE owners SET commits = $1, lease_until = extract(epoch FROM clock_timestamp()) + $2
+        WHERE id = $3 AND lease_until > extract(epoch FROM clock_timestamp()) AND (SELECT count(*) FROM migrations) <= $4
         RETURNING lease_until
         """
         rows = db.execute(renew, (number, LEASE_S, self._name, len(MIGRATIONS))).fetchall()
         if not rows:
-            _must_fit(self._server, cast(Connection, db))
+            _must_fit(self._server, db)
             self._name = None
             raise LedgerUnavailable(
                 f"this gateway was out of touch with {self._server} for more than {LEASE_S:g} s: its calls were settled at what they held"
@@ -234,21 +233,21 @@ class ServerStore:
         server_at = rows[0][0] - LEASE_S
         self.skew_s = round(server_at - min(max(server_at, asked_at), time.time()))  # 0 where it may be that both clocks agree
 
-    def commit(self, db: sqlite3.Connection) -> None:
+    def commit(self, db: Connection) -> None:
         db.execute("COMMIT")
         self._lease_ends = self._lease_from + LEASE_S
 
-    def commits(self, db: sqlite3.Connection) -> int | None:
-        rows = db.execute("SELECT commits FROM owners WHERE id = ?", (self._name,)).fetchall()
+    def commits(self, db: Connection) -> int | None:
+        rows = db.execute("SELECT commits FROM owners WHERE id = $1", (self._name,)).fetchall()
         return rows[0][0] if rows else None
 
-    def sweep(self, db: sqlite3.Connection, now: float) -> int:
+    def sweep(self, db: Connection, now: float) -> int:
         return orphans.settle_orphans(db, self.dead(db), now=now)
 
-    def dead(self, db: sqlite3.Connection) -> list[str]:
+    def dead(self, db: Connection) -> list[str]:
         return [owner for (owner,) in db.execute(_DEAD).fetchall()]
 
-    async def read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
+    async def read[T](self, read: Callable[[Connection], T]) -> T:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -258,13 +257,13 @@ class ServerStore:
         except psycopg.Error as error:
             raise self.unavailable(error) from error
 
-    def _read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
+    def _read[T](self, read: Callable[[Connection], T]) -> T:
         """Run a read on a reader's thread, a second time if the server had dropped the idle connection."""
         self._pool.open()
         for last in (False, True):
             with self._pool.connection() as raw:
                 try:
-                    return read(cast(sqlite3.Connection, Connection(raw)))
+                    return read(ServerConnection(raw))
                 except psycopg.OperationalError:
                     if last or not raw.closed:
                         raise
@@ -290,4 +289,4 @@ class ServerStore:
         self._pool.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(psycopg.Error), contextlib.closing(connect(self._server)) as db:
-            db.execute("UPDATE owners SET lease_until = 0 WHERE id = ?", (self._name,))
+            db.execute("UPDATE owners SET lease_until = 0 WHERE id = $1", (self._name,))

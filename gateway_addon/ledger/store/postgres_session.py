@@ -1,14 +1,10 @@
-"""Open a session on a PostgreSQL server: its settings, the spelling of the ledger's statements, the meaning of its errors.
+"""Open a session on a PostgreSQL server: its settings, its connections, the meaning of its errors.
 
-Promises that a connection has the methods of `sqlite3.Connection` that the ledger uses, that every wait of a gateway has a limit, and
-that an error comes out as one sentence without a secret in it. Knows nothing of owners, leases or calls.
-
-The statements are those of the file's ledger. `SPELLED` is the list of what this engine spells differently.
+Promises that every wait of a gateway has a limit, and that an error comes out as one sentence without a secret in it. Knows nothing of
+owners, leases or calls.
 """
 
-import functools
 import os
-import re
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,8 +15,8 @@ from psycopg.adapt import Dumper, Loader
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.numeric import Int8Dumper
 
-from gateway_addon.ledger import reservations
-from gateway_addon.ledger.store import balances
+from gateway_addon.ledger.sql import Row, Statement
+from gateway_addon.ledger.store import engines
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 from gateway_addon.names import PROGRAM
 
@@ -44,31 +40,6 @@ CONNECT = {
 SILENCE_S = 2.5  # a second beyond the server's own limit for a statement
 LOOK_S = 0.1  # how often a wait looks at the clock
 
-_ITS_BALANCE = """LEFT JOIN LATERAL (
-    SELECT sum(spent_nano) AS spent_nano, sum(reserved_nano) AS reserved_nano, sum(quantum_nano) AS quantum_nano, sum(open) AS open
-    FROM app_balances AS kept WHERE kept.window = cap.window AND kept.window_start = cap.window_start
-      AND (cap.scope = 'total' OR cap.scope = 'app:' || kept.app OR cap.scope = 'team:' || kept.team)) AS balance ON true"""
-_FILL_BALANCES = f"""
-INSERT INTO app_balances (window, window_start, app, team, spent_nano, reserved_nano, quantum_nano, open)
-SELECT window, {balances.WINDOW_STARTS}, app, coalesce(team, ''), sum(spent_nano), sum(reserved_nano), sum(quantum_nano), sum(open)
-FROM ({balances.SUMS}) AS sums CROSS JOIN {balances.EACH_WINDOW} GROUP BY 1, 2, 3, 4"""
-
-SPELLED = (
-    (reservations.ITS_BALANCE, _ITS_BALANCE),
-    (balances.CLEAR, "DELETE FROM app_balances"),
-    (balances.FILL, _FILL_BALANCES),
-)
-SPELLED_BY_PATTERN = (
-    (re.compile(r"\bwindow\b"), '"window"'),
-    (re.compile(r"AS REAL\b"), "AS DOUBLE PRECISION"),  # SQLite's REAL has eight bytes
-    (re.compile(r"\bCROSS JOIN (\w+) ON\b"), r"JOIN \1 ON"),  # a hint to SQLite's planner
-    (re.compile(r"\bCAST\((\w+|coalesce\([\w, ]+\)) AS INTEGER\)"), r"CAST(floor(\1) AS BIGINT)"),  # SQLite cuts, this one rounds
-    (re.compile(r"\binstr\("), "strpos("),
-    (re.compile("%"), "%%"),
-    (re.compile(r"\?"), "%s"),
-    (re.compile(r"(?<![:\w]):([a-z_]\w*)"), r"%(\1)s"),
-)
-
 BEHIND = f"the ledger on {{at}} is an older version's: `{PROGRAM} init` brings it up to date"
 _SENTENCES = {
     # by SQLSTATE, or its first two characters
@@ -83,8 +54,6 @@ _SENTENCES = {
     "57P": "the ledger's server {at} is shutting down or starting: the gateway goes on by itself when it is back",
 }
 _BUSY = {"40001", "40P01", "55P03"}
-
-type AnyRow = Any
 
 
 class NamedRow(tuple[Any, ...]):
@@ -131,8 +100,11 @@ class Limited(psycopg.Connection[Any]):
         return super().wait(gen, interval, SILENCE_S if timeout is None else timeout)
 
 
-class Connection:
-    """A psycopg connection with the methods of `sqlite3.Connection` that the ledger uses. Transactions are begun by hand."""
+class ServerConnection:
+    """A connection to a ledger's server. Transactions are begun by hand."""
+
+    __slots__ = ("raw",)
+    engine = engines.POSTGRESQL
 
     def __init__(self, raw: psycopg.Connection[Any]) -> None:
         self.raw = raw
@@ -140,11 +112,13 @@ class Connection:
         raw.adapters.register_dumper(int, Int8Dumper)  # one type for every amount: a product of two small ones must not overflow
         raw.adapters.register_dumper(bool, _Truth)
 
-    def execute(self, statement: str, values: Sequence[object] | Mapping[str, object] = ()) -> psycopg.Cursor[AnyRow]:
-        return self.raw.execute(spelled(statement), values)
+    def execute(self, statement: str | Statement, values: Any = ()) -> psycopg.Cursor[Row]:
+        if isinstance(statement, str):
+            return self.raw.execute(statement.encode(), values)
+        return self.raw.execute(statement.numbered.encode(), [values[name] for name in statement.names])
 
     def executemany(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
-        self.raw.cursor().executemany(spelled(statement), rows)
+        self.raw.cursor().executemany(statement.encode(), rows)
 
     @property
     def in_transaction(self) -> bool:
@@ -152,16 +126,6 @@ class Connection:
 
     def close(self) -> None:
         self.raw.close()
-
-
-@functools.lru_cache(maxsize=512)
-def spelled(statement: str) -> bytes:
-    """Return a statement written for SQLite in this engine's spelling."""
-    for ours, theirs in SPELLED:
-        statement = statement.replace(ours, theirs)
-    for pattern, theirs in SPELLED_BY_PATTERN:
-        statement = pattern.sub(theirs, statement)
-    return statement.encode()
 
 
 def defaults(server: ServerAddress) -> dict[str, Any]:
@@ -173,20 +137,20 @@ def defaults(server: ServerAddress) -> dict[str, Any]:
 
 def connect(
     server: ServerAddress, session: Mapping[str, str] = SESSION, kind: type[psycopg.Connection[Any]] = psycopg.Connection
-) -> Connection:
+) -> ServerConnection:
     """Open a connection with the ledger's settings. Raises psycopg.Error, LedgerUnavailable where there is no ledger."""
-    raw = kind.connect(server.url, autocommit=True, **defaults(server))
+    raw = kind.connect(server.url, autocommit=True, cursor_factory=psycopg.RawCursor, **defaults(server))
     try:
         settle_in(raw, session)
     except BaseException:
         raw.close()
         raise
-    return Connection(raw)
+    return ServerConnection(raw)
 
 
 def settle_in(raw: psycopg.Connection[Any], session: Mapping[str, str] = SESSION) -> None:
     """Set a session up, with durable commits even where the server's default is otherwise."""
-    settings = ", ".join("set_config(%s, %s, false)" for _ in session)
+    settings = ", ".join(f"set_config(${first}, ${first + 1}, false)" for first in range(1, 2 * len(session), 2))
     raw.execute(f"SELECT {settings}".encode(), [word for pair in session.items() for word in pair])
     raw.execute("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'")
 

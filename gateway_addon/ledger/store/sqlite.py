@@ -14,11 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from gateway_addon.ledger import access, orphans
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import sqlite_files, sqlite_schema
 from gateway_addon.ledger.store.locks import OwnerLock, Turnstile, forget_dead_owner, is_dead
 from gateway_addon.ledger.types import LedgerUnavailable
 
-STAMP = f"UPDATE owners SET commits = ? WHERE id = ? AND (SELECT count(*) FROM ({sqlite_schema.APPLIED})) <= ?"
+STAMP = f"UPDATE owners SET commits = $1 WHERE id = $2 AND (SELECT count(*) FROM ({sqlite_schema.APPLIED})) <= $3"
 
 
 class FileStore:
@@ -38,7 +39,7 @@ class FileStore:
         access.must_be_allowed(path)
         self._lock = OwnerLock(path)
         self._turnstile = Turnstile(path)
-        self._reader: sqlite3.Connection | None = None
+        self._reader: sqlite_files.FileConnection | None = None
         self._enrolled = False
 
     def __str__(self) -> str:
@@ -48,12 +49,12 @@ class FileStore:
     def owner(self) -> str:
         return self._lock.owner
 
-    def connect(self) -> sqlite3.Connection:
+    def connect(self) -> sqlite_files.FileConnection:
         db = sqlite_files.writer_connection(self.path)
         try:
             if not self._enrolled:  # in this process's turn, as a move is made in one
                 sqlite_files.must_be_here(self.path, db)
-                enter = "INSERT INTO owners (id, pid, host, started_at) VALUES (?, ?, ?, ?)"
+                enter = "INSERT INTO owners (id, pid, host, started_at) VALUES ($1, $2, $3, $4)"
                 db.execute(enter, (self.owner, os.getpid(), socket.gethostname(), time.time()))
                 self._enrolled = True
             db.execute("PRAGMA busy_timeout = 0")  # a batch may begin on the loop, which waits for nobody; the thread tries again by itself
@@ -74,31 +75,31 @@ class FileStore:
     def try_turn(self) -> Callable[[], None] | None:
         return self._turnstile.try_turn()
 
-    def begin(self, db: sqlite3.Connection, scopes: Collection[str]) -> None:
+    def begin(self, db: Connection, scopes: Collection[str]) -> None:
         db.execute("BEGIN IMMEDIATE")
 
-    def stamp(self, db: sqlite3.Connection, number: int) -> None:
+    def stamp(self, db: Connection, number: int) -> None:
         if db.execute(STAMP, (number, self.owner, len(sqlite_schema.known()))).rowcount == 0:
             sqlite_files.must_be_a_ledger(self.path, db)
 
-    def commit(self, db: sqlite3.Connection) -> None:
+    def commit(self, db: Connection) -> None:
         db.execute("COMMIT")
 
-    def commits(self, db: sqlite3.Connection) -> int | None:
-        rows = db.execute("SELECT commits FROM owners WHERE id = ?", (self.owner,)).fetchall()
+    def commits(self, db: Connection) -> int | None:
+        rows = db.execute("SELECT commits FROM owners WHERE id = $1", (self.owner,)).fetchall()
         return rows[0][0] if rows else None
 
-    def dead(self, db: sqlite3.Connection) -> list[str]:
+    def dead(self, db: Connection) -> list[str]:
         return [owner for owner in orphans.known(db) if is_dead(self.path, owner)]
 
-    def sweep(self, db: sqlite3.Connection, now: float) -> int:
+    def sweep(self, db: Connection, now: float) -> int:
         dead = self.dead(db)
         swept = orphans.settle_orphans(db, dead, now=now)
         for owner in dead:
             forget_dead_owner(self.path, owner)
         return swept
 
-    async def read[T](self, read: Callable[[sqlite3.Connection], T]) -> T:
+    async def read[T](self, read: Callable[[Connection], T]) -> T:
         try:
             self.must_be_unchanged()
             if self._reader is None:

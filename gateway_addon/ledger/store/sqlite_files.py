@@ -7,9 +7,13 @@ sentence that names the file and the way out. SQLite and its locks need a local 
 import contextlib
 import os
 import sqlite3
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from gateway_addon.ledger import access
+from gateway_addon.ledger.sql import Connection, Statement
+from gateway_addon.ledger.store import engines
 from gateway_addon.ledger.store.interface import driver, must_be_known
 from gateway_addon.ledger.store.sqlite_schema import APPLIED, known, migrate
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
@@ -40,8 +44,35 @@ _SENTENCES = {
     f" `{PROGRAM} doctor`",
 }  # fmt: skip
 
+NUMBERS = tuple(map(str, range(1, 1001)))  # SQLite takes `$1` as a name
+
 type Identity = tuple[int, int]
 """Device and inode: two files of one name differ by it."""
+
+
+class FileConnection:
+    """A connection to a ledger's file. Transactions are begun by hand."""
+
+    __slots__ = ("raw",)
+    engine = engines.SQLITE
+
+    def __init__(self, raw: sqlite3.Connection) -> None:
+        self.raw = raw
+
+    def execute(self, statement: str | Statement, values: Any = ()) -> sqlite3.Cursor:
+        if isinstance(statement, str):
+            return self.raw.execute(statement, dict(zip(NUMBERS, values, strict=False)) if values else ())
+        return self.raw.execute(statement.text, values)
+
+    def executemany(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
+        self.raw.executemany(statement, (dict(zip(NUMBERS, row, strict=False)) for row in rows))
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.raw.in_transaction
+
+    def close(self) -> None:
+        self.raw.close()
 
 
 def ledger_path(url: str) -> Path | ServerAddress:
@@ -100,8 +131,8 @@ def create(path: Path | ServerAddress, zone: str = "UTC") -> None:
             if db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall():
                 must_be_a_ledger(path, db)
             db.execute("PRAGMA journal_mode = WAL")
-            migrate(db)
-            db.execute("INSERT INTO settings VALUES ('zone', ?) ON CONFLICT DO NOTHING", (zone,))
+            migrate(db.raw)
+            db.execute("INSERT INTO settings VALUES ('zone', $1) ON CONFLICT DO NOTHING", (zone,))
         finally:
             db.close()
     except (sqlite3.Error, OSError) as error:
@@ -140,7 +171,7 @@ def must_be_unchanged(path: Path, known: Identity) -> None:
         raise LedgerUnavailable(f"the ledger {path} was replaced while the gateway runs: restart the gateway to use the new file")
 
 
-def writer_connection(path: Path) -> sqlite3.Connection:
+def writer_connection(path: Path) -> FileConnection:
     """Open a connection that writes durably: a commit survives a power cut (`synchronous=FULL`). Raises sqlite3.Error."""
     db = _open(path, "rw")
     try:
@@ -149,14 +180,14 @@ def writer_connection(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
         db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES_MAX}").fetchall()
-        migrate(db)
+        migrate(db.raw)
     except BaseException:
         db.close()
         raise
     return db
 
 
-def reader_connection(path: Path, *, wait_ms: int = BUSY_MS) -> sqlite3.Connection:
+def reader_connection(path: Path, *, wait_ms: int = BUSY_MS) -> FileConnection:
     """Open a connection that cannot write. Raises sqlite3.Error."""
     db = _open(path, "rw", wait_ms)
     db.execute("PRAGMA query_only = ON")
@@ -179,7 +210,7 @@ def is_busy(error: Exception) -> bool:
     return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 
 
-def must_be_a_ledger(path: Path, db: sqlite3.Connection) -> None:
+def must_be_a_ledger(path: Path, db: Connection) -> None:
     """Raise LedgerUnavailable where the file is another program's, or its tables are a newer gateway's."""
     if len(db.execute("SELECT 1 FROM sqlite_master WHERE name IN ('entries', '_sqlite_migrations')").fetchall()) < 2:
         if path.stat().st_size == 0:
@@ -188,19 +219,20 @@ def must_be_a_ledger(path: Path, db: sqlite3.Connection) -> None:
     must_be_known(path, (name for (name,) in db.execute(APPLIED).fetchall()), known())
 
 
-def moved_to(db: sqlite3.Connection) -> str | None:
+def moved_to(db: Connection) -> str | None:
     """Return the server that this file's ledger was moved to, or None."""
-    rows = db.execute("SELECT value FROM settings WHERE name = ?", (MOVED_TO,)).fetchall()
+    rows = db.execute("SELECT value FROM settings WHERE name = $1", (MOVED_TO,)).fetchall()
     return rows[0][0] if rows else None
 
 
-def must_be_here(path: Path, db: sqlite3.Connection) -> None:
+def must_be_here(path: Path, db: Connection) -> None:
     """Raise LedgerUnavailable where the ledger was moved: writes here would miss its caps, and reads are out of date."""
     if (server := moved_to(db)) is not None:
         raise LedgerUnavailable(f"the ledger {path} was moved to {server}: name that with --ledger. (The file is kept as it was.)")
 
 
-def _open(path: Path, mode: str, wait_ms: int = BUSY_MS) -> sqlite3.Connection:
+def _open(path: Path, mode: str, wait_ms: int = BUSY_MS) -> FileConnection:
     """Open a connection whose transactions are begun by hand: the driver would begin them deferred and lose the lock."""
     address = f"{Path(os.path.abspath(path)).as_uri()}?mode={mode}"
-    return sqlite3.connect(address, uri=True, timeout=wait_ms / 1000, isolation_level=None, check_same_thread=False)
+    raw = sqlite3.connect(address, uri=True, timeout=wait_ms / 1000, isolation_level=None, check_same_thread=False)
+    return FileConnection(raw)

@@ -9,7 +9,6 @@ Knows nothing of what the operations mean, nor of what kind the store is.
 
 import logging
 import queue
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,8 @@ from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
 
-from gateway_addon.ledger.store.interface import EVERYTHING, Store
+from gateway_addon.ledger.sql import Connection
+from gateway_addon.ledger.store.interface import EVERYTHING, Store, WriterConnection
 from gateway_addon.ledger.types import LedgerUnavailable, RecordedEnd
 
 log = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 class Operation:
     """A write. `apply` runs inside a transaction and returns the answer. Lower ranks go first within a batch."""
 
-    apply: Callable[[sqlite3.Connection], object]
+    apply: Callable[[Connection], object]
     rank: int
     scopes: frozenset[str] = frozenset()
     """The scopes whose balances it judges or changes; EVERYTHING: it may touch any row."""
     lasting: bool = False
-    instead: Callable[[sqlite3.Connection], object] | None = None
+    instead: Callable[[Connection], object] | None = None
     """The replacement for a lasting operation that cannot be stored as it is (a figure beyond 64 bits)."""
     record: RecordedEnd | None = None
     """The record in the store's journal while a lasting operation cannot be written."""
@@ -60,7 +60,7 @@ class Written(NamedTuple):
 class BegunCommit(NamedTuple):
     """A batch whose statements have run, in a turn that was free; left to do: the commit, and the end of the turn."""
 
-    db: sqlite3.Connection
+    db: WriterConnection
     answers: list[Written]
     release_turn: Callable[[], None]
 
@@ -93,7 +93,7 @@ class Writer:
         self._queue: queue.SimpleQueue[Operation | BegunCommit | None] = queue.SimpleQueue()
         self._taken = 0
         self._begun: BegunCommit | None = None
-        self._db: sqlite3.Connection | None = None
+        self._db: WriterConnection | None = None
         self._commits = 0
         self._doubt: tuple[int, list[Written]] | None = None
         self._failures = 0
@@ -244,7 +244,7 @@ class Writer:
         self._deliver(begun.answers, self._taken)
         return []
 
-    def _connection(self) -> sqlite3.Connection:
+    def _connection(self) -> WriterConnection:
         self._store.must_be_unchanged()
         if self._db is None:
             self._db = self._store.connect()
@@ -255,7 +255,7 @@ class Writer:
             self._db.close()
             self._db = None
 
-    def _transaction(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Written] | None:
+    def _transaction(self, db: WriterConnection, operations: Sequence[Operation]) -> list[Written] | None:
         """Write all of them in one commit. None where one breaks it: each is then to have its own commit, to break alone."""
         try:
             return self._commit(db, operations)
@@ -273,12 +273,12 @@ class Writer:
         operation.apply, operation.instead = operation.instead, None
         return self._transaction(db, operations)
 
-    def _commit(self, db: sqlite3.Connection, operations: Sequence[Operation]) -> list[Written]:
+    def _commit(self, db: WriterConnection, operations: Sequence[Operation]) -> list[Written]:
         answers = self._statements(db, operations, self._compute)
         self._make_durable(db, answers)
         return answers
 
-    def _statements(self, db: sqlite3.Connection, operations: Sequence[Operation], compute: Compute) -> list[Written]:
+    def _statements(self, db: WriterConnection, operations: Sequence[Operation], compute: Compute) -> list[Written]:
         self._store.begin(db, frozenset[str]().union(*(operation.scopes for operation in operations)))
         try:
             answers = compute(lambda: [Written(operation, operation.apply(db)) for operation in operations])
@@ -290,14 +290,14 @@ class Writer:
         self._commits += 1
         return answers
 
-    def _make_durable(self, db: sqlite3.Connection, answers: list[Written]) -> None:
+    def _make_durable(self, db: WriterConnection, answers: list[Written]) -> None:
         try:
             self._store.commit(db)
         except BaseException:
             self._doubt = (self._commits, answers)
             raise
 
-    def _resolve_doubt(self, db: sqlite3.Connection, operations: list[Operation]) -> list[Operation]:
+    def _resolve_doubt(self, db: WriterConnection, operations: list[Operation]) -> list[Operation]:
         """Look up a commit that ended in an error: if it took place, its answers hold and nothing is done again."""
         if self._doubt is None:
             return operations

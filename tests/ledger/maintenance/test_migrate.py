@@ -20,7 +20,7 @@ from gateway_addon.cli import main
 from gateway_addon.cli import migrate as command
 from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, admin, connect, reservations
 from gateway_addon.ledger.maintenance import invariants, migrate
-from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.ledger.store import engines, sqlite_files
 
 pytestmark = pytest.mark.xdist_group("postgresql")
 ROOT = Path(__file__).parents[3]
@@ -56,7 +56,7 @@ def everything(path, tables):
     """Every row of these tables, in one order on both engines."""
     found = {}
     for table, columns in tables.items():
-        names = ", ".join(columns)
+        names = ", ".join(f'"{column}"' for column in columns)
         found[table] = sorted(rows(path, f"SELECT {names} FROM {table}"), key=repr)
     return found
 
@@ -69,7 +69,7 @@ def content(path, tables):
 
 def tables_of(source):
     with closing(sqlite3.connect(source)) as db:
-        return migrate._columns(db)
+        return migrate._columns(sqlite_files.FileConnection(db))
 
 
 def test_every_row_is_there_as_it_was(source, target, monkeypatch):
@@ -117,7 +117,7 @@ async def test_after_a_move_every_command_names_the_new_place(source, target):
         done = CliRunner().invoke(main, [*typed, "--ledger", f"sqlite:///{source}"])
         assert (done.exit_code, "was moved to" in done.output) == (2, True)
     with closing(sqlite3.connect(source)) as db:
-        assert invariants.findings(db) == []
+        assert invariants.findings(sqlite_files.FileConnection(db)) == []
 
 
 def test_a_move_is_audited_on_both_sides_and_done_once(source, target):
@@ -161,7 +161,7 @@ async def test_a_gateway_that_starts_during_a_move_does_not_write(source, target
 
 def test_a_ledger_that_is_not_sound_is_not_moved(source, target):
     with closing(sqlite3.connect(source)) as db:
-        db.execute("UPDATE balances SET spent_nano = spent_nano + 1 WHERE scope = 'total' AND window = 'ever'")
+        db.execute("""UPDATE balances SET spent_nano = spent_nano + 1 WHERE scope = 'total' AND "window" = 'ever'""")
         db.commit()
     with pytest.raises(LedgerUnavailable, match="not a sound ledger, so nothing was moved: balance total ever"):
         move(source, target)
@@ -234,7 +234,7 @@ from gateway_addon.ledger.maintenance import migrate
 from gateway_addon.ledger.store import postgres
 
 migrate.CALLS_AT_ONCE = 50
-real = postgres.Connection.execute
+real = postgres.ServerConnection.execute
 
 def dying(left, when):
     def execute(self, statement, values=()):
@@ -251,7 +251,7 @@ def dying(left, when):
 for commit, when in ((1, "before"), (2, "before"), (2, "after"), (2, "before"), (1, "after")):
     child = os.fork()
     if child == 0:
-        postgres.Connection.execute = dying(commit, when)
+        postgres.ServerConnection.execute = dying(commit, when)
         migrate.move(Path(sys.argv[1]), ServerAddress(sys.argv[2]), who="test", now=0.0)
         os._exit(0)
     print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
@@ -274,7 +274,7 @@ def test_between_the_two_last_commits_neither_side_takes_calls(source, target, m
 
     def cut(db, *names, real=migrate.admin.moved, **options):
         real(db, *names, **options)
-        if isinstance(db, sqlite3.Connection):
+        if db.engine is engines.SQLITE:
             db.execute("COMMIT")
             raise psycopg.OperationalError("cut off")
 

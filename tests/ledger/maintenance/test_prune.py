@@ -19,6 +19,7 @@ from gateway_addon.ledger.batches import NewBatch, ResultRow
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.maintenance import prune as ledger_prune
 from gateway_addon.ledger.reports import day_cache, provider_comparison, spending
+from gateway_addon.ledger.store import engines
 
 NOON = 1_773_144_000.0  # Tuesday 2026-03-10 12:00 UTC
 DAY_S = 86_400
@@ -106,9 +107,9 @@ def test_nothing_that_is_reported_or_judged_changes(path):
     carries = pruned(path)
     assert figures(path) == before
     assert sound(path)
-    left = rows(path, "SELECT count(*), sum(carried) FROM calls WHERE started_at < ?", UNTIL)[0]
+    left = rows(path, "SELECT count(*), sum(carried) FROM calls WHERE started_at < $1", UNTIL)[0]
     assert left == (carries + 1, 5 * 67 + 1), "the sums, and the call that has no end"
-    assert rows(path, "SELECT count(*) FROM noise WHERE minute < ? AND minute % 86400 <> 0", UNTIL) == [(0,)]
+    assert rows(path, "SELECT count(*) FROM noise WHERE minute < $1 AND minute % 86400 <> 0", UNTIL) == [(0,)]
     assert rows(path, "SELECT (SELECT count(*) FROM batches), (SELECT count(*) FROM batch_usage)") == [(0, 0)], "of a batch its sum stays"
     pruned(path)
     pruned(path, UNTIL + 3 * DAY_S)
@@ -158,7 +159,7 @@ def test_the_tables_refuse_what_no_carry_holds(path, tampering, sentence):
     with closing(writing(path)) as db:
         db.execute("BEGIN")
         if len(tampering) > 1:  # with one guard gone the next one stands
-            db.execute("DROP TRIGGER carries_before" + ("" if isinstance(db, sqlite3.Connection) else " ON carries"))
+            db.execute("DROP TRIGGER carries_before" + ("" if db.engine is engines.SQLITE else " ON carries"))
         for statement in tampering[:-1]:
             db.execute(statement)
         with pytest.raises(REFUSED, match=sentence):
@@ -215,4 +216,4 @@ def test_a_prune_that_is_killed_is_taken_up_by_the_next(tmp_path):
     assert run(path, "--before", "2026-01-09")[0] == 0
     assert figures(path) == before
     assert sound(path)
-    assert rows(path, "SELECT count(*) FROM calls WHERE carried IS NULL AND started_at < ?", UNTIL) == [(1,)]
+    assert rows(path, "SELECT count(*) FROM calls WHERE carried IS NULL AND started_at < $1", UNTIL) == [(1,)]

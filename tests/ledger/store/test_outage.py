@@ -139,7 +139,7 @@ async def test_a_killed_gateways_journal_is_booked_once_it_is_back(server, place
         assert balance(place) == (200, 100, 1)
         await ledger.close()
     assert journals(home) == []
-    assert rows(place, "SELECT request_id FROM calls WHERE id = ?", exact) == [("req_1",)]
+    assert rows(place, "SELECT request_id FROM calls WHERE id = $1", exact) == [("req_1",)]
     assert sound(place)
 
 
@@ -252,7 +252,7 @@ async def test_a_gateway_frozen_beyond_its_lease_cuts_its_streams(place, home, s
         await until(lambda: len(gw.gateway.streams.running) == 1)
         before = gw.gateway.ledger.owner
         with connect.changing(place) as db:
-            db.execute("DELETE FROM owners WHERE id = ?", (before,))
+            db.execute("DELETE FROM owners WHERE id = $1", (before,))
         text, _ = await asyncio.wait_for(running, 5)
         assert "lost its ledger" in text
         assert gw.gateway.ledger.owner != before

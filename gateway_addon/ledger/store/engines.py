@@ -1,0 +1,34 @@
+"""Name the words of SQLite and of PostgreSQL side by side, wherever they differ."""
+
+from gateway_addon.ledger.sql import Engine
+from gateway_addon.ledger.store import balances
+
+SQLITE = Engine(
+    instr="instr",
+    whole="CAST({} AS INTEGER)",
+    balance_of_cap='LEFT JOIN balances USING (scope, "window", window_start)',
+    clear_balances="DELETE FROM balances",
+    fill_balances=f"""
+INSERT INTO balances (scope, "window", window_start, spent_nano, reserved_nano, quantum_nano, open) {balances.FROM_ENTRIES}""",
+    integer="INTEGER",
+    real="REAL",
+    strict=" STRICT",
+)
+
+POSTGRESQL = Engine(
+    instr="strpos",
+    whole="CAST(floor({}) AS BIGINT)",
+    # Balances are kept by app alone (postgres_schema.py).
+    balance_of_cap="""LEFT JOIN LATERAL (
+    SELECT sum(spent_nano) AS spent_nano, sum(reserved_nano) AS reserved_nano, sum(quantum_nano) AS quantum_nano, sum(open) AS open
+    FROM app_balances AS kept WHERE kept."window" = cap."window" AND kept.window_start = cap.window_start
+      AND (cap.scope = 'total' OR cap.scope = 'app:' || kept.app OR cap.scope = 'team:' || kept.team)) AS balance ON true""",
+    clear_balances="DELETE FROM app_balances",
+    fill_balances=f"""
+INSERT INTO app_balances ("window", window_start, app, team, spent_nano, reserved_nano, quantum_nano, open)
+SELECT "window", {balances.WINDOW_STARTS}, app, coalesce(team, ''), sum(spent_nano), sum(reserved_nano), sum(quantum_nano), sum(open)
+FROM ({balances.SUMS}) AS sums CROSS JOIN {balances.EACH_WINDOW} GROUP BY 1, 2, 3, 4""",
+    integer="BIGINT",
+    real="DOUBLE PRECISION",
+    strict="",
+)
