@@ -46,6 +46,13 @@ def next_start(window: Window, at: float, zone: tzinfo = UTC) -> int | None:
     return None if window == "ever" else _next_start(window, datetime.fromtimestamp(at, zone).date(), zone)
 
 
+def shown(at: float, zone: tzinfo) -> str:
+    """Write a time for people, to the minute and with its zone: `2026-12-01 09:30 CET`."""
+    there = datetime.fromtimestamp(at, zone)
+    name = there.tzname() or "UTC"
+    return f"{there:%Y-%m-%d %H:%M} {'UTC' * name.startswith(('+', '-'))}{name}"
+
+
 @lru_cache(maxsize=64)
 def _starts(today: date, zone: tzinfo) -> Starts:
     return Starts(*(_midnight(first(today), zone) for first in _FIRST_DAY.values()))

@@ -34,8 +34,7 @@ LIBRARIES = {
     "mitmproxy": {"addon", "proxy"},
     "psycopg": {"ledger"}, "psycopg_pool": {"ledger"}, "sqlite3": {"ledger"}, "sqlite_utils": {"ledger"},
     "yaml": {"policy", "pricing", "yaml_file"},
-    "click": {"cli", "simulator"}, "tabulate": {"cli", "demo", "operations"},
-    "jwt": {"identity.key_set"}, "flask": {"console"}, "werkzeug": {"console"},
+    "click": {"cli", "simulator"}, "jwt": {"identity.key_set"}, "flask": {"console"}, "werkzeug": {"console"},
     # who asks over the network: the one client, and those who speak to a database, to callers, or to a process of their own
     "http.client": {"http_client"}, "urllib.request": set(), "urllib3": set(),
     "socket": {"http_client", "ledger.store", "proxy", "calls.judging_process", "cli.serve", "console.app"},
@@ -176,4 +175,4 @@ def test_a_gateway_loads_no_page_and_its_supervisor_no_proxy():
     supervisor, gateway = (line.split() for line in lines)
     assert "mitmproxy" not in supervisor
     assert "gateway_addon.proxy.server" in gateway
-    assert {"tornado", "mitmproxy.tools", "gateway_addon.proxy.web", "tabulate", "jwt"} & set(gateway) == set()
+    assert {"tornado", "mitmproxy.tools", "gateway_addon.proxy.web", "jwt"} & set(gateway) == set()

@@ -65,7 +65,7 @@ def judge_caller(found: TokenLookup, address: str | None, headers: Headers, poli
         return Rejected(Refusal("app_unknown", sentence), token)
     pause = next((each for each in found.pauses if each.scope in scopes(app.name, app.team)), None)
     if pause is not None:
-        return Rejected(paused(pause), token, app)
+        return Rejected(paused(pause, policy.zone), token, app)
     if address is not None and app.addresses and not within(address, app.addresses):
         return Rejected(elsewhere(app, address, headers), token, app)
     return Caller(app, token, found.overruns)

@@ -226,7 +226,7 @@ class Gateway:
             return attempt
         result, option, observed = attempt
         if isinstance(result, Denied):
-            return denied(result, app, quote, option)
+            return denied(result, app, quote, option, caller.policy.zone)
         flags = tuple(f"observed:{code}" for code in observed)
         prices = caller.policy.prices
         return Admission(

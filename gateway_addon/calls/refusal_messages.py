@@ -3,7 +3,7 @@
 Each names the app, the limit with its amounts, and the way out. Knows the ledger's values and the quote; decides nothing.
 """
 
-from datetime import UTC, datetime
+from datetime import tzinfo
 from typing import NamedTuple
 
 from gateway_addon.calls.quote import Quote
@@ -19,6 +19,7 @@ from gateway_addon.names import PROGRAM
 from gateway_addon.policy import AppPolicy
 from gateway_addon.refusals import Refusal
 from gateway_addon.upstreams.rate_limits import Shortage
+from gateway_addon.windows import shown
 
 
 class BatchQuote(NamedTuple):
@@ -38,12 +39,12 @@ def in_force(token: Token | None, now: float) -> Token | Refusal:
     return token
 
 
-def denied(denial: Denied, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption) -> Refusal:
+def denied(denial: Denied, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption, zone: tzinfo) -> Refusal:
     """Return the refusal for a reservation that the ledger denied. `option` is what was asked for."""
     if denial.standing is not None:
-        return _denied_by_cap(denial, denial.standing, app, quote, option)
+        return _denied_by_cap(denial, denial.standing, app, quote, option, zone)
     if denial.pause is not None:
-        return paused(denial.pause)
+        return paused(denial.pause, zone)
     if denial.reason in ("token_unknown", "token_revoked", "token_expired"):
         return Refusal(denial.reason, f"The token of app {app.name} has just been revoked or expired. Ask the operator for a new one.")
     if denial.reason == "concurrency":
@@ -70,13 +71,15 @@ def rate_reached(denial: Denied, app: AppPolicy) -> Refusal:
     return Refusal(denial.reason, sentence, denial.retry_after_s)
 
 
-def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption) -> Refusal:
+def _denied_by_cap(
+    denial: Denied, standing: Standing, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption, zone: tzinfo
+) -> Refusal:
     if denial.reason == "quote_over_cap":
         return Refusal("quote_over_cap", _too_large(app, quote, standing.cap_nano or 0, _cap_name(standing)))
     stands = f"{_stands(standing)}; this call needs {cents(option.hold_nano)} to start"
     if denial.reason == "cap_held":
         return Refusal("cap_held", f"{stands}, and calls in flight hold what is left. Try again shortly.", denial.retry_after_s or 1)
-    reset = "" if standing.resets_at is None else f" It resets at {_time(standing.resets_at)}."
+    reset = "" if standing.resets_at is None else f" It resets at {shown(standing.resets_at, zone)}."
     kind, _, name = standing.scope.partition(":")
     whom = f"{name or kind}" if kind != "team" else standing.scope
     if standing.is_limited:
@@ -87,9 +90,9 @@ def _denied_by_cap(denial: Denied, standing: Standing, app: AppPolicy, quote: Qu
     return Refusal("cap_spent", f"{stands}.{reset} To go on before: {way_out}.", denial.retry_after_s, headers)
 
 
-def paused(pause: Pause) -> Refusal:
+def paused(pause: Pause, zone: tzinfo) -> Refusal:
     """Return the refusal for a scope that the operator has paused."""
-    until = "until it is resumed" if pause.until is None else f"until {_time(pause.until)}"
+    until = "until it is resumed" if pause.until is None else f"until {shown(pause.until, zone)}"
     why = f" ({pause.why})" if pause.why else ""
     return Refusal("app_paused", f"{_scope(pause.scope)} is paused {until}{why}. The operator can end it: {PROGRAM} resume.")
 
@@ -168,7 +171,3 @@ def _cap_name(standing: Standing) -> str:
 def _scope(scope: str) -> str:
     kind, _, name = scope.partition(":")
     return f"{kind} {name}" if name else "the gateway"
-
-
-def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -112,7 +112,7 @@ class Workspace:
         result, option, observed = attempt
         asked = replace(asked, flags=tuple(dict.fromkeys((*asked.flags, *(f"observed:{code}" for code in observed)))))
         if isinstance(result, Denied):
-            return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), option)
+            return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), option, policy.zone)
         creation = _Creation(self, caller, call, asked, result, now)
         response_hook = ResponseHook(whole=creation.answered, ended=creation.ended)
         return Permit(caller, call, now, asked.body, edited=", ".join(asked.edited), response_hook=response_hook, reserved=True)

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from gateway_addon.cli.caps import caps_table, standing_rows
 from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
 from gateway_addon.cli.init import app_name, write_new
 from gateway_addon.cli.scopes import known_apps, must_know
-from gateway_addon.cli.times import shown
 from gateway_addon.ledger import LedgerUnavailable, Standing, admin, app_scope, connect, scopes, state
 from gateway_addon.ledger.reports import call_detail, spending
 from gateway_addon.ledger.reports.day_cache import ReadConnection
@@ -21,9 +19,10 @@ from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
 from gateway_addon.names import PROGRAM, safe_name
 from gateway_addon.operations.places import examples_folder
+from gateway_addon.operations.tables import table
 from gateway_addon.policy import Outline, PolicyError, load, outline
 from gateway_addon.pricing import PriceError
-from gateway_addon.windows import starts
+from gateway_addon.windows import shown, starts
 
 CALLS_SHOWN = 8
 SAY = says_errors(LedgerUnavailable, ValueError)
@@ -65,7 +64,7 @@ def list_apps(as_json: bool, policies: Path, ledger: str) -> None:
             )
             for row in rows
         ]
-        click.echo(tabulate(cells, headers=("app", "state", "today", "this month", "tokens", "last used"), disable_numparse=True))
+        click.echo(table(cells, ("app", "state", "today", "this month", "tokens", "last used"), right=("today", "this month", "tokens")))
 
 
 @app.command("show", epilog=f"Example: {PROGRAM} app show reviews")
@@ -118,7 +117,7 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
             )
             for each in calls
         ]
-        click.echo(f"\n{tabulate(lines, headers=('call', 'when', 'model', 'state', 'spent'), disable_numparse=True)}")
+        click.echo(f"\n{table(lines, ('call', 'when', 'model', 'state', 'spent'), right=('spent',))}")
 
 
 @app.command(epilog=f"Example: {PROGRAM} app add claude-code --from claude-code")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from gateway_addon.cli import times
 from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
@@ -15,6 +14,8 @@ from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.names import PROGRAM
+from gateway_addon.operations.tables import table
+from gateway_addon.windows import shown
 
 CHANGE_CHARS_MAX = 300
 
@@ -22,7 +23,7 @@ CHANGE_CHARS_MAX = 300
 @click.command(epilog=f"Example: {PROGRAM} audit --app reviews --since 7d")
 @click.option("--app", help="Of this app alone: its tokens, caps, pauses, corrections.")
 @click.option(
-    "--since", metavar="WHEN", default="30d", show_default=True, help="A date in the gateway's zone (2026-12-01) or a while ago (7d)."
+    "--since", metavar="WHEN", default="30d", show_default=True, help=f"{times.WHEN}."
 )
 @json_option
 @policies_option
@@ -40,11 +41,8 @@ def audit(app: str | None, since: str, as_json: bool, policies: Path, ledger: st
     elif not found:
         click.echo(f"No change since {since}.")
     else:
-        rows = [(times.shown(row["at"], calendar), row["who"], row["action"], row["subject"], _change(row), row["why"]) for row in found]
-        widths = [None, None, None, None, 44, 30]
-        click.echo(
-            tabulate(rows, headers=("when", "who", "did", "to", "before > after", "why"), disable_numparse=True, maxcolwidths=widths)
-        )
+        rows = [(shown(row["at"], calendar), row["who"], row["action"], row["subject"], _change(row), row["why"]) for row in found]
+        click.echo(table(rows, ("when", "who", "did", "to", "before > after", "why")))
 
 
 def _change(row: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ import json
 import time
 
 import click
-from tabulate import tabulate
 
 from gateway_addon.cli.common import ledger_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, connect
@@ -12,6 +11,7 @@ from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
 from gateway_addon.names import PROGRAM
+from gateway_addon.operations.tables import table
 
 
 @click.command(epilog=f"Example: {PROGRAM} batches")
@@ -28,7 +28,8 @@ def batches(as_json: bool, ledger: str) -> None:
     elif not found:
         click.echo("No batch is open.")
     else:
-        click.echo(tabulate([_shown(each, now) for each in found], headers="keys"))
+        rows = [_shown(each, now) for each in found]
+        click.echo(table([list(each.values()) for each in rows], list(rows[0]), right=("requests", "held")))
 
 
 def _shown(batch: OpenBatch, now: float) -> dict[str, object]:

@@ -12,8 +12,7 @@ import click
 
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, json_option, ledger_option, policies_option, says_errors, stop, why_option
 from gateway_addon.cli.scopes import scope_of, typed
-from gateway_addon.cli.tables import table
-from gateway_addon.cli.times import shown, to_come
+from gateway_addon.cli.times import to_come
 from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.ledger.reports.forecast import CLOSED_DAYS_MIN, forecasts, too_young
@@ -22,8 +21,9 @@ from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import Limit, Raise
 from gateway_addon.money import cents, dollars, parse_nano
 from gateway_addon.names import PROGRAM
+from gateway_addon.operations.tables import table
 from gateway_addon.policy import Outline, outline
-from gateway_addon.windows import WINDOWS
+from gateway_addon.windows import WINDOWS, shown
 
 SAY = says_errors(LedgerUnavailable, ValueError)
 AMOUNTS = {"ignore_unknown_options": True}  # -5 is an amount, and refused as one

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.cli.scopes import must_have_policies
-from gateway_addon.cli.times import day
 from gateway_addon.http_client import Egress, Unanswered, ask, whole
 from gateway_addon.ledger import LedgerUnavailable, admin, connect
+from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import dollars
 from gateway_addon.names import PROGRAM
+from gateway_addon.operations.tables import table
 from gateway_addon.policy import AppPolicy, GatewayPolicy, PolicyError, load, retiring
+from gateway_addon.windows import shown
 
 ANSWER_WITHIN_S = 5.0
 ANYONE = Egress(trusts_anyone=True)
@@ -54,9 +55,9 @@ def _show(policy: GatewayPolicy, *, as_json: bool) -> None:
         return
     warnings = facts.pop("retiring")
     apps = [{"app": name, **{key: _cell(value) for key, value in app.items()}} for name, app in facts.pop("apps").items()]
-    click.echo(tabulate([(key, _cell(value)) for key, value in facts.items()], tablefmt="plain"))
+    click.echo(table([(key, _cell(value)) for key, value in facts.items()]))
     click.echo()
-    click.echo(tabulate(apps, headers="keys") if apps else "no apps: what no file in apps/ allows is refused")
+    click.echo(table([list(each.values()) for each in apps], list(apps[0])) if apps else "no apps: what no file in apps/ allows is refused")
     if warnings:
         click.echo("\n" + "\n".join(f"warning: {sentence}" for sentence in warnings))
 
@@ -106,13 +107,13 @@ def _health(listen: tuple[str, int]) -> dict[str, Any] | None:
 
 def _show_changes(ledger: str, limit: int, *, as_json: bool) -> None:
     with connect.reading(ledger_path(ledger)) as db:
-        found = admin.policy_changes(db, limit)
+        found, calendar = admin.policy_changes(db, limit), zone(db)
     if as_json:
         click.echo(json.dumps([change._asdict() for change in found], indent=2))
         return
     for change in found:
         which = change.digest if change.diff.startswith(("+key ", "-key ")) else change.digest[:12]
-        click.echo(f"{day(change.at)} UTC  {which}  saved by {change.who}\n{change.diff}")
+        click.echo(f"{shown(change.at, calendar)}  {which}  saved by {change.who}\n{change.diff}")
     if not found:
         click.echo(f"No policy has come into force yet: {PROGRAM} serve loads the first.")
 

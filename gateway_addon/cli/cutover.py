@@ -6,11 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from gateway_addon.cli.common import (
     FINE,
@@ -24,17 +24,20 @@ from gateway_addon.cli.common import (
     stop,
     write_privately,
 )
-from gateway_addon.cli.times import day, duration_s
+from gateway_addon.cli.times import duration_s
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect
 from gateway_addon.ledger.reports import token_usage
 from gateway_addon.ledger.reports.token_usage import Arrival, Straggler
+from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding.cutover import FileToday, OpenReason, is_in, tally, unaccounted, unseen
 from gateway_addon.onboarding.inventory import inspect
+from gateway_addon.operations.tables import table
 from gateway_addon.policy import PolicyError, Source, load
 from gateway_addon.pricing import PriceError
+from gateway_addon.windows import shown
 
 NO_RECORD = f"There is no inventory at {{0}}. Make one of every place where apps live: {PROGRAM} inventory PATH... --save {{0}}"
 ACCEPT = f"What you know to be switched elsewhere, a file or a whole folder: {PROGRAM} cutover --accept PATH"
@@ -72,7 +75,7 @@ def cutover(record: Path | None, accept: tuple[str, ...], watch: str | None, as_
         sys.exit(_watch(path, duration_s(watch)))
     known, key = _record(record or record_path(ledger), accept), load(policies).key
     with connect.reading(path) as db:
-        tokens, coming = token_usage.arrivals(db, now=now), token_usage.stragglers(db)
+        tokens, coming, calendar = token_usage.arrivals(db, now=now), token_usage.stragglers(db), zone(db)
     files = [_as_it_is(each) for each in dict.fromkeys(consumer["path"] for consumer in known["consumers"])]
     reasons = unseen(tokens) + unaccounted(files, tokens, [each["path"] for each in known.get("accepted", ())])
     if not any(token.calls > token.refused for token in tokens):
@@ -81,7 +84,7 @@ def cutover(record: Path | None, accept: tuple[str, ...], watch: str | None, as_
         document = {"safe": not reasons, "reasons": [asdict(each) for each in reasons], "stragglers": [asdict(each) for each in coming]}
         click.echo(json.dumps({**document, "tokens": [asdict(token) for token in tokens]}, indent=2))
     else:
-        click.echo("\n\n".join([_table(tokens), _consumers(known["made_at"], files, coming), _verdict(reasons, key)]))
+        click.echo("\n\n".join([_table(tokens, calendar), _consumers(known["made_at"], files, coming, calendar), _verdict(reasons, key)]))
     sys.exit(PROBLEM if reasons else FINE)
 
 
@@ -100,7 +103,7 @@ def _record(path: Path, accept: Sequence[str]) -> dict[str, Any]:
         for each in paths:
             if not any(is_in(consumer["path"], each) for consumer in known["consumers"]):
                 stop(f"The inventory has no consumer at {shown_path(each)}, so there is nothing to accept.")
-        by = {"who": getpass.getuser(), "at": day(time.time())}
+        by = {"who": getpass.getuser(), "at": shown(time.time(), UTC)}
         known["accepted"] = [*known.get("accepted", ()), *({"path": each, **by} for each in paths)]
         write_privately(path, json.dumps(known, indent=1) + "\n")
     return dict(known)
@@ -115,27 +118,27 @@ def _as_it_is(path: str) -> FileToday:
         return FileToday(path, problem=f"cannot be read now ({error.strerror})")
 
 
-def _table(tokens: Sequence[Arrival]) -> str:
+def _table(tokens: Sequence[Arrival], calendar: tzinfo) -> str:
+    def when(at: float | None) -> str:
+        return "never" if at is None else shown(at, calendar)
+
     rows = [
-        (token.app, f"{token.token_id} {token.label}".strip(), f"{token.calls:,}", _when(token.first_at), _when(token.last_at))
+        (token.app, f"{token.token_id} {token.label}".strip(), f"{token.calls:,}", when(token.first_at), when(token.last_at))
         for token in tokens
         if token.state == "in force"
     ]
     if not rows:
         return f"No token is in force: {PROGRAM} token issue APP"
-    return tabulate(rows, headers=("app", "token", "calls", "first seen (UTC)", "last seen (UTC)"), disable_numparse=True)
+    return table(rows, ("app", "token", "calls", "first seen", "last seen"), right=("calls",))
 
 
-def _consumers(made_at: str, files: Sequence[FileToday], coming: Sequence[Straggler]) -> str:
+def _consumers(made_at: str, files: Sequence[FileToday], coming: Sequence[Straggler], calendar: tzinfo) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in tally(files).items()) or "none"
-    lines = [f"Consumers of the inventory of {made_at[:16].replace('T', ' ')}, as they are now: {counts}."]
+    lines = [f"Consumers of the inventory of {shown(datetime.fromisoformat(made_at).timestamp(), calendar)}, as they are now: {counts}."]
     for each in coming:
-        lines.append(f"App {each.app} comes through {PROGRAM} local (last {day(each.last_at)}): change its code, and it needs no proxy.")
+        last = shown(each.last_at, calendar)
+        lines.append(f"App {each.app} comes through {PROGRAM} local (last {last}): change its code, and it needs no proxy.")
     return "\n".join(lines)
-
-
-def _when(at: float | None) -> str:
-    return "never" if at is None else day(at)
 
 
 def _verdict(reasons: Sequence[OpenReason], key: Source) -> str:
@@ -167,10 +170,10 @@ def _watch(path: Path | ServerAddress, for_s: float) -> int:
     told = 0
     while True:
         with connect.reading(path) as db:
-            seen = token_usage.passed(db, since=started)
+            seen, calendar = token_usage.passed(db, since=started), zone(db)
         if seen.unauthorised > told and seen.last_unauthorised_at is not None:
             told = seen.unauthorised
-            at = day(seen.last_unauthorised_at)
+            at = shown(seen.last_unauthorised_at, calendar)
             click.echo(f"{at} the provider answered 401 ({told} times since the watch began): is the new key in place?")
         if monotonic_s() >= ends_monotonic_s:
             break

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import click
-from tabulate import tabulate
 
 from gateway_addon.cli.common import ledger_option, record_path, shown_path, status, write_privately
 from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding.inventory import Consumer, Inventory, Skip, document, inspect, read, shared_keys
 from gateway_addon.onboarding.inventory.tree import REASONS
+from gateway_addon.operations.tables import table
 
 BESIDE = "(beside the ledger)"
 _PROGRESS_S = 0.2
@@ -76,7 +76,7 @@ def _table(found: Inventory) -> str:
     parts = []
     if found.consumers:
         rows = [(_place(c), c.kind, ", ".join(c.keys) or _names(c), c.state, c.switch.replace(_ISSUE, "")) for c in found.consumers]
-        parts.append(tabulate(rows, headers=("place", "kind", "key", "state", f"how to switch it: {_ISSUE}..."), disable_numparse=True))
+        parts.append(table(rows, ("place", "kind", "key", "state", f"how to switch it: {_ISSUE}...")))
     states = Counter(consumer.state for consumer in found.consumers)
     tally = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
     parts.append(f"{len(found.consumers)} consumers in {found.files:,} files: {tally}.")

@@ -7,7 +7,6 @@ from itertools import groupby
 from pathlib import Path
 
 import click
-from tabulate import tabulate
 
 from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
 from gateway_addon.cli.report import csv_text
@@ -18,6 +17,7 @@ from gateway_addon.ledger.reports.invoice import invoice as invoice_lines
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import dollars
 from gateway_addon.names import PROGRAM, safe_name
+from gateway_addon.operations.tables import table
 from gateway_addon.windows import next_start, starts
 
 HEADINGS = ("model", "input", "output", "cache read", "cache write", "searches", "charge")
@@ -73,9 +73,8 @@ def _written(lines: list[InvoiceLine], since: float, calendar: tzinfo) -> str:
     parts = [title]
     for app, group in groupby(lines, key=lambda each: each.app):
         own = list(group)
-        rows = [_cells(each) for each in own] + [[""] * len(HEADINGS)]
-        rows.append([f"{app} in all", *[""] * 5, dollars(sum(each.spent_nano for each in own))])
-        parts.append(f"{app}\n{tabulate(rows, headers=HEADINGS, disable_numparse=True, colalign=('left', *['right'] * 6))}")
+        rows = [*map(_cells, own), [f"{app} in all", *[""] * 5, dollars(sum(each.spent_nano for each in own))]]
+        parts.append(f"{app}\n{table(rows, HEADINGS, right=HEADINGS[1:], drop_empty=HEADINGS[1:-1], has_total=True)}")
     parts.append(f"All apps: {dollars(sum(each.spent_nano for each in lines))}")
     return "\n\n".join(parts)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from gateway_addon.cli.common import policies_option, says_errors
 from gateway_addon.names import PROGRAM
+from gateway_addon.operations.tables import table
 from gateway_addon.policy import PolicyError, load_prices
 from gateway_addon.pricing import PriceRow, Prices, Rates, Retirement
 
@@ -26,23 +26,23 @@ _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since",
 @says_errors(PolicyError)
 def prices(at: datetime | None, retired: bool, as_json: bool, policies: Path) -> None:
     """Print the prices in force: dollars per million tokens, with your own rows and multiplier (prices.yaml, beside gateway.yaml)."""
-    table = load_prices(policies)
+    found = load_prices(policies)
     day = at.replace(tzinfo=UTC).timestamp() if at else time.time()
-    rows = [row for model in table.models() if (row := table.row(model, day)) and (retired or not _gone(row, day))]
-    click.echo(json.dumps(_document(table, rows, day), indent=2) if as_json else _text(table, rows, day))
+    rows = [row for model in found.models() if (row := found.row(model, day)) and (retired or not _gone(row, day))]
+    click.echo(json.dumps(_document(found, rows, day), indent=2) if as_json else _text(found, rows, day))
 
 
-def _text(table: Prices, rows: list[PriceRow], day: float) -> str:
+def _text(found: Prices, rows: list[PriceRow], day: float) -> str:
     lines = []
     for row in rows:
         lines.append((row.model, *_dollars(row.rates.times(row.multiplier)).values(), row.since or "", _also(row, day)))
         if row.long_prompt:
             over = f"  prompt > {row.long_prompt.above_tokens:,}"
             lines.append((over, *_dollars(row.long_prompt.rates.times(row.multiplier)).values(), row.since or "", "the whole request"))
-    grid = tabulate(lines, _COLUMNS, disable_numparse=True, colalign=("left", *["right"] * 5, "left", "left"))
+    grid = table(lines, _COLUMNS, right=_COLUMNS[1:6])
     some = rows[0]
     return (
-        f"{grid}\n\n$ per million tokens on {_day(day)} (table checked {table.checked}). Modifiers: batch x{float(some.batch):g}, "
+        f"{grid}\n\n$ per million tokens on {_day(day)} (table checked {found.checked}). Modifiers: batch x{float(some.batch):g}, "
         f"inference_geo us x{float(some.geo_us):g}; web search ${_exact(some.web_search_nano * some.multiplier / 1_000_000)} per 1,000."
         + (f" All include your multiplier of {_exact(some.multiplier)}." if some.multiplier != 1 else "")
     )

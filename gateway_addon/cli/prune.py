@@ -14,14 +14,14 @@ from gateway_addon.ledger.maintenance import prune as ledger_prune
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.names import PROGRAM
-from gateway_addon.windows import starts
+from gateway_addon.windows import shown, starts
 
 CALLS_MAX = 1000
 PAUSE_S = 0.02  # how long a gateway may be kept waiting: the next transaction is made as large as this allows
 
 
 @click.command(epilog=f"Example: {PROGRAM} prune --before 400d")
-@click.option("--before", metavar="WHEN", required=True, help="A date (2026-12-01, UTC) or a while ago (400d), before this week and month.")
+@click.option("--before", metavar="WHEN", required=True, help=f"{times.WHEN}, before this week and month.")
 @click.option("--dry-run", is_flag=True, help="Say what would go, change nothing.")
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError)
@@ -33,9 +33,10 @@ def prune(before: str, dry_run: bool, ledger: str) -> None:
     """
     path, now = sqlite_files.ledger_path(ledger), time.time()
     with connect.reading(path) as db:
-        until = starts(times.since(before, now), zone(db)).day
+        calendar = zone(db)
+        until = starts(times.since(before, now, calendar), calendar).day
         found = ledger_prune.prunable(db, until)
-    what = f"{found.calls:,} calls before {times.day(until)}"
+    what = f"{found.calls:,} calls before {shown(until, calendar)}"
     if dry_run:
         click.echo(f"{what} would become daily sums; {found.kept_open:,} without an end would stay.")
         return

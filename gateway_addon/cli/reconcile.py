@@ -8,16 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import tzinfo
 from pathlib import Path
 
 import click
-from tabulate import tabulate
 
+from gateway_addon.cli import times
 from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, status, stop
-from gateway_addon.cli.times import duration_s, moment
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin, connect
 from gateway_addon.ledger.reports import provider_comparison
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
+from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
 from gateway_addon.names import PROGRAM
@@ -33,6 +34,7 @@ from gateway_addon.operations.reconcile import (
     worth_nano,
     written,
 )
+from gateway_addon.operations.tables import table
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
@@ -56,7 +58,7 @@ class BothSides:
 
 
 @click.command(epilog=f"Example: {PROGRAM} reconcile --since 2026-11-01 --adjust")
-@click.option("--since", required=True, metavar="DATE", help="The first day (2026-11-01, UTC), or how long ago (7d).")
+@click.option("--since", required=True, metavar="DATE", help="The first day, in the gateway's zone (2026-11-01), or how long ago (7d).")
 @click.option("--until", metavar="DATE", help="The day to stop before; default: with today.")
 @click.option("--workspace", "workspaces", multiple=True, metavar="ID", help="Only this workspace of the organisation (wrkspc_...).")
 @click.option("--adjust", is_flag=True, help="Take off estimated calls what the provider's report proves was never spent.")
@@ -73,8 +75,10 @@ def reconcile(
     minutes late, so today's lines may still grow; the provider is asked at most once a minute.
     """
     now, policy, path = time.time(), load(policies), ledger_path(ledger)
-    start = _day_start(since, now, ago=True)
-    end = _day_start(until, now, ago=False) if until else None
+    with connect.reading(path) as db:
+        calendar = zone(db)
+    start = _day_start(since, now, calendar, ago=True)
+    end = _day_start(until, now, calendar, ago=False) if until else None
     if start >= (end or now):
         stop("The period has no day in it: --since lies before --until, and before now.")
     found = _both_sides(path, policy, start, end, workspaces, now)
@@ -94,11 +98,9 @@ def reconcile(
     sys.exit(PROBLEM if past else FINE)
 
 
-def _day_start(text: str, now: float, *, ago: bool) -> int:
-    try:
-        at = now - duration_s(text) if ago else moment(text, now)
-    except ValueError:
-        at = moment(text, now)
+def _day_start(text: str, now: float, calendar: tzinfo, *, ago: bool) -> int:
+    """Return the first moment of the provider's day, one of UTC, that holds a date's first moment."""
+    at = times.since(text, now, calendar) if ago else times.moment(text, now, calendar)
     return int(at) // DAY_S * DAY_S
 
 
@@ -170,10 +172,10 @@ def _text(lines: Sequence[ReconcileLine], found: BothSides, said: Sequence[str])
         (written(line.day), line.model, line.kind.replace("_", " "), f"{line.provider:,}", f"{line.gateway:,}", _percent([line]))
         for line in lines
     ]
-    headings, align = ("day (UTC)", "model", "kind", "provider", "gateway", "agreement"), ("left",) * 3 + ("right",) * 3
+    headings = ("day (UTC)", "model", "kind", "provider", "gateway", "agreement")
     provider_nano, gateway_nano = _money(found)
     parts = [
-        tabulate(rows, headers=headings, disable_numparse=True, colalign=align),
+        table(rows, headings, right=headings[3:]),
         f"Agreement: {_percent(lines)}. The provider charges {cents(provider_nano)}, the gateway booked {cents(gateway_nano)}.",
         *said,
     ]

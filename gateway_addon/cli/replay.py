@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from gateway_addon import windows
 from gateway_addon.cli import times
@@ -20,6 +19,7 @@ from gateway_addon.money import cents
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations import policy_replay as room
 from gateway_addon.operations.policy_replay import ReplayVerdict, Tally
+from gateway_addon.operations.tables import table
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 
@@ -36,7 +36,7 @@ NOT_JUDGED = "Not judged, because the ledger keeps no bodies: features, betas, t
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of the new policy files.",
 )
-@click.option("--since", metavar="WHEN", help="A date (2026-12-01, UTC) or a while ago (7d, 12h); default: this calendar month.")
+@click.option("--since", metavar="WHEN", help=f"{times.WHEN}; default: this month.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (amounts in nano-dollars).")
 @ledger_option
 @says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError)
@@ -47,12 +47,13 @@ def replay(folder: Path, since: str | None, as_json: bool, ledger: str) -> None:
     """
     policy, now = load(folder), time.time()
     with connect.reading(sqlite_files.ledger_path(ledger)) as db:
-        start = times.since(since, now) if since else windows.starts(now, reservations.zone(db)).month
+        calendar = reservations.zone(db)
+        start = times.since(since, now, calendar) if since else windows.starts(now, calendar).month
         apps, reasons = room.tallied(_with_progress(room.replay(recorded(db, since=start, until=now), policy)))
     if as_json:
         click.echo(json.dumps(_document(apps, reasons), indent=2))
     else:
-        click.echo(_text(apps, reasons))
+        click.echo(f"{windows.shown(start, calendar)} to {windows.shown(now, calendar)}\n\n{_text(apps, reasons)}")
 
 
 def _with_progress(verdicts: Iterable[ReplayVerdict]) -> Iterator[ReplayVerdict]:
@@ -78,13 +79,11 @@ def _text(apps: dict[str, Tally], reasons: dict[tuple[str, str], Tally]) -> str:
     total = Tally(*(sum(getattr(each, name) for each in apps.values()) for name in ("calls", "refused", "saved_nano", "let_in")))
     rows.append(("total", total.calls, total.refused, cents(total.saved_nano), total.let_in))
     numbers = [(app, f"{calls:,}", f"{refused:,}", saved, f"{let_in:,}") for app, calls, refused, saved, let_in in rows]
-    table = tabulate(
-        numbers, headers=("app", "calls", "refused now", "saved", "let in now"), colalign=("left", *("right",) * 4), disable_numparse=True
-    )  # fmt: skip
+    headings = ("app", "calls", "refused now", "saved", "let in now")
     dearest = sorted(reasons.items(), key=lambda item: (-item[1].saved_nano, -item[1].refused, item[0]))
     why = [f"  {_calls(each.refused)} of {app}, {cents(each.saved_nano)}: {reason}" for (app, reason), each in dearest]
     refused = ["Refused, because:", *why] if why else ["Every call that was let through would be let through again."]
-    return "\n".join([table, "", *refused, NOT_JUDGED])
+    return "\n".join([table(numbers, headings, right=headings[1:]), "", *refused, NOT_JUDGED])
 
 
 def _calls(count: int) -> str:

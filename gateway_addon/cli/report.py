@@ -18,7 +18,6 @@ from gateway_addon import windows
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.cli.scopes import must_know, scope_of
-from gateway_addon.cli.tables import table
 from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservations
 from gateway_addon.ledger.reports import daily_totals, spending
 from gateway_addon.ledger.reports.day_cache import ReadConnection
@@ -28,7 +27,9 @@ from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.types import TOTAL
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, safe_name
+from gateway_addon.operations.tables import table
 from gateway_addon.policy import Outline, outline
+from gateway_addon.windows import shown
 
 _HEADINGS = ("calls", "spent", "forecast", "held", "mean", "cache hits", "out/max", "refused", "change")
 _SPARE = ("out/max", "cache hits", "mean", "change", "refused", "held", "forecast")
@@ -50,9 +51,9 @@ CHANGE_MAX = 10
 @click.option(
     "--since",
     metavar="WHEN",
-    help="From a date's first moment in the gateway's zone (2026-12-01), or a while ago (7d, 12h); default: this month.",
+    help=f"From here on. {times.WHEN}; default: this month.",
 )
-@click.option("--until", metavar="WHEN", help="Up to a date's first moment, or a while ago; default: now.")
+@click.option("--until", metavar="WHEN", help="Up to there, said in the same way; default: now.")
 @click.option("--last", type=click.Choice(("day", "week", "month")), help="The last one that is over, in place of --since and --until.")
 @click.option("--app", help="Calls of this app alone.")
 @click.option("--team", help="Calls of this team's apps alone.")
@@ -137,7 +138,7 @@ def _period(since: str | None, until: str | None, last: str | None, now: float, 
     ends = times.since(until, now, calendar) if until else now
     begins = times.since(since, now, calendar) if since else windows.starts(min(now, ends - 1), calendar).month
     if begins >= ends:
-        raise ValueError(f"the period runs backwards: it begins {times.shown(begins, calendar)} and ends {times.shown(ends, calendar)}")
+        raise ValueError(f"the period runs backwards: it begins {shown(begins, calendar)} and ends {shown(ends, calendar)}")
     return begins, ends
 
 
@@ -179,7 +180,7 @@ def _show(found: Report, coming: Coming, drifts: list[DriftLine], calendar: tzin
     elif as_csv:
         click.echo(csv_text([_with_dollars(_figures(line, found.before, coming)) for line in found.lines]), nl=False)
     else:
-        click.echo(f"{times.shown(found.since, calendar)} to {times.shown(found.until, calendar)}\n\n{_table(found, coming)}")
+        click.echo(f"{shown(found.since, calendar)} to {shown(found.until, calendar)}\n\n{_table(found, coming)}")
         if found.lines and coming:
             click.echo("\n" + "\n".join(_forecast_sentences(coming)))
         if found.refusals:
@@ -205,7 +206,7 @@ def _forecast_sentences(coming: Coming) -> list[str]:
 
 
 def _drift(found: DriftLine, calendar: tzinfo) -> tuple[str, ...]:
-    first, last = times.shown(found.first_at, calendar), times.shown(found.last_at, calendar)
+    first, last = shown(found.first_at, calendar), shown(found.last_at, calendar)
     return found.app, found.asked, found.served, f"{found.calls:,}", first, last
 
 
@@ -294,12 +295,12 @@ def csv_text(rows: list[dict[str, object]]) -> str:
 def _sentences(found: Notable | None, since: float, calendar: tzinfo) -> str:
     """Return the sentences of what needs attention first."""
     if found is None:
-        return f"Nothing was spent since {times.shown(since, calendar)}."
+        return f"Nothing was spent since {shown(since, calendar)}."
     line, rest = found.line, found.rest
     spent_nano = line.spent_nano + rest.spent_nano
     asked = f" with max_tokens {found.asked_tokens:,}" if found.asked_tokens else ""
     text = f"{found.app} on {found.model}{asked} costs most: {dollars(line.spent_nano)} of {dollars(spent_nano)} " + (
-        f"({line.spent_nano / spent_nano:.0%}) in {line.calls:,} call{'s' * (line.calls != 1)} since {times.shown(since, calendar)}."
+        f"({line.spent_nano / spent_nano:.0%}) in {line.calls:,} call{'s' * (line.calls != 1)} since {shown(since, calendar)}."
     )
     return " ".join([text, *_reasons(line, rest)])
 
@@ -331,13 +332,13 @@ def _show_alerts(found: list[dict[str, object]], calendar: tzinfo, as_json: bool
     elif not found:
         click.echo("No alerts.")
     else:
-        rows = [(times.shown(cast(float, each["at"]), calendar), each["sentence"], _told(each, calendar)) for each in found]
+        rows = [(shown(cast(float, each["at"]), calendar), each["sentence"], _told(each, calendar)) for each in found]
         click.echo(table(rows, ("when", "what", "sent")))
 
 
 def _told(alert: dict[str, object], calendar: tzinfo) -> str:
     if alert["delivered_at"] is not None:
-        return times.shown(cast(float, alert["delivered_at"]), calendar)
+        return shown(cast(float, alert["delivered_at"]), calendar)
     if alert["try_at"] is not None:
         return f"not yet ({alert['tries']} tries)"
     return f"failed ({alert['tries']} tries)" if alert["tries"] else "log only"

@@ -1,7 +1,12 @@
 """Times as people write and read them on a command line: in the gateway's zone, which each printed time names."""
 
 import re
-from datetime import UTC, datetime, tzinfo
+from datetime import datetime, tzinfo
+
+from gateway_addon.windows import shown
+
+WHEN = "A date's first moment in the gateway's zone (2026-12-01), or a while ago (7d, 12h)"
+"""The help of an option whose value `since` reads."""
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -14,7 +19,7 @@ def duration_s(text: str) -> float:
     return int(match[1]) * _UNITS_S[match[2]]
 
 
-def moment(text: str, now: float, zone: tzinfo = UTC) -> float:
+def moment(text: str, now: float, zone: tzinfo) -> float:
     """Unix seconds of a date (`2026-12-01`, its first instant in the zone), a time (`2026-12-01T18:00`), or a duration from now.
 
     Raises ValueError for anything else.
@@ -49,20 +54,9 @@ def _refuse(text: str, today: str, meant: str) -> float:
     raise ValueError(f"{text} is past, so it would have no effect (it is {today}); did you mean {meant}?")
 
 
-def since(text: str, now: float, zone: tzinfo = UTC) -> float:
+def since(text: str, now: float, zone: tzinfo) -> float:
     """Unix seconds of a date, or of a while ago (`7d`). Raises ValueError for anything else."""
     try:
         return now - duration_s(text)
     except ValueError:
         return moment(text, now, zone)
-
-
-def shown(at: float, zone: tzinfo) -> str:
-    """A time to the minute with its zone: `2026-12-01 09:30 CET`."""
-    there = datetime.fromtimestamp(at, zone)
-    name = there.tzname() or "UTC"
-    return f"{there:%Y-%m-%d %H:%M} {'UTC' * name.startswith(('+', '-'))}{name}"
-
-
-def day(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import click
-from tabulate import tabulate
 
 from gateway_addon.cli.common import (
     PROBLEM,
@@ -25,7 +24,7 @@ from gateway_addon.cli.common import (
 )
 from gateway_addon.cli.labels import label_option
 from gateway_addon.cli.scopes import must_know
-from gateway_addon.cli.times import duration_s, shown
+from gateway_addon.cli.times import duration_s
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Token, admin, connect
 from gateway_addon.ledger.reservations import zone
@@ -34,8 +33,10 @@ from gateway_addon.ledger.types import Labels
 from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding import snippets, workload_forms
 from gateway_addon.onboarding.workload_forms import WORKLOAD_FORMS, WORKLOAD_KINDS
+from gateway_addon.operations.tables import table
 from gateway_addon.policy import Outline, PolicyError, outline
 from gateway_addon.pricing import PriceError
+from gateway_addon.windows import shown
 
 FOR = click.option("--for", "kind", type=click.Choice(snippets.KINDS), help="Also print the lines to paste, in this form.")
 FOR_ANY = click.option(
@@ -154,7 +155,7 @@ def revoke(app: str, token_id: int | None, everything: bool, as_json: bool, poli
 def show_forms(kind: str | None, app: str, policies: Path, listen: tuple[str, int]) -> None:
     """List the forms of --for, or print the lines of one, without a token: nothing is issued."""
     if kind is None:
-        click.echo(tabulate([(each, snippets.where(each, app=app)) for each in snippets.KINDS], tablefmt="plain", maxcolwidths=[None, 100]))
+        click.echo(table([(each, snippets.where(each, app=app)) for each in snippets.KINDS]))
         return
     base_url = _address(outline(policies), listen)
     click.echo(f"{snippets.where(kind, app=app)}\n", err=True)
@@ -183,8 +184,8 @@ def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path
             "No token in force has been idle for so long." if idle is not None else f"No tokens yet: {PROGRAM} token issue {app or 'APP'}"
         )
     else:
-        table = [{name: _cell(value, calendar) for name, value in row.items()} for row in rows]
-        click.echo(tabulate([row | {"last used": row["last used"] or "never"} for row in table], headers="keys"))
+        cells = [[_cell(value, calendar) for value in (row | {"last used": row["last used"] or "never"}).values()] for row in rows]
+        click.echo(table(cells, list(rows[0])))
 
 
 def _with_policy(app: str, policies: Path) -> Outline:

@@ -8,7 +8,6 @@ are judged by these rows.
 import difflib
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -18,7 +17,7 @@ from gateway_addon.ledger.store import balances, sqlite_files
 from gateway_addon.ledger.types import TOTAL, Labels, Limit, Raise, Token, app_scope, labels_text
 from gateway_addon.money import AMOUNT_NANO_MAX, dollars
 from gateway_addon.names import PROGRAM
-from gateway_addon.windows import next_start, starts
+from gateway_addon.windows import next_start, shown, starts
 
 ADJUST = "INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES ($1, $2, 'adjust', $3, $4)"
 EVER_CALLED = "SELECT 1 FROM tokens WHERE app = $1 AND last_used_at IS NOT NULL"  # by refused calls too, of which no balance tells
@@ -326,9 +325,9 @@ def _move_windows(db: Connection, zone: ZoneInfo) -> None:
 
 
 def _pruned_until(db: Connection, call_id: int) -> str | None:
-    """Return the day before which calls were pruned, if this call may have been one of them."""
+    """Return the time before which calls were pruned, if this call may have been one of them."""
     rows = db.execute("SELECT value FROM settings WHERE name = $1 AND $2 < (SELECT max(id) FROM calls)", (PRUNED, call_id)).fetchall()
-    return datetime.fromtimestamp(float(rows[0][0]), UTC).strftime("%Y-%m-%d") if rows else None
+    return shown(float(rows[0][0]), reservations.zone(db)) if rows else None
 
 
 def _lift(db: Connection, scope: str, window: str) -> Limit | None:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
-
 from gateway_addon.calls.authentication import Rejected, judge_caller
 from gateway_addon.calls.judging import judge_request
 from gateway_addon.calls.planning import fits_request_cap, judge_plan, plan
@@ -38,6 +36,7 @@ from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.messages import request as reading
 from gateway_addon.messages.request import ParsedRequest, Request, is_fast
 from gateway_addon.money import dollars
+from gateway_addon.operations.tables import table
 from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, RuleVerdict, caps, trail
 from gateway_addon.pricing import retired
 from gateway_addon.refusals import Refusal
@@ -120,7 +119,7 @@ def _judge_money(
     verdict = judge_plan(asked, known.facts, bound.input_tokens, now)
 
     def said(denial: Denied) -> Refusal:
-        return denied(denial, app, bound, verdict.option)
+        return denied(denial, app, bound, verdict.option, policy.zone)
 
     refused = None if verdict.denied is None else said(verdict.denied)
     waits_s = 0.0 if verdict.denied is None else wait_s(verdict.denied, app.rates.wait_s)
@@ -193,19 +192,19 @@ def _cap(
 def written(explanation: dict[str, Any]) -> str:
     """The explanation for people: rules, quote, caps, verdict."""
     rules = [("no" if rule["code"] else "ok", rule["rule"], rule["sentence"]) for rule in explanation["rules"]]
-    lines = [tabulate(rules, tablefmt="plain")]
+    lines = [table(rules)]
     if explanation["rewritten"]:
         lines.append("rewritten by the policy: " + ", ".join(f"{name} = {value}" for name, value in explanation["rewritten"].items()))
     if explanation["quote"]:
         parts = [(p["name"], f"{p['tokens']:,}", p["rate"], dollars(p["nano"])) for p in explanation["quote"]["parts"]]
         parts.append(("at most", "", "", explanation["quote"]["total"]))
-        lines += ["", tabulate(parts, headers=("quote", "tokens", "price", "worst case"), colalign=("left", "right", "left", "right"))]
+        lines += ["", table(parts, ("quote", "tokens", "price", "worst case"), right=("tokens", "worst case"))]
         if explanation["quote"]["held_at_first"]:
             lines.append(f"held in steps: {explanation['quote']['held_at_first']} to begin with")
         lines.append("prices: " + ", ".join(explanation["quote"]["price_rows"]))
     if explanation["caps"]:
         rows = [[cap[name] for name in ("cap", "amount", "spent", "held")] + [_fits(cap)] for cap in explanation["caps"]]
-        lines += ["", tabulate(rows, headers=("cap", "amount", "spent", "held", "this call"))]
+        lines += ["", table(rows, ("cap", "amount", "spent", "held", "this call"), right=("amount", "spent", "held"))]
     refused = explanation["refused"]
     lines += ["", *(f"observed, so let pass and recorded: {each['code']}: {each['sentence']}" for each in explanation["observed"])]
     lines += [f"taken for granted: {each}" for each in explanation["assumed"]]

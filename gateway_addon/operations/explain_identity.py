@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
 from gateway_addon.calls.refusal_messages import in_force
 from gateway_addon.identity import workloads
 from gateway_addon.identity.assertion import Assertion
@@ -18,6 +16,7 @@ from gateway_addon.identity.key_cache import KeysUnavailable
 from gateway_addon.identity.trust import AppRule, Issuer, Trust
 from gateway_addon.identity.workloads import Workload
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect, state
+from gateway_addon.operations.tables import table
 from gateway_addon.refusals import Refusal
 
 if TYPE_CHECKING:
@@ -108,12 +107,12 @@ def _time(at: float) -> str:
 def written(explanation: dict[str, Any]) -> str:
     """Return the explanation for people: checks, claims, rules, verdict."""
     checks = [("no" if each["code"] else "ok", each["check"], each["sentence"]) for each in explanation["checks"]]
-    lines = [tabulate(checks, tablefmt="plain")]
+    lines = [table(checks)]
     if explanation["claims"]:
         claims = [(name, workloads.shown(value)) for name, value in explanation["claims"].items()]
-        lines += ["", tabulate(claims, headers=("claim", "value"))]
+        lines += ["", table(claims, ("claim", "value"))]
         rules = [(each["app"], each["rule"], each["mismatch"] or "matches") for each in explanation["rules"]]
-        lines += ["", tabulate(rules, headers=("app", "rule", "")) if rules else "no app has a rule for this issuer (workloads)"]
+        lines += ["", table(rules, ("app", "rule", "verdict")) if rules else "no app has a rule for this issuer (workloads)"]
     lines += ["", *(f"taken for granted: {each}" for each in explanation["assumed"])]
     refused = explanation["refused"]
     lines.append(f"refused: {refused['code']}: {refused['sentence']}" if refused else f"let in as app {explanation['app']}")

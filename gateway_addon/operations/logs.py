@@ -76,7 +76,7 @@ def call_line(call: CallRecord) -> None:
 def say_plainly(key: Callable[[], str], level: int = logging.INFO, *, as_json: bool = False) -> None:
     """Log to stderr, masked: the gateway's own lines from `level` on, of the proxy's only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S %Z"))
     root = logging.getLogger()
     root.handlers = [handler for handler in root.handlers if type(handler).__module__.startswith("mitmproxy")]
     root.addHandler(handler)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from types import MappingProxyType
 from typing import Literal, NamedTuple
+from zoneinfo import ZoneInfo
 
 from gateway_addon.identity.trust import Trust, WorkloadRule
 from gateway_addon.pricing import Prices
@@ -199,6 +200,11 @@ class GatewayPolicy:
     """SHA-256 over the files' names and bytes and the prices' digest."""
     texts: Mapping[str, str]
     """The files as they were read, by their path in the folder: what an audit compares. They name secrets' places, never secrets."""
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """Return the zone in which days begin and times are written."""
+        return ZoneInfo(self.timezone)
 
     @property
     def secret_variables(self) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """The bad night's commands: each can be listed and taken back, works beside a broken file, and refuses what would have no effect."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -13,14 +14,15 @@ from ledgers import CALL, Cap, spend
 
 from gateway_addon.calls.responses import me
 from gateway_addon.cli import main
-from gateway_addon.ledger import Reserved, admin, connect, reservations
+from gateway_addon.ledger import Alert, Reserved, admin, connect, reservations, state
 from gateway_addon.ledger.reports.forecast import forecasts
 from gateway_addon.ledger.store import sqlite_files
+from gateway_addon.operations import tables
 from gateway_addon.policy import caps, load
 
 DOLLAR = 1_000_000_000
 REPORTS = "models: {allow: [claude-haiku-4-5]}\nteam: batch\ncaps: {request: $1, day: $10}\n"
-GENERAL = "\ncaps: {day: $40}\nteams: {batch: {caps: {day: $20}}}\n"
+GENERAL = "\ntimezone: Europe/Berlin\ncaps: {day: $40}\nteams: {batch: {caps: {day: $20}}}\n"
 
 
 @pytest.fixture
@@ -236,3 +238,43 @@ def test_report_app_show_and_me_tell_one_forecast(here):
     young = "No forecast yet for app: it takes 3 days that are over since the first call."
     assert young in gateway("report").output
     assert "forecast" not in gateway("report --since 30d").output, "of a period that ends now, not with the month"
+
+
+TABLES = [
+    "check", "cap list", "app list", "app show reports", "token list", "token forms", "audit", "report", "report --by app,model", "report --alerts", "invoice --month",
+    "prices", "inventory .", "explain request.json --app reports", "replay --policy policies", "cutover", "check --changes 3",
+]  # fmt: skip
+
+
+def test_tables_fit_sixty_columns_and_times_say_the_zone(here, monkeypatch):
+    """Prose may be longer than a line; what is in columns may not. The ledger's zone is Berlin's, whatever the machine's."""
+    monkeypatch.setattr(tables, "columns", lambda: 60)
+    (here / "request.json").write_text('{"model": "claude-haiku-4-5", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}')
+    (here / "app.py").write_text("import anthropic\nclient = anthropic.Anthropic(api_key='sk-ant-api03-a-key-that-is-in-the-code-of-an-app')\n")
+    now = time.time()
+    with connect.changing(here / "gateway.db") as db:
+        spend(db, now, 3 * DOLLAR)
+        state.alert_once(db, Alert("threshold", "total", "x", "all apps together spent " + "much " * 20, {}), False, now)
+        admin.keep_policy(db, "a" * 64, {"gateway.yaml": "caps: {}"}, who="test", now=now)
+    for line in ("inventory . --save", "cap raise reports day 5 --until 12h --why " + "long-" * 20, "cap limit reports day 1", "pause app --until 12h --why loop"):
+        assert gateway(line).exit_code == 0, line
+    month = datetime.fromtimestamp(now, reservations.ZoneInfo("Europe/Berlin")).strftime(" %Y-%m")
+    for line in TABLES:
+        done = gateway(line + month * (line == "invoice --month"))
+        assert done.exception is None or isinstance(done.exception, SystemExit), (line, done.output)
+        assert done.exit_code == (1 if line.startswith(("cutover", "explain")) else 0), (line, done.output)
+        assert [row for row in done.output.splitlines() if len(row) > 60 and "  " in row.strip() and not row.startswith("  ")] == [], line
+    monkeypatch.setattr(tables, "columns", lambda: 0)
+    for line in TABLES:
+        whole = gateway(line + month * (line == "invoice --month")).output
+        assert re.findall(r"\d{4}-\d\d-\d\d \d\d:\d\d(?! CES?T\b)", whole) == [], (line, whole)
+
+
+def test_a_date_is_the_zones_wherever_it_is_read(here):
+    """A pause says the same end in the command and in the refusal; replay and prune begin where Berlin's day does."""
+    ending = re.search(r"until (\S+ \S+ CES?T)", gateway("pause reports --until 8h").output)[1]
+    (here / "request.json").write_text('{"model": "claude-haiku-4-5", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}')
+    assert f"app reports is paused until {ending}." in refused("explain request.json --app reports", 1)
+    assert gateway("replay --policy policies --since 2026-07-01").output.startswith("2026-07-01 00:00 CEST to ")
+    assert "0 calls before 2026-01-09 00:00 CET would" in gateway("prune --before 2026-01-09 --dry-run").output
+    assert "the period runs backwards: it begins 2026-07-02 00:00 CEST" in refused("report --since 2026-07-02 --until 2026-07-01")

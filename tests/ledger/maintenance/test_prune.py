@@ -190,11 +190,11 @@ def run(path, *arguments):
 def test_the_command_prunes_says_so_and_leaves_a_trace(path):
     before = figures(path)
     code, said = run(path, "--before", "2026-01-09", "--dry-run")
-    assert (code, said) == (0, "336 calls before 2026-01-09 00:00 would become daily sums; 1 without an end would stay.\n")
+    assert (code, said) == (0, "336 calls before 2026-01-09 00:00 UTC would become daily sums; 1 without an end would stay.\n")
     assert rows(path, "SELECT count(*) FROM calls WHERE carried IS NOT NULL") == [(0,)]
     code, said = run(path, "--before", "2026-01-09")
     assert code == 0
-    assert re.search(r"336 calls before 2026-01-09 00:00 are \d+ rows now\.", said)
+    assert re.search(r"336 calls before 2026-01-09 00:00 UTC are \d+ rows now\.", said)
     assert [action for (action,) in rows(path, "SELECT action FROM audit WHERE action = 'prune'")] == ["prune"]
     assert figures(path) == before
     assert sound(path)
