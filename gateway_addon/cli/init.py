@@ -10,7 +10,7 @@ import click
 
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, connect
-from gateway_addon.ledger.store.sqlite_files import create, ledger_path
+from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations import deploy
@@ -94,7 +94,7 @@ def init(
     else:
         if isinstance(place, Path):
             place.parent.mkdir(parents=True, exist_ok=True)
-        create(place, load(policies).timezone)
+        connect.create(place, load(policies).timezone)
         click.echo(f"{'wrote' if isinstance(place, Path) else 'ready'}  {place}")
     first = name if wants_app else sorted(load(policies).apps)[0]
     click.echo(f"\nNext: {PROGRAM} token issue {first}   then: {PROGRAM} serve")

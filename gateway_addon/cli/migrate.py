@@ -11,9 +11,8 @@ from typing import Any
 import click
 
 from gateway_addon.cli.common import says_errors
-from gateway_addon.ledger import LedgerUnavailable, ServerAddress
+from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.ledger.store.interface import driver
 from gateway_addon.money import dollars
 from gateway_addon.names import PROGRAM
 
@@ -31,8 +30,9 @@ def migrate(source: str, target: str) -> None:
     as it is, and every command refuses it and names the server. Take a gateway backup first: it is the way back.
     """
     file, server = _ends(source, target)
-    with driver():
-        from gateway_addon.ledger.maintenance import migrate as ledger_migrate
+    connect.at(server)  # says what to install where there is no driver
+    from gateway_addon.ledger.maintenance import migrate as ledger_migrate
+
     click.echo(f"Proving {file}, then moving it ...", err=True)
     with _progress() as emit:
         proof = ledger_migrate.move(file, server, who=getpass.getuser(), now=time.time(), emit=emit)

@@ -15,13 +15,12 @@ from itertools import batched
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, cast
 
-from gateway_addon.ledger import orphans, reservations, state
+from gateway_addon.ledger import connect, orphans, reservations, state
 from gateway_addon.ledger.reports.forecast import Forecast, forecasts
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.commit_queue import CommitQueue
-from gateway_addon.ledger.store.interface import EVERYTHING, Store, driver
-from gateway_addon.ledger.store.sqlite import FileStore
+from gateway_addon.ledger.store.interface import EVERYTHING, Store
 from gateway_addon.ledger.store.writer import Operation
 from gateway_addon.ledger.types import (
     Alert,
@@ -87,8 +86,8 @@ class Ledger:
         """
         path = sqlite_files.ledger_path(url)
         if create:
-            await asyncio.to_thread(sqlite_files.create, path)
-        ledger = cls(path, _store(path, timeout_s), timeout_s)
+            await asyncio.to_thread(connect.create, path)
+        ledger = cls(path, connect.store(path, timeout_s), timeout_s)
         if not ledger._store.near:
             sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         ledger._commit_queue.start()
@@ -380,18 +379,6 @@ class Ledger:
         """Void a reservation that no caller received: its request was never forwarded."""
         if isinstance(answer, Reserved):
             self.void(answer.call_id, Outcome(flags=("abandoned",)), now=time.time())
-
-
-def _store(place: Path | ServerAddress, timeout_s: float) -> Store:
-    """Return the store at this place. Raises LedgerUnavailable."""
-    if isinstance(place, ServerAddress):
-        with driver():
-            from gateway_addon.ledger.store import postgres
-        return postgres.ServerStore(place, timeout_s, sqlite_files.state_folder(place))
-    try:
-        return FileStore(place)
-    except OSError as error:
-        raise sqlite_files.unavailable(place, error) from error
 
 
 def _touched(app: str, caps: Sequence[CapShape]) -> frozenset[str]:

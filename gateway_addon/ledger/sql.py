@@ -35,7 +35,7 @@ class Engine:
     """The type of a column of whole numbers."""
     real: str
     strict: str
-    """The word after a new table that makes it keep to its types."""
+    """The words after a new table with a primary key of its own: it keeps to its types."""
 
 
 class Rows(Protocol):

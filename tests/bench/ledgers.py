@@ -22,7 +22,6 @@ from ledgers import Cap, url
 from postgresql import Postgres, binaries
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, ServerAddress, Settlement, admin, connect
-from gateway_addon.ledger.store import sqlite_files
 
 CALLERS = 32
 GATEWAYS = (1, 2, 4)
@@ -90,7 +89,7 @@ def main(seconds: float, ledger_url: str | None, told: str | None) -> None:
                 for count in GATEWAYS:
                     with tempfile.TemporaryDirectory() as folder:
                         place = Path(folder) / "gateway.db" if engine == "SQLite" else server.ledger() if server else ServerAddress(ledger_url)
-                        sqlite_files.create(place)
+                        connect.create(place)
                         cells.append(measure(place, count, apps, total, seconds))
                 print(f"| {name} | {engine} | {' | '.join(cells)} |", flush=True)
     finally:

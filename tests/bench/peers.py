@@ -16,7 +16,6 @@ from postgresql import Postgres, binaries
 
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import ServerAddress, admin, connect
-from gateway_addon.ledger.store import sqlite_files
 
 PROGRAMS = {"nginx": "nginx", "litellm": "litellm", "official": "claude"}
 """The peers that are not the project's own, by their programs' names."""
@@ -152,7 +151,7 @@ def _policies(folder: Path, place: Path | ServerAddress, upstream: str) -> str:
     (folder / "policies" / "apps").mkdir(parents=True)
     (folder / "policies" / "gateway.yaml").write_text(f"upstream: {upstream}\nkey: {{env: BENCH_KEY}}\n")
     (folder / "policies" / "apps" / "bench.yaml").write_text(APP)
-    sqlite_files.create(place)
+    connect.create(place)
     token = tokens.mint()
     with connect.changing(place) as db:
         admin.issue_token(db, "bench", tokens.digest(token), who="bench", now=time.time())

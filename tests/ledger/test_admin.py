@@ -17,7 +17,7 @@ from sqlite_utils.migrations import Migrations
 from gateway_addon.ledger import Denied, Ledger, Outcome, Pause, Settlement, admin, connect, reservations
 from gateway_addon.ledger.maintenance import backup, invariants
 from gateway_addon.ledger.reports import spending
-from gateway_addon.ledger.store import sqlite_files, sqlite_schema
+from gateway_addon.ledger.store import migrations, sqlite_files, sqlite_schema
 from gateway_addon.money import AMOUNT_NANO_MAX
 from gateway_addon.windows import starts
 
@@ -241,7 +241,7 @@ def test_the_first_reader_or_writer_upgrades_an_older_ledger(tmp_path):
 def older_ledger(path):
     """One as the first version made it, with one call of $0.00000003."""
     first = Migrations("gateway_ledger")
-    first(name="m001_ledger")(sqlite_schema.runner(sqlite_schema.TABLES))
+    first(name="m001_ledger")(migrations.runner(sqlite_schema.TABLES))
     with closing(sqlite_files.FileConnection(sqlite3.connect(path, isolation_level=None))) as db:
         first.apply(Database(db.raw))
         db.execute("PRAGMA journal_mode = WAL")

@@ -16,7 +16,6 @@ from gateway_addon.cli import main
 from gateway_addon.cli.doctor import check_ledger
 from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, Settlement, admin, connect
 from gateway_addon.ledger.reports import daily_totals
-from gateway_addon.ledger.store import sqlite_files
 
 ROOT = Path(__file__).parents[2]
 MINE = NewCall("reports", "batch", 1)
@@ -45,7 +44,7 @@ def within(known, found):
 def up_to_date(ledger):
     """As an operator does it: a file's tables follow by themselves, a server's by `gateway init`."""
     if isinstance(ledger, ServerAddress):
-        sqlite_files.create(ledger)
+        connect.create(ledger)
     return ledger
 
 
@@ -143,7 +142,7 @@ def test_a_command_refuses_a_newer_gateways_ledger(typed, engine, tmp_path):
     done = CliRunner().invoke(main, [*typed, "--ledger", url(ledger)])
     assert (done.exit_code, "is a newer gateway's (m999_later" in done.output) == (2, True), done.output
     with pytest.raises(LedgerUnavailable, match=NEWER):
-        sqlite_files.create(ledger)
+        connect.create(ledger)
 
 
 def test_an_older_ledger_on_a_server_waits_for_init(tmp_path):
@@ -154,13 +153,14 @@ def test_an_older_ledger_on_a_server_waits_for_init(tmp_path):
         db.execute("DROP INDEX calls_observed")
     with pytest.raises(LedgerUnavailable, match="is an older version's: `gateway init` brings it up to date"):
         said(ledger)
-    sqlite_files.create(ledger)
+    connect.create(ledger)
     assert within(expected(NAMES[-1])["reports"], said(ledger)["reports"])
 
 
 UPGRADE = """
 import os, signal, sys
-from gateway_addon.ledger.store import postgres, postgres_session, sqlite_files, sqlite_schema
+from gateway_addon.ledger import connect
+from gateway_addon.ledger.store import migrations, postgres, postgres_session, sqlite_files
 
 CHANGES = (("m901_first", ("ALTER TABLE calls ADD COLUMN later BIGINT", "UPDATE calls SET later = 1")), ("m902_second", ("CREATE TABLE laters (id BIGINT)",)))
 ledger, point = sqlite_files.ledger_path(sys.argv[1]), sys.argv[2]
@@ -179,11 +179,11 @@ def file_change(statements):
     return change
 
 for name, statements in CHANGES:
-    sqlite_schema.migrations(name=name)(file_change(statements))
-    postgres.MIGRATIONS += ((name, "SET LOCAL search_path = gateway; " + "; ".join(statements)),)
+    migrations.in_file(name=name)(file_change(statements))
+    postgres.ON_SERVER += ((name, "SET LOCAL search_path = gateway; " + "; ".join(statements)),)
 if point != "never":
     postgres_session.ServerConnection.execute = die  # on a server: the zone is kept last, in the same transaction
-sqlite_files.create(ledger)
+connect.create(ledger)
 """
 
 

@@ -26,7 +26,6 @@ from gateway_addon.ledger.maintenance import invariants, prune
 from gateway_addon.ledger.orphans import settle_orphans
 from gateway_addon.ledger.reports import daily_totals, spending
 from gateway_addon.ledger.sql import Connection
-from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.windows import starts
 
 FOLDER = Path(__file__).parents[1] / "ledger" / "kept_ledgers"
@@ -45,7 +44,7 @@ DONE = Outcome(200, "claude-haiku-4-5", "end_turn", "req_1", complete=True, pric
 
 def fill(path: Path | ServerAddress) -> None:
     """Make a ledger with whatever a ledger can have in it: of each kind of row at least one."""
-    sqlite_files.create(path, ZONE)
+    connect.create(path, ZONE)
     with connect.changing(path) as db:
         for app, digest in (("reports", "d1"), ("search", "d2"), ("old", "d3")):
             admin.issue_token(db, app, digest, label="first", expires_at=NOON + 90 * DAY_S, who="ops", now=JANUARY)

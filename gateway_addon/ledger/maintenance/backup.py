@@ -12,13 +12,14 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from gateway_addon.ledger import access, connect
+from gateway_addon.ledger import access
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.journal import sync_folder
 from gateway_addon.ledger.store.locks import Turnstile, living
-from gateway_addon.ledger.store.sqlite_schema import migrate
+from gateway_addon.ledger.store.migrations import migrate
+from gateway_addon.ledger.store.sqlite import FileLedger
 from gateway_addon.ledger.types import LedgerUnavailable
 
 LOGS = ("-wal", "-journal")
@@ -86,7 +87,7 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
 
 def _proved_copy(source: Path, target: Path, *, log: bool = False) -> CopyFigures:
     """Copy a ledger into one file, without a log. `log`: the copy will keep a write-ahead log, as gateways need it."""
-    with connect.reading_file(source, as_it_is=True) as db:
+    with FileLedger(source).reading(as_it_is=True) as db:
         sqlite_files.must_be_a_ledger(source, db)
         with contextlib.closing(sqlite_files.FileConnection(sqlite3.connect(target, isolation_level=None))) as written:
             db.raw.backup(written.raw)

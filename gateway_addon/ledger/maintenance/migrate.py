@@ -15,12 +15,13 @@ from pathlib import Path
 
 import psycopg
 
-from gateway_addon.ledger import admin, connect
+from gateway_addon.ledger import admin
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import postgres, postgres_session, sqlite_files
 from gateway_addon.ledger.store.locks import living
-from gateway_addon.ledger.store.postgres_schema import MIGRATIONS
+from gateway_addon.ledger.store.migrations import ON_SERVER
+from gateway_addon.ledger.store.sqlite import in_turn
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
 UNFINISHED = "gateway_unfinished"
@@ -93,7 +94,7 @@ def move(
 @contextlib.contextmanager
 def _held(source: Path) -> Iterator[Connection]:
     """Open the file's ledger with its write lock: gateways that start have to wait, and then find it moved."""
-    with connect.in_turn(source) as ledger:
+    with in_turn(source) as ledger:
         if users := living(source):
             raise LedgerUnavailable(f"the ledger {source} is in use by {', '.join(users)}: stop the gateway, then move its ledger")
         yield ledger
@@ -123,7 +124,7 @@ def _is_there(ledger: Connection, db: postgres_session.ServerConnection, source:
 
 def _begin(db: postgres_session.ServerConnection, target: ServerAddress, calls_figures: Figures) -> int:
     """Make the tables to move into, or keep an interrupted move's if the file's calls are unchanged. Returns the calls in them."""
-    mark = json.dumps([calls_figures, [name for name, _ in MIGRATIONS]])
+    mark = json.dumps([calls_figures, [name for name, _ in ON_SERVER]])
     if _exists(db, UNFINISHED):
         if db.execute("SELECT value FROM settings WHERE name = 'moving'").fetchall() == [(mark,)]:
             return int(db.execute("SELECT count(*) FROM calls").fetchall()[0][0])

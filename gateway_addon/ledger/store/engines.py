@@ -12,7 +12,7 @@ SQLITE = Engine(
 INSERT INTO balances (scope, "window", window_start, spent_nano, reserved_nano, quantum_nano, open) {balances.FROM_ENTRIES}""",
     integer="INTEGER",
     real="REAL",
-    strict=" STRICT",
+    strict=" STRICT, WITHOUT ROWID",
 )
 
 POSTGRESQL = Engine(

@@ -4,8 +4,7 @@ The statements about money (reservations.py and its neighbours) are written once
 how a connection is made, how writers take turns, what a commit is stamped with, which errors are the store's own.
 """
 
-import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -16,15 +15,6 @@ from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
 EVERYTHING = "*"
 """The scope of an operation that may touch any row: nothing else may write at that time."""
-
-
-@contextlib.contextmanager
-def driver() -> Iterator[None]:
-    """Guard an import of postgres.py: raises LedgerUnavailable where its driver is not installed."""
-    try:
-        yield
-    except ImportError as error:
-        raise LedgerUnavailable(f"a ledger on PostgreSQL needs its driver: pip install 'gateway-addon[postgres]' ({error})") from error
 
 
 def must_be_known(ledger: Path | ServerAddress, applied: Iterable[str], known: Iterable[str]) -> None:
@@ -123,3 +113,13 @@ class Store(Protocol):
 
     async def close(self) -> None:
         """Close the readers, and end this process's ownership."""
+
+
+class Place(Protocol):
+    """A ledger's file or server: how it is opened. Every method raises LedgerUnavailable; `connect` says what each promises."""
+
+    def create(self, zone: str) -> None: ...
+    def changing(self) -> AbstractContextManager[Connection]: ...
+    def reading(self, tick: Callable[[], None], *, as_it_is: bool) -> AbstractContextManager[Connection]: ...
+    def death_check(self, db: Connection) -> Callable[[str], bool]: ...
+    def store(self, timeout_s: float) -> Store: ...

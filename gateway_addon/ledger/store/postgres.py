@@ -25,9 +25,10 @@ from psycopg_pool import ConnectionPool
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import orphans
 from gateway_addon.ledger.sql import Connection
+from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.interface import EVERYTHING, must_be_known
 from gateway_addon.ledger.store.journal import Journal, LeftJournal, unwritten_journals
-from gateway_addon.ledger.store.postgres_schema import MIGRATIONS
+from gateway_addon.ledger.store.migrations import ON_SERVER
 from gateway_addon.ledger.store.postgres_session import (
     BEHIND,
     PATIENT,
@@ -63,8 +64,8 @@ def create(server: ServerAddress, zone: str = "UTC") -> None:
             db.raw.execute("SELECT pg_advisory_xact_lock(hashtext('gateway ledger'))")  # two `gateway init` at once
             exists = db.raw.execute("SELECT to_regclass('gateway.migrations') IS NOT NULL").fetchall()[0][0]
             done = {name for (name,) in db.raw.execute("SELECT name FROM gateway.migrations")} if exists else set()
-            must_be_known(server, done, (name for name, _ in MIGRATIONS))
-            for name, script in MIGRATIONS:
+            must_be_known(server, done, (name for name, _ in ON_SERVER))
+            for name, script in ON_SERVER:
                 if name not in done:
                     db.raw.execute(script.encode())
                     db.raw.execute("INSERT INTO gateway.migrations VALUES ($1)", (name,))
@@ -73,40 +74,48 @@ def create(server: ServerAddress, zone: str = "UTC") -> None:
         raise unavailable(server, error) from error
 
 
-@contextlib.contextmanager
-def changing(server: ServerAddress) -> Iterator[Connection]:
-    """Open a command's write transaction, alone in the ledger. Raises LedgerUnavailable."""
-    try:
-        with contextlib.closing(connect(server, PATIENT)) as db:
+class ServerLedger:
+    """A ledger's server, for whoever opens it."""
+
+    def __init__(self, server: ServerAddress) -> None:
+        self.server = server
+
+    def create(self, zone: str) -> None:
+        create(self.server, zone)
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[ServerConnection]:
+        with self._patient() as db:
             _begin(db, (EVERYTHING,))
-            _must_fit(server, db)
+            _must_fit(self.server, db)
             yield db
             db.execute("COMMIT")
-    except psycopg.Error as error:
-        if not is_its_own(error):
-            raise
-        raise unavailable(server, error) from error
 
-
-@contextlib.contextmanager
-def reading(server: ServerAddress) -> Iterator[Connection]:
-    """Open a connection that sees one moment of the ledger and cannot write; rows by name. Raises LedgerUnavailable."""
-    try:
-        with contextlib.closing(connect(server, PATIENT)) as db:
+    @contextlib.contextmanager
+    def reading(self, tick: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[ServerConnection]:
+        with self._patient() as db:
             db.raw.row_factory = named_rows
             db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            _must_fit(server, db)
+            _must_fit(self.server, db)
             yield db
-    except psycopg.Error as error:
-        if not is_its_own(error):
-            raise
-        raise unavailable(server, error) from error
 
+    @contextlib.contextmanager
+    def _patient(self) -> Iterator[ServerConnection]:
+        try:
+            with contextlib.closing(connect(self.server, PATIENT)) as db:
+                yield db
+        except psycopg.Error as error:
+            if not is_its_own(error):
+                raise
+            raise unavailable(self.server, error) from error
 
-def living(db: Connection) -> set[str]:
-    """Return the owners whose lease runs, by the server's clock."""
-    alive = "SELECT id FROM owners WHERE lease_until > extract(epoch FROM clock_timestamp())"
-    return {owner for (owner,) in db.execute(alive).fetchall()}
+    def death_check(self, db: Connection) -> Callable[[str], bool]:
+        alive = "SELECT id FROM owners WHERE lease_until > extract(epoch FROM clock_timestamp())"  # by the server's clock
+        living = {owner for (owner,) in db.execute(alive).fetchall()} | {orphans.BATCHES}
+        return lambda owner: owner not in living
+
+    def store(self, timeout_s: float) -> "ServerStore":
+        return ServerStore(self.server, timeout_s, sqlite_files.state_folder(self.server))
 
 
 def _begin(db: Connection, scopes: Collection[str]) -> None:
@@ -125,7 +134,7 @@ def _begin(db: Connection, scopes: Collection[str]) -> None:
 def _must_fit(server: ServerAddress, db: Connection) -> None:
     """Refuse tables of another version: other gateways may use a server's ledger, so only `gateway init` changes them."""
     applied = {name for (name,) in db.execute("SELECT name FROM migrations").fetchall()}
-    known = {name for name, _ in MIGRATIONS}
+    known = {name for name, _ in ON_SERVER}
     must_be_known(server, applied, known)
     if known - applied:
         raise LedgerUnavailable(BEHIND.format(at=server))
@@ -223,7 +232,7 @@ class ServerStore:
         WHERE id = $3 AND lease_until > extract(epoch FROM clock_timestamp()) AND (SELECT count(*) FROM migrations) <= $4
         RETURNING lease_until
         """
-        rows = db.execute(renew, (number, LEASE_S, self._name, len(MIGRATIONS))).fetchall()
+        rows = db.execute(renew, (number, LEASE_S, self._name, len(ON_SERVER))).fetchall()
         if not rows:
             _must_fit(self._server, db)
             self._name = None

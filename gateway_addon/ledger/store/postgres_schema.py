@@ -264,47 +264,6 @@ CREATE TRIGGER minutes_pass AFTER INSERT ON minutes FOR EACH ROW EXECUTE FUNCTIO
 
 OBSERVED = "CREATE INDEX calls_observed ON gateway.calls (started_at) WHERE strpos(flags, 'observed:') > 0"
 
-WORKSPACE = """
-SET LOCAL search_path = gateway;
-
-CREATE TABLE belongings (
-  id TEXT PRIMARY KEY, kind TEXT NOT NULL CHECK (kind IN ('batch', 'file')), app TEXT NOT NULL,
-  made_at DOUBLE PRECISION NOT NULL, gone_at DOUBLE PRECISION, object TEXT NOT NULL
-);
-CREATE INDEX belongings_of_app ON belongings (app, kind, made_at DESC, id DESC) WHERE gone_at IS NULL;
-
-CREATE TABLE price_tables (digest TEXT PRIMARY KEY, content TEXT NOT NULL);
-
-CREATE TABLE batches (
-  id TEXT PRIMARY KEY, call_id BIGINT NOT NULL UNIQUE, app TEXT NOT NULL, made_at DOUBLE PRECISION NOT NULL, requests BIGINT NOT NULL,
-  hour_ttl BIGINT NOT NULL, prices TEXT NOT NULL, flags TEXT NOT NULL, status TEXT NOT NULL,
-  look_at DOUBLE PRECISION, failures BIGINT NOT NULL DEFAULT 0
-);
-CREATE INDEX batches_to_look_at ON batches (look_at) WHERE look_at IS NOT NULL;
-
-CREATE TABLE batch_usage (
-  call_id BIGINT NOT NULL, custom_id TEXT NOT NULL, part BIGINT NOT NULL, kind TEXT NOT NULL, model TEXT,
-  input_tokens BIGINT NOT NULL, output_tokens BIGINT NOT NULL, cache_read_tokens BIGINT NOT NULL,
-  cache_write_5m_tokens BIGINT NOT NULL, cache_write_1h_tokens BIGINT NOT NULL, cache_write_unsplit_tokens BIGINT NOT NULL,
-  web_search_requests BIGINT NOT NULL, nano BIGINT NOT NULL, price_row TEXT, flags TEXT NOT NULL,
-  PRIMARY KEY (call_id, custom_id, part)
-);
-"""
-
-LIMITS = """
-SET LOCAL search_path = gateway;
-
-CREATE TABLE limits (
-  scope TEXT NOT NULL, "window" TEXT NOT NULL, amount_nano BIGINT NOT NULL, since DOUBLE PRECISION NOT NULL,
-  who TEXT NOT NULL, why TEXT NOT NULL, PRIMARY KEY (scope, "window")
-);
-
-ALTER TABLE raises ADD COLUMN who TEXT NOT NULL DEFAULT '', ADD COLUMN why TEXT NOT NULL DEFAULT '';
-UPDATE raises SET
-  who = coalesce((SELECT who FROM audit WHERE action = 'cap raise' AND at = since AND subject = scope || ' ' || "window" LIMIT 1), ''),
-  why = coalesce((SELECT why FROM audit WHERE action = 'cap raise' AND at = since AND subject = scope || ' ' || "window" LIMIT 1), '');
-"""
-
 NANO_IN_VIEWS = """
 SET LOCAL search_path = gateway;
 
@@ -344,18 +303,3 @@ CREATE VIEW spend AS
     parent_agent_id, user_id, labels
   FROM calls;
 """
-
-MIGRATIONS = (
-    ("m001_ledger", TABLES),
-    ("m002_spend_call_by_call", SPEND_CALL_BY_CALL),
-    ("m003_shared_workspace", WORKSPACE),
-    ("m004_retention", RETENTION),
-    ("m004_days", DAYS),
-    ("m004_minutes", MINUTES),
-    ("m005_observed", OBSERVED),
-    ("m006_batch_ids", "ALTER TABLE gateway.batches ADD COLUMN custom_ids TEXT, ADD COLUMN lost_since DOUBLE PRECISION"),
-    ("m007_limits", LIMITS),
-    ("m008_nano_in_views", NANO_IN_VIEWS),
-    ("m012_recorded", RECORDED),
-)
-"""The migrations, by name. Each runs once, in one transaction."""

@@ -4,22 +4,24 @@ Promises that writers take turns (locks.py), that a read is a lookup on a connec
 microseconds, on the event loop itself), and that an owner is alive exactly while the operating system holds its lock.
 """
 
+import contextlib
 import math
 import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from gateway_addon.ledger import access, orphans
 from gateway_addon.ledger.sql import Connection
-from gateway_addon.ledger.store import sqlite_files, sqlite_schema
+from gateway_addon.ledger.store import migrations, sqlite_files
 from gateway_addon.ledger.store.locks import OwnerLock, Turnstile, forget_dead_owner, is_dead
 from gateway_addon.ledger.types import LedgerUnavailable
 
-STAMP = f"UPDATE owners SET commits = $1 WHERE id = $2 AND (SELECT count(*) FROM ({sqlite_schema.APPLIED})) <= $3"
+BEAT_STEPS = 1_000_000  # of SQLite's machine: some hundredths of a second
+STAMP = f"UPDATE owners SET commits = $1 WHERE id = $2 AND (SELECT count(*) FROM ({migrations.APPLIED})) <= $3"
 
 
 class FileStore:
@@ -79,7 +81,7 @@ class FileStore:
         db.execute("BEGIN IMMEDIATE")
 
     def stamp(self, db: Connection, number: int) -> None:
-        if db.execute(STAMP, (number, self.owner, len(sqlite_schema.known()))).rowcount == 0:
+        if db.execute(STAMP, (number, self.owner, len(migrations.known()))).rowcount == 0:
             sqlite_files.must_be_a_ledger(self.path, db)
 
     def commit(self, db: Connection) -> None:
@@ -129,3 +131,90 @@ class FileStore:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+
+class FileLedger:
+    """A ledger's file, for whoever opens it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, zone: str) -> None:
+        sqlite_files.create(self.path, zone)
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[sqlite_files.FileConnection]:
+        try:
+            with in_turn(self.path) as db:
+                sqlite_files.must_be_here(self.path, db)
+                yield db
+                db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if not sqlite_files.is_of_the_file(error):
+                raise
+            raise sqlite_files.unavailable(self.path, error) from error
+
+    @contextlib.contextmanager
+    def reading(self, tick: Callable[[], None] = lambda: None, *, as_it_is: bool = False) -> Iterator[sqlite_files.FileConnection]:
+        def step() -> int:
+            tick()
+            return 0
+
+        sqlite_files.identity(self.path)
+        if not as_it_is:
+            access.must_be_allowed(self.path, reading=True)
+        try:
+            with contextlib.closing(sqlite_files.reader_connection(self.path)) as db:
+                if not as_it_is and migrations.is_behind(db.raw):
+                    with self.changing():
+                        pass
+                db.raw.row_factory = sqlite3.Row
+                db.raw.set_progress_handler(step, BEAT_STEPS)
+                db.execute("BEGIN")
+                sqlite_files.must_be_a_ledger(self.path, db)
+                sqlite_files.must_be_here(self.path, db)
+                yield db
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_INTERRUPT:  # what the driver makes of Ctrl-C in `step`
+                raise KeyboardInterrupt from None
+            if not sqlite_files.is_of_the_file(error):
+                raise
+            if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and (shut := access.shut(self.path)) is not None:
+                raise shut from error
+            raise sqlite_files.unavailable(self.path, error) from error
+
+    def death_check(self, db: Connection) -> Callable[[str], bool]:
+        def gone(owner: str) -> bool:
+            try:
+                return owner != orphans.BATCHES and is_dead(self.path, owner)
+            except PermissionError as error:  # a group may read the ledger, not the locks beside it
+                raise access.closed(self.path) from error
+
+        return gone
+
+    def store(self, timeout_s: float) -> FileStore:
+        try:
+            return FileStore(self.path)
+        except OSError as error:
+            raise sqlite_files.unavailable(self.path, error) from error
+
+
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[sqlite_files.FileConnection]:
+    """Open a write transaction on a file, in a turn among the gateway's processes; the caller commits it.
+
+    Raises LedgerUnavailable, and sqlite3.Error as the driver raises it.
+    """
+    sqlite_files.identity(path)
+    access.must_be_allowed(path)
+    try:
+        turnstile = Turnstile(path)
+    except OSError as error:
+        raise sqlite_files.unavailable(path, error) from error
+    try:
+        with turnstile.turn(), contextlib.closing(sqlite_files.writer_connection(path)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+    finally:
+        turnstile.close()

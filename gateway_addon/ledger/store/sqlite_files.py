@@ -14,8 +14,8 @@ from typing import Any
 from gateway_addon.ledger import access
 from gateway_addon.ledger.sql import Connection, Statement
 from gateway_addon.ledger.store import engines
-from gateway_addon.ledger.store.interface import driver, must_be_known
-from gateway_addon.ledger.store.sqlite_schema import APPLIED, known, migrate
+from gateway_addon.ledger.store.interface import must_be_known
+from gateway_addon.ledger.store.migrations import APPLIED, known, migrate
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 from gateway_addon.names import PROGRAM
 
@@ -112,13 +112,8 @@ def at_home(variable: str, below_home: str) -> Path:
     return (Path(named) if named.startswith("/") else Path.home() / below_home) / "gateway"
 
 
-def create(path: Path | ServerAddress, zone: str = "UTC") -> None:
+def create(path: Path, zone: str = "UTC") -> None:
     """Make an empty ledger, or bring an existing one up to date. Raises LedgerUnavailable."""
-    if isinstance(path, ServerAddress):
-        with driver():
-            from gateway_addon.ledger.store import postgres
-        postgres.create(path, zone)
-        return
     if not path.parent.is_dir():
         raise LedgerUnavailable(f"the folder {path.parent} does not exist: make it, then make the ledger again")
     try:

@@ -2,17 +2,7 @@
 
 Promises, whatever code writes: no entry without its balances (a trigger books both in one statement), no open call without its
 reservation (the call's row writes the entry), no call resolved twice (a unique index), no entry or audit row changed or removed.
-A migration's name is its identity; it runs once, and all that are due run in one transaction.
 """
-
-import sqlite3
-from collections.abc import Callable
-
-from sqlite_utils import Database
-from sqlite_utils.migrations import Migrations
-
-migrations = Migrations("gateway_ledger")
-APPLIED = "SELECT name FROM _sqlite_migrations WHERE migration_set = 'gateway_ledger'"
 
 # A call counts in each of these scopes and windows, capped or not: a cap added at noon knows the morning.
 FRAMES = "\nUNION ALL\n".join(
@@ -176,41 +166,6 @@ CREATE VIEW spend AS
   FROM calls;
 """
 
-# What apps make in the workspace that all of them share at the provider. `price_tables` and `batch_usage` are there because a batch is
-# priced by the table of its admission, hours after the process that read it may have ended, and from a file of any length.
-WORKSPACE = """
-CREATE TABLE belongings (   -- whose a batch or a file is, by the provider's id; `object` is the API's own JSON, as last seen
-  id TEXT PRIMARY KEY, kind TEXT NOT NULL CHECK (kind IN ('batch', 'file')), app TEXT NOT NULL,
-  made_at REAL NOT NULL, gone_at REAL, object TEXT NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE INDEX belongings_of_app ON belongings (app, kind, made_at DESC, id DESC) WHERE gone_at IS NULL;
-
-CREATE TABLE price_tables (digest TEXT PRIMARY KEY, content TEXT NOT NULL) STRICT, WITHOUT ROWID;
-
-CREATE TABLE batches (      -- open while it has a `look_at`: when somebody looks next whether it has ended
-  id TEXT PRIMARY KEY, call_id INTEGER NOT NULL UNIQUE, app TEXT NOT NULL, made_at REAL NOT NULL, requests INTEGER NOT NULL,
-  hour_ttl INTEGER NOT NULL, prices TEXT NOT NULL, flags TEXT NOT NULL, status TEXT NOT NULL,
-  look_at REAL, failures INTEGER NOT NULL DEFAULT 0
-) STRICT, WITHOUT ROWID;
-CREATE INDEX batches_to_look_at ON batches (look_at) WHERE look_at IS NOT NULL;
-
-CREATE TABLE batch_usage (  -- what each request of a batch came to, read from its results; they sum to the call's usage when it is settled
-  call_id INTEGER NOT NULL, custom_id TEXT NOT NULL, part INTEGER NOT NULL, kind TEXT NOT NULL, model TEXT,
-  input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cache_read_tokens INTEGER NOT NULL,
-  cache_write_5m_tokens INTEGER NOT NULL, cache_write_1h_tokens INTEGER NOT NULL, cache_write_unsplit_tokens INTEGER NOT NULL,
-  web_search_requests INTEGER NOT NULL, nano INTEGER NOT NULL, price_row TEXT, flags TEXT NOT NULL,
-  PRIMARY KEY (call_id, custom_id, part)
-) STRICT, WITHOUT ROWID;
-"""
-
-
-# `custom_ids`: of the batch's own requests, as digests in one text (calls/batches.py); NULL in a batch of an older gateway. `lost_since`:
-# when the API first said, and has said since, that it has no such batch or not all of its results.
-BATCH_IDS = """
-ALTER TABLE batches ADD COLUMN custom_ids TEXT;
-ALTER TABLE batches ADD COLUMN lost_since REAL;
-"""
-
 # `carries`: the calls that are becoming one row, empty outside of a transaction (prune.py). A carry moves money from many entries to
 # one, so it is booked in no balance: what it holds must be what they held, and they may go once it does, no earlier and no others.
 RETENTION = """
@@ -279,20 +234,6 @@ CREATE TRIGGER entries_strike AFTER INSERT ON entries WHEN NEW.kind = 'adjust' B
 END;
 """
 
-# `limits`: what lowers a cap without an edit of its file. Who raised, and why, stood in the audit alone.
-LIMITS = """
-CREATE TABLE limits (
-  scope TEXT NOT NULL, window TEXT NOT NULL, amount_nano INTEGER NOT NULL, since REAL NOT NULL, who TEXT NOT NULL, why TEXT NOT NULL,
-  PRIMARY KEY (scope, window)
-) STRICT, WITHOUT ROWID;
-
-ALTER TABLE raises ADD COLUMN who TEXT NOT NULL DEFAULT '';
-ALTER TABLE raises ADD COLUMN why TEXT NOT NULL DEFAULT '';
-UPDATE raises SET
-  who = coalesce((SELECT who FROM audit WHERE action = 'cap raise' AND at = since AND subject = scope || ' ' || window), ''),
-  why = coalesce((SELECT why FROM audit WHERE action = 'cap raise' AND at = since AND subject = scope || ' ' || window), '');
-"""
-
 # Text cannot be summed: each amount stands there as whole nano-dollars too.
 NANO_IN_VIEWS = """
 DROP VIEW spend;
@@ -336,56 +277,3 @@ CREATE VIEW spend AS
     parent_agent_id, user_id, labels
   FROM calls;
 """
-
-MIGRATIONS = (
-    ("m001_ledger", TABLES),
-    ("m002_views_for_people", VIEWS),
-    ("m002_spend_call_by_call", SPEND_CALL_BY_CALL),
-    ("m003_shared_workspace", WORKSPACE),
-    ("m004_retention", RETENTION),
-    ("m004_days", DAYS),
-    ("m004_minutes", MINUTES),
-    ("m005_observed", OBSERVED),
-    ("m006_batch_ids", BATCH_IDS),
-    ("m007_limits", LIMITS),
-    ("m008_nano_in_views", NANO_IN_VIEWS),
-    ("m012_recorded", RECORDED),
-)
-"""The migrations, by name, in the order in which they run."""
-
-
-def known() -> list[str]:
-    """List the migrations of this version, by name."""
-    return [migration.name for migration in migrations._migrations]
-
-
-def is_behind(connection: sqlite3.Connection) -> bool:
-    """Return whether a ledger is an older version's, or no ledger at all."""
-    return bool(migrations.pending(Database(connection, execute_plugins=False)))
-
-
-def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the tables up to date, in one transaction however many versions they are behind. Raises sqlite3.Error."""
-    if not is_behind(connection):
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    with connection:
-        migrations.apply(Database(connection, execute_plugins=False))  # of two processes, the second finds it done
-
-
-def runner(script: str) -> Callable[[Database], None]:
-    """Return a migration that runs a script statement by statement: `executescript` would commit its transaction first."""
-
-    def run(db: Database) -> None:
-        statement = ""
-        for line in script.splitlines(keepends=True):
-            statement += line
-            if sqlite3.complete_statement(statement):
-                db.conn.execute(statement)
-                statement = ""
-
-    return run
-
-
-for _name, _script in MIGRATIONS:
-    migrations(name=_name)(runner(_script))

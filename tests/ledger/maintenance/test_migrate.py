@@ -183,7 +183,7 @@ def test_what_does_not_agree_is_thrown_away(source, target, monkeypatch, broken)
 
 def test_a_move_takes_an_empty_ledger_and_refuses_one_with_rows(source, target):
     """An empty one is what `gateway init` makes."""
-    sqlite_files.create(target)
+    connect.create(target)
     with pytest.raises(LedgerUnavailable, match=r"has another ledger's rows \(audit, tokens\)"):
         move(source, new_ledger(None, "postgresql"))
     assert move(source, target) is not None
@@ -199,7 +199,7 @@ def test_two_moves_to_one_server_do_not_meet(source, target):
 def test_a_ledger_begun_there_meanwhile_is_kept(source, target):
     def begin(done, of):
         if done == of:
-            sqlite_files.create(target)
+            connect.create(target)
             with connect.changing(target) as db:
                 admin.issue_token(db, "first", "d9", who="test", now=NOON)
 

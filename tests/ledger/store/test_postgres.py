@@ -13,7 +13,7 @@ from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, until, 
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, admin, connect, reservations
 from gateway_addon.ledger.maintenance import invariants
-from gateway_addon.ledger.store import postgres, postgres_session, sqlite_files
+from gateway_addon.ledger.store import postgres, postgres_session
 
 
 @pytest.fixture(autouse=True)
@@ -125,8 +125,8 @@ async def test_an_empty_database_is_no_ledger_until_init():
     place = ServerAddress(postgresql.shared().database())
     with pytest.raises(LedgerUnavailable, match="has no ledger: `gateway init` makes one"):
         await Ledger.open(place.url)
-    sqlite_files.create(place)
-    sqlite_files.create(place)
+    connect.create(place)
+    connect.create(place)
     await (await Ledger.open(place.url)).close()
 
 
