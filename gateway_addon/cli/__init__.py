@@ -45,6 +45,7 @@ COMMANDS = {
     "migrate": ("migrate", "move the ledger from its file to a PostgreSQL server"),
     "prune": ("prune", "make daily sums of the calls of long ago"),
     "doctor": ("doctor", "prove the ledger's invariants, the key, the upstream, the clock"),
+    "statusline": ("claude_code", "a line for Claude Code's status line: what its app has spent"),
     "docs": ("docs", "the handbook, a chapter at a time"),
     "completion": ("completion", "what a shell needs to complete commands"),
 }

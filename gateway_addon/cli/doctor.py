@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from gateway_addon.cli.claude_code import claude_code_check
 from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors, status
 from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect
@@ -18,17 +19,21 @@ from gateway_addon.operations.doctor import Check, check_all, check_disk, check_
 
 
 @click.command(epilog=f"Example: {PROGRAM} doctor")
+@click.argument("part", required=False, type=click.Choice(["claude-code"]), metavar="[claude-code]")
 @click.option("--offline", is_flag=True, help="Send nothing: the key is only read, upstream and clock are not asked.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError)
-def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
+def doctor(part: str | None, offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
     """Prove the ledger's invariants (balances from the entries, parts from the bills, open reservations and who holds them), and
     look at what else a gateway needs: the disk, the policy, the key, the upstream, the clock. Asking the upstream is free.
+    With `claude-code`: look at how Claude Code starts in this folder, what that loses, and what leads it past the gateway.
 
     Exits 1 and names what is wrong.
     """
+    if part is not None:
+        return _show([claude_code_check()], as_json=as_json)
     must_have_policies(policies, ledger)
     path = sqlite_files.ledger_path(ledger)
     checks = [check_ledger(path, now=time.time())]
@@ -37,6 +42,11 @@ def doctor(offline: bool, as_json: bool, policies: Path, ledger: str) -> None:
     status("" if offline else "asking the upstream")
     checks += check_all(policies, offline=offline)
     status()
+    _show(checks, as_json=as_json)
+
+
+def _show(checks: list[Check], *, as_json: bool) -> None:
+    """Print the checks; exit 1 where one has a finding."""
     if as_json:
         click.echo(json.dumps([check._asdict() for check in checks]))
     else:

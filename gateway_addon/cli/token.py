@@ -34,7 +34,7 @@ from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding import snippets, workload_forms
 from gateway_addon.onboarding.workload_forms import WORKLOAD_FORMS, WORKLOAD_KINDS
 from gateway_addon.operations.tables import table
-from gateway_addon.policy import Outline, PolicyError, outline
+from gateway_addon.policy import Outline, PolicyError, load, may_use, outline
 from gateway_addon.pricing import PriceError
 from gateway_addon.windows import shown
 
@@ -91,7 +91,7 @@ def issue(
         return
     expires_at = now + duration_s(expires) if expires else None
     write = partial(admin.issue_token, app=app, label=name, expires_at=expires_at, labels=labels, who=getpass.getuser(), now=now)
-    _show_new(app, write, kind, file, ledger, _address(found, listen), as_json=as_json)
+    _show_new(app, write, kind, file, ledger, _address(found, listen), policies, as_json=as_json)
 
 
 @token.command(epilog=f"Example: {PROGRAM} token rotate reviews --overlap 1h")
@@ -119,7 +119,7 @@ def rotate(
     """Print a new token for APP and revoke its others, now or after an overlap."""
     found, keep_old_s, now = _with_policy(app, policies), duration_s(overlap), time.time()
     write = partial(admin.rotate_token, app=app, label=name, keep_old_s=keep_old_s, who=getpass.getuser(), now=now)
-    _show_new(app, write, kind, file, ledger, _address(found, listen), as_json=as_json)
+    _show_new(app, write, kind, file, ledger, _address(found, listen), policies, as_json=as_json)
 
 
 @token.command(epilog=f"Example: {PROGRAM} token revoke reviews --id 3")
@@ -159,7 +159,7 @@ def show_forms(kind: str | None, app: str, policies: Path, listen: tuple[str, in
         return
     base_url = _address(outline(policies), listen)
     click.echo(f"{snippets.where(kind, app=app)}\n", err=True)
-    click.echo(snippets.lines(kind, base_url=base_url, app=app, token_placeholder="TOKEN"), nl=False)
+    click.echo(snippets.lines(kind, base_url=base_url, app=app, token_placeholder="TOKEN", models=_models(app, policies)), nl=False)
 
 
 @token.command("list", epilog=f"Example: {PROGRAM} token list --idle 30d")
@@ -209,13 +209,33 @@ def _ask_whether_all(app: str, now: float, policies: Path, ledger: str) -> None:
         stop("Nothing was revoked; --id ID revokes one.", PROBLEM)
 
 
+def _models(app: str, policies: Path) -> tuple[str, ...]:
+    """Return the models that an app may use, the first allowed one first; a stand-in where its policy cannot be read."""
+    try:
+        policy = load(policies)
+    except (PolicyError, PriceError):
+        return ("MODEL",)
+    if app not in policy.apps:
+        return ("MODEL",)
+    named = [name for name in policy.apps[app].models.allow if "*" not in name]
+    return tuple(named or [name for name in policy.prices.rows if may_use(policy.apps[app], name, policy.prices)]) or ("MODEL",)
+
+
 def _address(found: Outline, listen: tuple[str, int]) -> str:
     host = f"[{listen[0]}]" if ":" in listen[0] else listen[0]
     return f"{'https' if found.tls else 'http'}://{host}:{listen[1]}"
 
 
 def _show_new(
-    app: str, write: Callable[..., Token], kind: str | None, file: Path | None, ledger: str, base_url: str, *, as_json: bool
+    app: str,
+    write: Callable[..., Token],
+    kind: str | None,
+    file: Path | None,
+    ledger: str,
+    base_url: str,
+    policies: Path,
+    *,
+    as_json: bool,
 ) -> None:
     if file is not None and kind is None:
         stop("Say in which form the lines shall be: --for dotenv, for example.")
@@ -230,11 +250,11 @@ def _show_new(
     )
     if kind is None:
         return
-    where = snippets.where(kind, app=app)
+    where, lines = snippets.where(kind, app=app), partial(snippets.lines, kind, base_url=base_url, app=app, models=_models(app, policies))
     if file is None:
-        click.echo(f"\n{where}\n{snippets.lines(kind, base_url=base_url, app=app, token_placeholder='TOKEN')}", err=True)
+        click.echo(f"\n{where}\n{lines(token_placeholder='TOKEN')}", err=True)
     else:
-        write_privately(file, snippets.lines(kind, base_url=base_url, app=app, token_placeholder=secret))
+        write_privately(file, lines(token_placeholder=secret))
         click.echo(f"\n{where}\nThe lines are in {file}.", err=True)
 
 

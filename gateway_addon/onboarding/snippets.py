@@ -8,14 +8,18 @@ to the gateway by mistake: the program stops and names what is missing.
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from gateway_addon.names import PROGRAM
 
 
 class Form(NamedTuple):
     where: str
     """One sentence: where the lines go, and what else has to be done there."""
     template: str
-    """`@base_url@`, `@app@`, `@token@` and `@secret@` (the name of the app's secret in a CI) are put in."""
+    """Put in are `@base_url@`, `@app@`, `@token@`, `@secret@` (the name of the app's secret in a CI), `@model@` (the first that the app may
+    use) and `@small_model@` (the first of its small ones)."""
 
 
 FORMS: dict[str, Form] = {
@@ -199,6 +203,21 @@ curl --silent --show-error '@base_url@/v1/messages' \\
 }
 """,
     ),
+    "claude-code-caps": Form(
+        "In ~/.claude/settings.json, or a project's .claude/settings.local.json. Claude Code then warns at 75 % and 95 % of the app's cap "
+        f"and shows dollars in /usage; it leaves out some features for it ({PROGRAM} doctor claude-code names them).",
+        """\
+{
+  "env": {
+    "ANTHROPIC_BASE_URL": "@base_url@",
+    "ANTHROPIC_AUTH_TOKEN": "@token@",
+    "CLAUDE_CODE_USE_GATEWAY": "1",
+    "ANTHROPIC_MODEL": "@model@",
+    "ANTHROPIC_DEFAULT_HAIKU_MODEL": "@small_model@"
+  }
+}
+""",
+    ),
     "dotenv": Form(
         "In the app's .env (mode 600, in .gitignore), in place of its key.",
         """\
@@ -237,19 +256,25 @@ _BASE_URL = re.compile(r"https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]
 _PLAIN = re.compile(r"[A-Za-z0-9._<>…-]+")
 
 
-def lines(kind: str, *, base_url: str, app: str, token_placeholder: str) -> str:
+def lines(kind: str, *, base_url: str, app: str, token_placeholder: str, models: Sequence[str] = ("MODEL",)) -> str:
     """Return the exact lines of one form, ending in a newline; `token_placeholder` is the token or a stand-in.
+
+    `models`: those that the app may use, for the forms that name one.
 
     Raises ValueError for a kind that is not one of KINDS, and where a value could not be pasted as it is into every form
     (white space, quotes, `$`).
     """
     if not _BASE_URL.fullmatch(base_url):
         raise ValueError(f"{base_url!r} is not the gateway's address; write it like http://127.0.0.1:8080")
-    for value in (app, token_placeholder):
+    for value in (app, token_placeholder, *models):
         if not _PLAIN.fullmatch(value):
             raise ValueError(f"{value!r} cannot be pasted everywhere; use letters, digits, dots, dashes and underscores")
     # the SDKs append /v1/messages themselves, and to a gateway that takes paths literally a double slash is another path
-    values = {"base_url": base_url.rstrip("/"), "app": app, "token": token_placeholder, "secret": _secret(app)}
+    small = next((model for model in models if "haiku" in model), models[0])
+    values = {
+        "base_url": base_url.rstrip("/"), "app": app, "token": token_placeholder, "secret": _secret(app), "model": models[0],
+        "small_model": small,
+    }  # fmt: skip
     return re.sub("@([a-z_]+)@", lambda match: values[match[1]], _form(kind).template)
 
 

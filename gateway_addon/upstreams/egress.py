@@ -32,16 +32,16 @@ def egress(policy: GatewayPolicy, environment: Mapping[str, str], url: str | Non
         raise ValueError(f"{named} names {ca_file}, which holds no certificates that can be read ({error.strerror or 'no PEM'}).") from None
     if asked.proxy is not None:
         url = WatchedSecret(asked.proxy)() if isinstance(asked.proxy, Source) else asked.proxy
-        return Egress(*_proxy("egress.proxy", url), ca_file, ca_folder)
+        return Egress(*proxy_at("egress.proxy", url), ca_file, ca_folder)
     if "GATEWAY_LOCAL_UPSTREAM" in environment:  # by `gateway local`, for its command: its proxy leads back to a gateway
         return Egress(None, "", None, ca_file, ca_folder)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         if environment.get(name) and not _is_exempt(target.hostname or "", target.port or 443, environment):
-            return Egress(*_proxy(name, environment[name]), ca_file, ca_folder)
+            return Egress(*proxy_at(name, environment[name]), ca_file, ca_folder)
     return Egress(None, "", None, ca_file, ca_folder)
 
 
-def _proxy(name: str, url: str) -> tuple[tuple[str, int], str, str | None]:
+def proxy_at(name: str, url: str) -> tuple[tuple[str, int], str, str | None]:
     """Read a proxy's address: where it is, who named it, and what opens it. Raises ValueError."""
     parts = urlsplit(url if "://" in url else f"http://{url}")
     try:

@@ -92,7 +92,7 @@ async def test_the_typescript_form_calls_and_stops_without_its_token(gateway: Si
 
 @pytest.mark.parametrize("kind", snippets.KINDS)
 def test_what_is_committed_never_holds_the_token(kind: str) -> None:
-    private = {"curl", "claude-code", "dotenv", "systemd", "cron", "llm", "aider"}
+    private = {"curl", "claude-code", "claude-code-caps", "dotenv", "systemd", "cron", "llm", "aider"}
     committed = kind not in private
     assert pasted(kind, "http://127.0.0.1:8080").count(TOKEN) == (0 if committed else 1)
 

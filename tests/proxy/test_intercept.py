@@ -26,6 +26,7 @@ from processes import START_S, ledgered
 from sealed import Sealed, sealed
 
 from gateway_addon.cli import local as command
+from gateway_addon.cli.claude_code import statusline
 from gateway_addon.ledger import admin
 from gateway_addon.policy import load
 from gateway_addon.proxy import intercept
@@ -276,6 +277,15 @@ async def test_command_runs_without_the_real_key_and_keeps_its_code(tmp_path):
         assert rows(place.ledger, "SELECT app, endpoint, state FROM calls") == [("app", "local/messages", "settled")]
         [(revoked,)] = rows(place.ledger, "SELECT revoked_at IS NOT NULL FROM tokens WHERE label = 'local run'")
         assert revoked == 1
+
+
+async def test_a_status_line_behind_the_proxy_knows_its_app(tmp_path, monkeypatch):
+    """With what `gateway local` gives its command: Claude Code then has no base URL and no token."""
+    monkeypatch.delenv("ANTHROPIC_BASE_URL", raising=False)
+    async with proxied(tmp_path) as proxy:
+        given = {"HTTPS_PROXY": proxy.proxy(f"app:{proxy.gw.tokens['app']}"), "GATEWAY_LOCAL_UPSTREAM": proxy.far.url.removeprefix("https://"), "SSL_CERT_FILE": str(proxy.gw.folder / "ca" / CA_FILE)}
+        ran = await asyncio.to_thread(CliRunner().invoke, statusline, input="{}", env=given)
+    assert ran.output == "app: $0.00 of $100.00 today (0 %), $100.00 left\n"
 
 
 async def test_a_command_that_cannot_be_started_is_a_sentence(tmp_path):
