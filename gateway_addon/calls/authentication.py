@@ -1,12 +1,13 @@
 """Authenticate a request: who calls, and whether that app may call now, and from there.
 
-In one order, for the gateway and for `explain`: the token, the app's policy, pauses, the address. Knows nothing of what is asked
+In one order, for the gateway and for `explain`: the token, the app's policy, pauses, the address. Judges nothing of what is asked
 for, and keeps no count: who answers the refused does.
 """
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from gateway_addon.calls.admission import Caller
 from gateway_addon.calls.refusal_messages import elsewhere, in_force, paused
 from gateway_addon.identity import tokens
 from gateway_addon.identity.client_address import within
@@ -16,16 +17,6 @@ from gateway_addon.policy import AppPolicy, GatewayPolicy
 from gateway_addon.refusals import Refusal
 
 type Headers = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """An app that may call, by a token that is in force."""
-
-    app: AppPolicy
-    token: Token
-    overruns: frozenset[str]
-    """Models that are reserved in full, as the ledger said then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +32,7 @@ async def authenticate(
     headers: Headers,
     digest: str | None,
     address: str,
+    endpoint: str,
     policy: GatewayPolicy,
     look_up: Callable[[str], Awaitable[TokenLookup]],
     now: float,
@@ -51,10 +43,12 @@ async def authenticate(
         if isinstance(secret, Refusal):
             return Rejected(secret)
         digest = tokens.digest(secret)
-    return judge_caller(await look_up(digest), address, headers, policy, now)
+    return judge_caller(await look_up(digest), address, headers, endpoint, policy, now)
 
 
-def judge_caller(found: TokenLookup, address: str | None, headers: Headers, policy: GatewayPolicy, now: float) -> Caller | Rejected:
+def judge_caller(
+    found: TokenLookup, address: str | None, headers: Headers, endpoint: str, policy: GatewayPolicy, now: float
+) -> Caller | Rejected:
     """Judge what the ledger knows of a caller. Pure. `address` None: not known, and not judged."""
     token = in_force(found.token, now)
     if isinstance(token, Refusal):
@@ -68,4 +62,4 @@ def judge_caller(found: TokenLookup, address: str | None, headers: Headers, poli
         return Rejected(paused(pause, policy.zone), token, app)
     if address is not None and app.addresses and not within(address, app.addresses):
         return Rejected(elsewhere(app, address, headers), token, app)
-    return Caller(app, token, found.overruns)
+    return Caller(app, token, endpoint, policy, found.overruns, now)

@@ -21,10 +21,10 @@ from functools import partial
 from typing import Any
 
 from gateway_addon.calls import alerts
+from gateway_addon.calls.admission import Admission, Caller, EndedBy, Hold, ResponseHook, new_call
 from gateway_addon.calls.authentication import Rejected, authenticate
-from gateway_addon.calls.judging import judge_request
+from gateway_addon.calls.judging import Judgement, judge_request
 from gateway_addon.calls.judging_process import JudgingProcess
-from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook, new_call
 from gateway_addon.calls.planning import plan
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.quote import Quote
@@ -32,10 +32,10 @@ from gateway_addon.calls.record import OnCall, record
 from gateway_addon.calls.refusal_messages import denied, rate_reached, throttled
 from gateway_addon.calls.reservation_options import ReservationPlan
 from gateway_addon.calls.responses import OwnResponse, me, visible_models
-from gateway_addon.calls.running import Admission, InFlightCall
-from gateway_addon.calls.settlement import EndedBy, Void, drifted, settle
+from gateway_addon.calls.running import InFlightCall
+from gateway_addon.calls.settlement import drifted, settle
 from gateway_addon.calls.spend_limit import usage
-from gateway_addon.calls.top_ups import Cut, RunningStreams
+from gateway_addon.calls.top_ups import RunningStreams
 from gateway_addon.calls.workspace import Workspace
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.identity.client_address import origin
@@ -122,7 +122,7 @@ class Gateway:
         now: float,
         digest: str | None = None,
         base_url: str = "",
-    ) -> AuthenticatedRequest | OwnResponse | Refusal:
+    ) -> Caller | OwnResponse | Refusal:
         """Find out who calls which endpoint, from the headers alone. `headers` have lower-case names; `peer` is an IP address.
 
         `digest`: the digest of the token that a replayed request first came with; that token must be in force now.
@@ -134,24 +134,26 @@ class Gateway:
         if endpoint == "healthz":
             return OwnResponse(self._health())
         address = origin(peer, headers, self.policy.trusted_proxies)
+        named = "unknown" if isinstance(endpoint, Refusal) else endpoint
+        look_up = partial(self.ledger.look_up_token, now=now)
         try:
             if endpoint == "readyz":
                 return await self._readiness()
             caller = (
                 Rejected(BROWSER)
                 if method == "OPTIONS"
-                else await authenticate(headers, digest, address, self.policy, partial(self.ledger.look_up_token, now=now), now)
+                else await authenticate(headers, digest, address, named, self.policy, look_up, now)
             )
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
         if isinstance(caller, Rejected):
-            return self._rejected(caller, address, "unknown" if isinstance(endpoint, Refusal) else endpoint, now)
+            return self._rejected(caller, address, named, now)
         if isinstance(endpoint, Refusal):
             better = wrong_paths.refusal(method, target, base_url)
-            return self._refused(caller.app, caller.token, "unknown", better or endpoint, now)
+            return self._refused(caller.app, caller.token, named, better or endpoint, now)
         if endpoint in ("me", "usage"):
             return await self._standing(caller.app, endpoint, now)
-        return AuthenticatedRequest(caller.app, caller.token, endpoint, self.policy, self._clocks.monotonic_s(), caller.overruns)
+        return caller
 
     def _rejected(self, caller: Rejected, address: str, endpoint: str, now: float) -> Refusal:
         """Record a caller that is refused: in a row of its app where that is known, else in a count."""
@@ -166,49 +168,48 @@ class Gateway:
 
     # -- admit
 
-    async def admit(self, caller: AuthenticatedRequest, request: Request, now: float) -> Admission | Permit | OwnResponse | Refusal:
+    async def admit(self, caller: Caller, request: Request, now: float) -> Admission | OwnResponse | Refusal:
         """Judge a request by its policy, and reserve what it can cost. On return the reservation is durable."""
         app, prices, endpoint = caller.app, caller.policy.prices, caller.endpoint
         if caller.token.labels:
             request = replace(request, fixed_labels=caller.token.labels)
-        judgement = await self._judging.judge(
+        judged = await self._judging.judge(
             endpoint, request.body, judge_request, app, prices, endpoint, request, caller.overruns, now
         )  # fmt: skip
-        if isinstance(judgement, Refusal):
-            return self._refused(app, caller.token, endpoint, judgement, now)
-        call, parsed, quote = new_call(caller, judgement.asked, request, self._endpoint_prefix), judgement.reading, judgement.verdict
-        if isinstance(quote, Quote):
-            call = replace(
-                call, input_tokens=quote.input_tokens, quote_nano=quote.total_nano, model=prices.canonical(parsed.model)
-            )
+        if isinstance(judged, Refusal):
+            return self._refused(app, caller.token, endpoint, judged, now)
+        verdict = judged.verdict
+        call = new_call(caller, judged, request, self._endpoint_prefix)
         try:
-            decision = quote if isinstance(quote, Refusal) else await self._decide(caller, parsed, request, call, quote, now)
+            decision = verdict if isinstance(verdict, Refusal) else await self._decide(caller, judged, request, call, verdict, now)
         except LedgerUnavailable as error:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
             self._record_refusal(call, decision.code, now)
-        elif isinstance(decision, Admission) and (judgement.flags or judgement.body is not None):
-            decision = replace(decision, flags=(*judgement.flags, *decision.flags), body=judgement.body, edited=judgement.edited)
-        elif isinstance(decision, Permit):
-            body = decision.body if judgement.body is None else judgement.body
-            decision = replace(decision, flags=(*judgement.flags, *decision.flags), body=body, edited=judgement.edited or decision.edited)
         return decision
 
     async def _decide(
-        self, caller: AuthenticatedRequest, parsed: ParsedRequest, request: Request, call: NewCall, quote: Quote | None, now: float
-    ) -> Admission | Permit | OwnResponse | Refusal:
+        self, caller: Caller, judged: Judgement, request: Request, call: NewCall, quote: Quote | None, now: float
+    ) -> Admission | OwnResponse | Refusal:
         """Reserve for a request that the policy allows, or let it pass as one that costs nothing. Raises LedgerUnavailable."""
-        if parsed.shared:
-            return await self.workspace.admit(caller, parsed, request, call, now)
-        if (foreign := await self.workspace.foreign_file(caller.app, parsed.found.files)) is not None:
+        app, reading, flags, hold, response_hook = caller.app, judged.reading, judged.flags, None, ResponseHook()
+        if reading.shared:
+            return await self.workspace.admit(caller, judged, request, call, now)
+        if (foreign := await self.workspace.foreign_file(app, reading.found.files)) is not None:
             return foreign
         if quote is not None:
-            return await self._reserve(caller, parsed, call, quote, now)
-        if parsed.endpoint == "models":
-            return Permit(caller, call, now, response_hook=ResponseHook(whole=partial(_visible, caller)))
-        if parsed.endpoint == "count_tokens" and (denial := await self._too_many_counts(caller.app, now)) is not None:
-            return Permit(caller, call, now, flags=("observed:rate",)) if caller.app.observes("rates") else rate_reached(denial, caller.app)
-        return Permit(caller, call, now)
+            reserved = await self._reserve(caller, reading, call, quote, now)
+            if isinstance(reserved, Refusal):
+                return reserved
+            hold, passed = reserved
+            flags += passed
+        elif reading.endpoint == "models":
+            response_hook = ResponseHook(whole=partial(_visible, caller))
+        elif reading.endpoint == "count_tokens" and (denial := await self._too_many_counts(app, now)) is not None:
+            if not app.observes("rates"):
+                return rate_reached(denial, app)
+            flags += ("observed:rate",)
+        return Admission(caller, call, reading, now, flags, judged.body, judged.edited, hold, response_hook)
 
     async def _too_many_counts(self, app: AppPolicy, now: float) -> Denied | None:
         """Count a request to count_tokens against a rate of its own, as large as the app's: the API also counts these apart."""
@@ -217,9 +218,9 @@ class Gateway:
         return denial and replace(denial, limit="requests per minute to count tokens")
 
     async def _reserve(
-        self, caller: AuthenticatedRequest, parsed: ParsedRequest, call: NewCall, quote: Quote, now: float
-    ) -> Admission | Refusal:
-        """Reserve as planned; where rules in observe mode would have refused, flag the call with their codes."""
+        self, caller: Caller, parsed: ParsedRequest, call: NewCall, quote: Quote, now: float
+    ) -> tuple[Hold, tuple[str, ...]] | Refusal:
+        """Reserve as planned; return also a flag for each rule in observe mode that would have refused."""
         app = caller.app
         attempt = await self._queue.reserve(call, partial(self._plan, caller, parsed, quote, now), now, app.rates.wait_s)
         if isinstance(attempt, Refusal):
@@ -227,33 +228,28 @@ class Gateway:
         result, option, observed = attempt
         if isinstance(result, Denied):
             return denied(result, app, quote, option, caller.policy.zone)
-        flags = tuple(f"observed:{code}" for code in observed)
-        prices = caller.policy.prices
-        return Admission(
-            result.call_id, call, app, prices, parsed, quote, option.granted_tokens, option.pace, now, option.granted_turns,
-            result.standings, flags,
-        )  # fmt: skip
+        return Hold(result.call_id, quote, option, result.standings), tuple(f"observed:{code}" for code in observed)
 
-    async def _plan(self, caller: AuthenticatedRequest, parsed: ParsedRequest, quote: Quote, now: float) -> ReservationPlan | Refusal:
+    async def _plan(self, caller: Caller, parsed: ParsedRequest, quote: Quote, now: float) -> ReservationPlan | Refusal:
         """Plan a quoted call by what the ledger knows at this moment. Raises LedgerUnavailable."""
         upstream_limits = {} if caller.app.rates.headroom_percent is None else await self.ledger.upstream_limits()
-        known = caller.overruns if self._clocks.monotonic_s() - caller.monotonic_s < OVERRUNS_FRESH_S else await self.ledger.overruns()
+        known = caller.overruns if 0 <= self._clocks.now() - caller.arrived_at < OVERRUNS_FRESH_S else await self.ledger.overruns()
         return plan(caller.app, caller.policy, parsed, quote, upstream_limits, known, now)
 
     # -- running
 
-    def run(self, admission: Admission, cut: Cut, monotonic_s: float) -> InFlightCall:
-        """Start to account for an admitted call. `cut` ends it early, given the reason (a key of `CUT_CODES`)."""
-        running = InFlightCall(admission, monotonic_s, self.streams.stalled_s(monotonic_s))
-        self.streams.running[running] = cut
-        return running
+    def run(self, admission: Admission, monotonic_s: float) -> InFlightCall | None:
+        """Start to account for an admitted call; None where there is nothing to account for."""
+        if admission.hold is None:
+            return None
+        return InFlightCall(admission, admission.hold, monotonic_s, self.streams.stalled_s(monotonic_s))
 
     def progressed(self, running: InFlightCall, monotonic_s: float) -> None:
         """Take note of a running answer's progress: release what the input turned out not to need, request output before it runs out."""
         back_nano = running.release_nano()
         if back_nano:
-            written = self.ledger.release(running.admission.call_id, back_nano, now=self._clocks.now())
-            written.add_done_callback(partial(self._wake, running.admission.scopes))
+            written = self.ledger.release(running.hold.call_id, back_nano, now=self._clocks.now())
+            written.add_done_callback(partial(self._wake, running.admission.call.scopes))
         self.streams.hurry_if_short(running, monotonic_s)
 
     def stop(self) -> None:
@@ -264,22 +260,16 @@ class Gateway:
 
     def close(self, running: InFlightCall, *, sent: bool, ended_by: EndedBy, now: float) -> None:
         """Resolve an ended call's reservation. Written for certain, though perhaps after the client has its answer."""
-        self.streams.running.pop(running, None)
         monotonic_s = self._clocks.monotonic_s()
         running.ended(monotonic_s, self.streams.stalled_s(monotonic_s))
-        call_id = running.admission.call_id
-        result = settle(running, sent=sent, ended_by=ended_by)
-        end = result.outcome if isinstance(result, Void) else result
-        on_resolution = partial(self._alert_of_overrun, running, end.outcome if isinstance(end, Settlement) else end, now)
-        self._resolve(call_id, running.admission.call, running.admission.admitted_at, end, now, on_resolution)
+        end, admission, call_id = settle(running, sent=sent, ended_by=ended_by), running.admission, running.hold.call_id
+        app, model, outcome = admission.app, admission.reading.model, end.outcome if isinstance(end, Settlement) else end
+        self._resolve(call_id, admission.call, admission.admitted_at, end, now, partial(self._alert_of_overrun, running, outcome, now))
         if (why := running.refused_as_retired()) is not None:
-            app_name, model = running.admission.app.name, running.admission.reading.model
-            self.emit(alerts.refused_as_retired(app_name, model, why, call_id, now))
-        if isinstance(result, Void):
-            return
-        app, served = running.admission.app, result.outcome.model_served
+            self.emit(alerts.refused_as_retired(app.name, model, why, call_id, now))
+        served = outcome.model_served if isinstance(end, Settlement) else None
         if app.served == "exact" and served is not None and drifted(running, served):
-            self.emit(alerts.drift(app.name, running.admission.reading.model, served, call_id, now))
+            self.emit(alerts.drift(app.name, model, served, call_id, now))
 
     def _resolve(
         self, call_id: int, call: NewCall, started_at: float, end: Settlement | Outcome, now: float,
@@ -319,23 +309,22 @@ class Gateway:
             self.emit(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clocks.now()))
 
     def _alert_of_overrun(self, running: InFlightCall, outcome: Outcome, now: float, resolution: Resolution) -> None:
-        admission = running.admission
+        app_name, model, call_id = running.admission.app.name, running.admission.reading.model, running.hold.call_id
         if resolution.overrun and "late" in outcome.flags:
-            self.emit(alerts.late(admission.app.name, admission.reading.model, admission.call_id, resolution, running.stalled_s, now))
+            self.emit(alerts.late(app_name, model, call_id, resolution, running.stalled_s, now))
         elif resolution.overrun:
-            self.emit(alerts.overrun(admission.app.name, admission.reading.model, admission.call_id, resolution, now))
+            self.emit(alerts.overrun(app_name, model, call_id, resolution, now))
 
-    def close_permit(self, permit: Permit, ending: PermitEnd, now: float) -> None:
-        """End a call that was forwarded by a permit: call its hook, and write the row of a call that cost nothing."""
-        if permit.response_hook.ended is not None:
-            permit.response_hook.ended(ending)
-        if permit.reserved:
+    def close_unmetered(self, admission: Admission, status: int | None, *, sent: bool, ended_by: EndedBy, now: float) -> None:
+        """End a call that was forwarded without a hold of its own: call its hook, and write the row of one that cost nothing."""
+        if admission.response_hook.ended is not None:
+            admission.response_hook.ended(sent, ended_by, status)
+        if admission.settled_by_hook:
             return
-        status = ending.status
-        outcome = Outcome(status=status, complete=status is not None, flags=permit.flags)
-        self.ledger.free(permit.call, outcome, now=now)
+        outcome = Outcome(status=status, complete=status is not None, flags=admission.flags)
+        self.ledger.free(admission.call, outcome, now=now)
         if self.on_call is not None:
-            self.on_call(record(permit.call, "free", started_at=permit.admitted_at, ended_at=now, outcome=outcome))
+            self.on_call(record(admission.call, "free", started_at=admission.admitted_at, ended_at=now, outcome=outcome))
 
     def _wake(self, scopes: tuple[str, ...], written: "asyncio.Future[Any]") -> None:
         """Wake the calls that wait in these scopes, once a settlement or a release is written."""
@@ -345,7 +334,7 @@ class Gateway:
 
     # -- refusals, and answers of the gateway's own
 
-    def overloaded(self, caller: AuthenticatedRequest, body_bytes: int, held_bytes: Callable[[], int], now: float) -> Refusal | None:
+    def overloaded(self, caller: Caller, body_bytes: int, held_bytes: Callable[[], int], now: float) -> Refusal | None:
         """Refuse a body for which there is no memory beside those in flight, before it is read or as it grows; small ones always fit.
 
         `held_bytes` counts what has arrived of all the others; it is called for a large body alone.
@@ -394,7 +383,7 @@ class Gateway:
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
 
-    def upstream_headers(self, caller: AuthenticatedRequest, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
+    def upstream_headers(self, caller: Caller, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
         """Record the shared key's limits; emit an alert where the upstream refuses the key, or redirects."""
         limits = {safe_name(name): safe_name(value) for name, value in headers if name.startswith("anthropic-ratelimit-")}
         monotonic_s = self._clocks.monotonic_s()
@@ -407,7 +396,7 @@ class Gateway:
             self.emit(alerts.redirected(caller.policy.upstream, status, now))
 
 
-async def _visible(caller: AuthenticatedRequest, status: int, body: bytes) -> bytes:
+async def _visible(caller: Caller, status: int, body: bytes) -> bytes:
     return visible_models(caller.app, caller.policy.prices, body) if status == 200 else body
 
 

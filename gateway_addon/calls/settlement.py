@@ -30,9 +30,8 @@ model that passed its pace, and where the provider may loop by itself. Where the
 passed by what can have been generated in that time, and the call flagged `late`.
 """
 
-from dataclasses import dataclass
-from typing import Literal
 
+from gateway_addon.calls.admission import EndedBy
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.ledger import Outcome, Settlement
 from gateway_addon.messages import Usage
@@ -43,15 +42,6 @@ EDGE_BREAKS = frozenset({502, 503, 520, 522})
 EDGE_UNBILLED_S = 2.0
 """A status of `EDGE_BREAKS` that comes sooner is taken to mean that the origin never took the request (assumed)."""
 
-EndedBy = Literal["whole", "client", "upstream", "gateway"]
-
-
-@dataclass(frozen=True, slots=True)
-class Void:
-    """The provider did no work: everything held goes back."""
-
-    outcome: Outcome
-
 
 def drifted(running: InFlightCall, served: str) -> bool:
     """Tell whether another model answered than the one asked for. (A dated id of a model is that model.)"""
@@ -59,8 +49,8 @@ def drifted(running: InFlightCall, served: str) -> bool:
     return (canonical(served) or served) != canonical(running.admission.reading.model)
 
 
-def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlement | Void:
-    """Judge an ended call by the table above.
+def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlement | Outcome:
+    """Judge an ended call by the table above. An outcome alone: the provider did no work, and all that is held goes back.
 
     `sent`: the request was handed to the upstream's socket, in part or whole. `ended_by`: `whole` where the answer's body
     arrived to its end, else who broke it off.
@@ -84,7 +74,7 @@ def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlemen
         most_nano = running.bound_nano(most_tokens, running.turns_max)
         if usage is not None and usage.started:
             most_nano = max(most_nano, held_nano)  # of the model that was asked, which need not be the one that answered
-            if usage.prompt_known and admission.quote.releasable:
+            if usage.prompt_known and running.hold.quote.releasable:
                 bound = priced(usage.assuming_output(most_tokens))
                 if bound.nano is not None and bound.nano <= most_nano:
                     more = (f"estimated:{reason}", *bound.flags, *late(bound.nano))
@@ -99,18 +89,18 @@ def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlemen
         return cost(admission.prices, used, at=admission.admitted_at, hour_ttl_requested=admission.reading.hour_ttl)
 
     if not sent:
-        return Void(outcome("not_sent"))
+        return outcome("not_sent")
     if running.status is None:
         return estimated("no_status", left=ended_by == "client")
     if 300 <= running.status < 400:
-        return Void(outcome("upstream:redirect"))
+        return outcome("upstream:redirect")
     if usage is not None and (why := usage.unbilled(running.status)) is not None:
         if usage.error_type is not None and _may_have_looped(running):
             return estimated("late_error")
-        return Void(outcome(why, complete=ended_by == "whole"))
+        return outcome(why, complete=ended_by == "whole")
     if running.status in EDGE_BREAKS and not (usage and usage.started):
         if running.elapsed_s <= EDGE_UNBILLED_S:
-            return Void(outcome("assumed_unbilled"))
+            return outcome("assumed_unbilled")
         return Settlement(running.unseen_nano(), (), outcome("estimated:edge"))
     if running.status >= 400:
         return estimated("error_unreadable")
@@ -131,4 +121,4 @@ def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlemen
 def _may_have_looped(running: InFlightCall) -> bool:
     """Tell whether the provider can have billed turns of its own before its error came."""
     pace = running.declared()
-    return not running.admission.quote.releasable and (pace is None or running.elapsed_s > pace.lag_s)
+    return not running.hold.quote.releasable and (pace is None or running.elapsed_s > pace.lag_s)

@@ -7,8 +7,9 @@ ledger expires. Knows the ledger and running calls; nothing of mitmproxy or poli
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from gateway_addon.calls.progress import TICK_S
 from gateway_addon.calls.refusal_messages import cut_sentence
@@ -22,20 +23,30 @@ TOP_UP_EVERY_S = TICK_S / 4  # however great the hurry: a few writes a second, n
 LATE_S = 0.5  # the lease check may be this late: declared lags have room for that
 CUT_CODES = {"budget": "cap_spent", "paused": "app_paused", "lease_expiring": "ledger"}
 
-type Cut = Callable[[str], None]
-"""Ends a running call early, given the reason: a key of `CUT_CODES`."""
+
+class RunningFlow(Protocol):
+    """A flow whose call may be running."""
+
+    running: InFlightCall | None
+
+    def cut(self, why: str) -> None:
+        """End the running call early; `why` is a key of `CUT_CODES`."""
 
 
 class RunningStreams:
-    """Top up and cut the running calls of one process."""
+    """Top up and cut the running calls of one process: those of `flows`, which whoever holds them keeps up to date."""
 
     def __init__(self, ledger: Ledger, clocks: Clocks):
         self._ledger = ledger
         self._clocks = clocks
-        self.running: dict[InFlightCall, Cut] = {}
+        self.flows: Mapping[str, RunningFlow] = {}
         self._hurry = asyncio.Event()
         self._looked_monotonic_s = clocks.monotonic_s()
         self._stalled_s = 0.0
+
+    @property
+    def running(self) -> list[InFlightCall]:
+        return [flow.running for flow in self.flows.values() if flow.running is not None]
 
     def stalled_s(self, monotonic_s: float) -> float:
         """Return how long the event loop has stood still until now, in all, as measured by lease checks that came late.
@@ -83,7 +94,7 @@ class RunningStreams:
         ]
         if not wanted:
             return
-        granted = await self._ledger.extend([(running.admission.call_id, nano) for running, _, _, nano in wanted], now=self._clocks.now())
+        granted = await self._ledger.extend([(running.hold.call_id, nano) for running, _, _, nano in wanted], now=self._clocks.now())
         for (running, tokens, turn, _), ok in zip(wanted, granted, strict=True):
             if ok:
                 running.granted_tokens += tokens
@@ -92,9 +103,9 @@ class RunningStreams:
     async def _cut_paused(self) -> None:
         """End the running calls in scopes that were paused with `--now`. Raises LedgerUnavailable."""
         paused_now = {pause.scope for pause in await self._ledger.pauses(now=self._clocks.now()) if pause.cut}
-        for running, cut in list(self.running.items()) if paused_now else ():
-            if paused_now & set(running.admission.scopes):
-                cut("paused")
+        for flow in list(self.flows.values()) if paused_now else ():
+            if flow.running is not None and paused_now & set(flow.running.admission.call.scopes):
+                flow.cut("paused")
 
     async def keep_to_the_lease(self) -> None:
         """Measure the loop's stalls, and cut streams whose lease expires. Never waits for the ledger: it may not answer."""
@@ -107,9 +118,9 @@ class RunningStreams:
         A call that does not stream runs to its end: the provider bills it in any case, within what it holds.
         """
         lease_expiring = self._ledger.lease_expiring()
-        for running, cut in list(self.running.items()) if lease_expiring else ():
-            if running.admission.call_id in lease_expiring and running.admission.call.stream:
-                cut("lease_expiring")
+        for flow in list(self.flows.values()) if lease_expiring else ():
+            if flow.running is not None and flow.running.hold.call_id in lease_expiring and flow.running.admission.call.stream:
+                flow.cut("lease_expiring")
 
 
 def cut_refusal(running: InFlightCall) -> Refusal:

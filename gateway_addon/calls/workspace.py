@@ -17,10 +17,11 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from gateway_addon.calls import batches
+from gateway_addon.calls.admission import Admission, Caller, EndedBy, ResponseHook
 from gateway_addon.calls.batch_booking import BatchBooking, OnBatchClosed, pricing
 from gateway_addon.calls.files import file_of, upload_problem
+from gateway_addon.calls.judging import Judgement
 from gateway_addon.calls.judging_process import JudgingProcess
-from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd, ResponseHook
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.refusal_messages import BatchQuote, denied
 from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan, planned
@@ -60,24 +61,25 @@ class Workspace:
     judging: JudgingProcess
 
     async def admit(
-        self, caller: AuthenticatedRequest, parsed: ParsedRequest, request: Request, call: NewCall, now: float
-    ) -> Permit | OwnResponse | Refusal:
+        self, caller: Caller, judged: Judgement, request: Request, call: NewCall, now: float
+    ) -> Admission | OwnResponse | Refusal:
         """Decide about a request that the app's policy lets through. Raises LedgerUnavailable."""
+        parsed = judged.reading
         match parsed.endpoint:
             case "batches.create":
-                return await self._create_batch(caller, request, call, now)
+                return await self._create_batch(caller, judged, request, call, now)
             case "files.upload":
-                problem = upload_problem(request)
-                return problem or Permit(
-                    caller, call, now, response_hook=ResponseHook(whole=partial(self._uploaded, caller.app.name, now))
-                )
+                uploaded = ResponseHook(whole=partial(self._uploaded, caller.app.name, now))
+                return upload_problem(request) or Admission(caller, call, parsed, now, judged.flags, response_hook=uploaded)
             case "batches.list" | "files.list":
                 return await self._page(caller.app, parsed, request)
         owned = await self.ledger.look(partial(ownership.find, id=parsed.item))
         if owned is None or owned.gone or owned.app != caller.app.name:
             return _not_here(caller.app, parsed)
         response_hook = await self._response_hook(caller, parsed, owned, now)
-        return response_hook if isinstance(response_hook, Refusal) else Permit(caller, call, now, response_hook=response_hook)
+        if isinstance(response_hook, Refusal):
+            return response_hook
+        return Admission(caller, call, parsed, now, judged.flags, response_hook=response_hook)
 
     async def foreign_file(self, app: AppPolicy, file_ids: Iterable[str]) -> Refusal | None:
         """Return the refusal for a file that a request names and the app does not own, else None. Raises LedgerUnavailable.
@@ -90,7 +92,9 @@ class Workspace:
 
     # -- batches
 
-    async def _create_batch(self, caller: AuthenticatedRequest, request: Request, call: NewCall, now: float) -> Permit | Refusal:
+    async def _create_batch(
+        self, caller: Caller, judged: Judgement, request: Request, call: NewCall, now: float
+    ) -> Admission | Refusal:
         app, policy = caller.app, caller.policy
         asked = await self.judging.judge(caller.endpoint, request.body, batches.judge_batch, app, policy.prices, request, now)
         if isinstance(asked, Refusal):
@@ -115,10 +119,13 @@ class Workspace:
             return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), option, policy.zone)
         creation = _Creation(self, caller, call, asked, result, now)
         response_hook = ResponseHook(whole=creation.answered, ended=creation.ended)
-        return Permit(caller, call, now, asked.body, edited=", ".join(asked.edited), response_hook=response_hook, reserved=True)
+        return Admission(
+            caller, call, judged.reading, now, judged.flags, asked.body, ", ".join(asked.edited), response_hook=response_hook,
+            settled_by_hook=True,
+        )  # fmt: skip
 
     async def _response_hook(
-        self, caller: AuthenticatedRequest, parsed: ParsedRequest, owned: OwnedObject, now: float
+        self, caller: Caller, parsed: ParsedRequest, owned: OwnedObject, now: float
     ) -> ResponseHook | Refusal:
         """Return what to do with the answer about a batch or file that the app owns."""
         match parsed.endpoint:
@@ -138,15 +145,15 @@ class Workspace:
                 return ResponseHook(streamed=True)
         return ResponseHook()
 
-    async def _results(self, caller: AuthenticatedRequest, batch_id: str) -> ResponseHook:
+    async def _results(self, caller: Caller, batch_id: str) -> ResponseHook:
         batch: Batch | None = await self.ledger.look(partial(book.find, id=batch_id))
         if batch is None or not await self.ledger.look(partial(book.lacks_results, batch=batch)):
             return ResponseHook(streamed=True)
         results = await pricing(self.ledger, batch, caller.policy.prices)
         booking = BatchBooking(self.ledger, batch, results, self.closed, self.clock)
 
-        def ended(ending: PermitEnd) -> None:
-            booking.ended(whole=ending.ended_by == "whole" and ending.status == 200)
+        def ended(sent: bool, ended_by: EndedBy, status: int | None) -> None:
+            booking.ended(whole=ended_by == "whole" and status == 200)
 
         return ResponseHook(streamed=True, tap=booking.tap, ended=ended)
 
@@ -226,7 +233,7 @@ class _Creation:
     """Follow the creation of a batch from its reservation to the provider's answer."""
 
     def __init__(
-        self, workspace: Workspace, caller: AuthenticatedRequest, call: NewCall, asked: batches.AskedBatch, reserved: Reserved, now: float
+        self, workspace: Workspace, caller: Caller, call: NewCall, asked: batches.AskedBatch, reserved: Reserved, now: float
     ):
         self._workspace, self._arrived, self._call, self._asked = workspace, caller, call, asked
         self._call_id, self._now = reserved.call_id, now
@@ -252,21 +259,21 @@ class _Creation:
             self._handed_over = False
         return shown.content.encode()
 
-    def ended(self, ending: PermitEnd) -> None:
+    def ended(self, sent: bool, ended_by: EndedBy, status: int | None) -> None:
         """Resolve the reservation, unless a batch holds it now."""
         if self._handed_over:
             return
         end: Settlement | Outcome
         flags = self._asked.flags
-        if not ending.sent:
-            end = Outcome(ending.status, flags=(*flags, "not_sent"))
-        elif ending.status is not None and 300 <= ending.status < 400:
-            end = Outcome(ending.status, flags=(*flags, "upstream:redirect"))
+        if not sent:
+            end = Outcome(status, flags=(*flags, "not_sent"))
+        elif status is not None and 300 <= status < 400:
+            end = Outcome(status, flags=(*flags, "upstream:redirect"))
         elif self._unbilled is not None:
-            end = Outcome(ending.status, flags=(*flags, self._unbilled), complete=True)
+            end = Outcome(status, flags=(*flags, self._unbilled), complete=True)
         else:
-            lost = "no_status" if ending.status is None else "error_unreadable" if ending.status >= 400 else "batch_unknown"
-            end = Settlement(None, (), Outcome(ending.status, flags=(*flags, f"estimated:{lost}")))
+            lost = "no_status" if status is None else "error_unreadable" if status >= 400 else "batch_unknown"
+            end = Settlement(None, (), Outcome(status, flags=(*flags, f"estimated:{lost}")))
         self._workspace.resolve(self._call_id, self._call, self._now, end, self._workspace.clock())
 
 

@@ -72,7 +72,7 @@ def explain(
     files = set(asked.found.files) if isinstance(asked, ParsedRequest) else set()
     limits = caps(policy, app)
     known = _known(ledger, app, limits, files, find_token, now)
-    caller = judge_caller(known.lookup, address, request.headers, policy, now)
+    caller = judge_caller(known.lookup, address, request.headers, "messages", policy, now)
     refused = caller.refusal if isinstance(caller, Rejected) else None
     explanation: dict[str, Any] = {
         "app": app.name, "rewritten": {}, "rules": [], "quote": None, "caps": [], "observed": [], "note": None,

@@ -39,8 +39,10 @@ class SteadyWatchdog(TimeoutWatchdog):
 
 
 class TimedHandler(ProxyConnectionHandler):
-    """mitmproxy's handler of a connection, which measures the time that it waited for room."""
+    """mitmproxy's handler of a connection, which measures the time that it waited for room, and knows its current flow."""
 
+    flow_state: Any = None
+    """The state of the flow under way (flows.py), None between two. HTTP/1 has one at a time."""
     undrained_s: float = 0.0
     """The waiting time since the connection began. Two sides that wait at once count twice."""
 

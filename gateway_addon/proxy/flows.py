@@ -5,20 +5,19 @@ that a call which is cut closes its upstream socket at once. Knows mitmproxy's c
 """
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from mitmproxy import connection, http
 
+from gateway_addon.calls.admission import Admission, Caller, EndedBy
 from gateway_addon.calls.gateway import Gateway
-from gateway_addon.calls.permits import AuthenticatedRequest, Permit
 from gateway_addon.calls.responses import error_event
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.calls.top_ups import cut_refusal
 from gateway_addon.clocks import Clocks
-from gateway_addon.proxy import inject
 from gateway_addon.proxy.backpressure import handler_of
 from gateway_addon.refusals import Refusal
 
@@ -31,28 +30,50 @@ type Deadline = tuple[float, Callable[[], None]]
 """A moment by the monotonic clock, and the function to call then."""
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclasses.dataclass(frozen=True, slots=True)
+class SendPermission:
+    """Permission to send one request, as admitted, to one address, with one credential."""
+
+    address: tuple[str, int]
+    tls: bool
+    method: str
+    path: str
+    fields: tuple[tuple[bytes, bytes], ...]
+    """The headers as judged."""
+    leaving: tuple[tuple[bytes, bytes], ...]
+    """The headers that the API gets, besides those that the gateway writes: host, length and credential."""
+    body: bytes | None
+    credential: tuple[str, str] = dataclasses.field(repr=False)
+    """Header name and secret. Kept out of every repr, so out of every traceback and log."""
+
+
+@dataclasses.dataclass(slots=True, eq=False, weakref_slot=True)
 class FlowState:
-    """The state of one flow, from its headers on."""
+    """All that is remembered of one flow, from its headers on.
+
+    The stream of mitmproxy's layers that made it (inject.py) keeps it to its own end; the addon finds it by its flow's id until the
+    call has ended.
+    """
 
     flow: http.HTTPFlow
     gateway: Gateway
     clocks: Clocks
     handler: Any
     """The handler of its connection (backpressure.py); None once the connection or the flow has ended."""
-    caller: AuthenticatedRequest | None = None
+    caller: Caller | None = None
     admitting: "asyncio.Task[None] | None" = None
     """The task that waits for this call to be admitted, while one does."""
     left: bool = False
     """The client has left for certain, or has closed its side while it waited for budget."""
     client_closed: bool = False
     """The client has closed its side: it has left, or only sends nothing more."""
+    admission: Admission | None = None
+    running: InFlightCall | None = None
+    """Set where the admission has a hold: the call is metered."""
     began_monotonic_s: float = 0.0
     """The moment of its admission."""
     undrained_before_s: float = 0.0
     """How long its connection had waited for a slow reader before its admission."""
-    running: InFlightCall | None = None
-    permit: Permit | None = None
     server: connection.Server | None = None
     status: int | None = None
     last_byte_monotonic_s: float = 0.0
@@ -64,14 +85,39 @@ class FlowState:
     on_end: "asyncio.Future[None] | None" = None
     """Done at the flow's end, where a task waits for it."""
 
-    @property
-    def wire(self) -> inject.WireState:
-        return inject.wire(self.flow)
+    # On the wire: the permission to send goes in, the facts come out.
 
-    def began(self, monotonic_s: float) -> None:
+    grant: SendPermission | None = None
+    sent: bool = False
+    """The request was handed to the upstream's socket: from here on the provider may have done work."""
+    broken_by: EndedBy | None = None
+    refusal: Refusal | None = None
+    """The client's answer if the exchange breaks before the upstream's answer began."""
+    close_unread: bool = False
+    """Answer with `flow.response` at once, without reading the body, and close."""
+    body_bytes: int = 0
+    """Bytes of the request's body that have arrived."""
+    hold_open: bool = False
+    """The call goes on when its client closes its side: the client may still read, and the answer tells the cost."""
+    final_event: bytes | None = None
+    """The gateway's own final event of a stream that it cuts: sent when the upstream side is closed, before a clean end."""
+
+    def began(self, admission: Admission, monotonic_s: float) -> None:
         """Note the admission, before any of the call is sent."""
+        self.admission, self.running = admission, self.gateway.run(admission, monotonic_s)
+        self.hold_open = self.hold_open and not admission.streams
         self.began_monotonic_s = monotonic_s
         self.undrained_before_s = self.handler.undrained_s if self.handler is not None else 0.0
+
+    def leaves(self) -> SendPermission | None:
+        """Take the permission to send, which is good for once."""
+        grant, self.grant = self.grant, None
+        return grant
+
+    def went_out(self) -> None:
+        """Note that the request is being handed to the upstream's socket: other deadlines hold from then on."""
+        self.sent = True
+        self.watch()
 
     # -- the bytes of a stream
 
@@ -91,7 +137,7 @@ class FlowState:
 
     def _last_bytes(self, chunk: bytes, running: InFlightCall) -> bytes:
         """Return the bytes that still pass of a stream that is being cut: up to the end of an event; the final event follows."""
-        if self.wire.final_event is not None:
+        if self.final_event is not None:
             return b""  # it arrived after the final event was chosen
         if running.encoded:
             self.close_upstream()
@@ -103,15 +149,15 @@ class FlowState:
             self.watch()
             return chunk
         if end:
-            self.wire.final_event = self._final_event(running)
+            self.final_event = self._final_event(running)
         self.close_upstream()
         return chunk[:end]
 
     def _pass_unmetered(self, chunk: bytes, monotonic_s: float) -> None:
         """Pass a chunk of an answer without a meter to its tap, if it has one."""
         self.last_byte_monotonic_s = monotonic_s
-        if self.permit is not None and self.permit.response_hook.tap is not None and chunk:
-            self.permit.response_hook.tap(chunk)
+        if self.admission is not None and self.admission.response_hook.tap is not None and chunk:
+            self.admission.response_hook.tap(chunk)
 
     # -- deadlines
 
@@ -144,10 +190,11 @@ class FlowState:
             self.watchdog = None
 
     def end(self) -> None:
-        """Stop watching, and drop the references from the flow's wire state back to the flow, so that it is freed with its stream."""
-        self.ended, self.handler = True, None
+        """End the flow: nothing of it is sent any more, and nothing waits for it."""
+        if self.handler is not None and self.handler.flow_state is self:
+            self.handler.flow_state = None  # a connection that idles keeps no bodies
+        self.ended, self.handler, self.grant = True, None, None
         self.stop_watching()
-        self.wire.on_sent = self.wire.on_client_end = inject.nothing
         if self.on_end is not None and not self.on_end.done():
             self.on_end.set_result(None)
 
@@ -156,6 +203,8 @@ class FlowState:
     def client_ended(self) -> None:
         """Note that the client closed its side. It may still read: it gets its answer, but does not wait for budget."""
         self.client_closed = True
+        if self.ended:
+            return
         asyncio.get_running_loop().call_later(HALF_CLOSED_S, self.stop_waiting)
 
     def stop_waiting(self) -> None:
@@ -166,14 +215,14 @@ class FlowState:
 
     async def finished(self) -> None:
         """Wait until the answer of a call that goes on without its client is read to its end."""
-        if self.wire.sent and self.wire.hold_open and not self.ended:
+        if self.sent and self.hold_open and not self.ended:
             self.on_end = asyncio.get_running_loop().create_future()
             await self.on_end
 
     def _deadlines(self) -> list[Deadline]:
         assert self.caller is not None
         timeouts, running = self.caller.policy.timeouts, self.running
-        if not self.wire.sent:
+        if not self.sent:
             return [self._timeout(self.began_monotonic_s, "could not be reached", timeouts.connect_s)]
         if running is None and self.last_byte_monotonic_s:
             return [self._timeout(self.last_byte_monotonic_s, "sent nothing", timeouts.silence_s)]
@@ -184,7 +233,7 @@ class FlowState:
     def _timeout(self, since: float, what: str, limit_s: float) -> Deadline:
         def expire() -> None:
             sentence = f"The Claude API {what} within {limit_s:g} s, so the gateway gave up on this call. Try again."
-            self.wire.refusal = Refusal("upstream_timeout", sentence)
+            self.refusal = Refusal("upstream_timeout", sentence)
             self.close_upstream()
 
         return since + limit_s, expire
@@ -208,9 +257,9 @@ class FlowState:
             return
         running.cut = why
         if running.meter is None:
-            self.wire.refusal = cut_refusal(running)
+            self.refusal = cut_refusal(running)
         elif running.meter.at_event_boundary and not running.encoded:
-            self.wire.final_event = self._final_event(running)
+            self.final_event = self._final_event(running)
         self.close_upstream()
 
     def _final_event(self, running: InFlightCall) -> bytes:

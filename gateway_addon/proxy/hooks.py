@@ -18,18 +18,16 @@ from mitmproxy.proxy import server_hooks
 from mitmproxy.proxy.layer import NextLayer
 from OpenSSL import SSL
 
+from gateway_addon.calls.admission import Caller, EndedBy
 from gateway_addon.calls.gateway import Gateway
-from gateway_addon.calls.permits import AuthenticatedRequest, Permit, PermitEnd
 from gateway_addon.calls.responses import OwnResponse, cap_headers, edited_header, note_header
-from gateway_addon.calls.running import Admission
-from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.http_client import STRAIGHT
 from gateway_addon.messages import header_filter, labels
 from gateway_addon.messages.request import Request
 from gateway_addon.proxy import backpressure, inject, request_head
 from gateway_addon.proxy.certificate import Certificate
-from gateway_addon.proxy.flows import FlowState, close_forgotten
+from gateway_addon.proxy.flows import FlowState, SendPermission, close_forgotten
 from gateway_addon.refusals import Refusal, new_request_id
 
 logger = logging.getLogger(__name__)
@@ -108,8 +106,8 @@ class GatewayAddon:
         """The route to the upstream."""
         self.logged_drops: set[bytes] = set()
         self.flow_states: dict[str, FlowState] = {}
-        self.connections: dict[str, FlowState | None] = {}
-        """By client connection that injects: the state of its current flow. HTTP/1 has one at a time."""
+        """All flows whose calls have not ended, by their ids. Whoever ends one first removes it, and with it all that is known of it."""
+        gateway.streams.flows = self.flow_states
 
     # -- the proxy's own life
 
@@ -130,7 +128,7 @@ class GatewayAddon:
         while self.flow_states and self.clocks.monotonic_s() < deadline_monotonic_s:
             await asyncio.sleep(0.05)
         for flow_id in list(self.flow_states):
-            self.finish(flow_id, "gateway", sent=True)
+            self.finish(flow_id, "gateway")
         self.gateway.stop()
 
     # -- a connection
@@ -139,9 +137,8 @@ class GatewayAddon:
     def next_layer(self, data: NextLayer) -> None:
         """Put the injecting layer and the timed handler in place."""
         ctx.master.addons.get("nextlayer").next_layer(data)
-        inject.install(data.layer)
         backpressure.install(data.context.client)
-        self.connections.setdefault(data.context.client.id, None)
+        inject.install(data.layer, self)
 
     @guarded("connection")
     def tls_start_client(self, data: tls.TlsData) -> None:
@@ -153,8 +150,8 @@ class GatewayAddon:
     @guarded("connection")
     def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
         """Open a connection to the upstream for an admitted call alone, and keep it, so that the call can be cut."""
-        flow_state = self.connections.get(data.client.id)
-        if flow_state is None or (flow_state.running is None and flow_state.permit is None):
+        flow_state = self._under_way(data.client)
+        if flow_state is None or flow_state.admission is None:
             data.server.error = "no admitted call asks for this connection"
         else:
             flow_state.server = data.server
@@ -165,12 +162,17 @@ class GatewayAddon:
 
         mitmproxy closes the connection to the upstream when this hook returns.
         """
-        flow_state = self.connections.pop(client.id, None)
+        flow_state = self._under_way(client)
         close_forgotten(client)
         if flow_state is not None:
             flow_state.left = True
             flow_state.stop_waiting()
             await flow_state.finished()
+
+    def _under_way(self, client: connection.Client) -> FlowState | None:
+        """Return the state of the flow under way on a client's connection."""
+        handler = backpressure.handler_of(client)
+        return None if handler is None else handler.flow_state
 
     @guarded("connection")
     def http_connect_upstream(self, flow: http.HTTPFlow) -> None:
@@ -191,56 +193,59 @@ class GatewayAddon:
             kept.append((PATH_LABELS, in_path.encode()))
         flow.request.headers.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
         flow.request.stream = False
-        handler = backpressure.handler_of(flow.client_conn)
-        flow_state = self.flow_states[flow.id] = FlowState(flow, self.gateway, self.clocks, handler)
-        if flow.client_conn.id in self.connections:
-            self.connections[flow.client_conn.id] = flow_state
+        flow_state = self.flow_states.get(flow.id)
         caller = await self._authenticate(flow, headers)
         announced_bytes = _announced(flow.request.headers)
-        if isinstance(caller, AuthenticatedRequest):
+        if isinstance(caller, Caller):
             caller = self._overloaded(flow, caller, announced_bytes or 0) or caller
-        if isinstance(caller, AuthenticatedRequest):
-            flow_state.caller = caller
-            flow_state.wire.body_grew = functools.partial(self._body_grew, weakref.ref(flow_state))
-            flow_state.wire.hold_open, flow_state.wire.on_client_end = caller.app.abandoned == "finish", flow_state.client_ended
-            label = (b"x-api-key", f"app:{caller.app.name}".encode())  # for people; the wire copy gets the key
-            flow.request.headers.fields = (*flow.request.headers.fields, label)
-            return
-        self.answer(flow, caller)
-        inject.wire(flow).close_unread = announced_bytes is None or announced_bytes > UNREAD_BODY_MAX
+        if not isinstance(caller, Caller):
+            if flow_state is not None:
+                flow_state.close_unread = not flow.is_replay and (announced_bytes is None or announced_bytes > UNREAD_BODY_MAX)
+            return self.answer(flow, caller)
+        assert flow_state is not None
+        flow_state.caller, flow_state.hold_open = caller, caller.app.abandoned == "finish"
+        label = (b"x-api-key", f"app:{caller.app.name}".encode())  # for people; the wire copy gets the key
+        flow.request.headers.fields = (*flow.request.headers.fields, label)
 
-    def _overloaded(self, flow: http.HTTPFlow, caller: AuthenticatedRequest, body_bytes: int) -> Refusal | None:
-        """Refuse a body for which there is no memory beside those in flight, None where there is."""
+    def begin(self, flow: http.HTTPFlow) -> FlowState:
+        """Remember a flow, before its first hook (called by its stream, inject.py)."""
+        handler = backpressure.handler_of(flow.client_conn)
+        flow_state = self.flow_states[flow.id] = FlowState(flow, self.gateway, self.clocks, handler)
+        if handler is not None:
+            handler.flow_state = flow_state
+        return flow_state
 
-        def held_bytes() -> int:
-            return sum(each.wire.body_bytes for each in self.flow_states.values() if each.flow is not flow)
-
-        return self.gateway.overloaded(caller, body_bytes, held_bytes, self.clocks.now())
-
-    def _body_grew(self, state_ref: weakref.ref[FlowState]) -> bool:
-        """Refuse a body without an announced length once it has grown beyond the memory that is left."""
-        flow_state = state_ref()
-        if flow_state is None or flow_state.caller is None or flow_state.flow.response:
+    def body_grew(self, flow_state: FlowState) -> bool:
+        """Refuse a body without an announced length once it has grown beyond the memory that is left (called by its stream)."""
+        if flow_state.caller is None or flow_state.flow.response:
             return False
-        refusal = self._overloaded(flow_state.flow, flow_state.caller, flow_state.wire.body_bytes)
+        refusal = self._overloaded(flow_state.flow, flow_state.caller, flow_state.body_bytes)
         if refusal is not None:
             self.answer(flow_state.flow, refusal)
         return refusal is not None
 
+    def _overloaded(self, flow: http.HTTPFlow, caller: Caller, body_bytes: int) -> Refusal | None:
+        """Refuse a body for which there is no memory beside those in flight, None where there is."""
+
+        def held_bytes() -> int:
+            return sum(each.body_bytes for each in self.flow_states.values() if each.flow is not flow)
+
+        return self.gateway.overloaded(caller, body_bytes, held_bytes, self.clocks.now())
+
     async def _authenticate(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
-    ) -> AuthenticatedRequest | OwnResponse | Refusal:
+    ) -> Caller | OwnResponse | Refusal:
         if flow.is_replay:
             return Refusal("replay", "A replayed flow carries no token. Send the call again from its app.")
         return await self._authenticate_with(flow, headers)
 
     async def _authenticate_with(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...], digest: str | None = None
-    ) -> AuthenticatedRequest | OwnResponse | Refusal:
+    ) -> Caller | OwnResponse | Refusal:
         """Authenticate a request by its token, or, where it carries none, by the `digest` of one that was verified before."""
         if self.draining:
             return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
-        if flow.client_conn.id not in self.connections:
+        if flow.id not in self.flow_states:
             return Refusal("internal", inject.FAILED)  # its `next_layer` hook has failed, so no layer injects
         if (wrong := request_head.problem(flow.request.http_version, headers)) is not None:
             return Refusal("request", wrong)
@@ -263,7 +268,7 @@ class GatewayAddon:
             return
         flow_state = self.flow_states[flow.id]
         assert flow_state.caller is not None
-        flow_state.wire.body_bytes = len(flow.request.raw_content or b"")
+        flow_state.body_bytes = len(flow.request.raw_content or b"")
         request, as_judged = request_of(flow), (flow.request.headers.fields, flow.request.raw_content)
         task = flow_state.admitting = asyncio.current_task()
         assert task is not None
@@ -278,15 +283,9 @@ class GatewayAddon:
             flow_state.admitting = None
         if isinstance(decision, OwnResponse | Refusal):
             return self.answer(flow, decision)
-        flow_state.began(self.clocks.monotonic_s())
-        if isinstance(decision, Admission):
-            flow_state.running = self.gateway.run(decision, flow_state.cut, flow_state.began_monotonic_s)
-        else:
-            flow_state.permit = decision
-        wire_state = flow_state.wire
-        wire_state.hold_open = wire_state.hold_open and not _streams(decision)
-        if flow_state.left or (flow_state.client_closed and not wire_state.hold_open):
-            self.finish(flow.id, "client", sent=False)
+        flow_state.began(decision, self.clocks.monotonic_s())
+        if flow_state.left or (flow_state.client_closed and not flow_state.hold_open):
+            self.finish(flow.id, "client")
             return self.answer(flow, LEFT)
         if decision.body is not None:
             flow.request.headers.fields = as_judged[0]
@@ -294,17 +293,17 @@ class GatewayAddon:
             as_judged = (flow.request.headers.fields, flow.request.raw_content)
         if self.egress.proxy is not None:
             flow.server_conn.via = "http", self.egress.proxy
-        wire_state.grant, wire_state.on_sent = self._grant(flow_state.caller, request, *as_judged), flow_state.watch
+        flow_state.grant = self._grant(flow_state.caller, request, *as_judged)
         flow_state.watch()
 
     def _grant(
-        self, caller: AuthenticatedRequest, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
-    ) -> inject.SendPermission:
+        self, caller: Caller, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
+    ) -> SendPermission:
         """Permit the request to be sent as it was judged: under mitmweb a person may have edited the flow meanwhile."""
         address, secure = inject.address(caller.policy.upstream)
         leaving, dropped = header_filter.leaving(fields, caller.policy.pass_headers)
         self._log_drops(caller.app.name, dropped)
-        return inject.SendPermission(address, secure, request.method, request.target, fields, leaving, body, ("x-api-key", self.key()))
+        return SendPermission(address, secure, request.method, request.target, fields, leaving, body, ("x-api-key", self.key()))
 
     def _log_drops(self, app: str, names: Iterable[bytes]) -> None:
         """Log the first drop of each header name, for a person who misses it upstream."""
@@ -323,40 +322,37 @@ class GatewayAddon:
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """Start to meter the answer, or replace it. A stream passes chunk by chunk, unchanged."""
         flow_state, response = self.flow_states.get(flow.id), flow.response
-        if flow_state is None or response is None or flow_state.caller is None:
+        if flow_state is None or response is None or flow_state.caller is None or flow_state.admission is None:
             return
+        running = flow_state.running
         flow_state.status, lowered = response.status_code, _lowered(response.headers)
         self.gateway.upstream_headers(flow_state.caller, response.status_code, lowered, self.clocks.now())
         if response.status_code == 401:
             self.key_refused()
         if (refusal := not_handed_on(response.status_code)) is not None:
-            if flow_state.running is not None:
-                flow_state.running.status = response.status_code
-            flow_state.wire.refusal = refusal
+            if running is not None:
+                running.status = response.status_code
+            flow_state.refusal = refusal
             flow.kill()
             return
-        fields = header_filter.coming_in(response.headers.fields)
+        own = edited_header(flow_state.admission.edited)
         response.data.reason = header_filter.plain_reason(response.data.reason)
-        if flow_state.running is not None:
+        if running is not None:
             known = dict(lowered)
             content_type = known.get("content-type", "")
-            flow_state.running.answered(
+            running.answered(
                 response.status_code, content_type, known.get("content-encoding"), known.get("request-id"),
                 now=self.clocks.now(), monotonic_s=self.clocks.monotonic_s(),
             )  # fmt: skip
-            if response.status_code == 200 and "json" not in content_type:
-                response.stream = functools.partial(self._chunk, weakref.ref(flow_state))
+            streamed = response.status_code == 200 and "json" not in content_type
             flow_state.watch()
-            admission = flow_state.running.admission
-            own = [*edited_header(admission.edited), *note_header(flow_state.running.refused_as_retired())]
-            fields += _encoded([*own, *cap_headers(admission.app.name, admission.standings)])
-        elif flow_state.permit is not None:
-            fields += _encoded(edited_header(flow_state.permit.edited))
-            if flow_state.permit.response_hook.streamed and response.status_code == 200:
-                flow_state.last_byte_monotonic_s = self.clocks.monotonic_s()
-                response.stream = functools.partial(self._chunk, weakref.ref(flow_state))
-                flow_state.watch()
-        response.headers.fields = fields
+            own += [*note_header(running.refused_as_retired()), *cap_headers(flow_state.caller.app.name, running.hold.standings)]
+        elif (streamed := flow_state.admission.response_hook.streamed and response.status_code == 200):
+            flow_state.last_byte_monotonic_s = self.clocks.monotonic_s()
+            flow_state.watch()
+        if streamed:
+            response.stream = functools.partial(self._chunk, weakref.ref(flow_state))
+        response.headers.fields = header_filter.coming_in(response.headers.fields) + _encoded(own)
 
     def _chunk(self, state_ref: weakref.ref[FlowState], chunk: bytes) -> bytes:
         """Meter one chunk of a stream. Must not raise: mitmproxy would drop the chunk.
@@ -383,16 +379,16 @@ class GatewayAddon:
         if flow_state.running is not None and body is not None and response.stream is False:
             monotonic_s = self.clocks.monotonic_s()
             flow_state.running.feed(body, monotonic_s, self.gateway.streams.stalled_s(monotonic_s))
-        response_hook = flow_state.permit.response_hook if flow_state.permit is not None else None
-        if response_hook is not None and response_hook.whole is not None and response.stream is False:
-            return self._run_response_hook(flow, response, response_hook.whole)
+        whole = flow_state.admission.response_hook.whole if flow_state.admission is not None else None
+        if whole is not None and response.stream is False:
+            return self._run_response_hook(flow, response, whole)
         # The call is settled while the client reads its answer, and before any later event.
         asyncio.get_running_loop().call_soon(self.after_response, flow)
         return None
 
     @guarded("response")
     def after_response(self, flow: http.HTTPFlow) -> None:
-        self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
+        self.finish(flow.id, "whole")
 
     async def _run_response_hook(
         self, flow: http.HTTPFlow, response: http.Response, response_hook: Callable[[int, bytes], Awaitable[bytes]]
@@ -402,13 +398,13 @@ class GatewayAddon:
         if changed != content:
             response.headers.pop("content-encoding", None)
             response.content = changed
-        self.finish(flow.id, "whole", sent=inject.wire(flow).sent)
+        self.finish(flow.id, "whole")
 
     @guarded("response")
     def error(self, flow: http.HTTPFlow) -> None:
         """End a call whose exchange broke, on either side, or was never possible."""
-        wire_state = inject.wire(flow)
-        self.finish(flow.id, wire_state.broken_by or "upstream", sent=wire_state.sent)
+        flow_state = self.flow_states.get(flow.id)
+        self.finish(flow.id, (flow_state and flow_state.broken_by) or "upstream")
 
     # -- endings
 
@@ -424,43 +420,34 @@ class GatewayAddon:
         if (flow_state := self.flow_states.pop(flow.id, None)) is not None:
             flow_state.end()
 
-    def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:
+    def finish(self, flow_id: str, ended_by: EndedBy) -> None:
         """Resolve the flow's reservation, once: a second call does nothing."""
         flow_state = self.flow_states.pop(flow_id, None)
         if flow_state is None:
             return
         flow_state.end()
-        if ended_by != "gateway" and self.connections.get(flow_state.flow.client_conn.id) is flow_state:
-            self.connections[flow_state.flow.client_conn.id] = None  # a connection that idles keeps no bodies
+        now = self.clocks.now()
         if flow_state.running is not None:
-            self.gateway.close(flow_state.running, sent=sent, ended_by=ended_by, now=self.clocks.now())
-        elif flow_state.permit is not None:
-            self.gateway.close_permit(flow_state.permit, PermitEnd(sent, ended_by, flow_state.status), self.clocks.now())
+            self.gateway.close(flow_state.running, sent=flow_state.sent, ended_by=ended_by, now=now)
+        elif flow_state.admission is not None:
+            self.gateway.close_unmetered(flow_state.admission, flow_state.status, sent=flow_state.sent, ended_by=ended_by, now=now)
 
     def fail(self, side: Side, data: Any, refusal: Refusal) -> None:
         """End a flow whose hook failed: nothing unjudged passes, and nothing that may have been billed goes unsettled."""
-        if isinstance(data, http.HTTPFlow):
-            wire_state = inject.wire(data)
+        if isinstance(data, http.HTTPFlow) and side == "request":
+            try:
+                self.finish(data.id, "gateway")
+            finally:
+                self.answer(data, refusal)
+        elif isinstance(data, http.HTTPFlow):
             flow_state = self.flow_states.get(data.id)
-            if side == "request":
-                wire_state.grant = None
-                try:
-                    self.finish(data.id, "gateway", sent=wire_state.sent)
-                finally:
-                    self.answer(data, refusal)
-            else:
-                if flow_state is not None and flow_state.running is not None and flow_state.running.in_steps:
-                    flow_state.close_upstream()  # nothing tops up its grant any more
-                self.finish(data.id, "gateway", sent=wire_state.sent)
+            if flow_state is not None and flow_state.running is not None and flow_state.running.in_steps:
+                flow_state.close_upstream()  # nothing tops up its grant any more
+            self.finish(data.id, "gateway")
         elif isinstance(data, NextLayer):
-            self.connections.pop(data.context.client.id, None)
+            inject.uninstall(data.layer)
         elif isinstance(data, server_hooks.ServerConnectionHookData):
             data.server.error = "the gateway failed before the connection was opened"
-
-
-def _streams(decision: Admission | Permit) -> bool:
-    """Tell whether the answer passes piece by piece: it is then never read to its end without a client."""
-    return decision.reading.stream if isinstance(decision, Admission) else decision.response_hook.streamed
 
 
 def request_of(flow: http.HTTPFlow) -> Request:

@@ -2,20 +2,18 @@
 
 Promises that the key is in no flow, so in nothing that shows or stores flows; that it leaves only for the pinned host, over
 TLS where the upstream has it, once per admitted request; and that what leaves is what was admitted, byte for byte: a flow
-edited afterwards is not sent. Knows nothing of policy, money or the ledger: it is handed a `SendPermission` and reports what happened.
+edited afterwards is not sent. Decides nothing: takes a `SendPermission` from the flow's state, and notes there what happened.
 
 mitmproxy writes a request in `HttpStream`, which reads `flow.request`. The subclass below swaps the request in the one
 command that carries it to the wire. `install` puts it in place by the public `next_layer` hook.
 """
 
-import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Protocol
 from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
 
 from mitmproxy import connection, flow, http
 from mitmproxy.net.http import url
@@ -40,6 +38,7 @@ from mitmproxy.proxy.layers.http import (
 
 from gateway_addon.proxy.bounded_http1 import HEAD_BYTES_MAX
 from gateway_addon.proxy.fastpath import relay, whole
+from gateway_addon.proxy.flows import FlowState, SendPermission
 from gateway_addon.proxy.request_head import NOT_WELL_FORMED
 from gateway_addon.refusals import Refusal, new_request_id
 
@@ -52,32 +51,6 @@ BODY_METHODS = ("POST", "PUT", "PATCH")
 """Methods whose requests state a length even where they have no body (RFC 9110, section 8.6)."""
 
 
-def nothing() -> None:
-    """Do nothing, where no callback is set."""
-
-
-def never() -> bool:
-    """Return False, where no callback is set."""
-    return False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SendPermission:
-    """Permission to send one request, as admitted, to one address, with one credential."""
-
-    address: tuple[str, int]
-    tls: bool
-    method: str
-    path: str
-    fields: tuple[tuple[bytes, bytes], ...]
-    """The headers as judged."""
-    leaving: tuple[tuple[bytes, bytes], ...]
-    """The headers that the API gets, besides those that the gateway writes: host, length and credential."""
-    body: bytes | None
-    credential: tuple[str, str] = dataclasses.field(repr=False)
-    """Header name and secret. Kept out of every repr, so out of every traceback and log."""
-
-
 @functools.lru_cache(16)
 def address(upstream: str) -> tuple[tuple[str, int], bool]:
     """Return an upstream's host and port, and whether it speaks TLS."""
@@ -86,53 +59,29 @@ def address(upstream: str) -> tuple[tuple[str, int], bool]:
     return (parts.hostname or "", parts.port or (443 if secure else 80)), secure
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class WireState:
-    """The state of one flow on the wire: the permission to send going in, the facts coming out."""
+class Flows(Protocol):
+    """The table of a process's flows."""
 
-    grant: SendPermission | None = None
-    sent: bool = False
-    """The request was handed to the upstream's socket: from here on the provider may have done work."""
-    on_sent: Callable[[], None] = nothing
-    """Called when `sent` becomes true: other deadlines hold from then on."""
-    broken_by: Literal["client", "upstream", "gateway"] | None = None
-    refusal: Refusal | None = None
-    """The client's answer if the exchange breaks before the upstream's answer began."""
-    close_unread: bool = False
-    """Answer with `flow.response` at once, without reading the body, and close."""
-    body_bytes: int = 0
-    """Bytes of the request's body that have arrived."""
-    body_grew: Callable[[], bool] = never
-    """Called when more of the body has arrived; True where `flow.response` is to be sent at once, for lack of memory."""
-    hold_open: bool = False
-    """The call goes on when its client closes its side: the client may still read, and the answer tells the cost."""
-    on_client_end: Callable[[], None] = nothing
-    """Called when the client closes its side."""
-    final_event: bytes | None = None
-    """The gateway's own final event of a stream that it cuts: sent when the upstream side is closed, before a clean end."""
+    def begin(self, flow: http.HTTPFlow) -> FlowState:
+        """Remember a flow from now on."""
+
+    def body_grew(self, flow_state: FlowState) -> bool:
+        """Take note that more of a request's body has arrived; True where `flow.response` is to be sent at once, for lack of memory."""
 
 
-_WIRES: "WeakKeyDictionary[http.HTTPFlow, WireState]" = WeakKeyDictionary()
-
-
-def wire(flow: http.HTTPFlow) -> WireState:
-    """Return the wire state of a flow, made on first use; it lives exactly as long as its flow."""
-    wire_state = _WIRES.get(flow)
-    if wire_state is None:
-        wire_state = _WIRES[flow] = WireState()
-    return wire_state
-
-
-def forget(flow: http.HTTPFlow) -> None:
-    """Drop a flow's wire state, before the same flow is sent a second time."""
-    _WIRES.pop(flow, None)
-
-
-def install(top: layer.Layer | None) -> None:
+def install(top: layer.Layer | None, flows: Flows) -> None:
     """Turn every plain HTTP layer under `top` into one whose streams inject (called from the `next_layer` hook)."""
     while top is not None:
         if type(top) is HttpLayer:
-            top.__class__ = InjectLayer
+            InjectLayer.take_over(top, flows)
+        top = getattr(top, "child_layer", None)
+
+
+def uninstall(top: Any) -> None:
+    """Turn the layers back, for a connection whose hook has failed: its flows are in no table, and so refused."""
+    while top is not None:
+        if type(top) is InjectLayer:
+            top.__class__ = HttpLayer  # type: ignore[assignment]
         top = getattr(top, "child_layer", None)
 
 
@@ -141,6 +90,11 @@ class InjectLayer(relay.DirectLayer):
 
     broken = False
     """A layer has failed: its flows are settled, its connections close, and later events are ignored."""
+    flows: Flows
+
+    @classmethod
+    def take_over(cls, top: Any, flows: Flows) -> None:
+        top.__class__, top.flows = cls, flows
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if self.broken:
@@ -157,12 +111,12 @@ class InjectLayer(relay.DirectLayer):
 
     def _end_all_flows(self, refusal: Refusal) -> layer.CommandGenerator[None]:
         """End all flows in flight: mitmproxy would log the failure, and leave client and upstream waiting for each other."""
-        flows = [each.flow for each in self.streams.values() if getattr(each, "flow", None) is not None]
+        states = [each.state for each in self.streams.values() if isinstance(each, InjectStream) and each.state is not None]
         self.streams.clear()  # with the bodies, where there was no memory for one more copy
-        for each in flows:
-            wire(each).broken_by = "gateway"
-            each.error = flow.Error(refusal.sentence)
-            yield HttpErrorHook(each)
+        for state in states:
+            state.broken_by = "gateway"
+            state.flow.error = flow.Error(refusal.sentence)
+            yield HttpErrorHook(state.flow)
         client = self.connections.get(self.context.client)
         if isinstance(client, ApiHttp1Server) and client.response is None:
             yield commands.SendData(self.context.client, _raw_answer(refusal))
@@ -187,14 +141,17 @@ class InjectLayer(relay.DirectLayer):
 class InjectStream(whole.WholeStream):
     """mitmproxy's HTTP stream, which sends an admitted request with the key, once, and ends a cut stream with its final event."""
 
+    top: InjectLayer
+    state: FlowState | None = None
+    """The state of its flow, from its headers on."""
+
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        if isinstance(event, BROKEN):
-            wire_state = wire(self.flow)
-            wire_state.broken_by = wire_state.broken_by or ("client" if isinstance(event, RequestProtocolError) else "upstream")
-        elif type(event) is RequestData:
-            wire_state = wire(self.flow)
-            wire_state.body_bytes += len(event.data)
-            if wire_state.body_grew() and self.flow.response:
+        state = self.state
+        if state is not None and isinstance(event, BROKEN):
+            state.broken_by = state.broken_by or ("client" if isinstance(event, RequestProtocolError) else "upstream")
+        elif state is not None and type(event) is RequestData:
+            state.body_bytes += len(event.data)
+            if self.top.flows.body_grew(state) and self.flow.response:
                 yield from self._answer_and_close(self.flow.response)
                 return
         generator = super()._handle_event(event)
@@ -213,14 +170,16 @@ class InjectStream(whole.WholeStream):
                         return
                     command.event.request = request
                 elif isinstance(command.event, ResponseProtocolError) and command.connection is self.context.client:
-                    words = wire(self.flow).final_event
+                    words = None if state is None else state.final_event
                     if words is not None:
                         yield SendHttp(ResponseData(self.stream_id, words), self.context.client)
                     command.event = self._ending(command.event)
+            elif type(command) is HttpRequestHeadersHook:
+                state = self.state = self.top.flows.begin(self.flow)
             reply = yield command
             if type(command) is DropStream:
                 self._break_cycles()
-            elif type(command) is HttpRequestHeadersHook and wire(self.flow).close_unread and self.flow.response:
+            elif type(command) is HttpRequestHeadersHook and state is not None and state.close_unread and self.flow.response:
                 generator.close()
                 yield from self._answer_and_close(self.flow.response)
                 return
@@ -235,17 +194,16 @@ class InjectStream(whole.WholeStream):
 
     def _granted(self, request: http.Request, server: connection.Connection) -> http.Request | None:
         """Return the wire copy of an admitted request; None without a grant, for another server, without TLS, or if it was changed."""
-        wire_state = wire(self.flow)
-        grant, wire_state.grant = wire_state.grant, None
-        if grant is None or not isinstance(server, connection.Server) or server.address != grant.address:
+        state = self.state
+        grant = None if state is None else state.leaves()
+        if state is None or grant is None or not isinstance(server, connection.Server) or server.address != grant.address:
             return None
         if grant.tls and not (server.tls and server.tls_established):
             return None
         as_admitted = (grant.method, grant.path, grant.fields) == (request.method, request.path, request.headers.fields)
         if not as_admitted or request.raw_content != grant.body:
             return None
-        wire_state.sent = True
-        wire_state.on_sent()
+        state.went_out()
         return _wire_copy(request, grant)
 
     def _refuse_to_send(self) -> layer.CommandGenerator[None]:
@@ -259,11 +217,11 @@ class InjectStream(whole.WholeStream):
         self._give_up()
 
     def _ending(self, event: ResponseProtocolError) -> HttpEvent:
-        wire_state = wire(self.flow)
-        if wire_state.final_event is not None:
+        state = self.state
+        if state is not None and state.final_event is not None:
             return ResponseEndOfMessage(self.stream_id)
-        if wire_state.refusal is not None:
-            return ApiProtocolError(self.stream_id, event.message, ErrorCode.GENERIC_SERVER_ERROR, wire_state.refusal)
+        if state is not None and state.refusal is not None:
+            return ApiProtocolError(self.stream_id, event.message, ErrorCode.GENERIC_SERVER_ERROR, state.refusal)
         return event
 
     def _answer_and_close(self, response: http.Response) -> layer.CommandGenerator[None]:
@@ -335,11 +293,10 @@ class ApiHttp1Server(whole.WholeServer):
 
     def wait(self, event: events.Event) -> layer.CommandGenerator[None]:
         stream = self.top.streams.get(self.stream_id)
-        if isinstance(event, events.ConnectionClosed) and isinstance(stream, InjectStream):
-            wire_state = wire(stream.flow)
-            if wire_state.hold_open and (wire_state.sent or self.conn.state is connection.ConnectionState.CAN_WRITE):
-                wire_state.on_client_end()
-                return
+        state = stream.state if isinstance(event, events.ConnectionClosed) and isinstance(stream, InjectStream) else None
+        if state is not None and state.hold_open and (state.sent or self.conn.state is connection.ConnectionState.CAN_WRITE):
+            state.client_ended()
+            return
         yield from super().wait(event)
 
     def read_headers(self, event: events.ConnectionEvent) -> layer.CommandGenerator[None]:

@@ -31,7 +31,7 @@ from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode
 from mitmproxy_rs.local import LocalRedirector
 
-from gateway_addon.calls.permits import AuthenticatedRequest
+from gateway_addon.calls.admission import Caller
 from gateway_addon.calls.responses import OwnResponse
 from gateway_addon.names import PROGRAM
 from gateway_addon.proxy import runtimes
@@ -121,7 +121,7 @@ class LocalAddon(GatewayAddon):
 
     @guarded("request")
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
-        if flow.client_conn.id in self.connections:
+        if flow.id in self.flow_states:
             self.calls += 1
             upstream = urlsplit(self.gateway.policy.upstream)
             if flow.request.host != upstream.hostname and upstream.hostname:  # captured: the program had resolved the name itself
@@ -138,7 +138,7 @@ class LocalAddon(GatewayAddon):
 
     async def _authenticate(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
-    ) -> AuthenticatedRequest | OwnResponse | Refusal:
+    ) -> Caller | OwnResponse | Refusal:
         """Authenticate by the tunnel's token, in place of the key that the app sends. In a command's tunnel without a token, the app's key
         may be one: the command has a token in its environment."""
         name, token = self._caller(flow.client_conn)
@@ -146,7 +146,7 @@ class LocalAddon(GatewayAddon):
         if token or self.child is None:
             headers = (*own, ("x-api-key", token)) if token else tuple(own)
         caller = await super()._authenticate(flow, headers)
-        if isinstance(caller, AuthenticatedRequest) and name and name != caller.app.name:
+        if isinstance(caller, Caller) and name and name != caller.app.name:
             sentence = f"The proxy credentials name app {name}, but their token is {caller.app.name}'s. Put the right two together."
             return Refusal("token_conflict", sentence)
         return caller

@@ -6,7 +6,8 @@ import pytest
 from gateway import write_policies
 from ledgers import NOON
 
-from gateway_addon.calls.authentication import Caller, Rejected, authenticate
+from gateway_addon.calls.admission import Caller
+from gateway_addon.calls.authentication import Rejected, authenticate
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import Pause, Token, TokenLookup
 from gateway_addon.policy import load
@@ -48,16 +49,16 @@ async def test_the_first_reason_is_token_app_pause_address(policy, secret, found
         return found
 
     headers = () if secret is None else (("x-api-key", secret),)
-    caller = await authenticate(headers, None, address, policy, look_up, NOON)
+    caller = await authenticate(headers, None, address, "messages", policy, look_up, NOON)
     assert (caller.refusal.code if isinstance(caller, Rejected) else None) == code
     assert (caller.token is not None, caller.app is not None) == known_as
     assert asked == ([tokens.digest(SECRET)] if secret == SECRET else []), "nobody asks the ledger about what is no token"
     if code is None:
-        assert caller == Caller(policy.apps["app"], TOKEN, frozenset())
+        assert caller == Caller(policy.apps["app"], TOKEN, "messages", policy, frozenset(), NOON)
 
 
 async def test_a_replayed_request_is_known_by_its_digest(policy):
     async def look_up(digest):
         return TokenLookup(TOKEN if digest == "kept" else None)
 
-    assert isinstance(await authenticate((("x-api-key", "masked"),), "kept", INSIDE, policy, look_up, NOON), Caller)
+    assert isinstance(await authenticate((("x-api-key", "masked"),), "kept", INSIDE, "messages", policy, look_up, NOON), Caller)

@@ -94,11 +94,9 @@ async def test_the_wrapper_of_a_hook_keeps_a_failure_from_forwarding(tmp_path, m
     async def failing(self, flow):
         if not guarded:
             flow_state = self.flow_states[flow.id]
-            flow_state.permit = object()  # what a hook that fails late leaves behind
-            from gateway_addon.proxy import inject
-
             asked = hooks.request_of(flow)
-            inject.wire(flow).grant = self._grant(flow_state.caller, asked, flow.request.headers.fields, flow.request.raw_content)
+            flow_state.admission = await self.gateway.admit(flow_state.caller, asked, time.time())  # what a hook that fails late leaves behind
+            flow_state.grant = self._grant(flow_state.caller, asked, flow.request.headers.fields, flow.request.raw_content)
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(hooks.GatewayAddon, "request", hooks.guarded("request")(failing) if guarded else failing)
@@ -152,7 +150,7 @@ async def test_only_an_input_that_cannot_grow_is_released_early(tmp_path, monkey
     def released_on_its_word(self):
         from dataclasses import replace
 
-        self.admission = replace(self.admission, quote=replace(self.admission.quote, releasable=True))
+        self.hold = self.hold._replace(quote=replace(self.hold.quote, releasable=True))
         return release(self)
 
     monkeypatch.setattr(InFlightCall, "release_nano", released_on_its_word)

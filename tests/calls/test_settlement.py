@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -9,11 +10,13 @@ from ledgers import CALL
 from quotes import NOW, PRICES, app, quoted, reading
 from upstreams import event, message
 
+from gateway_addon.calls.admission import Admission, Caller, Hold
 from gateway_addon.calls.progress import Pace
-from gateway_addon.calls.running import Admission, InFlightCall
-from gateway_addon.calls.settlement import Void, settle
+from gateway_addon.calls.reservation_options import ReservationOption
+from gateway_addon.calls.running import InFlightCall
+from gateway_addon.calls.settlement import settle
 from gateway_addon.cli.meter import meter
-from gateway_addon.ledger import Settlement
+from gateway_addon.ledger import Outcome, Settlement
 
 GRANTED = 1000
 ENVELOPE = b'{"type":"error","error":{"type":"overloaded_error","message":"x"}}'
@@ -35,11 +38,22 @@ BOUND = 9 * 1_000 + GRANTED * 5_000
 ALL = None  # the whole grant
 
 
+def in_flight(asked, granted, pace=None):
+    """An admitted call of which so many tokens of output are held."""
+    policy = SimpleNamespace(prices=PRICES)
+    caller = Caller(app(), None, "messages", policy, frozenset(), NOW)
+    hold = Hold(1, quoted(asked), ReservationOption(granted, 0, pace))
+    return InFlightCall(Admission(caller, CALL, asked, NOW, hold=hold), hold, 0.0)
+
+
+def unreleasable(hold):
+    return hold._replace(quote=replace(hold.quote, releasable=False))
+
+
 def call(status=None, body=b"", content_type="application/json", model="claude-haiku-4-5", *, after_s=2.0, granted=GRANTED, **more):
     """A call whose answer had arrived as far as `body` by `after_s`."""
     asked = reading(model=model, max_tokens=granted, **more)
-    admission = Admission(1, CALL, app(), PRICES, asked, quoted(asked), granted, None, NOW)
-    running = InFlightCall(admission, 0.0)
+    running = in_flight(asked, granted)
     if status is not None:
         running.answered(status, content_type, None, "req_1", now=NOW + 1, monotonic_s=1.0)
         running.feed(body, after_s)
@@ -97,7 +111,7 @@ PACE = Pace(tokens_per_second_max=10, lag_s=1.0, turn_s_min=2.0)
 def left(body=None, *, at_s=3.0, stalled_s=0.0, granted=GRANTED, **more):
     """A stream that ended `at_s` after it was let go, held whole unless less is `granted`."""
     asked = reading(max_tokens=GRANTED, stream=True, **more)
-    running = InFlightCall(Admission(1, CALL, app(), PRICES, asked, quoted(asked), granted, PACE, NOW), 0.0)
+    running = in_flight(asked, granted, PACE)
     if body is not None:
         running.answered(200, "text/event-stream", None, "req_1", now=NOW + 1, monotonic_s=1.0)
         running.feed(body, 2.0)
@@ -107,7 +121,7 @@ def left(body=None, *, at_s=3.0, stalled_s=0.0, granted=GRANTED, **more):
 
 UNPRICED = event("message_start", message=OPENING | {"model": "claude-unheard-of-9"})
 BY_THEN = 40  # tokens of three seconds and a lag
-UNTOUCHED = left().admission.quote
+UNTOUCHED = left().hold.quote
 
 
 @pytest.mark.parametrize(
@@ -153,7 +167,7 @@ def test_input_is_released_once_the_prompt_is_told(body, released):
 def test_a_whole_start_of_a_looping_request_is_exact():
     """Programmatic tool calls run code, so nothing of such a request is released before its end; this is its end."""
     running = streamed(WHOLE_START)
-    running.admission = replace(running.admission, quote=replace(running.admission.quote, releasable=False))
+    running.hold = unreleasable(running.hold)
     found = settle(running, sent=True, ended_by="whole")
     assert isinstance(found, Settlement)
     assert (found.cost_nano, found.outcome.complete) == (EXACT, True)
@@ -162,15 +176,15 @@ def test_a_whole_start_of_a_looping_request_is_exact():
 @pytest.mark.parametrize("running", [call(), call(200, message()), call(500, ENVELOPE)])
 def test_what_was_never_sent_costs_nothing(running):
     found = settle(running, sent=False, ended_by="gateway")
-    assert isinstance(found, Void)
-    assert found.outcome.flags == ("not_sent",)
+    assert isinstance(found, Outcome)
+    assert found.flags == ("not_sent",)
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500, 502, 504, 529])
 def test_the_apis_own_refusal_gives_everything_back(status):
     found = settle(call(status, ENVELOPE, after_s=99), sent=True, ended_by="whole")
-    assert isinstance(found, Void)
-    assert (found.outcome.status, found.outcome.flags) == (status, ("upstream:overloaded_error",))
+    assert isinstance(found, Outcome)
+    assert (found.status, found.flags) == (status, ("upstream:overloaded_error",))
 
 
 def metered(status, body, content_type):
@@ -198,11 +212,11 @@ def test_an_answer_that_is_an_error_first_is_void(body, content_type):
     assert metered(200, body, content_type) == 0
     for more, after_s, void in (({}, 0.5, True), ({}, 99, True), (SEARCH, 0.5, True), (SEARCH, 99, False)):
         found = settle(call(200, body, content_type, after_s=after_s, **more), sent=True, ended_by="whole")
-        assert isinstance(found, Void) is void, (more, after_s)
+        assert isinstance(found, Outcome) is void, (more, after_s)
         if not void:
             assert (found.cost_nano, found.outcome.flags) == (ALL, ("estimated:late_error",))
         else:
-            assert found.outcome.flags == ("upstream:overloaded_error",)
+            assert found.flags == ("upstream:overloaded_error",)
 
 
 JSON = "application/json"
@@ -220,15 +234,15 @@ SAME_BYTES = [
 def test_the_meter_and_settlement_agree_on_the_same_bytes(status, body, content_type):
     """Where only all that is held bounds a call, the meter, which knows of no hold, says that it cannot tell."""
     found = settle(call(status, body, content_type), sent=True, ended_by="whole")
-    assert metered(status, body, content_type) == (0 if isinstance(found, Void) else found.cost_nano)
+    assert metered(status, body, content_type) == (0 if isinstance(found, Outcome) else found.cost_nano)
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>blocked</html>", b'{"detail":"blocked"}'])
 @pytest.mark.parametrize("status", [403, 413, 429, 521, 523, 525, 526, 530])
 def test_a_status_that_only_an_edge_makes_is_void(status, body):
     found = settle(call(status, body, "text/html", after_s=99), sent=True, ended_by="whole")
-    assert isinstance(found, Void)
-    assert found.outcome.flags == (f"edge:{status}",)
+    assert isinstance(found, Outcome)
+    assert found.flags == (f"edge:{status}",)
     assert metered(status, body, "text/html") == 0
 
 
@@ -236,10 +250,10 @@ def test_a_status_that_only_an_edge_makes_is_void(status, body):
 def test_an_edge_that_broke_is_void_soon_and_bounded_later(status):
     """Later it may be that the origin broke off after it took the request, so what can have been generated by then is booked."""
     page, most = b"<html>", 64_000
-    quote, pace = call(granted=most).admission.quote, call().declared()
+    quote, pace = call(granted=most).hold.quote, call().declared()
     soon = settle(call(status, page, "text/html", after_s=2.0, granted=most), sent=True, ended_by="whole")
-    assert isinstance(soon, Void)
-    assert soon.outcome.flags == ("assumed_unbilled",)
+    assert isinstance(soon, Outcome)
+    assert soon.flags == ("assumed_unbilled",)
     later = settle(call(status, page, "text/html", after_s=2.1, granted=most), sent=True, ended_by="whole")
     assert isinstance(later, Settlement)
     assert later.cost_nano == quote.for_output(pace.tokens_in(2.1 + pace.lag_s)) < quote.total_nano
@@ -254,7 +268,8 @@ def test_an_edge_that_broke_is_void_soon_and_bounded_later(status):
 def test_late_edge_break_keeps_the_grant_where_no_rate_bounds(reserve, more):
     """An edge that broke late keeps the grant where no rate bounds it."""
     running = call(502, b"<html>", "text/html", after_s=2.1, **more)
-    running.admission = replace(running.admission, app=replace(running.admission.app, reserve=reserve))
+    caller = replace(running.admission.caller, app=replace(running.admission.app, reserve=reserve))
+    running.admission = replace(running.admission, caller=caller)
     found = settle(running, sent=True, ended_by="whole")
     assert isinstance(found, Settlement)
     assert (found.cost_nano, found.outcome.flags) == (ALL, ("estimated:edge",))
@@ -279,7 +294,7 @@ def test_a_cut_of_the_gateways_own_names_its_reason():
 def test_cut_answer_whose_input_may_grow_keeps_the_grant():
     """A cut answer whose input may still grow keeps the whole grant."""
     running = streamed(START)
-    running.admission = replace(running.admission, quote=replace(running.admission.quote, releasable=False))
+    running.hold = unreleasable(running.hold)
     found = settle(running, sent=True, ended_by="upstream")
     assert isinstance(found, Settlement)
     assert (found.cost_nano, found.outcome.flags) == (ALL, ("estimated:cut",))

@@ -77,7 +77,7 @@ async def test_a_body_that_waits_in_line_counts_among_those_in_flight(tmp_path):
         first = asyncio.ensure_future(client.messages.create(**ASK))
         await until(lambda: api.book.in_flight)
         waits = asyncio.ensure_future(client.messages.create(**large))
-        await until(lambda: any(each.admitting and each.wire.body_bytes > 1_000_000 for each in gw.addon.flow_states.values()))
+        await until(lambda: any(each.admitting and each.body_bytes > 1_000_000 for each in gw.addon.flow_states.values()))
         with pytest.raises(anthropic.InternalServerError, match="bodies_in_flight"):
             await client.messages.create(**large)
         for task in (first, waits):

@@ -25,6 +25,7 @@ from ledgers import rows
 from processes import START_S, ledgered
 from sealed import Sealed, sealed
 
+from gateway_addon.calls.gateway import Gateway
 from gateway_addon.cli import local as command
 from gateway_addon.cli.claude_code import statusline
 from gateway_addon.ledger import admin
@@ -232,7 +233,7 @@ async def test_capture_runs_beside_the_proxy_without_its_own_port(tmp_path):
     """A capture runs beside the proxy, and takes no port of its own."""
     policies = write_policies(tmp_path / "policies", "https://localhost:1", {"app": APP})
     policy = load(policies)
-    master = build(Settings("127.0.0.1", 8082, policies, f"sqlite:///{tmp_path / 'gateway.db'}"), policy, LocalAddon(None, str))
+    master = build(Settings("127.0.0.1", 8082, policies, f"sqlite:///{tmp_path / 'gateway.db'}"), policy, LocalAddon(Gateway(None, policy), str))
     intercepting(master, policy.upstream, "curl", tmp_path / "ca")
     assert (master.options.mode, master.options.listen_port) == (["regular@8082", "local:curl"], None)
 

@@ -71,7 +71,7 @@ async def test_a_large_body_beyond_those_in_flight_is_refused(tmp_path):
 
 async def arrived(gw, count: int) -> None:
     """Wait until so many bytes of bodies are here."""
-    await until(lambda: sum(each.wire.body_bytes for each in gw.addon.flow_states.values()) >= count)
+    await until(lambda: sum(each.body_bytes for each in gw.addon.flow_states.values()) >= count)
 
 
 def chunked(token: str, *, chunk: bytes = b"") -> bytes:
@@ -108,7 +108,7 @@ async def test_a_body_that_outgrows_the_room_is_refused_then(tmp_path, says):
         second.write(growing[500:])
         status, headers, _ = split_answer(await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20))
         assert (status, headers["x-gateway-refusal"]) == (503, "crowded")
-        assert sum(each.wire.body_bytes for each in gw.addon.flow_states.values()) < 3_000_000
+        assert sum(each.body_bytes for each in gw.addon.flow_states.values()) < 3_000_000
         first.close()
         second.close()
         assert not (await api.settled()).messages()

@@ -17,10 +17,9 @@ from mitmproxy import command, contentviews, ctx, exceptions, http
 from mitmproxy import flow as mflow
 from mitmproxy.hooks import UpdateHook
 
-from gateway_addon.calls.permits import AuthenticatedRequest, Permit
+from gateway_addon.calls.admission import Caller, EndedBy
 from gateway_addon.calls.record import CallRecord
 from gateway_addon.calls.responses import OwnResponse
-from gateway_addon.calls.settlement import EndedBy
 from gateway_addon.identity import tokens
 from gateway_addon.identity.client_address import origin
 from gateway_addon.ledger import (
@@ -41,7 +40,6 @@ from gateway_addon.money import cents, dollars
 from gateway_addon.operations import explain as explanation
 from gateway_addon.policy import AppPolicy, all_caps, caps
 from gateway_addon.pricing import cost
-from gateway_addon.proxy import inject
 from gateway_addon.proxy.hooks import GatewayAddon, guarded, request_of
 from gateway_addon.proxy.web import pretty
 from gateway_addon.proxy.web.lockdown import FIXED, LOOKING, NO_SCRIPTS
@@ -106,18 +104,16 @@ class DebugAddon(GatewayAddon):
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
         flow.marked = flow.comment = ""
         await super().requestheaders(flow)
-        if flow.is_replay:
-            inject.wire(flow).close_unread = False  # there is no client whose body would have to be read
 
     async def _authenticate(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
-    ) -> AuthenticatedRequest | OwnResponse | Refusal:
+    ) -> Caller | OwnResponse | Refusal:
         if flow.is_replay:
             return await self._again(flow) or await super()._authenticate(flow, headers)
         flow.metadata.pop(CALLER, None)
         caller = await super()._authenticate(flow, headers)
         secret = tokens.credential(headers)
-        if isinstance(caller, AuthenticatedRequest) and isinstance(secret, str):
+        if isinstance(caller, Caller) and isinstance(secret, str):
             flow.metadata[CALLER] = self._word(FlowCaller(tokens.digest(secret), caller.app.name))
         return caller
 
@@ -133,7 +129,7 @@ class DebugAddon(GatewayAddon):
         """Return the caller whose token came with this flow, or with the one that it is a copy of. None where no token was seen."""
         return self.callers.get(str(flow.metadata.get(CALLER)))
 
-    async def _again(self, flow: http.HTTPFlow) -> AuthenticatedRequest | OwnResponse | Refusal | None:
+    async def _again(self, flow: http.HTTPFlow) -> Caller | OwnResponse | Refusal | None:
         """Authenticate the flow again, as it is now, as its caller."""
         caller = self.caller(flow)
         return caller and await self._authenticate_with(flow, request_of(flow).headers, caller.digest)
@@ -148,16 +144,16 @@ class DebugAddon(GatewayAddon):
         if flow.response or flow.error or flow_state is None:
             return
         caller = await self._again(flow)
-        if not isinstance(caller, AuthenticatedRequest):
+        if not isinstance(caller, Caller):
             return self.answer(flow, caller or Refusal("replay", "Nobody's token came with this flow. Send the call from its app."))
         flow_state.caller = caller
         await super().request(flow)
         if flow_state.running is not None:
-            admission = flow_state.running.admission
+            admission, hold = flow_state.running.admission, flow_state.running.hold
             if flow.is_replay:
                 flow_state.running.admission = replace(admission, flags=(*admission.flags, "replayed"))
-            self._awaited[admission.call_id] = flow
-            flow.comment = _line(caller.app.name, admission.reading.model, f"{cents(admission.quote.total_nano)} at most")
+            self._awaited[hold.call_id] = flow
+            flow.comment = _line(caller.app.name, admission.reading.model, f"{cents(hold.quote.total_nano)} at most")
 
     # -- what became of it
 
@@ -169,11 +165,11 @@ class DebugAddon(GatewayAddon):
             flow.comment = _line(caller and caller.app, pretty.model(flow.request.raw_content or b""), refused)
         super().answer(flow, said)
 
-    def finish(self, flow_id: str, ended_by: EndedBy, *, sent: bool) -> None:
+    def finish(self, flow_id: str, ended_by: EndedBy) -> None:
         flow_state = self.flow_states.get(flow_id)
-        super().finish(flow_id, ended_by, sent=sent)
-        if flow_state is not None and isinstance(flow_state.permit, Permit):
-            flow_state.flow.comment = _line(flow_state.permit.caller.app.name, flow_state.permit.caller.endpoint, "free")
+        super().finish(flow_id, ended_by)
+        if flow_state is not None and flow_state.admission is not None and flow_state.running is None:
+            flow_state.flow.comment = _line(flow_state.admission.app.name, flow_state.admission.caller.endpoint, "free")
 
     def _ended(self, call: CallRecord) -> None:
         """Put a call's cost on its flow, once it is written."""

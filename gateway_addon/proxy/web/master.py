@@ -13,7 +13,7 @@ from gateway_addon.proxy.web.replays import gate_replays
 class DebugMaster(WebMaster):
     def __init__(self, opts: options.Options, addon: DebugAddon) -> None:
         super().__init__(opts)
-        gate_replays(self.addons.get("clientplayback"), addon.connections)
+        gate_replays(self.addons.get("clientplayback"), addon)
         self.addons.add(LastAdmission(addon))
         known = self.commands.commands
         for name in set(known) - kept(known):

@@ -6,7 +6,6 @@ the label in the place of the key.
 """
 
 import logging
-from collections.abc import MutableMapping
 from typing import Any
 
 from mitmproxy import ctx, http
@@ -24,12 +23,12 @@ class GatedReplay(ReplayHandler):
     """One replay, on a client connection of its own."""
 
     undrained_s = 0.0  # nobody reads it, so nobody is slow
+    flow_state: FlowState | None = None
 
-    def __init__(self, flow: http.HTTPFlow, opts: Options) -> None:
+    def __init__(self, flow: http.HTTPFlow, opts: Options, flows: inject.Flows) -> None:
         super().__init__(flow, opts)
         flow.client_conn = self.client
-        inject.forget(flow)
-        inject.install(self.layer)
+        inject.install(self.layer, flows)
 
     async def run(self) -> None:
         with ctx.master.addons.get("proxyserver").register_connection(self.client.id, self):  # so that it can be cut
@@ -40,23 +39,20 @@ class GatedReplay(ReplayHandler):
 
 
 class GatedPlayback(ClientPlayback):
-    connections: MutableMapping[str, FlowState | None]
-    """The addon's table of connections that inject."""
+    flows: inject.Flows
 
     async def playback(self) -> None:
         while True:
             self.inflight = await self.queue.get()
             try:
-                replay = GatedReplay(self.inflight, self.options)
-                self.connections[replay.client.id] = None
-                await replay.run()
+                await GatedReplay(self.inflight, self.options, self.flows).run()
             except Exception:
                 logger.exception("A replay failed.")
             self.queue.task_done()
             self.inflight = None
 
 
-def gate_replays(playback: Any, connections: MutableMapping[str, FlowState | None]) -> None:
+def gate_replays(playback: Any, flows: inject.Flows) -> None:
     """Make mitmproxy's playback, with its commands, send through the gateway."""
     playback.__class__ = GatedPlayback
-    playback.connections = connections
+    playback.flows = flows
