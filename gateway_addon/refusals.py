@@ -76,6 +76,61 @@ TABLE: dict[str, RefusalKind] = {
     "upstream_timeout": RefusalKind(504, "timeout_error", True),
 }
 
+WORDS = {
+    "token_missing": "no token was sent",
+    "token_malformed": "what was sent is no token",
+    "token_unknown": "nobody's token",
+    "token_revoked": "a revoked token",
+    "token_expired": "an expired token",
+    "token_conflict": "two tokens at once",
+    "token_address": "an address that the app does not allow",
+    "token_noise": "too many tries without a valid token",
+    "token_proxy": "no token for the proxy",
+    "identity_invalid": "an identity that cannot be verified",
+    "identity_expired": "an expired identity",
+    "identity_unknown": "an identity of no app",
+    "identity_ambiguous": "an identity of several apps",
+    "identity_unavailable": "the issuer's keys could not be read",
+    "app_unknown": "the app has no policy file",
+    "app_paused": "paused by the operator",
+    "endpoint": "an endpoint that the policy does not allow",
+    "browser": "called from a web page",
+    "upgrade": "another protocol was asked for",
+    "model": "a model that the policy does not allow",
+    "model_unpriced": "a model without a price",
+    "feature": "a feature that the policy does not allow",
+    "thread": "a thread, which the policy does not allow",
+    "unknown_field": "a field that nobody knows the price of",
+    "max_tokens": "more max_tokens than the policy allows",
+    "requirement": "lacks what the policy requires",
+    "replay": "a replay of nobody's call",
+    "label": "a label that the policy does not allow",
+    "not_found": "not the app's, or not there",
+    "unsettled": "its batch is not settled yet",
+    "body": "the body cannot be read",
+    "request": "not a valid request",
+    "too_large": "the body is too large",
+    "cap_spent": "its cap is spent",
+    "quote_over_cap": "it alone could cost more than a cap",
+    "cap_held": "calls in flight hold the rest of a cap",
+    "rate": "more per minute than its rate",
+    "concurrency": "more calls at once than it may have",
+    "headroom": "the shared key's own limit is near",
+    "ledger": "the ledger could not be written",
+    "crowded": "too many calls at once",
+    "draining": "the gateway was ending",
+    "internal": "a fault of the gateway",
+    "upstream_unreachable": "the provider could not be reached",
+    "upstream_redirect": "the provider pointed elsewhere",
+    "upstream_timeout": "the provider did not answer in time",
+}
+"""Each reason in words for a person, after "refused:"."""
+
+
+def in_words(code: str) -> str:
+    """Return the words for a code, also for one that a newer version has written."""
+    return WORDS.get(code, code.replace("_", " "))
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:

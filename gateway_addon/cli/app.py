@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
         tokens = [each for each in admin.tokens(db, name) if each.refusal(now) is None]
         pauses = [each for each in state.pauses(db, now) if each.scope in scopes(name, team)]
         refusals = spending.refused_of(db, name, since=starts(now, calendar).month, until=now)
-        newest, _ = call_detail.search(db, call_detail.CallFilter(app=name))
-    policy, calls = _policy(name, policies), newest[:CALLS_SHOWN]
+        calls = list(islice(call_detail.every(db, call_detail.CallFilter(app=name)), CALLS_SHOWN))
+    policy = _policy(name, policies)
     if as_json:
         facts = {"app": name, "team": team, "policy": policy, "caps": caps, "refused": refusals, "pauses": [each.scope for each in pauses]}
         listed = [{"id": each.id, "name": each.label, "issued": each.created_at, "last_used": each.last_used_at} for each in tokens]

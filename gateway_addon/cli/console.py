@@ -7,8 +7,9 @@ import click
 
 from gateway_addon.cli.common import ListenAddress, ledger_option, policies_option, says_errors, stop
 from gateway_addon.clocks import monotonic_s
-from gateway_addon.console.app import Console, Policies, server
+from gateway_addon.console.app import server
 from gateway_addon.console.login import LINK_S, Login
+from gateway_addon.console.pages import Console, Policies
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.names import PROGRAM
@@ -45,7 +46,8 @@ def console(listen: tuple[str, int], token_file: Path | None, policies: Path, le
     if token == "":
         stop(f"{token_file} is empty. Put a long random text in it: openssl rand -hex 32 > {token_file}")
     desk = Console(sqlite_files.ledger_path(ledger), Policies(policies), Login(monotonic_s()), metrics_token=token)
-    desk.look()  # the month is read once, before anybody waits for it
+    desk.policies()
+    desk.warm_up()
     with bind(host, port) as listener:
         serving = server(desk, listener)
     name = f"[{host}]" if ":" in host else host

@@ -1,6 +1,8 @@
-"""Serve the operator's console: a read-only page over the ledger, for one person on the same machine.
+"""Serve the operator's console: pages over the ledger, for one person on the same machine.
 
-    login   the one-time link and the cookie          desk    what there is to see, as values
-    app     routes, headers, the server                charts  the geometry of the drawings
-    metrics the same for machines
+    app      addresses, who is let in, headers, the server      login    the one-time link and the cookie
+    pages    what each address shows                            desk     caps, live calls and alerts, as values
+    ranges   the days that a page is about                      sums     their figures, by app, model, token and day
+    listing  the list of calls: filters, order, exports         charts   the geometry of the drawings
+    metrics  the overview for machines
 """

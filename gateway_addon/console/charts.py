@@ -13,6 +13,10 @@ BAR = 1000
 WIDTH, HEIGHT = 960, 240
 COLOURS = 6
 """Series with a colour of their own; the last one stands for all the others."""
+STEP_MAX = WIDTH / 7
+"""The most that one column takes: a single day is no wall."""
+LABEL_WIDTH = 96
+"""The room of a label below a column, on the phone too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,11 @@ def bar(spent_nano: int, held_nano: int, of_nano: int) -> Bar:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One series' share of one column."""
+    """One series' share of one column: an amount in nano-dollars, or a count."""
 
     series: int
     name: str
-    nano: int
+    amount: int
     y: float
     height: float
 
@@ -49,56 +53,69 @@ class Mark:
 @dataclass(frozen=True, slots=True)
 class Column:
     label: str
-    nano: int
+    amount: int
     x: float
     width: float
     marks: tuple[Mark, ...]
+    has_label: bool
+    """The label is written below the column: for all of them there is no room."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A stacked chart. `lines`: the scale, as (y, nano)."""
+    """A stacked chart. `lines`: the scale, as (y, amount)."""
 
-    series: tuple[str, ...]
+    series: tuple[tuple[int, str], ...]
+    """Each with the number of its colour."""
     columns: tuple[Column, ...]
     lines: tuple[tuple[float, int], ...]
 
 
-def stack(columns: Sequence[tuple[str, Mapping[str, int]]]) -> Stack:
-    """Columns of (label, nano by series), drawn from the bottom, the dearest series lowest and in the same colour everywhere."""
+def stack(columns: Sequence[tuple[str, Mapping[str, int]]], order: Sequence[str] | None = None, top: int | None = None) -> Stack:
+    """Draw columns of (label, amount by series) from the bottom up, each series in the same colour everywhere.
+
+    Without `order` the largest series is the lowest, and those for which there is no colour are together the highest. `top`: the amount
+    of the full height; without it the scale follows the highest column.
+    """
     totals: dict[str, int] = {}
     for _, amounts in columns:
-        for name, nano in amounts.items():
-            totals[name] = totals.get(name, 0) + nano
-    names = sorted((name for name in totals if totals[name]), key=lambda name: (-totals[name], name))
-    own = names if len(names) <= COLOURS else names[: COLOURS - 1]
+        for name, amount in amounts.items():
+            totals[name] = totals.get(name, 0) + amount
+    names = [name for name in order or sorted(totals, key=lambda name: (-totals[name], name)) if totals.get(name)]
+    own = names if order or len(names) <= COLOURS else names[: COLOURS - 1]
     series = (*own, *(["all others"] if len(names) > len(own) else []))
-    top = _rounded_up(max((sum(amounts.values()) for _, amounts in columns), default=0))
-    step = WIDTH / max(1, len(columns))
+    colours = [(order or series).index(name) for name in series]
+    top = top or _rounded_up(max((sum(amounts.values()) for _, amounts in columns), default=0))
+    step = min(WIDTH / max(1, len(columns)), STEP_MAX)
+    left, every = WIDTH - step * len(columns), max(1, -(-LABEL_WIDTH // int(step)))
     drawn = []
     for number, (label, amounts) in enumerate(columns):
         shares = [amounts.get(name, 0) for name in own]
         shares += [sum(amounts.values()) - sum(shares)] if len(series) > len(own) else []
-        drawn.append(Column(label, sum(amounts.values()), number * step + step * 0.12, step * 0.76, _marks(series, shares, top)))
-    lines = tuple((HEIGHT - HEIGHT * part / 4, top * part // 4) for part in range(1, 5)) if top else ()
-    return Stack(series, tuple(drawn), lines)
+        x, has_label = left + number * step + step * 0.12, (len(columns) - 1 - number) % every == 0
+        marks = _marks(series, colours, shares, top)
+        drawn.append(Column(label, sum(amounts.values()), round(x, 2), round(step * 0.76, 2), marks, has_label))
+    lines = tuple((HEIGHT - HEIGHT * part / 4, top * part // 4) for part in range(1, 5)) if top and names else ()
+    return Stack(tuple(zip(colours, series, strict=True)), tuple(drawn), lines)
 
 
-def _marks(series: Sequence[str], shares: Sequence[int], top: int) -> tuple[Mark, ...]:
+def _marks(series: Sequence[str], colours: Sequence[int], shares: Sequence[int], top: int) -> tuple[Mark, ...]:
     marks, y = [], float(HEIGHT)
-    for number, (name, nano) in enumerate(zip(series, shares, strict=True)):
-        if nano > 0:
-            height = HEIGHT * nano / top
+    for name, colour, amount in zip(series, colours, shares, strict=True):
+        if amount > 0:
+            height = HEIGHT * amount / top
             y -= height
-            marks.append(Mark(number, name, nano, round(y, 2), round(height, 2)))
+            marks.append(Mark(colour, name, amount, round(y, 2), round(height, 2)))
     return tuple(marks)
 
 
-def _rounded_up(nano: int) -> int:
-    """The next number whose quarters are ones that people say: 1, 1.5, 2, 2.5, 3, 4, 5, 6 or 8 of a power of ten."""
-    if nano == 0:
+def _rounded_up(amount: int) -> int:
+    """Return the next number whose quarters are whole and ones that people say: 12, 16, 20, 24, 32, 40, 60 or 80 times a power of ten."""
+    if amount == 0:
         return 0
-    power = 4
-    while nano > 80 * power:
+    if amount <= 8:
+        return 4 if amount <= 4 else 8
+    power = 1
+    while amount > 80 * power:
         power *= 10
-    return next(each * power for each in (10, 15, 20, 25, 30, 40, 50, 60, 80) if nano <= each * power)
+    return next(each * power for each in (12, 16, 20, 24, 32, 40, 60, 80) if amount <= each * power)

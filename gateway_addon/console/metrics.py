@@ -48,15 +48,15 @@ def _metrics(seen: Desk, policy_broken: bool) -> Iterator[Metric]:
     yield Metric("held_dollars", "Held for calls in flight and open batches.", [_of(each, each.held_nano) for each in accounts])
     capped = [_of(each, each.cap_nano) for each in accounts if each.cap_nano is not None]
     yield Metric("cap_dollars", "The window's cap, raises included. Scopes without a cap have no sample.", capped)
-    paused = [Sample({"scope": each.today.scope}, _flag(each.pause)) for each in owners]
+    paused = [Sample({"scope": each.scope}, _flag(each.pause)) for each in owners]
     yield Metric("paused", f"1 while {PROGRAM} pause refuses the scope's calls.", paused)
-    spent = [Sample({"model": each.name}, _dollars(each.spent_nano)) for each in seen.models]
+    spent = [Sample({"model": each.name}, _dollars(each.figures.spent_nano)) for each in seen.sheet.models]
     yield Metric("model_spent_dollars", "Spent this month, by the model asked for.", spent)
-    calls = [Sample({"model": each.name}, str(each.calls)) for each in seen.models]
+    calls = [Sample({"model": each.name}, str(each.figures.calls)) for each in seen.sheet.models]
     yield Metric("model_calls", "Admitted calls of this month, by the model asked for.", calls)
-    refused = [Sample({"reason": code}, str(count)) for code, count in seen.refusals]
+    refused = [Sample({"reason": code}, str(count)) for code, count in seen.sheet.refusals]
     yield Metric("refused_calls", "Calls refused this month, by reason.", refused)
-    yield Metric("drifted_calls", "Calls of this month that another model answered.", _one(sum(each.calls for each in seen.drift)))
+    yield Metric("drifted_calls", "Calls of this month that another model answered.", _one(sum(each.calls for each in seen.sheet.drift)))
     yield Metric("cache_saved_dollars", "Saved this month by prompt caching, at list prices.", _one(_dollars(seen.saved_nano)))
     yield Metric("open_calls", "Calls in flight.", _one(len(seen.live)))
     yield Metric("oldest_open_call_seconds", "Age of the oldest call in flight.", _one(max(ages_s, default=0)))

@@ -1,27 +1,43 @@
-"""Find single calls, and show one with all its bookings. Read-only; the connection yields rows by name (`connect.reading`)."""
+"""Find single calls, and show one with all its bookings. Read-only; the connection yields rows by name (`connect.reading`).
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+Promises that a search reads a bounded number of rows however large the ledger is, and says how far back it has looked.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
 
 from gateway_addon.ledger.sql import Connection, Row, named
 
 State = Literal["open", "settled", "voided", "refused", "free"]
 STATES: tuple[State, ...] = get_args(State)
-PAGE = 50
+LOOKED_MAX = 2500
+FOUND_MAX = 600
+"""At most so many calls are looked at, and so many matching ones priced, in one search."""
 NEWEST = 2**62
 """Above every call's number."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallFilter:
-    """A filter of calls; an empty field matches all. `text` is a call's number, or a part of any of its labels."""
+    """A filter of calls; an empty field matches all. Times are unix seconds.
+
+    `text` is a call's number, or a part of any of its labels. `least_nano`, `most_nano`: what the call has cost.
+    """
 
     app: str = ""
     model: str = ""
     state: str = ""
+    refusal: str = ""
+    token: int | None = None
     text: str = ""
-    before: int = NEWEST
-    """Only calls older than the one of this number: the next page."""
+    since: float = 0.0
+    until: float = math.inf
+    below: int = 0
+    """Calls that began at `until` itself are in the period where their number is lower."""
+    least_nano: int | None = None
+    most_nano: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +68,23 @@ class CallRow:
     labels: str | None
     """A JSON object."""
     flags: str
+    token_id: int
     token: str
-    spent_nano: int
-    held_nano: int
+    spent_nano: int = 0
+    held_nano: int = 0
+
+    @property
+    def at_most(self) -> bool:
+        """Tell whether the amount spent is an upper bound: the cost could not be known, so what was held is booked."""
+        return any(flag.startswith("estimated:") for flag in self.flags.split())
+
+    @property
+    def took_s(self) -> float | None:
+        return None if self.ended_at is None or self.state == "refused" else self.ended_at - self.started_at
+
+    @property
+    def first_byte_s(self) -> float | None:
+        return None if self.first_byte_at is None else self.first_byte_at - self.started_at
 
     @property
     def drifted(self) -> bool:
@@ -99,23 +129,57 @@ class CallDetail:
     parts: tuple[CallPart, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The matching calls, the newest first. `looked`: how many calls of the period were held against the filter."""
+
+    calls: tuple[CallRow, ...]
+    looked: int
+    rest: tuple[float, int] | None
+    """`until` and `below` of the calls of the period that were not looked at; None: all were."""
+
+
+class RefusedLately(NamedTuple):
+    """Refusals of the last minutes, by app (empty: no valid token) and reason."""
+
+    app: str
+    code: str
+    calls: int
+    last_at: float
+
+
 _LABELS = (
-    "calls.app", "model_asked", "model_served", "refusal", "stop_reason", "request_id", "session_id", "agent_id", "user_id", "calls.labels",
-    "flags",
+    "app", "model_asked", "model_served", "refusal", "stop_reason", "request_id", "session_id", "agent_id", "user_id", "labels", "flags",
 )  # fmt: skip
-_COLUMNS = """calls.id, state, calls.app, team, endpoint, model_asked, model_served, stream, max_tokens, started_at, first_byte_at,
-  ended_at, quote_nano, status, refusal, stop_reason, request_id, session_id, agent_id, parent_agent_id, user_id, calls.labels, flags,
-  trim('#' || token_id || ' ' || coalesce(tokens.label, '')) AS token,
-  (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano,
-  (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = calls.id) AS held_nano"""
+_CALL = tuple(name for name in CallRow.__slots__ if name not in ("token", "spent_nano", "held_nano"))
+_CALLS = ", ".join(f"calls.{name}" for name in _CALL)
+_TOKEN = "trim('#' || token_id || ' ' || coalesce(tokens.label, '')) AS token"
 _SEARCH = f"""
-SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id
-WHERE carried IS NULL AND ($app = '' OR calls.app = $app) AND ($model = '' OR $model IN (model_asked, model_served))
-  AND ($state = '' OR state = $state)
-  AND calls.id < $before
-  AND ($text = '' OR CAST(calls.id AS TEXT) = $text OR {" OR ".join(f"{{instr}}(lower({label}), lower($text)) > 0" for label in _LABELS)})
-ORDER BY calls.id DESC LIMIT {PAGE + 1}
+WITH looked AS MATERIALIZED (
+  SELECT {_CALLS} FROM calls
+  WHERE started_at >= $since AND started_at <= $until AND (started_at < $until OR id < $below) AND carried IS NULL
+  ORDER BY started_at DESC, id DESC LIMIT {LOOKED_MAX}),
+matching AS MATERIALIZED (
+  SELECT * FROM looked
+  WHERE ($app = '' OR app = $app) AND ($model = '' OR $model IN (model_asked, model_served)) AND ($state = '' OR state = $state)
+    AND ($refusal = '' OR refusal = $refusal) AND (CAST($token AS BIGINT) IS NULL OR token_id = $token)
+    AND ($text = '' OR CAST(id AS TEXT) = $text OR {" OR ".join(f"{{instr}}(lower({label}), lower($text)) > 0" for label in _LABELS)})
+  ORDER BY started_at DESC, id DESC LIMIT {FOUND_MAX})
+SELECT seen.looked, oldest.started_at AS oldest_at, oldest.id AS oldest_id, calls.*, {_TOKEN}
+FROM (SELECT count(*) AS looked FROM looked) AS seen
+LEFT JOIN (SELECT started_at, id FROM looked ORDER BY started_at, id LIMIT 1) AS oldest ON TRUE
+LEFT JOIN matching AS calls ON TRUE LEFT JOIN tokens ON tokens.id = token_id ORDER BY calls.started_at DESC, calls.id DESC
 """
+_ONE = f"SELECT {_CALLS}, {_TOKEN} FROM calls LEFT JOIN tokens ON tokens.id = token_id WHERE calls.id = $1"
+_AMOUNTS = "SELECT call_id, sum(spent_nano), sum(reserved_nano) FROM entries WHERE call_id IN ({}) GROUP BY call_id"
+_LATELY = named(f"""
+SELECT app, refusal AS code, count(*) AS calls, max(started_at) AS last_at
+FROM (SELECT app, refusal, state, started_at FROM calls WHERE started_at >= $since ORDER BY started_at DESC LIMIT {LOOKED_MAX}) AS newest
+WHERE state = 'refused' GROUP BY app, refusal
+UNION ALL
+SELECT '', reason, sum(calls), max(minute) FROM noise WHERE minute >= $since GROUP BY reason
+ORDER BY calls DESC, app, code
+""")
 _ENTRIES = """
 SELECT at, kind, reserved_nano, spent_nano, sum(reserved_nano) OVER (ORDER BY id), sum(spent_nano) OVER (ORDER BY id), note
 FROM entries WHERE call_id = $1 ORDER BY id
@@ -123,21 +187,54 @@ FROM entries WHERE call_id = $1 ORDER BY id
 _PARTS = f"SELECT {', '.join(CallPart.__slots__)} FROM usage WHERE call_id = $1 ORDER BY part"
 
 
-def search(db: Connection, wanted: CallFilter) -> tuple[list[CallRow], bool]:
-    """Return the newest matching calls, at most a page, and whether there are older ones."""
-    values = {name: getattr(wanted, name) for name in CallFilter.__slots__} | {"text": wanted.text.strip().removeprefix("#")}
+def search(db: Connection, wanted: CallFilter) -> Found:
+    """Return the newest matching calls of the period, as far back as a bounded look reaches."""
+    values = {name: getattr(wanted, name) for name in CallFilter.__slots__ if not name.endswith("_nano")}
+    values |= {"text": wanted.text.strip().removeprefix("#"), "until": min(wanted.until, float(NEWEST))}
     rows = db.execute(named(_SEARCH.format(instr=db.engine.instr)), values).fetchall()
-    return [_call(row) for row in rows[:PAGE]], len(rows) > PAGE
+    looked = rows[0]["looked"]
+    calls = _with_amounts(db, [_call(row) for row in rows if row["id"] is not None])
+    if len(calls) == FOUND_MAX:
+        rest: tuple[float, int] | None = (calls[-1].started_at, calls[-1].id)
+    else:
+        rest = (rows[0]["oldest_at"], rows[0]["oldest_id"]) if looked == LOOKED_MAX else None
+    least = -NEWEST if wanted.least_nano is None else wanted.least_nano
+    most = NEWEST if wanted.most_nano is None else wanted.most_nano
+    priced = tuple(each for each in calls if least <= each.spent_nano <= most)
+    return Found(priced, looked, rest)
+
+
+def every(db: Connection, wanted: CallFilter) -> Iterator[CallRow]:
+    """Yield all matching calls, the newest first, read as they are consumed."""
+    rest: tuple[float, int] | None = (wanted.until, wanted.below)
+    while rest is not None:
+        found = search(db, replace(wanted, until=rest[0], below=rest[1]))
+        yield from found.calls
+        rest = found.rest
+
+
+def refused_lately(db: Connection, *, since: float) -> list[RefusedLately]:
+    """Return the refusals since a time, those of the newest calls where there are too many to look at."""
+    return [RefusedLately(*row) for row in db.execute(_LATELY, {"since": since}).fetchall()]
 
 
 def story(db: Connection, call_id: int) -> CallDetail | None:
     """Return everything that the ledger knows of one call; None where there is no such number."""
-    row = db.execute(f"SELECT {_COLUMNS} FROM calls LEFT JOIN tokens ON tokens.id = token_id WHERE calls.id = $1", (call_id,)).fetchone()
+    row = db.execute(_ONE, (call_id,)).fetchone()
     if row is None:
         return None
     entries = tuple(CallEntry(*each) for each in db.execute(_ENTRIES, (call_id,)).fetchall())
-    return CallDetail(_call(row), entries, tuple(CallPart(*each) for each in db.execute(_PARTS, (call_id,)).fetchall()))
+    [call] = _with_amounts(db, [_call(row)])
+    return CallDetail(call, entries, tuple(CallPart(*each) for each in db.execute(_PARTS, (call_id,)).fetchall()))
+
+
+def _with_amounts(db: Connection, calls: list[CallRow]) -> list[CallRow]:
+    if not calls:
+        return calls
+    rows = db.execute(_AMOUNTS.format(", ".join(str(each.id) for each in calls))).fetchall()
+    amounts = {call_id: {"spent_nano": spent, "held_nano": held} for call_id, spent, held in rows}
+    return [replace(each, **amounts.get(each.id, {})) for each in calls]
 
 
 def _call(row: Row) -> CallRow:
-    return CallRow(**{name: row[name] for name in CallRow.__slots__} | {"stream": bool(row["stream"])})
+    return CallRow(**{name: row[name] for name in (*_CALL, "token")} | {"stream": bool(row["stream"])})

@@ -78,9 +78,14 @@ def figures(path):
         seen = [spending.report(db, by, since=since, until=until) for by in groupings for since, until in spans]
         told = [spending.drifts(db, since=since, until=until) for since, until in spans]
         metered = [sorted(map(repr, provider_comparison.metered(db, since=since, until=until))) for since, until in spans]
-        memory = [(day.start, sorted(day.spending, key=repr), sorted(day.cached, key=repr), sorted(day.refusals)) for day in day_cache.DayCache().between(db, OLD, NOON)]
+        memory = [(day.start, untimed(day.lines), sorted(day.cached), sorted(day.refused)) for day in day_cache.DayCache().between(db, OLD, NOON, NOON)]
         balances = [tuple(row) for row in db.execute("SELECT * FROM balances ORDER BY 1, 2, 3").fetchall()]
         return seen, told, metered, memory, balances
+
+
+def untimed(lines):
+    """Sums without their classes of times, which go with the single calls."""
+    return sorted((*line[:-1], line.figures[: day_cache.CallSums._fields.index("first_0")]) for line in lines)
 
 
 def pruned(path, until=UNTIL, calls_max=7):
