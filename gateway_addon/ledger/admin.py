@@ -54,28 +54,36 @@ def issue_token(
     if not found:
         raise ValueError(f"the ledger has this token of {app} already: mint another one")
     token = Token(found[0][0], app, label, now, expires_at, None, labels=labels)
-    audit(db, who, "token issue", f"app:{app}", None, _token_facts(token), why, now)
+    audit(db, who, "token issue", f"app:{app}", None, token_facts(token), why, now)
     return token
 
 
 def revoke_tokens(
-    db: Connection, app: str, *, token_id: int | None = None, at: float | None = None, who: str, why: str = "", now: float
-) -> list[Token]:
-    """Revoke an app's good tokens, or the one of this id, from now or from `at` on; returns them. Running calls still settle."""
-    good = [token for token in tokens(db, app) if token.refusal(now) is None and token_id in (None, token.id)]
+    db: Connection, app: str, *, token_id: int | None = None, at: float | None = None, workloads: bool = True, who: str, why: str = "",
+    now: float
+) -> list[Token]:  # fmt: skip
+    """Revoke an app's good tokens, or the one of this id, from now or from `at` on; returns them. Running calls still settle.
+
+    `workloads`: whether the workloads that it lets in are revoked too, and their sessions with them.
+    """
+    candidates = (token for token in tokens(db, app) if workloads or token.issuer is None)
+    good = [token for token in candidates if token.refusal(now) is None and token_id in (None, token.id)]
     for token in good:
         db.execute("UPDATE tokens SET revoked_at = $1 WHERE id = $2", (now if at is None else at, token.id))
     revoked = [token for token in tokens(db, app) if token.id in {each.id for each in good}]
     for before, after in zip(good, revoked, strict=True):
-        audit(db, who, "token revoke", f"app:{app}", _token_facts(before), _token_facts(after), why, now)
+        audit(db, who, "token revoke", f"app:{app}", token_facts(before), token_facts(after), why, now)
     return revoked
 
 
 def rotate_token(
     db: Connection, app: str, digest: str, *, label: str = "", keep_old_s: float = 0, who: str, why: str = "", now: float
 ) -> Token:
-    """Issue a new token and revoke the app's others, at once or after `keep_old_s` seconds of grace. Labels that all had, it has."""
-    before = {token.labels for token in revoke_tokens(db, app, at=now + keep_old_s, who=who, why=why, now=now)}
+    """Issue a new token and revoke the app's others, at once or after `keep_old_s` seconds of grace. Labels that all had, it has.
+
+    Workloads hold no token that could be rotated, and stay.
+    """
+    before = {token.labels for token in revoke_tokens(db, app, at=now + keep_old_s, workloads=False, who=who, why=why, now=now)}
     labels = before.pop() if len(before) == 1 else ()
     return issue_token(db, app, digest, label=label, labels=labels, who=who, why=why, now=now)
 
@@ -341,7 +349,7 @@ def _pause(db: Connection, scope: str) -> dict[str, object] | None:
     return dict(zip(("since", "until", "why", "cut"), rows[0], strict=True)) if rows else None
 
 
-def _token_facts(token: Token) -> dict[str, object]:
+def token_facts(token: Token) -> dict[str, object]:
     facts: dict[str, object] = {"id": token.id, "label": token.label, "expires_at": token.expires_at, "revoked_at": token.revoked_at}
     return facts | ({"labels": dict(token.labels)} if token.labels else {})
 

@@ -287,7 +287,7 @@ class Resolution:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """An app's internal token as stored: never the token itself, only the SHA-256 by which it is found."""
+    """An app's internal token as stored, or a workload's row: never the token itself, only the SHA-256 by which it is found."""
 
     id: int
     app: str
@@ -299,6 +299,10 @@ class Token:
     """Unix seconds, to the minute."""
     labels: Labels = ()
     """The labels of all its calls."""
+    issuer: str | None = None
+    """The issuer of the identity tokens that this row stands for: it is a workload's. None: it is a token's own."""
+    rule: str | None = None
+    """The digest of the rule that let a workload's session in; `expires_at` is then the session's end."""
 
     def refusal(self, now: float) -> Literal["token_revoked", "token_expired"] | None:
         """Return the code by which this token is refused at `now`, None while it is in force."""

@@ -21,7 +21,7 @@ import postgresql
 import psycopg
 from ledgers import NOON, Cap, Part, Tokens
 
-from gateway_addon.ledger import Alert, NewCall, Outcome, ServerAddress, Settlement, admin, batches, connect, reservations, state
+from gateway_addon.ledger import Alert, NewCall, Outcome, ServerAddress, Settlement, admin, batches, connect, reservations, state, workloads
 from gateway_addon.ledger.maintenance import invariants, prune
 from gateway_addon.ledger.orphans import settle_orphans
 from gateway_addon.ledger.reports import daily_totals, spending
@@ -123,6 +123,7 @@ def _what_people_did(db: Connection, at: float) -> None:
     admin.keep_policy(db, "p2", {"gateway.yaml": "caps: {month: $60}\n"}, who="gateway", now=at)
     admin.keep_key(db, "f00d", "env:ANTHROPIC_API_KEY", who="gateway", now=at)
     admin.rotate_token(db, "reports", "d4", label="second", keep_old_s=30 * DAY_S, who="ops", now=at)
+    workloads.open_session(db, "search", "https://issuer.test", "repo:o/r", "w1", session="s1", rule="r1", expires_at=at + DAY_S, now=at)
 
 
 def _held(db: Connection, at: float) -> None:

@@ -66,6 +66,19 @@ UPDATE raises SET
   why = coalesce((SELECT why FROM audit WHERE action = 'cap raise' AND at = since AND subject = scope || ' ' || "window" LIMIT 1), '');
 """
 
+# A workload has one row of tokens, which its issuer makes; a session is what an identity token was exchanged for, and ends by itself.
+WORKLOADS = """
+ALTER TABLE tokens ADD COLUMN issuer TEXT;
+ALTER TABLE tokens ADD COLUMN subject TEXT;
+CREATE INDEX tokens_of_subject ON tokens (app, subject) WHERE subject IS NOT NULL;
+
+CREATE TABLE sessions (     -- by the SHA-256 of the session's token; `rule`: the digest of the policy's rule that let it in
+  digest TEXT PRIMARY KEY, token_id {integer} NOT NULL, rule TEXT NOT NULL,
+  issued_at {real} NOT NULL, expires_at {real} NOT NULL
+){strict};
+CREATE INDEX sessions_by_end ON sessions (expires_at);
+"""
+
 class Migration(NamedTuple):
     """A change of the tables. `postgresql` None: there is nothing to change there."""
 
@@ -101,6 +114,7 @@ MIGRATIONS = (
     both("m007_limits", LIMITS),
     each("m008_nano_in_views", "NANO_IN_VIEWS"),
     each("m012_recorded", "RECORDED"),
+    both("m013_workloads", WORKLOADS),
 )
 """In the order in which they run."""
 ON_SERVER = tuple((each.name, each.postgresql) for each in MIGRATIONS if each.postgresql is not None)

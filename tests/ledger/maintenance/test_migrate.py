@@ -18,7 +18,7 @@ from ledgers import NOON, Cap, balance, new_ledger, rows
 
 from gateway_addon.cli import main
 from gateway_addon.cli import migrate as command
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, admin, connect, reservations
+from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, admin, connect, reservations, workloads
 from gateway_addon.ledger.maintenance import invariants, migrate
 from gateway_addon.ledger.store import engines, sqlite_files
 
@@ -45,6 +45,7 @@ def source(tmp_path):
         admin.pause(db, "team:batch", why=ODD, who="test", now=NOON)
         admin.raise_cap(db, "total", "day", 2**62, until=NOON + 1e6, who="test", now=NOON)
         reservations.failed_authentication(db, "token_unknown", now=NOON)
+        workloads.open_session(db, "reports", "https://issuer.test", ODD, "w1", session="s1", rule="r1", expires_at=NOON + 60, now=NOON)
     return path
 
 
@@ -99,7 +100,7 @@ async def test_a_gateway_goes_on_there_under_the_same_caps(source, target):
     call, last = NewCall("reports", "batch", token_id), rows(source, "SELECT max(id) FROM calls")[0][0]
     with connect.changing(target) as db:
         assert admin.resume(db, "team:batch", who="test", now=NOON)
-        assert admin.issue_token(db, "new", "d2", who="test", now=NOON).id == token_id + 1
+        assert admin.issue_token(db, "new", "d2", who="test", now=NOON).id == token_id + 2, "behind the app's token and its workload"
     ledger = await Ledger.open(target.url, now=NOON)  # which settles the orphan at what it held
     held = await ledger.reserve(call, 300, [Cap("app:reports", "ever", 1000)], now=NOON)
     refused = await ledger.reserve(call, 1, [Cap("app:reports", "ever", 1000)], now=NOON)
