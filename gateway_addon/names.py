@@ -16,6 +16,9 @@ TOKEN_PREFIX = "gwt_"
 TOKEN_PATTERN = re.compile(r"gwt_[0-9A-Za-z]{1,64}")
 """A token of the gateway's, or a piece of one, in a text that must not show it."""
 
+LABEL_NAME = r"[a-z0-9][a-z0-9_-]{0,30}"
+"""The name of a label, as policies, headers and statements hold it."""
+
 NAME_CHARS_MAX = 200
 """Longer than any id of the API's (64 characters) or of Claude Code's (36)."""
 

@@ -30,7 +30,8 @@ COMMANDS = {
     "web": ("serve", "the same under mitmweb, for looking at flows while debugging"),
     "console": ("console", "the operator's desk: spending, caps, live calls, in a browser"),
     "report": ("report", "what was spent, by whom, on what"),
-    "invoice": ("invoice", "what to charge each app on for a month"),
+    "invoice": ("invoice", "what to charge each app, customer or user on for a month"),
+    "sessions": ("sessions", "the sessions at work: what each has spent, and how fast"),
     "batches": ("batches", "the message batches that are not settled yet"),
     "explain": ("explain", "what would happen to a request, rule by rule"),
     "replay": ("replay", "hold the recorded calls against tomorrow's policy"),
@@ -84,6 +85,6 @@ class CommandGroup(click.Group):
 
 @click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.help_option("-h", "--help", hidden=True)  # who reads this has found it, and the list of commands is to fit a screen
-@click.version_option(__version__, "-V", "--version", prog_name="gateway")
+@click.version_option(__version__, "-V", "--version", prog_name="gateway", hidden=True)
 def main() -> None:
-    """The control plane for people who run several apps on one Claude API key."""
+    """The control plane for people who run several apps on one Claude API key. (--version names this one.)"""

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from gateway_addon.messages.labels import LABEL_NAME
-from gateway_addon.names import safe_name
+from gateway_addon.names import LABEL_NAME, safe_name
 
 
 class Label(click.ParamType[tuple[str, str]]):

@@ -17,14 +17,15 @@ import click
 from gateway_addon import windows
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
+from gateway_addon.cli.labels import label_option
 from gateway_addon.cli.scopes import must_know, scope_of
 from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservations
-from gateway_addon.ledger.reports import daily_totals, spending
+from gateway_addon.ledger.reports import daily_totals, sessions, spending
 from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.ledger.reports.forecast import CLOSED_DAYS_MIN, Forecast, forecasts, too_young
 from gateway_addon.ledger.reports.spending import DriftLine, Key, Notable, Only, Report, ReportLine
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.ledger.types import TOTAL
+from gateway_addon.ledger.types import TOTAL, Labels
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, safe_name
 from gateway_addon.operations.tables import table
@@ -46,7 +47,7 @@ CHANGE_MAX = 10
     metavar="WHAT[,WHAT]",
     default="app",
     show_default=True,
-    help=f"What a line stands for, one or two of {', '.join(spending.KEYS)}.",
+    help=f"What a line stands for, one or two of {', '.join(spending.KEYS)}, label.NAME.",
 )
 @click.option(
     "--since",
@@ -58,6 +59,9 @@ CHANGE_MAX = 10
 @click.option("--app", help="Calls of this app alone.")
 @click.option("--team", help="Calls of this team's apps alone.")
 @click.option("--model", help="Calls of this model alone, asked for or served.")
+@click.option("--session", metavar="ID", help="Calls of this session alone, by its id or the beginning of it.")
+@click.option("--user", metavar="ID", help="Calls for this end user alone.")
+@label_option("Calls with this label alone.")
 @click.option("--notable", is_flag=True, help="Name the configuration that costs most, and why.")
 @click.option("--alerts", is_flag=True, help="List what people were told: thresholds, overruns, other models than asked.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (amounts in nano-dollars).")
@@ -73,6 +77,9 @@ def report(
     app: str | None,
     team: str | None,
     model: str | None,
+    session: str | None,
+    user: str | None,
+    labels: Labels,
     notable: bool,
     alerts: bool,
     as_json: bool,
@@ -93,10 +100,11 @@ def report(
         calendar = reservations.zone(db)
         start, end = _period(since, until, last, now, calendar)
         only = Only(
-            app and must_know(app, db, policies), team and scope_of(f"team:{team}", db, outline(policies)).removeprefix("team:"), model
-        )
+            app and must_know(app, db, policies), team and scope_of(f"team:{team}", db, outline(policies)).removeprefix("team:"), model,
+            session and sessions.named(db, session), user, labels,
+        )  # fmt: skip
     if (alerts or notable) and only != spending.EVERY:
-        raise click.UsageError("--notable and --alerts are about all calls: leave --app, --team and --model out.")
+        raise click.UsageError("--notable and --alerts are about all calls: leave --app and what else chooses calls out.")
     if not alerts and not notable and then is None and only == spending.EVERY and key in spending.GROUPINGS:
         with contextlib.suppress(LedgerUnavailable):  # where nothing can be written, every call is read
             daily_totals.keep(path, key, since=start, until=end, now=now)
@@ -111,7 +119,7 @@ def report(
                 [_named(each) for each in spending.drifts(db, since=start, until=end)] if key == "served" and only == spending.EVERY else []
             )
             found_report = _report(spending.report(db, key, since=start, until=end, then=then, only=only))
-            is_this_month = key == "app" and then is None and not (since or until or last or team or model)
+            is_this_month = key == "app" and then is None and not (since or until or last) and only == Only(only.app)
             coming = _coming(db, found_report, app, outline(policies), now) if is_this_month else {}
             _show(found_report, coming, drifts, calendar, as_json, as_csv)
 
@@ -120,12 +128,12 @@ def _groupings(text: str) -> tuple[Key, Key | None]:
     """One grouping or two. Raises ValueError, with the nearest name, for what is none."""
     names = [each.strip() for each in text.split(",")]
     for name in names:
-        if name not in spending.KEYS:
-            near = difflib.get_close_matches(name, spending.KEYS, n=1)
-            raise ValueError(f"--by {name}: did you mean {near[0]}?" if near else f"--by {name}: known are {', '.join(spending.KEYS)}")
+        if not spending.is_key(name):
+            near, known = difflib.get_close_matches(name, spending.KEYS, n=1), f"{', '.join(spending.KEYS)}, label.NAME"
+            raise ValueError(f"--by {name}: did you mean {near[0]}?" if near else f"--by {name}: known are {known}")
     if len(names) > 2 or len(set(names)) < len(names):
         raise ValueError(f"--by {text}: name one grouping, or two that differ, like app,day")
-    return cast(Key, names[0]), cast(Key, names[1]) if len(names) == 2 else None
+    return names[0], names[1] if len(names) == 2 else None
 
 
 def _period(since: str | None, until: str | None, last: str | None, now: float, calendar: tzinfo) -> tuple[float, float]:

@@ -29,6 +29,8 @@ class Engine:
     """The whole part of a positive number, `{}`, as an integer."""
     balance_of_cap: str
     """A join of the row `cap` (scope, window, window_start) with the sums of its balance, if it has any."""
+    labels: str
+    """A call's labels, as what `->>` takes a value from."""
     clear_balances: str
     fill_balances: str
     integer: str

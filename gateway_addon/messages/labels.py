@@ -13,9 +13,8 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 from urllib.parse import unquote
 
-from gateway_addon.names import safe_name
+from gateway_addon.names import LABEL_NAME, safe_name
 
-LABEL_NAME = r"[a-z0-9][a-z0-9_-]{0,30}"
 LABELS_MAX = 16
 """Labels that are read of one request; more of them are none that an operator declared."""
 HEADER_PREFIX = "x-gateway-label-"

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from gateway_addon.identity.trust import ALGORITHMS, KeySource
 from gateway_addon.messages.header_filter import OWN, OWN_PREFIX
-from gateway_addon.messages.labels import LABEL_NAME
+from gateway_addon.names import LABEL_NAME
 from gateway_addon.policy import trusting
 from gateway_addon.policy.kinds import (
     AMOUNT,

@@ -144,7 +144,7 @@ def test_environment_tells_every_command_the_places(name):
         assert options.get("--listen", "GATEWAY_LISTEN") == "GATEWAY_LISTEN"
 
 
-TABLES = {"app list", "invoice", "audit", "batches", "cap list", "demo", "check", "token list", "report", "explain", "replay", "prices", "inventory", "cutover", "reconcile", "doctor"}
+TABLES = {"app list", "invoice", "audit", "batches", "cap list", "demo", "check", "token list", "report", "sessions", "explain", "replay", "prices", "inventory", "cutover", "reconcile", "doctor"}
 
 
 def test_what_prints_a_table_prints_json_too():

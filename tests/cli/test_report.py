@@ -171,7 +171,7 @@ def test_an_empty_ledger_reports_nothing_and_does_not_fail(tmp_path, option):
         (["--by", "app,day,model"], "name one grouping, or two that differ"),
         (["--by", "app,app"], "name one grouping, or two that differ"),
         (["--app", "reprots"], "no app 'reprots': did you mean reports?"),
-        (["--app", "reports", "--notable"], "leave --app, --team and --model out"),
+        (["--app", "reports", "--notable"], "leave --app and what else chooses calls out"),
     ],
 )
 def test_what_cannot_be_reported_is_said_in_a_sentence(path, options, sentence):
@@ -261,13 +261,13 @@ def test_an_invoice_sums_to_the_ledger_to_the_nano(tmp_path, engine):
         admin.adjust(db, 1, -891, who="ops", why="the bill", now=at + 50 * 86_400)
     with connect.reading(path) as db:
         lines = invoice_lines(db, since=starts(at).month, until=next_start("month", at))
-    assert [(line.app, line.model, line.spent_nano) for line in lines] == [
+    assert [(line.key, line.model, line.spent_nano) for line in lines] == [
         ("drafts", "claude-opus-4-6", 77),
         ("reports", "claude-haiku-4-5", 1_234_567_891), ("reports", "(estimated)", 999), ("reports", "(corrections)", -891),
     ]  # fmt: skip
     for app in ("drafts", "reports"):
         months = rows(path, """SELECT spent_nano FROM balances WHERE scope = $1 AND "window" = 'month' AND window_start = $2""", f"app:{app}", starts(at).month)
-        assert months == [(sum(line.spent_nano for line in lines if line.app == app),)]
+        assert months == [(sum(line.spent_nano for line in lines if line.key == app),)]
 
 
 def test_an_invoice_is_a_table_and_csv(path):

@@ -1,10 +1,13 @@
-"""Sum what to charge on for a month: each app's spending by model and kind of token. Read-only; it sums to the balances to the nano.
+"""Sum what to charge on for a month: each app's spending, or each user's or customer's, by model and kind of token. Read-only.
 
-A bill's parts sum to its settlement; what was corrected later is a line of its own. What calls in flight hold is not charged.
+Promises to sum to the balances to the nano. A bill's parts sum to its settlement; what was corrected later is a line of its own. What
+calls in flight hold is not charged.
 """
 
 from typing import NamedTuple
 
+from gateway_addon.ledger.reports import spending
+from gateway_addon.ledger.reports.spending import EVERY, Key, Only
 from gateway_addon.ledger.sql import Connection, named
 
 CORRECTIONS = "(corrections)"
@@ -13,9 +16,9 @@ ESTIMATES = "(estimated)"
 
 
 class InvoiceLine(NamedTuple):
-    """One model's part of one app's month."""
+    """One model's part of the month of one app, or of whatever the invoice is by."""
 
-    app: str
+    key: str
     model: str
     input_tokens: int
     output_tokens: int
@@ -28,19 +31,20 @@ class InvoiceLine(NamedTuple):
 
 
 _KINDS = InvoiceLine._fields[2:-2]
-_LINES = named(f"""
-SELECT calls.app, coalesce(usage.model, '{ESTIMATES}') AS model, {", ".join(f"sum({name}) AS {name}" for name in _KINDS)},
+_LINES = f"""
+SELECT {{key}} AS key, coalesce(usage.model, '{ESTIMATES}') AS model, {", ".join(f"sum({name}) AS {name}" for name in _KINDS)},
   sum(web_search_requests) AS web_searches, sum(nano) AS spent_nano
-FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND started_at >= $since AND started_at < $until GROUP BY 1, 2
+FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND started_at >= $since AND started_at < $until {{only}} GROUP BY 1, 2
 UNION ALL
-SELECT calls.app, '{CORRECTIONS}', {", ".join("0" for _ in _KINDS)}, 0, sum(spent_nano)
+SELECT {{key}}, '{CORRECTIONS}', {", ".join("0" for _ in _KINDS)}, 0, sum(spent_nano)
 FROM calls CROSS JOIN entries
-WHERE entries.call_id = calls.id AND started_at >= $since AND started_at < $until AND kind = 'adjust' GROUP BY 1
+WHERE entries.call_id = calls.id AND started_at >= $since AND started_at < $until AND kind = 'adjust' {{only}} GROUP BY 1
 ORDER BY 1, spent_nano DESC, 2
-""")
+"""
 
 
-def invoice(db: Connection, *, since: float, until: float) -> list[InvoiceLine]:
-    """Return the lines of the calls admitted from `since` to before `until`, an app's dearest model first."""
-    rows = db.execute(_LINES, {"since": since, "until": until}).fetchall()
+def invoice(db: Connection, *, since: float, until: float, by: Key = "app", only: Only = EVERY) -> list[InvoiceLine]:
+    """Return the lines of the calls admitted from `since` to before `until`, the dearest model of each app or other key first."""
+    query = named(_LINES.format(key=spending.column(db.engine, by), only=only.text(db.engine)))
+    rows = db.execute(query, only.values | {"since": since, "until": until}).fetchall()
     return [InvoiceLine(*row) for row in rows if row["spent_nano"] or any(row[name] for name in _KINDS)]

@@ -4,6 +4,7 @@ Knows nothing of tables on a terminal. The connection yields rows by name (`conn
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,19 +13,23 @@ from itertools import chain
 from typing import Literal, NamedTuple, cast, get_args
 
 from gateway_addon.ledger.reservations import zone
-from gateway_addon.ledger.sql import Connection, Row, named
+from gateway_addon.ledger.sql import Connection, Engine, Row, named
+from gateway_addon.ledger.types import Labels
+from gateway_addon.names import LABEL_NAME
 
 By = Literal["app", "model", "served", "day", "token", "agent"]
 GROUPINGS: tuple[By, ...] = get_args(By)
 """Those by which the sums of closed days are kept."""
-Key = By | Literal["team", "session", "month"]
-KEYS: tuple[Key, ...] = (*GROUPINGS, "team", "session", "month")
+Key = str
+"""One of KEYS, or `label.NAME`."""
+KEYS: tuple[Key, ...] = (*GROUPINGS, "team", "session", "user", "month")
+_LABEL_KEY = re.compile(rf"label\.({LABEL_NAME})")
 UNIT = "\x1f"
 """Between the two parts of a line's key where a report has two groupings."""
 
 REFUSAL: Literal["refusal"] = "refusal"
-Grouping = Key | Literal["refusal"]
-"""The groupings of a report, and the refusals that each report ends with."""
+Grouping = Key
+"""A grouping of a report, or the refusals that each report ends with."""
 
 _KEY: dict[Grouping, str] = {
     "app": "calls.app",
@@ -38,6 +43,7 @@ _KEY: dict[Grouping, str] = {
     "agent": "coalesce(agent_id, session_id, '(none)')",
     "team": "coalesce(team, '(none)')",
     "session": "coalesce(session_id, '(none)')",
+    "user": "coalesce(user_id, '(none)')",
     "month": "month_start",
     "refusal": "coalesce(refusal, '')",
 }
@@ -72,18 +78,49 @@ FROM seen LEFT JOIN money USING (key) LEFT JOIN metered USING (key) ORDER BY {{o
 """
 
 
+def is_key(name: str) -> bool:
+    """Return whether a report can be grouped by this."""
+    return name in KEYS or _LABEL_KEY.fullmatch(name) is not None
+
+
+def label_column(engine: Engine, name: str) -> str:
+    """Return the expression for a call's value of a label; NULL where it has none. Raises ValueError for what is no label's name."""
+    if re.fullmatch(LABEL_NAME, name) is None:
+        raise ValueError(f"{name!r} is not the name of a label; write one like client")
+    return f"({engine.labels} ->> '{name}')"
+
+
+def column(engine: Engine, by: Grouping) -> str:
+    """Return the expression of a grouping's key."""
+    label = _LABEL_KEY.fullmatch(by)
+    return f"coalesce({label_column(engine, label[1])}, '(none)')" if label else _KEY[by]
+
+
 class Only(NamedTuple):
-    """The calls that a report is about; None asks for nothing. `model`: asked for or served."""
+    """The calls that a report is about; None, or no labels, asks for nothing. `model`: asked for or served."""
 
     app: str | None = None
     team: str | None = None
     model: str | None = None
+    session: str | None = None
+    user: str | None = None
+    labels: Labels = ()
+
+    def text(self, engine: Engine) -> str:
+        """Return them as conditions of a statement. Raises ValueError for what is no label's name."""
+        said = {
+            "app": "calls.app = $app", "team": "team = $team", "model": "$model IN (model_asked, model_served)",
+            "session": "session_id = $session", "user": "user_id = $user",
+        }  # fmt: skip
+        conditions = [said[name] for name in said if getattr(self, name) is not None]
+        conditions += [f"{label_column(engine, name)} = $label_{number}" for number, (name, _) in enumerate(self.labels)]
+        return "".join(f" AND {condition}" for condition in conditions)
 
     @property
-    def text(self) -> str:
-        """As conditions of a statement."""
-        said = {"app": "calls.app = $app", "team": "team = $team", "model": "$model IN (model_asked, model_served)"}
-        return "".join(f" AND {said[name]}" for name, value in self._asdict().items() if value is not None)
+    def values(self) -> dict[str, object]:
+        """Return the values of those conditions."""
+        fields: dict[str, object] = {name: value for name, value in self._asdict().items() if name != "labels"}
+        return fields | {f"label_{number}": value for number, (_, value) in enumerate(self.labels)}
 
 
 EVERY = Only()
@@ -178,8 +215,8 @@ WHERE started_at >= $since AND started_at < $until AND {instr}(flags, 'observed:
 def _observed(db: Connection, since: float, until: float, only: Only) -> tuple[tuple[str, int], ...]:
     """Count the observed refusals by code, the most frequent first; read from an index of such calls alone."""
     counts: Counter[str] = Counter()
-    query = named(_OBSERVED.format(instr=db.engine.instr, only=only.text))
-    for row in db.execute(query, {"since": since, "until": until} | only._asdict()).fetchall():
+    query = named(_OBSERVED.format(instr=db.engine.instr, only=only.text(db.engine)))
+    for row in db.execute(query, only.values | {"since": since, "until": until}).fetchall():
         counts.update({flag.removeprefix("observed:"): int(row["calls"]) for flag in row["flags"].split() if flag.startswith("observed:")})
     return tuple(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
 
@@ -291,24 +328,25 @@ def _lines(db: Connection, by: Grouping, since: float, until: float) -> list[Rep
 
 def of_calls(db: Connection, by: Grouping, since: float, until: float, *, then: Key | None = None, only: Only = EVERY) -> list[ReportLine]:
     """Sum the calls admitted in a span, each of them read."""
-    key = _KEY[by] if then is None else f"CAST({_KEY[by]} AS TEXT) || '{UNIT}' || CAST({_KEY[then]} AS TEXT)"
-    query = named(_LINES.format(key=key, order="key", only=only.text + (f" {_REFUSED}" if by == REFUSAL else "")))
-    rows = db.execute(query, {"since": since, "until": until} | only._asdict()).fetchall()
+    keys = [column(db.engine, each) for each in (by, then) if each is not None]
+    key = keys[0] if len(keys) == 1 else f"CAST({keys[0]} AS TEXT) || '{UNIT}' || CAST({keys[1]} AS TEXT)"
+    query = named(_LINES.format(key=key, order="key", only=only.text(db.engine) + (f" {_REFUSED}" if by == REFUSAL else "")))
+    rows = db.execute(query, only.values | {"since": since, "until": until}).fetchall()
     return [_line(row, _named(db, by, then, row["key"])) for row in rows]
 
 
 def _named(db: Connection, by: Grouping, then: Key | None, key: object) -> str:
     if then is None:
-        return _key(db, by, key)
+        return shown(db, by, key)
     first, _, second = str(key).rpartition(UNIT)
-    return f"{_key(db, by, first)}{UNIT}{_key(db, then, second)}"
+    return f"{shown(db, by, first)}{UNIT}{shown(db, then, second)}"
 
 
 def _sum(key: str, lines: Iterable[ReportLine]) -> ReportLine:
     return ReportLine(key, *map(sum, zip(*([getattr(line, name) for name in _FIGURES] for line in lines), strict=True)))
 
 
-def _key(db: Connection, by: Grouping, key: object) -> str:
+def shown(db: Connection, by: Grouping, key: object) -> str:
     """Return a group's name for people. Called once a group: the rows are many."""
     match by:
         case "day":

@@ -7,6 +7,7 @@ SQLITE = Engine(
     instr="instr",
     whole="CAST({} AS INTEGER)",
     balance_of_cap='LEFT JOIN balances USING (scope, "window", window_start)',
+    labels="calls.labels",
     clear_balances="DELETE FROM balances",
     fill_balances=f"""
 INSERT INTO balances (scope, "window", window_start, spent_nano, reserved_nano, quantum_nano, open) {balances.FROM_ENTRIES}""",
@@ -23,6 +24,7 @@ POSTGRESQL = Engine(
     SELECT sum(spent_nano) AS spent_nano, sum(reserved_nano) AS reserved_nano, sum(quantum_nano) AS quantum_nano, sum(open) AS open
     FROM app_balances AS kept WHERE kept."window" = cap."window" AND kept.window_start = cap.window_start
       AND (cap.scope = 'total' OR cap.scope = 'app:' || kept.app OR cap.scope = 'team:' || kept.team)) AS balance ON true""",
+    labels="CAST(calls.labels AS json)",
     clear_balances="DELETE FROM app_balances",
     fill_balances=f"""
 INSERT INTO app_balances ("window", window_start, app, team, spent_nano, reserved_nano, quantum_nano, open)

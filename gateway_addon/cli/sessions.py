@@ -1,0 +1,96 @@
+"""`gateway sessions [ID]`: the sessions that are at work, and one with the tree of its agents."""
+
+import json
+import time
+from dataclasses import asdict
+from datetime import tzinfo
+from pathlib import Path
+
+import click
+
+from gateway_addon.cli import times
+from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
+from gateway_addon.cli.scopes import must_know
+from gateway_addon.ledger import LedgerUnavailable, connect, reservations
+from gateway_addon.ledger.reports import sessions as found_in
+from gateway_addon.ledger.reports.sessions import AgentLine, Session
+from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.money import cents
+from gateway_addon.names import PROGRAM, safe_name
+from gateway_addon.operations.tables import table
+from gateway_addon.windows import shown
+
+HEADINGS = ("session", "app", "user", "agents", "calls", "open", "refused", "spent", "held", "$/h", "last call")
+AGENT_HEADINGS = ("agent", "model", "calls", "refused", "input", "cache read", "cache write", "output", "spent", "held")
+
+
+@click.command(epilog=f"Example: {PROGRAM} sessions --since 15m")
+@click.argument("session", metavar="[ID]", required=False)
+@click.option("--since", metavar="WHEN", default="1h", show_default=True, help="Sessions with a call since then: 15m, 2026-12-01.")
+@click.option("--app", help="Sessions of this app alone.")
+@json_option
+@policies_option
+@ledger_option
+@says_errors(LedgerUnavailable, ValueError)
+def sessions(session: str | None, since: str, app: str | None, as_json: bool, policies: Path, ledger: str) -> None:
+    """List the sessions at work, each with what it has spent and how fast; of one (ID, or its beginning) show its agents.
+
+    The rate is what the session would spend in an hour at the pace of the last ten minutes.
+    """
+    now = time.time()
+    with connect.reading(ledger_path(ledger)) as db:
+        calendar, wanted = reservations.zone(db), app and must_know(app, db, policies)
+        if session is None:
+            found = found_in.active(db, since=times.since(since, now, calendar), now=now)
+        else:
+            found = found_in.one(db, found_in.named(db, session), now=now)
+        found = [each for each in found if wanted in (None, each.app)]
+        stories = [(each, found_in.agents(db, each.app, each.session)) for each in found] if session else []
+    if as_json:
+        listed = [_row(each) for each in found]
+        click.echo(json.dumps([_row(each) | {"by_agent": [asdict(line) for line in lines]} for each, lines in stories] or listed, indent=2))
+    elif session is not None:
+        click.echo("\n\n".join(_story(each, lines, calendar) for each, lines in stories))
+    elif not found:
+        click.echo(f"No session has called since {since} ago." if since[0].isdigit() and "-" not in since else f"No session since {since}.")
+    else:
+        rows = [_cells(each, calendar) for each in found]
+        right = ("agents", "calls", "open", "refused", "spent", "held", "$/h")
+        click.echo(table(rows, HEADINGS, right=right, drop_empty=("user", "agents", "open", "refused", "held"), spare=("user", "refused")))
+
+
+def _row(each: Session) -> dict[str, object]:
+    return asdict(each) | {"rate_nano": each.rate_nano}
+
+
+def _cells(each: Session, calendar: tzinfo) -> list[str]:
+    counts = [f"{count:,}" if count else "" for count in (each.agents, each.calls, each.open, each.refused)]
+    held = cents(each.held_nano) if each.held_nano else ""
+    user = safe_name(each.user_id or "")
+    return [
+        safe_name(each.session), each.app, user if len(user) <= 16 else f"{user[:15]}…", *counts, cents(each.spent_nano), held,
+        cents(each.rate_nano), shown(each.last_at, calendar),
+    ]  # fmt: skip
+
+
+def _story(each: Session, lines: list[AgentLine], calendar: tzinfo) -> str:
+    """One session: whose it is, how long it has run, and what each agent did on each model, below the agent that started it."""
+    head = [f"session  {safe_name(each.session)}", f"app      {each.app}"]
+    if each.user_id:
+        head.append(f"user     {safe_name(each.user_id)}")
+    head.append(f"from     {shown(each.started_at, calendar)} to {shown(each.last_at, calendar)}")
+    rate = f", {cents(each.rate_nano)} an hour at the pace of the last ten minutes" if each.rate_nano else ""
+    head.append(f"spent    {cents(each.spent_nano)} in {each.calls:,} call{'s' * (each.calls != 1)}{rate}")
+    rows = []
+    for depth, agent, own in found_in.tree(lines):
+        name = f"└{'──' * (depth - 1)} {safe_name(agent)}" if agent is not None else "(main)"
+        rows += [[name if number == 0 else "", *_figures(line)] for number, line in enumerate(own)] or [[name]]
+    rows = [row + [""] * (len(AGENT_HEADINGS) - len(row)) for row in rows]
+    empty = ("refused", "cache read", "cache write", "held")
+    return "\n".join(head) + "\n\n" + table(rows, AGENT_HEADINGS, right=AGENT_HEADINGS[2:], drop_empty=empty, spare=empty)
+
+
+def _figures(line: AgentLine) -> list[str]:
+    tokens = (line.input_tokens, line.cache_read_tokens, line.cache_write_tokens, line.output_tokens)
+    counts = [f"{count:,}" if count else "" for count in (line.calls, line.refused, *tokens)]
+    return [safe_name(line.model), *counts, cents(line.spent_nano), cents(line.held_nano) if line.held_nano else ""]

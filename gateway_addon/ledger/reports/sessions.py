@@ -1,0 +1,173 @@
+"""Sum sessions: those that are at work, and one with the tree of its agents. Read-only; the connection yields rows by name.
+
+A session is known by the id that its calls carry, beside the app that made them. Its spending is that of all its calls, from an index
+that leads from a session to its calls: a session of an hour costs a look at its calls, however many others there are.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gateway_addon.ledger import sql
+from gateway_addon.ledger.sql import Connection
+
+RATE_S = 600
+"""The time by whose bookings a session's rate is told."""
+HOUR_S = 3600
+NEAR_MAX = 5
+"""Sessions that are named where a beginning of an id fits several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session of an app, with the sums of its calls. Times are unix seconds."""
+
+    app: str
+    session: str
+    user_id: str | None
+    started_at: float
+    last_at: float
+    agents: int
+    """Agents with an id: the main one has none."""
+    calls: int
+    open: int
+    refused: int
+    spent_nano: int
+    held_nano: int
+    recent_nano: int
+    """Booked in the last RATE_S seconds."""
+    hour_nano: int
+    """Booked in the last hour."""
+
+    @property
+    def rate_nano(self) -> int:
+        """Return what it would spend in an hour at the pace of the last RATE_S seconds."""
+        return self.recent_nano * HOUR_S // RATE_S
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLine:
+    """One agent on one model: the sums of its calls in a session. `agent` None: the main one."""
+
+    agent: str | None
+    parent: str | None
+    model: str
+    calls: int
+    refused: int
+    spent_nano: int
+    held_nano: int
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_tokens: int
+
+
+_SESSIONS = """
+WITH live AS (SELECT DISTINCT app, session_id FROM calls WHERE {which}),
+seen AS (
+  SELECT calls.app, calls.session_id, max(user_id) AS user_id, min(started_at) AS started_at,
+    max(coalesce(ended_at, started_at)) AS last_at, count(DISTINCT agent_id) AS agents,
+    count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls, count(*) FILTER (WHERE state = 'open') AS open,
+    count(*) FILTER (WHERE state = 'refused') AS refused
+  FROM live CROSS JOIN calls WHERE calls.session_id = live.session_id AND calls.app = live.app GROUP BY calls.app, calls.session_id),
+money AS (
+  SELECT calls.app, calls.session_id, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano,
+    sum(CASE WHEN at >= $recent_since THEN spent_nano ELSE 0 END) AS recent_nano,
+    sum(CASE WHEN at >= $hour_since THEN spent_nano ELSE 0 END) AS hour_nano
+  FROM live CROSS JOIN calls CROSS JOIN entries
+  WHERE calls.session_id = live.session_id AND calls.app = live.app AND entries.call_id = calls.id GROUP BY calls.app, calls.session_id)
+SELECT seen.app AS app, seen.session_id AS session, seen.user_id AS user_id, started_at, last_at, agents, calls, open, refused,
+  coalesce(spent_nano, 0) AS spent_nano, coalesce(held_nano, 0) AS held_nano, coalesce(recent_nano, 0) AS recent_nano,
+  coalesce(hour_nano, 0) AS hour_nano
+FROM seen LEFT JOIN money ON money.app = seen.app AND money.session_id = seen.session_id
+ORDER BY last_at DESC, seen.app, seen.session_id
+"""
+_ACTIVE = "session_id IS NOT NULL AND started_at >= $since"
+_ONE = "session_id = $session"
+
+_AGENTS = sql.named("""
+WITH seen AS (
+  SELECT agent_id, max(parent_agent_id) AS parent, coalesce(model_asked, '(none)') AS model,
+    count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls, count(*) FILTER (WHERE state = 'refused') AS refused
+  FROM calls WHERE session_id = $session AND app = $app GROUP BY agent_id, coalesce(model_asked, '(none)')),
+money AS (
+  SELECT agent_id, coalesce(model_asked, '(none)') AS model, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
+  FROM calls CROSS JOIN entries WHERE entries.call_id = calls.id AND session_id = $session AND app = $app
+  GROUP BY agent_id, coalesce(model_asked, '(none)')),
+metered AS (
+  SELECT agent_id, coalesce(model_asked, '(none)') AS model, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens,
+    sum(cache_read_tokens) AS cache_read_tokens,
+    sum(cache_write_5m_tokens + cache_write_1h_tokens + cache_write_unsplit_tokens) AS cache_write_tokens
+  FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND session_id = $session AND app = $app
+  GROUP BY agent_id, coalesce(model_asked, '(none)'))
+SELECT seen.agent_id AS agent, seen.parent AS parent, seen.model AS model, calls, refused, coalesce(spent_nano, 0) AS spent_nano,
+  coalesce(held_nano, 0) AS held_nano, coalesce(input_tokens, 0) AS input_tokens, coalesce(output_tokens, 0) AS output_tokens,
+  coalesce(cache_read_tokens, 0) AS cache_read_tokens, coalesce(cache_write_tokens, 0) AS cache_write_tokens
+FROM seen LEFT JOIN money ON money.agent_id IS NOT DISTINCT FROM seen.agent_id AND money.model = seen.model
+  LEFT JOIN metered ON metered.agent_id IS NOT DISTINCT FROM seen.agent_id AND metered.model = seen.model
+ORDER BY spent_nano DESC, seen.agent_id, seen.model
+""")
+_THERE = "SELECT 1 FROM calls WHERE session_id = $1 LIMIT 1"
+_BEGINNING = """
+SELECT DISTINCT session_id FROM calls WHERE session_id IS NOT NULL AND substr(session_id, 1, length(CAST($1 AS TEXT))) = $1
+ORDER BY session_id LIMIT $2
+"""
+
+
+def active(db: Connection, *, since: float, now: float) -> list[Session]:
+    """Return the sessions with a call admitted or refused since a time, the latest first."""
+    return _sessions(db, _ACTIVE, {"since": since}, now)
+
+
+def one(db: Connection, session: str, *, now: float) -> list[Session]:
+    """Return a session, once for each app whose calls carry its id."""
+    return _sessions(db, _ONE, {"session": session}, now)
+
+
+def agents(db: Connection, app: str, session: str) -> list[AgentLine]:
+    """Return what each agent of a session did on each model, the dearest first."""
+    rows = db.execute(_AGENTS, {"app": app, "session": session}).fetchall()
+    return [AgentLine(**{name: row[name] for name in AgentLine.__slots__}) for row in rows]
+
+
+def named(db: Connection, text: str) -> str:
+    """Return the id of the one session that is called so, or whose id begins so. Raises ValueError where there is none, or are several."""
+    if db.execute(_THERE, (text,)).fetchall():
+        return text
+    found = [row[0] for row in db.execute(_BEGINNING, (text, NEAR_MAX + 1)).fetchall()]
+    if len(found) == 1:
+        return str(found[0])
+    if not found:
+        raise ValueError(f"no session {text!r} in this ledger")
+    more = " or another" if len(found) > NEAR_MAX else ""
+    raise ValueError(f"session {text!r} may be {', '.join(found[:NEAR_MAX])}{more}; write more of its id")
+
+
+def tree(lines: Sequence[AgentLine]) -> Iterator[tuple[int, str | None, list[AgentLine]]]:
+    """Yield each agent with its depth and its lines, below the agent that started it; the main agent first, at depth 0.
+
+    An agent whose parent made no call in this session stands below the main one, and so does one of a circle.
+    """
+    by_agent: dict[str | None, list[AgentLine]] = {None: []}
+    for line in lines:
+        by_agent.setdefault(line.agent, []).append(line)
+    parents = {agent: next((line.parent for line in own if line.parent in by_agent), None) for agent, own in by_agent.items()}
+    said: set[str | None] = set()
+
+    def below(agent: str | None, depth: int) -> Iterator[tuple[int, str | None, list[AgentLine]]]:
+        if agent in said:
+            return
+        said.add(agent)
+        yield depth, agent, by_agent[agent]
+        for child, parent in parents.items():
+            if parent == agent and child is not None:
+                yield from below(child, depth + 1)
+
+    yield from below(None, 0)
+    for agent in by_agent:
+        yield from below(agent, 1)
+
+
+def _sessions(db: Connection, which: str, values: dict[str, object], now: float) -> list[Session]:
+    times = {"recent_since": now - RATE_S, "hour_since": now - HOUR_S}
+    rows = db.execute(sql.named(_SESSIONS.format(which=which)), values | times).fetchall()
+    return [Session(**{name: row[name] for name in Session.__slots__}) for row in rows]
