@@ -32,7 +32,7 @@ ALONE = {"simulator": set(), "demo": {"simulator"}, "identity": {"names", "refus
 LIBRARIES = {
     # an outside library, or a module of it: the rooms and modules that may import it
     "mitmproxy": {"addon", "proxy"},
-    "psycopg": {"ledger"}, "psycopg_pool": {"ledger"}, "sqlite3": {"ledger"}, "sqlite_utils": {"ledger"},
+    "psycopg": {"ledger"}, "sqlite3": {"ledger"}, "sqlite_utils": {"ledger"},
     "yaml": {"policy", "pricing", "yaml_file"},
     "click": {"cli", "simulator"}, "jwt": {"identity.key_set"}, "flask": {"console"}, "werkzeug": {"console"},
     # who asks over the network: the one client, and those who speak to a database, to callers, or to a process of their own

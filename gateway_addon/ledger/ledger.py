@@ -94,7 +94,7 @@ class Ledger:
         try:
             if ledger._store.heartbeat_s:
                 await ledger.ready()  # only the server knows which ledger this is, and so which journals are its own
-            await ledger.sweep(now=time.time() if now is None else now)
+            await ledger._sweep_at_start(time.time() if now is None else now)
             ledger._heartbeat = asyncio.ensure_future(ledger._keep_alive()) if ledger._store.heartbeat_s else None
         except BaseException:
             await ledger.close()
@@ -224,10 +224,21 @@ class Ledger:
         """Note that an alert was delivered (unix seconds), or is given up (None)."""
         self._record(partial(state.alert_done, number=number, delivered_at=delivered_at))
 
+    async def _sweep_at_start(self, now: float) -> None:
+        try:
+            await self.sweep(now=now)
+        except LedgerUnavailable as error:
+            if self._store.heartbeat_s is None:
+                raise
+            log.warning("the calls of processes that died are settled later: %s", error)  # by this process's heartbeat, or another's
+
     async def sweep(self, *, now: float) -> int:
         """Settle the open calls of dead processes; call it when a worker dies. Raises LedgerUnavailable."""
         await self._resume()
-        swept = cast(int, await self._ask(RESOLVE, partial(self._store.sweep, now=self._at(now)), frozenset((EVERYTHING,))))
+        swept, some = 0, orphans.SWEPT_AT_ONCE
+        while some == orphans.SWEPT_AT_ONCE:
+            some = cast(int, await self._ask(RESOLVE, partial(self._store.sweep, now=self._at(now)), frozenset((EVERYTHING,))))
+            swept += some
         if swept:
             log.warning("%d calls of a process that died were settled at what they held (flagged estimated)", swept)
         return swept

@@ -94,7 +94,7 @@ class Store(Protocol):
         """Return the dead owners that have not been swept."""
 
     def sweep(self, db: Connection, now: float) -> int:
-        """Settle the open calls of dead owners; return how many. In a transaction on EVERYTHING."""
+        """Settle the next open calls of dead owners (`orphans.SWEPT_AT_ONCE`); return how many. In a transaction on EVERYTHING."""
 
     async def read[T](self, read: Callable[[Connection], T]) -> T:
         """Run a read on the request's path. Raises LedgerUnavailable."""

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import psycopg
-from psycopg_pool import ConnectionPool
+from psycopg import pq
 
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import orphans
@@ -35,11 +36,9 @@ from gateway_addon.ledger.store.postgres_session import (
     Limited,
     ServerConnection,
     connect,
-    defaults,
     is_busy,
     is_its_own,
     named_rows,
-    settle_in,
     unavailable,
 )
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
@@ -156,16 +155,9 @@ class ServerStore:
         self._lease_from = self._lease_ends = -math.inf
         self.journal: Journal | None = None
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-reader")
-        self._pool = ConnectionPool(
-            server.url,
-            kwargs={"autocommit": True, "cursor_factory": psycopg.RawCursor, **defaults(server)},
-            connection_class=Limited,
-            min_size=0,
-            max_size=READERS,
-            timeout=timeout_s,
-            configure=settle_in,
-            open=False,
-        )
+        self._reader = threading.local()
+        self._readers: set[ServerConnection] = set()
+        self._closed = False
 
     def __str__(self) -> str:
         return str(self._server)
@@ -258,6 +250,8 @@ class ServerStore:
 
     async def read[T](self, read: Callable[[Connection], T]) -> T:
         loop = asyncio.get_running_loop()
+        if self._closed:
+            raise LedgerUnavailable(f"the ledger {self._server} is closed: this gateway is stopping")
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await loop.run_in_executor(self._threads, self._read, read)
@@ -267,16 +261,24 @@ class ServerStore:
             raise self.unavailable(error) from error
 
     def _read[T](self, read: Callable[[Connection], T]) -> T:
-        """Run a read on a reader's thread, a second time if the server had dropped the idle connection."""
-        self._pool.open()
-        for last in (False, True):
-            with self._pool.connection() as raw:
-                try:
-                    return read(ServerConnection(raw))
-                except psycopg.OperationalError:
-                    if last or not raw.closed:
-                        raise
-        raise AssertionError("the second try returns or raises")
+        """Run a read on a reader's thread, whose connection is its own: a second time if the server had dropped it while it was idle."""
+        db: ServerConnection | None = getattr(self._reader, "db", None)
+        was_idle = db is not None
+        while True:
+            if db is None:
+                self._reader.db = db = connect(self._server, kind=Limited)  # a server that refuses says so to this call, at once
+                self._readers.add(db)
+            try:
+                return read(db)
+            except psycopg.OperationalError:
+                dropped = db.raw.closed
+                if db.raw.info.transaction_status != pq.TransactionStatus.IDLE:  # closed, or its answer is still to come
+                    self._readers.discard(db)
+                    db.close()
+                    self._reader.db = db = None
+                if not (was_idle and dropped):
+                    raise
+                was_idle = False
 
     def unavailable(self, error: Exception) -> LedgerUnavailable:
         return unavailable(self._server, error)
@@ -295,7 +297,9 @@ class ServerStore:
 
     def _end_lease(self) -> None:
         """End the lease: other processes settle the calls that are still open."""
-        self._pool.close()
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
+        for reader in list(self._readers):
+            reader.close()
         with contextlib.suppress(psycopg.Error), contextlib.closing(connect(self._server)) as db:
             db.execute("UPDATE owners SET lease_until = 0 WHERE id = $1", (self._name,))

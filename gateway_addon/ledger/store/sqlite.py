@@ -97,7 +97,7 @@ class FileStore:
     def sweep(self, db: Connection, now: float) -> int:
         dead = self.dead(db)
         swept = orphans.settle_orphans(db, dead, now=now)
-        for owner in dead:
+        for owner in dead if swept < orphans.SWEPT_AT_ONCE else ():
             forget_dead_owner(self.path, owner)
         return swept
 

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, until, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, admin, connect, reservations
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, admin, connect, orphans, reservations
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import postgres, postgres_session
 
@@ -161,6 +161,40 @@ async def test_a_late_settlement_only_ever_adds_and_adds_once(server, ledger, co
     await other.close()
     with connect.reading(server) as db:
         assert invariants.findings(db) == []
+
+
+async def test_a_read_of_a_closed_ledger_is_a_sentence(server):
+    """A background job that outlives the readers is told so, without a traceback."""
+    leaving = await Ledger.open(url(server), now=NOON)
+    await leaving.look_up_token("d1", now=NOON)
+    await leaving.close()
+    with pytest.raises(LedgerUnavailable, match="is closed"):
+        await leaving.look_up_token("d1", now=NOON)
+
+
+async def test_a_sweep_lets_other_writers_in_between_its_parts(server, ledger, monkeypatch):
+    """A server's ledger with many open calls of a dead gateway is never held for longer than a part takes."""
+    monkeypatch.setattr(orphans, "SWEPT_AT_ONCE", 3)
+    leaving = await Ledger.open(url(server), now=NOON)
+    for _ in range(8):
+        await leaving.reserve(CALL, 10, DAY_CAP, now=NOON)
+    await leaving.close()
+    parts, settle = [], orphans.settle_orphans
+    monkeypatch.setattr(orphans, "settle_orphans", lambda db, dead, *, now: parts.append(settle(db, dead, now=now)) or parts[-1])
+    assert await ledger.sweep(now=NOON) == 8
+    assert parts == [3, 3, 2]
+    assert rows(server, "SELECT count(*) FROM owners WHERE lease_until = 0") == [(0,)]
+
+
+async def test_a_gateway_starts_although_the_dead_ones_calls_must_wait(server, caplog):
+    """Somebody holds the ledger; the heartbeat settles them later."""
+    with closing(psycopg.connect(url(server))) as shell:
+        shell.execute("LOCK TABLE gateway.turns IN EXCLUSIVE MODE")
+        ledger = await Ledger.open(url(server), timeout_s=0.5, now=NOON)
+        assert "are settled later" in caplog.text
+        shell.rollback()
+    assert isinstance(await ledger.reserve(CALL, 100, DAY_CAP, now=NOON), Reserved)
+    await ledger.close()
 
 
 async def test_a_closed_node_leaves_its_open_calls_to_the_others(server, ledger):
