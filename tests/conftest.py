@@ -1,5 +1,6 @@
 """Set up what every test stands on: quiet imports, signals as a terminal gives them, and the fast half of the suite."""
 
+import gc
 import re
 import signal
 import warnings
@@ -38,6 +39,13 @@ def pytest_ignore_collect(collection_path: Path, config):
     if config.getoption("--fast") and collection_path.suffix == ".py" and STARTS.search(collection_path.read_text()):
         return True
     return None
+
+
+def pytest_collection_finish(session):
+    """Keep the collector from walking through a million objects of modules and tests again and again, which live until the end anyway."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_modifyitems(config, items):
