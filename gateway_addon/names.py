@@ -23,6 +23,11 @@ NAME_CHARS_MAX = 200
 """Longer than any id of the API's (64 characters) or of Claude Code's (36)."""
 
 
+def app_named(app: str) -> str:
+    """Return an app as sentences name it: `init` calls the first one `app`, and nobody says "app app"."""
+    return "the app 'app'" if app == "app" else f"app {app}"
+
+
 def safe_name(text: str) -> str:
     """Return a name as it may be kept: itself, for every name that is meant well."""
     if len(text) <= NAME_CHARS_MAX and text.isprintable() and TOKEN_PREFIX not in text:  # nearly every one

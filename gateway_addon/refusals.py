@@ -132,6 +132,10 @@ def in_words(code: str) -> str:
     return WORDS.get(code, code.replace("_", " "))
 
 
+_FIRST_WORDS = frozenset({"a", "all", "an", "app", "batch", "in", "no", "team", "the", "this"})
+"""The words of English that begin a clause."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A request that goes no further. `sentence` names the thing, the limit and the way out."""
@@ -169,11 +173,14 @@ class Refusal:
 def stated(code: str, clause: str) -> Refusal:
     """The refusal for a rule's clause: what `explain` lists under its rule in small letters is said to a caller as a full sentence.
 
-    A field name (`max_tokens`, `messages[0]`) keeps its spelling at the beginning, too.
+    A field name (`max_tokens`, `tools`) keeps its spelling at the beginning, too.
     """
-    first = clause.partition(" ")[0]
-    capital = clause[:1].upper() if first.isalpha() else clause[:1]
-    return Refusal(code, f"{capital}{clause[1:]}.")
+    return Refusal(code, f"{capitalised(clause)}.")
+
+
+def capitalised(clause: str) -> str:
+    """Begin a sentence: with a capital where the clause begins with a word of English, not with a field's name."""
+    return clause[:1].upper() + clause[1:] if clause.partition(" ")[0] in _FIRST_WORDS else clause
 
 
 def new_request_id() -> str:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from gateway_addon.ledger import Alert, Facts, Resolution, Standing, app_scope
 from gateway_addon.ledger.reports.forecast import Forecast, named
 from gateway_addon.money import cents
-from gateway_addon.names import PROGRAM
+from gateway_addon.names import PROGRAM, app_named
 from gateway_addon.policy import Alerts, GatewayPolicy, Retiring, Source
 
 THRESHOLDS_PERCENT = (50, 80, 95, 100)  # where the policy does not say
@@ -73,11 +73,15 @@ def forecast(coming: Forecast, starts_at: int) -> Alert | None:
     return Alert("forecast", coming.scope, f"{coming.window} {starts_at}", coming.sentence, facts)
 
 
-def overrun(app: str, model: str, call_id: int, bill: Resolution, now: float) -> Alert:
-    """Return the alert for a call that cost more than was held for it. Once a day for an app and model: later ones say nothing new."""
+def overrun(app: str, model: str, call_id: int, bill: Resolution, now: float, *, in_steps: bool) -> Alert:
+    """Return the alert for a call that cost more than was held for it. Once a day for an app and model: later ones say nothing new.
+
+    `in_steps`: it was a stream that was held in steps, by the pace that prices.yaml declares for its model.
+    """
+    why = f"{model} passed its declared pace" if in_steps else "its quote was too low"
     sentence = (
-        f"a call of app {app} cost {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: {model} passed its "
-        f"declared pace. It is reserved whole until: {PROGRAM} overrun clear {model}"
+        f"a call of {app_named(app)} cost {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: {why}. "
+        f"{model} is reserved whole until: {PROGRAM} overrun clear {model}"
     )
     facts: Facts = {"model": model, "call_id": call_id, "spent_nano": bill.spent_nano, "held_nano": bill.held_nano}
     return Alert("overrun", app_scope(app), f"{model} {int(now) // DAY_S}", sentence, facts)
@@ -86,8 +90,8 @@ def overrun(app: str, model: str, call_id: int, bill: Resolution, now: float) ->
 def late(app: str, model: str, call_id: int, bill: Resolution, stalled_s: float, now: float) -> Alert:
     """Return the alert for a call that passed its grant while the gateway stood still and could not cut it. Once a day for an app."""
     sentence = (
-        f"a call of app {app} is booked at {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: the gateway stood "
-        f"still for {stalled_s:.1f} s while it ran, and could not cut it. See what else takes this machine's processor or memory"
+        f"a call of {app_named(app)} is booked at {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: the gateway "
+        f"stood still for {stalled_s:.1f} s while it ran, and could not cut it. See what else takes this machine's processor or memory"
     )
     facts: Facts = {"model": model, "call_id": call_id, "spent_nano": bill.spent_nano, "held_nano": bill.held_nano}
     return Alert("overrun", app_scope(app), f"late {int(now) // DAY_S}", sentence, facts)
@@ -96,8 +100,8 @@ def late(app: str, model: str, call_id: int, bill: Resolution, stalled_s: float,
 def batch_overrun(app: str, batch_id: str, call_id: int, bill: Resolution, now: float) -> Alert:
     """Return the alert for a batch whose results cost more than was held for it: its quote was wrong."""
     sentence = (
-        f"batch {batch_id} of app {app} cost {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: its quote was "
-        "too low (a batch that is billed otherwise than prices.yaml says?)"
+        f"batch {batch_id} of {app_named(app)} cost {cents(bill.spent_nano)}, more than the {cents(bill.held_nano)} held for it: its quote "
+        "was too low (a batch that is billed otherwise than prices.yaml says?)"
     )
     facts: Facts = {"batch": batch_id, "call_id": call_id, "spent_nano": bill.spent_nano, "held_nano": bill.held_nano}
     return Alert("overrun", app_scope(app), batch_id, sentence, facts)
@@ -105,14 +109,14 @@ def batch_overrun(app: str, batch_id: str, call_id: int, bill: Resolution, now: 
 
 def drift(app: str, asked: str, served: str, call_id: int, now: float) -> Alert:
     """Return the alert for another model's answer to an app whose policy demands the one it asks for. Once a day for each pair."""
-    sentence = f"app {app} asked for {asked} and {served} answered (call {call_id}): {PROGRAM} report --by served shows since when"
+    sentence = f"{app_named(app)} asked for {asked} and {served} answered (call {call_id}): {PROGRAM} report --by served shows since when"
     facts: Facts = {"asked": asked, "served": served, "call_id": call_id}
     return Alert("drift", app_scope(app), f"{asked} {served} {int(now) // DAY_S}", sentence, facts)
 
 
 def key_refused(source: Source, now: float) -> Alert:
     """Return the alert for a real key that the provider does not take. Once an hour while it lasts."""
-    sentence = f"the Claude API does not take the real key (401): see where policies/gateway.yaml reads it from (key: {source.kind})"
+    sentence = f"the Claude API does not take the real key (401): see where gateway.yaml reads it from (key: {source.kind})"
     return Alert("key_refused", "total", str(int(now) // HOUR_S), sentence, {"status": 401})
 
 
@@ -120,7 +124,7 @@ def redirected(upstream: str, status: int, now: float) -> Alert:
     """Return the alert for an upstream that redirects. Once an hour while it lasts."""
     sentence = (
         f"{upstream} answered a call with a redirect ({status}), which its app did not get: a client that follows one sends its prompt "
-        "past the gateway. Name the API's own address in policies/gateway.yaml (upstream)"
+        "past the gateway. Name the API's own address in gateway.yaml (upstream)"
     )
     return Alert("redirect", "total", str(int(now) // HOUR_S), sentence, {"status": status})
 
@@ -134,7 +138,7 @@ def retiring(found: Retiring, now: float) -> Alert:
 
 def refused_as_retired(app: str, model: str, why: str, call_id: int, now: float) -> Alert:
     """Return the alert for a call that the provider refused since its model is no more. Once a day for an app and model."""
-    sentence = f"the Claude API refused a call of app {app} (call {call_id}) for {model}: {why}"
+    sentence = f"the Claude API refused a call of {app_named(app)} (call {call_id}) for {model}: {why}"
     return Alert("retirement", app_scope(app), f"refused {model} {int(now) // DAY_S}", sentence, {"model": model, "call_id": call_id})
 
 

@@ -12,9 +12,9 @@ from gateway_addon.calls.refusal_messages import elsewhere, in_force, paused
 from gateway_addon.identity import tokens
 from gateway_addon.identity.client_address import within
 from gateway_addon.ledger import Token, TokenLookup, scopes
-from gateway_addon.names import PROGRAM
+from gateway_addon.names import PROGRAM, app_named
 from gateway_addon.policy import AppPolicy, GatewayPolicy
-from gateway_addon.refusals import Refusal
+from gateway_addon.refusals import Refusal, capitalised
 
 type Headers = tuple[tuple[str, str], ...]
 
@@ -55,7 +55,8 @@ def judge_caller(
         return Rejected(token)
     app = policy.apps.get(token.app)
     if app is None:
-        sentence = f"App {token.app} has a token but no policy: write policies/apps/{token.app}.yaml ({PROGRAM} init shows one)."
+        sentence = f"{capitalised(app_named(token.app))} has a token but no policy ({policy.folder}/apps/{token.app}.yaml)."
+        sentence += f" Write one: {PROGRAM} app add {token.app}."
         return Rejected(Refusal("app_unknown", sentence), token)
     pause = next((each for each in found.pauses if each.scope in scopes(app.name, app.team)), None)
     if pause is not None:

@@ -313,7 +313,7 @@ class Gateway:
         if resolution.overrun and "late" in outcome.flags:
             self.emit(alerts.late(app_name, model, call_id, resolution, running.stalled_s, now))
         elif resolution.overrun:
-            self.emit(alerts.overrun(app_name, model, call_id, resolution, now))
+            self.emit(alerts.overrun(app_name, model, call_id, resolution, now, in_steps=running.in_steps))
 
     def close_unmetered(self, admission: Admission, status: int | None, *, sent: bool, ended_by: EndedBy, now: float) -> None:
         """End a call that was forwarded without a hold of its own: call its hook, and write the row of one that cost nothing."""

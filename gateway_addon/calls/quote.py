@@ -409,5 +409,5 @@ def _unpriced(terms: _Terms, model: str, *, fast: bool) -> Refusal | None:
     if row is not None and (row.fast is not None or not fast):
         return None
     lacks = f"{model[:100]!r}, which has no price" if row is None else f"speed fast on {model}, which has no price for it"
-    sentence = f"app {terms.app.name} asks for {lacks}; what has no price is refused until a row in policies/prices.yaml gives it one"
+    sentence = f"{terms.app} asks for {lacks}; what has no price is refused until a row in {terms.app.beside('prices.yaml')} gives it one"
     return stated("model_unpriced", sentence)

@@ -13,11 +13,11 @@ from gateway_addon.calls.spend_limit import rejected_headers
 from gateway_addon.identity.client_address import FORWARDED_FOR
 from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
 from gateway_addon.identity.tokens import ISSUE
-from gateway_addon.ledger import Denied, Pause, Standing, Token
+from gateway_addon.ledger import TOTAL, Denied, Pause, Standing, Token
 from gateway_addon.money import cents, dollars
-from gateway_addon.names import PROGRAM
+from gateway_addon.names import PROGRAM, app_named
 from gateway_addon.policy import AppPolicy
-from gateway_addon.refusals import Refusal
+from gateway_addon.refusals import Refusal, capitalised
 from gateway_addon.upstreams.rate_limits import Shortage
 from gateway_addon.windows import shown
 
@@ -35,7 +35,7 @@ def in_force(token: Token | None, now: float) -> Token | Refusal:
         return Refusal("token_unknown", f"No app has this token: it was issued for another gateway or ledger. {ISSUE}.")
     if code := token.refusal(now):
         word = "revoked" if code == "token_revoked" else "expired"
-        return Refusal(code, f"Token {token.label or token.id} of app {token.app} is {word}. {ISSUE}.")
+        return Refusal(code, f"Token {token.label or token.id} of {app_named(token.app)} is {word}. {ISSUE}.")
     return token
 
 
@@ -46,7 +46,7 @@ def denied(denial: Denied, app: AppPolicy, quote: Quote | BatchQuote, option: Re
     if denial.pause is not None:
         return paused(denial.pause, zone)
     if denial.reason in ("token_unknown", "token_revoked", "token_expired"):
-        return Refusal(denial.reason, f"The token of app {app.name} has just been revoked or expired. Ask the operator for a new one.")
+        return Refusal(denial.reason, f"The token of {app} has just been revoked or expired. Ask the operator for a new one.")
     if denial.reason == "concurrency":
         return _too_many_in_flight(denial, app)
     return rate_reached(denial, app)
@@ -56,50 +56,85 @@ def _too_many_in_flight(denial: Denied, app: AppPolicy) -> Refusal:
     """Return the refusal for a call whose turn did not come while it waited in its app's line."""
     place = f"({app.file}: rates.concurrent)"
     if not denial.limit_max:
-        return Refusal("concurrency", f"App {app.name} may have no call in flight {place}. Raise it there.")
+        return Refusal("concurrency", f"{capitalised(str(app))} may have no call in flight {place}. Raise it there.")
     calls = "1 call" if denial.limit_max == 1 else f"{denial.limit_max:,} calls"
     waited = f", and none ended for this one within {app.rates.wait_s:g} s (rates.wait)" if app.rates.wait_s else ""
     expected = "" if denial.retry_after_s is None else f" Expect its turn in about {denial.retry_after_s} s."
-    sentence = f"App {app.name} has {calls} in flight, as many as it may have at once {place}{waited}."
+    sentence = f"{capitalised(str(app))} has {calls} in flight, as many as it may have at once {place}{waited}."
     return Refusal("concurrency", f"{sentence}{expected} Make fewer at once, or raise it there.", denial.retry_after_s or 1)
 
 
 def rate_reached(denial: Denied, app: AppPolicy) -> Refusal:
     """Return the refusal for a request that exceeds a rate of its app."""
     limit = (denial.limit or "").replace("_", " ")
-    sentence = f"App {app.name} is at its limit of {denial.limit_max:,} {limit} ({app.file}: rates). Slow down, or raise it there."
+    limit = f"1 {limit.replace('s per', ' per')}" if denial.limit_max == 1 else f"{denial.limit_max:,} {limit}"
+    if denial.retry_after_s is None:
+        sentence = f"This call alone is more than the {limit} of {app} ({app.file}: rates). Send less at once, or raise it there."
+    else:
+        sentence = f"{capitalised(str(app))} is at its limit of {limit} ({app.file}: rates). Slow down, or raise it there."
     return Refusal(denial.reason, sentence, denial.retry_after_s)
 
 
 def _denied_by_cap(
-    denial: Denied, standing: Standing, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption, zone: tzinfo
+    denial: Denied, cap: Standing, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption, zone: tzinfo
 ) -> Refusal:
     if denial.reason == "quote_over_cap":
-        return Refusal("quote_over_cap", _too_large(app, quote, standing.cap_nano or 0, _cap_name(standing)))
-    stands = f"{_stands(standing)}; this call needs {cents(option.hold_nano)} to start"
+        return Refusal("quote_over_cap", _too_large(app, quote, cap.cap_nano or 0, _cap_name(cap), _place(app, cap)))
     if denial.reason == "cap_held":
-        return Refusal("cap_held", f"{stands}, and calls in flight hold what is left. Try again shortly.", denial.retry_after_s or 1)
-    reset = "" if standing.resets_at is None else f" It resets at {shown(standing.resets_at, zone)}."
-    kind, _, name = standing.scope.partition(":")
-    whom = f"{name or kind}" if kind != "team" else standing.scope
-    if standing.is_limited:
-        way_out = f"the operator's limit holds ({PROGRAM} cap list), and {PROGRAM} cap limit {whom} {standing.window} --lift takes it away"
-    else:
-        way_out = f"{PROGRAM} cap raise {whom} {standing.window} AMOUNT --until DATE"
-    headers = rejected_headers(app.name, standing)
-    return Refusal("cap_spent", f"{stands}.{reset} To go on before: {way_out}.", denial.retry_after_s, headers)
+        held = f"{cents(cap.reserved_nano)} held by calls in flight"
+        kept = f", {cents(cap.quantum_nano)} kept for their next steps" if cap.quantum_nano else ""
+        left = f"Of the {_cap_name(cap)} ({dollars(cap.cap_nano or 0)}) {cents(cap.spent_nano)} is spent, {held}{kept}"
+        sentence = f"{left}; {_needs(option)}. Try again shortly."
+        return Refusal("cap_held", sentence, denial.retry_after_s or 1)
+    reset = "" if cap.resets_at is None else f" It resets at {shown(cap.resets_at, zone)}."
+    sentence = f"{_spent(cap, option)}{reset}{_smaller(cap, quote)} {_way_on(cap)}"
+    return Refusal("cap_spent", sentence, denial.retry_after_s, rejected_headers(app.name, cap))
+
+
+def _spent(cap: Standing, option: ReservationOption) -> str:
+    """Name all amounts that do not fit: what is spent, and what the call asks for."""
+    amount_nano = cap.cap_nano or 0
+    spent = f"{cents(cap.spent_nano)} spent of {dollars(amount_nano)}"
+    if cap.spent_nano >= amount_nano:
+        return f"The {_cap_name(cap)} is used up: {spent}."
+    return f"The {_cap_name(cap)} would be passed: {spent}; {_needs(option)}."
+
+
+def _smaller(cap: Standing, quote: Quote | BatchQuote) -> str:
+    """Name the largest `max_tokens` with which the call fits beside what is spent."""
+    left_nano = (cap.cap_nano or 0) - cap.spent_nano
+    fits = quote.output_within(left_nano) if isinstance(quote, Quote) and left_nano > 0 else 0
+    return f" The largest max_tokens that still fits is {fits:,}." if fits else ""
+
+
+def _needs(option: ReservationOption) -> str:
+    """Say what a call asks of a cap: what it holds at first, and what it keeps free for its next step."""
+    if not option.quantum_nano:
+        return f"this call needs {cents(option.hold_nano)}"
+    asked_nano = option.hold_nano + option.quantum_nano
+    return f"this call needs {cents(asked_nano)}, {cents(option.hold_nano)} to start and {cents(option.quantum_nano)} for its next step"
+
+
+def _way_on(cap: Standing) -> str:
+    """Name the command by which the operator lets calls through before the reset."""
+    kind, _, name = cap.scope.partition(":")
+    whom = name if kind == "app" else cap.scope
+    if cap.is_limited:
+        return f"The operator's limit holds ({PROGRAM} cap list); to lift it: {PROGRAM} cap limit {whom} {cap.window} --lift."
+    return f"The operator can raise it: {PROGRAM} cap raise {whom} {cap.window} AMOUNT --until DATE."
 
 
 def paused(pause: Pause, zone: tzinfo) -> Refusal:
     """Return the refusal for a scope that the operator has paused."""
     until = "until it is resumed" if pause.until is None else f"until {shown(pause.until, zone)}"
     why = f" ({pause.why})" if pause.why else ""
-    return Refusal("app_paused", f"{_scope(pause.scope)} is paused {until}{why}. The operator can end it: {PROGRAM} resume.")
+    what = "Every app is" if pause.scope == TOTAL else f"{capitalised(_scope(pause.scope))} is"
+    return Refusal("app_paused", f"{what} paused {until}{why}. The operator can end it: {PROGRAM} resume.")
 
 
 def elsewhere(app: AppPolicy, address: str, headers: tuple[tuple[str, str], ...]) -> Refusal:
     """Return the refusal for a token that is used from an address which its app does not allow."""
-    sentence = f"App {app.name} may not call from {address} ({app.file}: addresses). Call from another, or add this one there."
+    sentence = f"{capitalised(str(app))} may not call from {address} ({app.file}: addresses). Call from another, or add this one there."
     if any(name == FORWARDED_FOR for name, _ in headers):
         sentence += " If that is a proxy in front of the gateway, name it in gateway.yaml (trusted_proxies)."
     return Refusal("token_address", sentence)
@@ -115,32 +150,32 @@ def throttled(address: str, monotonic_s: float) -> Refusal:
 def headroom(app: AppPolicy, short: Shortage) -> Refusal:
     """Return the refusal for an app that must leave the rest of the shared key's own limit to the others."""
     left = f"{short.remaining:,} of {short.limit:,} {short.kind.replace('-', ' ')}"
-    sentence = f"The shared key has {left} left for now, and app {app.name} keeps {app.rates.headroom_percent} % of it free for others"
+    sentence = f"The shared key has {left} left for now, and {app} keeps {app.rates.headroom_percent} % of them free for the others"
     return Refusal("headroom", f"{sentence} ({app.file}: rates.headroom). Try again in {short.wait_s} s.", short.wait_s)
 
 
 def over_request_cap(app: AppPolicy, quote: Quote, cap_nano: int) -> Refusal:
     """Return the refusal for a call that could cost more than the app's cap for one request."""
-    return Refusal("quote_over_cap", _too_large(app, quote, cap_nano, f"cap for one request of app {app.name}"))
+    return Refusal("quote_over_cap", _too_large(app, quote, cap_nano, f"cap for one request of {app}", f"{app.file}: caps"))
 
 
 def cut_sentence(running: InFlightCall) -> str:
     """Return the sentence that says why the gateway ended a running answer."""
-    app = running.admission.app.name
+    app = running.admission.app
     if running.cut == "paused":
-        return f"The operator paused app {app}, so the gateway ended this answer here. What was generated so far is charged."
+        return f"The operator paused {app}, so the gateway ended this answer here. What was generated so far is charged."
     if running.cut == "lease_expiring":
         return (
             "The gateway has lost its ledger and must end running answers before another gateway books them, so this one ends here; "
             "what was generated so far is charged. Send the call again in a moment."
         )
     return (
-        f"The budget of app {app} does not allow this answer to go on, so the gateway ended it here; what was generated so far is charged. "
-        f"Ask for fewer tokens, or raise the cap: {PROGRAM} cap raise {app} day AMOUNT --until DATE."
+        f"The budget of {app} does not allow this answer to go on, so the gateway ended it here; what was generated so far is charged. "
+        f"Ask for fewer tokens, or raise the cap that ran out ({app.file}: caps; {PROGRAM} cap list shows what is left of each)."
     )
 
 
-def _too_large(app: AppPolicy, quote: Quote | BatchQuote, cap_nano: int, cap_name: str) -> str:
+def _too_large(app: AppPolicy, quote: Quote | BatchQuote, cap_nano: int, cap_name: str, place: str) -> str:
     if isinstance(quote, BatchQuote):
         what = f"This batch of {quote.requests:,} requests"
         way_out = "Send fewer requests in one batch, or ask for fewer max_tokens in each."
@@ -154,13 +189,7 @@ def _too_large(app: AppPolicy, quote: Quote | BatchQuote, cap_nano: int, cap_nam
             directly = ', called directly only (allowed_callers: ["direct"])' if quote.turns.uncounted else ""
             what_loops = f"What the provider may do by itself is too dear ({', '.join(quote.by_itself)})"
             way_out = f"{what_loops}: leave it out, or allow fewer uses (max_uses){directly}."
-    limit = f"{dollars(cap_nano)}, {app.file}: caps"
-    return f"{what} can cost up to {cents(quote.total_nano)}, more than the {cap_name} ({limit}). {way_out}"
-
-
-def _stands(standing: Standing) -> str:
-    held = f", {cents(standing.reserved_nano)} held" if standing.reserved_nano else ""
-    return f"The {_cap_name(standing)} is used up: {cents(standing.spent_nano)} spent{held} of {dollars(standing.cap_nano or 0)}"
+    return f"{what} can cost up to {cents(quote.total_nano)}, more than the {cap_name} ({dollars(cap_nano)}, {place}). {way_out}"
 
 
 def _cap_name(standing: Standing) -> str:
@@ -170,4 +199,13 @@ def _cap_name(standing: Standing) -> str:
 
 def _scope(scope: str) -> str:
     kind, _, name = scope.partition(":")
-    return f"{kind} {name}" if name else "the gateway"
+    return app_named(name) if kind == "app" else f"{kind} {name}" if name else "all apps together"
+
+
+def _place(app: AppPolicy, cap: Standing) -> str:
+    """Name the place where a cap is set."""
+    if cap.is_limited:
+        return f"the operator's limit: {PROGRAM} cap list"
+    kind, _, name = cap.scope.partition(":")
+    places = {"total": f"{app.beside('gateway.yaml')}: caps", "team": f"{app.beside('gateway.yaml')}: teams.{name}.caps"}
+    return places.get(kind, f"{app.file}: caps")

@@ -224,7 +224,7 @@ def foreign_file(app: AppPolicy, wanted: Iterable[str], owners: Mapping[str, str
     for file_id in sorted(wanted):
         owner = owners.get(file_id)
         if owner != app.name and (owner is not None or app.mode == "enforce"):
-            sentence = f"app {app.name} has no file {file_id[:100]!r} here; it may use those that it uploaded through this gateway"
+            sentence = f"{app} has no file {file_id[:100]!r} here; it may use those that it uploaded through this gateway"
             return stated("not_found", sentence)
     return None
 
@@ -287,4 +287,4 @@ def _unbilled(status: int, body: bytes) -> str | None:
 def _not_here(app: AppPolicy, parsed: ParsedRequest) -> Refusal:
     """Refuse an object in one sentence, whether another app made it, somebody outside, or nobody: it must not tell which."""
     _, what = NAMES[parsed.endpoint.partition(".")[0]]
-    return stated("not_found", f"app {app.name} has no {what} {parsed.item!r} here; it sees those that it made through this gateway")
+    return stated("not_found", f"{app} has no {what} {parsed.item!r} here; it sees those that it made through this gateway")

@@ -95,7 +95,7 @@ def _capped(call: Recorded, policy: GatewayPolicy, spent: defaultdict[ReplayWind
         return None, ""
     of_one_request = not call.endpoint.endswith("batches.create") and not app.observes("caps")
     if of_one_request and not fits_request_cap(app, max(call.grant_nano, call.spent_nano)):
-        return "quote_over_cap", f"can cost more than the cap for one request of app {app.name}"
+        return "quote_over_cap", f"can cost more than the cap for one request of {app}"
     standings = [
         Standing(cap.scope, cap.window, at, None, cap.amount_nano, 0, spent[cap.scope, cap.window, at], 0, 0, 0)
         for cap in planned(app, policy, (), RateLimits()).limits if cap.window in WINDOWS

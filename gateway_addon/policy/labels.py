@@ -35,7 +35,7 @@ def verdicts(app: AppPolicy, reading: ParsedRequest) -> Iterator[tuple[str, bool
     carried = {label.name for label in reading.labels} | {name for name, _ in reading.fixed_labels}
     for name, rule in app.labels.items() if reading.endpoint in SPENDING else ():
         if rule.required and name not in carried:
-            yield f"app {app.name} must say its label {name} with each call, {_places(name, rule)} ({app.file} labels.{name})", True
+            yield f"{app} must say its label {name} with each call, {_places(name, rule)} ({app.file} labels.{name})", True
 
 
 def _problem(app: AppPolicy, reading: ParsedRequest, label: SaidLabel) -> str | None:
@@ -46,16 +46,16 @@ def _problem(app: AppPolicy, reading: ParsedRequest, label: SaidLabel) -> str | 
     if rule is None:
         declared = ", ".join(app.labels) or "none"
         drop = "declare it there, or write undeclared_labels: drop"
-        return f"app {app.name} has no label {label.name!r}; declared: {declared} ({app.file} labels); {drop}"
+        return f"{app} has no label {label.name!r}; declared: {declared} ({app.file} labels); {drop}"
     if label.source not in rule.sources:
         allowed = _places(label.name, rule)
-        return f"app {app.name} says its label {label.name} {allowed}, not in its {label.source} ({app.file} labels.{label.name}.from)"
+        return f"{app} says its label {label.name} {allowed}, not in its {label.source} ({app.file} labels.{label.name}.from)"
     if not any(fnmatchcase(label.value, pattern) for pattern in rule.values):
         allowed = ", ".join(rule.values)
-        return f"app {app.name} may not say {label.name}={label.value}; allowed: {allowed} ({app.file} labels.{label.name}.values)"
+        return f"{app} may not say {label.name}={label.value}; allowed: {allowed} ({app.file} labels.{label.name}.values)"
     others = {other.value for other in reading.labels if other.name == label.name}
     if len(others) > 1:
-        return f"app {app.name} says its label {label.name} twice, as {' and '.join(sorted(others))}; say it once"
+        return f"{app} says its label {label.name} twice, as {' and '.join(sorted(others))}; say it once"
     return None
 
 

@@ -61,7 +61,8 @@ def load(directory: Path) -> GatewayPolicy:
     if (directory / "prices.yaml").exists():
         texts["prices.yaml"] = _text(_File("prices.yaml", _bytes(directory, directory / "prices.yaml")))
     return GatewayPolicy(
-        **general, apps=MappingProxyType(apps), trust=trust, prices=prices, digest=digest.hexdigest(), texts=MappingProxyType(texts)
+        **general, apps=MappingProxyType(apps), trust=trust, prices=prices, folder=_shown(directory, directory),
+        digest=digest.hexdigest(), texts=MappingProxyType(texts),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway_addon.identity.trust import Trust, WorkloadRule
+from gateway_addon.names import app_named
 from gateway_addon.pricing import Prices
 
 CapWindow = Literal["request", "day", "week", "month", "ever"]
@@ -165,6 +166,14 @@ class AppPolicy:
     workspace_geo: Literal["global", "us", "unknown"]
     """The gateway's setting, repeated here because the quote of a request depends on it."""
 
+    def __str__(self) -> str:
+        """Return the app as sentences name it."""
+        return app_named(self.name)
+
+    def beside(self, file: str) -> str:
+        """Return another file of the same folder as people know it."""
+        return f"{self.file.rpartition('/apps/')[0]}/{file}"
+
     def observes(self, rule: str) -> bool:
         """Return whether a rule only records what it would refuse. Caps shared with other apps are always enforced."""
         return self.mode == "observe" or rule in self.observe
@@ -196,6 +205,8 @@ class GatewayPolicy:
     trust: Trust | None
     """Whose identity tokens are believed, and whose they are; None: nobody's are."""
     prices: Prices
+    folder: str
+    """The folder of its files as people know it, for sentences."""
     digest: str
     """SHA-256 over the files' names and bytes and the prices' digest."""
     texts: Mapping[str, str]

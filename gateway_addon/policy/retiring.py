@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gateway_addon.names import app_named
 from gateway_addon.policy.model import AppPolicy, GatewayPolicy
 from gateway_addon.policy.rules import matching, may_use
 from gateway_addon.pricing import Prices, Retirement, retirements
@@ -18,7 +19,7 @@ class Retiring:
 
     def sentence(self, now: float) -> str:
         """Say it with the place where the app's models are named, without a full stop."""
-        return f"app {self.app} may use {self.what.what}, and {self.what.sentence(now)}: ask for another ({self.file} models)"
+        return f"{app_named(self.app)} may use {self.what.what}, and {self.what.sentence(now)}: ask for another ({self.file} models)"
 
 
 def retiring(policy: GatewayPolicy, now: float) -> tuple[Retiring, ...]:

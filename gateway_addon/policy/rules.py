@@ -129,9 +129,9 @@ def _rewritten(app: AppPolicy, model: str, prices: Prices) -> str:
 def _endpoint(app: AppPolicy, reading: ParsedRequest) -> RuleVerdict:
     name = {"model": "models", "batch_request": "batches"}.get(reading.endpoint, reading.endpoint.partition(".")[0])
     if name in app.endpoints or name in _ALWAYS:
-        return RuleVerdict("endpoints", f"{name} is open to app {app.name}")
+        return RuleVerdict("endpoints", f"{name} is open to {app}")
     return RuleVerdict(
-        "endpoints", f"app {app.name} may not call {name}; allowed: {_listed(app.endpoints)} ({app.file} endpoints)", "endpoint"
+        "endpoints", f"{app} may not call {name}; allowed: {_listed(app.endpoints)} ({app.file} endpoints)", "endpoint"
     )
 
 
@@ -147,19 +147,19 @@ def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> RuleVerdic
     canonical = prices.canonical(asked)
     allowed = f"allowed: {_listed(app.models.allow)} ({app.file} models.allow)"
     if canonical is None:
-        return RuleVerdict("models", f"app {app.name} asks for {asked[:100]!r} ({where}), which is no known model; {allowed}", "model")
+        return RuleVerdict("models", f"{app} asks for {asked[:100]!r} ({where}), which is no known model; {allowed}", "model")
     for pattern in app.models.deny:
         if fnmatchcase(asked, pattern) or fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern):
-            denied = f"app {app.name} may not use {shown}, denied by {pattern} ({app.file} models.deny)"
+            denied = f"{app} may not use {shown}, denied by {pattern} ({app.file} models.deny)"
             return RuleVerdict("models", f"{denied}; {allowed}", "model")
     if not any(fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern) for pattern in app.models.allow):
-        return RuleVerdict("models", f"app {app.name} may not use {shown}; {allowed}", "model")
+        return RuleVerdict("models", f"{app} may not use {shown}; {allowed}", "model")
     if app.models.moving != "pass" and prices.moves(asked):
         known = prices.snapshot(asked)
         instead = f"ask for {known}" if known else "ask for a dated id"
-        sentence = f"app {app.name} may not use {shown}, a name that the provider may move to another model; {instead}"
+        sentence = f"{app} may not use {shown}, a name that the provider may move to another model; {instead}"
         return RuleVerdict("models", f"{sentence} ({app.file} models.moving)", "model")
-    return RuleVerdict("models", f"{shown} is {canonical}, which app {app.name} may use")
+    return RuleVerdict("models", f"{shown} is {canonical}, which {app} may use")
 
 
 def _reachable(app: AppPolicy, reading: ParsedRequest) -> Iterator[tuple[str, str]]:
@@ -177,7 +177,7 @@ def _unknown(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
     elif app.unknown_fields == "pass":
         yield RuleVerdict("unknown_fields", f"unknown, passed by unknown_fields: pass: {_listed(unknown[:5])}")
     else:
-        sentence = f"app {app.name} sends {unknown[0]}, which this gateway does not know and cannot bound; leave it out, or allow it with"
+        sentence = f"{app} sends {unknown[0]}, which this gateway does not know and cannot bound; leave it out, or allow it with"
         yield RuleVerdict("unknown_fields", f"{sentence} unknown_fields: pass in {app.file}", "unknown_field")
 
 
@@ -190,7 +190,7 @@ def _features(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
         code = "thread" if use.feature == "thread" else "feature"
         yield RuleVerdict("features", refused or f"{use.feature} ({use.where}) is named by the policy", code if refused else None)
     if reading.hour_ttl and "hour_ttl" not in app.features:
-        sentence = f"app {app.name} may not write caches of an hour; leave out ttl, or set hour_ttl: true ({app.file} features)"
+        sentence = f"{app} may not write caches of an hour; leave out ttl, or set hour_ttl: true ({app.file} features)"
         yield RuleVerdict("features", sentence, "feature")
 
 
@@ -198,19 +198,19 @@ def _feature_refused(app: AppPolicy, use: FeatureUse) -> str | None:
     feature = app.features.get(use.feature)
     if feature is None:
         named = [name for name in app.features if name != "hour_ttl"]
-        return f"app {app.name} may not use {use.feature} ({use.where}); allowed features: {_listed(named)} ({app.file} features)"
+        return f"{app} may not use {use.feature} ({use.where}); allowed features: {_listed(named)} ({app.file} features)"
     if use.feature == "fallbacks" and not isinstance(use.value, list):
         if use.value != "default":
             return f'fallbacks must be a list of models or "default", not {use.value!r:.80}'
         if not feature.default:
-            return f"""app {app.name} may not use fallbacks: "default", whose models are the provider's choice; list the models, or name \
+            return f"""{app} may not use fallbacks: "default", whose models are the provider's choice; list the models, or name \
 the ones it may reach as default: [...] ({app.file} features.fallbacks)"""
     if use.feature == "mcp" and use.where == "mcp_servers" and feature.servers:
         for server in use.value if isinstance(use.value, list) else [use.value]:
             url = server.get("url") if isinstance(server, dict) else None
             if not isinstance(url, str) or not any(fnmatchcase(url, pattern) for pattern in feature.servers):
                 allowed = f"allowed: {_listed(feature.servers)} ({app.file} features.mcp)"
-                return f"app {app.name} may not use the MCP server {str(url)[:200]!r}; {allowed}"
+                return f"{app} may not use the MCP server {str(url)[:200]!r}; {allowed}"
     return None
 
 
@@ -218,10 +218,10 @@ def _too_many(app: AppPolicy, use: FeatureUse, uses: dict[str, int]) -> str | No
     """Count the uses of one feature over the whole request: two search tools do not make two budgets."""
     limit, stated = app.features[use.feature].max_uses, use.value.get("max_uses")
     if type(stated) is not int or stated < 0:
-        return f"app {app.name} must give {use.where} a max_uses of its own, at most {limit} in a request ({app.file} features)"
+        return f"{app} must give {use.where} a max_uses of its own, at most {limit} in a request ({app.file} features)"
     total = uses[use.feature] = uses.get(use.feature, 0) + stated
     if limit is not None and total > limit:
-        return f"app {app.name} may use {use.feature} {limit} times in a request, not {total} ({use.where}.max_uses; {app.file} features)"
+        return f"{app} may use {use.feature} {limit} times in a request, not {total} ({use.where}.max_uses; {app.file} features)"
     return None
 
 
@@ -230,19 +230,19 @@ def _betas(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
         denied = any(fnmatchcase(beta, pattern) for pattern in app.betas.deny)
         if denied or not any(fnmatchcase(beta, pattern) for pattern in app.betas.allow):
             allowed = f"allowed: {_listed(app.betas.allow)}" + (f" without {_listed(app.betas.deny)}" if app.betas.deny else "")
-            yield RuleVerdict("betas", f"app {app.name} may not send anthropic-beta {beta[:100]}; {allowed} ({app.file} betas)", "feature")
+            yield RuleVerdict("betas", f"{app} may not send anthropic-beta {beta[:100]}; {allowed} ({app.file} betas)", "feature")
 
 
 def _max_tokens(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
     if app.max_tokens is None:
-        yield RuleVerdict("max_tokens", f"{reading.max_tokens:,}; app {app.name} has no ceiling")
+        yield RuleVerdict("max_tokens", f"{reading.max_tokens:,}; {app} has no ceiling")
         return
     limit = app.max_tokens.limit
     for where, asked in (("max_tokens", reading.max_tokens), *_fallback_values(reading, "max_tokens")):
         if where == "max_tokens" and app.max_tokens.over == "clamp" and reading.max_tokens > limit:
             yield RuleVerdict("max_tokens", f"{asked:,} is above {limit:,}, and passes: a stream that is held in steps is not clamped")
         elif asked is not None and (type(asked) is not int or asked > limit):
-            sentence = f"app {app.name} may ask for at most {limit:,} tokens of output, not {asked!r:.40} ({where}); lower it"
+            sentence = f"{app} may ask for at most {limit:,} tokens of output, not {asked!r:.40} ({where}); lower it"
             if where == "max_tokens":
                 sentence += f", or have the gateway lower it by max_tokens: {{limit: {limit}, over: clamp}}"
             yield RuleVerdict("max_tokens", f"{sentence} ({app.file} max_tokens)", "max_tokens")
@@ -258,7 +258,7 @@ def _too_little_thinking(app: AppPolicy, reading: ParsedRequest) -> Iterator[Rul
     for where, thinking in (("thinking", reading.body.get("thinking")), *_fallback_values(reading, "thinking")):
         budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
         if type(budget) is int and budget < THINKING_TOKENS_MIN:
-            sentence = f"app {app.name} is held to {ceiling.limit:,} tokens of output, which leaves {where}.budget_tokens less than"
+            sentence = f"{app} is held to {ceiling.limit:,} tokens of output, which leaves {where}.budget_tokens less than"
             sentence += f" the API's least, {THINKING_TOKENS_MIN:,}; ask without thinking, or raise the limit ({app.file} max_tokens)"
             yield RuleVerdict("max_tokens", sentence, "max_tokens")
 
@@ -268,12 +268,12 @@ def _thinking(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
     for where, thinking in (("thinking", reading.body.get("thinking")), *_fallback_values(reading, "thinking")):
         budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
         if limit is not None and budget is not None and (type(budget) is not int or budget > limit):
-            sentence = f"app {app.name} may think with at most {limit:,} tokens, not {budget!r:.40} ({where}.budget_tokens); lower it"
+            sentence = f"{app} may think with at most {limit:,} tokens, not {budget!r:.40} ({where}.budget_tokens); lower it"
             yield RuleVerdict("thinking", f"{sentence} ({app.file} thinking)", "feature")
     for where, config in _output_configs(reading) if levels else ():
         effort = config.get("effort")
         if effort is not None and effort not in levels:
-            sentence = f"app {app.name} may not ask for effort {effort!r:.40} ({where}); allowed: {_listed(levels)}"
+            sentence = f"{app} may not ask for effort {effort!r:.40} ({where}); allowed: {_listed(levels)}"
             yield RuleVerdict("thinking", f"{sentence} ({app.file} thinking.effort)", "feature")
 
 
@@ -301,7 +301,7 @@ def _requirements(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdic
     for name in app.require:
         value = carried[name]
         if not value or (name == "metadata.user_id" and not isinstance(value, str)):
-            yield RuleVerdict("require", f"app {app.name} must send {name} with each request ({app.file} require)", "requirement")
+            yield RuleVerdict("require", f"{app} must send {name} with each request ({app.file} require)", "requirement")
         else:
             yield RuleVerdict("require", f"{name} is given")
 

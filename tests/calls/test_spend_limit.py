@@ -160,7 +160,7 @@ async def test_a_client_hears_of_its_cap_from_first_call_to_last(tmp_path):
             False,
         )
         await spend(NANO_PER_DOLLAR * 20 // 100)
-        with pytest.raises(anthropic.RateLimitError, match="cap for today of app app") as reached:
+        with pytest.raises(anthropic.RateLimitError, match="cap for today of the app 'app'") as reached:
             await client.messages.create(**HELLO)
         assert reached.value.response.headers[f"{PREFIX}status"] == "rejected"
         other = await gw.client("free").messages.with_raw_response.create(**HELLO)

@@ -129,7 +129,7 @@ async def test_broken_off_results_settle_nothing_until_read_whole(tmp_path):
 
 async def test_a_batch_over_a_cap_is_refused_before_anything_is_sent(tmp_path):
     async with running(tmp_path, apps={"app": APP.replace("$100", "$0.01")}) as gw:
-        with pytest.raises(anthropic.RateLimitError, match=r"This batch of 30 requests can cost up to \$0\.0\d+, more than the cap for today of app app \(\$0\.01, .*Send fewer"):
+        with pytest.raises(anthropic.RateLimitError, match=r"This batch of 30 requests can cost up to \$0\.0\d+, more than the cap for today of the app 'app' \(\$0\.01, .*Send fewer"):
             await created(gw, *(asked(f"r{number}") for number in range(30)))
         await created(gw)
         assert [row.method for row in gw.api.book.all()] == ["POST"]
@@ -183,10 +183,10 @@ async def test_without_a_ledger_nothing_is_sent(tmp_path):
 
 
 HIDDEN = [
-    (asked("bad", model="claude-opus-5-5"), r"requests\[7\] \(bad\): App app may not use claude-opus-5-5"),
-    (asked("bad", tools=[{"type": "web_search_20250305", "name": "web_search"}]), r"requests\[7\] \(bad\): App app may not use web_search"),
-    (asked("bad", turbo=True), r"requests\[7\] \(bad\): App app sends turbo"),
-    (asked("bad", fallbacks=[{"model": "claude-opus-5-5"}]), r"requests\[7\] \(bad\): App app may not use (claude-opus-5-5|fallbacks)"),
+    (asked("bad", model="claude-opus-5-5"), r"requests\[7\] \(bad\): The app 'app' may not use claude-opus-5-5"),
+    (asked("bad", tools=[{"type": "web_search_20250305", "name": "web_search"}]), r"requests\[7\] \(bad\): The app 'app' may not use web_search"),
+    (asked("bad", turbo=True), r"requests\[7\] \(bad\): The app 'app' sends turbo"),
+    (asked("bad", fallbacks=[{"model": "claude-opus-5-5"}]), r"requests\[7\] \(bad\): The app 'app' may not use (claude-opus-5-5|fallbacks)"),
 ]
 
 
@@ -204,7 +204,7 @@ async def test_request_hidden_among_many_is_judged_like_a_call(tmp_path):
 async def test_the_cap_for_one_request_holds_for_each_of_a_batch(tmp_path):
     async with running(tmp_path, apps={"app": APP.replace("{day: $100}", "{request: $0.002, day: $100}")}) as gw:
         await created(gw, *(asked(f"r{number}") for number in range(20)))
-        with pytest.raises(anthropic.RateLimitError, match=r"requests\[1\] \(long\): .*more than the cap for one request of app app"):
+        with pytest.raises(anthropic.RateLimitError, match=r"requests\[1\] \(long\): .*more than the cap for one request of the app 'app'"):
             await created(gw, asked("a"), asked("long", "x" * 9000))
 
 
@@ -351,7 +351,7 @@ async def test_a_file_in_a_body_has_to_be_the_apps_own(tmp_path):
         before = gw.api.book.requests
         for foreign in (uploaded["other"], "file_nobody"):
             for use in uses(foreign):
-                with pytest.raises(anthropic.NotFoundError, match=f"App app has no file '{foreign}' here; it may use those that it uploaded"):
+                with pytest.raises(anthropic.NotFoundError, match=f"The app 'app' has no file '{foreign}' here; it may use those that it uploaded"):
                     await use
         assert gw.api.book.requests == before
 
@@ -384,7 +384,7 @@ async def test_observed_app_makes_a_batch_over_its_cap_flagged(tmp_path):
 async def test_an_app_whose_policy_names_neither_is_refused_both(tmp_path):
     async with running(tmp_path, apps={"app": "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\n"}) as gw:
         for call in (created(gw), gw.client().messages.batches.list(), gw.client().files.list(), gw.client().files.upload(file=b"x")):
-            with pytest.raises(anthropic.PermissionDeniedError, match=r"App app may not call (batches|files); allowed: messages"):
+            with pytest.raises(anthropic.PermissionDeniedError, match=r"The app 'app' may not call (batches|files); allowed: messages"):
                 await call
         assert gw.api.book.bytes_received == 0
 

@@ -70,7 +70,7 @@ async def test_a_reached_cap_is_shown_as_a_sentence_and_asked_once(tmp_path, cla
         await gw.gateway.ledger.change(lambda db: admin.adjust(db, call_id, 5 * NANO_PER_DOLLAR, who="test", why="spent", now=time.time()))
         code, printed = await ask(claude, tmp_path / "home", gw, "Say hello.")
         assert code != 0
-        assert "The cap for today of app app is used up" in printed, printed
+        assert "The cap for today of the app 'app' is used up" in printed, printed
         assert [refusal for (refusal,) in await calls(gw, "refusal")] == [None, "cap_spent"]
         assert len((await api.settled()).messages()) == 1
 

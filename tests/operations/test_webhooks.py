@@ -338,7 +338,7 @@ async def test_a_bill_above_its_grant_is_told(tmp_path, news):
         await gw.quiet()
     [alert] = news
     assert alert.kind == "overrun"
-    assert alert.sentence.startswith("a call of app app cost $3.00, more than the $1.00 held for it: claude-haiku-4-5")
+    assert alert.sentence.startswith("a call of the app 'app' cost $3.00, more than the $1.00 held for it: its quote was too low. claude-haiku-4-5")
 
 
 async def test_a_policy_that_is_not_in_force_is_told(tmp_path, news):
@@ -361,4 +361,4 @@ async def test_a_running_gateway_tells_by_itself(tmp_path, caplog):
                 await ask(gw)
                 await until(lambda: bodies)
         assert bodies[0]["scope"] == "app:app"
-    assert "Alert: app app spent" in caplog.text
+    assert "Alert: the app 'app' spent" in caplog.text

@@ -66,7 +66,7 @@ def test_the_refusal_of_a_ceiling_names_the_clamp():
     refusal = judge(app(FIRST.replace("{limit: 32000, over: clamp}", "32k")), reading(), PRICES)
     assert refusal is not None
     assert refusal.sentence == (
-        "App app may ask for at most 32,000 tokens of output, not 64000 (max_tokens); lower it, or have the gateway lower it by "
+        "The app 'app' may ask for at most 32,000 tokens of output, not 64000 (max_tokens); lower it, or have the gateway lower it by "
         "max_tokens: {limit: 32000, over: clamp} (policies/apps/app.yaml max_tokens)."
     )
 

@@ -321,7 +321,7 @@ MCP = {"mcp_servers": [{"type": "url", "name": "x", "url": "https://mcp.example.
         ("features: {fallbacks: true}", {"fallbacks": "default"}, 'feature: App reports may not use fallbacks: "default"'),
         ("features: {fallbacks: {default: [claude-haiku-4-5]}}", {"fallbacks": "default"}, None),
         ("features: {fallbacks: {default: [claude-opus-5-5]}}", {"fallbacks": "default"}, "model: App reports may not use claude-opus-5-5"),
-        ("features: {fallbacks: true}", {"fallbacks": "claude-opus-5-5"}, "feature: Fallbacks must be a list"),
+        ("features: {fallbacks: true}", {"fallbacks": "claude-opus-5-5"}, "feature: fallbacks must be a list"),
         ("features: {mcp: true}", MCP, None),
         ("features: {mcp: {servers: ['https://mcp.example.com/*']}}", MCP, None),
         ("features: {mcp: {servers: ['https://other.example.com/*']}}", MCP, "feature: App reports may not use the MCP server"),

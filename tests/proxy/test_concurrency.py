@@ -93,7 +93,7 @@ async def test_a_call_whose_turn_does_not_come_is_told_what_to_expect(tmp_path):
         assert 1 <= len(refused) <= 4
         for error in refused:
             sentence = error.body["error"]["message"]
-            assert sentence.startswith("App app has 1 call in flight, as many as it may have at once (")
+            assert sentence.startswith("The app 'app' has 1 call in flight, as many as it may have at once (")
             assert "none ended for this one within 0.7 s (rates.wait)" in sentence
             assert error.response.headers["retry-after"] in ("1", "2", "3")
             assert "x-should-retry" not in error.response.headers

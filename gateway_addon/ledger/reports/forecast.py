@@ -13,6 +13,7 @@ from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.types import Standing
 from gateway_addon.money import cents
+from gateway_addon.names import app_named
 from gateway_addon.windows import Window, starts
 
 CLOSED_DAYS_MAX = 28
@@ -61,7 +62,8 @@ def too_young(names: Iterable[str]) -> str:
 
 def named(scope: str) -> str:
     """Return a scope as a sentence names it."""
-    return "all apps together" if scope == "total" else scope.replace(":", " ")
+    kind, _, name = scope.partition(":")
+    return app_named(name) if kind == "app" else "all apps together" if scope == "total" else scope.replace(":", " ")
 
 
 def project(closed_nano: Sequence[int], today_nano: int, spent_nano: int, days_left: int | None, cap_nano: int | None) -> Projection:
