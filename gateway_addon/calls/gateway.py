@@ -13,6 +13,7 @@ Batches and files are admitted by workspace.py.
 """
 
 import asyncio
+import hmac
 import logging
 import math
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.planning import plan
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.quote import Quote
-from gateway_addon.calls.record import OnCall, record
+from gateway_addon.calls.record import Measures, OnCall, Scrape, record
 from gateway_addon.calls.refusal_messages import denied, rate_reached, throttled
 from gateway_addon.calls.reservation_options import ReservationPlan
 from gateway_addon.calls.responses import OwnResponse, me, visible_models
@@ -50,13 +51,15 @@ from gateway_addon.ledger import (
     Resolution,
     Settlement,
     Token,
+    app_scope,
+    team_scope,
 )
 from gateway_addon.ledger.batches import Batch, SettledBatch
 from gateway_addon.messages import wrong_paths
 from gateway_addon.messages.request import ParsedRequest, Request, endpoint_of
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
-from gateway_addon.policy import AppPolicy, GatewayPolicy, caps
+from gateway_addon.policy import AppPolicy, GatewayPolicy, all_caps, caps
 from gateway_addon.refusals import Refusal
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,14 @@ BROWSER = Refusal(
     "browser",
     "OPTIONS is how a browser asks whether a page may call this gateway, and it may not: whoever opens a page can read the token in it and "
     "spend this app's money. Call the gateway from a server of your own, and let the page call that.",
+)
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+NO_METRICS = Refusal(
+    "not_found", "This gateway serves no metrics: name a token for them in gateway.yaml (metrics_token: {file: ...}), and restart it."
+)
+NOT_THE_SCRAPER = Refusal(
+    "token_unknown",
+    "The metrics have a token of their own (gateway.yaml: metrics_token). Send it as a bearer; an app's token does not open them.",
 )
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are smaller, and a thousand of them fit
 
@@ -103,6 +114,9 @@ class Gateway:
         """Why the files on disk are not in force, after a reload that failed."""
         self.key_problem: str | None = None
         self.streams = RunningStreams(ledger, clocks)
+        self.measures = Measures()
+        self.scrape: Scrape | None = None
+        """The metrics page; None: the policy names no token for it."""
         self._queue = BudgetQueue(ledger)
         self.emit = log_alert if emit is None else emit
         self._judging = JudgingProcess()
@@ -139,6 +153,8 @@ class Gateway:
         try:
             if endpoint == "readyz":
                 return await self._readiness()
+            if endpoint == "metrics":
+                return await self._metrics(headers, address, now)
             caller = (
                 Rejected(BROWSER)
                 if method == "OPTIONS"
@@ -222,7 +238,9 @@ class Gateway:
     ) -> tuple[Hold, tuple[str, ...]] | Refusal:
         """Reserve as planned; return also a flag for each rule in observe mode that would have refused."""
         app = caller.app
+        began_monotonic_s = self._clocks.monotonic_s()
         attempt = await self._queue.reserve(call, partial(self._plan, caller, parsed, quote, now), now, app.rates.wait_s)
+        self.measures.on_reservation(self._clocks.monotonic_s() - began_monotonic_s)
         if isinstance(attempt, Refusal):
             return attempt
         result, option, observed = attempt
@@ -242,6 +260,7 @@ class Gateway:
         """Start to account for an admitted call; None where there is nothing to account for."""
         if admission.hold is None:
             return None
+        self.measures.on_in_flight(1)
         return InFlightCall(admission, admission.hold, monotonic_s, self.streams.stalled_s(monotonic_s))
 
     def progressed(self, running: InFlightCall, monotonic_s: float) -> None:
@@ -260,6 +279,7 @@ class Gateway:
 
     def close(self, running: InFlightCall, *, sent: bool, ended_by: EndedBy, now: float) -> None:
         """Resolve an ended call's reservation. Written for certain, though perhaps after the client has its answer."""
+        self.measures.on_in_flight(-1)
         monotonic_s = self._clocks.monotonic_s()
         running.ended(monotonic_s, self.streams.stalled_s(monotonic_s))
         end, admission, call_id = settle(running, sent=sent, ended_by=ended_by), running.admission, running.hold.call_id
@@ -366,6 +386,18 @@ class Gateway:
             await self.ledger.ready()
             self._ready_monotonic_s = self._clocks.monotonic_s()
         return OwnResponse({"status": "ready"})
+
+    async def _metrics(self, headers: tuple[tuple[str, str], ...], address: str, now: float) -> OwnResponse | Refusal:
+        """Answer a scraper that has the page's own token; an app's token does not open it. Raises LedgerUnavailable."""
+        if self.scrape is None:
+            return NO_METRICS
+        given = next((value for name, value in headers if name == "authorization"), "")
+        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), f"Bearer {self.scrape.token()}".encode()):
+            return self._rejected(Rejected(NOT_THE_SCRAPER), address, "metrics", now)
+        scopes = ("total", *map(team_scope, self.policy.teams), *map(app_scope, self.policy.apps))
+        standings = await self.ledger.standing(scopes, all_caps(self.policy), now=now)
+        text = await asyncio.to_thread(self.scrape.exposition, standings, self.policy_problem is not None)
+        return OwnResponse(text, content_type=METRICS_TYPE)
 
     def _health(self) -> dict[str, Any]:
         health: dict[str, Any] = {"status": "ok", "policy": self.policy.digest[:12], "apps": len(self.policy.apps)}

@@ -1,16 +1,42 @@
-"""Describe an ended call as one flat record, for logs and traces. Pure.
+"""Describe an ended call as one flat record, for logs, traces and metrics. Pure.
 
 Promises the same fields for every call, however it ended, and nothing of its content. The handbook's chapter `running` explains the
 fields; a test keeps chapter and record together.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-from gateway_addon.ledger import NewCall, Outcome, PartShape
+from gateway_addon.ledger import NewCall, Outcome, PartShape, Standing
 
 type CallRecord = dict[str, Any]
 type OnCall = Callable[[CallRecord], None]
+type Exposition = Callable[[Sequence[Standing], bool], bytes]
+"""Takes how the caps stand and whether the policy's files are broken; returns a scraper's text. Reads files: not for the event loop."""
+
+
+def _nothing(value: Any) -> None:
+    """Take a measurement that nobody asked for."""
+
+
+class Measures(NamedTuple):
+    """Functions that take what a gateway measures as it works, for its metrics. Each returns at once."""
+
+    on_reservation: Callable[[float], None] = _nothing
+    """Takes how many seconds a call waited for its reservation: for the ledger, and for budget."""
+    on_top_up: Callable[[bool], None] = _nothing
+    """Takes whether a running stream got the step that it asked for."""
+    on_in_flight: Callable[[int], None] = _nothing
+    """Takes 1 when a metered call begins, -1 when it has ended."""
+
+
+class Scrape(NamedTuple):
+    """The metrics page: who may read it, and how it is written."""
+
+    token: Callable[[], str]
+    """Returns the bearer token of whoever may read it: the newest, after a rotation."""
+    exposition: Exposition
+
 
 NOTHING = Outcome()
 

@@ -16,10 +16,17 @@ from gateway_addon.pricing import Prices
 
 @dataclass(frozen=True, slots=True)
 class OwnResponse:
-    """An answer that the gateway makes itself. `body` None: an empty one."""
+    """An answer that the gateway makes itself. `body` None: an empty one; bytes: a text as it is."""
 
-    body: Mapping[str, Any] | None
+    body: Mapping[str, Any] | bytes | None
     status: int = 200
+    content_type: str = "application/json"
+
+    def content(self) -> bytes:
+        """Return the body's bytes."""
+        if self.body is None:
+            return b""
+        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
 
 
 def me(app: AppPolicy, standings: Iterable[Standing], forecasts: Iterable[Forecast]) -> OwnResponse:

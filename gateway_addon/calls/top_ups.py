@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from gateway_addon.calls.progress import TICK_S
+from gateway_addon.calls.record import Measures
 from gateway_addon.calls.refusal_messages import cut_sentence
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.clocks import Clocks
@@ -40,6 +41,7 @@ class RunningStreams:
         self._ledger = ledger
         self._clocks = clocks
         self.flows: Mapping[str, RunningFlow] = {}
+        self.on_top_up = Measures().on_top_up
         self._hurry = asyncio.Event()
         self._looked_monotonic_s = clocks.monotonic_s()
         self._stalled_s = 0.0
@@ -96,6 +98,7 @@ class RunningStreams:
             return
         granted = await self._ledger.extend([(running.hold.call_id, nano) for running, _, _, nano in wanted], now=self._clocks.now())
         for (running, tokens, turn, _), ok in zip(wanted, granted, strict=True):
+            self.on_top_up(ok)
             if ok:
                 running.granted_tokens += tokens
                 running.granted_turns += turn > 0

@@ -49,6 +49,12 @@ max_tokens: {{limit: 32000, over: clamp}}
 caps: {{request: $1, day: {day}, month: {month}}}
 """
 
+TEXTS = {
+    # option: the file of operations/deploy that it prints
+    "systemd": "gateway.service", "container": "Containerfile", "compose": "compose.yaml", "nginx": "nginx.conf",
+    "alert_rules": "alerts.yaml", "dashboard": "dashboard.json",
+}  # fmt: skip
+
 
 @click.command(epilog=f"Example: {PROGRAM} init --yes")
 @click.option("--yes", is_flag=True, help="Take the defaults instead of asking.")
@@ -57,15 +63,14 @@ caps: {{request: $1, day: {day}, month: {month}}}
 @click.option("--container", is_flag=True, help="Only print a Containerfile for the same in a container.")
 @click.option("--compose", is_flag=True, help="Only print a compose file: two gateways, PostgreSQL, nginx with TLS.")
 @click.option("--nginx", is_flag=True, help="Only print the nginx configuration that goes with it.")
+@click.option("--alert-rules", is_flag=True, help="Only print alert rules for a Prometheus that reads /gateway/metrics.")
+@click.option("--dashboard", is_flag=True, help="Only print a Grafana dashboard over the same.")
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError, OSError)
-def init(
-    yes: bool, app: str | None, systemd: bool, container: bool, compose: bool, nginx: bool, policies: Path, ledger: str
-) -> None:
+def init(yes: bool, app: str | None, policies: Path, ledger: str, **texts: bool) -> None:
     """Write what is missing of a first policy and an empty ledger. Nothing that exists is changed."""
-    files = ((systemd, "gateway.service"), (container, "Containerfile"), (compose, "compose.yaml"), (nginx, "nginx.conf"))
-    if asked := [name for wanted, name in files if wanted]:
+    if asked := [TEXTS[option] for option, wanted in texts.items() if wanted]:
         if len(asked) > 1:
             raise click.UsageError("One text at a time: each is for a file of its own.")
         is_unit = asked == ["gateway.service"]
@@ -82,11 +87,11 @@ def init(
         if not has_gateway:
             where = "Where is the real API key (env NAME, file PATH, or command PROGRAM ARGUMENT...)?"
             key = click.prompt(where, default="env ANTHROPIC_API_KEY", value_proc=_source)
-    texts = {policies / "gateway.yaml": GATEWAY.format(program=PROGRAM, key=key, total=dollars(2 * month_nano, 0))}
+    written = {policies / "gateway.yaml": GATEWAY.format(program=PROGRAM, key=key, total=dollars(2 * month_nano, 0))}
     if wants_app:
-        texts[policies / "apps" / f"{name}.yaml"] = APP.format(app=name, day=dollars(month_nano // 10, 0), month=dollars(month_nano, 0))
+        written[policies / "apps" / f"{name}.yaml"] = APP.format(app=name, day=dollars(month_nano // 10, 0), month=dollars(month_nano, 0))
     (policies / "apps").mkdir(parents=True, exist_ok=True)
-    for path, text in texts.items():
+    for path, text in written.items():
         write_new(path, text)
     if isinstance(place, Path) and place.exists():
         with connect.reading(place, as_it_is=True):

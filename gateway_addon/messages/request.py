@@ -46,6 +46,7 @@ ENDPOINTS: dict[tuple[str, str], str] = {
     ("GET", "/gateway/healthz"): "healthz",
     ("GET", "/gateway/readyz"): "readyz",
     ("GET", "/gateway/me"): "me",
+    ("GET", "/gateway/metrics"): "metrics",
     ("GET", "/api/oauth/usage"): "usage",
 }
 """All endpoints but those with an id in the path (`ITEMS`, models). Any other method and path is refused."""

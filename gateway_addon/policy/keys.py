@@ -404,6 +404,9 @@ GATEWAY: dict[str, Key] = {
     "upstream": Key(_UPSTREAM, "where admitted calls go; to change it, restart the gateway", LISTED_BY),
     "key": Key(SOURCE, "where the real API key is read from, again when it changes", Source("env", "ANTHROPIC_API_KEY")),
     "admin_key": Key(SOURCE, "where `gateway reconcile` reads an admin key from; nothing else reads it, and it calls no model", None),
+    "metrics_token": Key(
+        SOURCE, "the bearer token of whoever may read `/gateway/metrics`; without it there is no such page; to change it, restart", None
+    ),
     "timezone": Key(_ZONE, "in which days, weeks and months begin", "UTC"),
     "workspace_geo": Key(
         word("global", "us", "unknown"),

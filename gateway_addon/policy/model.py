@@ -186,6 +186,7 @@ class GatewayPolicy:
     upstream: str
     key: Source
     admin_key: Source | None
+    metrics_token: Source | None
     timezone: str
     caps: Mapping[CapWindow, int]
     teams: Mapping[str, Team]
@@ -222,7 +223,7 @@ class GatewayPolicy:
         """Return the environment variables that hold secrets: no program that the gateway starts may inherit them."""
         alerts = (self.alerts, *(app.alerts for app in self.apps.values()))
         proxy = self.egress.proxy if isinstance(self.egress.proxy, Source) else None
-        sources = (self.key, self.admin_key, proxy, *(each.webhook for each in alerts))
+        sources = (self.key, self.admin_key, self.metrics_token, proxy, *(each.webhook for each in alerts))
         return frozenset(str(source.value) for source in sources if source is not None and source.kind == "env")
 
 

@@ -414,8 +414,8 @@ class GatewayAddon:
         if isinstance(answer, Refusal):
             status, headers, body = answer.status, answer.headers(request_id), answer.body(request_id)
         else:
-            status, headers = answer.status, {"content-type": "application/json", "cache-control": "no-store", "request-id": request_id}
-            body = json.dumps(answer.body).encode() if answer.body is not None else b""
+            headers = {"content-type": answer.content_type, "cache-control": "no-store", "request-id": request_id}
+            status, body = answer.status, answer.content()
         flow.response = http.Response.make(status, body, headers)
         if (flow_state := self.flow_states.pop(flow.id, None)) is not None:
             flow_state.end()

@@ -25,7 +25,7 @@ from OpenSSL import SSL
 
 from gateway_addon.calls import top_ups
 from gateway_addon.calls.gateway import Gateway
-from gateway_addon.calls.record import CallRecord, OnCall
+from gateway_addon.calls.record import CallRecord, OnCall, Scrape
 from gateway_addon.clocks import SYSTEM
 from gateway_addon.http_client import STRAIGHT, Egress
 from gateway_addon.ledger import Ledger, ServerAddress
@@ -156,9 +156,31 @@ async def prepared(
         call_listeners(settings) as on_call,
         assembled(settings.policies, settings.ledger, make, endpoint_prefix, on_call) as (policy, key, addon),
     ):
+        if policy.metrics_token is not None:
+            count(settings, policy.metrics_token, addon.gateway)
         master = build(settings, policy, addon)
         say_plainly(key, as_json=settings.log_json)
         yield policy, addon, master
+
+
+def count(settings: Settings, token: Source, gateway: Gateway) -> None:
+    """Count the gateway's calls for Prometheus, and serve the page to whoever has its token. Raises SecretUnavailable."""
+    from gateway_addon.operations import metrics  # here: 3 MB that most gateways do without
+
+    secret = WatchedSecret(token, withheld=gateway.policy.secret_variables)
+    secret()  # a missing token is reported now, not to the first scraper
+    first = settings.parent_fd is None or settings.ready_fd is not None
+    folder = state_folder(ledger_path(settings.ledger)) / f"metrics-{settings.port}"
+    on_call, measures, exposition = metrics.start(folder, lambda: gateway.policy.prices, fresh=first)
+    also = gateway.on_call
+
+    def both(call: CallRecord) -> None:
+        if also is not None:
+            also(call)
+        on_call(call)
+
+    gateway.on_call, gateway.measures, gateway.scrape = both, measures, Scrape(secret, exposition)
+    gateway.streams.on_top_up = measures.on_top_up
 
 
 @asynccontextmanager

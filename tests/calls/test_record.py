@@ -12,6 +12,7 @@ import pytest
 from gateway import gateway
 from handbook import page, section
 from ledgers import CALL, Part
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from processes import ledgered
 
@@ -94,12 +95,12 @@ def test_span_attributes_have_the_conventions_names():
 
 async def test_serve_logs_a_line_and_sends_a_span_without_a_secret(tmp_path):
     """Serve logs a line and sends a span for a call, and neither holds a secret."""
-    received = []
+    received, measured = [], []
 
     async def collect(reader, writer):
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         body = await reader.readexactly(int(re.search(r"content-length: (\d+)", head)[1]))
-        received.append(gzip.decompress(body) if "content-encoding: gzip" in head else body)
+        (measured if head.startswith("post /v1/metrics") else received).append(gzip.decompress(body) if "content-encoding: gzip" in head else body)
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
         await writer.drain()
         writer.close()
@@ -127,6 +128,17 @@ async def test_serve_logs_a_line_and_sends_a_span_without_a_secret(tmp_path):
         for scope in resource.scope_spans
         for span in scope.spans
     ]
+    points = {
+        (metric.name, next((each.value.string_value for each in point.attributes if each.key == "gen_ai.token.type"), "")): point.sum
+        for body in measured
+        for resource in ExportMetricsServiceRequest.FromString(body).resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+        for point in metric.histogram.data_points
+    }
+    usage, duration = "gen_ai.client.token.usage", "gen_ai.client.operation.duration"
+    whole_input = call["input_tokens"] + call["cache_read_tokens"] + call["cache_write_tokens"]
+    assert points == {(usage, "input"): whole_input, (usage, "output"): call["output_tokens"], (duration, ""): call["duration_s"]}
     said = {each.key: each.value for each in span.attributes}
     assert span.name == "chat claude-haiku-4-5"
     assert (span.trace_id, span.parent_span_id) == (b"\xab" * 16, b"\xcd" * 8)
@@ -134,7 +146,7 @@ async def test_serve_logs_a_line_and_sends_a_span_without_a_secret(tmp_path):
     assert said["gateway.spent_nano"].int_value == call["spent_nano"]
     for secret in (KEY, token):
         assert secret not in (tmp_path / "log").read_text()
-        assert not any(secret.encode() in body for body in received)
+        assert not any(secret.encode() in body for body in received + measured)
 
 
 def test_otel_without_its_packages_says_how_to_install_them(tmp_path):

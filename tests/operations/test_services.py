@@ -97,7 +97,7 @@ def test_a_stop_waits_longer_than_calls_in_flight_may_take(tmp_path):
     assert all(int(wait_s) > drain_s + 10 for wait_s in waits)
 
 
-@pytest.mark.parametrize("option", ["--systemd", "--container", "--compose", "--nginx"])
+@pytest.mark.parametrize("option", ["--systemd", "--container", "--compose", "--nginx", "--alert-rules"])
 def test_printing_a_service_writes_nothing(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GATEWAY_POLICIES", str(tmp_path / "policies"))

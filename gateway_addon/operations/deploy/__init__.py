@@ -10,7 +10,7 @@ from importlib.resources import files
 
 
 def text(name: str) -> str:
-    """Return a file of this package as it is: `nginx.conf`, `compose.yaml` or `Containerfile`."""
+    """Return a file of this package as it is: `nginx.conf`, `alerts.yaml`."""
     return files(__name__).joinpath(name).read_text(encoding="utf-8")
 
 
