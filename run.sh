@@ -96,7 +96,7 @@ case "${1:-serve}" in
     prepare requirements.lock tests/requirements.lock
     cd "$root"
     if [ "${2:-}" = fast ]; then set -- test --fast "${@:3}"; fi
-    # The suite mostly waits for clocks and sockets: four processes of it share two cores well.
+    # The suite mostly waits for clocks and sockets: five processes of it share two cores well.
     exec "$venv/bin/python" -m pytest -n 5 --dist worksteal "${@:2}"
     ;;
   bench)

@@ -1,5 +1,6 @@
 """`gateway app list|show|add`: the apps of the policy files and of the ledger, each on one screen; a file for one more."""
 
+import getpass
 import json
 import time
 from itertools import islice
@@ -9,9 +10,11 @@ from typing import Any
 import click
 
 from gateway_addon.cli.caps import caps_table, standing_rows
-from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
+from gateway_addon.cli.check import health
+from gateway_addon.cli.common import json_option, ledger_option, listen_option, policies_option, says_errors
 from gateway_addon.cli.init import app_name, write_new
 from gateway_addon.cli.scopes import known_apps, must_know
+from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Standing, admin, app_scope, connect, scopes, state
 from gateway_addon.ledger.reports import call_detail, spending
 from gateway_addon.ledger.reports.day_cache import ReadConnection
@@ -26,6 +29,7 @@ from gateway_addon.pricing import PriceError
 from gateway_addon.windows import shown, starts
 
 CALLS_SHOWN = 8
+LOOKS_MAX, LOOK_EVERY_S = 20, 0.15
 SAY = says_errors(LedgerUnavailable, ValueError)
 
 
@@ -82,14 +86,14 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
         must_know(name, db, policies)
         team = admin.team_of(db, name)
         caps = standing_rows(db, found, now, scopes(name, team))
-        tokens = [each for each in admin.tokens(db, name) if each.refusal(now) is None]
+        good = [each for each in admin.tokens(db, name) if each.refusal(now) is None]
         pauses = [each for each in state.pauses(db, now) if each.scope in scopes(name, team)]
         refusals = spending.refused_of(db, name, since=starts(now, calendar).month, until=now)
         calls = list(islice(call_detail.every(db, call_detail.CallFilter(app=name)), CALLS_SHOWN))
     policy = _policy(name, policies)
     if as_json:
         facts = {"app": name, "team": team, "policy": policy, "caps": caps, "refused": refusals, "pauses": [each.scope for each in pauses]}
-        listed = [{"id": each.id, "name": each.label, "issued": each.created_at, "last_used": each.last_used_at} for each in tokens]
+        listed = [{"id": each.id, "name": each.label, "issued": each.created_at, "last_used": each.last_used_at} for each in good]
         last = [
             {"id": each.id, "at": each.started_at, "model": each.model_asked, "state": each.state, "spent_nano": each.spent_nano}
             for each in calls
@@ -102,7 +106,7 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
         click.echo(f"paused ({each.scope}) {until}{f': {each.why}' if each.why else ''}")
     click.echo(f"\n{caps_table(caps)}" if caps else "\nNo caps.")
     named = ", ".join(
-        f"{each.id}{f' ({each.label})' if each.label else ''} last used {_when(each.last_used_at, calendar)}" for each in tokens
+        f"{each.id}{f' ({each.label})' if each.label else ''} last used {_when(each.last_used_at, calendar)}" for each in good
     )
     click.echo(f"\nTokens: {named or f'none in force; {PROGRAM} token issue {name}'}")
     if refusals:
@@ -121,32 +125,53 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
         click.echo(f"\n{table(lines, ('call', 'when', 'model', 'state', 'spent'), right=('spent',))}")
 
 
-@app.command(epilog=f"Example: {PROGRAM} app add claude-code --from claude-code")
+@app.command(epilog=f"Example: TOKEN=$({PROGRAM} app add claude-code --from claude-code)")
 @click.argument("name", metavar="APP")
 @click.option("--from", "example", required=True, help="The example to copy: claude-code, experiments, pipeline, reviews.")
 @policies_option
-@says_errors(PolicyError, PriceError, OSError)
-def add(name: str, example: str, policies: Path) -> None:
-    """Write policies/apps/APP.yaml from an example. A file that exists is kept; what does not come into force is not left there."""
+@ledger_option
+@listen_option
+@says_errors(PolicyError, PriceError, LedgerUnavailable, OSError)
+def add(name: str, example: str, policies: Path, ledger: str, listen: tuple[str, int]) -> None:
+    """Write policies/apps/APP.yaml from an example and print a token for it, alone on stdout, once.
+
+    A file that exists is kept, and no token is made. What does not come into force is not left there. A gateway that runs at --listen has
+    the app in force when this ends.
+    """
     found = {path.stem: path for path in sorted((examples_folder() / "apps").glob("*.yaml"))}
     if example not in found:
         raise click.UsageError(f"There is no example {example!r}; the examples: {', '.join(found) or 'none on this machine'}.")
-    path = policies / "apps" / f"{app_name(name)}.yaml"
+    path, secret = policies / "apps" / f"{app_name(name)}.yaml", tokens.mint()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if write_new(path, found[example].read_text(encoding="utf-8")):
+    with connect.changing(ledger_path(ledger)) as db:
+        if not write_new(path, found[example].read_text(encoding="utf-8"), err=True):
+            click.echo(f"\nA token for it: {PROGRAM} token issue {name}", err=True)
+            return
         try:
-            load(policies)
+            policy = load(policies)
         except (PolicyError, PriceError):
             path.unlink()
             raise
-    click.echo(f"\nNext: {PROGRAM} token issue {name}")
+        admin.issue_token(db, name, tokens.digest(secret), who=getpass.getuser(), now=time.time())
+    _until_in_force(listen, policy.digest[:12])
+    click.echo(f"Token for app {name}, shown this once (only its SHA-256 is kept):", err=True)
+    click.echo(secret)
+
+
+def _until_in_force(listen: tuple[str, int], digest: str) -> None:
+    """Wait until a gateway that answers there has these files in force: for a few seconds, since it may be another one."""
+    for _ in range(LOOKS_MAX):
+        running = health(listen)
+        if running is None or running["policy"] == digest:
+            return
+        time.sleep(LOOK_EVERY_S)
 
 
 def _row(
     name: str, found: Outline, stands: dict[tuple[str, str], Standing], is_paused: bool, db: ReadConnection, now: float
 ) -> dict[str, Any]:
     scope = app_scope(name)
-    tokens = admin.tokens(db, name)
+    issued = admin.tokens(db, name)
     if is_paused:
         condition = "paused"
     elif scope not in found.caps:
@@ -158,8 +183,8 @@ def _row(
         "state": condition,
         "today_nano": stands[scope, "day"].spent_nano,
         "month_nano": stands[scope, "month"].spent_nano,
-        "tokens": sum(each.refusal(now) is None for each in tokens),
-        "last_used_at": max((each.last_used_at for each in tokens if each.last_used_at), default=None),
+        "tokens": sum(each.refusal(now) is None for each in issued),
+        "last_used_at": max((each.last_used_at for each in issued if each.last_used_at), default=None),
     }
 
 

@@ -64,18 +64,18 @@ def _show(policy: GatewayPolicy, *, as_json: bool) -> None:
 
 def _compare(folder: Path, listen: tuple[str, int], *, as_json: bool) -> None:
     """Say whether the files on disk, and the key that they name, are those that the running gateway works with."""
-    health = _health(listen)
+    running = health(listen)
     where = f"the gateway at {listen[0]}:{listen[1]}"
-    if health is None:
+    if running is None:
         stop(f"No gateway answers at {listen[0]}:{listen[1]}: start one with {PROGRAM} serve, or name another with --listen.", PROBLEM)
     try:
-        saved, problem = load(folder).digest[:12], health.get("policy_problem")
+        saved, problem = load(folder).digest[:12], running.get("policy_problem")
     except PolicyError as error:
         saved, problem = None, str(error)
-    in_force = problem is None and saved == health["policy"]
-    key_problem = health.get("key_problem")
+    in_force = problem is None and saved == running["policy"]
+    key_problem = running.get("key_problem")
     if as_json:
-        click.echo(json.dumps({"in_force": in_force, "running": health["policy"], "saved": saved, "problem": problem or key_problem}))
+        click.echo(json.dumps({"in_force": in_force, "running": running["policy"], "saved": saved, "problem": problem or key_problem}))
     elif in_force:
         click.echo(f"In force: {where} judges by these files ({saved}).")
     if in_force and key_problem:
@@ -84,10 +84,10 @@ def _compare(folder: Path, listen: tuple[str, int], *, as_json: bool) -> None:
         return
     if problem is None:
         problem = f"{folder} is {saved}: it was saved a moment ago (look again), or that gateway reads another folder."
-    stop(f"Not in force: {where} keeps policy {health['policy']}. {problem}", PROBLEM)
+    stop(f"Not in force: {where} keeps policy {running['policy']}. {problem}", PROBLEM)
 
 
-def _health(listen: tuple[str, int]) -> dict[str, Any] | None:
+def health(listen: tuple[str, int]) -> dict[str, Any] | None:
     """Ask a gateway for its health, over TLS where plain HTTP is not understood; None where none answers.
 
     The certificate is not checked: nothing secret is sent, and the answer is compared with what is on this disk.

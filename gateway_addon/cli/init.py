@@ -105,15 +105,15 @@ def init(yes: bool, app: str | None, policies: Path, ledger: str, **texts: bool)
     click.echo(f"\nNext: {PROGRAM} token issue {first}   then: {PROGRAM} serve")
 
 
-def write_new(path: Path, text: str) -> bool:
-    """Write a file that is not there yet (`x` makes that certain); returns whether it was not there. Says which."""
+def write_new(path: Path, text: str, *, err: bool = False) -> bool:
+    """Write a file that is not there yet (`x` makes that certain); returns whether it was not there. Says which, on stderr with `err`."""
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        click.echo(f"kept   {path}")
+        click.echo(f"kept   {path}", err=err)
         return False
-    click.echo(f"wrote  {path}")
+    click.echo(f"wrote  {path}", err=err)
     return True
 
 

@@ -2,13 +2,16 @@
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from checkouts import ROOT, clone
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from gateway_addon.cli import main
+from gateway_addon.identity import tokens
+from gateway_addon.ledger import connect, state
 from gateway_addon.policy import load
 
 EXAMPLES = sorted(path.stem for path in (ROOT / "policies" / "examples" / "apps").iterdir())
@@ -22,15 +25,17 @@ def policies(tmp_path):
     return folder
 
 
-def add(policies: Path, name: str, example: str) -> tuple[int, str]:
-    done = CliRunner().invoke(main, ["app", "add", name, "--from", example, "--policies", str(policies)])
-    return done.exit_code, done.output
+def add(policies: Path, name: str, example: str) -> Result:
+    ledger = f"sqlite:///{policies.parent / 'gateway.db'}"
+    return CliRunner().invoke(main, ["app", "add", name, "--from", example, "--policies", str(policies), "--ledger", ledger, "--listen", "127.0.0.1:9"])
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_each_example_comes_into_force_beside_the_first_policy(policies, example):
-    code, output = add(policies, "mine", example)
-    assert (code, "gateway token issue mine" in output) == (0, True), output
+    done = add(policies, "mine", example)
+    assert done.exit_code == 0, done.output
+    with connect.reading(policies.parent / "gateway.db") as db:
+        assert state.look_up_token(db, tokens.digest(done.stdout.strip()), time.time()).token.app == "mine"
     assert sorted(load(policies).apps) == ["app", "mine"]
     assert (policies / "apps" / "mine.yaml").read_text() == (ROOT / "policies" / "examples" / "apps" / f"{example}.yaml").read_text()
 
@@ -44,22 +49,22 @@ def test_the_help_of_add_names_every_example():
     [("mine", "pipelines", "no example 'pipelines'; the examples: claude-code, experiments"), ("My App", "reviews", "'My App' cannot be an app's name")],
 )
 def test_what_cannot_be_added_is_said_and_writes_nothing(policies, name, example, said):
-    code, output = add(policies, name, example)
-    assert (code, said in output) == (2, True), output
+    done = add(policies, name, example)
+    assert (done.exit_code, said in done.output) == (2, True), done.output
     assert [path.name for path in (policies / "apps").iterdir()] == ["app.yaml"]
 
 
 def test_a_file_that_exists_is_kept(policies):
     before = (policies / "apps" / "app.yaml").read_text()
-    code, output = add(policies, "app", "reviews")
-    assert (code, "kept" in output) == (0, True)
+    done = add(policies, "app", "reviews")
+    assert (done.exit_code, done.stdout, "kept" in done.output, "gateway token issue app" in done.output) == (0, "", True, True)
     assert (policies / "apps" / "app.yaml").read_text() == before
 
 
 def test_an_example_that_does_not_come_into_force_is_not_left(policies):
     (policies / "prices.yaml").write_text("nonsense: 1\n")
-    code, output = add(policies, "mine", "reviews")
-    assert (code, "prices.yaml" in output) == (2, True), output
+    done = add(policies, "mine", "reviews")
+    assert (done.exit_code, "prices.yaml" in done.output) == (2, True), done.output
     assert not (policies / "apps" / "mine.yaml").exists()
 
 

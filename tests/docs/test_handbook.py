@@ -116,6 +116,20 @@ def test_what_is_not_run_is_marked_and_rare():
     assert len(reasons) <= MARKS_MAX
 
 
+def typed(text):
+    """What a reader types, a command a line: what follows an indent or a backslash belongs to the line before."""
+    lines = "".join(block.text for block in blocks(text) if block.language == "bash").replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith(" ")]
+
+
+def test_a_newcomers_way_is_short():
+    """In commands: the demo, the tests; a call that is attributed; three apps with caps and their report."""
+    see, call, three = (typed(section(PAGES["README"], name)) for name in ("See it work, without an account", "The first real call", "Three apps, their caps and their report"))
+    assert (see, len(call)) == (["./run.sh demo", "./run.sh test"], 5)
+    assert len(call) + len(three) <= 9
+    assert three[-1] == "./run.sh report"
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 async def test_the_readmes_commands_work_in_order_in_a_clone(tmp_path):
     """As somebody types them: nothing is set that no line of the README exports, but addresses and the upstream."""

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import anthropic
 import pytest
+from checkouts import ROOT
 from click.testing import CliRunner
 from gateway import gateway, write_policies
 from ledgers import new_ledger, rows
@@ -124,6 +125,7 @@ def test_nothing_is_said_where_nothing_ends(tmp_path):
     folder = write_policies(tmp_path / "policies", "https://api.anthropic.com", {"new": APPS["new"]})
     assert "warning" not in CliRunner().invoke(check, [str(folder)]).output
     assert check_models(load(folder), at("2026-11-28")).findings == []
+    assert retiring(load(ROOT / "policies" / "examples"), at("2026-11-28")) == (), "the examples name models that live on"
 
 
 async def test_an_alert_is_told_once_for_each_app_and_model(tmp_path, policies):
