@@ -79,18 +79,27 @@ def _at_a_tab(text: str, mark: yaml.Mark | None) -> bool:
     return mark is not None and bool(line) and ("\t" in indent or line[0][mark.column : mark.column + 1] == "\t")
 
 
-def entries(node: Node, spot: Spot, known: Iterable[str] | None = None) -> dict[str, tuple[Node, Node]]:
-    """A mapping as {name: (key node, value node)}. Raises FileError for anything else, a key given twice, or one that is not `known`."""
+def entries(
+    node: Node, spot: Spot, known: Iterable[str] | None = None, problems: Problems | None = None
+) -> dict[str, tuple[Node, Node]]:
+    """A mapping as {name: (key node, value node)}. Raises FileError for anything else.
+
+    A key given twice, or one that is not `known`, is left out and noted in `problems`; without them it raises, too.
+    """
     if not isinstance(node, MappingNode):
         raise spot.error(node, "expected keys with values, like `name: value`")
     found: dict[str, tuple[Node, Node]] = {}
+    noting = Problems() if problems is None else problems
     for key, value in node.value:
-        name = scalar(key, spot)
-        if name in found:
-            raise spot.at(name).error(key, f"given twice (first on line {found[name][0].start_mark.line + 1}); keep one")
-        if known is not None and name not in known:
-            raise spot.at(name).error(key, f"unknown key{suggestion(name, known)}")
-        found[name] = (key, value)
+        with noting.noted():
+            name = scalar(key, spot)
+            if name in found:
+                raise spot.at(name).error(key, f"given twice (first on line {found[name][0].start_mark.line + 1}); keep one")
+            if known is not None and name not in known:
+                raise spot.at(name).error(key, f"unknown key{suggestion(name, known)}")
+            found[name] = (key, value)
+    if problems is None:
+        noting.say()
     return found
 
 

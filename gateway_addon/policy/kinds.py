@@ -146,7 +146,7 @@ def mapping(kind: ValueKind, what: str = "names", pattern: str | None = None) ->
 
     def read(node: Node, spot: Spot) -> Mapping[str, Any]:
         values, problems = {}, Problems()
-        for name, (key, value) in entries(node, spot).items():
+        for name, (key, value) in entries(node, spot, problems=problems).items():
             with problems.noted():
                 if pattern is not None and re.fullmatch(pattern, name) is None:
                     raise spot.at(name).error(key, "not a name; use lower-case letters, digits, - and _")
@@ -163,7 +163,8 @@ def record(make: Callable[..., Any], keys: Mapping[str, Key]) -> ValueKind:
     def read(node: Node, spot: Spot) -> Any:
         if not isinstance(node, MappingNode):
             raise spot.error(node, f"expected keys: {', '.join(keys)}")
-        found, problems = entries(node, spot), Problems()
+        problems = Problems()
+        found = entries(node, spot, problems=problems)
         values = {name: key.default for name, key in keys.items() if name not in found}
         for name, (key_node, value) in found.items():
             with problems.noted():

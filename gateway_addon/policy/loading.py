@@ -36,15 +36,17 @@ def load(directory: Path) -> GatewayPolicy:
 
     Raises PolicyError, which names every problem of every file.
     """
-    files, problems = _files(directory), Problems()
-    gateway_file = files.pop("gateway.yaml")
+    problems = Problems()
+    files = _files(directory, problems)
     general, prices = None, None
     with problems.noted():
-        general = parse_gateway(gateway_file.shown, _text(gateway_file))
+        general = parse_gateway(files["gateway.yaml"].shown, _text(files["gateway.yaml"])) if "gateway.yaml" in files else None
     with problems.noted():
         prices = _prices(directory, general["upstream"] if general else LISTED_BY)
     apps = {}
     for name, file in files.items():
+        if name == "gateway.yaml":
+            continue
         with problems.noted():
             apps[Path(name).stem] = parse_app(
                 file.shown, _text(file), prices or pricing.load(), general and general["teams"],
@@ -55,9 +57,9 @@ def load(directory: Path) -> GatewayPolicy:
     assert prices is not None
     trust = trusting.trust(general.pop("audience"), general.pop("issuers"), apps)
     digest = hashlib.sha256(prices.digest.encode())
-    for name, file in (("gateway.yaml", gateway_file), *files.items()):
+    for name, file in files.items():
         digest.update(f"\0{name}\0{len(file.content)}\0".encode() + file.content)
-    texts = {name: _text(file) for name, file in (("gateway.yaml", gateway_file), *files.items())}
+    texts = {name: _text(file) for name, file in files.items()}
     if (directory / "prices.yaml").exists():
         texts["prices.yaml"] = _text(_File("prices.yaml", _bytes(directory, directory / "prices.yaml")))
     return GatewayPolicy(
@@ -136,7 +138,7 @@ def parse_app(
     values: dict[str, Any] = {}
     with problems.noted():
         values = record(dict, APP).read(node, spot)
-    found = entries(node, spot)
+    found = entries(node, spot, problems=problems)
 
     def value(name: str) -> Any:
         """Return one key's value, even where other keys are wrong. Raises PolicyError."""
@@ -183,22 +185,24 @@ def _near(model: str, prices: Prices) -> str:
     return suggestion(model.replace("*", ""), prices.models())
 
 
-def _files(directory: Path) -> dict[str, _File]:
-    """Return every policy file by its path in the folder: gateway.yaml first, then the apps by name."""
-    gateway = directory / "gateway.yaml"
+def _files(directory: Path, problems: Problems) -> dict[str, _File]:
+    """Return every policy file by its path in the folder: gateway.yaml first, then the apps by name. What is no such file is noted."""
     apps = directory / "apps"
-    paths = [gateway]
-    try:
-        found = sorted(apps.iterdir()) if apps.is_dir() else []
-    except OSError as error:
-        raise PolicyError(f"{_shown(directory, apps)}: not readable: {error.strerror}") from None
-    for path in found:
+    paths = [directory / "gateway.yaml"]
+    with problems.noted():
+        try:
+            paths += sorted(apps.iterdir()) if apps.is_dir() else []
+        except OSError as error:
+            raise PolicyError(f"{_shown(directory, apps)}: not readable: {error.strerror}") from None
+    files = {}
+    for path in paths:
         if path.name.startswith(".") or path.name.endswith("~") or path.suffix not in (".yaml", ".yml", ".json"):
             continue
-        if _APP_FILE.fullmatch(path.name) is None:
-            raise PolicyError(f"{_shown(directory, path)}: an app's file is named APP.yaml, in lower-case letters, digits, - and _")
-        paths.append(path)
-    return {str(path.relative_to(directory)): _File(_shown(directory, path), _bytes(directory, path)) for path in paths}
+        with problems.noted():
+            if path.parent == apps and _APP_FILE.fullmatch(path.name) is None:
+                raise PolicyError(f"{_shown(directory, path)}: an app's file is named APP.yaml, in lower-case letters, digits, - and _")
+            files[str(path.relative_to(directory))] = _File(_shown(directory, path), _bytes(directory, path))
+    return files
 
 
 def _bytes(directory: Path, path: Path) -> bytes:

@@ -7,17 +7,18 @@ text that was written, straight into exact fractions.
 
 import hashlib
 import re
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from yaml.nodes import MappingNode, Node
 
 from gateway_addon.pricing.table import LongPrompt, PriceError, PriceRow, Prices, Rates
-from gateway_addon.yaml_file import FileError, Spot, compose, entries, items, scalar
+from gateway_addon.yaml_file import FileError, Problems, Spot, compose, entries, items, scalar
 
 SHIPPED = Path(__file__).parent / "prices.yaml"
 LISTED_BY = "https://api.anthropic.com"
@@ -80,16 +81,16 @@ def load(path: Path | None = None, override_path: Path | None = None, upstream: 
 @lru_cache(maxsize=4)
 def _read(files: tuple[tuple[str, bytes, tuple[str, ...]], ...], upstream: str) -> Prices:
     """Read these bytes into a table, once: a saved policy does not read them again."""
-    documents = []
+    documents, problems = [], Problems()
     try:
         for file, content, known in files:
             spot = Spot(file)
-            document = entries(compose(file, content.decode()), spot, known)
+            document = entries(compose(file, content.decode()), spot, known, problems)
             documents.append({key: _Entry(node, spot.at(key)) for key, (_, node) in document.items()})
             if known is _SHIPPED_KEYS and (missing := [key for key in known if key not in document]):
                 raise spot.error(None, f"{missing[0]} is missing: the table itself needs it, an override does not")
         digest = hashlib.sha256(b"".join(content for _, content, _ in files)).hexdigest()
-        return _table(documents[0], documents[1] if len(documents) > 1 else {}, upstream, digest)
+        return _table(documents[0], documents[1] if len(documents) > 1 else {}, upstream, digest, problems)
     except FileError as error:
         raise PriceError(str(error)) from None
 
@@ -105,24 +106,32 @@ def _content(file: Path) -> bytes:
     return content
 
 
-def _table(shipped: dict[str, _Entry], override: dict[str, _Entry], upstream: str, digest: str) -> Prices:
-    factors = _mapping(shipped["factors"], ("batch", "geo_us"))
-    assumed = _mapping(shipped["assumed"], _ASSUMED_KEYS)
-    if "assumed" in override:
-        assumed |= _mapping(override["assumed"], _ASSUMED_KEYS)
+def _table(shipped: dict[str, _Entry], override: dict[str, _Entry], upstream: str, digest: str, problems: Problems) -> Prices:
+    """Return the table of two files. Raises FileError with every problem of theirs, beside those noted before."""
+    factors = _mapping(shipped["factors"], ("batch", "geo_us"), problems)
+    assumed = _mapping(shipped["assumed"], _ASSUMED_KEYS, problems)
+    multiplier = Fraction(1)
+    with problems.noted():
+        assumed |= _mapping(override["assumed"], _ASSUMED_KEYS, problems) if "assumed" in override else {}
+    with problems.noted():
+        multiplier = _multiplier(override["multiplier"], upstream) if "multiplier" in override else multiplier
     common = _Common(
         batch=_number(factors["batch"]),
         geo_us=_number(factors["geo_us"]),
         web_search_nano=_number(shipped["web_search"]) * 1_000_000,  # dollars per thousand
-        multiplier=_multiplier(override["multiplier"], upstream) if "multiplier" in override else Fraction(1),
+        multiplier=multiplier,
         assumed=assumed,
     )
-    models = _models(shipped)
-    for model, (place, keys) in _models(override).items():
+    models = _models(shipped, problems)
+    for model, (place, keys) in _models(override, problems).items():
         models[model] = (place, models[model][1] | keys if model in models else keys)
-    rows = {model: _rows(model, place, keys, common) for model, (place, keys) in models.items()}
+    rows: dict[str, tuple[PriceRow, ...]] = {}
+    for model, (place, keys) in models.items():
+        with problems.noted():
+            rows[model] = _rows(model, place, keys, common)
+    aliases = _aliases({model: keys for model, (_, keys) in models.items()}, problems)
+    problems.say()
     starts = {model: tuple(_unix(row.since) for row in ordered) for model, ordered in rows.items()}
-    aliases = _aliases({model: keys for model, (_, keys) in models.items()})
     snapshots = {model: scalar(*keys["snapshot"]) for model, (_, keys) in models.items() if "snapshot" in keys}
     checked = scalar(*shipped["checked"])
     return Prices(
@@ -137,89 +146,121 @@ def _multiplier(entry: _Entry, upstream: str) -> Fraction:
     """
     if not isinstance(entry.node, MappingNode):
         return _number(entry)
-    each = {name.rstrip("/"): _number(value) for name, value in _mapping(entry, None).items()}
+    problems = Problems()
+    each = {name.rstrip("/"): _number(value) for name, value in _mapping(entry, None, problems).items()}
+    problems.say()
     if upstream not in each:
         raise entry.spot.error(entry.node, f"has no line for {upstream}, the upstream in force; add one (1 for list prices)")
     return each[upstream]
 
 
-def _models(document: dict[str, _Entry]) -> dict[str, tuple[_Entry, _Model]]:
+def _models(document: dict[str, _Entry], problems: Problems) -> dict[str, tuple[_Entry, _Model]]:
     """Return the models of one file: where each is, and its keys."""
-    if "models" not in document:
-        return {}
-    return {model: (entry, _mapping(entry, _MODEL_KEYS)) for model, entry in _mapping(document["models"], None).items()}
+    found: dict[str, tuple[_Entry, _Model]] = {}
+    with problems.noted():
+        for model, entry in _mapping(document["models"], None, problems).items() if "models" in document else ():
+            with problems.noted():
+                found[model] = (entry, _mapping(entry, _MODEL_KEYS, problems))
+    return found
 
 
-def _aliases(models: dict[str, _Model]) -> dict[str, str]:
+def _aliases(models: dict[str, _Model], problems: Problems) -> dict[str, str]:
     aliases: dict[str, str] = {}
     for model, keys in models.items():
-        for node in items(*keys["aliases"]) if "aliases" in keys else ():
-            alias = scalar(node, keys["aliases"].spot)
-            if alias in models or alias in aliases:
-                raise keys["aliases"].spot.error(node, f"{alias} already names {aliases.get(alias, alias)}")
-            aliases[alias] = model
+        with problems.noted():
+            for node in items(*keys["aliases"]) if "aliases" in keys else ():
+                with problems.noted():
+                    alias = scalar(node, keys["aliases"].spot)
+                    if alias in models or alias in aliases:
+                        raise keys["aliases"].spot.error(node, f"{alias} already names {aliases.get(alias, alias)}")
+                    aliases[alias] = model
     return aliases
 
 
 def _rows(model: str, place: _Entry, keys: _Model, common: _Common) -> tuple[PriceRow, ...]:
-    """Return all rows of one model, in the order of their dates."""
-    for needed in ("source", "context_tokens", "output_tokens_max", "prices"):
-        if needed not in keys:
-            raise place.spot.error(place.node, f"{needed} is missing, and the shipped table has no such model")
-    pace = common.assumed | {key: keys[key] for key in _ASSUMED_KEYS if key in keys}
-    rows: list[PriceRow] = []
-    for index, node in enumerate(items(*keys["prices"])):
+    """Return all rows of one model, in the order of their dates. Raises FileError with every problem."""
+    problems, rows = Problems(), list[PriceRow]()
+    missing = [name for name in ("source", "context_tokens", "output_tokens_max", "prices") if name not in keys]
+    with problems.noted():
+        if missing:
+            are = "is" if len(missing) == 1 else "are"
+            raise place.spot.error(place.node, f"{', '.join(missing)} {are} missing, and the shipped table has no such model")
+    settings = _settings(keys, common, problems)
+    nodes = []
+    with problems.noted():
+        nodes = items(*keys["prices"]) if "prices" in keys else []
+        if "prices" in keys and not nodes:
+            raise keys["prices"].spot.error(keys["prices"].node, "a model without a row has no price; write at least one")
+    for index, node in enumerate(nodes):
         entry = _Entry(node, keys["prices"].spot.at(str(index)))
-        row = _mapping(entry, ("from", *_KINDS, "long_prompt"))
-        rows.append(
-            PriceRow(
-                model=model,
-                since=_day(row["from"]) if "from" in row else None,
-                rates=_rates(entry, row),
-                long_prompt=_long_prompt(row["long_prompt"]) if "long_prompt" in row else None,
-                fast=_number(keys["fast"]) if "fast" in keys else None,
-                batch=common.batch,
-                geo_us=common.geo_us,
-                geo=_flag(keys, "geo"),
-                web_search_nano=common.web_search_nano,
-                multiplier=common.multiplier,
-                context_tokens=_count(keys["context_tokens"]),
-                output_tokens_max=_count(keys["output_tokens_max"]),
-                high_resolution=_flag(keys, "high_resolution"),
-                output_tokens_per_second_max=_count(pace["output_tokens_per_second_max"]),
-                lag_s=float(_number(pace["lag_s"])),
-                turn_s_min=float(_number(pace["turn_s_min"])),
-                assumed="pace_source" not in keys,
-                source=scalar(*keys["source"]),
-                retired=_end(keys, "retired"),
-                fast_retired=_end(keys, "fast_retired"),
-            )
-        )
-        if index and (rows[-1].since is None or _unix(rows[-1].since) <= _unix(rows[-2].since)):
-            raise entry.spot.error(node, "`from:` must be later than that of the row above it")
-    if not rows:
-        raise keys["prices"].spot.error(keys["prices"].node, "a model without a row has no price; write at least one")
+        with problems.noted():
+            since, rates, long_prompt = _row(entry)
+            if index and (since is None or (rows and _unix(since) <= _unix(rows[-1].since))):
+                raise entry.spot.error(node, "`from:` must be later than that of the row above it")
+            if settings is not None:
+                rows.append(PriceRow(model=model, since=since, rates=rates, long_prompt=long_prompt, **settings))
+    problems.say()
     return tuple(rows)
 
 
+def _settings(keys: _Model, common: _Common, problems: Problems) -> dict[str, Any] | None:
+    """Return what all rows of a model share; None where some of it is wrong, or missing, which is noted."""
+    pace = common.assumed | {key: keys[key] for key in _ASSUMED_KEYS if key in keys}
+    values: dict[str, Any] = {
+        "fast": None, "batch": common.batch, "geo_us": common.geo_us, "web_search_nano": common.web_search_nano,
+        "multiplier": common.multiplier, "geo": False, "high_resolution": False, "retired": None, "fast_retired": None,
+        "assumed": "pace_source" not in keys,
+    }  # fmt: skip
+    for name, entry in (keys | pace).items():
+        if name in _SETTINGS:
+            with problems.noted():
+                values[name] = _SETTINGS[name](entry)
+    return values if values.keys() >= _SETTINGS.keys() else None
+
+
+def _row(entry: _Entry) -> tuple[str | None, Rates, LongPrompt | None]:
+    """Return the first day, the rates and the long prompt's rates of one row. Raises FileError with every problem."""
+    problems, since, rates, long_prompt = Problems(), None, None, None
+    row = _mapping(entry, ("from", *_KINDS, "long_prompt"), problems)
+    with problems.noted():
+        since = _day(row["from"]) if "from" in row else None
+    with problems.noted():
+        rates = _rates(entry, row)
+    with problems.noted():
+        long_prompt = _long_prompt(row["long_prompt"]) if "long_prompt" in row else None
+    problems.say()
+    assert rates is not None
+    return since, rates, long_prompt
+
+
 def _long_prompt(entry: _Entry) -> LongPrompt:
-    keys = _mapping(entry, ("above", *_KINDS))
-    if "above" not in keys:
-        raise entry.spot.error(entry.node, "`above` is missing: the prompt length in tokens over which these rates hold")
-    return LongPrompt(_count(keys["above"]), _rates(entry, keys))
+    problems, above, rates = Problems(), 0, None
+    keys = _mapping(entry, ("above", *_KINDS), problems)
+    with problems.noted():
+        if "above" not in keys:
+            raise entry.spot.error(entry.node, "`above` is missing: the prompt length in tokens over which these rates hold")
+        above = _count(keys["above"])
+    with problems.noted():
+        rates = _rates(entry, keys)
+    problems.say()
+    assert rates is not None
+    return LongPrompt(above, rates)
 
 
 def _rates(entry: _Entry, keys: dict[str, _Entry]) -> Rates:
     """Return five checked prices, written in dollars per million tokens, as nano-dollars per token."""
     per_million: dict[str, Fraction] = {}
+    problems = Problems()
     for kind in _KINDS:
-        if kind not in keys:
-            raise entry.spot.error(entry.node, f"`{kind}` is missing: dollars per million tokens")
-        price = _number(keys[kind])
-        if not _DOLLARS_MIN[kind] <= price <= _DOLLARS_MAX:
-            sentence = f"${scalar(*keys[kind])} per million tokens cannot be right; is it per token, or per thousand?"
-            raise keys[kind].spot.error(keys[kind].node, sentence)
-        per_million[kind] = price
+        with problems.noted():
+            if kind not in keys:
+                raise entry.spot.error(entry.node, f"`{kind}` is missing: dollars per million tokens")
+            price = _number(keys[kind])
+            if not _DOLLARS_MIN[kind] <= price <= _DOLLARS_MAX:
+                sentence = f"${scalar(*keys[kind])} per million tokens cannot be right; is it per token, or per thousand?"
+                raise keys[kind].spot.error(keys[kind].node, sentence)
+            per_million[kind] = price
+    problems.say()
     for lower, higher in (("read", "input"), ("input", "output"), ("write_5m", "write_1h")):
         if per_million[lower] > per_million[higher]:
             raise keys[lower].spot.error(keys[lower].node, f"`{lower}` is dearer than `{higher}`; are the two swapped?")
@@ -227,8 +268,8 @@ def _rates(entry: _Entry, keys: dict[str, _Entry]) -> Rates:
     return Rates(nano["input"], nano["output"], nano["read"], nano["write_5m"], nano["write_1h"])
 
 
-def _mapping(entry: _Entry, known: tuple[str, ...] | None) -> dict[str, _Entry]:
-    return {key: _Entry(node, entry.spot.at(key)) for key, (_, node) in entries(*entry, known).items()}
+def _mapping(entry: _Entry, known: tuple[str, ...] | None, problems: Problems) -> dict[str, _Entry]:
+    return {key: _Entry(node, entry.spot.at(key)) for key, (_, node) in entries(*entry, known, problems).items()}
 
 
 def _number(entry: _Entry) -> Fraction:
@@ -245,20 +286,19 @@ def _count(entry: _Entry) -> int:
     return int(text)
 
 
-def _flag(keys: _Model, name: str) -> bool:
-    if name not in keys:
-        return False
-    text = scalar(*keys[name])
+def _flag(entry: _Entry) -> bool:
+    text = scalar(*entry)
     if text not in ("true", "false"):
-        raise keys[name].spot.error(keys[name].node, f"{text!r} is neither true nor false")
+        raise entry.spot.error(entry.node, f"{text!r} is neither true nor false")
     return text == "true"
 
 
-def _end(keys: _Model, name: str) -> str | None:
+def _end(entry: _Entry) -> str | None:
     """Read the day on which something ends; `true` stands for one long past, `false` for none."""
-    if name not in keys or scalar(*keys[name]) == "false":
-        return None
-    return "" if scalar(*keys[name]) == "true" else _day(keys[name], ", or true where it is long past")
+    text = scalar(*entry)
+    if text in ("true", "false"):
+        return "" if text == "true" else None
+    return _day(entry, ", or true where it is long past")
 
 
 def _day(entry: _Entry, else_: str = "") -> str:
@@ -273,3 +313,23 @@ def _day(entry: _Entry, else_: str = "") -> str:
 
 def _unix(day: str | None) -> float:
     return float("-inf") if day is None else datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp()
+
+
+def _seconds(entry: _Entry) -> float:
+    return float(_number(entry))
+
+
+_SETTINGS: dict[str, Callable[[_Entry], Any]] = {
+    "source": lambda entry: scalar(*entry),
+    "fast": _number,
+    "geo": _flag,
+    "high_resolution": _flag,
+    "context_tokens": _count,
+    "output_tokens_max": _count,
+    "output_tokens_per_second_max": _count,
+    "lag_s": _seconds,
+    "turn_s_min": _seconds,
+    "retired": _end,
+    "fast_retired": _end,
+}
+"""How each key that holds for all rows of a model is read."""

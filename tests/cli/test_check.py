@@ -76,12 +76,17 @@ def test_every_mistake_of_every_file_is_listed_once(folder: Path):
         "features: {web_search: true, files: maybe}\n"
     )
     (folder / "apps" / "tabs.yaml").write_text("models:\n\tallow: [claude-haiku-4-5]\n")
+    (folder / "apps" / "twice.yaml").write_text("models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\ncaps: {daay: $1}\nteam: 7!\n")
+    (folder / "apps" / "Upper.yaml").write_text("")
+    (folder / "apps" / "ending.yml").write_text("")
     (folder / "apps" / "good.yaml").write_text("models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\n")
     result = CliRunner().invoke(check, [str(folder)])
     assert (result.exit_code, result.stdout) == (2, "")
     here = folder.name
     places = [line.removeprefix(f"{here}/").split(": ", 2)[:2] for line in result.stderr.splitlines()]
     assert places == [
+        ["apps/Upper.yaml", "an app's file is named APP.yaml, in lower-case letters, digits, - and _"],
+        ["apps/ending.yml", "an app's file is named APP.yaml, in lower-case letters, digits, - and _"],
         ["gateway.yaml:1", "caps.mnth"],
         ["gateway.yaml:1", "caps.day"],
         ["gateway.yaml:2", "teams.Jobs"],
@@ -94,6 +99,8 @@ def test_every_mistake_of_every_file_is_listed_once(folder: Path):
         ["apps/reports.yaml:2", "models.allow"],
         ["apps/reports.yaml:2", "models.aliases.a"],
         ["apps/tabs.yaml:2", "a tab stands where YAML takes blanks alone; indent with blanks (most editors can turn tabs into them)"],
+        ["apps/twice.yaml:3", "caps"],
+        ["apps/twice.yaml:4", "team"],
     ], result.stderr
     assert "max_uses must be given, like {max_uses: 5}" in result.stderr
 

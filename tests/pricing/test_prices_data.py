@@ -234,7 +234,7 @@ WRONG = {
         "multiplier: {https://api.anthropic.com: 0}\n", ":1: multiplier.https://api.anthropic.com: '0' is not a number above 0"
     ),
     "a new model without a window": (NEW.replace("    context_tokens: 100_000\n", ""), "context_tokens is missing"),
-    "an empty new model": ("models:\n  claude-own-1: {}\n", "source is missing"),
+    "an empty new model": ("models:\n  claude-own-1: {}\n", "source, context_tokens, output_tokens_max, prices are missing"),
     "an alias of another model": (NEW.replace("[own]", "[claude-opus-5]"), "claude-opus-5 already names claude-opus-5"),
     "an alias taken": (NEW.replace("[own]", "[claude-opus-4-0]"), "claude-opus-4-0 already names claude-opus-4"),
     "a window of no tokens": (own(more="    context_tokens: 0\n"), "'0' is not a whole number above 0; write one like 200_000"),
@@ -253,6 +253,21 @@ def test_a_wrong_price_file_is_refused_with_its_place(tmp_path: Path, text: str,
         override(tmp_path, text)
     assert str(caught.value).startswith("policies/prices.yaml:")
     assert sentence in str(caught.value)
+
+
+def test_every_mistake_of_a_price_file_is_listed(tmp_path: Path) -> None:
+    """Beside each other and inside each other: keys, models, rows, rates."""
+    rows = "[{input: 0, output: 20, write_5m: free, write_1h: 8, read: 0.2, from: soon, form: 1}, " + ROW + "]"
+    more = "    context_tokens: none\n    geo: yes\n    aliases: [claude-opus-5]\n    lag_s: 0\n  claude-own-1: {}\n  claude-own-1: {}\nmultiplyer: 2\nmultiplier: 0\n"
+    with pytest.raises(PriceError) as caught:
+        override(tmp_path, own(rows, more))
+    lines = [line.removeprefix("policies/prices.yaml:").split(": ")[:3] for line in str(caught.value).splitlines()]
+    opus = "models.claude-opus-5-5"
+    assert sorted((int(line), place) for line, place, *_ in lines) == sorted([
+        (3, f"{opus}.prices.0.input"), (3, f"{opus}.prices.0.write_5m"), (3, f"{opus}.prices.0.from"), (3, f"{opus}.prices.0.form"),
+        (3, f"{opus}.prices.1"), (4, f"{opus}.context_tokens"), (5, f"{opus}.geo"), (6, f"{opus}.aliases"), (7, f"{opus}.lag_s"),
+        (8, "models.claude-own-1"), (9, "models.claude-own-1"), (10, "multiplyer"), (11, "multiplier"),
+    ]), caught.value  # fmt: skip
 
 
 def test_a_file_that_cannot_be_read_says_so(tmp_path: Path) -> None:
