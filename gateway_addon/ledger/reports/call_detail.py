@@ -172,10 +172,12 @@ LEFT JOIN matching AS calls ON TRUE LEFT JOIN tokens ON tokens.id = token_id ORD
 """
 _ONE = f"SELECT {_CALLS}, {_TOKEN} FROM calls LEFT JOIN tokens ON tokens.id = token_id WHERE calls.id = $1"
 _AMOUNTS = "SELECT call_id, sum(spent_nano), sum(reserved_nano) FROM entries WHERE call_id IN ({}) GROUP BY call_id"
+# A refused call for one token is a client's probe (Claude Code's, at its start, to read the headers): nobody misses its answer.
 _LATELY = named(f"""
 SELECT app, refusal AS code, count(*) AS calls, max(started_at) AS last_at
-FROM (SELECT app, refusal, state, started_at FROM calls WHERE started_at >= $since ORDER BY started_at DESC LIMIT {LOOKED_MAX}) AS newest
-WHERE state = 'refused' GROUP BY app, refusal
+FROM (SELECT app, refusal, state, started_at, max_tokens FROM calls WHERE started_at >= $since
+      ORDER BY started_at DESC LIMIT {LOOKED_MAX}) AS newest
+WHERE state = 'refused' AND coalesce(max_tokens, 0) <> 1 GROUP BY app, refusal
 UNION ALL
 SELECT '', reason, sum(calls), max(minute) FROM noise WHERE minute >= $since GROUP BY reason
 ORDER BY calls DESC, app, code
