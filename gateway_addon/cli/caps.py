@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, json_option, ledger_option, policies_option, says_errors, stop, why_option
-from gateway_addon.cli.scopes import scope_of, typed
 from gateway_addon.cli.times import to_come
 from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reports.day_cache import ReadConnection
@@ -21,6 +20,8 @@ from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import Limit, Raise
 from gateway_addon.money import cents, dollars, parse_nano
 from gateway_addon.names import PROGRAM
+from gateway_addon.operations import changes
+from gateway_addon.operations.changes import scope_of, typed
 from gateway_addon.operations.tables import table
 from gateway_addon.policy import Outline, outline
 from gateway_addon.windows import WINDOWS, shown
@@ -93,21 +94,15 @@ def raise_cap(
     amount_nano = _amount(amount, f"{PROGRAM} cap limit {name} {window}")
     with connect.changing(ledger_path(ledger)) as db:
         scope, calendar = scope_of(name, db, found), zone(db)
-        ends_at, base_nano = to_come(until, now, calendar), _base_nano(name, scope, window, found)
-        if replace is not None:
-            replaced = admin.withdraw_raise(db, replace, who=who, why=why or "replaced", now=now)
-            if (replaced.scope, replaced.window) != (scope, window):
-                raise ValueError(
-                    f"raise {replace} is of {typed(replaced.scope)} {replaced.window}, not of {name} {window}: nothing was changed"
-                )
-        beside = [each for each in admin.raises(db, now=now) if (each.scope, each.window) == (scope, window)]
-        together_nano = amount_nano + sum(each.amount_nano for each in beside)
-        limit = _limit_of(db, scope, window)
-        if limit and lift_limit:
-            admin.lift_limit(db, scope, window, who=who, why=why, now=now)
-        elif limit and (base_nano is None or limit.amount_nano < base_nano + together_nano):
-            _held_down(name, limit, calendar)
-        made = admin.raise_cap(db, scope, window, amount_nano, until=ends_at, who=who, why=why, now=now)
+        ends_at = to_come(until, now, calendar)
+        _say_unread(name, window, found, scope)
+        try:
+            changed = changes.raise_cap(
+                db, found, scope, window, amount_nano, until=ends_at, replace=replace, lift_limit=lift_limit, who=who, why=why, now=now
+            )
+        except changes.HeldDown as error:
+            stop(f"{error} To take the limit away with it: --lift-limit.", PROBLEM)
+        made, beside, together_nano, base_nano = changed
     if as_json:
         click.echo(json.dumps(made._asdict() | {"adds_to": [each.id for each in beside], "raised_nano": together_nano}))
         return
@@ -155,11 +150,8 @@ def limit(name: str, window: str, amount: str | None, lift: bool, as_json: bool,
         if amount_nano is None:
             before = admin.lift_limit(db, scope, window, who=who, why=why, now=now)
         else:
-            base_nano = _base_nano(name, scope, window, found)
-            if base_nano is not None and amount_nano > base_nano:
-                way_out = f"{PROGRAM} cap raise {name} {window} AMOUNT --until DATE"
-                raise ValueError(f"a limit lowers a cap, and {name} has {dollars(base_nano)} a {window}: to raise it, {way_out}")
-            before = admin.limit_cap(db, scope, window, amount_nano, who=who, why=why, now=now)
+            _say_unread(name, window, found, scope)
+            before = changes.limit_cap(db, found, scope, window, amount_nano, who=who, why=why, now=now)
     if lift and before is None:
         stop(f"{name} has no limit for a {window}; {PROGRAM} cap list shows those in force.", PROBLEM)
     if as_json:
@@ -179,30 +171,12 @@ def _amount(text: str, instead: str) -> int:
     return parse_nano(text)
 
 
-def _base_nano(name: str, scope: str, window: str, found: Outline) -> int | None:
-    """The policy's cap; None where its file cannot be read now. Raises ValueError where there is none to change."""
-    caps = found.caps.get(scope)
-    if caps is None:
+def _say_unread(name: str, window: str, found: Outline, scope: str) -> None:
+    """Warn that the policy's cap is not known now."""
+    if found.caps.get(scope) is None:
         click.echo(
             f"The file of {name} cannot be read now: this changes the cap that is in force for a {window}, if there is one.", err=True
         )
-        return None
-    if window not in caps:
-        raise ValueError(f"{name} has no cap for a {window} to change; its caps: {', '.join(caps) or 'none'}. Write one in its policy file")
-    return caps[window]  # type: ignore[index]  # a key of this mapping, as looked up above
-
-
-def _limit_of(db: ReadConnection, scope: str, window: str) -> Limit | None:
-    return next((each for each in admin.limits(db) if (each.scope, each.window) == (scope, window)), None)
-
-
-def _held_down(name: str, limit: Limit, calendar: tzinfo) -> None:
-    why = f" ({limit.why})" if limit.why else ""
-    stop(
-        f"{name} is limited to {dollars(limit.amount_nano)} a {limit.window} by {limit.who} since {shown(limit.since, calendar)}{why}, "
-        "so a raise would have no effect or not its whole one. To take the limit away with it: --lift-limit.",
-        PROBLEM,
-    )
 
 
 def standing_rows(db: ReadConnection, found: Outline, now: float, scopes: Sequence[str] | None) -> list[dict[str, Any]]:

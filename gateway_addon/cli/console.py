@@ -7,6 +7,7 @@ import click
 
 from gateway_addon.cli.common import ListenAddress, ledger_option, policies_option, says_errors, stop
 from gateway_addon.clocks import monotonic_s
+from gateway_addon.console import links
 from gateway_addon.console.app import server
 from gateway_addon.console.login import LINK_S, Login
 from gateway_addon.console.pages import Console, Policies
@@ -22,6 +23,8 @@ NOT_HERE = (
     " ssh -L 8090:127.0.0.1:8090 HOST"
 )
 
+ONCE = f"The link works once, within {LINK_S // 60} minutes; {PROGRAM} console --link prints a new one."
+
 
 @click.command(epilog=f"Example: {PROGRAM} console --listen 127.0.0.1:8090")
 @click.option(
@@ -34,27 +37,35 @@ NOT_HERE = (
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Serve /gateway/metrics to whoever sends this file's text as a bearer token.",
 )
+@click.option("--write", is_flag=True, help="Show buttons that pause, resume, raise, limit and revoke, each after a confirmation.")
+@click.option("--link", "only_link", is_flag=True, help="Print a new login link for the console that runs at --listen.")
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError, OSError)
-def console(listen: tuple[str, int], token_file: Path | None, policies: Path, ledger: str) -> None:
-    """See spending against caps, live calls, and every call's story, in a browser. Read-only; opens by the link that it prints."""
+def console(listen: tuple[str, int], token_file: Path | None, write: bool, only_link: bool, policies: Path, ledger: str) -> None:
+    """See spending against caps, live calls, and every call's story, in a browser. Opens by the link that it prints; only reads."""
     host, port = listen
     if host != "localhost" and not _loopback(host):
         stop(NOT_HERE.format(host))
+    name = f"[{host}]" if ":" in host else host
+    if only_link:
+        click.echo(f"console  http://{name}:{port}/login/{links.offer(links.place(sqlite_files.ledger_path(ledger), host, port))}")
+        click.echo(ONCE, err=True)
+        return
     token = token_file.read_text().strip() if token_file else None
     if token == "":
         stop(f"{token_file} is empty. Put a long random text in it: openssl rand -hex 32 > {token_file}")
-    desk = Console(sqlite_files.ledger_path(ledger), Policies(policies), Login(monotonic_s()), metrics_token=token)
+    desk = Console(sqlite_files.ledger_path(ledger), Policies(policies), Login(monotonic_s()), metrics_token=token, may_write=write)
     desk.policies()
     desk.warm_up()
     with bind(host, port) as listener:
         serving = server(desk, listener)
-    name = f"[{host}]" if ":" in host else host
+    desk.link_file = links.place(desk.ledger, host, serving.port)
     try:
-        click.echo(f"console  http://{name}:{serving.port}/login/{desk.login.link}")
-        click.echo(f"The link works once, within {LINK_S // 60} minutes. Ctrl-C ends the console; the gateway runs on.", err=True)
-        serving.serve_forever()
+        with links.open_for_links(desk.link_file):
+            click.echo(f"console  http://{name}:{serving.port}/login/{desk.login.link}")
+            click.echo(f"{ONCE} Ctrl-C ends the console; the gateway runs on.", err=True)
+            serving.serve_forever()
     except KeyboardInterrupt:
         click.echo("", err=True)
     finally:

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, json_option, ledger_option, policies_option, says_errors, stop, why_option
-from gateway_addon.cli.scopes import scope_of
 from gateway_addon.cli.times import to_come
 from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reservations import zone
@@ -16,6 +15,7 @@ from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import TOTAL
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.names import PROGRAM
+from gateway_addon.operations.changes import scope_of
 from gateway_addon.policy import outline
 from gateway_addon.windows import shown
 

@@ -18,7 +18,7 @@ from gateway_addon import windows
 from gateway_addon.cli import times
 from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.cli.labels import label_option
-from gateway_addon.cli.scopes import must_know, scope_of
+from gateway_addon.cli.scopes import must_know
 from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservations
 from gateway_addon.ledger.reports import daily_totals, sessions, spending
 from gateway_addon.ledger.reports.day_cache import ReadConnection
@@ -28,6 +28,7 @@ from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.types import TOTAL, Labels
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, safe_name
+from gateway_addon.operations.changes import scope_of
 from gateway_addon.operations.tables import table
 from gateway_addon.policy import Outline, outline
 from gateway_addon.windows import shown

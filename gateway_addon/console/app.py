@@ -1,31 +1,34 @@
 """The console's addresses: who may ask what, the headers that every answer carries, and the server.
 
-Promises to be read-only (GET alone, on connections that cannot write), to answer nobody without the cookie of its own login, to
-answer no other name than this machine's (a web page that points its name here gets nothing), and to load nothing from outside.
+Promises to answer nobody without the cookie of its own login, to answer no other name than this machine's (a web page that points its
+name here gets nothing), and to load nothing from outside. No GET changes anything, and it reads on connections that cannot write. Only a
+console that may write takes a POST, at one address, from a page of its own, for a change that it has shown, once, so many a minute.
 """
 
+import getpass
 import hmac
 import socket
 from urllib.parse import urlsplit
 
-from flask import Flask, Response, abort, redirect, request
+from flask import Flask, Response, abort, g, redirect, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 from werkzeug.wrappers import Response as AnyResponse
 
 from gateway_addon.clocks import monotonic_s
-from gateway_addon.console import pages
-from gateway_addon.console.login import SESSION_S
+from gateway_addon.console import actions, links, pages
+from gateway_addon.console.login import SESSION_S, ask, confirmed
 from gateway_addon.console.pages import Console
-from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.ledger import LedgerUnavailable, connect
 from gateway_addon.ledger.reports.call_detail import NEWEST
 from gateway_addon.names import PROGRAM
 
 COOKIE = "gateway_console"
+BODY_MAX = 4096
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with none at all, a browser hides the origin of its own forms
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -36,7 +39,8 @@ HEADERS = {
 def build(console: Console) -> Flask:
     """Return the console as a WSGI application."""
     app = Flask(__name__)
-    pages.prepare(app)
+    app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
+    pages.prepare(app, may_write=console.may_write)
     app.before_request(lambda: _admit(console))
     app.after_request(_with_headers)
     app.register_error_handler(HTTPException, _say)
@@ -49,6 +53,8 @@ def build(console: Console) -> Flask:
     app.add_url_rule("/models/<path:name>", "model", lambda name: pages.model(console, name))
     app.add_url_rule("/days/<text>", "day", lambda text: pages.day(console, text))
     app.add_url_rule("/alerts", "alerts", lambda: pages.alerts(console))
+    app.add_url_rule("/change/<action>", "change", lambda action: _show_change(console, action))
+    app.add_url_rule("/change", "confirm", lambda: _do_change(console), methods=["POST"])
     app.add_url_rule("/calls", "calls", lambda: pages.calls(console))
     app.add_url_rule("/calls.<any(csv, json):form>", "export", lambda form: pages.export(console, form))
     app.add_url_rule(f"/calls/<int(max={NEWEST}):call_id>", "call", lambda call_id: pages.call(console, call_id))
@@ -58,7 +64,7 @@ def build(console: Console) -> Flask:
 def _admit(console: Console) -> None:
     if urlsplit(f"//{request.host}").hostname not in ("127.0.0.1", "localhost", "::1"):
         abort(421)
-    if request.method not in ("GET", "HEAD"):
+    if request.method not in ("GET", "HEAD") and not (console.may_write and request.endpoint == "confirm"):
         abort(405)
     if request.endpoint == "metrics":
         if console.metrics_token is None:
@@ -66,8 +72,20 @@ def _admit(console: Console) -> None:
         given = request.headers.get("Authorization", "").encode()
         if not hmac.compare_digest(given, f"Bearer {console.metrics_token}".encode()):
             abort(401)
-    elif request.endpoint not in ("enter", "static") and not console.login.knows(request.cookies.get(COOKIE, ""), monotonic_s()):
-        abort(401)
+    elif request.endpoint not in ("enter", "static"):
+        g.session = console.login.session(request.cookies.get(COOKIE, ""), monotonic_s())
+        if g.session is None:
+            abort(401)
+    if request.endpoint == "confirm":
+        _must_come_from_here(console)
+
+
+def _must_come_from_here(console: Console) -> None:
+    """End a change that another page has sent. The cookie alone tells nothing: to it, every port of this machine is the same site."""
+    if request.headers.get("Origin") != f"http://{request.host}" or request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
+        abort(403)
+    if console.login.changes.too_many(monotonic_s()):
+        abort(429)
 
 
 def _with_headers(response: Response) -> Response:
@@ -76,12 +94,36 @@ def _with_headers(response: Response) -> Response:
 
 
 def _enter(console: Console, link: str) -> AnyResponse:
-    cookie = console.login.enter(link, monotonic_s())
+    offered = "" if console.link_file is None else links.offered(console.link_file, console.clock())
+    cookie = console.login.enter(link, monotonic_s(), offered)
     if cookie is None:
-        abort(401)
+        abort(429 if console.login.wrong.too_many(monotonic_s()) else 401)
+    if offered and console.link_file is not None:
+        links.taken(console.link_file)
     response = redirect("/", 303)
     response.set_cookie(COOKIE, cookie, max_age=SESSION_S, httponly=True, samesite="Strict")
     return response
+
+
+def _show_change(console: Console, action: str) -> Response:
+    if not console.may_write:
+        abort(405)
+    with connect.reading(console.ledger) as db:
+        change = actions.prepare(actions.ChangeForm(action, request.args), db, console.policies.folder, console.clock())
+        word = ask(g.session, change, monotonic_s())
+        return pages.page("change.html", db, pages.range_of(db, {}, console.clock()), change=change, word=word)
+
+
+def _do_change(console: Console) -> AnyResponse:
+    change = confirmed(g.session, request.form.get("word", ""), monotonic_s())
+    if change is None:
+        sentence = "This was done already, or asked for more than ten minutes ago. Go back and ask again."
+        return pages.problem("Nothing was changed", sentence, 409)
+    try:
+        actions.run(console.ledger, change, f"{getpass.getuser()} (console)", console.clock())
+    except ValueError as error:
+        return pages.problem("Nothing was changed", str(error), 409)
+    return redirect(pages.address_of(change.back), 303)
 
 
 def _say(error: HTTPException) -> Response:
@@ -90,10 +132,12 @@ def _say(error: HTTPException) -> Response:
         ways_out = {401: "Send the token of --metrics-token as a bearer.", 403: f"Start {PROGRAM} console with --metrics-token FILE."}
         return Response(ways_out.get(error.code or 500, error.description), error.code, content_type="text/plain; charset=utf-8")
     sentences = {
-        401: ("Open the link again", f"This page opens by the link that {PROGRAM} console printed. It works once, for ten minutes: "
-              "stop the command and start it again for a new one."),
+        401: ("Open the link again", f"This page opens by the link that {PROGRAM} console printed. It works once, for ten minutes. "
+              f"{PROGRAM} console --link prints a new one."),
+        403: ("Not from here", "A change is taken from a page of this console alone. Nothing was changed."),
+        429: ("Too many tries", "Wait a minute. Nothing was changed."),
         404: ("Nothing here", "There is no such page, or no call of this number in the ledger."),
-        405: ("Only to look at", "The console changes nothing. Use the gateway command to pause, raise or adjust."),
+        405: ("Only to look at", f"This console changes nothing. Use the command, or start it as {PROGRAM} console --write."),
         421: ("Another name", "The console answers only as 127.0.0.1 or localhost. For another machine, forward the port by ssh -L."),
     }  # fmt: skip
     other = ("This did not work", error.description or "The console failed; its terminal says why.")

@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode
 
 from flask import Flask, Response, abort, make_response, render_template, request, stream_with_context
 
-from gateway_addon.console import charts, desk, listing, metrics, ranges
+from gateway_addon.console import actions, charts, desk, listing, metrics, ranges
 from gateway_addon.console.login import Login
 from gateway_addon.console.sums import About
 from gateway_addon.ledger import ServerAddress, admin, connect, reservations
@@ -74,11 +74,14 @@ class Console:
     memory: DayCache = field(default_factory=DayCache)
     metrics_token: str | None = field(default=None, repr=False)
     """The bearer token of a scraper; None: there are no metrics."""
+    may_write: bool = False
+    link_file: Path | None = None
+    """The file by which new login links come in."""
 
     def look(self, asked: Mapping[str, str] | None = None) -> desk.Desk:
         """Return the overview of a range; without one, of this month."""
         with connect.reading(self.ledger) as db:
-            return self._look(db, _range(db, {"range": "month"} if asked is None else asked, self.clock()))
+            return self._look(db, range_of(db, {"range": "month"} if asked is None else asked, self.clock()))
 
     def _look(self, db: ReadConnection, within: ranges.Range) -> desk.Desk:
         return desk.look(db, self.policies(), self.memory, self.ledger, within, self.clock())
@@ -90,7 +93,7 @@ class Console:
             self.memory.between(db, now - WARM_DAYS * 86_400, now, now)
 
 
-def prepare(app: Flask) -> None:
+def prepare(app: Flask, *, may_write: bool) -> None:
     """Teach the templates how amounts, counts and times are written."""
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters.update(
@@ -98,20 +101,21 @@ def prepare(app: Flask) -> None:
         number=lambda count: f"{count:,}", change=change, path=lambda text: quote(str(text), safe=""),
     )  # fmt: skip
     app.jinja_env.globals.update(
-        PROGRAM=PROGRAM, BAR=charts.BAR, WIDTH=charts.WIDTH, HEIGHT=charts.HEIGHT, RANGES=ranges.NAMES, SORTS=listing.SORTS
+        PROGRAM=PROGRAM, BAR=charts.BAR, WIDTH=charts.WIDTH, HEIGHT=charts.HEIGHT, RANGES=ranges.NAMES, SORTS=listing.SORTS,
+        WRITE=may_write, HOURS=actions.HOURS, address_of=address_of,
     )
 
 
 def overview(console: Console) -> Response:
     with connect.reading(console.ledger) as db:
-        within = _range(db, request.args, console.clock())
+        within = range_of(db, request.args, console.clock())
         return page("overview.html", db, within, desk=console._look(db, within), problem=console.policies.problem)
 
 
 def app(console: Console, name: str) -> Response:
     now = console.clock()
     with connect.reading(console.ledger) as db:
-        within, scope = _range(db, request.args, now), f"app:{name}"
+        within, scope = range_of(db, request.args, now), f"app:{name}"
         owner = next((each for each in desk.owners(db, console.policies(), now) if each.scope == scope), None)
         if owner is None and name not in admin.apps(db):
             abort(404)
@@ -129,7 +133,7 @@ def app(console: Console, name: str) -> Response:
 def model(console: Console, name: str) -> Response:
     now = console.clock()
     with connect.reading(console.ledger) as db:
-        within = _range(db, request.args, now)
+        within = range_of(db, request.args, now)
         sheet = desk.days_of(db, console.memory, within, now).sheet(About(model=name), stacked="app")
         newest = call_detail.search(db, CallFilter(model=name, since=within.since, until=within.until))
         row = console.policies().prices.row(name, now)
@@ -152,7 +156,7 @@ def day(console: Console, text: str) -> Response:
 
 def alerts(console: Console) -> Response:
     with connect.reading(console.ledger) as db:
-        within = _range(db, request.args, console.clock())
+        within = range_of(db, request.args, console.clock())
         number = min(max(1, request.args.get("page", 1, type=int)), 10_000)
         found = spending.alerts(db, since=within.since, until=within.until)[::-1][(number - 1) * ALERTS_PAGE :]
         return page("alerts.html", db, within, alerts=found[:ALERTS_PAGE], number=number, more=len(found) > ALERTS_PAGE)
@@ -161,7 +165,7 @@ def alerts(console: Console) -> Response:
 def calls(console: Console) -> Response:
     now = console.clock()
     with connect.reading(console.ledger) as db:
-        within = _range(db, request.args, now)
+        within = range_of(db, request.args, now)
         days = desk.days_of(db, console.memory, within, now)
         wanted = listing.read(request.args, within)
         wanted = replace(wanted, filter=_where_there_are_calls(wanted.filter, days))
@@ -181,7 +185,7 @@ def calls(console: Console) -> Response:
 def export(console: Console, form: str) -> Response:
     """Answer all calls that match the filters, read as they are sent."""
     with connect.reading(console.ledger) as db:
-        wanted = listing.read(request.args, _range(db, request.args, console.clock()))
+        wanted = listing.read(request.args, range_of(db, request.args, console.clock()))
 
     def rows() -> Iterator[call_detail.CallRow]:
         with connect.reading(console.ledger) as db:
@@ -202,7 +206,7 @@ def call(console: Console, call_id: int) -> Response:
         rows = {row.name: row for rows in console.policies().prices.rows.values() for row in rows}
         scale = max([told.call.quote_nano, *(entry.held_after_nano + entry.spent_after_nano for entry in told.entries)])
         bars = [charts.bar(entry.spent_after_nano, entry.held_after_nano, scale) for entry in told.entries]
-        return page("call.html", db, _range(db, request.args, now), call=told.call, story=told, bars=bars, rows=rows)
+        return page("call.html", db, range_of(db, request.args, now), call=told.call, story=told, bars=bars, rows=rows)
 
 
 def exposition(console: Console) -> Response:
@@ -231,7 +235,7 @@ def page(template: str, db: ReadConnection, within: ranges.Range, **values: Any)
     return make_response(render_template(template, **times, at=at, within=within, zone=zone, **values))
 
 
-def _range(db: ReadConnection, asked: Mapping[str, str], now: float) -> ranges.Range:
+def range_of(db: ReadConnection, asked: Mapping[str, str], now: float) -> ranges.Range:
     return ranges.read(asked, now, reservations.zone(db))
 
 
@@ -245,6 +249,11 @@ def _where_there_are_calls(wanted: CallFilter, days: desk.Days) -> CallFilter:
         if each.start <= wanted.until and (has_lines or any(only.refused(one) for one in each.refused)):
             return wanted if end >= wanted.until else replace(wanted, until=float(end), below=0)
     return wanted
+
+
+def address_of(scope: str) -> str:
+    """Return the page that shows a scope's caps."""
+    return f"/apps/{quote(scope.removeprefix('app:'), safe='')}" if scope.startswith("app:") else "/"
 
 
 def age(seconds: float) -> str:

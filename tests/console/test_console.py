@@ -8,9 +8,7 @@ import json
 import os
 import re
 import sys
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -21,6 +19,7 @@ import month
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
+from desks import GATEWAY, new_desk, served
 from gateway import gateway
 from ledgers import CALL, ENGINES, Part, new_ledger, rows, until, url
 from prometheus_client.parser import text_string_to_metric_families
@@ -30,7 +29,7 @@ from gateway_addon.cli.console import console as command
 from gateway_addon.cli.report import report
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.console import ranges
-from gateway_addon.console.app import COOKIE, build, server
+from gateway_addon.console.app import COOKIE, build
 from gateway_addon.console.desk import days_of
 from gateway_addon.console.listing import as_csv
 from gateway_addon.console.login import LINK_S, SESSION_S, Login
@@ -41,27 +40,13 @@ from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, ba
 from gateway_addon.ledger.reports import spending
 from gateway_addon.ledger.reports.call_detail import CallRow
 from gateway_addon.ledger.reports.spending import GROUPINGS
-from gateway_addon.proxy.supervisor import bind
 from gateway_addon.refusals import TABLE, WORDS
 from gateway_addon.simulator import Behaviour, Simulator
 
 CALLS = 2000
-GATEWAY = "upstream: https://api.anthropic.com\nkey: {env: ANTHROPIC_API_KEY}\ncaps: {month: $2000}\n"
-APP = "models: {allow: [claude-*]}\ncaps: {day: $40, month: $400}\n"
-
-
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     return new_desk(tmp_path_factory.mktemp("desk"), CALLS)
-
-
-def new_desk(folder: Path, calls: int) -> Console:
-    (folder / "policies" / "apps").mkdir(parents=True)
-    (folder / "policies" / "gateway.yaml").write_text(GATEWAY)
-    for app in month.APPS:
-        (folder / "policies" / "apps" / f"{app}.yaml").write_text(APP)
-    month.make(folder / "gateway.db", calls, until=time.time())
-    return Console(folder / "gateway.db", Policies(folder / "policies"), Login(monotonic_s()))
 
 
 @pytest.fixture
@@ -410,21 +395,6 @@ def test_metrics_are_for_whoever_has_their_token(desk, token, sent, status, word
 
 
 # in a browser
-
-
-@contextmanager
-def served(desk):
-    desk.login = Login(monotonic_s())
-    with bind("127.0.0.1", 0) as listener:
-        serving = server(desk, listener)
-    thread = threading.Thread(target=serving.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{serving.port}"
-    finally:
-        serving.shutdown()
-        thread.join(10)
-        serving.server_close()
 
 
 VIEWS = {

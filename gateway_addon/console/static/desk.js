@@ -1,5 +1,5 @@
 // Renews the part of the page marked data-refresh every few seconds, while somebody looks at it. What is open stays open, what was
-// scrolled stays there, and nothing moves under the hand of whoever is on an element inside it.
+// scrolled stays there, and nothing moves under the hand of whoever is on an element inside it, or has filled in a form.
 "use strict";
 
 const EVERY_MS = 4000;
@@ -9,6 +9,7 @@ async function renew() {
   if (!shown || document.hidden) return;
   const focused = document.activeElement;
   if (shown.contains(focused) && focused.matches("summary, a, input, select")) return;
+  if ([...shown.querySelectorAll("input")].some((each) => each.value !== each.defaultValue || each.checked !== each.defaultChecked)) return;
   let answer;
   try {
     answer = await fetch(location.href, { headers: { accept: "text/html" } });

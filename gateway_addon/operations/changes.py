@@ -1,0 +1,113 @@
+"""Raise and limit caps for the commands and the console: whom a name means, and what the policy files leave to change.
+
+Promises that a change without an effect is refused with a sentence that says why. Every function takes a connection inside a write
+transaction, and writes through the ledger's own functions, which audit.
+"""
+
+import difflib
+from collections.abc import Iterable
+from datetime import tzinfo
+from typing import NamedTuple
+
+from gateway_addon.ledger import admin, app_scope, team_scope
+from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.sql import Connection
+from gateway_addon.ledger.types import TOTAL, Limit, Raise
+from gateway_addon.money import dollars
+from gateway_addon.names import PROGRAM
+from gateway_addon.policy import Outline
+from gateway_addon.windows import shown
+
+
+class CapRaised(NamedTuple):
+    """A raise that was made, those that it adds to, and all of them together. `base_nano`: the policy's cap, where it can be read."""
+
+    made: Raise
+    beside: tuple[Raise, ...]
+    together_nano: int
+    base_nano: int | None
+
+
+class HeldDown(ValueError):
+    """A limit would keep a raise from having its whole effect."""
+
+    def __init__(self, limit: Limit, calendar: tzinfo) -> None:
+        why = f" ({limit.why})" if limit.why else ""
+        super().__init__(
+            f"{typed(limit.scope)} is limited to {dollars(limit.amount_nano)} a {limit.window} by {limit.who} since "
+            f"{shown(limit.since, calendar)}{why}, so a raise would have no effect or not its whole one."
+        )
+
+
+def scope_of(name: str, db: Connection, found: Outline) -> str:
+    """Return the ledger's scope for APP, team:NAME or total. Raises ValueError for what neither files nor ledger know."""
+    if name == TOTAL:
+        return TOTAL
+    kind, colon, team = name.partition(":")
+    if colon and kind == "team":
+        known = {*admin.teams(db), *(scope.removeprefix("team:") for scope in found.caps if scope.startswith("team:"))}
+        if team not in known:
+            raise ValueError(unknown(team, "team", known))
+        return team_scope(team)
+    if name not in (apps := {*found.apps, *admin.apps(db)}):
+        raise ValueError(unknown(name, "app", apps))
+    return app_scope(name)
+
+
+def typed(scope: str) -> str:
+    """Return a scope as it is typed: `app:reports` is `reports`."""
+    return scope.removeprefix("app:")
+
+
+def unknown(name: str, what: str, known: Iterable[str]) -> str:
+    """Return the sentence for a name that is not known, with the nearest one that is."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"no {what} {name!r}: did you mean {near[0]}?" if near else f"no {what} {name!r}; known: {', '.join(names) or 'none yet'}"
+
+
+def base_nano(found: Outline, scope: str, window: str) -> int | None:
+    """Return the policy's cap; None where its file cannot be read now. Raises ValueError where there is none to change."""
+    caps = found.caps.get(scope)
+    if caps is None:
+        return None
+    if window not in caps:
+        name = typed(scope)
+        raise ValueError(f"{name} has no cap for a {window} to change; its caps: {', '.join(caps) or 'none'}. Write one in its policy file")
+    return caps[window]  # type: ignore[index]  # a key of this mapping, as looked up above
+
+
+def raise_cap(
+    db: Connection, found: Outline, scope: str, window: str, amount_nano: int, *, until: float, replace: int | None = None,
+    lift_limit: bool = False, who: str, why: str, now: float,
+) -> CapRaised:  # fmt: skip
+    """Add an amount on top of a cap until a time, in place of another raise or beside those in force.
+
+    Raises ValueError for a cap that is not there, and HeldDown where a limit binds that is not to be lifted.
+    """
+    policy_nano, name = base_nano(found, scope, window), typed(scope)
+    if replace is not None:
+        replaced = admin.withdraw_raise(db, replace, who=who, why=why or "replaced", now=now)
+        if (replaced.scope, replaced.window) != (scope, window):
+            of = f"{typed(replaced.scope)} {replaced.window}"
+            raise ValueError(f"raise {replace} is of {of}, not of {name} {window}: nothing was changed")
+    beside = tuple(each for each in admin.raises(db, now=now) if (each.scope, each.window) == (scope, window))
+    together_nano = amount_nano + sum(each.amount_nano for each in beside)
+    limit = next((each for each in admin.limits(db) if (each.scope, each.window) == (scope, window)), None)
+    if limit and lift_limit:
+        admin.lift_limit(db, scope, window, who=who, why=why, now=now)
+    elif limit and (policy_nano is None or limit.amount_nano < policy_nano + together_nano):
+        raise HeldDown(limit, zone(db))
+    made = admin.raise_cap(db, scope, window, amount_nano, until=until, who=who, why=why, now=now)
+    return CapRaised(made, beside, together_nano, policy_nano)
+
+
+def limit_cap(
+    db: Connection, found: Outline, scope: str, window: str, amount_nano: int, *, who: str, why: str, now: float
+) -> Limit | None:
+    """Lower a cap to an amount until the limit is lifted; returns the limit before. Raises ValueError where that would raise it."""
+    policy_nano, name = base_nano(found, scope, window), typed(scope)
+    if policy_nano is not None and amount_nano > policy_nano:
+        way_out = f"{PROGRAM} cap raise {name} {window} AMOUNT --until DATE"
+        raise ValueError(f"a limit lowers a cap, and {name} has {dollars(policy_nano)} a {window}: to raise it, {way_out}")
+    return admin.limit_cap(db, scope, window, amount_nano, who=who, why=why, now=now)

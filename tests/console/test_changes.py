@@ -1,0 +1,284 @@
+"""The console's buttons: they do what the commands do, for the person who has confirmed it, and for nobody else."""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import browser
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from desks import served
+from ledgers import new_file
+
+from gateway_addon.clocks import monotonic_s
+from gateway_addon.console import links
+from gateway_addon.console.app import COOKIE, build
+from gateway_addon.console.login import ASKED_MAX, LINK_S, TRIES_PER_MINUTE, Login, ask
+from gateway_addon.console.pages import Console, Policies
+from gateway_addon.ledger import admin, connect, state
+
+HOME = {"Origin": "http://localhost"}
+PAUSE = "/change/pause?scope=reports&why=runaway"
+
+
+@pytest.fixture
+def console(tmp_path):
+    (tmp_path / "policies" / "apps").mkdir(parents=True)
+    (tmp_path / "policies" / "gateway.yaml").write_text("upstream: https://api.anthropic.com\nkey: {env: ANTHROPIC_API_KEY}\ncaps: {month: $100}\n")
+    (tmp_path / "policies" / "apps" / "reports.yaml").write_text("models: {allow: [claude-*]}\ncaps: {day: $5}\n")
+    ledger = new_file(tmp_path)
+    with connect.changing(ledger) as db:
+        admin.issue_token(db, "reports", "d1", who="test", now=time.time())
+    return Console(ledger, Policies(tmp_path / "policies"), Login(monotonic_s()), may_write=True)
+
+
+@pytest.fixture
+def client(console):
+    found = build(console).test_client()
+    assert found.get(f"/login/{console.login.link}").status_code == 303
+    return found
+
+
+def word(client, address):
+    page = client.get(address)
+    assert page.status_code == 200, page.text
+    return re.search(r'name="word" value="([^"]+)"', page.text)[1]
+
+
+def confirm(client, address, headers=HOME, **more):
+    return client.post("/change", data={"word": word(client, address)} | more, headers=headers)
+
+
+def audited(console):
+    with connect.reading(console.ledger) as db:
+        return [(row["who"].endswith("(console)"), row["action"], row["subject"], row["why"]) for row in admin.audit_trail(db, None, since=0)[1:]]
+
+
+def changed(console):
+    """All that the buttons can change."""
+    with connect.reading(console.ledger) as db:
+        now = time.time()
+        return (
+            [(each.scope, each.until is None, each.cut) for each in state.pauses(db, now)],
+            [(each.scope, each.window, each.amount_nano, round((each.until - now) / 3600)) for each in admin.raises(db, now=now)],
+            [(each.scope, each.window, each.amount_nano) for each in admin.limits(db)],
+            [each.refusal(now) for each in admin.tokens(db)],
+        )
+
+
+NOTHING = ([], [], [], [None])
+
+
+@pytest.mark.parametrize(
+    ("addresses", "after", "actions"),
+    [
+        ([PAUSE], ([("app:reports", True, False)], [], [], [None]), [("pause", "app:reports", "runaway")]),
+        (["/change/pause?scope=total&hours=8&cut=yes"], ([("total", False, True)], [], [], [None]), [("pause", "total", "")]),
+        ([PAUSE, "/change/resume?scope=reports"], NOTHING, [("pause", "app:reports", "runaway"), ("resume", "app:reports", "")]),
+        (["/change/raise?scope=reports&window=day&amount=$2&hours=8"], ([], [("app:reports", "day", 2 * 10**9, 8)], [], [None]), [("cap raise", "app:reports day", "")]),
+        (["/change/raise?scope=reports&window=day&amount=2&hours=1", "/change/withdraw?id=1"], NOTHING, [("cap raise", "app:reports day", ""), ("cap withdraw", "app:reports day", "")]),
+        (["/change/limit?scope=total&window=month&amount=3"], ([], [], [("total", "month", 3 * 10**9)], [None]), [("cap limit", "total month", "")]),
+        (["/change/limit?scope=reports&window=day&amount=0", "/change/lift?scope=reports&window=day"], NOTHING, [("cap limit", "app:reports day", ""), ("cap limit lift", "app:reports day", "")]),
+        (["/change/revoke?scope=reports&id=1"], ([], [], [], ["token_revoked"]), [("token revoke", "app:reports", "")]),
+    ],
+)  # fmt: skip
+def test_a_confirmed_change_is_the_commands_and_audited(console, client, addresses, after, actions):
+    for address in addresses:
+        answer = confirm(client, address)
+        assert (answer.status_code, answer.headers["Location"] in ("/", "/apps/reports")) == (303, True), answer.text
+    assert changed(console) == after
+    assert audited(console) == [(True, *action) for action in actions]
+    page = client.get("/apps/reports").text
+    assert "Raise …" in page
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("/change/explode", "there are pause, resume"),
+        ("/change/pause?scope=report", "did you mean reports?"),
+        ("/change/raise?scope=reports&window=week&amount=1&hours=1", "has no cap for a week"),
+        ("/change/raise?scope=reports&window=day&amount=-1&hours=1", "is not an amount"),
+        ("/change/raise?scope=reports&window=day&amount=1&hours=0", "1 to 8,784"),
+        ("/change/limit?scope=reports&window=year&amount=1", "no window"),
+        ("/change/revoke?scope=reports&id=2", "no token 2"),
+        ("/change/withdraw?id=1", "No raise 1 is in force"),
+    ],
+)
+def test_a_change_without_sense_is_refused_before_it_is_asked(console, client, address, words):
+    answer = client.get(address)
+    assert (answer.status_code, words in answer.text) == (400, True), answer.text
+    assert changed(console) == NOTHING
+
+
+def test_a_rule_of_the_commands_holds_at_the_button_too(console, client):
+    """A limit above the cap, a raise under a limit, an end of what is no pause: refused as the command refuses it."""
+    for address, words in (
+        ("/change/limit?scope=reports&window=day&amount=9", "a limit lowers a cap"),
+        ("/change/resume?scope=reports", "is not paused"),
+    ):
+        answer = confirm(client, address)
+        assert (answer.status_code, words in answer.text) == (409, True), answer.text
+    confirm(client, "/change/limit?scope=reports&window=day&amount=1")
+    held = "/change/raise?scope=reports&window=day&amount=1&hours=1"
+    answer = confirm(client, held)
+    assert (answer.status_code, "is limited to $1.00 a day" in answer.text) == (409, True), answer.text
+    assert confirm(client, f"{held}&lift=yes").status_code == 303
+    assert (changed(console)[1], changed(console)[2]) == ([("app:reports", "day", 10**9, 1)], [])
+
+
+@browser.needed
+def test_a_person_pauses_and_revokes_in_a_browser(console, tmp_path):
+    """The forms, the confirmation and the headers that a real browser sends with them. GATEWAY_SCREENSHOTS keeps pictures."""
+    folder = Path(os.environ.get("GATEWAY_SCREENSHOTS", tmp_path))
+    with served(console) as address, browser.opened() as page:
+        page.goto(f"{address}/login/{console.login.link}")
+        page.click("text=reports")
+        page.screenshot(path=folder / "buttons-light.png", full_page=True)
+        page.set_viewport_size({"width": 390, "height": 900})
+        page.screenshot(path=folder / "buttons-phone.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        page.fill("form[action='/change/pause'] [name=why]", "runaway loop")
+        page.click("text=Pause …")
+        assert "Refuse every further call of reports until it is resumed" in page.inner_text("main")
+        page.screenshot(path=folder / "confirm-phone.png", full_page=True)
+        assert changed(console) == NOTHING
+        page.click("button:has-text('Pause reports')")
+        assert "Paused. runaway loop" in page.inner_text("main")
+        page.click("text=Revoke …")
+        page.emulate_media(color_scheme="dark")
+        page.screenshot(path=folder / "confirm-dark.png", full_page=True)
+        assert Axe().run(page).response["violations"] == []
+        page.click("button:has-text('Revoke token #1')")
+        assert page.url == f"{address}/apps/reports"
+    assert changed(console) == ([("app:reports", True, False)], [], [], ["token_revoked"])
+    assert audited(console) == [(True, "pause", "app:reports", "runaway loop"), (True, "token revoke", "app:reports", "")]
+
+
+# attacks
+
+
+def test_no_get_changes_anything(console, client):
+    for address in (PAUSE, "/change/limit?scope=reports&window=day&amount=0", "/change/revoke?scope=reports&id=1"):
+        assert client.get(f"{address}&word={word(client, address)}").status_code == 200
+        assert client.get(f"/change?word={word(client, address)}").status_code in (404, 405)
+        assert client.head(address).status_code == 200
+    assert (changed(console), audited(console)) == (NOTHING, [])
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Origin": "null"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "http://localhost:3000"},  # another server of this machine: the same site to the cookie
+        {"Origin": "https://localhost"},
+        {"Origin": "http://localhost.evil.example"},
+        HOME | {"Sec-Fetch-Site": "same-site"},
+        HOME | {"Sec-Fetch-Site": "cross-site"},
+    ],
+)
+def test_a_request_of_another_site_is_refused(console, client, headers):
+    """Even with a word that is good."""
+    answer = confirm(client, PAUSE, headers=headers)
+    assert (answer.status_code, changed(console)) == (403, NOTHING)
+
+
+def test_a_word_works_once_in_its_session_as_it_was_shown(console, client):
+    """A replay, another session's word, a made-up one, and fields sent beside it change nothing."""
+    good = word(client, PAUSE)
+    console.login.link = "second"
+    other = build(console).test_client()
+    other.get("/login/second")
+    for who, sent in ((other, good), (client, ""), (client, "x" * 43), (client, good[:-1])):
+        assert who.post("/change", data={"word": sent}, headers=HOME).status_code == 409
+    assert changed(console) == NOTHING
+    fields = {"word": good, "scope": "total", "action": "revoke"}
+    assert client.post("/change", data=fields, headers=HOME).status_code == 303
+    assert changed(console)[0] == [("app:reports", True, False)]
+    confirm(client, "/change/resume?scope=reports")
+    assert client.post("/change", data=fields, headers=HOME).status_code == 409
+    assert changed(console) == NOTHING
+
+
+def test_a_word_ends_after_ten_minutes_and_fifty_others(console, client):
+    cookie = client.get_cookie(COOKIE).value
+    session = console.login.session(cookie, monotonic_s())
+    old = word(client, PAUSE)
+    change, until = session.asked[old]
+    session.asked[old] = (change, until - LINK_S - 1)
+    assert client.post("/change", data={"word": old}, headers=HOME).status_code == 409
+    first = ask(session, change, monotonic_s())
+    for _ in range(ASKED_MAX):
+        ask(session, change, monotonic_s())
+    assert len(session.asked) == ASKED_MAX
+    assert client.post("/change", data={"word": first}, headers=HOME).status_code == 409
+    assert changed(console) == NOTHING
+
+
+def test_changes_are_limited_by_the_minute(console, client):
+    answers = [client.post("/change", data={"word": "guess"}, headers=HOME).status_code for _ in range(TRIES_PER_MINUTE + 1)]
+    assert answers == [409] * TRIES_PER_MINUTE + [429]
+    assert (confirm(client, PAUSE).status_code, changed(console)) == (429, NOTHING)
+
+
+def test_guesses_of_the_link_are_limited_and_lock_nobody_out(console):
+    stranger = build(console).test_client()
+    answers = [stranger.get(f"/login/guess{number}").status_code for number in range(TRIES_PER_MINUTE + 1)]
+    assert answers == [401] * TRIES_PER_MINUTE + [429]
+    assert stranger.get(f"/login/{console.login.link}").status_code == 303
+
+
+def test_a_cookie_that_was_put_in_beforehand_is_nobodys(console):
+    """A login makes a cookie of its own: one that somebody else knows never becomes a session."""
+    victim = build(console).test_client()
+    victim.set_cookie(COOKIE, "known-to-the-thief")
+    victim.get(f"/login/{console.login.link}")
+    assert victim.get_cookie(COOKIE).value != "known-to-the-thief"
+    thief = build(console).test_client()
+    thief.set_cookie(COOKIE, "known-to-the-thief")
+    assert thief.get(PAUSE).status_code == 401
+    assert thief.post("/change", data={"word": "x"}, headers=HOME).status_code == 401
+
+
+@pytest.mark.parametrize(("method", "address"), [("POST", "/change"), ("GET", PAUSE), ("POST", "/"), ("DELETE", "/change")])
+def test_a_console_that_only_reads_has_no_buttons(console, method, address):
+    console.may_write = False
+    client = build(console).test_client()
+    client.get(f"/login/{console.login.link}")
+    assert client.open(address, method=method, headers=HOME).status_code == 405
+    assert "/change" not in client.get("/apps/reports").text + client.get("/").text
+
+
+def test_a_body_that_is_too_long_is_refused(console, client):
+    answer = client.post("/change", data={"word": word(client, PAUSE), "why": "x" * 10_000}, headers=HOME)
+    assert (answer.status_code, changed(console)) == (413, NOTHING)
+
+
+# a new link
+
+
+def test_a_new_link_opens_a_console_that_runs(console, tmp_path):
+    console.link_file = tmp_path / "state" / "console.link"
+    client = build(console).test_client()
+    with links.open_for_links(console.link_file):
+        first, second = links.offer(console.link_file), links.offer(console.link_file)
+        assert console.link_file.stat().st_mode & 0o777 == 0o600
+        assert second not in console.link_file.read_text()
+        answers = [client.get(f"/login/{link}").status_code for link in (first, second, second, console.login.link)]
+        assert answers == [401, 303, 401, 303]
+        late = links.offer(console.link_file)
+        console.clock = lambda: time.time() + LINK_S + 5
+        assert client.get(f"/login/{late}").status_code == 401
+    assert not console.link_file.exists()
+    with pytest.raises(ValueError, match="no console runs"):
+        links.offer(console.link_file)
+
+
+def test_no_link_is_made_for_a_console_that_was_killed(tmp_path):
+    left = Path(tmp_path / "console-127.0.0.1-8090.link")
+    left.touch()
+    with pytest.raises(ValueError, match=r"no console runs at 127\.0\.0\.1:8090"):
+        links.offer(left)
