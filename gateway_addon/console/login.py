@@ -33,7 +33,7 @@ class Tries:
 
 
 @dataclass(slots=True)
-class Session:
+class LoginSession:
     ends_monotonic_s: float
     asked: dict[str, tuple[AskedChange, float]] = field(default_factory=dict, repr=False)
     """Changes to confirm, each under its word, with the moment until which it may be."""
@@ -47,7 +47,7 @@ class Login:
     link: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     wrong: Tries = field(default_factory=Tries)
     changes: Tries = field(default_factory=Tries)
-    _sessions: dict[str, Session] = field(default_factory=dict, repr=False)
+    _sessions: dict[str, LoginSession] = field(default_factory=dict, repr=False)
 
     def enter(self, link: str, monotonic_s: float, other_digest: str = "") -> str | None:
         """Return a cookie for the bearer of the link, or of the other one that has this digest; None for a wrong, used or old link."""
@@ -58,16 +58,16 @@ class Login:
         if good:
             self.link = ""
         cookie = secrets.token_urlsafe(32)
-        self._sessions[cookie] = Session(monotonic_s + SESSION_S)
+        self._sessions[cookie] = LoginSession(monotonic_s + SESSION_S)
         return cookie
 
-    def session(self, cookie: str, monotonic_s: float) -> Session | None:
+    def session(self, cookie: str, monotonic_s: float) -> LoginSession | None:
         """Return the session of a cookie; None where it has none, or it has ended."""
         found = [each for known, each in self._sessions.items() if hmac.compare_digest(cookie.encode(), known.encode())]
         return found[0] if found and monotonic_s <= found[0].ends_monotonic_s else None
 
 
-def ask(session: Session, change: AskedChange, monotonic_s: float) -> str:
+def ask(session: LoginSession, change: AskedChange, monotonic_s: float) -> str:
     """Keep a change to be confirmed; returns its word. The oldest are forgotten."""
     word = secrets.token_urlsafe(32)
     session.asked[word] = (change, monotonic_s + LINK_S)
@@ -76,7 +76,7 @@ def ask(session: Session, change: AskedChange, monotonic_s: float) -> str:
     return word
 
 
-def confirmed(session: Session, word: str, monotonic_s: float) -> AskedChange | None:
+def confirmed(session: LoginSession, word: str, monotonic_s: float) -> AskedChange | None:
     """Return the change that a word confirms, once; None for a word that is wrong, used or too old."""
     key = next((known for known in session.asked if hmac.compare_digest(word.encode(), known.encode())), None)
     change, until = session.asked.pop(key) if key is not None else (None, 0.0)
