@@ -13,7 +13,7 @@ from gateway_addon.calls.spend_limit import rejected_headers
 from gateway_addon.identity.client_address import FORWARDED_FOR
 from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
 from gateway_addon.identity.tokens import ISSUE
-from gateway_addon.ledger import TOTAL, Denied, Pause, Standing, Token
+from gateway_addon.ledger import TOTAL, Denied, Pause, Standing, Token, enclosing, part_of
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, app_named
 from gateway_addon.policy import AppPolicy
@@ -163,7 +163,8 @@ def cut_sentence(running: InFlightCall) -> str:
     """Return the sentence that says why the gateway ended a running answer."""
     app = running.admission.app
     if running.cut == "paused":
-        return f"The operator paused {app}, so the gateway ended this answer here. What was generated so far is charged."
+        whom = f"{app}, or the part of it that asked"
+        return f"The operator paused {whom}, so the gateway ended this answer here. What was generated so far is charged."
     if running.cut == "lease_expiring":
         return (
             "The gateway has lost its ledger and must end running answers before another gateway books them, so this one ends here; "
@@ -198,6 +199,9 @@ def _cap_name(standing: Standing) -> str:
 
 
 def _scope(scope: str) -> str:
+    if (part := part_of(scope)) is not None:
+        kind, value = part
+        return f"{kind.removeprefix('label.')} {value} of {_scope(enclosing(scope))}"
     kind, _, name = scope.partition(":")
     return app_named(name) if kind == "app" else f"{kind} {name}" if name else "all apps together"
 

@@ -107,7 +107,7 @@ class RunningStreams:
         """End the running calls in scopes that were paused with `--now`. Raises LedgerUnavailable."""
         paused_now = {pause.scope for pause in await self._ledger.pauses(now=self._clocks.now()) if pause.cut}
         for flow in list(self.flows.values()) if paused_now else ():
-            if flow.running is not None and paused_now & set(flow.running.admission.call.scopes):
+            if flow.running is not None and paused_now & set(flow.running.admission.call.pause_scopes):
                 flow.cut("paused")
 
     async def keep_to_the_lease(self) -> None:

@@ -20,7 +20,7 @@ COMMANDS = {
     "app": ("app", "the apps: policy, caps, tokens, last calls on one screen"),
     "token": ("token", "issue, rotate, revoke and list the apps' tokens"),
     "cap": ("caps", "list caps, raise or lower one for a while, take it back"),
-    "pause": ("pauses", "refuse every further call of an app, or of all"),
+    "pause": ("pauses", "refuse every further call of an app, of a session or user, or of all"),
     "resume": ("pauses", "end a pause"),
     "adjust": ("pauses", "correct what a call cost"),
     "overrun": ("pauses", "let a model that passed its grant reserve in steps again"),
@@ -87,4 +87,4 @@ class CommandGroup(click.Group):
 @click.help_option("-h", "--help", hidden=True)  # who reads this has found it, and the list of commands is to fit a screen
 @click.version_option(__version__, "-V", "--version", prog_name="gateway", hidden=True)
 def main() -> None:
-    """The control plane for people who run several apps on one Claude API key. (--version names this one.)"""
+    """The control plane for people who run several apps on one Claude API key."""

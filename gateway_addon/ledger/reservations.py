@@ -33,7 +33,6 @@ from gateway_addon.ledger.types import (
     Token,
     app_scope,
     labels_text,
-    team_scope,
 )
 from gateway_addon.names import PROGRAM
 from gateway_addon.windows import WINDOWS, Starts, next_start, starts
@@ -68,11 +67,15 @@ _RATE = """
           FROM minutes WHERE CAST(${limit} AS BIGINT) IS NOT NULL AND app = $app AND minute IN ($minute, $minute - 1)) AS counted
     WHERE 60 * recent + (60 - $second) * before + 60 * {size} > 60 * ${limit}
 """
+PAUSABLE = "scope IN ('its scopes')"
+"""Becomes a list of the call's scopes, as long as they are many (`_asking`): each is looked up by key."""
+SCOPES_A_STEP = 8  # a call has a few scopes more or less than another, and each length is a statement of its own
 OBSTACLES = f"""
   SELECT 1 FROM (SELECT 1) AS caller LEFT JOIN tokens ON id = $token_id AND app = $app
     WHERE id IS NULL OR revoked_at <= $now OR expires_at <= $now
   UNION ALL
-  SELECT 1 FROM pauses WHERE scope IN ('total', $app_scope, $team_scope) AND (until IS NULL OR until > $now)
+  SELECT 1 FROM pauses
+    WHERE {PAUSABLE} AND (until IS NULL OR until > $now)
   UNION ALL
   SELECT 1 FROM ({STANDINGS}) AS standing WHERE spent_nano + reserved_nano + quantum_nano + $grant_nano + $own_quantum_nano > cap_nano
   UNION ALL
@@ -183,7 +186,6 @@ def reserve(
     values = _call_values(call, owner, windows, now)
     values |= {
         "app_scope": app_scope(call.app),
-        "team_scope": team_scope(call.team) if call.team else None,
         "grant_nano": grant_nano,
         "own_quantum_nano": quantum_nano,
         "minute": int(now) // 60,
@@ -193,8 +195,9 @@ def reserve(
         "concurrent": limits.concurrent,
     }
     frames = _frames(caps, windows)
-    values |= _asked(frames)
-    written = db.execute(_asking(RESERVE, db.engine, len(frames)), values).fetchall()
+    pausable = call.pause_scopes + (None,) * (-len(call.pause_scopes) % SCOPES_A_STEP)
+    values |= _asked(frames) | dict(zip(_pausable(len(pausable)), pausable, strict=True))
+    written = db.execute(_asking(RESERVE, db.engine, len(frames), len(pausable)), values).fetchall()
     if written:
         return Reserved(written[0][0], _standings(db, frames, now, calendar), owner)
     denial = judge(facts(db, call, caps, now=now), limits, grant_nano, quantum_nano, call.input_tokens, now)
@@ -209,7 +212,7 @@ def facts(db: Connection, call: NewCall, caps: Sequence[CapShape], *, now: float
     requests, input_tokens = _counted(db, call.app, now)
     return CallFacts(
         token(db, call.token_id, call.app),
-        tuple(pause for pause in state.pauses(db, now) if pause.scope in call.scopes),
+        tuple(pause for pause in state.pauses(db, now) if pause.scope in call.pause_scopes),
         capped(db, caps, now=now),
         in_flight[0][0] if in_flight else 0,
         requests,
@@ -346,11 +349,17 @@ def _names(count: int) -> tuple[str, ...]:
 
 
 @lru_cache
-def _asking(statement: str, engine: Engine, count: int) -> Statement:
-    """Return the statement for an engine and so many caps."""
+def _pausable(count: int) -> tuple[str, ...]:
+    return tuple(f"pausable_{number}" for number in range(count))
+
+
+@lru_cache
+def _asking(statement: str, engine: Engine, count: int, pausable: int = 0) -> Statement:
+    """Return the statement for an engine, so many caps, and so many scopes of pauses."""
+    scopes = f"scope IN ({', '.join(f'${name}' for name in _pausable(pausable))})" if pausable else PAUSABLE
     rows = ", ".join(["({}, {}, {}, {})"] * count).format(*(f"${name}" for name in _names(count)))
     asked = f"(VALUES {rows}) AS asked" if count else ASKED_NOTHING
-    return named(statement.replace(ASKED, asked).replace(ITS_BALANCE, engine.balance_of_cap))
+    return named(statement.replace(ASKED, asked).replace(ITS_BALANCE, engine.balance_of_cap).replace(PAUSABLE, scopes))
 
 
 def _asked(frames: Sequence[CapWindow]) -> dict[str, Any]:

@@ -38,7 +38,23 @@ def labels_of(text: str | None) -> Labels:
 
 
 def part_scope(app: str, part: AppPart) -> str:
-    return f"{app_scope(app)} {part[0]}:{part[1]}"
+    return part_within(app_scope(app), part)
+
+
+def part_within(scope: str, part: AppPart) -> str:
+    """Return the scope of a part within an app's, or within `total`: a pause of a session may be one of any app."""
+    return f"{scope} {part[0]}:{part[1]}"
+
+
+def enclosing(scope: str) -> str:
+    """Return the scope of the app that a part belongs to; any other scope as it is."""
+    return scope.partition(" ")[0]
+
+
+def part_of(scope: str) -> AppPart | None:
+    """Return the part that a scope names, None for one that is no part of an app."""
+    kind, _, value = scope.partition(" ")[2].partition(":")
+    return (kind, value) if kind else None
 
 
 def team_scope(team: str) -> str:
@@ -146,6 +162,13 @@ class NewCall:
             ("token", str(self.token_id)), *((f"label.{name}", value) for name, value in self.labels),
         )  # fmt: skip
         return tuple((kind, value) for kind, value in known if value)
+
+    @property
+    def pause_scopes(self) -> tuple[str, ...]:
+        """Return every scope whose pause refuses the call: its parts too, within its app and within all, and the agent that started its."""
+        parent = (("agent", self.parent_agent_id),) if self.parent_agent_id else ()
+        named = (*self.parts, *parent)
+        return (*self.scopes, *(part_within(scope, part) for scope in (TOTAL, app_scope(self.app)) for part in named))
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,24 @@ async def test_a_limit_in_mid_storm_holds_from_the_next_call(ledger, path):
     assert balance(path, "total", "day")[:2] == (0, 800)
 
 
+PARTED = replace(
+    CALL, session_id="s%1", agent_id="a_1", parent_agent_id="a_0", user_id="U: 1", labels=(("client", "ac|me"),), model="claude-haiku-4-5"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("within", ["total", "app:reports"])
+@pytest.mark.parametrize("part", ["session:s%1", "agent:a_1", "agent:a_0", "user:U: 1", "label.client:ac|me"])
+def test_a_pause_of_a_part_refuses_its_calls_alone(db, within, part):
+    """No other value, no value that a pattern would take for it, and no other app's, is refused."""
+    admin.pause(db, f"{within} {part}", who="ops", now=NOON)
+    assert hold(db, 1, call=PARTED).reason == "paused"
+    for other in (CALL, replace(PARTED, session_id="s%12", agent_id="a_", parent_agent_id="A_1", user_id="u: 1", labels=(("client", "ac"),))):
+        assert isinstance(hold(db, 1, call=other), Reserved)
+    admin.resume(db, f"{within} {part}", who="ops", now=NOON)
+    admin.pause(db, f"app:other {part}", who="ops", now=NOON)
+    assert isinstance(hold(db, 1, call=PARTED), Reserved)
+
+
 @pytest.mark.parametrize("scope", ["total", "team:batch", "app:reports"])
 def test_a_pause_refuses_until_its_end_or_resume(db, scope):
     admin.pause(db, scope, until=NOON + 60, who="ops", now=NOON)
@@ -445,7 +463,7 @@ def any_sequence(path, steps):
 
 def plans(db):
     judging = ("RESERVE", "OBSTACLES", "STANDINGS", "EXTEND")
-    hot = {name: reservations._asking(getattr(reservations, name), db.engine, 3).numbered for name in judging}
+    hot = {name: reservations._asking(getattr(reservations, name), db.engine, 3, 8).numbered for name in judging}
     hot |= {name: getattr(reservations, name).numbered for name in ("RELEASE", "RESOLVE", "FINISH")}
     hot |= {"token": "SELECT id FROM tokens WHERE digest = $1", "open": reservations.OPEN_OF_OWNER}
     hot["trigger"] = 'SELECT scope, "window", window_start FROM call_frames WHERE call_id = $1'

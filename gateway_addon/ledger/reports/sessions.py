@@ -8,11 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gateway_addon.ledger import sql
+from gateway_addon.ledger.reports.spending import label_column
 from gateway_addon.ledger.sql import Connection
+from gateway_addon.ledger.types import AppPart
 
 RATE_S = 600
 """The time by whose bookings a session's rate is told."""
 HOUR_S = 3600
+LATEST = 100_000
+"""Calls that are looked through for a name that no index has."""
 NEAR_MAX = 5
 """Sessions that are named where a beginning of an id fits several."""
 
@@ -140,6 +144,15 @@ def named(db: Connection, text: str) -> str:
         raise ValueError(f"no session {text!r} in this ledger")
     more = " or another" if len(found) > NEAR_MAX else ""
     raise ValueError(f"session {text!r} may be {', '.join(found[:NEAR_MAX])}{more}; write more of its id")
+
+
+def seen(db: Connection, part: AppPart) -> bool:
+    """Return whether one of the latest calls belongs to a part of an app: an agent, a user, a label."""
+    kind, value = part
+    columns = {"agent": "agent_id", "user": "user_id", "session": "session_id"}
+    column = columns[kind] if kind in columns else label_column(db.engine, kind.removeprefix("label."))
+    latest = f"SELECT 1 FROM calls WHERE id > (SELECT max(id) FROM calls) - {LATEST} AND {column} = $1 LIMIT 1"
+    return bool(db.execute(latest, (value,)).fetchall())
 
 
 def tree(lines: Sequence[AgentLine]) -> Iterator[tuple[int, str | None, list[AgentLine]]]:
