@@ -33,6 +33,8 @@ class Caller:
     overruns: frozenset[str]
     """Models that were to be reserved in full then."""
     arrived_at: float
+    digest: str = ""
+    """The digest by which the ledger found its token."""
 
 
 @dataclass(frozen=True, slots=True)

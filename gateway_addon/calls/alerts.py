@@ -1,5 +1,5 @@
 """Build the alerts for a person: a cap that fills up, a bill above its grant, another model than the one asked for, a key that
-the provider does not take, an upstream that redirects, a policy that is not in force.
+the provider does not take, an upstream that redirects, an issuer without keys, a policy that is not in force.
 
 Promises that an alert holds no secret: names, amounts and places, never a value from a policy file, a header or a body. Each has a
 `once`, by which the ledger has it delivered once over all processes. Pure; webhooks.py delivers them.
@@ -127,6 +127,15 @@ def redirected(upstream: str, status: int, now: float) -> Alert:
         "past the gateway. Name the API's own address in gateway.yaml (upstream)"
     )
     return Alert("redirect", "total", str(int(now) // HOUR_S), sentence, {"status": status})
+
+
+def keys_unavailable(issuer: str, why: str, age_s: float, now: float) -> Alert:
+    """Return the alert for an issuer whose keys cannot be fetched. Once a day while it lasts."""
+    then = "its tokens are refused (503)"
+    if age_s < DAY_S:
+        then = f"its tokens are checked by the keys of {age_s / 60:,.0f} min ago, for a day at most, then refused (503)"
+    sentence = f"the keys of the issuer {issuer} cannot be fetched ({why}); {then}"
+    return Alert("issuer", "total", f"{issuer} {int(now) // DAY_S}", sentence, {"issuer": issuer})
 
 
 def retiring(found: Retiring, now: float) -> Alert:

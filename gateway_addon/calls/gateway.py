@@ -21,9 +21,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from gateway_addon.calls import alerts
+from gateway_addon.calls import alerts, exchange
 from gateway_addon.calls.admission import Admission, Caller, EndedBy, Hold, ResponseHook, new_call
 from gateway_addon.calls.authentication import Rejected, authenticate
+from gateway_addon.calls.exchange import ExchangeRequest, assertion_of
+from gateway_addon.calls.identities import WorkloadIdentities
 from gateway_addon.calls.judging import Judgement, judge_request
 from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.planning import plan
@@ -40,6 +42,7 @@ from gateway_addon.calls.top_ups import RunningStreams
 from gateway_addon.calls.workspace import Workspace
 from gateway_addon.clocks import SYSTEM, Clocks
 from gateway_addon.identity.client_address import origin
+from gateway_addon.identity.key_cache import IssuerKeys, no_keys
 from gateway_addon.identity.throttle import FailedAuthenticationThrottle
 from gateway_addon.ledger import (
     Alert,
@@ -96,13 +99,14 @@ class Gateway:
 
     def __init__(
         self, ledger: Ledger, policy: GatewayPolicy, clocks: Clocks = SYSTEM, emit: Callable[[Alert], None] | None = None,
-        endpoint_prefix: str = "", on_call: OnCall | None = None,
+        endpoint_prefix: str = "", on_call: OnCall | None = None, issuer_keys: IssuerKeys | None = None,
     ):  # fmt: skip
         """Take the ledger and the policy in force.
 
         `clocks` time the waiting; each method that concerns windows or rows is given its `now` (unix seconds).
         `emit` delivers an alert, and never waits; without it alerts go to the log.
         `on_call` is called with the record of each call, once its cost is written.
+        `issuer_keys` has the keys of the policy's issuers; without it no identity token can be verified.
         `endpoint_prefix` stands before the endpoint in each call's row, where a ledger has several gateways.
         """
         self._endpoint_prefix = endpoint_prefix
@@ -123,6 +127,9 @@ class Gateway:
         self.workspace = Workspace(ledger, self._queue, clocks.now, self.batch_closed, self._resolve, self._judging)
         self._limits_monotonic_s = -math.inf
         self._throttle = FailedAuthenticationThrottle()
+        self.identities = WorkloadIdentities(ledger, issuer_keys or IssuerKeys(no_keys, clocks.monotonic_s))
+        self.issuer_problem: str | None = None
+        """Which issuers' keys cannot be fetched."""
         self._ready_monotonic_s = -math.inf
 
     # -- authenticate
@@ -136,7 +143,7 @@ class Gateway:
         now: float,
         digest: str | None = None,
         base_url: str = "",
-    ) -> Caller | OwnResponse | Refusal:
+    ) -> Caller | ExchangeRequest | OwnResponse | Refusal:
         """Find out who calls which endpoint, from the headers alone. `headers` have lower-case names; `peer` is an IP address.
 
         `digest`: the digest of the token that a replayed request first came with; that token must be in force now.
@@ -148,6 +155,8 @@ class Gateway:
         if endpoint == "healthz":
             return OwnResponse(self._health())
         address = origin(peer, headers, self.policy.trusted_proxies)
+        if endpoint == "exchange":
+            return ExchangeRequest(address, self.policy)
         named = "unknown" if isinstance(endpoint, Refusal) else endpoint
         look_up = partial(self.ledger.look_up_token, now=now)
         try:
@@ -158,7 +167,7 @@ class Gateway:
             caller = (
                 Rejected(BROWSER)
                 if method == "OPTIONS"
-                else await authenticate(headers, digest, address, named, self.policy, look_up, now)
+                else await authenticate(headers, digest, address, named, self.policy, look_up, self.identities.digest, now)
             )
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
@@ -175,12 +184,24 @@ class Gateway:
         """Record a caller that is refused: in a row of its app where that is known, else in a count."""
         if caller.token is None:
             monotonic_s = self._clocks.monotonic_s()
-            refusal = throttled(address, monotonic_s) if self._throttle.too_much(address, monotonic_s) else caller.refusal
+            is_callers = caller.refusal.code != "identity_unavailable"
+            refusal = throttled(address, monotonic_s) if is_callers and self._throttle.too_much(address, monotonic_s) else caller.refusal
             self.ledger.failed_authentication(refusal.code, now=now)
             return refusal
         if caller.app is None:
             return caller.refusal
         return self._refused(caller.app, caller.token, endpoint, caller.refusal, now)
+
+    async def exchange(self, asked: ExchangeRequest, body: bytes, content_type: str, now: float) -> OwnResponse:
+        """Exchange the identity token in a body for a session. A refused one counts like any other attempt to get in."""
+        token = assertion_of(body, content_type)
+        try:
+            session = token if isinstance(token, Refusal) else await self.identities.session(token, asked.policy.trust, now)
+        except LedgerUnavailable as error:
+            return exchange.refused(_ledger_refusal(error))
+        if isinstance(session, Refusal):
+            return exchange.refused(self._rejected(Rejected(session), asked.address, "exchange", now))
+        return exchange.granted(*session)
 
     # -- admit
 
@@ -274,6 +295,7 @@ class Gateway:
     def stop(self) -> None:
         """Stop topping streams up and judging large bodies. Whoever opened the ledger closes it."""
         self._judging.close()
+        self.identities.keys.close()
 
     # -- close
 
@@ -401,7 +423,7 @@ class Gateway:
 
     def _health(self) -> dict[str, Any]:
         health: dict[str, Any] = {"status": "ok", "policy": self.policy.digest[:12], "apps": len(self.policy.apps)}
-        problems = {"policy_problem": self.policy_problem, "key_problem": self.key_problem}
+        problems = {"policy_problem": self.policy_problem, "key_problem": self.key_problem, "issuer_problem": self.issuer_problem}
         return health | {name: problem for name, problem in problems.items() if problem is not None}
 
     async def _standing(self, app: AppPolicy, endpoint: str, now: float) -> OwnResponse | Refusal:

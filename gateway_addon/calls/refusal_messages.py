@@ -21,6 +21,8 @@ from gateway_addon.refusals import Refusal, capitalised
 from gateway_addon.upstreams.rate_limits import Shortage
 from gateway_addon.windows import shown
 
+EXCHANGE = "Exchange an identity token again; the SDKs do so by themselves."
+
 
 class BatchQuote(NamedTuple):
     """The worst case of a whole batch."""
@@ -33,10 +35,27 @@ def in_force(token: Token | None, now: float) -> Token | Refusal:
     """Return the token if it is in force, else the refusal that says why it is not."""
     if token is None:
         return Refusal("token_unknown", f"No app has this token: it was issued for another gateway or ledger. {ISSUE}.")
-    if code := token.refusal(now):
+    if (code := token.refusal(now)) and token.issuer is not None:
+        return _workload_out(token, code)
+    if code:
         word = "revoked" if code == "token_revoked" else "expired"
         return Refusal(code, f"Token {token.label or token.id} of {app_named(token.app)} is {word}. {ISSUE}.")
     return token
+
+
+def _workload_out(token: Token, code: str) -> Refusal:
+    """Return the refusal for a workload that is revoked, or a session that has ended."""
+    whose = f"workload {token.label} of app {token.app}"
+    if code == "token_revoked":
+        way_out = f"{PROGRAM} token restore {token.app} --id {token.id}"
+        return Refusal(code, f"The {whose} is revoked. The operator can let it in again: {way_out}.")
+    return Refusal("identity_expired", f"The session of the {whose} has ended. {EXCHANGE}")
+
+
+def rule_gone(token: Token, app: AppPolicy) -> Refusal:
+    """Return the refusal for a session whose rule is no longer in its app's policy."""
+    sentence = f"The rule that let the workload {token.label} in is no longer one of app {app.name} ({app.file}: workloads). {EXCHANGE}"
+    return Refusal("identity_expired", sentence)
 
 
 def denied(denial: Denied, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption, zone: tzinfo) -> Refusal:

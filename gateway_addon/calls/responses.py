@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gateway_addon.calls.spend_limit import allowed_headers
@@ -21,6 +21,10 @@ class OwnResponse:
     body: Mapping[str, Any] | bytes | None
     status: int = 200
     content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+    """Headers beside those of every answer."""
+    secret: str | None = field(default=None, repr=False)
+    """A secret that is masked in `body`: only the client sees it (exchange.py)."""
 
     def content(self) -> bytes:
         """Return the body's bytes."""

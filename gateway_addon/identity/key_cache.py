@@ -41,6 +41,11 @@ type Fetch = Callable[[Issuer, "KeySet | None"], Awaitable[Fetched]]
 """Fetch an issuer's keys; given those of the time before, return the very same where nothing has changed. Raises KeysUnavailable."""
 
 
+async def no_keys(issuer: Issuer, before: "KeySet | None") -> Fetched:
+    """Fetch nothing, in a process that asks nobody. Raises KeysUnavailable."""
+    raise KeysUnavailable("this process fetches none")
+
+
 def fresh_s(max_age_s: float | None) -> float:
     """Return how long keys are fresh whose server says this of its answer (Cache-Control), or nothing."""
     return FRESH_S_MIN if max_age_s is None else max(FRESH_S_MIN, min(max_age_s, FRESH_S_MAX))
@@ -84,8 +89,8 @@ class KeyCache:
 
     @property
     def is_stale(self) -> bool:
-        """Return whether keys are used that should have been renewed by now."""
-        return self._keys is not None and self.problem is not None and self.age_s > self._fresh_s
+        """Return whether the keys, if there are any, should have been renewed by now, and could not be."""
+        return self.problem is not None and self.age_s > self._fresh_s
 
     async def refresh(self) -> None:
         """Fetch the keys where they are due: before they cease to be fresh."""

@@ -11,6 +11,7 @@ import string
 import zlib
 from collections.abc import Iterable
 
+from gateway_addon.identity.assertion import is_shaped
 from gateway_addon.names import PROGRAM, TOKEN_PATTERN, TOKEN_PREFIX
 from gateway_addon.refusals import Refusal
 
@@ -41,7 +42,7 @@ def well_formed(token: str) -> bool:
 
 
 def credential(headers: Iterable[tuple[str, str]]) -> str | Refusal:
-    """Return the token that a request carries as `x-api-key`, as `Authorization: Bearer`, or as both if equal.
+    """Return the token, or the identity token, that a request carries as `x-api-key`, as `Authorization: Bearer`, or as both if equal.
 
     `headers` are (lower-cased name, value). The 0.x SDKs send the first form, the 2.x SDKs the second, Claude Code's
     apiKeyHelper both.
@@ -59,7 +60,7 @@ def credential(headers: Iterable[tuple[str, str]]) -> str | Refusal:
         sentence = "x-api-key and Authorization carry different credentials. Send the app's gateway token in one of them."
         return Refusal("token_conflict", sentence)
     token = found.pop()
-    if well_formed(token):
+    if well_formed(token) or is_shaped(token):
         return token
     return Refusal("token_malformed", _what_is_wrong(token))
 

@@ -382,7 +382,7 @@ class TokenLookup:
 
 type Facts = Mapping[str, str | int | float | None]
 
-AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "redirect", "policy", "retirement", "forecast"]
+AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "redirect", "policy", "issuer", "retirement", "forecast"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ ENDPOINTS: dict[tuple[str, str], str] = {
     ("GET", "/gateway/me"): "me",
     ("GET", "/gateway/metrics"): "metrics",
     ("GET", "/api/oauth/usage"): "usage",
+    ("POST", "/v1/oauth/token"): "exchange",
 }
 """All endpoints but those with an id in the path (`ITEMS`, models). Any other method and path is refused."""
 

@@ -7,12 +7,15 @@ that the document is the named issuer's; that an answer is read up to a quarter 
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from gateway_addon import http_client
+from gateway_addon.calls.alerts import keys_unavailable
+from gateway_addon.calls.gateway import Gateway
 from gateway_addon.http_client import Egress, Unanswered
 from gateway_addon.identity.assertion import Malformed, strict_object
 from gateway_addon.identity.key_cache import Fetched, KeysUnavailable, fresh_s
@@ -30,6 +33,25 @@ _MAX_AGE = re.compile(r"(?:^|[\s,])max-age=(\d{1,9})(?:$|[\s,])")
 
 type Way = Callable[[str], Egress]
 """Return the way to an address."""
+
+
+class KeyRefresher:
+    """Keep the keys of the issuers in force fresh, apart from the calls, and say where they cannot be had."""
+
+    def __init__(self, gateway: Gateway):
+        self._gateway = gateway
+        self._told: frozenset[str] = frozenset()
+
+    async def look(self) -> None:
+        """Fetch what is due; of each issuer whose keys cannot be had, tell a person once."""
+        trust = self._gateway.policy.trust
+        failing = await self._gateway.identities.keys.follow(() if trust is None else trust.issuers.values())
+        now = time.time()
+        for cache in failing:
+            if cache.issuer.name not in self._told:
+                self._gateway.emit(keys_unavailable(cache.issuer.name, cache.problem or "", cache.age_s, now))
+        self._told = frozenset(cache.issuer.name for cache in failing)
+        self._gateway.issuer_problem = f"No keys from: {', '.join(sorted(self._told))}. The log says why." if failing else None
 
 
 async def fetch(issuer: Issuer, before: "KeySet | None", way: Way) -> Fetched:

@@ -13,6 +13,7 @@ from typing import Any
 from mitmproxy import connection, http
 
 from gateway_addon.calls.admission import Admission, Caller, EndedBy
+from gateway_addon.calls.exchange import ExchangeRequest
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.calls.responses import error_event
 from gateway_addon.calls.running import InFlightCall
@@ -61,6 +62,8 @@ class FlowState:
     handler: Any
     """The handler of its connection (backpressure.py); None once the connection or the flow has ended."""
     caller: Caller | None = None
+    exchange: ExchangeRequest | None = None
+    """Set where the body is an identity token to exchange for a session."""
     admitting: "asyncio.Task[None] | None" = None
     """The task that waits for this call to be admitted, while one does."""
     left: bool = False
@@ -101,6 +104,8 @@ class FlowState:
     """The call goes on when its client closes its side: the client may still read, and the answer tells the cost."""
     final_event: bytes | None = None
     """The gateway's own final event of a stream that it cuts: sent when the upstream side is closed, before a clean end."""
+    unmasked: tuple[bytes, bytes] | None = None
+    """A mask in the gateway's own answer, and the secret that the client gets in its place."""
 
     def began(self, admission: Admission, monotonic_s: float) -> None:
         """Note the admission, before any of the call is sent."""

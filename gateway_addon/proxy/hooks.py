@@ -18,7 +18,9 @@ from mitmproxy.proxy import server_hooks
 from mitmproxy.proxy.layer import NextLayer
 from OpenSSL import SSL
 
+from gateway_addon.calls import exchange
 from gateway_addon.calls.admission import Caller, EndedBy
+from gateway_addon.calls.exchange import ExchangeRequest
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.calls.responses import OwnResponse, cap_headers, edited_header, note_header
 from gateway_addon.clocks import SYSTEM, Clocks
@@ -198,14 +200,19 @@ class GatewayAddon:
         announced_bytes = _announced(flow.request.headers)
         if isinstance(caller, Caller):
             caller = self._overloaded(flow, caller, announced_bytes or 0) or caller
+        if isinstance(caller, ExchangeRequest) and flow_state is not None and (announced_bytes or 0) <= exchange.BODY_BYTES_MAX:
+            flow_state.exchange = caller
+            return None
         if not isinstance(caller, Caller):
             if flow_state is not None:
-                flow_state.close_unread = not flow.is_replay and (announced_bytes is None or announced_bytes > UNREAD_BODY_MAX)
-            return self.answer(flow, caller)
+                long = announced_bytes is None or announced_bytes > UNREAD_BODY_MAX
+                flow_state.close_unread = not flow.is_replay and (long or _is_exchange(flow))
+            return self.answer(flow, exchange.TOO_LARGE if isinstance(caller, ExchangeRequest) else caller)
         assert flow_state is not None
         flow_state.caller, flow_state.hold_open = caller, caller.app.abandoned == "finish"
         label = (b"x-api-key", f"app:{caller.app.name}".encode())  # for people; the wire copy gets the key
         flow.request.headers.fields = (*flow.request.headers.fields, label)
+        return None
 
     def begin(self, flow: http.HTTPFlow) -> FlowState:
         """Remember a flow, before its first hook (called by its stream, inject.py)."""
@@ -217,9 +224,14 @@ class GatewayAddon:
 
     def body_grew(self, flow_state: FlowState) -> bool:
         """Refuse a body without an announced length once it has grown beyond the memory that is left (called by its stream)."""
-        if flow_state.caller is None or flow_state.flow.response:
+        if flow_state.flow.response:
             return False
-        refusal = self._overloaded(flow_state.flow, flow_state.caller, flow_state.body_bytes)
+        if flow_state.exchange is not None:
+            refusal = exchange.TOO_LARGE if flow_state.body_bytes > exchange.BODY_BYTES_MAX else None
+        elif flow_state.caller is not None:
+            refusal = self._overloaded(flow_state.flow, flow_state.caller, flow_state.body_bytes)
+        else:
+            return False
         if refusal is not None:
             self.answer(flow_state.flow, refusal)
         return refusal is not None
@@ -234,14 +246,14 @@ class GatewayAddon:
 
     async def _authenticate(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
-    ) -> Caller | OwnResponse | Refusal:
+    ) -> Caller | ExchangeRequest | OwnResponse | Refusal:
         if flow.is_replay:
             return Refusal("replay", "A replayed flow carries no token. Send the call again from its app.")
         return await self._authenticate_with(flow, headers)
 
     async def _authenticate_with(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...], digest: str | None = None
-    ) -> Caller | OwnResponse | Refusal:
+    ) -> Caller | ExchangeRequest | OwnResponse | Refusal:
         """Authenticate a request by its token, or, where it carries none, by the `digest` of one that was verified before."""
         if self.draining:
             return Refusal("draining", "This gateway is shutting down; send the call again.", retry_after_s=1)
@@ -267,6 +279,8 @@ class GatewayAddon:
         if flow.response or flow.error:
             return
         flow_state = self.flow_states[flow.id]
+        if flow_state.exchange is not None:
+            return await self._exchange(flow, flow_state.exchange)
         assert flow_state.caller is not None
         flow_state.body_bytes = len(flow.request.raw_content or b"")
         request, as_judged = request_of(flow), (flow.request.headers.fields, flow.request.raw_content)
@@ -295,6 +309,11 @@ class GatewayAddon:
             flow.server_conn.via = "http", self.egress.proxy
         flow_state.grant = self._grant(flow_state.caller, request, *as_judged)
         flow_state.watch()
+
+    async def _exchange(self, flow: http.HTTPFlow, asked: ExchangeRequest) -> None:
+        """Answer an exchange, whose body is a credential: it is off the flow before anything can show it."""
+        body, flow.request.raw_content = flow.request.raw_content or b"", b""
+        self.answer(flow, await self.gateway.exchange(asked, body, flow.request.headers.get("content-type", ""), self.clocks.now()))
 
     def _grant(
         self, caller: Caller, request: Request, fields: tuple[tuple[bytes, bytes], ...], body: bytes | None
@@ -414,10 +433,12 @@ class GatewayAddon:
         if isinstance(answer, Refusal):
             status, headers, body = answer.status, answer.headers(request_id), answer.body(request_id)
         else:
-            headers = {"content-type": answer.content_type, "cache-control": "no-store", "request-id": request_id}
+            headers = {"content-type": answer.content_type, "cache-control": "no-store", "request-id": request_id} | dict(answer.headers)
             status, body = answer.status, answer.content()
         flow.response = http.Response.make(status, body, headers)
         if (flow_state := self.flow_states.pop(flow.id, None)) is not None:
+            if isinstance(answer, OwnResponse) and answer.secret is not None:
+                flow_state.unmasked = exchange.mask(answer.secret).encode(), answer.secret.encode()
             flow_state.end()
 
     def finish(self, flow_id: str, ended_by: EndedBy) -> None:
@@ -448,6 +469,10 @@ class GatewayAddon:
             inject.uninstall(data.layer)
         elif isinstance(data, server_hooks.ServerConnectionHookData):
             data.server.error = "the gateway failed before the connection was opened"
+
+
+def _is_exchange(flow: http.HTTPFlow) -> bool:
+    return flow.request.path.partition("?")[0] == exchange.PATH
 
 
 def request_of(flow: http.HTTPFlow) -> Request:

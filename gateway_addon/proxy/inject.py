@@ -174,6 +174,8 @@ class InjectStream(whole.WholeStream):
                     if words is not None:
                         yield SendHttp(ResponseData(self.stream_id, words), self.context.client)
                     command.event = self._ending(command.event)
+                elif state is not None and state.unmasked is not None:
+                    _unmask(command.event, *state.unmasked)
             elif type(command) is HttpRequestHeadersHook:
                 state = self.state = self.top.flows.begin(self.flow)
             reply = yield command
@@ -234,6 +236,14 @@ class InjectStream(whole.WholeStream):
     def _give_up(self) -> None:
         self.flow.live = False
         self.client_state = self.server_state = self.state_errored
+
+
+def _unmask(event: HttpEvent, mask: bytes, secret: bytes) -> None:
+    """Put a secret in the place of its mask, on the wire alone: the flow keeps the mask."""
+    if isinstance(event, whole.WholeAnswer):
+        event.content = event.content.replace(mask, secret)
+    elif isinstance(event, ResponseData):
+        event.data = event.data.replace(mask, secret)
 
 
 def failed(error: Exception) -> Refusal:

@@ -32,6 +32,7 @@ from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode
 from mitmproxy_rs.local import LocalRedirector
 
 from gateway_addon.calls.admission import Caller
+from gateway_addon.calls.exchange import ExchangeRequest
 from gateway_addon.calls.responses import OwnResponse
 from gateway_addon.names import PROGRAM
 from gateway_addon.proxy import runtimes
@@ -138,7 +139,7 @@ class LocalAddon(GatewayAddon):
 
     async def _authenticate(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
-    ) -> Caller | OwnResponse | Refusal:
+    ) -> Caller | ExchangeRequest | OwnResponse | Refusal:
         """Authenticate by the tunnel's token, in place of the key that the app sends. In a command's tunnel without a token, the app's key
         may be one: the command has a token in its environment."""
         name, token = self._caller(flow.client_conn)

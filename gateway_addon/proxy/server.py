@@ -28,12 +28,14 @@ from gateway_addon.calls.gateway import Gateway
 from gateway_addon.calls.record import CallRecord, OnCall, Scrape
 from gateway_addon.clocks import SYSTEM
 from gateway_addon.http_client import STRAIGHT, Egress
+from gateway_addon.identity.key_cache import IssuerKeys
 from gateway_addon.ledger import Ledger, ServerAddress
 from gateway_addon.ledger.store.sqlite_files import ledger_path, state_folder
 from gateway_addon.names import PROGRAM
-from gateway_addon.operations import batch_poller, daily_totals_job, jobs, reload, tracing, webhooks
+from gateway_addon.operations import batch_poller, daily_totals_job, issuer_keys, jobs, reload, tracing, webhooks
 from gateway_addon.operations.batch_poller import BatchPoller
 from gateway_addon.operations.daily_totals_job import DailyTotalsJob
+from gateway_addon.operations.issuer_keys import KeyRefresher
 from gateway_addon.operations.logs import call_line, say_plainly
 from gateway_addon.operations.reload import PolicyWatcher, align, audit_key, must_agree, saved_by
 from gateway_addon.operations.webhooks import AlertDelivery
@@ -227,7 +229,12 @@ async def assembled(
             return WatchedSecret(source, withheld=policy.secret_variables)()
 
         alert_delivery = AlertDelivery(ledger, webhook, time.time, partial(egress, policy, os.environ))
-        gateway = Gateway(ledger, policy, SYSTEM, alert_delivery.emit, endpoint_prefix, on_call)
+
+        def way(url: str) -> Egress:
+            return egress(gateway.policy, os.environ, url)
+
+        keys = IssuerKeys(partial(issuer_keys.fetch, way=way), SYSTEM.monotonic_s)
+        gateway = Gateway(ledger, policy, SYSTEM, alert_delivery.emit, endpoint_prefix, on_call, keys)
         refused = asyncio.Event()
         addon = make(gateway, key, key_refused=refused.set)
         addon.egress = egress(policy, os.environ)
@@ -242,6 +249,7 @@ async def assembled(
             (top_ups.TOP_UP_EVERY_S, "running streams", gateway.streams.keep_topped_up),
             (reload.LOOK_EVERY_S, "the policy", watcher.watch),
             (credentials.ASK_AGAIN_S, "the key", partial(credentials.renew_when_due, key, refused)),
+            (issuer_keys.LOOK_EVERY_S, "the issuers' keys", KeyRefresher(gateway).look),
             (batch_poller.LOOK_EVERY_S, "open batches", poller.catch_up),
             (daily_totals_job.LOOK_EVERY_S, "closed days", DailyTotalsJob(ledger, time.time).catch_up),
             (webhooks.LOOK_EVERY_S, "alerts", lambda: alert_delivery.look(gateway.policy)),

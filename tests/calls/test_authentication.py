@@ -19,6 +19,10 @@ PAUSE = Pause("team:night", NOON, None, "enough")
 OUTSIDE, INSIDE = "192.0.2.1", "10.0.0.7"
 
 
+async def no_identity(token, trust, now):
+    raise AssertionError("what is no identity token is not verified as one")
+
+
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     app = "team: night\nmodels: {allow: [claude-haiku-4-5]}\ncaps: unlimited\naddresses: [10.0.0.0/8]\n"
@@ -49,16 +53,16 @@ async def test_the_first_reason_is_token_app_pause_address(policy, secret, found
         return found
 
     headers = () if secret is None else (("x-api-key", secret),)
-    caller = await authenticate(headers, None, address, "messages", policy, look_up, NOON)
+    caller = await authenticate(headers, None, address, "messages", policy, look_up, no_identity, NOON)
     assert (caller.refusal.code if isinstance(caller, Rejected) else None) == code
     assert (caller.token is not None, caller.app is not None) == known_as
     assert asked == ([tokens.digest(SECRET)] if secret == SECRET else []), "nobody asks the ledger about what is no token"
     if code is None:
-        assert caller == Caller(policy.apps["app"], TOKEN, "messages", policy, frozenset(), NOON)
+        assert caller == Caller(policy.apps["app"], TOKEN, "messages", policy, frozenset(), NOON, tokens.digest(SECRET))
 
 
 async def test_a_replayed_request_is_known_by_its_digest(policy):
     async def look_up(digest):
         return TokenLookup(TOKEN if digest == "kept" else None)
 
-    assert isinstance(await authenticate((("x-api-key", "masked"),), "kept", INSIDE, "messages", policy, look_up, NOON), Caller)
+    assert isinstance(await authenticate((("x-api-key", "masked"),), "kept", INSIDE, "messages", policy, look_up, no_identity, NOON), Caller)

@@ -20,9 +20,11 @@ from gateway_addon.calls import top_ups
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.cli import init
 from gateway_addon.clocks import SYSTEM, Clocks
+from gateway_addon.http_client import STRAIGHT
 from gateway_addon.identity import tokens as identity
+from gateway_addon.identity.key_cache import IssuerKeys
 from gateway_addon.ledger import Ledger, admin
-from gateway_addon.operations import jobs
+from gateway_addon.operations import issuer_keys, jobs
 from gateway_addon.policy import GatewayPolicy, Source, load
 from gateway_addon.proxy.hooks import GatewayAddon
 from gateway_addon.proxy.server import build
@@ -140,7 +142,8 @@ async def gateway(
         digest = identity.digest(tokens[app])
         await ledger.change(partial(admin.issue_token, app=app, digest=digest, label="test", who="test", now=time.time()))
     loaded = load(policies) if lag_s is None else with_lag(load(policies), lag_s)
-    gateway = Gateway(ledger, loaded, clocks, endpoint_prefix=endpoint_prefix, on_call=on_call)
+    keys = IssuerKeys(partial(issuer_keys.fetch, way=lambda url: STRAIGHT), clocks.monotonic_s)
+    gateway = Gateway(ledger, loaded, clocks, endpoint_prefix=endpoint_prefix, on_call=on_call, issuer_keys=keys)
     addon = make(gateway, WatchedSecret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), clocks)
     addon.egress = egress(loaded, os.environ)
     master = build(Settings("127.0.0.1", 0, policies, url, **(settings or {})), loaded, addon)

@@ -18,9 +18,9 @@ from mitmproxy import flow as mflow
 from mitmproxy.hooks import UpdateHook
 
 from gateway_addon.calls.admission import Caller, EndedBy
+from gateway_addon.calls.exchange import ExchangeRequest
 from gateway_addon.calls.record import CallRecord
 from gateway_addon.calls.responses import OwnResponse
-from gateway_addon.identity import tokens
 from gateway_addon.identity.client_address import origin
 from gateway_addon.ledger import (
     LedgerUnavailable,
@@ -107,14 +107,13 @@ class DebugAddon(GatewayAddon):
 
     async def _authenticate(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
-    ) -> Caller | OwnResponse | Refusal:
+    ) -> Caller | ExchangeRequest | OwnResponse | Refusal:
         if flow.is_replay:
             return await self._again(flow) or await super()._authenticate(flow, headers)
         flow.metadata.pop(CALLER, None)
         caller = await super()._authenticate(flow, headers)
-        secret = tokens.credential(headers)
-        if isinstance(caller, Caller) and isinstance(secret, str):
-            flow.metadata[CALLER] = self._word(FlowCaller(tokens.digest(secret), caller.app.name))
+        if isinstance(caller, Caller):
+            flow.metadata[CALLER] = self._word(FlowCaller(caller.digest, caller.app.name))
         return caller
 
     def _word(self, caller: FlowCaller) -> str:
@@ -129,14 +128,16 @@ class DebugAddon(GatewayAddon):
         """Return the caller whose token came with this flow, or with the one that it is a copy of. None where no token was seen."""
         return self.callers.get(str(flow.metadata.get(CALLER)))
 
-    async def _again(self, flow: http.HTTPFlow) -> Caller | OwnResponse | Refusal | None:
+    async def _again(self, flow: http.HTTPFlow) -> Caller | ExchangeRequest | OwnResponse | Refusal | None:
         """Authenticate the flow again, as it is now, as its caller."""
         caller = self.caller(flow)
         return caller and await self._authenticate_with(flow, request_of(flow).headers, caller.digest)
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
-        """Do nothing yet: `LastAdmission` admits, after all other addons."""
+        """Answer an exchange; for all else do nothing yet: `LastAdmission` admits, after all other addons."""
+        if (flow_state := self.flow_states.get(flow.id)) is not None and flow_state.exchange is not None:
+            await super().request(flow)
 
     @guarded("request")
     async def admit(self, flow: http.HTTPFlow) -> None:
@@ -145,7 +146,8 @@ class DebugAddon(GatewayAddon):
             return
         caller = await self._again(flow)
         if not isinstance(caller, Caller):
-            return self.answer(flow, caller or Refusal("replay", "Nobody's token came with this flow. Send the call from its app."))
+            nobodys = Refusal("replay", "Nobody's token came with this flow. Send the call from its app.")
+            return self.answer(flow, caller if isinstance(caller, OwnResponse | Refusal) else nobodys)
         flow_state.caller = caller
         await super().request(flow)
         if flow_state.running is not None:
