@@ -58,7 +58,7 @@ def list_caps(name: str | None, as_json: bool, policies: Path, ledger: str) -> N
         return
     click.echo(caps_table(rows) if rows else "No caps.")
     if raises or limits:
-        click.echo(f"\n{_changes_table(raises, limits, calendar)}")
+        click.echo(f"\n{changes_table(raises, limits, calendar)}")
     if unread:
         click.echo(
             f"\nNot shown, since their files cannot be read now ({PROGRAM} check says why): {', '.join(map(typed, unread))}.", err=True
@@ -219,7 +219,7 @@ def _amount_cell(row: dict[str, Any], name: str) -> str:
     return cents(nano) if name == "forecast" else dollars(nano)
 
 
-def _changes_table(raises: list[Raise], limits: list[Limit], calendar: tzinfo) -> str:
+def changes_table(raises: list[Raise], limits: list[Limit], calendar: tzinfo) -> str:
     cells = [
         (
             f"raise {each.id}",

@@ -2,17 +2,20 @@
 
 import json
 import time
+from datetime import UTC, tzinfo
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gateway_addon.cli.caps import changes_table
 from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.http_client import Egress, Unanswered, ask, whole
 from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.ledger.types import Limit, Raise
 from gateway_addon.money import dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations.tables import table
@@ -45,12 +48,15 @@ def check(
         _compare(directory or policies, listen, as_json=as_json)
     else:
         must_have_policies(directory or policies, ledger)
-        _show(load(directory or policies), as_json=as_json)
+        _show(load(directory or policies), ledger, as_json=as_json)
 
 
-def _show(policy: GatewayPolicy, *, as_json: bool) -> None:
-    facts = _facts(policy, time.time())
+def _show(policy: GatewayPolicy, ledger: str, *, as_json: bool) -> None:
+    now = time.time()
+    facts = _facts(policy, now)
+    raises, limits, calendar = _changed_caps(ledger, now)
     if as_json:
+        facts |= {"raises": [each._asdict() for each in raises], "limits": [each._asdict() for each in limits]}
         click.echo(json.dumps(facts, indent=2))
         return
     warnings = facts.pop("retiring")
@@ -58,8 +64,19 @@ def _show(policy: GatewayPolicy, *, as_json: bool) -> None:
     click.echo(table([(key, _cell(value)) for key, value in facts.items()]))
     click.echo()
     click.echo(table([list(each.values()) for each in apps], list(apps[0])) if apps else "no apps: what no file in apps/ allows is refused")
+    if raises or limits:
+        click.echo(f"\nCaps changed for a while, in the ledger ({PROGRAM} cap list):\n{changes_table(raises, limits, calendar)}")
     if warnings:
         click.echo("\n" + "\n".join(f"warning: {sentence}" for sentence in warnings))
+
+
+def _changed_caps(ledger: str, now: float) -> tuple[list[Raise], list[Limit], tzinfo]:
+    """Return the raises and limits in force; none where no ledger can be read: policies are checked without one too."""
+    try:
+        with connect.reading(ledger_path(ledger)) as db:
+            return admin.raises(db, now=now), admin.limits(db), zone(db)
+    except (LedgerUnavailable, ValueError):
+        return [], [], UTC
 
 
 def _compare(folder: Path, listen: tuple[str, int], *, as_json: bool) -> None:

@@ -203,8 +203,9 @@ def written(explanation: dict[str, Any]) -> str:
             lines.append(f"held in steps: {explanation['quote']['held_at_first']} to begin with")
         lines.append("prices: " + ", ".join(explanation["quote"]["price_rows"]))
     if explanation["caps"]:
-        rows = [[cap[name] for name in ("cap", "amount", "spent", "held")] + [_fits(cap)] for cap in explanation["caps"]]
-        lines += ["", table(rows, ("cap", "amount", "spent", "held", "this call"), right=("amount", "spent", "held"))]
+        amounts = ("amount", "raised", "limit", "spent", "held")
+        rows = [[cap["cap"], *(cap[name] for name in amounts), _fits(cap)] for cap in explanation["caps"]]
+        lines += ["", table(rows, ("cap", *amounts, "this call"), right=amounts, drop_empty=("raised", "limit"))]
     refused = explanation["refused"]
     lines += ["", *(f"observed, so let pass and recorded: {each['code']}: {each['sentence']}" for each in explanation["observed"])]
     lines += [f"taken for granted: {each}" for each in explanation["assumed"]]

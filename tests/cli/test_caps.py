@@ -134,7 +134,7 @@ BAD_NIGHT = [
     "cap list", "cap raise reports day 5 --until 12h", "cap withdraw 1", "cap limit reports day 1", "cap limit reports day --lift",
     "pause reports --now", "resume reports", "pause team:batch", "resume team:batch", "pause --all", "resume --all",
     "token issue reports", "token rotate reports", "token list", "token revoke reports --all", "audit --app reports",
-    "app list", "app show reports",
+    "app list", "app show reports", "report", "report --by token", "invoice", "adjust 1 0.25 --why bill",
 ]  # fmt: skip
 
 
@@ -151,6 +151,8 @@ BAD_NIGHT = [
     ids=str,
 )
 def test_the_bad_nights_commands_work_beside_a_broken_file(here, broken):
+    with connect.changing(here / "gateway.db") as db:
+        spend(db, time.time(), DOLLAR)
     for name, text in broken.items():
         (here / "policies" / name).unlink(missing_ok=True)
         if text is not None:
@@ -196,12 +198,17 @@ def test_an_apps_screen_shows_policy_caps_tokens_and_calls(here):
     assert [(each["app"], each["state"], each["tokens"]) for each in told("app list")] == [("app", "in force", 0), ("reports", "paused", 1)]
 
 
-def test_explain_and_me_say_raise_and_limit(here):
+def test_check_explain_and_me_say_raise_and_limit(here):
     gateway("cap raise reports day 5 --until 12h")
     gateway("cap limit reports day 1")
+    checked = told("check")
+    assert [(each["scope"], each["amount_nano"]) for each in (*checked["raises"], *checked["limits"])] == [("app:reports", 5 * DOLLAR), ("app:reports", DOLLAR)]
+    assert re.search(r"raise 1 +reports +day +\+\$5\.00 ", gateway("check").output)
+    assert "limit    reports" in gateway("check").output
     (here / "request.json").write_text('{"model": "claude-haiku-4-5", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}')
     [own] = [each for each in told("explain request.json --app reports")["caps"] if each["cap"] == "app:reports day"]
     assert (own["amount"], own["raised"], own["limit"]) == ("$1.00", "$5.00", "$1.00")
+    assert re.search(r"app:reports day +\$1\.00 +\$5\.00 +\$1\.00 +\$0\.00", gateway("explain request.json --app reports").output)
     policy = load(here / "policies")
     with connect.reading(here / "gateway.db") as db:
         stands = reservations.standing(db, ["app:reports"], caps(policy, policy.apps["reports"]), now=time.time())
@@ -274,7 +281,7 @@ def test_a_date_is_the_zones_wherever_it_is_read(here):
     """A pause says the same end in the command and in the refusal; replay and prune begin where Berlin's day does."""
     ending = re.search(r"until (\S+ \S+ CES?T)", gateway("pause reports --until 8h").output)[1]
     (here / "request.json").write_text('{"model": "claude-haiku-4-5", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}')
-    assert f"app reports is paused until {ending}." in refused("explain request.json --app reports", 1)
+    assert f"App reports is paused until {ending}." in refused("explain request.json --app reports", 1)
     assert gateway("replay --policy policies --since 2026-07-01").output.startswith("2026-07-01 00:00 CEST to ")
     assert "0 calls before 2026-01-09 00:00 CET would" in gateway("prune --before 2026-01-09 --dry-run").output
     assert "the period runs backwards: it begins 2026-07-02 00:00 CEST" in refused("report --since 2026-07-02 --until 2026-07-01")
