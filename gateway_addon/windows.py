@@ -1,16 +1,21 @@
-"""The calendar of caps: when a day, a week or a month began and when it ends, in one zone.
+"""The calendar of caps: when a day, a week, a month or a billing cycle began and when it ends, in one zone.
 
 Promises pure arithmetic on unix seconds: nothing is ever "reset", a window is only computed. Windows are keyed by the UTC
 second at which they start, so a change of zone changes keys and never mixes two calendars. Knows nothing of money.
+
+A cycle is a month that begins on a day of the operator's choosing: `cycle:17`, and `cycle:31` where a shorter month begins it on its last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from functools import lru_cache
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
-Window = Literal["day", "week", "month", "ever"]
+type Window = str
+"""`day`, `week`, `month`, `ever` or `cycle:DAY`."""
+
 WINDOWS: tuple[Window, ...] = ("day", "week", "month", "ever")
+"""The windows of every calendar."""
 
 _FIRST_DAY: dict[Window, Callable[[date], date]] = {
     "day": lambda day: day,
@@ -31,14 +36,25 @@ class Starts(NamedTuple):
     week: int
     month: int
     ever: int = 0
+    cycles: tuple[tuple[Window, int], ...] = ()
 
     def of(self, window: Window) -> int:
-        return cast(int, getattr(self, window))
+        """Return the start of a window. Raises KeyError for a cycle that was not asked for."""
+        return dict(self.cycles)[window] if is_cycle(window) else cast(int, getattr(self, window))
 
 
-def starts(at: float, zone: tzinfo = UTC) -> Starts:
+def cycle(day_of_month: int) -> Window:
+    """Return the window of the months that begin on this day, 1 to 31."""
+    return f"cycle:{day_of_month}"
+
+
+def is_cycle(window: Window) -> bool:
+    return window.startswith("cycle:")
+
+
+def starts(at: float, zone: tzinfo = UTC, cycles: Iterable[Window] = ()) -> Starts:
     """The windows to which the instant `at` (unix seconds) belongs."""
-    return _starts(datetime.fromtimestamp(at, zone).date(), zone)
+    return _starts(datetime.fromtimestamp(at, zone).date(), zone, tuple(cycles))
 
 
 def next_start(window: Window, at: float, zone: tzinfo = UTC) -> int | None:
@@ -54,13 +70,27 @@ def shown(at: float, zone: tzinfo) -> str:
 
 
 @lru_cache(maxsize=64)
-def _starts(today: date, zone: tzinfo) -> Starts:
-    return Starts(*(_midnight(first(today), zone) for first in _FIRST_DAY.values()))
+def _starts(today: date, zone: tzinfo, cycles: tuple[Window, ...]) -> Starts:
+    day, week, month = (_midnight(first(today), zone) for first in _FIRST_DAY.values())
+    return Starts(day, week, month, 0, tuple((window, _midnight(_cycle_began(window, today), zone)) for window in cycles))
 
 
 @lru_cache(maxsize=256)
 def _next_start(window: Window, today: date, zone: tzinfo) -> int:
-    return _midnight(_NEXT_DAY[window](_FIRST_DAY[window](today)), zone)
+    if window in _FIRST_DAY:
+        return _midnight(_NEXT_DAY[window](_FIRST_DAY[window](today)), zone)
+    return _midnight(_begins(window, _NEXT_DAY["month"](_cycle_began(window, today).replace(day=1))), zone)
+
+
+def _cycle_began(window: Window, today: date) -> date:
+    this = _begins(window, today.replace(day=1))
+    return this if this <= today else _begins(window, (today.replace(day=1) - timedelta(days=1)).replace(day=1))
+
+
+def _begins(window: Window, month: date) -> date:
+    """Return the day of this month (given by its first) on which a cycle begins."""
+    last = _NEXT_DAY["month"](month) - timedelta(days=1)
+    return last.replace(day=min(last.day, int(window.removeprefix("cycle:"))))
 
 
 def _midnight(day: date, zone: tzinfo) -> int:

@@ -1,9 +1,13 @@
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gateway_addon.windows import WINDOWS, next_start, starts
+from gateway_addon.windows import WINDOWS, cycle, next_start, starts
+
+ZONES = ["UTC", "Europe/Berlin", "America/Havana", "Africa/Cairo", "Australia/Lord_Howe", "Asia/Kathmandu", "Pacific/Apia"]
 
 
 def at(text: str) -> float:
@@ -48,7 +52,52 @@ def test_ever_has_no_end():
     assert next_start("ever", at("2026-03-10T12:00Z")) is None
 
 
-@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/Havana", "Africa/Cairo", "Australia/Lord_Howe", "Asia/Kathmandu"])
+@pytest.mark.parametrize(
+    ("day", "zone", "instant", "start", "end"),
+    [
+        (17, "UTC", "2026-10-17T00:00Z", "2026-10-17T00:00", "2026-11-17T00:00"),
+        (17, "UTC", "2026-10-16T23:59:59.999Z", "2026-09-17T00:00", "2026-10-17T00:00"),
+        (1, "UTC", "2026-02-14T12:00Z", "2026-02-01T00:00", "2026-03-01T00:00"),
+        (31, "UTC", "2026-02-27T12:00Z", "2026-01-31T00:00", "2026-02-28T00:00"),
+        (31, "UTC", "2026-02-28T12:00Z", "2026-02-28T00:00", "2026-03-31T00:00"),
+        (30, "UTC", "2028-02-29T12:00Z", "2028-02-29T00:00", "2028-03-30T00:00"),  # leap day
+        (31, "UTC", "2026-04-30T00:00Z", "2026-04-30T00:00", "2026-05-31T00:00"),
+        (29, "UTC", "2027-01-03T12:00Z", "2026-12-29T00:00", "2027-01-29T00:00"),
+        (29, "Europe/Berlin", "2026-03-29T12:00Z", "2026-03-28T23:00", "2026-04-28T22:00"),  # begins on the day of the jump
+        (24, "Africa/Cairo", "2026-04-24T12:00Z", "2026-04-23T22:00", "2026-05-23T21:00"),  # midnight is skipped
+    ],
+)
+def test_a_cycle_is_a_month_from_its_day(day, zone, instant, start, end):
+    window, place = cycle(day), ZoneInfo(zone)
+    assert utc(starts(at(instant), place, [window]).of(window)) == start
+    assert utc(next_start(window, at(instant), place)) == end
+
+
+@given(
+    instant=st.floats(at("1999-12-01T00:00Z"), at("2060-01-01T00:00Z")),
+    day=st.integers(1, 31), zone=st.sampled_from(ZONES),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_every_instant_is_in_one_cycle(instant, day, zone):
+    """It began at or before the instant, on its day or the month's last, ends after it, and the next begins there."""
+    window, place = cycle(day), ZoneInfo(zone)
+    start, end = starts(instant, place, [window]).of(window), next_start(window, instant, place)
+    assert start <= instant < end
+    assert 27 * 86_400 < end - start < 32 * 86_400
+    assert starts(start, place, [window]).of(window) == starts(end - 1, place, [window]).of(window) == start
+    assert starts(end, place, [window]).of(window) == end
+    began = datetime.fromtimestamp(start, place).date()
+    assert began.day == day or (began.day < day and (began + timedelta(days=1)).day == 1)
+
+
+def test_the_cycle_from_the_first_is_the_month():
+    window = cycle(1)
+    for zone in map(ZoneInfo, ZONES):
+        found = starts(at("2026-07-31T23:30Z"), zone, [window])
+        assert found.of(window) == found.month
+
+
+@pytest.mark.parametrize("zone", ZONES[:6])
 def test_windows_follow_each_other_without_gap_or_overlap(zone):
     place = ZoneInfo(zone)
     for window in WINDOWS[:3]:

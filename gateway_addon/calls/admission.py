@@ -12,12 +12,15 @@ from gateway_addon.identity.parts import parts_of
 from gateway_addon.ledger import NewCall, Standing, Token
 from gateway_addon.messages.request import ParsedRequest, Request
 from gateway_addon.names import safe_name
-from gateway_addon.policy import AppPolicy, GatewayPolicy
+from gateway_addon.policy import AppPolicy, GatewayPolicy, name_limit
 from gateway_addon.policy.labels import labels_in_force
 from gateway_addon.pricing import Prices
 
 TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 """The span in which an app calls, as its tracing sends it (https://www.w3.org/TR/trace-context/)."""
+
+LAST_CALL = "x-gateway-last-call"
+"""The header of a client that ends with this request, as `each.KIND.last_call` lets it."""
 
 EndedBy = Literal["whole", "client", "upstream", "gateway"]
 
@@ -118,5 +121,8 @@ def new_call(caller: Caller, judged: Judgement, request: Request, endpoint_prefi
         parent_agent_id=said.parent_agent,
         user_id=said.user,
         labels=labels_in_force(caller.app, asked),
+        names=name_limit(caller.app),
+        token_cap_nano=caller.token.cap_nano,
+        last_call=request.header(LAST_CALL) == ("1",),
         traceparent=trace if TRACEPARENT.fullmatch(trace) else None,
     )

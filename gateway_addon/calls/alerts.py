@@ -41,7 +41,8 @@ def passed(standing: Standing, thresholds_percent: Iterable[int]) -> list[Alert]
 
 
 def _threshold(standing: Standing, percent: int) -> Alert:
-    when = {"day": "today", "week": "this week", "month": "this month", "ever": "in all"}[standing.window]
+    names = {"day": "today", "week": "this week", "month": "this month", "cycle": "this cycle", "ever": "in all"}
+    when = names[standing.window.partition(":")[0]]
     cap_nano = standing.cap_nano or 0
     return Alert(
         "threshold",

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from urllib.parse import parse_qs
 
 from gateway_addon.calls import alerts, exchange
 from gateway_addon.calls.admission import Admission, Caller, EndedBy, Hold, ResponseHook, new_call
@@ -62,7 +63,7 @@ from gateway_addon.messages import wrong_paths
 from gateway_addon.messages.request import ParsedRequest, Request, endpoint_of
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
-from gateway_addon.policy import AppPolicy, GatewayPolicy, all_caps, caps
+from gateway_addon.policy import AppPolicy, GatewayPolicy, all_caps, caps, part_caps, token_cap
 from gateway_addon.refusals import Refusal
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class Gateway:
             better = wrong_paths.refusal(method, target, base_url)
             return self._refused(caller.app, caller.token, named, better or endpoint, now)
         if endpoint in ("me", "usage"):
-            return await self._standing(caller.app, endpoint, now)
+            return await self._standing(caller.app, caller.token, endpoint, target, now)
         return caller
 
     def _rejected(self, caller: Rejected, address: str, endpoint: str, now: float) -> Refusal:
@@ -260,7 +261,7 @@ class Gateway:
         """Reserve as planned; return also a flag for each rule in observe mode that would have refused."""
         app = caller.app
         began_monotonic_s = self._clocks.monotonic_s()
-        attempt = await self._queue.reserve(call, partial(self._plan, caller, parsed, quote, now), now, app.rates.wait_s)
+        attempt = await self._queue.reserve(call, partial(self._plan, caller, call, parsed, quote, now), now, app.rates.wait_s)
         self.measures.on_reservation(self._clocks.monotonic_s() - began_monotonic_s)
         if isinstance(attempt, Refusal):
             return attempt
@@ -269,11 +270,11 @@ class Gateway:
             return denied(result, app, quote, option, caller.policy.zone)
         return Hold(result.call_id, quote, option, result.standings), tuple(f"observed:{code}" for code in observed)
 
-    async def _plan(self, caller: Caller, parsed: ParsedRequest, quote: Quote, now: float) -> ReservationPlan | Refusal:
+    async def _plan(self, caller: Caller, call: NewCall, parsed: ParsedRequest, quote: Quote, now: float) -> ReservationPlan | Refusal:
         """Plan a quoted call by what the ledger knows at this moment. Raises LedgerUnavailable."""
         upstream_limits = {} if caller.app.rates.headroom_percent is None else await self.ledger.upstream_limits()
         known = caller.overruns if 0 <= self._clocks.now() - caller.arrived_at < OVERRUNS_FRESH_S else await self.ledger.overruns()
-        return plan(caller.app, caller.policy, parsed, quote, upstream_limits, known, now)
+        return plan(caller.app, caller.policy, call, parsed, quote, upstream_limits, known, now)
 
     # -- running
 
@@ -426,14 +427,21 @@ class Gateway:
         problems = {"policy_problem": self.policy_problem, "key_problem": self.key_problem, "issuer_problem": self.issuer_problem}
         return health | {name: problem for name, problem in problems.items() if problem is not None}
 
-    async def _standing(self, app: AppPolicy, endpoint: str, now: float) -> OwnResponse | Refusal:
-        """Tell an app how its own caps stand: in this gateway's words (`me`) or in those of Claude Code (`usage`)."""
-        limits = tuple(cap for cap in caps(self.policy, app) if cap.scope == f"app:{app.name}")
+    async def _standing(self, app: AppPolicy, token: Token, endpoint: str, target: str, now: float) -> OwnResponse | Refusal:
+        """Tell an app how its own caps stand: in this gateway's words (`me`) or in those of Claude Code (`usage`).
+
+        `me` shows those of its token too, and of the parts that the query names (`?session=3f2a&user=u1`).
+        """
+        limits = tuple(cap for cap in caps(self.policy, app) if cap.scope == app_scope(app.name))
+        call = NewCall(app.name, app.team, token.id, token_cap_nano=token.cap_nano)
+        named = [(kind, safe_name(values[-1])) for kind, values in parse_qs(target.partition("?")[2]).items() if kind != "token"]
+        of_parts = (*part_caps(app, (*named, *call.parts), last_call=True), *token_cap(call))
         try:
-            standings = await self.ledger.standing([f"app:{app.name}"], limits, now=now)
+            standings = await self.ledger.standing([app_scope(app.name)], limits, now=now)
             if endpoint == "usage":
                 return OwnResponse(usage(app.name, standings))
-            return me(app, standings, await self.ledger.forecasts(standings, now=now))
+            coming = await self.ledger.forecasts(standings, now=now)
+            return me(app, standings, coming, await self.ledger.capped(of_parts, now=now))
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from gateway_addon.calls.quote import Quote
 from gateway_addon.calls.refusal_messages import headroom, over_request_cap
 from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan, planned, reservation_options
-from gateway_addon.ledger import CallFacts, Denied, RateLimits, Standing
+from gateway_addon.ledger import CallFacts, Denied, NewCall, RateLimits, Standing
 from gateway_addon.ledger.denials import judge, judge_caps
 from gateway_addon.messages.request import ParsedRequest
-from gateway_addon.policy import AppPolicy, GatewayPolicy, caps
+from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, token_cap
 from gateway_addon.refusals import Refusal
 from gateway_addon.upstreams.rate_limits import shortage
 
@@ -23,6 +23,7 @@ RATES = ("rate", "concurrency")
 def plan(
     app: AppPolicy,
     policy: GatewayPolicy,
+    call: NewCall,
     read: ParsedRequest,
     bound: Quote,
     upstream_limits: Mapping[str, tuple[str, float]],
@@ -41,7 +42,8 @@ def plan(
         return headroom(app, short)
     if short is not None:
         notes.append(headroom(app, short))
-    options = reservation_options(bound, app, policy, read, caps(policy, app), overrun=read.model in overruns, now=now)
+    limits = (*caps(policy, app, call.parts, last_call=call.last_call), *token_cap(call))
+    options = reservation_options(bound, app, policy, read, limits, overrun=read.model in overruns, now=now)
     fitting = [option for option in options if fits_request_cap(app, option.hold_nano)]
     if not fitting:
         too_large = over_request_cap(app, bound, app.caps["request"])
@@ -49,7 +51,7 @@ def plan(
             return too_large
         notes.append(too_large)
     rates = RateLimits(app.rates.requests_per_minute, app.rates.input_tokens_per_minute, app.rates.concurrent)
-    return planned(app, policy, options if app.observes("caps") else fitting, rates, notes)
+    return planned(app, policy, call, options if app.observes("caps") else fitting, rates, notes)
 
 
 def fits_request_cap(app: AppPolicy, hold_nano: int) -> bool:

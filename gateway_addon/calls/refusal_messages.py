@@ -16,12 +16,13 @@ from gateway_addon.identity.tokens import ISSUE
 from gateway_addon.ledger import TOTAL, Denied, Pause, Standing, Token, enclosing, part_of
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, app_named
-from gateway_addon.policy import AppPolicy
+from gateway_addon.policy import AppPolicy, caps_of_part
 from gateway_addon.refusals import Refusal, capitalised
 from gateway_addon.upstreams.rate_limits import Shortage
 from gateway_addon.windows import shown
 
 EXCHANGE = "Exchange an identity token again; the SDKs do so by themselves."
+_WHEN = {"day": "for today", "week": "for this week", "month": "for this month", "cycle": "for this cycle", "ever": "for ever"}
 
 
 class BatchQuote(NamedTuple):
@@ -106,13 +107,17 @@ def _denied_by_cap(
         sentence = f"{left}; {_needs(option)}. Try again shortly."
         return Refusal("cap_held", sentence, denial.retry_after_s or 1)
     reset = "" if cap.resets_at is None else f" It resets at {shown(cap.resets_at, zone)}."
-    sentence = f"{_spent(cap, option)}{reset}{_smaller(cap, quote)} {_way_on(cap)}"
+    sentence = f"{_spent(cap, option)}{reset}{_smaller(cap, quote)} {_way_on(app, cap)}"
     return Refusal("cap_spent", sentence, denial.retry_after_s, rejected_headers(app.name, cap))
 
 
 def _spent(cap: Standing, option: ReservationOption) -> str:
     """Name all amounts that do not fit: what is spent, and what the call asks for."""
     amount_nano = cap.cap_nano or 0
+    if part_of(cap.scope) is not None:
+        spent = f"{cents(cap.spent_nano)} of its {dollars(amount_nano)} {_WHEN[cap.window.partition(':')[0]]}"
+        needs = "" if cap.spent_nano >= amount_nano else f"; {_needs(option)}"
+        return f"{capitalised(_scope(cap.scope))} has spent {spent}{needs}."
     spent = f"{cents(cap.spent_nano)} spent of {dollars(amount_nano)}"
     if cap.spent_nano >= amount_nano:
         return f"The {_cap_name(cap)} is used up: {spent}."
@@ -134,8 +139,13 @@ def _needs(option: ReservationOption) -> str:
     return f"this call needs {cents(asked_nano)}, {cents(option.hold_nano)} to start and {cents(option.quantum_nano)} for its next step"
 
 
-def _way_on(cap: Standing) -> str:
-    """Name the command by which the operator lets calls through before the reset."""
+def _way_on(app: AppPolicy, cap: Standing) -> str:
+    """Name what lets calls through before the reset: the operator's command, or for a part the place of its cap."""
+    if (part := part_of(cap.scope)) is not None:
+        last_nano = caps_of_part(app, *part).caps.get(cap.window, 0) - (cap.cap_nano or 0)
+        last = f"Its last {dollars(last_nano)} is kept for requests with the header x-gateway-last-call: 1. " if last_nano > 0 else ""
+        instead = {"session": "Begin another session, or raise", "agent": "Let another agent go on, or raise"}.get(part[0], "Raise")
+        return f"{last}{instead} the cap ({_place(app, cap)})."
     kind, _, name = cap.scope.partition(":")
     whom = name if kind == "app" else cap.scope
     if cap.is_limited:
@@ -213,8 +223,8 @@ def _too_large(app: AppPolicy, quote: Quote | BatchQuote, cap_nano: int, cap_nam
 
 
 def _cap_name(standing: Standing) -> str:
-    windows = {"day": "cap for today", "week": "cap for this week", "month": "cap for this month", "ever": "cap"}
-    return f"{windows[standing.window]} of {_scope(standing.scope)}"
+    when = "" if standing.window == "ever" else f" {_WHEN[standing.window.partition(':')[0]]}"
+    return f"cap{when} of {_scope(standing.scope)}"
 
 
 def _scope(scope: str) -> str:
@@ -229,6 +239,10 @@ def _place(app: AppPolicy, cap: Standing) -> str:
     """Name the place where a cap is set."""
     if cap.is_limited:
         return f"the operator's limit: {PROGRAM} cap list"
+    if (part := part_of(cap.scope)) is not None:
+        if part[0] == "model" and part[1] in app.models.caps:
+            return f"{app.file}: models.caps"
+        return f"{app.file}: each.{part[0]}" if part[0] in app.each else "issued with the token"
     kind, _, name = cap.scope.partition(":")
     places = {"total": f"{app.beside('gateway.yaml')}: caps", "team": f"{app.beside('gateway.yaml')}: teams.{name}.caps"}
     return places.get(kind, f"{app.file}: caps")

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway_addon.calls.spend_limit import allowed_headers
-from gateway_addon.ledger import Standing, app_scope
+from gateway_addon.ledger import Standing, app_scope, enclosing, part_of
 from gateway_addon.ledger.reports.forecast import Forecast
 from gateway_addon.money import dollars
 from gateway_addon.names import NAME_CHARS_MAX, safe_name
-from gateway_addon.policy import AppPolicy, may_use
+from gateway_addon.policy import AppPolicy, caps_of_part, may_use
 from gateway_addon.pricing import Prices
 
 
@@ -33,11 +33,17 @@ class OwnResponse:
         return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
 
 
-def me(app: AppPolicy, standings: Iterable[Standing], forecasts: Iterable[Forecast]) -> OwnResponse:
-    """Answer `GET /gateway/me`: an app's own caps, and each with its forecast, for apps that plan their work."""
-    request_cap = app.caps.get("request")
+def me(app: AppPolicy, standings: Iterable[Standing], forecasts: Iterable[Forecast], of_parts: Iterable[Standing] = ()) -> OwnResponse:
+    """Answer `GET /gateway/me`: an app's own caps, and each with its forecast, for apps that plan their work; and those of its parts."""
     windows = [_amounts(standing) | _coming(forecast) for standing, forecast in zip(standings, forecasts, strict=True)]
-    return OwnResponse({"app": app.name, "models": list(app.models.allow), "request_cap_nano": request_cap, "windows": windows})
+    parts = [_part(app, standing) for standing in of_parts]
+    about = {"app": app.name, "models": list(app.models.allow), "request_cap_nano": app.caps.get("request")}
+    return OwnResponse({**about, "windows": windows, "parts": parts})
+
+
+def _part(app: AppPolicy, standing: Standing) -> dict[str, Any]:
+    kind, value = part_of(standing.scope) or ("", "")
+    return {"part": kind, "value": value, "last_call_percent": caps_of_part(app, kind, value).last_call_percent, **_amounts(standing)}
 
 
 def visible_models(app: AppPolicy, prices: Prices, body: bytes) -> bytes:
@@ -54,10 +60,22 @@ def note_header(note: str | None) -> list[tuple[str, str]]:
     return [("x-gateway-note", note)] if note else []
 
 
-def cap_headers(app: str, standings: Sequence[Standing]) -> list[tuple[str, str]]:
-    """Return how the app's own caps stood at admission: `x-gateway-cap-WINDOW`, with the call's reservation, and what Claude Code reads."""
-    own = [standing for standing in standings if standing.scope == app_scope(app) and standing.cap_nano is not None]
-    return [*((f"x-gateway-cap-{standing.window}", _header(standing)) for standing in own), *allowed_headers(app, own)]
+def cap_headers(app: AppPolicy, standings: Sequence[Standing]) -> list[tuple[str, str]]:
+    """Return how the caps of an app and of its parts stood at admission, with the call's reservation, and what Claude Code reads.
+
+    `x-gateway-cap-WINDOW` is the app's, `x-gateway-cap-KIND` a part's, with an item for each window.
+    """
+    fields: dict[str, list[str]] = {}
+    for standing in standings:
+        if enclosing(standing.scope) != app_scope(app.name) or standing.cap_nano is None:
+            continue
+        if (part := part_of(standing.scope)) is None:
+            fields[standing.window.partition(":")[0]] = [_header(standing)]
+            continue
+        kept_nano = caps_of_part(app, *part).caps.get(standing.window, standing.cap_nano) - standing.cap_nano
+        kept = f"; last_call={dollars(kept_nano)}" if kept_nano > 0 else ""
+        fields.setdefault(part[0].replace(".", "-"), []).append(f"{_header(standing)}; window={standing.window}{kept}")
+    return [*((f"x-gateway-cap-{name}", ", ".join(values)) for name, values in fields.items()), *allowed_headers(app.name, standings)]
 
 
 def edited_text(changes: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from gateway_addon.ledger import Standing, app_scope
+from gateway_addon.ledger import Standing, app_scope, enclosing
 
 PERIODS = {"day": "daily", "week": "weekly", "month": "monthly"}
 """The names of windows there. A cap for ever has none, and no reset: the client shows it without them."""
@@ -38,7 +38,7 @@ def allowed_headers(app: str, standings: Sequence[Standing]) -> UnifiedHeaders:
 def rejected_headers(app: str, cap: Standing) -> UnifiedHeaders:
     """Return the headers of a refusal by a cap that is spent: the client then shows the refusal's sentence alone, and does not retry."""
     period = (("overage-period", PERIODS[cap.window]),) if cap.window in PERIODS else ()
-    pool = () if cap.scope == app_scope(app) else (("overage-scope", "group_pool"),)
+    pool = () if enclosing(cap.scope) == app_scope(app) else (("overage-scope", "group_pool"),)
     return _named(
         ("status", "rejected"), *_resets(cap), ("overage-utilization", _number(max(100, share_percent(cap)))),
         ("overage-surpassed-threshold", "1"), *period, *pool, ("overage-disabled-reason", "org_spend_cap_reached"),

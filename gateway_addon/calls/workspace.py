@@ -32,7 +32,7 @@ from gateway_addon.ledger.batches import Batch, NewBatch
 from gateway_addon.ledger.ownership import Kind, OwnedObject
 from gateway_addon.messages import Meter
 from gateway_addon.messages.request import ParsedRequest, Request
-from gateway_addon.policy import AppPolicy
+from gateway_addon.policy import AppPolicy, caps_by_model
 from gateway_addon.pricing import kept
 from gateway_addon.refusals import Refusal, stated
 
@@ -101,11 +101,16 @@ class Workspace:
             return asked
         if (foreign := await self.foreign_file(app, asked.files)) is not None:
             return foreign
-        call = replace(call, model_asked=asked.model, quote_nano=asked.quote_nano)
+        call = replace(
+            call, model_asked=asked.model, model=policy.prices.canonical(asked.model) if asked.model else None, quote_nano=asked.quote_nano
+        )
+        if call.model is None and caps_by_model(app):
+            sentence = f"app {app.name} has caps on each model, and a batch counts under one: send one batch for each model"
+            return stated("model", f"{sentence} ({app.file} each.model, models.caps)")
         # Tokens a minute do not count here: the provider takes its time with a batch, and has other limits for it.
         rates = RateLimits(app.rates.requests_per_minute, None, app.rates.concurrent)
 
-        whole = planned(app, policy, [ReservationOption(0, asked.quote_nano)], rates)
+        whole = planned(app, policy, call, [ReservationOption(0, asked.quote_nano)], rates)
 
         async def plan() -> ReservationPlan:
             return whole

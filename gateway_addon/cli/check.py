@@ -19,7 +19,7 @@ from gateway_addon.ledger.types import Limit, Raise
 from gateway_addon.money import dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations.tables import table
-from gateway_addon.policy import AppPolicy, GatewayPolicy, PolicyError, load, retiring
+from gateway_addon.policy import AppPolicy, GatewayPolicy, PartCaps, PolicyError, caps_of_part, load, retiring
 from gateway_addon.windows import shown
 
 ANSWER_WITHIN_S = 5.0
@@ -158,9 +158,16 @@ def _app(app: AppPolicy) -> dict[str, Any]:
         "features": list(app.features),
         "max_tokens": app.max_tokens and f"{app.max_tokens.limit:,}" + (" (clamped)" if app.max_tokens.over == "clamp" else ""),
         "caps": _amounts(app.caps),
+        "each": {kind: _part(found) for kind, found in app.each.items()}
+        | {f"model {model}": _part(caps_of_part(app, "model", model)) for model in app.models.caps},
         "reserve": app.reserve,
         "mode": app.mode + (f", {_cell(app.observe)} observed" if app.observe else ""),
     }
+
+
+def _part(found: PartCaps) -> dict[str, Any]:
+    kept = {} if found.last_call_percent is None else {"last_call": f"{found.last_call_percent}%"}
+    return {**_amounts(found.caps), **kept}
 
 
 def _amounts(caps: Any) -> Any:

@@ -142,8 +142,8 @@ def _period(since: str | None, until: str | None, last: str | None, now: float, 
     if last is not None:
         if since or until:
             raise ValueError("--last is a whole period: leave --since and --until out")
-        end = windows.starts(now, calendar).of(cast(windows.Window, last))
-        return windows.starts(end - 1, calendar).of(cast(windows.Window, last)), end
+        end = windows.starts(now, calendar).of(last)
+        return windows.starts(end - 1, calendar).of(last), end
     ends = times.since(until, now, calendar) if until else now
     begins = times.since(since, now, calendar) if since else windows.starts(min(now, ends - 1), calendar).month
     if begins >= ends:

@@ -7,17 +7,17 @@ are judged by these rows.
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from gateway_addon.ledger import reservations, state
+from gateway_addon.ledger import parts, reservations, state
 from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.ledger.store import balances, sqlite_files
 from gateway_addon.ledger.types import TOTAL, Labels, Limit, Raise, Token, app_scope, labels_text
 from gateway_addon.money import AMOUNT_NANO_MAX, dollars
 from gateway_addon.names import PROGRAM
-from gateway_addon.windows import next_start, shown, starts
+from gateway_addon.windows import Window, next_start, shown, starts
 
 ADJUST = "INSERT INTO entries (call_id, at, kind, spent_nano, note) VALUES ($1, $2, 'adjust', $3, $4)"
 EVER_CALLED = "SELECT 1 FROM tokens WHERE app = $1 AND last_used_at IS NOT NULL"  # by refused calls too, of which no balance tells
@@ -29,7 +29,8 @@ TOKENS = f"SELECT {state.TOKEN} FROM tokens"
 PRUNED = "pruned_before"  # a setting: the time before which calls have become sums (prune.py)
 
 ISSUE = """
-INSERT INTO tokens (app, label, digest, created_at, expires_at, labels) VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING RETURNING id
+INSERT INTO tokens (app, label, digest, created_at, expires_at, labels, cap_nano) VALUES ($1, $2, $3, $4, $5, $6, $7)
+ON CONFLICT DO NOTHING RETURNING id
 """
 
 
@@ -46,14 +47,19 @@ class PolicyChange(NamedTuple):
 
 
 def issue_token(
-    db: Connection, app: str, digest: str, *, label: str = "", expires_at: float | None = None, labels: Labels = (), who: str,
-    why: str = "", now: float
+    db: Connection, app: str, digest: str, *, label: str = "", expires_at: float | None = None, labels: Labels = (),
+    cap_nano: int | None = None, who: str, why: str = "", now: float
 ) -> Token:  # fmt: skip
-    """Enter a token by its SHA-256 (hexadecimal). Raises ValueError if it is there already."""
-    found = db.execute(ISSUE, (app, label, digest, now, expires_at, labels_text(labels))).fetchall()
+    """Enter a token by its SHA-256 (hexadecimal). Raises ValueError if it is there already.
+
+    `cap_nano`: the most that may ever be spent with it, beside the caps of the policy.
+    """
+    found = db.execute(ISSUE, (app, label, digest, now, expires_at, labels_text(labels), cap_nano)).fetchall()
     if not found:
         raise ValueError(f"the ledger has this token of {app} already: mint another one")
-    token = Token(found[0][0], app, label, now, expires_at, None, labels=labels)
+    token = Token(found[0][0], app, label, now, expires_at, None, labels=labels, cap_nano=cap_nano)
+    if cap_nano is not None:
+        parts.keep_tokens(db, app)
     audit(db, who, "token issue", f"app:{app}", None, token_facts(token), why, now)
     return token
 
@@ -225,36 +231,59 @@ def clear_overrun(db: Connection, model: str, *, who: str, why: str = "", now: f
     return True
 
 
-def is_aligned(db: Connection, zone: str, teams: Mapping[str, str | None]) -> bool:
-    """Return whether the ledger's calendar and the apps' teams are those of the policy."""
+def is_aligned(
+    db: Connection,
+    zone: str,
+    teams: Mapping[str, str | None],
+    cycles: Collection[Window] = (),
+    capped_parts: Collection[parts.KeptPart] = (),
+) -> bool:
+    """Return whether the ledger's calendar, the apps' teams and the parts with balances are those of the policy."""
     settings = _settings(db)
-    return settings["zone"] == zone and not _moved(settings, teams)
+    as_before = settings["zone"] == zone and not _moved(settings, teams)
+    return as_before and _kept_cycles(db) == set(cycles) and parts.is_aligned(db, capped_parts)
 
 
-def align(db: Connection, zone: str, teams: Mapping[str, str | None], *, who: str, now: float) -> bool:
-    """Make the ledger's calendar and the apps' teams those of the policy; True if anything changed.
+def align(
+    db: Connection,
+    zone: str,
+    teams: Mapping[str, str | None],
+    cycles: Collection[Window] = (),
+    capped_parts: Collection[parts.KeptPart] = (),
+    *,
+    who: str,
+    now: float,
+) -> bool:
+    """Make the ledger's calendar, the apps' teams and the parts with balances those of the policy; True if anything changed.
 
     Past calls move with their app and their day: windows are computed anew and the balances from the entries, in this one
     transaction. It reads the whole ledger, so it runs when a policy comes into force, never on a call, and in a running gateway apart
     from its loop (background.py); for an app that is new, whose calls could move nothing, it reads none of it.
     """
-    settings = _settings(db)
-    zone_before, moved = settings["zone"], _moved(settings, teams)
-    if zone_before == zone and not moved:
+    if is_aligned(db, zone, teams, cycles, capped_parts):
         return False
+    settings, cycles_before = _settings(db), _kept_cycles(db)
+    zone_before, moved = settings["zone"], _moved(settings, teams)
+    windows = starts(now, ZoneInfo(zone), cycles)
     booked = {app for app in moved if db.execute(reservations.EVER_BOOKED, (app_scope(app),)).fetchall()}
     for app, team in moved.items():
         keep_setting(db, f"team:{app}", team or "")
         if app in booked or db.execute(EVER_CALLED, (app,)).fetchall():
             db.execute("UPDATE calls SET team = $1 WHERE app = $2 AND team IS DISTINCT FROM $3", (team, app, team))
+    db.execute("DELETE FROM kept_cycles")
+    db.executemany("INSERT INTO kept_cycles VALUES ($1)", [(cycle,) for cycle in cycles])
     if zone_before != zone:
         db.execute("UPDATE settings SET value = $1 WHERE name = 'zone'", (zone,))
-        _move_windows(db, ZoneInfo(zone))
+        _move_windows(db, ZoneInfo(zone), cycles)
         db.execute("DELETE FROM kept_days")  # they were days of the other calendar
-    if booked or zone_before != zone:
+    elif new := set(cycles) - cycles_before:
+        _move_windows(db, ZoneInfo(zone), cycles, since=min(windows.of(cycle) for cycle in new))
+    if booked or zone_before != zone or set(cycles) != cycles_before:
         balances.rebuild(db)
+    parts.align(db, capped_parts, windows, moved=zone_before != zone)
     before = {"zone": zone_before, "teams": {app: settings.get(f"team:{app}") for app in moved}}
-    audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, "the policy's time zone or an app's team", now)
+    why = "the policy's time zone, an app's team, a billing cycle or the caps of an app's parts"
+    audit(db, who, "align", "ledger", before, {"zone": zone, "teams": moved}, why, now)
     return True
 
 
@@ -319,16 +348,23 @@ def keep_setting(db: Connection, name: str, value: str) -> None:
 
 
 _SPAN = "SELECT (SELECT min(started_at) FROM calls), (SELECT max(started_at) FROM calls)"
-_MOVE = "UPDATE calls SET day_start = $1, week_start = $2, month_start = $3 WHERE started_at >= $4 AND started_at < $5"
+_MOVE = """
+UPDATE calls SET day_start = $1, week_start = $2, month_start = $3, cycles = $4 WHERE started_at >= $1 AND started_at < $5
+"""
 
 
-def _move_windows(db: Connection, zone: ZoneInfo) -> None:
-    """Compute the windows of all calls anew: one statement for each day of the zone's calendar, from an index."""
+def _kept_cycles(db: Connection) -> set[Window]:
+    return {cycle for (cycle,) in db.execute('SELECT "window" FROM kept_cycles').fetchall()}
+
+
+def _move_windows(db: Connection, zone: ZoneInfo, cycles: Collection[Window], since: float | None = None) -> None:
+    """Compute the windows of all calls anew, or of those `since` a time: one statement for each day of the zone, from an index."""
     [(at, last)] = db.execute(_SPAN).fetchall()
+    at = at if at is None or since is None else max(at, since)
     while at is not None and at <= last:
-        day, week, month, _ = starts(at, zone)
+        windows = starts(at, zone, cycles)
         end = next_start("day", at, zone)
-        db.execute(_MOVE, (day, week, month, day, end))
+        db.execute(_MOVE, (windows.day, windows.week, windows.month, reservations.written_cycles(windows), end))
         at = end
 
 

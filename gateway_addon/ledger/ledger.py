@@ -40,6 +40,7 @@ from gateway_addon.ledger.types import (
     Standing,
     TokenLookup,
     app_scope,
+    enclosing,
 )
 
 log = logging.getLogger(__name__)
@@ -393,7 +394,7 @@ class Ledger:
 
 
 def _touched(app: str, caps: Sequence[CapShape]) -> frozenset[str]:
-    return frozenset((app_scope(app), *(cap.scope for cap in caps)))
+    return frozenset((app_scope(app), *(enclosing(cap.scope) for cap in caps)))
 
 
 def _end_unstorable(db: Connection, ending: RecordedEnd) -> Resolution:

@@ -5,6 +5,7 @@ said no is judged from values (`denials.judge`) in the same transaction. Each fu
 all searches by key: their cost does not grow with the ledger. Knows nothing of files, threads, clocks or policies.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from datetime import tzinfo
 from functools import lru_cache
@@ -12,7 +13,7 @@ from itertools import chain
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from gateway_addon.ledger import state
+from gateway_addon.ledger import parts, state
 from gateway_addon.ledger.denials import judge, judge_rate
 from gateway_addon.ledger.sql import Connection, Engine, Statement, named
 from gateway_addon.ledger.types import (
@@ -35,7 +36,7 @@ from gateway_addon.ledger.types import (
     labels_text,
 )
 from gateway_addon.names import PROGRAM
-from gateway_addon.windows import WINDOWS, Starts, next_start, starts
+from gateway_addon.windows import WINDOWS, Starts, Window, is_cycle, next_start, starts
 
 type CapWindow = tuple[str, str, int, int | None]
 """A scope, its window, the window's start, and the cap's amount where there is one."""
@@ -50,8 +51,9 @@ ITS_BALANCE = "LEFT JOIN its_balance"
 STANDINGS = f"""
   SELECT cap.scope, cap."window", cap.window_start,
     CASE WHEN limit_nano < cap.amount_nano + cap.raised_nano THEN limit_nano ELSE cap.amount_nano + cap.raised_nano END AS cap_nano,
-    cap.raised_nano, coalesce(spent_nano, 0) AS spent_nano, coalesce(reserved_nano, 0) AS reserved_nano,
-    coalesce(quantum_nano, 0) AS quantum_nano, coalesce(open, 0) AS open, cap.limit_nano
+    cap.raised_nano, coalesce(balance.spent_nano, part.spent_nano, 0) AS spent_nano,
+    coalesce(balance.reserved_nano, part.reserved_nano, 0) AS reserved_nano,
+    coalesce(balance.quantum_nano, part.quantum_nano, 0) AS quantum_nano, coalesce(balance.open, part.open, 0) AS open, cap.limit_nano
   FROM (SELECT column1 AS scope, column2 AS "window", CAST(column3 AS BIGINT) AS window_start, CAST(column4 AS BIGINT) AS amount_nano,
           (SELECT coalesce(sum(amount_nano), 0) FROM raises
            WHERE scope = column1 AND "window" = column2 AND until > $now) AS raised_nano,
@@ -98,10 +100,10 @@ ON CONFLICT (app, minute) DO UPDATE SET requests = minutes.requests + 1
 
 RESERVE = f"""
 INSERT INTO calls (state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, session_id, agent_id,
-  parent_agent_id, user_id, labels, day_start, week_start, month_start, started_at,
+  parent_agent_id, user_id, labels, app_parts, day_start, week_start, month_start, cycles, started_at,
   quote_nano, grant_nano, quantum_nano, input_tokens_quoted)
 SELECT 'open', $owner, $app, $team, $token_id, $endpoint, $model_asked, $stream, $max_tokens, $session_id, $agent_id,
-  $parent_agent_id, $user_id, $labels, $day_start, $week_start, $month_start, $now,
+  $parent_agent_id, $user_id, $labels, $app_parts, $day_start, $week_start, $month_start, $cycles, $now,
   $quote_nano, $grant_nano, $own_quantum_nano, $input_tokens
 WHERE NOT EXISTS ({OBSTACLES})
 RETURNING id
@@ -161,6 +163,8 @@ INSERT INTO overruns (model, call_id, at, over_nano) SELECT coalesce(model_asked
 FROM calls WHERE id = $call_id ON CONFLICT DO NOTHING
 """)
 
+CALENDAR = """SELECT 'zone', value FROM settings WHERE name = 'zone' UNION ALL SELECT 'cycle', "window" FROM kept_cycles"""
+
 EVER_BOOKED = """SELECT 1 FROM balances WHERE scope = $1 AND "window" = 'ever' AND window_start = 0"""
 
 OPEN_OF_OWNER = "SELECT id FROM calls WHERE owner = $1 AND state = 'open' ORDER BY id LIMIT $2"
@@ -180,11 +184,14 @@ def reserve(
     """Write an open call and its reservation of `grant_nano` where every cap, rate, token and pause allows it."""
     if grant_nano < 0 or quantum_nano < 0:
         raise ValueError(f"a reservation holds no negative amount, not {min(grant_nano, quantum_nano)}")
-    calendar = zone(db)
-    windows = starts(now, calendar)
+    calendar, cycles = kept_calendar(db)
+    windows = starts(now, calendar, cycles)
+    asked = parts.counted(db, call, caps, windows.day)
     limits = rates or RateLimits()
     values = _call_values(call, owner, windows, now)
     values |= {
+        "app_parts": parts.written(asked.parts),
+        "cycles": written_cycles(windows),
         "app_scope": app_scope(call.app),
         "grant_nano": grant_nano,
         "own_quantum_nano": quantum_nano,
@@ -194,13 +201,14 @@ def reserve(
         "input_tokens_per_minute": limits.input_tokens_per_minute,
         "concurrent": limits.concurrent,
     }
-    frames = _frames(caps, windows)
+    frames = _frames(asked.caps, windows)
     pausable = call.pause_scopes + (None,) * (-len(call.pause_scopes) % SCOPES_A_STEP)
     values |= _asked(frames) | dict(zip(_pausable(len(pausable)), pausable, strict=True))
     written = db.execute(_asking(RESERVE, db.engine, len(frames), len(pausable)), values).fetchall()
     if written:
+        parts.named_today(db, call, asked.new_names, windows.day)
         return Reserved(written[0][0], _standings(db, frames, now, calendar), owner)
-    denial = judge(facts(db, call, caps, now=now), limits, grant_nano, quantum_nano, call.input_tokens, now)
+    denial = judge(facts(db, call, asked.caps, now=now), limits, grant_nano, quantum_nano, call.input_tokens, now)
     if denial is None:
         raise LedgerUnavailable(f"the ledger did not write a reservation and does not say why: `{PROGRAM} doctor` looks for the fault")
     return denial
@@ -248,10 +256,15 @@ def extend(db: Connection, call_id: int, more_nano: int, caps: Sequence[CapShape
 
     `caps` are those of its admission. The quanta that other streams keep free do not count: top-ups come first.
     """
-    row = db.execute("SELECT day_start, week_start, month_start FROM calls WHERE id = $1", (call_id,)).fetchall()
+    row = db.execute("SELECT app, app_parts, cycles, day_start, week_start, month_start FROM calls WHERE id = $1", (call_id,)).fetchall()
     if not row or more_nano < 0:
         return False
-    frames = _frames(caps, Starts(*row[0]))
+    app, app_parts, cycles, day, week, month = row[0]
+    try:
+        placed = parts.placed_again(db, app, caps, app_parts)
+        frames = _frames(placed, Starts(day, week, month, cycles=tuple(json.loads(cycles or "{}").items())))
+    except LedgerUnavailable:  # another policy came into force: what is not kept any more cannot be judged, so nothing is granted
+        return False
     values = {"call_id": call_id, "more_nano": more_nano, "now": now} | _asked(frames)
     return db.execute(_asking(EXTEND, db.engine, len(frames)), values).rowcount == 1
 
@@ -318,16 +331,17 @@ def failed_authentication(db: Connection, reason: str, *, now: float) -> None:
 def standing(db: Connection, scopes: Iterable[str], caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
     """Return the standing of every scope in every window, with its cap among `caps`."""
     calendar = zone(db)
-    windows = starts(now, calendar)
     amounts = {(cap.scope, cap.window): cap.amount_nano for cap in caps}
-    frames = [(scope, window, windows.of(window), amounts.get((scope, window))) for scope in scopes for window in WINDOWS]
+    wanted = {scope: (*WINDOWS, *(window for of, window in amounts if of == scope and is_cycle(window))) for scope in scopes}
+    windows = starts(now, calendar, {window for _, window in amounts if is_cycle(window)})
+    frames = [(scope, window, windows.of(window), amounts.get((scope, window))) for scope in wanted for window in wanted[scope]]
     return _standings(db, frames, now, calendar)
 
 
 def capped(db: Connection, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
     """Return the standing of each of these caps."""
     calendar = zone(db)
-    return _standings(db, _frames(caps, starts(now, calendar)), now, calendar)
+    return _standings(db, _frames(caps, starts(now, calendar, {cap.window for cap in caps if is_cycle(cap.window)})), now, calendar)
 
 
 def zone(db: Connection) -> tzinfo:
@@ -338,9 +352,27 @@ def zone(db: Connection) -> tzinfo:
     return ZoneInfo(rows[0][0])
 
 
+def kept_calendar(db: Connection) -> tuple[tzinfo, tuple[Window, ...]]:
+    """Return the zone of the ledger's calendar, and the billing cycles in which every call counts."""
+    rows = db.execute(CALENDAR).fetchall()
+    zones = [value for what, value in rows if what == "zone"]
+    return ZoneInfo(zones[0]) if zones else zone(db), tuple(sorted(value for what, value in rows if what == "cycle"))
+
+
+def written_cycles(windows: Starts) -> str | None:
+    """Return the cycles of a call as its row keeps them."""
+    return json.dumps(dict(windows.cycles)) if windows.cycles else None
+
+
 def _frames(caps: Iterable[CapShape], windows: Starts) -> list[CapWindow]:
-    """Return the caps that the ledger keeps, each with the start of its present window."""
-    return [(cap.scope, cap.window, getattr(windows, cap.window), cap.amount_nano) for cap in caps if cap.window != "request"]
+    """Return the caps that the ledger keeps, each with the start of its present window. Raises LedgerUnavailable for another cycle."""
+    try:
+        return [(cap.scope, cap.window, windows.of(cap.window), cap.amount_nano) for cap in caps if cap.window != "request"]
+    except KeyError as error:
+        raise LedgerUnavailable(
+            f"the ledger keeps no balances for the window {error}: another gateway with other policies uses it; give all of them the same,"
+            " and reload this one"
+        ) from None
 
 
 @lru_cache
@@ -370,6 +402,8 @@ def _standings(db: Connection, frames: Sequence[CapWindow], now: float, calendar
     if not frames:
         return ()
     rows = db.execute(_asking(STANDINGS, db.engine, len(frames)), _asked(frames) | {"now": now}).fetchall()
+    place = {(scope, window): number for number, (scope, window, *_) in enumerate(frames)}  # a server's planner has an order of its own
+    rows.sort(key=lambda row: place[row[0], row[1]])
     return tuple(
         Standing(scope, window, start, next_start(window, start or now, calendar), *amounts) for scope, window, start, *amounts in rows
     )
@@ -426,10 +460,10 @@ def _outcome_values(outcome: Outcome, flags: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def usage_rows(call_id: int, parts: Sequence[PartShape], spent_nano: int) -> list[tuple[object, ...]]:
+def usage_rows(call_id: int, billed: Sequence[PartShape], spent_nano: int) -> list[tuple[object, ...]]:
     """Return the rows of the billed parts, and one for the part of the amount that they do not explain (an estimate's surplus)."""
     rows: list[tuple[object, ...]] = []
-    for number, part in enumerate(parts):
+    for number, part in enumerate(billed):
         tokens = part.tokens
         kinds = (
             tokens.input_tokens,
@@ -440,7 +474,7 @@ def usage_rows(call_id: int, parts: Sequence[PartShape], spent_nano: int) -> lis
             tokens.cache_write_unsplit_tokens,
         )
         rows.append((call_id, number, part.kind, part.model, *kinds, part.web_searches, part.nano, part.price_row))
-    unexplained_nano = spent_nano - sum(part.nano for part in parts)
+    unexplained_nano = spent_nano - sum(part.nano for part in billed)
     if unexplained_nano:
-        rows.append((call_id, len(parts), "estimate", None, 0, 0, 0, 0, 0, 0, 0, unexplained_nano, None))
+        rows.append((call_id, len(billed), "estimate", None, 0, 0, 0, 0, 0, 0, 0, unexplained_nano, None))
     return rows

@@ -27,8 +27,10 @@ class Engine:
     """The function that finds a text in another: 1 or more, or 0."""
     whole: str
     """The whole part of a positive number, `{}`, as an integer."""
+    json_value: str
+    """The value, as text or number, under a key `{1}` of a JSON object `{0}`; NULL where there is none."""
     balance_of_cap: str
-    """A join of the row `cap` (scope, window, window_start) with the sums of its balance, if it has any."""
+    """A join of the row `cap` (scope, window, window_start) with its balance, if it has any: as `balance`, or a part's as `part`."""
     labels: str
     """A call's labels, as what `->>` takes a value from."""
     clear_balances: str

@@ -8,9 +8,9 @@ from typing import Any
 from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.ledger.types import Alert, DueAlert, Pause, Token, TokenLookup, labels_of
 
-TOKEN = "id, app, label, created_at, expires_at, revoked_at, last_used_at, labels, issuer"
+TOKEN = "id, app, label, created_at, expires_at, revoked_at, last_used_at, labels, cap_nano, issuer"
 """The columns that `token_of` takes."""
-_ITS_SESSION = "tokens.id, app, label, created_at, sessions.expires_at, revoked_at, last_used_at, labels, issuer, rule"
+_ITS_SESSION = "tokens.id, app, label, created_at, sessions.expires_at, revoked_at, last_used_at, labels, cap_nano, issuer, rule"
 IN_FORCE = "FROM pauses WHERE until IS NULL OR until > ${}"
 # In one statement, because every request asks for all of it, and a look costs more by the statement than by the row.
 KNOCK = f"""
@@ -18,9 +18,9 @@ SELECT 'token' AS what, {TOKEN}, NULL AS rule FROM tokens WHERE digest = $1
 UNION ALL
 SELECT 'token', {_ITS_SESSION} FROM sessions JOIN tokens ON tokens.id = token_id WHERE sessions.digest = $1
 UNION ALL
-SELECT 'pause', cut, scope, why, since, until, NULL, NULL, NULL, NULL, NULL {IN_FORCE.format(2)}
+SELECT 'pause', cut, scope, why, since, until, NULL, NULL, NULL, NULL, NULL, NULL {IN_FORCE.format(2)}
 UNION ALL
-SELECT 'overrun', NULL, model, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM overruns
+SELECT 'overrun', NULL, model, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM overruns
 """
 PAUSES = f"SELECT scope, since, until, why, cut {IN_FORCE.format(1)} ORDER BY scope"
 
@@ -42,8 +42,8 @@ def look_up_token(db: Connection, digest: str, now: float) -> TokenLookup:
 
 def token_of(row: Sequence[Any]) -> Token:
     """Return a token from its columns; the rule is a session's."""
-    id, app, label, created_at, expires_at, revoked_at, last_used_at, labels, issuer, *rule = row
-    return Token(id, app, label, created_at, expires_at, revoked_at, last_used_at, labels_of(labels), issuer, *rule)
+    id, app, label, created_at, expires_at, revoked_at, last_used_at, labels, cap_nano, issuer, *rule = row
+    return Token(id, app, label, created_at, expires_at, revoked_at, last_used_at, labels_of(labels), cap_nano, issuer, *rule)
 
 
 def pauses(db: Connection, now: float) -> tuple[Pause, ...]:

@@ -127,6 +127,14 @@ class PartShape(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class NameLimit:
+    """How many new names of parts a day may bring for an app; `bounded` kinds have the operator's names, and are not counted."""
+
+    new_max: int = 10_000
+    bounded: frozenset[str] = frozenset(("model", "token"))
+
+
+@dataclass(frozen=True, slots=True)
 class NewCall:
     """A request as admitted or refused. `input_tokens` is the quote's bound, counted against the app's tokens per minute."""
 
@@ -147,6 +155,11 @@ class NewCall:
     labels: Labels = ()
     model: str | None = None
     """The model as it is counted: by its canonical id, whatever name was asked for."""
+    names: NameLimit = NameLimit()
+    token_cap_nano: int | None = None
+    """The cap of the token itself, where it was issued with one."""
+    last_call: bool = False
+    """The client says that it ends with this call: the shares of caps that are kept for that are open to it."""
     traceparent: str | None = None
     """The client's own span (W3C trace context): for the span of this call, and never written to the ledger."""
 
@@ -322,6 +335,8 @@ class Token:
     """Unix seconds, to the minute."""
     labels: Labels = ()
     """The labels of all its calls."""
+    cap_nano: int | None = None
+    """The most that may ever be spent with it, beside the caps of the policy."""
     issuer: str | None = None
     """The issuer of the identity tokens that this row stands for: it is a workload's. None: it is a token's own."""
     rule: str | None = None

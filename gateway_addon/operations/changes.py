@@ -74,7 +74,7 @@ def base_nano(found: Outline, scope: str, window: str) -> int | None:
     if window not in caps:
         name = typed(scope)
         raise ValueError(f"{name} has no cap for a {window} to change; its caps: {', '.join(caps) or 'none'}. Write one in its policy file")
-    return caps[window]  # type: ignore[index]  # a key of this mapping, as looked up above
+    return caps[window]
 
 
 def raise_cap(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gateway_addon.calls.admission import Caller, new_call
 from gateway_addon.calls.authentication import Rejected, judge_caller
 from gateway_addon.calls.judging import judge_request
 from gateway_addon.calls.planning import fits_request_cap, judge_plan, plan
@@ -37,7 +38,7 @@ from gateway_addon.messages import request as reading
 from gateway_addon.messages.request import ParsedRequest, Request, is_fast
 from gateway_addon.money import dollars
 from gateway_addon.operations.tables import table
-from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, RuleVerdict, caps, trail
+from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, RuleVerdict, caps, token_cap, trail
 from gateway_addon.pricing import retired
 from gateway_addon.refusals import Refusal
 
@@ -52,6 +53,9 @@ class Known(NamedTuple):
     upstream_limits: Mapping[str, tuple[str, float]]
     owners: Mapping[str, str]
     """Apps by the ids of the files that they uploaded."""
+    call: NewCall
+    limits: Sequence[Cap]
+    """Every cap that the call stands under."""
     problem: str | None = None
 
 
@@ -70,8 +74,8 @@ def explain(
     """
     asked = reading.read("messages", request)
     files = set(asked.found.files) if isinstance(asked, ParsedRequest) else set()
-    limits = caps(policy, app)
-    known = _known(ledger, app, limits, files, find_token, now)
+    known = _known(policy, app, request, ledger, files, find_token, now)
+    limits = known.limits
     caller = judge_caller(known.lookup, address, request.headers, "messages", policy, now)
     refused = caller.refusal if isinstance(caller, Rejected) else None
     explanation: dict[str, Any] = {
@@ -113,7 +117,7 @@ def _judge_money(
     policy: GatewayPolicy, app: AppPolicy, read: ParsedRequest, bound: Quote, known: Known, now: float
 ) -> tuple[Refusal | None, float, list[Refusal]]:
     """Return the refusal of a quoted call by caps, rates and concurrency, the wait before it, and what observed ones would have said."""
-    asked = plan(app, policy, read, bound, known.upstream_limits, known.lookup.overruns, now)
+    asked = plan(app, policy, known.call, read, bound, known.upstream_limits, known.lookup.overruns, now)
     if isinstance(asked, Refusal):
         return asked, 0.0, []
     verdict = judge_plan(asked, known.facts, bound.input_tokens, now)
@@ -127,20 +131,36 @@ def _judge_money(
 
 
 def _known(
-    ledger: Path | ServerAddress, app: AppPolicy, limits: Sequence[Cap], files: set[str], find_token: FindToken | None, now: float
+    policy: GatewayPolicy,
+    app: AppPolicy,
+    request: Request,
+    ledger: Path | ServerAddress,
+    files: set[str],
+    find_token: FindToken | None,
+    now: float,
 ) -> Known:
     """Read all that the ledger knows, in one look."""
     assumed = Token(0, app.name, "", now, None, None)
+
+    def call_of(token: Token | None) -> tuple[NewCall, tuple[Cap, ...]]:
+        token = token or assumed
+        judged = judge_request(app, policy.prices, "messages", request, frozenset(), now)
+        if isinstance(judged, Refusal):
+            return NewCall(app.name, app.team, token.id), caps(policy, app)
+        call = new_call(Caller(app, token, "messages", policy, frozenset(), now), judged, request, "")
+        return call, (*caps(policy, app, call.parts, last_call=call.last_call), *token_cap(call))
+
     try:
         with connect.reading(ledger) as db:
             token = assumed if find_token is None else find_token(db)
-            call = NewCall(app.name, app.team, token.id if token else 0)
+            call, limits = call_of(token)
             facts = reservations.facts(db, call, limits, now=now)._replace(token=token)
             lookup = TokenLookup(token, state.pauses(db, now), state.overruns(db))
-            return Known(lookup, facts, state.ratelimits(db), ownership.owners(db, files))
+            return Known(lookup, facts, state.ratelimits(db), ownership.owners(db, files), call, limits)
     except LedgerUnavailable as error:
+        call, limits = call_of(assumed)
         untouched = [Standing(cap.scope, cap.window, 0, None, cap.amount_nano, 0, 0, 0, 0, 0) for cap in limits if cap.window != "request"]
-        return Known(TokenLookup(assumed), CallFacts(assumed, (), tuple(untouched)), {}, {}, str(error))
+        return Known(TokenLookup(assumed), CallFacts(assumed, (), tuple(untouched)), {}, {}, call, limits, str(error))
 
 
 def _assumed(app: AppPolicy, known: Known, address: str | None) -> list[str]:

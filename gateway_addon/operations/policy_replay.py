@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gateway_addon.calls.planning import fits_request_cap
-from gateway_addon.calls.reservation_options import planned
-from gateway_addon.ledger import RateLimits, Standing
+from gateway_addon.calls.reservation_options import divided
+from gateway_addon.ledger import Standing
 from gateway_addon.ledger.denials import judge_caps
 from gateway_addon.ledger.reports.entry_history import Recorded
 from gateway_addon.messages.request import ParsedRequest
-from gateway_addon.policy import AppPolicy, GatewayPolicy, edits, trail
+from gateway_addon.policy import AppPolicy, GatewayPolicy, caps, cycles, edits, trail
 from gateway_addon.pricing import Prices
-from gateway_addon.windows import WINDOWS, Window
+from gateway_addon.windows import Window, starts
 
 JUDGED = frozenset(("endpoint", "model", "max_tokens"))
 """Refusals by the rules for which the ledger knows enough."""
@@ -96,10 +96,12 @@ def _capped(call: Recorded, policy: GatewayPolicy, spent: defaultdict[ReplayWind
     of_one_request = not call.endpoint.endswith("batches.create") and not app.observes("caps")
     if of_one_request and not fits_request_cap(app, max(call.grant_nano, call.spent_nano)):
         return "quote_over_cap", f"can cost more than the cap for one request of {app}"
+    enforced, _ = divided(app, caps(policy, app, call.parts))
+    windows = starts(call.started_at, policy.zone, cycles(policy))
     standings = [
         Standing(cap.scope, cap.window, at, None, cap.amount_nano, 0, spent[cap.scope, cap.window, at], 0, 0, 0)
-        for cap in planned(app, policy, (), RateLimits()).limits if cap.window in WINDOWS
-        for at in [call.starts.of(cap.window)]
+        for cap in enforced if cap.window != "request"
+        for at in [windows.of(cap.window)]
     ]  # fmt: skip
     denied = judge_caps(standings, asked_nano, 0, 0.0)
     if denied is None:

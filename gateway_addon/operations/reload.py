@@ -15,7 +15,7 @@ from gateway_addon.calls.alerts import policy_broken
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.identity.fingerprint import fingerprint
 from gateway_addon.ledger import Ledger, LedgerUnavailable, ServerAddress, access, admin, background, reservations
-from gateway_addon.policy import GatewayPolicy, PolicyError, load
+from gateway_addon.policy import GatewayPolicy, PolicyError, capped_parts, cycles, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.credentials import SecretUnavailable, WatchedSecret
 
@@ -134,8 +134,9 @@ async def align(ledger: Ledger, policy: GatewayPolicy, who: str) -> None:
         for sentence in access.restrict(ledger.place, policy.ledger_mode):
             logger.warning("%s.", sentence)
     teams, now = {name: app.team for name, app in policy.apps.items()}, time.time()
-    if not await ledger.look(partial(admin.is_aligned, zone=policy.timezone, teams=teams)):
-        await background.change(ledger.place, partial(admin.align, zone=policy.timezone, teams=teams, who=who, now=now))
+    wanted = (policy.timezone, teams, cycles(policy), capped_parts(policy))
+    if not await ledger.look(lambda db: admin.is_aligned(db, *wanted)):
+        await background.change(ledger.place, lambda db: admin.align(db, *wanted, who=who, now=now))
     await ledger.change(partial(admin.keep_policy, digest=policy.digest, texts=policy.texts, who=who, now=now))
 
 

@@ -7,9 +7,27 @@
 """
 
 from gateway_addon.policy.loading import Outline, load, load_prices, outline
-from gateway_addon.policy.model import Alerts, AppPolicy, Cap, Feature, GatewayPolicy, Source, Tls, all_caps, caps
+from gateway_addon.policy.model import (
+    Alerts,
+    AppPolicy,
+    Cap,
+    Feature,
+    GatewayPolicy,
+    PartCaps,
+    Source,
+    Tls,
+    all_caps,
+    capped_parts,
+    caps,
+    caps_by_model,
+    caps_of_part,
+    cycles,
+    name_limit,
+    part_caps,
+    token_cap,
+)
 from gateway_addon.policy.retiring import Retiring, retiring
-from gateway_addon.policy.rules import CLAMPED, RuleVerdict, edits, judge, may_use, observed, trail
+from gateway_addon.policy.rules import CLAMPED, RuleVerdict, edits, judge, may_use, model_sent, observed, trail
 from gateway_addon.yaml_file import FileError as PolicyError
 
 __all__ = [
@@ -20,20 +38,29 @@ __all__ = [
     "Feature",
     "GatewayPolicy",
     "Outline",
+    "PartCaps",
     "PolicyError",
     "Retiring",
     "RuleVerdict",
     "Source",
     "Tls",
     "all_caps",
+    "capped_parts",
     "caps",
+    "caps_by_model",
+    "caps_of_part",
+    "cycles",
     "edits",
     "judge",
     "load",
     "load_prices",
     "may_use",
+    "model_sent",
+    "name_limit",
     "observed",
     "outline",
+    "part_caps",
     "retiring",
+    "token_cap",
     "trail",
 ]

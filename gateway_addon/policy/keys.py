@@ -12,6 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from yaml.nodes import Node
+
 from gateway_addon.identity.trust import ALGORITHMS, KeySource
 from gateway_addon.messages.header_filter import OWN, OWN_PREFIX
 from gateway_addon.names import LABEL_NAME
@@ -46,6 +48,7 @@ from gateway_addon.policy.model import (
     LabelPolicy,
     MaxTokens,
     Models,
+    PartCaps,
     RatePolicy,
     Source,
     Team,
@@ -54,6 +57,8 @@ from gateway_addon.policy.model import (
     Tls,
 )
 from gateway_addon.pricing import LISTED_BY
+from gateway_addon.windows import cycle
+from gateway_addon.yaml_file import Problems, Spot, entries, suggestion
 
 WAIT_MAX_S = 300.0  # half of the time in which the official SDKs want the whole answer
 NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
@@ -144,21 +149,81 @@ _PATTERN = text(r"[A-Za-z0-9][A-Za-z0-9._:*?@-]*", "a model id or a pattern like
 _NAMES = text(NAME, "a name of lower-case letters, digits, - and _")
 
 
-def _caps(windows: Mapping[str, str], help: str, default: Any = REQUIRED) -> Key:
-    def make(**amounts: int | None) -> Mapping[str, int]:
-        return MappingProxyType({window: amount for window, amount in amounts.items() if amount is not None})
-
-    keys = {window: Key(AMOUNT, words, None) for window, words in windows.items()}
-    unlimited = ValueKind(lambda node, spot: NO_CAPS if word("unlimited").read(node, spot) else None, {"const": "unlimited"}, "`unlimited`")
-    return Key(either(unlimited, record(make, keys)), help, default, keys)
+def _day_of_month(value: str) -> int:
+    if re.fullmatch(r"[0-9]{1,2}", value) is None or not 1 <= int(value) <= 31:
+        raise ValueError(f"{value!r} is not a day of the month; write one from 1 to 31 (31: the last day of a shorter month)")
+    return int(value)
 
 
-_WINDOWS = {
-    "day": "at most this much in a calendar day",
-    "week": "at most this much in a week, from Monday",
-    "month": "at most this much in a calendar month",
-    "ever": "at most this much in all",
+_CYCLE = {
+    "amount": Key(AMOUNT, "how much"),
+    "from": Key(parsed(_day_of_month, {"type": "integer", "minimum": 1, "maximum": 31}, "a day of the month"), "the day it begins on"),
 }
+_WINDOWS = {
+    "day": Key(AMOUNT, "at most this much in a calendar day", None),
+    "week": Key(AMOUNT, "at most this much in a week, from Monday", None),
+    "month": Key(AMOUNT, "at most this much in a calendar month", None),
+    "cycle": _group(dict, _CYCLE, "at most this much in a month that begins on a day, as bills do", None),
+    "ever": Key(AMOUNT, "at most this much in all", None),
+}
+
+
+def _amounts(**found: Any) -> Mapping[str, int]:
+    """Return the amounts by window, in the order of their length."""
+    given = {name: found[name] for name in ("request", *_WINDOWS) if found.get(name) is not None}
+    if "cycle" in given:
+        one = given.pop("cycle")
+        given = {cycle(one["from"]): one["amount"], **given}
+    return MappingProxyType(given)
+
+
+def _caps(windows: Mapping[str, Key], help: str, default: Any = REQUIRED) -> Key:
+    unlimited = ValueKind(lambda node, spot: NO_CAPS if word("unlimited").read(node, spot) else None, {"const": "unlimited"}, "`unlimited`")
+    return Key(either(unlimited, record(_amounts, windows)), help, default, windows)
+
+
+_LAST_CALL = {
+    "last_call": Key(PERCENT, "keep this last share for requests that say `x-gateway-last-call: 1`, so that an agent can end well", None)
+}
+
+
+def _part_caps(last_call: int | None, **amounts: Any) -> PartCaps:
+    return PartCaps(_amounts(**amounts), last_call)
+
+
+_PART_CAPS = record(_part_caps, _WINDOWS | _LAST_CALL)
+PART_CAPS = ValueKind(_PART_CAPS.read, _PART_CAPS.schema, "caps: `{day: $5}`, with `week`, `month`, `cycle`, `ever`, `last_call`")
+PARTS = {
+    "session": "each session (`x-claude-code-session-id`): the client's word",
+    "agent": "each agent (`x-claude-code-agent-id`): the client's word",
+    "user": "each end user (`metadata.user_id`): the client's word",
+    "model": "each model; one alone under `models.caps`",
+    "token": "each token",
+}
+_LABEL_PART = rf"label\.{NAME}"
+
+
+def _each() -> ValueKind:
+    """Caps by the kind of part, labels among them."""
+    keys = {kind: Key(PART_CAPS, help, None) for kind, help in PARTS.items()}
+
+    def read(node: Node, spot: Spot) -> Mapping[str, PartCaps]:
+        found, problems = {}, Problems()
+        for name, (key_node, value) in entries(node, spot).items():
+            with problems.noted():
+                if name not in keys and re.fullmatch(_LABEL_PART, name) is None:
+                    raise spot.at(name).error(key_node, f"unknown key{suggestion(name, (*keys, 'label.NAME'))}")
+                found[name] = PART_CAPS.read(value, spot.at(name))
+                if not found[name].caps:
+                    raise spot.at(name).error(value, "names no window; write one like {day: $5}")
+        problems.say()
+        return MappingProxyType(found)
+
+    labels = {"patternProperties": {f"^(?:{_LABEL_PART})$": PART_CAPS.schema}}
+    return ValueKind(read, {**record(dict, keys).schema, **labels}, "keys")
+
+
+_EACH = {kind: Key(PART_CAPS, help, None) for kind, help in (PARTS | {"label.NAME": "each value of a label"}).items()}
 
 def _alerts(at: tuple[int, ...], webhook: Source | None, format: Any) -> Alerts:
     return Alerts(at_percent=at, webhook=webhook, format=format)
@@ -304,12 +369,23 @@ APP: dict[str, Key] = {
                 "names that the provider may point at another snapshot (`claude-haiku-4-5`): pass, refuse, or pin to the dated id",
                 "pass",
             ),
+            "caps": Key(
+                mapping(PART_CAPS, "models"), "what the app may spend on one model, whatever `each.model` says", MappingProxyType({})
+            ),
         },
         "which models the app may use",
     ),
     "caps": _caps(
-        {"request": "at most this much for one call, before it is made"} | _WINDOWS,
+        {"request": Key(AMOUNT, "at most this much for one call, before it is made", None)} | _WINDOWS,
         "what the app may spend; an app without limits says `caps: unlimited`",
+    ),
+    "each": Key(
+        _each(), "what each part of the app may spend, within its caps: one session, agent, user, model, token or label",
+        MappingProxyType({}), _EACH,
+    ),
+    "parts_max": Key(
+        COUNT, "how many new sessions, agents, users and labels a day may bring, where each has a cap; calls under further names share the "
+        "caps of one part, `others` (`10k` unless given)", 10_000,
     ),
     "team": Key(_NAMES, "the team whose caps it shares (see `teams` in gateway.yaml)", None),
     "endpoints": Key(

@@ -7,6 +7,7 @@ name that cannot be one) is an error, because nobody enforces an ignored file.
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ from gateway_addon.names import PROGRAM
 from gateway_addon.policy import trusting
 from gateway_addon.policy.keys import APP, GATEWAY, NAME
 from gateway_addon.policy.kinds import REQUIRED, Key, record
-from gateway_addon.policy.model import AppPolicy, Cap, CapWindow, GatewayPolicy, Models
+from gateway_addon.policy.model import AppPolicy, Cap, GatewayPolicy, Models
 from gateway_addon.policy.rules import matching
 from gateway_addon.pricing import LISTED_BY, PriceError, Prices
+from gateway_addon.windows import Window
 from gateway_addon.yaml_file import FileError as PolicyError
 from gateway_addon.yaml_file import Problems, Spot, compose, entries, items, suggestion
 
@@ -74,7 +76,7 @@ class Outline(NamedTuple):
     `caps`: by scope (`total`, `team:NAME`, `app:NAME`) the caps of its file; None where that cannot be read. A file's name makes an app.
     """
 
-    caps: Mapping[str, Mapping[CapWindow, int] | None]
+    caps: Mapping[str, Mapping[Window, int] | None]
     tls: bool
     issuers: tuple[str, ...] = ()
     """The addresses of the issuers of identity tokens."""
@@ -160,11 +162,13 @@ def parse_app(
             node = found["workloads"][1]
             values["workloads"] = trusting.workload_rules(node, spot.at("workloads"), value("workloads"), issuers)
     problems.say()
+    models = values["models"]
+    values["models"] = replace(models, caps=MappingProxyType({prices.canonical(name): caps for name, caps in models.caps.items()}))
     return AppPolicy(name=Path(file).stem, file=file, workspace_geo=workspace_geo, **values)  # type: ignore[arg-type]
 
 
 def _check_models(node: Any, spot: Spot, models: Models, prices: Prices) -> None:
-    """Check that every pattern matches a model with a price, and that every alias leads to an allowed model."""
+    """Check that every pattern matches a model with a price, that aliases lead to one, and that a model's caps are written once."""
     lines, problems = entries(node, spot), Problems()
     for name in ("allow", "deny"):
         for item in items(lines[name][1], spot) if name in lines else []:
@@ -178,6 +182,15 @@ def _check_models(node: Any, spot: Spot, models: Models, prices: Prices) -> None
                 raise spot.at(f"aliases.{alias}").error(key, "is a model's own name; an alias must not hide one")
             if prices.canonical(models.aliases[alias]) is None:
                 raise spot.at(f"aliases.{alias}").error(value, f"{value.value} has no price{_near(value.value, prices)}")
+    capped: dict[str, str] = {}
+    for name, (key, value) in (entries(lines["caps"][1], spot) if "caps" in lines else {}).items():
+        with problems.noted():
+            if (model := prices.canonical(name)) is None:
+                raise spot.at(f"caps.{name}").error(key, f"{name} has no price{_near(name, prices)}")
+            if (other := capped.setdefault(model, name)) != name:
+                raise spot.at(f"caps.{name}").error(key, f"{name} and {other} are one model; write its caps once")
+            if not models.caps[name].caps:
+                raise spot.at(f"caps.{name}").error(value, "names no window; write one like {day: $5}")
     problems.say()
 
 

@@ -1,6 +1,7 @@
 """Policy as frozen values: what the operator decided, ready to be judged by. No YAML, no files, no decisions."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from types import MappingProxyType
@@ -8,24 +9,37 @@ from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway_addon.identity.trust import Trust, WorkloadRule
+from gateway_addon.ledger import AppPart, NameLimit, NewCall, app_scope, part_scope
 from gateway_addon.names import app_named
 from gateway_addon.pricing import Prices
-
-CapWindow = Literal["request", "day", "week", "month", "ever"]
-CAP_WINDOWS: tuple[CapWindow, ...] = ("request", "day", "week", "month", "ever")
+from gateway_addon.windows import Window, is_cycle
 
 OBSERVABLE = ("endpoints", "models", "unknown_fields", "features", "betas", "max_tokens", "thinking", "require", "labels", "caps", "rates")
 """The rules of an app's policy that may be observed instead of enforced, by the keys that hold them."""
 
-NO_CAPS: Mapping[CapWindow, int] = MappingProxyType({})
+NO_CAPS: Mapping[Window, int] = MappingProxyType({})
 
 
 class Cap(NamedTuple):
-    """A limit in force: at most `amount_nano` in each `window` for everything in `scope` (`total`, `team:NAME`, `app:NAME`)."""
+    """A limit in force: at most `amount_nano` in each `window` for everything in `scope` (a scope of the ledger)."""
 
     scope: str
-    window: CapWindow
+    window: Window
     amount_nano: int
+    kept_nano: int = 0
+    """The share of the cap that is kept for last calls, and not in `amount_nano`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartCaps:
+    """Caps on each part of one kind (each session, each user), or on one part alone."""
+
+    caps: Mapping[Window, int]
+    last_call_percent: int | None = None
+    """The last share of each cap is kept for requests that say that they are the last."""
+
+
+NO_PART_CAPS = PartCaps(NO_CAPS)
 
 
 class Source(NamedTuple):
@@ -43,6 +57,8 @@ class Models:
     """Models by the app's own name for them: a request for such a name is sent with the model's id."""
     moving: Literal["pass", "refuse", "pin"] = "pass"
     """Pass, refuse or pin a name that the provider may point at another snapshot."""
+    caps: Mapping[str, PartCaps] = MappingProxyType({})
+    """Caps on single models, by canonical id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +147,7 @@ class EgressPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    caps: Mapping[CapWindow, int]
+    caps: Mapping[Window, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +157,11 @@ class AppPolicy:
     name: str
     file: str
     models: Models
-    caps: Mapping[CapWindow, int]
+    caps: Mapping[Window, int]
+    each: Mapping[str, PartCaps]
+    """Caps on each part of the app, by the part's kind (see `ledger.types.AppPart`)."""
+    parts_max: int
+    """How many new names of parts its clients may bring in a day. Calls under further ones count together."""
     team: str | None
     endpoints: tuple[str, ...]
     features: Mapping[str, Feature]
@@ -188,7 +208,7 @@ class GatewayPolicy:
     admin_key: Source | None
     metrics_token: Source | None
     timezone: str
-    caps: Mapping[CapWindow, int]
+    caps: Mapping[Window, int]
     teams: Mapping[str, Team]
     timeouts: Timeouts
     bodies_in_flight: int
@@ -227,14 +247,64 @@ class GatewayPolicy:
         return frozenset(str(source.value) for source in sources if source is not None and source.kind == "env")
 
 
-def caps(policy: GatewayPolicy, app: AppPolicy) -> tuple[Cap, ...]:
-    """Return every cap that limits a call of this app: the total's, its team's, its own."""
-    scopes = [("total", policy.caps), (f"app:{app.name}", app.caps)]
+def caps(policy: GatewayPolicy, app: AppPolicy, parts: Iterable[AppPart] = (), *, last_call: bool = False) -> tuple[Cap, ...]:
+    """Return every cap that limits a call of this app: the total's, its team's, its own, and those of the parts that it belongs to."""
+    scopes = [("total", policy.caps), (app_scope(app.name), app.caps)]
     if app.team is not None:
         scopes.insert(1, (f"team:{app.team}", policy.teams[app.team].caps))
-    return tuple(Cap(scope, window, limits[window]) for scope, limits in scopes for window in CAP_WINDOWS if window in limits)
+    shared = (Cap(scope, window, amount_nano) for scope, limits in scopes for window, amount_nano in limits.items())
+    return (*shared, *part_caps(app, parts, last_call=last_call))
+
+
+def part_caps(app: AppPolicy, parts: Iterable[AppPart], *, last_call: bool) -> Iterator[Cap]:
+    """Yield the caps of parts of an app, without the shares that are kept for last calls unless this is one."""
+    for kind, value in parts:
+        found = caps_of_part(app, kind, value)
+        for window, whole_nano in found.caps.items():
+            kept_nano = 0 if last_call else whole_nano * (found.last_call_percent or 0) // 100
+            yield Cap(part_scope(app.name, (kind, value)), window, whole_nano - kept_nano, kept_nano)
+
+
+def caps_by_model(app: AppPolicy) -> bool:
+    """Return whether an app has caps on its models one by one."""
+    return "model" in app.each or bool(app.models.caps)
+
+
+def name_limit(app: AppPolicy) -> NameLimit:
+    """Return how many names of parts an app's clients may bring, and the kinds of parts whose names are the operator's own."""
+    free = {name for name, rule in app.labels.items() if rule.sources != ("token",) and re.search(r"[*?[]", "".join(rule.values))}
+    bounded = {kind for kind in app.each if kind.startswith("label.") and kind.removeprefix("label.") not in free}
+    return NameLimit(app.parts_max, frozenset({"model", "token", *bounded}))
+
+
+def token_cap(call: NewCall) -> tuple[Cap, ...]:
+    """Return the cap that a call's token was issued with, if any. No policy file knows of it, so none observes or lifts it."""
+    return () if call.token_cap_nano is None else (Cap(part_scope(call.app, ("token", str(call.token_id))), "ever", call.token_cap_nano),)
+
+
+def caps_of_part(app: AppPolicy, kind: str, value: str) -> PartCaps:
+    """Return what one part may spend: as each of its kind, and where a model has caps of its own, those instead."""
+    each = app.each.get(kind, NO_PART_CAPS)
+    own = app.models.caps.get(value) if kind == "model" else None
+    return each if own is None else PartCaps({**each.caps, **own.caps}, own.last_call_percent or each.last_call_percent)
 
 
 def all_caps(policy: GatewayPolicy) -> tuple[Cap, ...]:
-    """Return every cap of the apps, of the teams and of the total, once each."""
+    """Return every cap of the apps, of the teams and of the total, once each; those of an app's parts are without number."""
     return tuple(dict.fromkeys(cap for app in policy.apps.values() for cap in caps(policy, app)))
+
+
+def capped_parts(policy: GatewayPolicy) -> frozenset[tuple[str, str, Window]]:
+    """Return the app, kind and window of every cap on parts: of these the ledger keeps balances."""
+    return frozenset(
+        (app.name, kind, window)
+        for app in policy.apps.values()
+        for kind, each in (*app.each.items(), *(("model", own) for own in app.models.caps.values()))
+        for window in each.caps
+    )
+
+
+def cycles(policy: GatewayPolicy) -> frozenset[Window]:
+    """Return every billing cycle that a cap names."""
+    windows = {cap.window for cap in all_caps(policy)} | {window for _, _, window in capped_parts(policy)}
+    return frozenset(window for window in windows if is_cycle(window))

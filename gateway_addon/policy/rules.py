@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from gateway_addon.messages.request import MESSAGES, ParsedRequest
 from gateway_addon.messages.scan import FeatureUse
 from gateway_addon.policy import labels
-from gateway_addon.policy.model import AppPolicy
+from gateway_addon.policy.model import AppPolicy, caps_by_model
 from gateway_addon.pricing import Prices
 from gateway_addon.refusals import Refusal, stated
 
@@ -60,6 +60,7 @@ def trail(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Iterator[Ru
         return
     for where, model in _reachable(app, reading):
         yield _model(app, model, where, prices)
+        yield from _counted_under_one(app, reading, where, model, prices)
     yield from _unknown(app, reading)
     yield from _features(app, reading)
     yield from _betas(app, reading)
@@ -76,7 +77,7 @@ def edits(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> dict[str, A
     An alias or a moving name becomes its model; a clamped `max_tokens` takes a thinking budget down with it.
     """
     changes: dict[str, Any] = {}
-    model = _rewritten(app, reading.model, prices)
+    model = model_sent(app, reading.model, prices)
     if model != reading.model:
         changes["model"] = model
     ceiling = app.max_tokens
@@ -116,10 +117,10 @@ def matching(pattern: str, prices: Prices) -> frozenset[str]:
 
 def may_use(app: AppPolicy, model: str, prices: Prices) -> bool:
     """Return whether an app may use a model, under any of its names."""
-    return _model(app, _rewritten(app, model, prices), "model", prices).code is None
+    return _model(app, model_sent(app, model, prices), "model", prices).code is None
 
 
-def _rewritten(app: AppPolicy, model: str, prices: Prices) -> str:
+def model_sent(app: AppPolicy, model: str, prices: Prices) -> str:
     """Return the model that a request for `model` is sent with."""
     model = app.models.aliases.get(model, model)
     pinned = prices.snapshot(model) if app.models.moving == "pin" and prices.moves(model) else None
@@ -168,6 +169,14 @@ def _reachable(app: AppPolicy, reading: ParsedRequest) -> Iterator[tuple[str, st
     fallbacks = app.features.get("fallbacks")
     if fallbacks and reading.body.get("fallbacks") == "default":
         yield from (("fallbacks default", model) for model in fallbacks.default)
+
+
+def _counted_under_one(app: AppPolicy, reading: ParsedRequest, where: str, model: str, prices: Prices) -> Iterator[RuleVerdict]:
+    """Refuse another model beside the one asked for where models have caps: what it spends would count under the wrong one."""
+    asked = model_sent(app, reading.model, prices)
+    if caps_by_model(app) and prices.canonical(model) != prices.canonical(asked):
+        sentence = f"app {app.name} has caps on each model, and a call counts under one: {where} asks for {model} beside {asked}"
+        yield RuleVerdict("models", f"{sentence}; leave it out ({app.file} each.model, models.caps)", "model")
 
 
 def _unknown(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:

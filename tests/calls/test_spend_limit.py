@@ -1,6 +1,7 @@
 """The words in which Claude Code hears of caps: the official gateway's recorded answers (2.1.332), and a real gateway's."""
 
 import time
+from types import SimpleNamespace
 
 import anthropic
 import httpx2
@@ -83,7 +84,7 @@ def test_of_several_caps_one_speaks(caps, speaks):
 @pytest.mark.parametrize("standings", [[], [cap(900, scope="total"), cap(900, scope="team:all")]], ids=["no cap", "only others' caps"])
 def test_an_app_without_caps_of_its_own_gets_no_headers(standings):
     assert allowed_headers("coder", standings) == ()
-    assert cap_headers("coder", standings) == []
+    assert cap_headers(SimpleNamespace(name="coder"), standings) == []
     none = {"limit": None, "used_credits": 0, "utilization": None}
     extra = {
         "is_enabled": True,

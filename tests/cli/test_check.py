@@ -42,6 +42,7 @@ def test_json_is_the_same_facts(folder: Path):
         "features": ["hour_ttl"],
         "max_tokens": None,
         "caps": {"day": "$5.50"},
+        "each": {},
         "reserve": "auto",
         "mode": "observe",
     }

@@ -13,7 +13,11 @@ from gateway_addon.ledger.store import balances
 from gateway_addon.operations.reload import align
 
 FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-EDITORS = SimpleNamespace(apps={"reports": SimpleNamespace(team="editors")}, timezone="UTC", digest="d", texts={}, ledger_mode=0o600)
+NO_CAPS = SimpleNamespace(caps={})
+REPORTS = SimpleNamespace(name="reports", team="editors", caps={}, each={}, models=NO_CAPS)
+EDITORS = SimpleNamespace(
+    apps={"reports": REPORTS}, caps={}, teams={"editors": NO_CAPS}, timezone="UTC", digest="d", texts={}, ledger_mode=0o600
+)
 TIMEOUT_S = 1.0
 
 

@@ -18,11 +18,11 @@ from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.operations.policy_replay import Tally, replay, tallied
 from gateway_addon.policy import caps, load
 from gateway_addon.simulator import Behaviour, Simulator
-from gateway_addon.windows import WINDOWS, starts
+from gateway_addon.windows import WINDOWS
 
 MONDAY = 1_773_043_200.0
 DAY_S = 86_400
-CALL = Recorded(1, "app", "messages", "claude-haiku-4-5", 100, None, 500_000, 0, 400_000, starts(MONDAY))
+CALL = Recorded(1, "app", "messages", "claude-haiku-4-5", 100, None, 500_000, 0, 400_000, MONDAY, ())
 ALLOWED = "models: {allow: [claude-haiku-4-5]}\n"
 
 
@@ -60,7 +60,7 @@ def test_a_call_is_judged_by_what_the_ledger_keeps_of_it(tmp_path, text, call, c
 def test_cap_fills_with_passed_calls_and_empties_by_window(tmp_path):
     """A cap fills with the calls that pass, and empties with its window."""
     in_force = policy(tmp_path, ALLOWED + "caps: {day: $0.001}\n")
-    days = [CALL] * 3 + [replace(CALL, grant_nano=200_000, spent_nano=100_000)] + [replace(CALL, starts=starts(MONDAY + DAY_S))]
+    days = [CALL] * 3 + [replace(CALL, grant_nano=200_000, spent_nano=100_000)] + [replace(CALL, started_at=MONDAY + DAY_S)]
     assert [verdict.code for verdict in replay(days, in_force)] == [None, None, "cap_spent", None, None]
 
 

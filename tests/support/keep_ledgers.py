@@ -177,7 +177,7 @@ def said(path: Path | ServerAddress) -> dict[str, object]:
             "batches": [each._asdict() for each in batches.open_batches(db)],
             "open": [asdict(each) for each in invariants.open_calls(db, lambda owner: True, now=NOON)],
             "changes": [each._asdict() for each in admin.policy_changes(db, 10)],
-            "calendar": starts(NOON, reservations.zone(db)),
+            "calendar": starts(NOON, reservations.zone(db))[:4],
         }
     plain: dict[str, object] = json.loads(json.dumps(document))
     return plain

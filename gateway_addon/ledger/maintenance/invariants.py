@@ -7,6 +7,7 @@ from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.ledger.store import balances, engines
 from gateway_addon.money import dollars
 
+PART_BALANCES = "SELECT * FROM part_balances"
 FINDINGS_MAX = 20  # of one kind: a broken ledger should not scroll its cause off the screen
 
 
@@ -26,15 +27,25 @@ class OpenCall:
     alive: bool
 
 
-# Each balance beside the same balance from the entries: two equal rows, or something is wrong.
-_BALANCES = f"""
+# Nothing is judged by a window of a part that is over: there a correction may stand alone, and `prune` lets go of what there was.
+_JUDGED_BY = """
+SELECT * FROM ({balances}) AS booked WHERE (spent_nano <> 0 OR reserved_nano <> 0 OR quantum_nano <> 0 OR open <> 0)
+  AND ("window" = 'ever' OR window_start = (
+    SELECT max(window_start) FROM balances AS app WHERE app.scope = 'total' AND app."window" = booked."window"))
+"""
+
+
+def _unequal(kept: str, computed: str) -> str:
+    """Return the statement that lays each balance beside the same from the entries: two equal rows, or something is wrong."""
+    return f"""
 SELECT scope, "window", window_start, sum(kept * spent_nano) AS kept_spent, sum((1 - kept) * spent_nano) AS spent,
   sum(kept * reserved_nano) AS kept_reserved, sum((1 - kept) * reserved_nano) AS reserved
-FROM (SELECT 1 AS kept, * FROM balances UNION ALL SELECT 0, * FROM ({balances.FROM_ENTRIES}) AS summed) AS both_ways
+FROM (SELECT 1 AS kept, * FROM ({kept}) AS booked UNION ALL SELECT 0, * FROM ({computed}) AS summed) AS both_ways
 GROUP BY scope, "window", window_start
 HAVING count(*) <> 2 OR min(spent_nano) <> max(spent_nano) OR min(reserved_nano) <> max(reserved_nano)
   OR min(quantum_nano) <> max(quantum_nano) OR min(open) <> max(open)
 """
+
 
 _USAGE = """
 SELECT * FROM (
@@ -64,7 +75,11 @@ def findings(db: Connection) -> list[str]:
     found = _of_the_file(db) if db.engine is engines.SQLITE else []  # a server looks after its own files
     if found:
         return found
-    for scope, window, start, kept_spent, spent, kept_reserved, reserved in db.execute(_BALANCES).fetchmany(FINDINGS_MAX):
+    word = db.engine.json_value
+    of_scopes = _unequal("SELECT * FROM balances", balances.from_entries(word))
+    of_parts = _unequal(*(_JUDGED_BY.format(balances=each) for each in (PART_BALANCES, balances.parts_from_entries(word))))
+    wrong = [row for statement in (of_scopes, of_parts) for row in db.execute(statement).fetchmany(FINDINGS_MAX)]
+    for scope, window, start, kept_spent, spent, kept_reserved, reserved in wrong:
         found.append(
             f"balance {scope} {window} from {start}: says spent {dollars(kept_spent)}, held {dollars(kept_reserved)};"
             f" the entries say {dollars(spent)}, {dollars(reserved)}"

@@ -18,7 +18,7 @@ import psycopg
 from gateway_addon.ledger import admin
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.sql import Connection
-from gateway_addon.ledger.store import postgres, postgres_session, sqlite_files
+from gateway_addon.ledger.store import balances, postgres, postgres_session, sqlite_files
 from gateway_addon.ledger.store.locks import living
 from gateway_addon.ledger.store.migrations import ON_SERVER
 from gateway_addon.ledger.store.sqlite import in_turn
@@ -28,7 +28,7 @@ UNFINISHED = "gateway_unfinished"
 CALLS_AT_ONCE = 10_000  # a commit's worth: a move that was cut off has lost no more than this
 OF_CALLS = {"calls": "id", "entries": "call_id", "usage": "call_id"}
 """The tables that grow with the calls, each with its column of the call: moved in steps. The others are moved whole, at the end."""
-STAYS = {"owners", "balances"}
+STAYS = {"owners", "balances", "part_balances"}
 """Owners live on one engine; balances are computed there from the entries, which proves them once more."""
 DIFFERENCES_MAX = 5
 
@@ -172,6 +172,7 @@ def _end(
         db.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
         _pour(ledger, db, table, columns[table])
     db.execute(db.engine.fill_balances)
+    db.execute(balances.fill_parts(db.engine.json_value))
     for table in columns:
         db.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
         db.execute(f"ANALYZE {table}")

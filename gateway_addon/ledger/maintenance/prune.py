@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from gateway_addon.ledger import parts
 from gateway_addon.ledger.admin import PRUNED, audit, keep_setting
-from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.reservations import kept_calendar
 from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.ledger.types import LedgerUnavailable
 from gateway_addon.names import PROGRAM
@@ -42,7 +43,7 @@ class Prunable:
 
 # What reports group or count by. Days of the provider's (UTC) beside those of the ledger's zone, for `gateway reconcile`.
 _KEYS = """state, app, team, token_id, endpoint, model_asked, model_served, stream, status, refusal, service_tier, speed, inference_geo,
-  flags, labels, day_start, week_start, month_start"""
+  flags, labels, day_start, week_start, month_start, cycles"""
 _DAYS = f"{{started}} / {DAY_S}, {{ended}} / {DAY_S}, max_tokens IS NULL"
 _PAST = "started_at >= $since AND started_at < $before AND carried IS NULL AND state <> 'open'"
 
@@ -65,6 +66,13 @@ WHERE id = $carry_id
 _BOOK = named(f"""
 INSERT INTO entries (call_id, at, kind, spent_nano)
 SELECT $carry_id, $now, 'carry', sum(spent_nano) FROM entries WHERE call_id IN {_TAKEN} HAVING count(*) > 0
+""")
+# What a carry's calls spent for ever in parts of their app: it is one row of many parts, and counts in none by itself.
+_KEEP_PARTS = named(f"""
+INSERT INTO carried_parts (scope, app, kind, spent_nano)
+SELECT scope, app, part_frames.kind, sum(spent_nano) FROM part_frames JOIN entries USING (call_id)
+WHERE "window" = 'ever' AND call_id IN {_TAKEN} GROUP BY scope, app, part_frames.kind
+ON CONFLICT (scope) DO UPDATE SET spent_nano = carried_parts.spent_nano + excluded.spent_nano
 """)
 _METER = named(f"""
 INSERT INTO usage (call_id, part, kind, model, input_tokens, output_tokens, cache_read_tokens, cache_write_5m_tokens,
@@ -101,16 +109,20 @@ def prunable(db: Connection, before: float) -> Prunable:
 
 def begin(db: Connection, before: float, found: Prunable, *, who: str, now: float) -> None:
     """Audit the prune that begins, and delete from the small tables. Raises ValueError for a time within an open window."""
-    calendar = zone(db)
-    closed = min(starts(now, calendar)[:3])
+    windows = starts(now, *kept_calendar(db))
+    closed = min(windows.day, windows.week, windows.month, *(start for _, start in windows.cycles))
     if before > closed:
-        raise ValueError("only calls from before this week and this month may go: later ones count in open windows and may be corrected")
+        raise ValueError(
+            "only calls from before this week, this month and this billing cycle may go: later ones count in open windows and may be"
+            " corrected"
+        )
     facts = {"before": before, "calls": found.calls}
     audit(db, who, "prune", "ledger", None, facts, "calls become daily sums", now)
     keep_setting(db, PRUNED, str(before))
     db.execute("DELETE FROM raises WHERE until < $1", (before,))
     # An alert of another kind is what keeps a person from being told the same again.
     db.execute("DELETE FROM alerts WHERE at < $1 AND kind = 'threshold' AND try_at IS NULL", (before,))
+    parts.forget_idle(db, before)
     for (day,) in db.execute(_NOISY, (before,)).fetchall():
         _sum_noise(db, day)
 
@@ -154,6 +166,6 @@ def carry(db: Connection, groups: Sequence[PruneGroup], *, now: float) -> None:
         values = {"carry_id": carry_id, "now": now}
         if db.execute(_HOW_MANY, values).fetchone()[0] != len(group):
             raise LedgerUnavailable(f"another `{PROGRAM} prune` works on this ledger: let it finish")
-        for statement in (_LIMIT, _BOOK, _METER, _CORRECT, *_REMOVE):
+        for statement in (_LIMIT, _KEEP_PARTS, _BOOK, _METER, _CORRECT, *_REMOVE):
             db.execute(statement, values)
         db.execute("DELETE FROM carries WHERE carry_id = $1", (carry_id,))

@@ -4,11 +4,12 @@ For a comparison of the ledger with other records: each forwarded call with its 
 The connection yields rows by name (`connect.reading`).
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gateway_addon.ledger.sql import Connection, named
-from gateway_addon.windows import Starts
+from gateway_addon.ledger.types import AppPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,9 @@ _HIGH_WATER = """
 WITH level AS (
   SELECT scope, "window", window_start, sum(spent_nano + reserved_nano) OVER (
     PARTITION BY scope, "window", window_start ORDER BY entries.id) AS nano
-  FROM entries JOIN call_frames USING (call_id))
+  FROM entries JOIN (
+    SELECT call_id, scope, "window", window_start FROM call_frames
+    UNION ALL SELECT call_id, scope, "window", window_start FROM part_frames) AS frames USING (call_id))
 SELECT scope, "window", window_start, max(nano) AS nano FROM level GROUP BY scope, "window", window_start
 ORDER BY scope, "window", window_start
 """
@@ -74,13 +77,14 @@ class Recorded:
     """The amount held to start it, and `quantum_nano`, kept free beside it for its first top-up; 0 where nothing was asked of a cap."""
     quantum_nano: int
     spent_nano: int
-    starts: Starts
-    """The first instants of the windows in which the call counted."""
+    started_at: float
+    parts: tuple[AppPart, ...]
+    """The parts of its app in which it counted, as far as they are known."""
 
 
 _RECORDED = named("""
 SELECT id, app, endpoint, model_asked, max_tokens, refusal, grant_nano, quantum_nano,
-  (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano, day_start, week_start, month_start
+  (SELECT coalesce(sum(spent_nano), 0) FROM entries WHERE call_id = calls.id) AS spent_nano, started_at, app_parts
 FROM calls WHERE started_at >= $since AND started_at < $until AND carried IS NULL ORDER BY id
 """)
 
@@ -88,8 +92,9 @@ FROM calls WHERE started_at >= $since AND started_at < $until AND carried IS NUL
 def recorded(db: Connection, *, since: float, until: float) -> Iterator[Recorded]:
     """Yield every call of the period with a valid token, in the order of admission; read as it is consumed."""
     rows = db.execute(_RECORDED, {"since": since, "until": until})
-    for number, app, endpoint, model, max_tokens, refusal, grant, quantum, spent, *starts in rows:
-        yield Recorded(number, app, endpoint.rpartition("/")[2], model, max_tokens, refusal, grant, quantum, spent, Starts(*starts))
+    for number, app, endpoint, model, max_tokens, refusal, grant, quantum, spent, started_at, app_parts in rows:
+        parts = tuple(json.loads(app_parts or "{}").items())
+        yield Recorded(number, app, endpoint.rpartition("/")[2], model, max_tokens, refusal, grant, quantum, spent, started_at, parts)
 
 
 def forwarded(db: Connection) -> list[Forwarded]:

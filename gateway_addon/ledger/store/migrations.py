@@ -113,6 +113,7 @@ MIGRATIONS = (
     both("m006_batch_ids", BATCH_IDS),
     both("m007_limits", LIMITS),
     each("m008_nano_in_views", "NANO_IN_VIEWS"),
+    each("m011_parts", "PARTS"),
     each("m012_recorded", "RECORDED"),
     both("m013_workloads", WORKLOADS),
 )

@@ -303,3 +303,60 @@ CREATE VIEW spend AS
     parent_agent_id, user_id, labels
   FROM calls;
 """
+
+# An app's turn is what a writer holds for the balances of its parts, too: no part has a turn of its own.
+PARTS = """
+SET LOCAL search_path = gateway;
+
+ALTER TABLE calls ADD COLUMN app_parts TEXT, ADD COLUMN cycles TEXT;
+ALTER TABLE tokens ADD COLUMN cap_nano BIGINT;
+
+CREATE TABLE kept_cycles ("window" TEXT PRIMARY KEY);
+CREATE TABLE kept_parts (
+  app TEXT NOT NULL, kind TEXT NOT NULL, "window" TEXT NOT NULL, since_id BIGINT NOT NULL, PRIMARY KEY (app, kind, "window")
+);
+CREATE TABLE part_balances (
+  scope TEXT NOT NULL, "window" TEXT NOT NULL, window_start BIGINT NOT NULL,
+  spent_nano BIGINT NOT NULL, reserved_nano BIGINT NOT NULL, quantum_nano BIGINT NOT NULL, open BIGINT NOT NULL,
+  PRIMARY KEY (scope, "window", window_start)
+) WITH (fillfactor = 50);
+CREATE TABLE carried_parts (scope TEXT PRIMARY KEY, app TEXT NOT NULL, kind TEXT NOT NULL, spent_nano BIGINT NOT NULL);
+CREATE TABLE part_names (app TEXT PRIMARY KEY, day_start BIGINT NOT NULL, names BIGINT NOT NULL);
+
+CREATE OR REPLACE VIEW call_frames AS
+  SELECT calls.id AS call_id, scope, w."window", w.window_start FROM calls
+  CROSS JOIN LATERAL (VALUES ('total'), ('app:' || app), ('team:' || team)) AS scopes (scope)
+  CROSS JOIN LATERAL (
+    VALUES ('day', day_start), ('week', week_start), ('month', month_start), ('ever', 0)
+    UNION ALL SELECT kept_cycles."window", (cycles::jsonb ->> kept_cycles."window")::bigint FROM kept_cycles) AS w ("window", window_start)
+  WHERE scope IS NOT NULL AND w.window_start IS NOT NULL;
+
+CREATE VIEW part_frames AS
+  SELECT calls.id AS call_id, 'app:' || calls.app || ' ' || kind || ':' || (app_parts::jsonb ->> kind) AS scope, "window",
+    CASE "window" WHEN 'day' THEN day_start WHEN 'week' THEN week_start WHEN 'month' THEN month_start WHEN 'ever' THEN 0
+      ELSE (cycles::jsonb ->> "window")::bigint END AS window_start,
+    kept_parts.app AS app, kind
+  FROM calls JOIN kept_parts ON kept_parts.app = calls.app
+  WHERE calls.id >= since_id AND (app_parts::jsonb ->> kind) IS NOT NULL;
+
+CREATE OR REPLACE FUNCTION book_entry() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  INSERT INTO app_balances ("window", window_start, app, team, spent_nano, reserved_nano, quantum_nano, open)
+    SELECT w."window", w.window_start, app, coalesce(team, ''), NEW.spent_nano, NEW.reserved_nano, NEW.quantum_nano, NEW.open
+    FROM calls
+    CROSS JOIN LATERAL (
+      VALUES ('day', day_start), ('week', week_start), ('month', month_start), ('ever', 0)
+      UNION ALL SELECT kept_cycles."window", (cycles::jsonb ->> kept_cycles."window")::bigint FROM kept_cycles
+    ) AS w ("window", window_start)
+    WHERE id = NEW.call_id AND w.window_start IS NOT NULL
+    ON CONFLICT ("window", window_start, app, team) DO UPDATE SET spent_nano = app_balances.spent_nano + excluded.spent_nano,
+      reserved_nano = app_balances.reserved_nano + excluded.reserved_nano,
+      quantum_nano = app_balances.quantum_nano + excluded.quantum_nano, open = app_balances.open + excluded.open;
+  INSERT INTO part_balances (scope, "window", window_start, spent_nano, reserved_nano, quantum_nano, open)
+    SELECT scope, "window", window_start, NEW.spent_nano, NEW.reserved_nano, NEW.quantum_nano, NEW.open
+    FROM part_frames WHERE call_id = NEW.call_id
+    ON CONFLICT (scope, "window", window_start) DO UPDATE SET spent_nano = part_balances.spent_nano + excluded.spent_nano,
+      reserved_nano = part_balances.reserved_nano + excluded.reserved_nano,
+      quantum_nano = part_balances.quantum_nano + excluded.quantum_nano, open = part_balances.open + excluded.open;
+  RETURN NULL;
+END $$;
+"""

@@ -11,6 +11,12 @@ FRAMES = "\nUNION ALL\n".join(
     for window, start in (("day", "day_start"), ("week", "week_start"), ("month", "month_start"), ("ever", "0"))
 )
 
+CYCLE_FRAMES = "\nUNION ALL\n".join(
+    f"SELECT id AS call_id, {scope} AS scope, window, json_extract(cycles, '$.\"' || window || '\"') AS window_start"
+    f" FROM calls CROSS JOIN kept_cycles WHERE cycles IS NOT NULL AND json_extract(cycles, '$.\"' || window || '\"') IS NOT NULL{also}"
+    for scope, also in (("'total'", ""), ("'app:' || app", ""), ("'team:' || team", " AND team IS NOT NULL"))
+)
+
 TABLES = f"""
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 
@@ -276,4 +282,49 @@ CREATE VIEW spend AS
     (SELECT coalesce(sum(reserved_nano), 0) FROM entries WHERE call_id = calls.id) AS held_nano,
     parent_agent_id, user_id, labels
   FROM calls;
+"""
+
+# Parts of an app (one session, one user, ...) and billing cycles. Their balances are kept where a cap asks for one, and what a call
+# counts in is on its own row. `since_id`: the first call that counts. `carried_parts`: what calls that are sums now had spent.
+PARTS = f"""
+ALTER TABLE calls ADD COLUMN app_parts TEXT;  -- JSON, by kind: {{"session": "3f2a", "model": ...}}; NULL: unknown
+ALTER TABLE calls ADD COLUMN cycles TEXT;     -- JSON, the starts of its billing cycles: {{"cycle:17": 1789596000}}; NULL: none
+ALTER TABLE tokens ADD COLUMN cap_nano INTEGER;
+
+CREATE TABLE kept_cycles (window TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+CREATE TABLE kept_parts (
+  app TEXT NOT NULL, kind TEXT NOT NULL, window TEXT NOT NULL, since_id INTEGER NOT NULL, PRIMARY KEY (app, kind, window)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE part_balances (
+  scope TEXT NOT NULL, window TEXT NOT NULL, window_start INTEGER NOT NULL,
+  spent_nano INTEGER NOT NULL, reserved_nano INTEGER NOT NULL, quantum_nano INTEGER NOT NULL, open INTEGER NOT NULL,
+  PRIMARY KEY (scope, window, window_start)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE carried_parts (
+  scope TEXT PRIMARY KEY, app TEXT NOT NULL, kind TEXT NOT NULL, spent_nano INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE part_names (app TEXT PRIMARY KEY, day_start INTEGER NOT NULL, names INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+
+DROP VIEW call_frames;
+CREATE VIEW call_frames AS
+{FRAMES}
+UNION ALL
+{CYCLE_FRAMES};
+
+CREATE VIEW part_frames AS
+  SELECT calls.id AS call_id, 'app:' || calls.app || ' ' || kind || ':' || json_extract(app_parts, '$."' || kind || '"') AS scope, window,
+    CASE window WHEN 'day' THEN day_start WHEN 'week' THEN week_start WHEN 'month' THEN month_start WHEN 'ever' THEN 0
+      ELSE json_extract(cycles, '$."' || window || '"') END AS window_start,
+    kept_parts.app AS app, kind
+  FROM calls CROSS JOIN kept_parts
+  WHERE kept_parts.app = calls.app AND calls.id >= since_id AND json_extract(app_parts, '$."' || kind || '"') IS NOT NULL;
+
+CREATE TRIGGER entries_part_balance AFTER INSERT ON entries WHEN NEW.kind <> 'carry' BEGIN
+  INSERT INTO part_balances (scope, window, window_start, spent_nano, reserved_nano, quantum_nano, open)
+    SELECT scope, window, window_start, NEW.spent_nano, NEW.reserved_nano, NEW.quantum_nano, NEW.open
+    FROM part_frames WHERE call_id = NEW.call_id
+    ON CONFLICT DO UPDATE SET spent_nano = spent_nano + excluded.spent_nano,
+      reserved_nano = reserved_nano + excluded.reserved_nano, quantum_nano = quantum_nano + excluded.quantum_nano,
+      open = open + excluded.open;
+END;
 """

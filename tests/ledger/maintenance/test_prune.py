@@ -172,7 +172,7 @@ def test_the_tables_refuse_what_no_carry_holds(path, tampering, sentence):
 
 
 def test_only_closed_windows_are_pruned(path):
-    with connect.changing(path) as db, pytest.raises(ValueError, match="before this week and this month"):
+    with connect.changing(path) as db, pytest.raises(ValueError, match="before this week, this month"):
         ledger_prune.begin(db, NOON - 9.4 * DAY_S, ledger_prune.prunable(db, NOON), who="test", now=NOON)
 
 
