@@ -1,7 +1,8 @@
 """Ask one question over HTTP: the gateway's own questions, to the Claude API, a webhook or another gateway.
 
 Promises that nothing is sent but what the caller names (beside Host and a body's length); that a credential goes to its own host alone,
-over TLS or inside this machine; that a redirect is an answer like any other and is not followed; that every address of a name is tried;
+over TLS or inside this machine; that a redirect is an answer like any other and is not followed; that every address of a name is tried, and
+a dead one costs `NEXT_ADDRESS_S`, once;
 that a body which broke off is never taken for a whole one. An error holds neither the address nor a credential.
 Does I/O: it opens connections and reads certificate authorities. It blocks: within an event loop, ask in a thread.
 """
@@ -11,7 +12,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
@@ -20,6 +21,7 @@ import certifi  # brought by mitmproxy, which trusts these where nobody says oth
 
 BODY_BYTES_MAX = 64 * 2**20
 PIECE_BYTES = 64 * 1024
+NEXT_ADDRESS_S = 0.3  # until the next address of a name is tried
 PORTS = {"https": 443, "http": 80}
 METADATA = frozenset({"fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"})
 """Metadata services of clouds that are not at a link-local address (AWS over IPv6, Alibaba, Azure, Oracle)."""
@@ -211,13 +213,36 @@ def _connection(parts: SplitResult, way: Egress, timeout_s: float) -> http.clien
     """Return a connection that opens with its first request, to one address of the name after the other."""
     host, port = parts.hostname or "", parts.port
     if parts.scheme == "http":
-        return http.client.HTTPConnection(host, port, timeout=timeout_s)
+        return _dialling(http.client.HTTPConnection(host, port, timeout=timeout_s))
     context = _trust(way)
     if way.proxy is None:
-        return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context)
-    connection = http.client.HTTPSConnection(*way.proxy, timeout=timeout_s, context=context)
+        return _dialling(http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context))
+    connection = _dialling(http.client.HTTPSConnection(*way.proxy, timeout=timeout_s, context=context))
     connection.set_tunnel(host, port or PORTS["https"], {"Proxy-Authorization": way.authorization} if way.authorization else {})
     return connection
+
+
+_answered: dict[tuple[str, int], str] = {}
+"""By host and port: the address that a connection was made to last."""
+
+
+def _dialling[C: http.client.HTTPConnection](connection: C) -> C:
+    connection._create_connection = _dial  # type: ignore[attr-defined]
+    return connection
+
+
+def _dial(place: tuple[str, int], timeout_s: float, source: None = None) -> socket.socket:
+    """Connect as `socket.create_connection` does, with a short time for each address first, that of the last answer before the others."""
+    host, port = place
+    addresses = list(dict.fromkeys(str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+    last = _answered.get(place)
+    for address in sorted(addresses, key=lambda each: each != last) if len(addresses) > 1 else ():
+        with suppress(OSError):  # a timeout is one
+            made = socket.create_connection((address, port), min(NEXT_ADDRESS_S, timeout_s))
+            made.settimeout(timeout_s)
+            _answered[place] = address
+            return made
+    return socket.create_connection(place, timeout_s)
 
 
 def _trust(way: Egress) -> ssl.SSLContext:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import re
 import socket
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from functools import partial
 
 import pytest
@@ -44,7 +44,7 @@ def by_webhook(policies, url):
 
 
 def by_check(policies, url):
-    return f"{check._health(('localhost', int(url.rpartition(':')[2])))}"
+    return f"{check.health(('localhost', int(url.rpartition(':')[2])))}"
 
 
 API = {"host", "anthropic-version", "accept-encoding", "user-agent", "x-api-key"}
@@ -274,3 +274,29 @@ async def test_a_body_without_an_end_is_not_read_to_it(monkeypatch):
     async with upstream(b"HTTP/1.1 200 OK\r\ncontent-length: 100001\r\n\r\n" + b"x" * 100_001) as far:
         with pytest.raises(Unanswered, match="more than 100,000 bytes"):
             await asyncio.to_thread(read, far.url)
+
+
+def test_a_dead_address_is_waited_for_once_and_briefly(monkeypatch):
+    """It answers nobody: the queue of its socket is full, and nobody takes from it."""
+    tried = []
+
+    def connecting(address, *more, make=socket.create_connection):
+        tried.append((address[0], *more))
+        return make(address, *more)
+
+    with ExitStack() as stack:
+        dead = stack.enter_context(socket.create_server(("127.0.0.2", 0), backlog=0)).getsockname()
+        alive = stack.enter_context(socket.create_server(("127.0.0.1", dead[1]))).getsockname()
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(dead)
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in (dead, alive)]
+        resolve = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: found if host == "api.example" else resolve(host, *rest, **more))
+        monkeypatch.setattr(socket, "create_connection", connecting)
+        monkeypatch.setattr(http_client, "_answered", {})
+        for _ in range(2):
+            with http_client._dial(("api.example", dead[1]), 60.0) as made:
+                assert (made.getpeername()[0], made.gettimeout()) == ("127.0.0.1", 60.0)
+    assert tried == [("127.0.0.2", 0.3), ("127.0.0.1", 0.3), ("127.0.0.1", 0.3)]

@@ -10,7 +10,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-NEXT_ADDRESS_S = 0.3
+from gateway_addon.http_client import NEXT_ADDRESS_S
 
 
 class ConnectingLoop(asyncio.SelectorEventLoop):

@@ -3,8 +3,8 @@
 Promises that only tunnels to the policy's upstream are opened, with a certificate by mitmproxy's own authority, and that a
 call in them is judged, capped, metered and recorded like any other, under the app whose token the proxy credentials carry:
 three apps on one shared key cannot be told apart by the key. Every other tunnel passes sealed, and plain http to other hosts
-passes as it is; neither can carry the real key, because nothing injects there. This module starts a process with an
-environment of its own.
+passes as it is; neither can carry the real key, because nothing injects there. A company's proxy stays on the
+way of all of them. This module starts a process with an environment of its own.
 """
 
 import asyncio
@@ -29,17 +29,20 @@ from mitmproxy.proxy import mode_specs, server_hooks
 from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode
+from mitmproxy.proxy.layers.http._upstream_proxy import HttpUpstreamProxy
 from mitmproxy_rs.local import LocalRedirector
 
 from gateway_addon.calls.admission import Caller
 from gateway_addon.calls.exchange import ExchangeRequest
 from gateway_addon.calls.responses import OwnResponse
+from gateway_addon.http_client import STRAIGHT, Egress
 from gateway_addon.names import PROGRAM
 from gateway_addon.proxy import runtimes
 from gateway_addon.proxy.hooks import GatewayAddon, guarded
 from gateway_addon.proxy.server import on_signal, prepared
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.refusals import Refusal
+from gateway_addon.upstreams.egress import by_environment
 
 ENDPOINT_PREFIX = "local/"
 """The prefix of the endpoint of every call that came through this proxy; `gateway cutover` lists their apps as stragglers."""
@@ -72,6 +75,8 @@ class LocalAddon(GatewayAddon):
         """Calls to the upstream so far, admitted or refused."""
         self.callers: dict[str, tuple[str, str]] = {}
         """By client connection: the app's name as given, and its token."""
+        self.opens: dict[tuple[str, int], str | None] = {}
+        """By the address of a proxy on some way out: the credentials that open it."""
         self.bystanders: set[str] = set()
         """Client connections that the gateway passes unread: sealed tunnels, plain http to other hosts."""
 
@@ -83,8 +88,37 @@ class LocalAddon(GatewayAddon):
         ctx.master.addons.get("nextlayer").next_layer(data)
         if isinstance(data.layer, TCPLayer):
             self.bystanders.add(data.context.client.id)
+            self._lead_through_proxy(data)
         elif isinstance(data.layer, HttpLayer) and data.layer.mode is HTTPMode.transparent:
             super().next_layer(data)
+
+    def _lead_through_proxy(self, data: NextLayer) -> None:
+        """Send a sealed tunnel through the proxy that is on the way to its host, if one is. A captured program has found its own way."""
+        server = data.context.server
+        if server.address is None or isinstance(data.context.client.proxy_mode, mode_specs.LocalMode):
+            return
+        way = self.way_to("https", *server.address[:2])
+        if way.proxy is not None:
+            server.via = "http", way.proxy
+            stack = HttpUpstreamProxy.make(data.context, True)
+            stack /= TCPLayer(data.context, ignore=True)
+            data.layer = stack[0]
+
+    def way_to(self, scheme: str, host: str, port: int) -> Egress:
+        """Return the route to any host: the policy's proxy is on the way to all of them, the environment's as it says."""
+        named = self.egress.named_by == "egress.proxy" or self._is_upstream(host, port)
+        way = self.egress if named else by_environment(os.environ, scheme, host, port)
+        if way.proxy is not None:
+            self.opens[way.proxy] = way.authorization
+        return way
+
+    @guarded("connection")
+    def http_connect_upstream(self, flow: http.HTTPFlow) -> None:
+        """Authenticate at the proxy that is asked for a tunnel."""
+        place = flow.server_conn.address
+        opens = self.egress.authorization if place == self.egress.proxy else self.opens.get(place[:2]) if place else None
+        if opens is not None:
+            flow.request.headers["proxy-authorization"] = opens
 
     @guarded("connection")
     def tls_start_client(self, data: tls.TlsData) -> None:
@@ -136,6 +170,7 @@ class LocalAddon(GatewayAddon):
         else:
             self.bystanders.add(flow.client_conn.id)
             flow.request.stream = True
+            _plain_through(flow, self.way_to("http", flow.request.host, flow.request.port))
 
     async def _authenticate(
         self, flow: http.HTTPFlow, headers: tuple[tuple[str, str], ...]
@@ -173,6 +208,20 @@ class LocalAddon(GatewayAddon):
     def _is_upstream(self, host: str, port: int | None) -> bool:
         upstream = urlsplit(self.gateway.policy.upstream)
         return host.lower() == upstream.hostname and port in (None, upstream.port or 443)
+
+
+def _plain_through(flow: http.HTTPFlow, way: Egress) -> None:
+    """Send plain http through a proxy, if one is on its way: as a proxy is asked for a page, or, where that one wants a password, in a
+    tunnel: the password is then in no flow."""
+    if way.proxy is None:
+        return
+    if way.authorization is not None:
+        flow.server_conn.via = "http", way.proxy
+        return
+    url, host = flow.request.url, flow.request.headers.get("host")
+    (flow.request.host, flow.request.port), flow.request.path = way.proxy, url
+    if host is not None:
+        flow.request.headers["host"] = host
 
 
 def is_of_this_user(client: connection.Client) -> bool:
@@ -254,7 +303,7 @@ async def run(
         try:
             if not command:
                 on_signal(master.shutdown)
-                for line in greeting(f"{host}:{port}", policy.upstream, ca_folder, capture):
+                for line in greeting(f"{host}:{port}", policy.upstream, ca_folder, capture, addon.egress):
                     settings.emit(line)
                 await serving
                 return 0
@@ -313,11 +362,12 @@ def _bundle(ca_folder: Path, trusted: str | None, extra: str | None) -> Path:
     return bundle
 
 
-def greeting(address: str, upstream: str, ca_folder: Path, capture: str | None) -> list[str]:
+def greeting(address: str, upstream: str, ca_folder: Path, capture: str | None, way: Egress) -> list[str]:
     """Return the lines that say how to use this proxy, and how to trust it."""
     ca = ca_folder / CA_FILE
     return [
         f"local    http://{address}  ->  {upstream}; every other host passes sealed",
+        *([f"egress   {way}"] if way != STRAIGHT else []),
         *([f"capture  {capture}"] if capture else []),
         f"proxy    HTTPS_PROXY=http://APP:TOKEN@{address} (TOKEN from: {PROGRAM} token issue APP)",
         f"trust    {ca}",

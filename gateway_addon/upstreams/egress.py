@@ -8,6 +8,7 @@ repr and in no sentence. Does I/O: it reads the files that the policy names.
 import base64
 import ssl
 from collections.abc import Mapping
+from dataclasses import replace
 from urllib.parse import unquote, urlsplit
 
 from gateway_addon.http_client import STRAIGHT, Egress
@@ -33,12 +34,18 @@ def egress(policy: GatewayPolicy, environment: Mapping[str, str], url: str | Non
     if asked.proxy is not None:
         url = WatchedSecret(asked.proxy)() if isinstance(asked.proxy, Source) else asked.proxy
         return Egress(*proxy_at("egress.proxy", url), ca_file, ca_folder)
+    way = by_environment(environment, "https", target.hostname or "", target.port or 443)
+    return replace(way, ca_file=ca_file, ca_folder=ca_folder)
+
+
+def by_environment(environment: Mapping[str, str], scheme: str, host: str, port: int) -> Egress:
+    """Return the way to a host as HTTPS_PROXY (HTTP_PROXY for plain http), ALL_PROXY and NO_PROXY say. Raises ValueError."""
     if "GATEWAY_LOCAL_UPSTREAM" in environment:  # by `gateway local`, for its command: its proxy leads back to a gateway
-        return Egress(None, "", None, ca_file, ca_folder)
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        if environment.get(name) and not _is_exempt(target.hostname or "", target.port or 443, environment):
-            return Egress(*proxy_at(name, environment[name]), ca_file, ca_folder)
-    return Egress(None, "", None, ca_file, ca_folder)
+        return STRAIGHT
+    for name in (f"{scheme.upper()}_PROXY", f"{scheme}_proxy", "ALL_PROXY", "all_proxy"):
+        if environment.get(name) and not _is_exempt(host, port, environment):
+            return Egress(*proxy_at(name, environment[name]))
+    return STRAIGHT
 
 
 def proxy_at(name: str, url: str) -> tuple[tuple[str, int], str, str | None]:

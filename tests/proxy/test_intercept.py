@@ -24,6 +24,8 @@ from gateway import APP, Running, gateway, write_policies
 from ledgers import rows
 from processes import START_S, ledgered
 from sealed import Sealed, sealed
+from tunnel import PASSWORD
+from tunnel import proxy as company
 
 from gateway_addon.calls.gateway import Gateway
 from gateway_addon.cli import local as command
@@ -64,13 +66,13 @@ class Local:
 
 
 @asynccontextmanager
-async def proxied(folder: Path, apps: dict[str, str] | None = None, captured: str | None = None) -> AsyncIterator[Local]:
+async def proxied(folder: Path, apps: dict[str, str] | None = None, captured: str | None = None, policy: str = "") -> AsyncIterator[Local]:
     async with sealed(folder) as far:
         prepare = partial(intercepting, upstream=far.url, capture=None, ca_folder=ready_authority(folder / "ca"))
         settings = {"options": (f"ssl_verify_upstream_trusted_ca={far.ca}",)}
         make = partial(LocalAddon, captured=captured)
         async with gateway(
-            folder, far.api, apps, upstream=far.url, settings=settings, make=make, endpoint_prefix=ENDPOINT_PREFIX, prepare=prepare
+            folder, far.api, apps, policy, upstream=far.url, settings=settings, make=make, endpoint_prefix=ENDPOINT_PREFIX, prepare=prepare
         ) as gw:  # fmt: skip
             yield Local(gw, far)
 
@@ -159,6 +161,42 @@ async def test_every_other_host_passes_sealed_with_its_own_certificate(tmp_path)
         [arrived] = (await proxy.far.api.settled()).messages()
         assert arrived.header("x-api-key") == KEY  # the client's own
         assert await proxy.rows() == []
+
+
+@pytest.mark.parametrize("where", ["policy", "environment", "exempt"])
+async def test_a_companys_proxy_is_on_the_way_of_every_tunnel(tmp_path, monkeypatch, where):
+    """The API's, which is opened, and the sealed ones; NO_PROXY holds for each host by itself. (localhost and 127.0.0.1 are two hosts.)"""
+    for name in [each for each in os.environ if each.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    async with company() as (address, heads, passed):
+        monkeypatch.setenv("WAY_OUT" if where == "policy" else "HTTPS_PROXY", f"http://user:{PASSWORD}@{address}")
+        if where == "exempt":
+            monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        policy = "egress: {proxy: {env: WAY_OUT}}" if where == "policy" else ""
+        async with proxied(tmp_path, policy=policy) as proxy:
+            await proxy.client(f"app:{proxy.gw.tokens['app']}").messages.create(**HELLO)
+            trusting = ssl.create_default_context(cafile=proxy.far.ca)
+            async with httpx2.AsyncClient(proxy=proxy.gw.url, verify=trusting, trust_env=False) as client:
+                answer = await client.get(proxy.far.api.url + "/api/hello")
+            assert answer.status_code == 200
+            asked = [head.split()[1].partition(":")[0] for head in heads]
+            assert asked == (["localhost"] if where == "exempt" else ["localhost", "127.0.0.1"])
+            assert [row[2] for row in await proxy.rows()] == ["settled"]
+            assert KEY.encode() not in passed
+
+
+@pytest.mark.parametrize("secret", ["", f"user:{PASSWORD}@"])
+async def test_plain_http_elsewhere_goes_through_a_companys_proxy(tmp_path, monkeypatch, secret):
+    """It is asked for the page; where it wants a password, in a tunnel."""
+    async with company() as (address, heads, _), proxied(tmp_path) as proxy, Simulator() as other:
+        monkeypatch.setenv("HTTP_PROXY", f"http://{secret}{address}")
+        async with httpx2.AsyncClient(proxy=proxy.gw.url, trust_env=False) as client:
+            answer = await client.get(other.url + "/api/hello")
+        place = other.url.removeprefix("http://")
+        first, host = heads[0].split("\r\n")[0], f"host: {place}"
+        assert first == (f"CONNECT {place} HTTP/1.1" if secret else f"GET {other.url}/api/hello HTTP/1.1")
+        assert answer.status_code == (200 if secret else 407), "the stand-in opens tunnels alone"
+        assert secret or host in heads[0].lower()
 
 
 async def test_plain_http_elsewhere_passes_without_proxy_credentials(tmp_path):
