@@ -61,6 +61,7 @@ def _common[F: Callable[..., Any]](command: F) -> F:
 @click.option("--socket-fd", type=int, hidden=True)
 @click.option("--parent-fd", type=int, hidden=True)
 @click.option("--ready-fd", type=int, hidden=True)
+@click.option("--repeats", is_flag=True, hidden=True)
 def serve(
     listen: tuple[str, int],
     policies: Path,
@@ -74,6 +75,7 @@ def serve(
     socket_fd: int | None,
     parent_fd: int | None,
     ready_fd: int | None,
+    repeats: bool,
 ) -> None:
     """Run the gateway: a reverse proxy that admits, caps, meters and records every call to the Claude API."""
     conceal()
@@ -85,7 +87,7 @@ def serve(
             left_out = FAST_PATH if "all" in slow else slow
             own = Settings(
                 host, port, policies, ledger, options,
-                left_out=left_out, log_json=log == "json", otel=otel, parent_fd=parent_fd, ready_fd=ready_fd,
+                left_out=left_out, log_json=log == "json", otel=otel, parent_fd=parent_fd, ready_fd=ready_fd, repeats=repeats,
             )  # fmt: skip
             _serve(own, listener)
         os.environ["GATEWAY_LEDGER"] = ledger  # not an argument, which everybody on the machine can read: it may hold a password

@@ -13,6 +13,8 @@ from gateway_addon.calls.record import CallRecord
 from gateway_addon.names import masked
 
 CALLS = logging.getLogger("gateway_addon.calls.record")
+SEEN_BY_EACH = ("gateway_addon.operations.reload", "gateway_addon.proxy.server")
+"""Modules whose lines each worker of a gateway would say in the same words."""
 LOUD = ("mitmproxy.proxy.server", "mitmproxy.proxy.mode_servers", "hpack", "asyncio", "tornado", "quic")
 
 
@@ -73,8 +75,13 @@ def call_line(call: CallRecord) -> None:
     CALLS.info("%s", json.dumps(call))
 
 
-def say_plainly(key: Callable[[], str], level: int = logging.INFO, *, as_json: bool = False) -> None:
-    """Log to stderr, masked: the gateway's own lines from `level` on, of the proxy's only what is wrong."""
+def say_plainly(key: Callable[[], str], level: int = logging.INFO, *, as_json: bool = False, repeats: bool = False) -> None:
+    """Log to stderr, masked: the gateway's own lines from `level` on, of the proxy's only what is wrong.
+
+    `repeats`: another worker logs what every worker sees (a saved policy, a signal).
+    """
+    for name in SEEN_BY_EACH if repeats else ():
+        logging.getLogger(name).disabled = True
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S %Z"))
     root = logging.getLogger()

@@ -161,7 +161,7 @@ async def prepared(
         if policy.metrics_token is not None:
             count(settings, policy.metrics_token, addon.gateway)
         master = build(settings, policy, addon)
-        say_plainly(key, as_json=settings.log_json)
+        say_plainly(key, as_json=settings.log_json, repeats=settings.repeats)
         yield policy, addon, master
 
 

@@ -33,5 +33,7 @@ class Settings:
     """Set in a worker: the pipe that tells when the supervisor has ended."""
     ready_fd: int | None = None
     """Set in the first worker: the pipe by which the supervisor learns that this one listens."""
+    repeats: bool = False
+    """Set in all workers but one, which logs what each of them sees."""
     emit: Callable[[str], None] = field(default=partial(print, flush=True))
     """Prints one line for the person who started it."""

@@ -132,12 +132,13 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
     if signal.SIGHUP not in stop_signals():
         signal.signal(signal.SIGHUP, lambda received, frame: reloading.append(received))
 
-    def start(quiet: bool, *ready_fd: int) -> subprocess.Popen[bytes]:
+    def start(number: int, *ready_fd: int) -> subprocess.Popen[bytes]:
         inherited = (listener.fileno(), alive_read, *ready_fd)
         options = ["--socket-fd", str(listener.fileno()), "--parent-fd", str(alive_read)]
         options += ["--ready-fd", str(ready_fd[0])] if ready_fd else []
+        options += ["--repeats"] if number else []
         command = [sys.executable, *OPTIMISED, "-m", "gateway_addon", "serve", *arguments, *options]
-        stdout = subprocess.DEVNULL if quiet else None
+        stdout = None if ready_fd else subprocess.DEVNULL
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited: it waits for a worker that is not ready to hear it
         try:
             return subprocess.Popen(command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True)
@@ -145,11 +146,11 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     ready_read, ready_write = os.pipe()
-    workers = [start(False, ready_write)]
+    workers = [start(0, ready_write)]
     os.close(ready_write)
     if not os.read(ready_read, 1):
         return workers[0].wait()
-    workers += [start(quiet=True) for _ in range(count - 1)]
+    workers += [start(number) for number in range(1, count)]
     started = [time.monotonic()] * count
     while not stopping:
         time.sleep(0.1)
@@ -160,7 +161,7 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
         for index, worker in enumerate(workers):
             if worker.poll() is not None and time.monotonic() - started[index] >= RESTART_S and not stopping:
                 logger.error("Worker %d ended with %d and is replaced; its open calls are settled.", worker.pid, worker.returncode)
-                workers[index], started[index] = start(quiet=True), time.monotonic()
+                workers[index], started[index] = start(index), time.monotonic()
     listener.close()  # the workers close theirs: who comes now is refused, and goes to another gateway, not into a queue that nobody reads
     return _drained(workers, stopping, alive_write)
 

@@ -130,9 +130,14 @@ async def test_a_hang_up_reads_the_policies_again_and_ends_nothing(tmp_path):
                 await until(lambda: api.book.in_flight == 4)
                 process.send_signal(signal.SIGHUP)
                 assert [answer.usage.output_tokens for answer in await asyncio.gather(*calls)] == [20] * 4
-                await until(lambda: (tmp_path / "log").read_text().count("SIGHUP: the policies and the key are read again") == 2)
+                await until(lambda: (tmp_path / "log").read_text().count("SIGHUP: the policies and the key are read again"))
                 assert (await client.messages.create(**ask)).usage.output_tokens == 20
             assert (process.poll(), workers(process)) == (None, before)
+            (tmp_path / "policies" / "apps" / "app.yaml").write_text("caps: [what\n")
+            await until(lambda: (tmp_path / "log").read_text().count("The policy in force stays"))
+    lines = [line.split(" ", 2)[-1] for line in (tmp_path / "log").read_text().splitlines()]
+    assert {line: lines.count(line) for line in lines if lines.count(line) > 1} == {}, "no worker repeats another"
+    assert sum("Stopping" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(
