@@ -20,7 +20,7 @@ from gateway_addon.ledger.reports.forecast import Forecast, forecasts
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.commit_queue import CommitQueue
-from gateway_addon.ledger.store.interface import EVERYTHING, Store
+from gateway_addon.ledger.store.interface import EVERYTHING, Asked, Store
 from gateway_addon.ledger.store.writer import Operation
 from gateway_addon.ledger.types import (
     Alert,
@@ -33,6 +33,7 @@ from gateway_addon.ledger.types import (
     Pause,
     RateLimits,
     RecordedEnd,
+    Reservation,
     Reserved,
     Resolution,
     ServerAddress,
@@ -41,6 +42,7 @@ from gateway_addon.ledger.types import (
     TokenLookup,
     app_scope,
     enclosing,
+    part_of,
 )
 
 log = logging.getLogger(__name__)
@@ -135,10 +137,14 @@ class Ledger:
         """
         held = tuple(cap for cap in caps if cap.window != "request")
 
-        def write(db: Connection) -> Reserved | Denied:  # the owner's name is read when it is written: a fenced node has a new one
-            return reservations.reserve(db, self.owner, call, grant_nano, held, quantum_nano=quantum_nano, rates=rates, now=self._at(now))
+        asked = Reservation(call, grant_nano, held, quantum_nano, rates or RateLimits(), self._at(now))
 
-        answer = cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held)))
+        needs_a_look = any(part_of(cap.scope) for cap in held)  # at the part's name, before the statement that judges
+
+        def write(db: Connection) -> Reserved | Denied:  # the owner's name is read when it is written: a fenced node has a new one
+            return reservations.write(db, self.owner, asked)
+
+        answer = cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held), asked=None if needs_a_look else asked))
         if isinstance(answer, Reserved):
             self._running[answer.call_id] = _Held(call.app, held, answer.owner)
         return answer
@@ -341,10 +347,12 @@ class Ledger:
 
     # the way to the writer and back
 
-    async def _ask(self, rank: int, apply: Change, scopes: frozenset[str] = frozenset(), instead: Change | None = None) -> object:
+    async def _ask(
+        self, rank: int, apply: Change, scopes: frozenset[str] = frozenset(), instead: Change | None = None, asked: Asked | None = None
+    ) -> object:
         future: asyncio.Future[object] = self._loop.create_future()
         emit = partial(self._set_answer, future)
-        self._commit_queue.put(Operation(apply, rank, scopes, instead=instead, wanted=lambda: not future.done(), emit=emit))
+        self._commit_queue.put(Operation(apply, rank, scopes, asked, instead=instead, wanted=lambda: not future.done(), emit=emit))
         too_late = self._loop.call_later(self._timeout_s, self._give_up, future)
         try:
             return await future
@@ -368,7 +376,9 @@ class Ledger:
         future: asyncio.Future[object] = self._loop.create_future()
         instead = partial(_end_unstorable, ending=record) if record and record.kind == "settle" else None
         emit = partial(self._set_answer, future)
-        self._commit_queue.put(Operation(apply, RESOLVE, scopes, lasting=True, may_linger=True, instead=instead, record=record, emit=emit))
+        self._commit_queue.put(
+            Operation(apply, RESOLVE, scopes, record, lasting=True, may_linger=True, instead=instead, record=record, emit=emit)
+        )
         return future
 
     def _record(self, apply: Change, *scopes: str) -> None:

@@ -27,6 +27,7 @@ from gateway_addon.ledger.types import (
     PartShape,
     RateLimits,
     RecordedEnd,
+    Reservation,
     Reserved,
     Resolution,
     Settlement,
@@ -40,6 +41,9 @@ from gateway_addon.windows import WINDOWS, Starts, Window, is_cycle, next_start,
 
 type CapWindow = tuple[str, str, int, int | None]
 """A scope, its window, the window's start, and the cap's amount where there is one."""
+
+type Calendar = tuple[tzinfo, tuple[Window, ...]]
+"""The zone of a ledger's windows, and the billing cycles in which every call counts."""
 
 # Places in a statement (`_asking`): a row of values for each cap asked about (to take them out of JSON, as one value, cost twice as much
 # as all the look-ups), and where the engine keeps a cap's balance.
@@ -81,8 +85,8 @@ OBSTACLES = f"""
   UNION ALL
   SELECT 1 FROM ({STANDINGS}) AS standing WHERE spent_nano + reserved_nano + quantum_nano + $grant_nano + $own_quantum_nano > cap_nano
   UNION ALL
-  SELECT 1 FROM (SELECT 1) AS caller LEFT JOIN balances ON scope = $app_scope AND "window" = 'ever' AND window_start = 0
-    WHERE coalesce(open, 0) >= $concurrent
+  SELECT 1 FROM (SELECT 1) AS caller WHERE CAST($concurrent AS BIGINT) IS NOT NULL AND $concurrent <=
+    coalesce((SELECT open FROM balances WHERE scope = $app_scope AND "window" = 'ever' AND window_start = 0), 0)
   UNION ALL
   {_RATE.format(limit="requests_per_minute", count="requests", size="1")}
   UNION ALL
@@ -165,6 +169,7 @@ FROM calls WHERE id = $call_id ON CONFLICT DO NOTHING
 
 CALENDAR = """SELECT 'zone', value FROM settings WHERE name = 'zone' UNION ALL SELECT 'cycle', "window" FROM kept_cycles"""
 
+ZONE = "SELECT value FROM settings WHERE name = 'zone'"
 EVER_BOOKED = """SELECT 1 FROM balances WHERE scope = $1 AND "window" = 'ever' AND window_start = 0"""
 
 OPEN_OF_OWNER = "SELECT id FROM calls WHERE owner = $1 AND state = 'open' ORDER BY id LIMIT $2"
@@ -182,33 +187,49 @@ def reserve(
     now: float,
 ) -> Reserved | Denied:
     """Write an open call and its reservation of `grant_nano` where every cap, rate, token and pause allows it."""
-    if grant_nano < 0 or quantum_nano < 0:
-        raise ValueError(f"a reservation holds no negative amount, not {min(grant_nano, quantum_nano)}")
-    calendar, cycles = kept_calendar(db)
-    windows = starts(now, calendar, cycles)
-    asked = parts.counted(db, call, caps, windows.day)
-    limits = rates or RateLimits()
-    values = _call_values(call, owner, windows, now)
-    values |= {
-        "app_parts": parts.written(asked.parts),
-        "cycles": written_cycles(windows),
-        "app_scope": app_scope(call.app),
-        "grant_nano": grant_nano,
-        "own_quantum_nano": quantum_nano,
-        "minute": int(now) // 60,
-        "second": int(now) % 60,
-        "requests_per_minute": limits.requests_per_minute,
-        "input_tokens_per_minute": limits.input_tokens_per_minute,
-        "concurrent": limits.concurrent,
-    }
-    frames = _frames(asked.caps, windows)
-    pausable = call.pause_scopes + (None,) * (-len(call.pause_scopes) % SCOPES_A_STEP)
+    return write(db, owner, Reservation(call, grant_nano, caps, quantum_nano, rates or RateLimits(), now))
+
+
+def write(db: Connection, owner: str, asked: Reservation) -> Reserved | Denied:
+    """Write a reservation, or return why not."""
+    calendar = kept_calendar(db)
+    counted = parts.counted(db, asked.call, asked.caps, starts(asked.now, *calendar).day)
+    values, frames = reserving(asked, counted, owner, calendar)
+    pausable = asked.call.pause_scopes + (None,) * (-len(asked.call.pause_scopes) % SCOPES_A_STEP)
     values |= _asked(frames) | dict(zip(_pausable(len(pausable)), pausable, strict=True))
     written = db.execute(_asking(RESERVE, db.engine, len(frames), len(pausable)), values).fetchall()
     if written:
-        parts.named_today(db, call, asked.new_names, windows.day)
-        return Reserved(written[0][0], _standings(db, frames, now, calendar), owner)
-    denial = judge(facts(db, call, asked.caps, now=now), limits, grant_nano, quantum_nano, call.input_tokens, now)
+        parts.named_today(db, asked.call, counted.new_names, values["day_start"])
+    return answered(db, asked, counted.caps, owner, written[0][0] if written else None)
+
+
+def reserving(asked: Reservation, counted: parts.CountedCall, owner: str, calendar: Calendar) -> tuple[dict[str, Any], list[CapWindow]]:
+    """Return the values of a reservation's statement, and the caps that judge it."""
+    call, now = asked.call, asked.now
+    windows = starts(now, *calendar)
+    values = _call_values(call, owner, windows, now)
+    values |= {
+        "app_parts": parts.written(counted.parts),
+        "cycles": written_cycles(windows),
+        "app_scope": app_scope(call.app),
+        "grant_nano": asked.grant_nano,
+        "own_quantum_nano": asked.quantum_nano,
+        "minute": int(now) // 60,
+        "second": int(now) % 60,
+        "requests_per_minute": asked.rates.requests_per_minute,
+        "input_tokens_per_minute": asked.rates.input_tokens_per_minute,
+        "concurrent": asked.rates.concurrent,
+    }
+    return values, _frames(counted.caps, windows)
+
+
+def answered(db: Connection, asked: Reservation, caps: Sequence[CapShape], owner: str, call_id: int | None) -> Reserved | Denied:
+    """Return the answer to a reservation that these caps judged and that was written under a number, or, None, was not."""
+    call, now = asked.call, asked.now
+    if call_id is not None:
+        return Reserved(call_id, capped(db, caps, now=now), owner)
+    found = facts(db, call, caps, now=now)
+    denial = judge(found, asked.rates, asked.grant_nano, asked.quantum_nano, call.input_tokens, now)
     if denial is None:
         raise LedgerUnavailable(f"the ledger did not write a reservation and does not say why: `{PROGRAM} doctor` looks for the fault")
     return denial
@@ -290,7 +311,7 @@ def settle(db: Connection, call_id: int, settlement: Settlement, *, now: float) 
         flags += ("overrun",)
     if overrun and "late" not in flags:  # else it was the gateway that stood still, and the model kept its pace
         db.execute(OVERRUN, {"call_id": call_id, "now": now, "over_nano": spent_nano - held_nano})
-    db.execute(FINISH, {"call_id": call_id, "state": "settled", "now": now} | _outcome_values(settlement.outcome, flags))
+    db.execute(FINISH, {"call_id": call_id, "state": "settled", "now": now} | outcome_values(settlement.outcome, flags))
     for row in usage_rows(call_id, settlement.parts, spent_nano):  # one or two: to a server, `executemany` costs three times as much
         db.execute(PART, row)
     return Resolution(True, spent_nano, held_nano, overrun)
@@ -301,7 +322,7 @@ def void(db: Connection, call_id: int, outcome: Outcome, *, now: float) -> Resol
     held_and_spent = _resolve(db, call_id, "void", 0, now)
     if held_and_spent is None:
         return Resolution(first=False)
-    db.execute(FINISH, {"call_id": call_id, "state": "voided", "now": now} | _outcome_values(outcome, outcome.flags))
+    db.execute(FINISH, {"call_id": call_id, "state": "voided", "now": now} | outcome_values(outcome, outcome.flags))
     return Resolution(True, 0, held_and_spent[0])
 
 
@@ -346,17 +367,19 @@ def capped(db: Connection, caps: Sequence[CapShape], *, now: float) -> tuple[Sta
 
 def zone(db: Connection) -> tzinfo:
     """Return the zone of the ledger's calendar. It is a row, so that every process on the ledger has the same windows."""
-    rows = db.execute("SELECT value FROM settings WHERE name = 'zone'").fetchall()
-    if not rows:
-        raise LedgerUnavailable(f"the ledger has no time zone: it was not made by this program; `{PROGRAM} init` makes one")
-    return ZoneInfo(rows[0][0])
+    return calendar_of([("zone", value) for (value,) in db.execute(ZONE).fetchall()])[0]
 
 
-def kept_calendar(db: Connection) -> tuple[tzinfo, tuple[Window, ...]]:
-    """Return the zone of the ledger's calendar, and the billing cycles in which every call counts."""
-    rows = db.execute(CALENDAR).fetchall()
+def kept_calendar(db: Connection) -> Calendar:
+    return calendar_of(db.execute(CALENDAR).fetchall())
+
+
+def calendar_of(rows: Sequence[tuple[str, str]]) -> Calendar:
+    """Return the calendar that these rows of `CALENDAR` say."""
     zones = [value for what, value in rows if what == "zone"]
-    return ZoneInfo(zones[0]) if zones else zone(db), tuple(sorted(value for what, value in rows if what == "cycle"))
+    if not zones:
+        raise LedgerUnavailable(f"the ledger has no time zone: it was not made by this program; `{PROGRAM} init` makes one")
+    return ZoneInfo(zones[0]), tuple(sorted(value for what, value in rows if what == "cycle"))
 
 
 def written_cycles(windows: Starts) -> str | None:
@@ -416,7 +439,7 @@ def _resolve(db: Connection, call_id: int, kind: str, spent_nano: int | None, no
 
 
 def _aside(db: Connection, owner: str, call: NewCall, state: str, refusal: str | None, outcome: Outcome, now: float) -> None:
-    values = _call_values(call, owner, starts(now, zone(db)), now) | _outcome_values(outcome, outcome.flags)
+    values = _call_values(call, owner, starts(now, zone(db)), now) | outcome_values(outcome, outcome.flags)
     db.execute(ASIDE, values | {"state": state, "refusal": refusal})
 
 
@@ -444,7 +467,7 @@ def _call_values(call: NewCall, owner: str, windows: Starts, now: float) -> dict
     }
 
 
-def _outcome_values(outcome: Outcome, flags: tuple[str, ...]) -> dict[str, Any]:
+def outcome_values(outcome: Outcome, flags: tuple[str, ...]) -> dict[str, Any]:
     return {
         "status": outcome.status,
         "model_served": outcome.model_served,

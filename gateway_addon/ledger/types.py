@@ -5,7 +5,7 @@ Amounts are whole nano-dollars, times are unix seconds (UTC), a scope is `total`
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -191,6 +191,22 @@ class RateLimits:
     requests_per_minute: int | None = None
     input_tokens_per_minute: int | None = None
     concurrent: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A reservation as it is asked for. `quantum_nano` is to be kept free for the call's next top-up."""
+
+    call: NewCall
+    grant_nano: int
+    caps: Sequence[CapShape]
+    quantum_nano: int = 0
+    rates: RateLimits = RateLimits()
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.grant_nano < 0 or self.quantum_nano < 0:
+            raise ValueError(f"a reservation holds no negative amount, not {min(self.grant_nano, self.quantum_nano)}")
 
 
 class Standing(NamedTuple):

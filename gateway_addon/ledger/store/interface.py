@@ -11,10 +11,14 @@ from typing import Protocol
 
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.journal import Journal, LeftJournal
-from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
+from gateway_addon.ledger.types import LedgerUnavailable, RecordedEnd, Reservation, ServerAddress
 
 EVERYTHING = "*"
 """The scope of an operation that may touch any row: nothing else may write at that time."""
+
+
+type Asked = Reservation | RecordedEnd
+"""Work that a store may do with other work of its kind in one statement."""
 
 
 def must_be_known(ledger: Path | ServerAddress, applied: Iterable[str], known: Iterable[str]) -> None:
@@ -77,6 +81,9 @@ class Store(Protocol):
 
     def begin(self, db: Connection, scopes: Collection[str]) -> None:
         """Begin a transaction that may judge and change the balances of `scopes`, alone in each of them until its commit."""
+
+    def batch(self, db: Connection, scopes: Collection[str], asked: Sequence[Asked], number: int) -> list[object] | None:
+        """Begin a transaction, do all that is asked in one statement, and stamp it. None: nothing was begun, and it is done one by one."""
 
     def stamp(self, db: Connection, number: int) -> None:
         """Note, inside the transaction, that this owner commits for the `number`th time.

@@ -18,16 +18,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NoReturn
 from uuid import uuid4
 
 import psycopg
 from psycopg import pq
 
 from gateway_addon.clocks import monotonic_s
-from gateway_addon.ledger import orphans
+from gateway_addon.ledger import orphans, reservations
 from gateway_addon.ledger.sql import Connection
-from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.ledger.store.interface import EVERYTHING, must_be_known
+from gateway_addon.ledger.store import postgres_batch, sqlite_files
+from gateway_addon.ledger.store.interface import EVERYTHING, Asked, must_be_known
 from gateway_addon.ledger.store.journal import Journal, LeftJournal, unwritten_journals
 from gateway_addon.ledger.store.migrations import ON_SERVER
 from gateway_addon.ledger.store.postgres_session import (
@@ -158,6 +159,8 @@ class ServerStore:
         self._reader = threading.local()
         self._readers: set[ServerConnection] = set()
         self._closed = False
+        self._calendar = ""
+        self._batches = False
 
     def __str__(self) -> str:
         return str(self._server)
@@ -180,10 +183,20 @@ class ServerStore:
             _must_fit(self._server, db)
             if self._name is None:
                 self._enrol(db)
+            self._look_at_calendar(db)
+            self._batches = self._bring_function(db)
         except BaseException:
             db.close()
             raise
         return db
+
+    def _bring_function(self, db: ServerConnection) -> bool:
+        try:
+            db.raw.execute(postgres_batch.FUNCTION.encode())
+        except psycopg.errors.InsufficientPrivilege as error:
+            log.warning("the ledger's user may make no temporary function on %s: calls are written one by one (%s)", self._server, error)
+            return False
+        return True
 
     def _enrol(self, db: Connection) -> None:
         """Enter this process under a new name. A name whose lease ran out is never used again."""
@@ -219,19 +232,44 @@ class ServerStore:
 
     def stamp(self, db: Connection, number: int) -> None:
         asked_at, self._lease_from = time.time(), monotonic_s()
-        renew = """
-        UPDATE owners SET commits = $1, lease_until = extract(epoch FROM clock_timestamp()) + $2
-        WHERE id = $3 AND lease_until > extract(epoch FROM clock_timestamp()) AND (SELECT count(*) FROM migrations) <= $4
-        RETURNING lease_until
-        """
-        rows = db.execute(renew, (number, LEASE_S, self._name, len(ON_SERVER))).fetchall()
+        rows = db.execute(postgres_batch.RENEW, (number, LEASE_S, self._name, len(ON_SERVER))).fetchall()
         if not rows:
-            _must_fit(self._server, db)
-            self._name = None
-            raise LedgerUnavailable(
-                f"this gateway was out of touch with {self._server} for more than {LEASE_S:g} s: its calls were settled at what they held"
-            )
-        server_at = rows[0][0] - LEASE_S
+            self._fenced(db)
+        self._renewed(rows[0][0], asked_at)
+
+    def batch(self, db: Connection, scopes: Collection[str], asked: Sequence[Asked], number: int) -> list[object] | None:
+        if EVERYTHING in scopes or not isinstance(db, ServerConnection) or not self._batches:
+            return None
+        asked_at, self._lease_from = time.time(), monotonic_s()
+        sender = postgres_batch.Sender(self.owner, number, LEASE_S, len(ON_SERVER), self._calendar)
+        try:
+            lease_until, answers = postgres_batch.send(db, scopes, asked, sender)
+        except psycopg.DatabaseError as error:
+            if error.diag.sqlstate not in (postgres_batch.FENCED, postgres_batch.MOVED):
+                raise
+            db.execute("ROLLBACK")
+            if error.diag.sqlstate == postgres_batch.FENCED:
+                self._fenced(db)
+            self._look_at_calendar(db)
+            return None
+        except LedgerUnavailable:  # a window that the calendar lacks, or lacked when it was looked at
+            self._look_at_calendar(db)
+            return None
+        self._renewed(lease_until, asked_at)
+        return answers
+
+    def _look_at_calendar(self, db: Connection) -> None:
+        self._calendar = postgres_batch.calendar_text(db.execute(reservations.CALENDAR).fetchall())
+
+    def _fenced(self, db: Connection) -> NoReturn:
+        _must_fit(self._server, db)
+        self._name = None
+        raise LedgerUnavailable(
+            f"this gateway was out of touch with {self._server} for more than {LEASE_S:g} s: its calls were settled at what they held"
+        )
+
+    def _renewed(self, lease_until: float, asked_at: float) -> None:
+        server_at = lease_until - LEASE_S
         self.skew_s = round(server_at - min(max(server_at, asked_at), time.time()))  # 0 where it may be that both clocks agree
 
     def commit(self, db: Connection) -> None:

@@ -10,13 +10,14 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from gateway_addon.ledger import access, orphans
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import migrations, sqlite_files
+from gateway_addon.ledger.store.interface import Asked
 from gateway_addon.ledger.store.locks import OwnerLock, Turnstile, forget_dead_owner, is_dead
 from gateway_addon.ledger.types import LedgerUnavailable
 
@@ -79,6 +80,9 @@ class FileStore:
 
     def begin(self, db: Connection, scopes: Collection[str]) -> None:
         db.execute("BEGIN IMMEDIATE")
+
+    def batch(self, db: Connection, scopes: Collection[str], asked: Sequence[Asked], number: int) -> None:
+        """Leave a batch to its statements: each of them takes microseconds."""
 
     def stamp(self, db: Connection, number: int) -> None:
         if db.execute(STAMP, (number, self.owner, len(migrations.known()))).rowcount == 0:

@@ -18,7 +18,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from gateway_addon.ledger.sql import Connection
-from gateway_addon.ledger.store.interface import EVERYTHING, Store, WriterConnection
+from gateway_addon.ledger.store.interface import EVERYTHING, Asked, Store, WriterConnection
 from gateway_addon.ledger.types import LedgerUnavailable, RecordedEnd
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ class Operation:
     rank: int
     scopes: frozenset[str] = frozenset()
     """The scopes whose balances it judges or changes; EVERYTHING: it may touch any row."""
+    asked: Asked | None = None
+    """The work of `apply`, where the store may do it with others in one statement."""
     lasting: bool = False
     instead: Callable[[Connection], object] | None = None
     """The replacement for a lasting operation that cannot be stored as it is (a figure beyond 64 bits)."""
@@ -270,7 +272,7 @@ class Writer:
         [operation] = operations
         if operation.instead is None:
             return [Written(operation, failure)]
-        operation.apply, operation.instead = operation.instead, None
+        operation.apply, operation.instead, operation.asked = operation.instead, None, None
         return self._transaction(db, operations)
 
     def _commit(self, db: WriterConnection, operations: Sequence[Operation]) -> list[Written]:
@@ -279,10 +281,16 @@ class Writer:
         return answers
 
     def _statements(self, db: WriterConnection, operations: Sequence[Operation], compute: Compute) -> list[Written]:
-        self._store.begin(db, frozenset[str]().union(*(operation.scopes for operation in operations)))
+        scopes = frozenset[str]().union(*(operation.scopes for operation in operations))
+        asked = [operation.asked for operation in operations if operation.asked is not None]
         try:
-            answers = compute(lambda: [Written(operation, operation.apply(db)) for operation in operations])
-            self._store.stamp(db, self._commits + 1)
+            said = self._store.batch(db, scopes, asked, self._commits + 1) if asked and len(asked) == len(operations) else None
+            if said is not None:
+                answers = [Written(*pair) for pair in zip(operations, said, strict=True)]
+            else:
+                self._store.begin(db, scopes)
+                answers = compute(lambda: [Written(operation, operation.apply(db)) for operation in operations])
+                self._store.stamp(db, self._commits + 1)
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
