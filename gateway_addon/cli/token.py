@@ -4,7 +4,7 @@ import getpass
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import tzinfo
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,10 @@ from gateway_addon.cli.labels import label_option
 from gateway_addon.cli.scopes import must_know
 from gateway_addon.cli.times import duration_s
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import LedgerUnavailable, Token, admin, connect
+from gateway_addon.identity.workloads import workload_digest
+from gateway_addon.ledger import LedgerUnavailable, Token, admin, connect, workloads
 from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import Labels
 from gateway_addon.names import PROGRAM
@@ -125,25 +127,50 @@ def rotate(
 @token.command(epilog=f"Example: {PROGRAM} token revoke reviews --id 3")
 @click.argument("app")
 @click.option("--id", "token_id", type=ROW_NUMBER, help=f"Only this one (see {PROGRAM} token list).")
+@click.option("--subject", metavar="SUBJECT", help="Only the workload with this subject, one that was never seen too.")
 @click.option("--all", "everything", is_flag=True, help="All that the app has, without asking.")
 @json_option
 @policies_option
 @ledger_option
 @SAY
-def revoke(app: str, token_id: int | None, everything: bool, as_json: bool, policies: Path, ledger: str) -> None:
-    """Revoke APP's token; of several, one (--id) or --all. It holds from the next request on; calls in flight finish."""
-    now = time.time()
-    if token_id is None and not everything:
+def revoke(
+    app: str, token_id: int | None, subject: str | None, everything: bool, as_json: bool, policies: Path, ledger: str
+) -> None:
+    """Revoke APP's token; of several, one (--id) or --all. It holds from the next request on; calls in flight finish.
+
+    A workload is revoked like a token, by --id or by its --subject: it and its sessions, whatever identity token it comes with.
+    """
+    now, who = time.time(), getpass.getuser()
+    if subject is not None and (token_id is not None or everything):
+        stop("Name a workload's --subject, a row's --id, or --all: one of them.")
+    if token_id is None and subject is None and not everything:
         _ask_whether_all(app, now, policies, ledger)
     with connect.changing(ledger_path(ledger)) as db:
         must_know(app, db, policies)
-        revoked = admin.revoke_tokens(db, app, token_id=token_id, who=getpass.getuser(), now=now)
+        if subject is None:
+            revoked = admin.revoke_tokens(db, app, token_id=token_id, who=who, now=now)
+        else:
+            revoked = _bar(db, app, subject, outline(policies).issuers, who, now)
     if not revoked:
         stop(f"App {app} has no such token in force; {PROGRAM} token list {app} shows what it has.", PROBLEM)
     if as_json:
         click.echo(json.dumps([_row(each, now) for each in revoked], indent=2))
         return
     click.echo(f"Revoked {len(revoked)} of app {app}: {', '.join(_title(each) for each in revoked)}.", err=True)
+
+
+@token.command(epilog=f"Example: {PROGRAM} token restore reviews --id 7")
+@click.argument("app")
+@click.option("--id", "token_id", type=ROW_NUMBER, required=True, help=f"The workload's (see {PROGRAM} token list).")
+@policies_option
+@ledger_option
+@SAY
+def restore(app: str, token_id: int, policies: Path, ledger: str) -> None:
+    """Let a revoked workload of APP in again. A token that was revoked stays so: issue a new one."""
+    with connect.changing(ledger_path(ledger)) as db:
+        must_know(app, db, policies)
+        restored = workloads.restore(db, app, token_id, who=getpass.getuser(), now=time.time())
+    click.echo(f"App {app} lets {_title(restored)} in again.", err=True)
 
 
 @token.command("forms", epilog=f"Example: {PROGRAM} token forms langchain")
@@ -184,6 +211,8 @@ def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path
             "No token in force has been idle for so long." if idle is not None else f"No tokens yet: {PROGRAM} token issue {app or 'APP'}"
         )
     else:
+        if not any(row["issuer"] for row in rows):  # of workloads alone
+            rows = [{name: value for name, value in row.items() if name != "issuer"} for row in rows]
         cells = [[_cell(value, calendar) for value in (row | {"last used": row["last used"] or "never"}).values()] for row in rows]
         click.echo(table(cells, list(rows[0])))
 
@@ -194,6 +223,15 @@ def _with_policy(app: str, policies: Path) -> Outline:
     if app not in found.apps:
         stop(f"No policy for app {app}: write {policies}/apps/{app}.yaml first. Apps with one: {', '.join(found.apps) or 'none'}.")
     return found
+
+
+def _bar(db: Connection, app: str, subject: str, trusted: Iterable[str], who: str, now: float) -> list[Token]:
+    """Revoke an app's workloads of a subject: those of issuers that it came from, and of all that are trusted."""
+    issuers = dict.fromkeys((*(each.issuer for each in workloads.of_subject(db, app, subject) if each.issuer), *trusted))
+    if not issuers:
+        stop(f"App {app} has no workload {subject!r}, and gateway.yaml names no issuer that it could come from.", PROBLEM)
+    found = (workloads.bar(db, app, each, subject, workload_digest(app, each, subject), who=who, now=now) for each in issuers)
+    return [each for each in found if each is not None]
 
 
 def _ask_whether_all(app: str, now: float, policies: Path, ledger: str) -> None:
@@ -287,5 +325,6 @@ def _row(each: Token, now: float) -> dict[str, object]:
         "issued": each.created_at,
         "expires": each.expires_at,
         "labels": dict(each.labels),
+        "issuer": each.issuer,
         "last used": each.last_used_at,
     }

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import stat
+import time
 from pathlib import Path
 
 import anthropic
@@ -14,7 +15,8 @@ from gateway import APP, gateway, write_policies
 from gateway_addon import names
 from gateway_addon.cli import main
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import admin, connect
+from gateway_addon.identity.workloads import workload_digest
+from gateway_addon.ledger import admin, connect, workloads
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.onboarding import snippets
 from gateway_addon.simulator import Behaviour, Simulator
@@ -127,3 +129,46 @@ def test_looking_at_the_forms_issues_no_token(here: Path):
     assert shown.stdout == snippets.lines("langchain", base_url="http://127.0.0.1:9090", app="app", token_placeholder="TOKEN")
     with connect.reading(here / "gateway.db") as db:
         assert admin.tokens(db) == []
+
+
+ISSUERS = "audience: x\nissuers: {one: {url: https://one.test}, two: {url: https://two.test}}"
+NIGHTLY = ("app", "https://one.test", "repo:o/r", workload_digest("app", "https://one.test", "repo:o/r"))
+
+
+def workloads_of(here):
+    with connect.reading(here / "gateway.db") as db:
+        return [(each.issuer, each.refusal(time.time())) for each in admin.tokens(db) if each.issuer]
+
+
+def test_a_workload_is_listed_revoked_and_let_in_again(here):
+    token("issue", "app")
+    assert "issuer" not in token("list").stdout
+    with connect.changing(here / "gateway.db") as db:
+        workloads.enter(db, *NIGHTLY, now=time.time())
+    assert "repo:o/r" in token("list").stdout
+    assert "https://one.test" in token("list").stdout
+    assert token("revoke", "app", "--id", "2").exit_code == 0
+    assert workloads_of(here) == [("https://one.test", "token_revoked")]
+    restored = token("restore", "app", "--id", "2")
+    assert (restored.exit_code, "lets 2 (repo:o/r) in again" in restored.stderr) == (0, True)
+    assert workloads_of(here) == [("https://one.test", None)]
+    refused = token("restore", "app", "--id", "1")
+    assert (refused.exit_code, "has no workload 1" in refused.stderr) == (2, True)
+
+
+def test_a_subject_is_barred_for_each_issuer_that_is_trusted(here):
+    """Whatever else is wrong with the policy, and also one that was never seen."""
+    assert "names no issuer" in token("revoke", "app", "--subject", "repo:o/r").stderr
+    write_policies(here / "policies", "https://localhost", {"app": APP, "broken": "models: ["}, ISSUERS)
+    assert token("revoke", "app", "--subject", "repo:o/r").exit_code == 0
+    assert workloads_of(here) == [("https://one.test", "token_revoked"), ("https://two.test", "token_revoked")]
+    again = token("revoke", "app", "--subject", "repo:o/r")
+    assert (again.exit_code, "no such token in force" in again.stderr) == (1, True)
+    assert token("revoke", "app", "--subject", "x", "--all").exit_code == 2
+
+
+def test_a_subject_is_revoked_though_its_issuer_is_gone(here):
+    with connect.changing(here / "gateway.db") as db:
+        workloads.enter(db, *NIGHTLY, now=time.time())
+    assert token("revoke", "app", "--subject", "repo:o/r").exit_code == 0
+    assert workloads_of(here) == [("https://one.test", "token_revoked")]
