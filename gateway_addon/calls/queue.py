@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from gateway_addon.calls.planning import RATES, observed_denials
 from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan
-from gateway_addon.ledger import TOTAL, Denied, Ledger, NewCall, RateLimits, Reserved
+from gateway_addon.ledger import TOTAL, Denied, Ledger, NewCall, RateLimits, Reserved, enclosing, part_scope
 from gateway_addon.refusals import Refusal
 
 HELD_WAIT_S = 2.0  # for budget that calls in flight hold
@@ -60,17 +60,18 @@ class BudgetQueue:
         async def attempt() -> Attempt | Refusal:
             return await self._attempt(call, plan, now + loop.time() - began_s)
 
-        place = _Place(self._lines, (*call.scopes[1:], TOTAL), began_s, concurrency_wait_s)
-        depth = place.occupied()
-        if not depth:
+        own_parts = tuple(part_scope(call.app, part) for part in call.parts)
+        place = _Place(self._lines, (*call.scopes[1:], TOTAL), own_parts, began_s, concurrency_wait_s)
+        lines = place.occupied()
+        if not lines:
             found = await attempt()
             if (hindrance := place.hindrance(found)) is None:
                 return found
-            depth = place.depth(hindrance)
+            lines = place.lines_for(hindrance)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(began_s + max(HELD_WAIT_S, concurrency_wait_s)):
-                    return await place.wait(depth, attempt)
+                    return await place.wait(lines, attempt)
             return place.left_with(await attempt())
         finally:
             place.leave()
@@ -106,9 +107,10 @@ class BudgetQueue:
         return result, option
 
     def settled(self, scopes: Iterable[str]) -> None:
-        """Wake the first calls in these scopes' lines: a settlement of this process is written."""
-        for scope in scopes:
-            if (line := self._lines.get(scope)) is not None:
+        """Wake the first calls in the lines of these scopes, and of parts of these apps: a settlement of this process is written."""
+        freed = set(scopes)
+        for scope, line in self._lines.items():
+            if enclosing(scope) in freed:
                 line.freed.set()
 
 
@@ -130,34 +132,37 @@ class _Line:
 class _Place:
     """One call's place: in the lines of its scopes from the narrowest on, up to the scope that stands in its way.
 
-    So a call that waits for its app's concurrency is in no other app's way, and all calls take their lines in one order.
+    So a call that waits for its app's concurrency is in no other app's way, and all calls take their lines in one order. One that a part
+    of its app stands in the way of (its session's cap) is in that part's line alone, and in no other part's way.
     """
 
     lines: dict[str, _Line]
     scopes: tuple[str, ...]
+    parts: tuple[str, ...]
     began_s: float
     concurrency_wait_s: float
     joined: list[str] = field(default_factory=list)
 
-    def occupied(self) -> int:
-        """Return how many lines a new call joins, so as to overtake nobody."""
-        return max((number for number, scope in enumerate(self.scopes, 1) if scope in self.lines), default=0)
+    def occupied(self) -> tuple[str, ...]:
+        """Return the lines that a new call joins, so as to overtake nobody: at most one of a part, and then none beside it."""
+        depth = max((number for number, scope in enumerate(self.scopes, 1) if scope in self.lines), default=0)
+        return self.scopes[:depth] or tuple(scope for scope in self.parts if scope in self.lines)[:1]
 
     def hindrance(self, found: Attempt | Refusal) -> Denied | None:
         """Return the denial that waiting may turn into a reservation, if it is one."""
         denied = found.result if isinstance(found, Attempt) else None
         return denied if isinstance(denied, Denied) and wait_s(denied, self.concurrency_wait_s) else None
 
-    def depth(self, denied: Denied) -> int:
-        """Return how many lines a call stands in that waits after this denial."""
-        scope = None if denied.standing is None else denied.standing.scope
-        return self.scopes.index(scope) + 1 if scope in self.scopes else 1  # concurrency and an app's parts: in the app's line
+    def lines_for(self, denied: Denied) -> tuple[str, ...]:
+        """Return the lines that a call stands in that waits after this denial."""
+        scope = self.scopes[0] if denied.standing is None else denied.standing.scope  # concurrency: in the app's line
+        return self.scopes[: self.scopes.index(scope) + 1] if scope in self.scopes else (scope,)
 
-    async def wait(self, depth: int, attempt: Callable[[], Awaitable[Attempt | Refusal]]) -> Attempt | Refusal:
+    async def wait(self, lines: tuple[str, ...], attempt: Callable[[], Awaitable[Attempt | Refusal]]) -> Attempt | Refusal:
         """Make attempts when it is this call's turn, until one succeeds, waiting does not help, or its time is over."""
         loop, look_s, held_since_s = asyncio.get_running_loop(), LOOK_S, self.began_s
         while True:
-            await self._join(depth)
+            await self._join(lines)
             found = await attempt()
             if (hindrance := self.hindrance(found)) is None:
                 return self.left_with(found)
@@ -168,16 +173,15 @@ class _Place:
             left_s = since_s + wait_s(hindrance, self.concurrency_wait_s) - loop.time()
             if left_s <= 0:
                 return self.left_with(found)
-            await self._join(depth := self.depth(hindrance))
+            await self._join(lines := self.lines_for(hindrance))
             await self._freed(min(look_s, left_s))
             look_s = min(2 * look_s, LOOK_MAX_S)
 
-    async def _join(self, depth: int) -> None:
-        """Stand first in as many lines; leave those beyond them."""
-        while len(self.joined) > depth:
+    async def _join(self, lines: tuple[str, ...]) -> None:
+        """Stand first in these lines; leave the others before."""
+        while self.joined and tuple(self.joined) != lines[: len(self.joined)]:
             self._leave_last()
-        while len(self.joined) < depth:
-            scope = self.scopes[len(self.joined)]
+        for scope in lines[len(self.joined) :]:
             line = self.lines.setdefault(scope, _Line(asyncio.get_running_loop().time()))
             line.calls += 1
             try:

@@ -117,7 +117,7 @@ def _spent(cap: Standing, option: ReservationOption) -> str:
     if part_of(cap.scope) is not None:
         spent = f"{cents(cap.spent_nano)} of its {dollars(amount_nano)} {_WHEN[cap.window.partition(':')[0]]}"
         needs = "" if cap.spent_nano >= amount_nano else f"; {_needs(option)}"
-        return f"{capitalised(_scope(cap.scope))} has spent {spent}{needs}."
+        return f"{_scope(cap.scope)} has spent {spent}{needs}."
     spent = f"{cents(cap.spent_nano)} spent of {dollars(amount_nano)}"
     if cap.spent_nano >= amount_nano:
         return f"The {_cap_name(cap)} is used up: {spent}."

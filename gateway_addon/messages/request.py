@@ -150,7 +150,8 @@ def endpoint_of(method: str, target: str) -> str | Refusal:
     if name is None:
         shown = target[:100].encode("ascii", "backslashreplace").decode()
         return stated("endpoint", f"{method[:20]} {shown} is not served here; this gateway forwards POST /v1/messages and a few more")
-    if query and (not _QUERY.match(query) or any(part.partition("=")[0].casefold() in _KNOWN_FIELDS for part in query.split("&"))):
+    known = query and any(part.partition("=")[0].casefold() in _KNOWN_FIELDS for part in query.split("&"))
+    if query and name != "me" and (known or not _QUERY.match(query)):
         return stated("endpoint", f"the query {query[:100]!r} is not served here; {path} takes its fields from the body alone")
     return name
 

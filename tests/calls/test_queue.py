@@ -196,7 +196,8 @@ async def waiting(queue, *names, wait_s=5.0):
     """Calls that came in this order, each once the one before it waits."""
     tasks = []
     for name in names:
-        tasks.append(asyncio.ensure_future(come(queue, call=asking_for(name), wait_s=wait_s)))
+        call = asking_for(name) if isinstance(name, str) else name
+        tasks.append(asyncio.ensure_future(come(queue, call=call, wait_s=wait_s)))
         await asyncio.sleep(0.002)
     return tasks
 
@@ -224,6 +225,33 @@ async def test_an_app_that_waits_for_its_own_calls_is_in_no_ones_way():
     assert (await asyncio.wait_for(come(queue, call=stranger), 0.05)).result == reserved(1)
     ledger.end(queue)
     assert (await tasks[0]).result == reserved(2)
+
+
+async def test_a_session_that_waits_for_its_cap_is_in_no_others_way():
+    """Its calls wait behind each other, in the order in which they came; other sessions of the app, and calls without one, pass."""
+
+    class OneSession(Told):
+        held = True
+
+        async def reserve(self, call, hold_nano, limits, **options):
+            await asyncio.sleep(0)
+            if self.held and call.session_id == "s1":
+                return Denied("cap_held", standing=DAY._replace(scope="app:reports session:s1"))
+            admitted.append(call.model_asked)
+            return reserved(1)
+
+    admitted, ledger = [], OneSession()
+    queue = BudgetQueue(ledger)
+    first = await waiting(queue, *(replace(asking_for(name), session_id="s1") for name in "ab"))
+    for session in ("s2", None):
+        call = replace(asking_for("c"), session_id=session)
+        assert (await asyncio.wait_for(come(queue, call=call), 0.05)).result == reserved(1)
+    assert list(queue._lines) == ["app:reports session:s1"]
+    ledger.held = False
+    queue.settled(["total", "app:reports"])
+    await asyncio.gather(*first)
+    assert admitted == ["c", "c", "a", "b"]
+    assert not queue._lines
 
 
 async def test_a_call_that_leaves_the_line_lets_the_next_one_up():

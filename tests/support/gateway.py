@@ -25,7 +25,8 @@ from gateway_addon.identity import tokens as identity
 from gateway_addon.identity.key_cache import IssuerKeys
 from gateway_addon.ledger import Ledger, admin
 from gateway_addon.operations import issuer_keys, jobs
-from gateway_addon.policy import GatewayPolicy, Source, load
+from gateway_addon.operations.reload import align
+from gateway_addon.policy import GatewayPolicy, Source, capped_parts, cycles, load
 from gateway_addon.proxy.hooks import GatewayAddon
 from gateway_addon.proxy.server import build
 from gateway_addon.proxy.settings import Settings
@@ -142,6 +143,8 @@ async def gateway(
         digest = identity.digest(tokens[app])
         await ledger.change(partial(admin.issue_token, app=app, digest=digest, label="test", who="test", now=time.time()))
     loaded = load(policies) if lag_s is None else with_lag(load(policies), lag_s)
+    if capped_parts(loaded) or cycles(loaded):
+        await align(ledger, loaded, "test")
     keys = IssuerKeys(partial(issuer_keys.fetch, way=lambda url: STRAIGHT), clocks.monotonic_s)
     gateway = Gateway(ledger, loaded, clocks, endpoint_prefix=endpoint_prefix, on_call=on_call, issuer_keys=keys)
     addon = make(gateway, WatchedSecret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), clocks)
