@@ -115,7 +115,7 @@ def web(
 ) -> None:
     """Run the gateway under mitmweb, to look at flows while debugging, edit them and send them again.
 
-    Each flow says whose it is, what it cost and what is left today; the view `Claude` shows requests by name and streams as their
+    Each flow says whose it is, what it cost and what is left; the view `Claude` shows requests by name and streams as their
     message. It keeps every flow in memory, prompts and answers too: not for production.
     """
     conceal()

@@ -45,8 +45,10 @@ from gateway_addon.proxy.web import pretty
 from gateway_addon.proxy.web.lockdown import FIXED, LOOKING, NO_SCRIPTS
 from gateway_addon.proxy.web.view import ClaudeContentview
 from gateway_addon.refusals import Refusal
+from gateway_addon.windows import Window
 
 REFUSED = ":no_entry:"
+WITHIN: dict[Window, str] = {"day": "today", "week": "this week", "month": "this month", "ever": "in all"}
 CALLER = "gateway_caller"
 """The key in a flow's metadata for the word of its caller: copied with the flow, so that a duplicate can be replayed too."""
 
@@ -155,7 +157,7 @@ class DebugAddon(GatewayAddon):
             if flow.is_replay:
                 flow_state.running.admission = replace(admission, flags=(*admission.flags, "replayed"))
             self._awaited[hold.call_id] = flow
-            flow.comment = _line(caller.app.name, admission.reading.model, f"{cents(hold.quote.total_nano)} at most")
+            flow.comment = _line(caller.app.name, f"{cents(hold.quote.total_nano)} at most", admission.reading.model)
 
     # -- what became of it
 
@@ -186,19 +188,22 @@ class DebugAddon(GatewayAddon):
 
     async def _comment(self, flow: http.HTTPFlow, call: CallRecord) -> None:
         flags = f" ({', '.join(call['flags'])})" if call["flags"] else ""
-        flow.comment = _line(call["app"], call["model"], f"{cents(call['spent_nano'])}{flags}", await self._left(call["app"]))
+        flow.comment = _line(call["app"], f"{cents(call['spent_nano'])}{flags}", call["model"], await self._left(call["app"]))
         ctx.master.addons.trigger(UpdateHook([flow]))
 
     async def _left(self, name: str) -> str:
-        """Return what the tightest of an app's caps leaves it today, in words."""
+        """Return what the tightest of an app's caps leaves it, and until when, in words."""
         policy = self.gateway.policy
         limits = caps(policy, policy.apps[name]) if name in policy.apps else ()
         try:
             standings = await self.gateway.ledger.capped(limits, now=self.clocks.now())
         except LedgerUnavailable:
             return "what is left is not known"
-        left = [nano for each in standings if (nano := _left_nano(each)) is not None]
-        return f"{cents(max(0, min(left)))} left today" if left else "no cap"
+        left = [(nano, each.window) for each in standings if (nano := _left_nano(each)) is not None]
+        if not left:
+            return "no cap"
+        nano, window = min(left, key=lambda each: each[0])
+        return f"{cents(max(0, nano))} left {WITHIN[window]}"
 
     def priced(self, flow: http.HTTPFlow | None, usage: Usage) -> str:
         """Return the cost of an answer in words, for its content view."""
@@ -256,5 +261,5 @@ def _standing(standing: Standing) -> str:
 
 
 def _line(*parts: str | None) -> str:
-    """Return `app · model · ...`, without the parts that are not known."""
+    """Return `app · cost · model · ...`, without the parts that are not known."""
     return " · ".join(part for part in parts if part)

@@ -12,7 +12,7 @@ from gateway_addon.names import PROGRAM
 OPTIONS: dict[str, Any] = {
     "web_host": "127.0.0.1",
     "web_open_browser": False,
-    "web_columns": ["status", "comment", "time"],  # beside a path, which takes all the room it can, a comment has none
+    "web_columns": ["timestamp", "status", "comment", "time"],  # beside a path, which takes all the room it can, a comment has none
     "store_streamed_bodies": True,
     "command_history": False,  # a file of what was typed
     "onboarding": False,  # would answer a host of its own, beside the gateway

@@ -98,12 +98,17 @@ def desk(sockets, tmp_path):
 # what a person sees
 
 
-async def test_a_flow_says_whose_it_is_what_it_cost_and_what_is_left(desk):
-    async with Simulator() as api, desk(api) as seen:
+@pytest.mark.parametrize(
+    ("caps", "left"),
+    [("{day: $1}", "left today"), ("{day: $5, month: $1}", "left this month"), ("{week: $1}", "left this week"), ("{ever: $1}", "left in all")],
+)
+async def test_a_flow_says_whose_it_is_what_it_cost_and_what_is_left(desk, caps, left):
+    """The tightest cap counts, and its window is named."""
+    async with Simulator() as api, desk(api, {"app": f"models: {{allow: [claude-haiku-4-5]}}\ncaps: {caps}\n"}) as seen:
         await seen.gw.client().messages.create(**ASK)
         (flow,) = await seen.flows(1)
         nano = (await api.settled()).billed_nano
-    assert flow["comment"] == f"app · claude-haiku-4-5 · ${nano / 1e9:.4f} · ${1 - nano / 1e9:.4f} left today"
+    assert flow["comment"] == f"app · ${nano / 1e9:.4f} · claude-haiku-4-5 · ${1 - nano / 1e9:.4f} {left}"
     assert flow["marked"] == ""
 
 
@@ -190,7 +195,7 @@ async def test_replay_is_admitted_and_billed_to_its_app_once(desk, tmp_path):
         with connect.reading(tmp_path / "gateway.db") as db:
             rows = [tuple(row) for row in db.execute("SELECT app, state, token_id, flags FROM calls ORDER BY id")]
     assert [row.header("x-api-key") for row in book.messages()] == [KEY] * 4
-    assert [(flow["is_replay"], flow["comment"].startswith("app · claude-haiku-4-5 · $")) for flow in again] == [("request", True)] * 2
+    assert [(flow["is_replay"], flow["comment"].startswith("app · $")) for flow in again] == [("request", True)] * 2
     assert rows == [("app", "settled", 1, "")] * 2 + [("app", "settled", 1, "replayed")] * 2
     assert not any(secret.encode() in text for secret in (KEY, seen.gw.tokens["app"]) for text in shown)
 
@@ -209,7 +214,7 @@ async def test_edited_copy_of_a_flow_is_judged_as_it_is_sent(desk):
         found = next(each for each in await seen.flows(1) if each["id"] == flow["id"])
         book = await api.settled()
         assert book.messages()[1].body_bytes == len(json.dumps(ASK | {"max_tokens": 7}))
-        assert found["comment"].startswith("app · claude-haiku-4-5 · $")
+        assert found["comment"].startswith("app · $")
         assert found["marked"] == ""
         await seen.edit(flow, host="127.0.0.9")
         await seen.replay(flow)
@@ -281,10 +286,10 @@ async def test_request_edited_while_held_is_judged_as_it_is_released(desk):
     """A call that costs nothing may become one that does: were its endpoint judged at its arrival alone, an edit would make it free."""
     free, paid = "/v1/messages/count_tokens", "/v1/messages"
     table = [
-        (paid, {}, 1, "app · claude-haiku-4-5 · $"),
-        (paid, {"content": json.dumps(ASK | {"max_tokens": 9})}, 1, "app · claude-haiku-4-5 · $"),
+        (paid, {}, 1, "app · $"),
+        (paid, {"content": json.dumps(ASK | {"max_tokens": 9})}, 1, "app · $"),
         (paid, {"content": json.dumps(ASK | {"model": "claude-opus-5-5"})}, 0, "app · claude-opus-5-5 · refused, model: "),
-        (free, {"path": paid}, 1, "app · claude-haiku-4-5 · $"),
+        (free, {"path": paid}, 1, "app · $"),
         (paid, {"path": "/v1/files"}, 0, "app · claude-haiku-4-5 · refused, endpoint: "),
         (paid, {"host": "127.0.0.9"}, 0, "app · claude-haiku-4-5 · $0.00 (not_sent)"),
     ]
