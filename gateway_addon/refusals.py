@@ -127,6 +127,10 @@ WORDS = {
 """Each reason in words for a person, after "refused:"."""
 
 
+ABOUT_LIMITS = frozenset({"app_paused", "cap_spent", "quote_over_cap", "cap_held", "rate", "concurrency", "headroom"})
+"""Reasons whose sentence is kept with the call: it tells how matters stood at that moment, and nothing that stood in the request."""
+
+
 def in_words(code: str) -> str:
     """Return the words for a code, also for one that a newer version has written."""
     return WORDS.get(code, code.replace("_", " "))

@@ -64,7 +64,7 @@ from gateway_addon.messages.request import ParsedRequest, Request, endpoint_of
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy, all_caps, caps, part_caps, token_cap
-from gateway_addon.refusals import Refusal
+from gateway_addon.refusals import ABOUT_LIMITS, Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class Gateway:
         except LedgerUnavailable as error:
             decision = _ledger_refusal(error)
         if isinstance(decision, Refusal):
-            self._record_refusal(call, decision.code, now)
+            self._record_refusal(call, decision, now)
         return decision
 
     async def _decide(
@@ -392,11 +392,12 @@ class Gateway:
         return self._refused(caller.app, caller.token, caller.endpoint, Refusal("crowded", sentence, retry_after_s=1), now)
 
     def _refused(self, app: AppPolicy, token: Token, endpoint: str, refusal: Refusal, now: float) -> Refusal:
-        self._record_refusal(NewCall(app.name, app.team, token.id, self._endpoint_prefix + endpoint), refusal.code, now)
+        self._record_refusal(NewCall(app.name, app.team, token.id, self._endpoint_prefix + endpoint), refusal, now)
         return refusal
 
-    def _record_refusal(self, call: NewCall, code: str, now: float) -> None:
-        self.ledger.refused(call, code, now=now)
+    def _record_refusal(self, call: NewCall, refusal: Refusal, now: float) -> None:
+        code = refusal.code
+        self.ledger.refused(call, code, said=refusal.sentence if code in ABOUT_LIMITS else None, now=now)
         if self.on_call is not None:
             self.on_call(record(call, "refused", started_at=now, ended_at=now, refusal=code))
 

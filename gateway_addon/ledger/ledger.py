@@ -197,9 +197,9 @@ class Ledger:
 
     # records
 
-    def refused(self, call: NewCall, code: str, *, now: float) -> None:
-        """Keep a row for a request that went no further; nobody waits for it."""
-        self._record(partial(reservations.refused, owner=self.owner, call=call, code=code, now=self._at(now)))
+    def refused(self, call: NewCall, code: str, *, said: str | None = None, now: float) -> None:
+        """Keep a row for a request that went no further, with the sentence that its caller was told; nobody waits for it."""
+        self._record(partial(reservations.refused, owner=self.owner, call=call, code=code, said=said, now=self._at(now)))
 
     def free(self, call: NewCall, outcome: Outcome, *, now: float) -> None:
         """Keep a row for a forwarded request that costs nothing; nobody waits for it."""

@@ -154,10 +154,12 @@ WHERE id = $call_id
 ASIDE = named("""
 INSERT INTO calls (state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, session_id, agent_id,
   parent_agent_id, user_id, labels, day_start, week_start, month_start, started_at, ended_at, quote_nano, input_tokens_quoted, refusal,
-  status, model_served, stop_reason, request_id, first_byte_at, complete, price_rows, flags, service_tier, speed, inference_geo)
+  status, model_served, stop_reason, request_id, first_byte_at, complete, price_rows, flags, service_tier, speed, inference_geo,
+  refusal_said)
 VALUES ($state, $owner, $app, $team, $token_id, $endpoint, $model_asked, $stream, $max_tokens, $session_id, $agent_id,
   $parent_agent_id, $user_id, $labels, $day_start, $week_start, $month_start, $now, $now, $quote_nano, $input_tokens, $refusal,
-  $status, $model_served, $stop_reason, $request_id, $first_byte_at, $complete, $price_rows, $flags, $service_tier, $speed, $inference_geo)
+  $status, $model_served, $stop_reason, $request_id, $first_byte_at, $complete, $price_rows, $flags, $service_tier, $speed, $inference_geo,
+  $said)
 """)
 
 PART = "INSERT INTO usage VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)"
@@ -333,9 +335,9 @@ def end(db: Connection, ending: RecordedEnd) -> Resolution:
     return settle(db, ending.call_id, ending.settlement, now=ending.at)
 
 
-def refused(db: Connection, owner: str, call: NewCall, code: str, *, now: float) -> None:
-    """Keep a row for a request that went no further."""
-    _aside(db, owner, call, "refused", code, Outcome(), now)
+def refused(db: Connection, owner: str, call: NewCall, code: str, *, said: str | None = None, now: float) -> None:
+    """Keep a row for a request that went no further, with the sentence that its caller was told."""
+    _aside(db, owner, call, "refused", code, Outcome(), now, said)
 
 
 def free(db: Connection, owner: str, call: NewCall, outcome: Outcome, *, now: float) -> None:
@@ -438,9 +440,11 @@ def _resolve(db: Connection, call_id: int, kind: str, spent_nano: int | None, no
     return rows[0] if rows else None
 
 
-def _aside(db: Connection, owner: str, call: NewCall, state: str, refusal: str | None, outcome: Outcome, now: float) -> None:
+def _aside(
+    db: Connection, owner: str, call: NewCall, state: str, refusal: str | None, outcome: Outcome, now: float, said: str | None = None
+) -> None:
     values = _call_values(call, owner, starts(now, zone(db)), now) | outcome_values(outcome, outcome.flags)
-    db.execute(ASIDE, values | {"state": state, "refusal": refusal})
+    db.execute(ASIDE, values | {"state": state, "refusal": refusal, "said": said})
 
 
 def _call_values(call: NewCall, owner: str, windows: Starts, now: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import anthropic
 import browser
 import month
 import pytest
@@ -249,7 +250,7 @@ def test_what_a_client_chose_is_no_formula_in_a_spreadsheet():
 
 A_CALL = CallRow(
     1, "settled", "reports", None, "messages", "claude-haiku-4-5", None, False, 10, 5.0, None, 9.0, 70, 200, None, None, None, None, None,
-    None, None, None, "late estimated:cut", 1, "#1", 30, 0,
+    None, None, None, None, "late estimated:cut", 1, "#1", 30, 0,
 )  # fmt: skip
 
 
@@ -285,6 +286,27 @@ def test_an_address_that_cannot_be_answered_says_why(client, address, status, wo
     assert (answer.status_code, words in html.unescape(answer.text) or words in answer.text) == (status, True), answer.text
 
 
+async def test_a_refused_call_tells_quote_cap_room_and_reset(tmp_path):
+    """It is what its caller was told; reasons that quote the request keep no sentence."""
+    policy = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $0.01}\n"
+    ask = {"max_tokens": 8000, "messages": [{"role": "user", "content": "hi"}]}
+    told = []
+    async with Simulator() as api, gateway(tmp_path, api, {"reports": policy}) as gw:
+        for model in ("claude-haiku-4-5", "claude-opus-4-6"):
+            with pytest.raises(anthropic.APIStatusError) as caught:
+                await gw.client("reports").messages.create(model=model, **ask)
+            told.append(caught.value.body["error"]["message"])
+        await gw.quiet()
+    desk = Console(tmp_path / "gateway.db", Policies(tmp_path / "policies"), Login(monotonic_s()))
+    client = build(desk).test_client()
+    client.get(f"/login/{desk.login.link}")
+    capped, named = (html.unescape(client.get(f"/calls/{number}").text) for number in (1, 2))
+    assert told[0] in capped
+    assert re.search(r"more than the cap .*max_tokens", told[0]), told[0]
+    assert "It could have cost" in capped
+    assert (told[1] in named, "a model that the policy does not allow" in named) == (False, True)
+
+
 # who may look
 
 
@@ -305,8 +327,8 @@ def test_a_link_and_a_session_end():
     assert login.enter(link, LINK_S + 1) is None
     cookie = login.enter(link, LINK_S)
     assert cookie is not None
-    assert login.knows(cookie, LINK_S + SESSION_S)
-    assert not login.knows(cookie, LINK_S + SESSION_S + 1)
+    assert login.session(cookie, LINK_S + SESSION_S)
+    assert not login.session(cookie, LINK_S + SESSION_S + 1)
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1:8090"])

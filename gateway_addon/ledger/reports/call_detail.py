@@ -59,6 +59,8 @@ class CallRow:
     quote_nano: int
     status: int | None
     refusal: str | None
+    refusal_said: str | None
+    """The sentence of a refusal by a cap, a rate or a pause: how matters stood then."""
     stop_reason: str | None
     request_id: str | None
     session_id: str | None

@@ -78,6 +78,9 @@ CREATE TABLE sessions (     -- by the SHA-256 of the session's token; `rule`: th
 ){strict};
 CREATE INDEX sessions_by_end ON sessions (expires_at);
 """
+# The sentence of a refusal by a cap, a rate or a pause: how matters stood then. NULL for other reasons, and for calls refused before.
+REFUSAL_SAID = "ALTER TABLE calls ADD COLUMN refusal_said TEXT;\n"
+
 
 class Migration(NamedTuple):
     """A change of the tables. `postgresql` None: there is nothing to change there."""
@@ -116,6 +119,7 @@ MIGRATIONS = (
     each("m011_parts", "PARTS"),
     each("m012_recorded", "RECORDED"),
     both("m013_workloads", WORKLOADS),
+    both("m014_refusal_said", REFUSAL_SAID),
 )
 """In the order in which they run."""
 ON_SERVER = tuple((each.name, each.postgresql) for each in MIGRATIONS if each.postgresql is not None)

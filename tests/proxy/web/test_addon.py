@@ -291,7 +291,7 @@ async def test_request_edited_while_held_is_judged_as_it_is_released(desk):
         (paid, {"content": json.dumps(ASK | {"model": "claude-opus-5-5"})}, 0, "app · claude-opus-5-5 · refused, model: "),
         (free, {"path": paid}, 1, "app · $"),
         (paid, {"path": "/v1/files"}, 0, "app · claude-haiku-4-5 · refused, endpoint: "),
-        (paid, {"host": "127.0.0.9"}, 0, "app · claude-haiku-4-5 · $0.00 (not_sent)"),
+        (paid, {"host": "127.0.0.9"}, 0, "app · $0.00 (not_sent) · claude-haiku-4-5"),
     ]
     async with Simulator() as api, desk(api) as seen:
         assert (await seen.page.put("/options", json={"intercept": "~q"})).status_code == 200
