@@ -7,13 +7,13 @@ and drains. `now` is what the calendar says, in unix seconds, and may step eithe
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 _STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # a provider does not sleep when this machine does
 
 
-def monotonic_s() -> float:
-    """Return the seconds since some fixed moment, the machine's sleep included."""
-    return time.clock_gettime(_STEADY)
+monotonic_s: Callable[[], float] = partial(time.clock_gettime, _STEADY)
+"""Returns the seconds since some fixed moment, the machine's sleep included."""
 
 
 @dataclass(frozen=True, slots=True)

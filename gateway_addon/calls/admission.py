@@ -1,7 +1,7 @@
 """Define who is admitted with what: the caller of a request, and the permission to forward its call. Values only."""
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -103,7 +103,7 @@ def new_call(caller: Caller, judged: Judgement, request: Request, endpoint_prefi
     """Return the row of a call, with what the request says of its session, agents, user and labels."""
     asked, quote = judged.asked, judged.verdict if isinstance(judged.verdict, Quote) else None
     metadata = asked.body.get("metadata")
-    said = parts_of(request.headers, metadata.get("user_id") if isinstance(metadata, Mapping) else None)
+    said = parts_of(request.headers, metadata.get("user_id") if isinstance(metadata, dict) else None)
     trace = "".join(request.header("traceparent")[:1])
     return NewCall(
         caller.app.name,

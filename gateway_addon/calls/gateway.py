@@ -143,12 +143,12 @@ class Gateway:
         peer: str,
         now: float,
         digest: str | None = None,
-        base_url: str = "",
+        base_url: Callable[[], str] = str,
     ) -> Caller | ExchangeRequest | OwnResponse | Refusal:
         """Find out who calls which endpoint, from the headers alone. `headers` have lower-case names; `peer` is an IP address.
 
         `digest`: the digest of the token that a replayed request first came with; that token must be in force now.
-        `base_url`: where the client reaches this gateway, "" where that is not known.
+        `base_url` returns where the client reaches this gateway, "" where that is not known.
         """
         endpoint = endpoint_of(method, target)
         if endpoint == "hello":
@@ -175,7 +175,7 @@ class Gateway:
         if isinstance(caller, Rejected):
             return self._rejected(caller, address, named, now)
         if isinstance(endpoint, Refusal):
-            better = wrong_paths.refusal(method, target, base_url)
+            better = wrong_paths.refusal(method, target, base_url())
             return self._refused(caller.app, caller.token, named, better or endpoint, now)
         if endpoint in ("me", "usage"):
             return await self._standing(caller.app, caller.token, endpoint, target, now)
@@ -448,11 +448,12 @@ class Gateway:
 
     def upstream_headers(self, caller: Caller, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
         """Record the shared key's limits; emit an alert where the upstream refuses the key, or redirects."""
-        limits = {safe_name(name): safe_name(value) for name, value in headers if name.startswith("anthropic-ratelimit-")}
         monotonic_s = self._clocks.monotonic_s()
-        if limits and (status == 429 or monotonic_s - self._limits_monotonic_s >= LIMITS_EVERY_S):
-            self._limits_monotonic_s = monotonic_s
-            self.ledger.ratelimits(limits, now=now)
+        if status == 429 or monotonic_s - self._limits_monotonic_s >= LIMITS_EVERY_S:
+            limits = {safe_name(name): safe_name(value) for name, value in headers if name.startswith("anthropic-ratelimit-")}
+            if limits:
+                self._limits_monotonic_s = monotonic_s
+                self.ledger.ratelimits(limits, now=now)
         if status == 401:
             self.emit(alerts.key_refused(caller.policy.key, now))
         elif 300 <= status < 400:

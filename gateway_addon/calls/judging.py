@@ -61,7 +61,7 @@ def judge_request(
     kept_asked = without_prompt(asked)
     kept = without_prompt(parsed) if changes else kept_asked
     if isinstance(verdict, Quote):
-        verdict = replace(verdict, terms=replace(verdict.terms, reading=kept))
+        verdict.keep(kept)
     body = sent.body if changes else None
     return Judgement(kept_asked, kept, verdict, flags, body, edited_text(changes, asked.body))
 
@@ -69,8 +69,11 @@ def judge_request(
 def without_prompt(parsed: ParsedRequest) -> ParsedRequest:
     """Return the request with its settings and without its prompt, so that a call in flight keeps no parsed body."""
     settings = {name: _short(value) for name, value in parsed.body.items() if name not in PROMPT_FIELDS}
-    uses = [replace(use, value=_short(use.value)) for use in parsed.found.uses]
-    return replace(parsed, body=settings, found=replace(parsed.found, uses=uses, unknown=parsed.found.unknown[:1]))
+    found = parsed.found
+    if found.uses or len(found.unknown) > 1:
+        uses = [replace(use, value=_short(use.value)) for use in found.uses]
+        found = replace(found, uses=uses, unknown=found.unknown[:1])
+    return replace(parsed, body=settings, found=found)
 
 
 def _short(value: Any, depth: int = 0) -> Any:

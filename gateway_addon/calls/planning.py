@@ -42,8 +42,8 @@ def plan(
         return headroom(app, short)
     if short is not None:
         notes.append(headroom(app, short))
-    limits = (*caps(policy, app, call.parts, last_call=call.last_call), *token_cap(call))
-    options = reservation_options(bound, app, policy, read, limits, overrun=read.model in overruns, now=now)
+    limits = caps(policy, app, call.parts, last_call=call.last_call)
+    options = reservation_options(bound, app, policy, read, (*limits, *token_cap(call)), overrun=read.model in overruns, now=now)
     fitting = [option for option in options if fits_request_cap(app, option.hold_nano)]
     if not fitting:
         too_large = over_request_cap(app, bound, app.caps["request"])
@@ -51,7 +51,7 @@ def plan(
             return too_large
         notes.append(too_large)
     rates = RateLimits(app.rates.requests_per_minute, app.rates.input_tokens_per_minute, app.rates.concurrent)
-    return planned(app, policy, call, options if app.observes("caps") else fitting, rates, notes)
+    return planned(app, limits, call, options if app.observes("caps") else fitting, rates, notes)
 
 
 def fits_request_cap(app: AppPolicy, hold_nano: int) -> bool:

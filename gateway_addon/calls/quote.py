@@ -128,15 +128,11 @@ class Quote:
     price_rows: tuple[str, ...]
     releasable: bool
     """The input that `message_start` reports is exact, so the input part of a reservation can become its price then."""
+    input_tokens: int
+    output_tokens: int
+    total_nano: int
+    """The whole: the extras, the prompts of all turns and all of the output."""
     terms: "_Terms" = field(repr=False, compare=False)
-
-    @property
-    def input_tokens(self) -> int:
-        return self.turns.input_tokens(self.output_tokens)
-
-    @property
-    def output_tokens(self) -> int:
-        return self.turns.output_tokens
 
     @property
     def prompt_nano(self) -> int:
@@ -148,25 +144,26 @@ class Quote:
         """Return the features by which the provider may spend more than the input and one `max_tokens`."""
         return tuple(dict.fromkeys(use.feature for use in self.terms.reading.found.uses if use.feature in UNRELEASABLE))
 
-    @property
-    def total_nano(self) -> int:
-        return self.for_output(self.output_tokens)
-
     def for_output(self, tokens: int, turns: int | None = None) -> int:
         """Return nano-dollars, rounded up, for the extras, `tokens` of output in all, and the prompts of so many turns (None: all)."""
         return rounded_up(self.input_rate, self.turns.input_tokens(tokens, turns)) + self.extra_nano + rounded_up(self.output_rate, tokens)
+
+    def keep(self, reading: ParsedRequest) -> None:
+        """Keep only so much of the request: what an answer about the quote may name."""
+        self.terms.reading = reading
 
     def output_within(self, amount_nano: int) -> int:
         """Return the largest `max_tokens` with which this request would fit an amount; 0 where none does."""
         return max(0, bisect_right(range(MAX_TOKENS_MAX + 1), amount_nano, key=lambda tokens: _bound(self.terms, tokens).total_nano) - 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Terms:
     """The terms under which every line of one quote is priced."""
 
     app: AppPolicy
     reading: ParsedRequest
+    """Without its prompt, once the quote is made (`Quote.keep`)."""
     prices: Prices
     now: float
     batch: bool
@@ -238,6 +235,9 @@ def _bound(terms: _Terms, max_tokens: int) -> Quote:
         parts=parts,
         price_rows=tuple(dict.fromkeys([row.name, *(name for _, name in extras)])),
         releasable=not reading.found.unknown and not any(use.feature in UNRELEASABLE for use in reading.found.uses),
+        input_tokens=input_tokens,
+        output_tokens=turns.output_tokens,
+        total_nano=sum(part.nano for part in parts),
         terms=terms,
     )
 

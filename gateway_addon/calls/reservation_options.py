@@ -9,7 +9,7 @@ from gateway_addon.calls.progress import Pace
 from gateway_addon.calls.quote import Quote, comes_whole
 from gateway_addon.ledger import CapShape, NewCall, RateLimits, app_scope, enclosing
 from gateway_addon.messages.request import ParsedRequest
-from gateway_addon.policy import CLAMPED, AppPolicy, Cap, GatewayPolicy, caps, edits, token_cap
+from gateway_addon.policy import CLAMPED, AppPolicy, Cap, GatewayPolicy, edits, token_cap
 from gateway_addon.pricing import Prices
 from gateway_addon.refusals import Refusal
 
@@ -69,20 +69,22 @@ def reservation_options(
 
 
 def planned(
-    app: AppPolicy, policy: GatewayPolicy, call: NewCall, options: Sequence[ReservationOption], rates: RateLimits,
+    app: AppPolicy, limits: Sequence[Cap], call: NewCall, options: Sequence[ReservationOption], rates: RateLimits,
     notes: Sequence[Refusal] = (),
 ) -> ReservationPlan:  # fmt: skip
-    """Return the plan for a call of these options.
+    """Return the plan for a call of these options, under the `limits` of its policy.
 
     What an app shares with others, and what its token was issued with, is enforced even where the caps of its own file are observed.
     """
-    enforced, observed = divided(app, caps(policy, app, call.parts, last_call=call.last_call))
+    enforced, observed = divided(app, limits)
     return ReservationPlan(options, [*enforced, *token_cap(call)], rates, observed, app.observes("rates"), notes)
 
 
 def divided(app: AppPolicy, limits: Sequence[Cap]) -> tuple[list[Cap], list[Cap]]:
     """Divide the caps of a policy into those that are enforced and those of the app's own file that are only observed."""
-    observed = [cap for cap in limits if app.observes("caps") and enclosing(cap.scope) == app_scope(app.name)]
+    if not app.observes("caps"):
+        return [*limits], []
+    observed = [cap for cap in limits if enclosing(cap.scope) == app_scope(app.name)]
     return [cap for cap in limits if cap not in observed], observed
 
 

@@ -66,8 +66,9 @@ def cap_headers(app: AppPolicy, standings: Sequence[Standing]) -> list[tuple[str
     `x-gateway-cap-WINDOW` is the app's, `x-gateway-cap-KIND` a part's, with an item for each window.
     """
     fields: dict[str, list[str]] = {}
+    scope = app_scope(app.name)
     for standing in standings:
-        if enclosing(standing.scope) != app_scope(app.name) or standing.cap_nano is None:
+        if enclosing(standing.scope) != scope or standing.cap_nano is None:
             continue
         if (part := part_of(standing.scope)) is None:
             fields[standing.window.partition(":")[0]] = [_header(standing)]

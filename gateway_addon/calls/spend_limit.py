@@ -65,7 +65,8 @@ def usage(app: str, standings: Sequence[Standing]) -> dict[str, Any]:
 
 def own_caps(app: str, standings: Sequence[Standing]) -> list[Standing]:
     """Return an app's own caps: its team's and the total are other people's affair until they are used up."""
-    return [each for each in standings if each.scope == app_scope(app) and each.cap_nano is not None]
+    scope = app_scope(app)
+    return [each for each in standings if each.scope == scope and each.cap_nano is not None]
 
 
 def speaking(caps: Sequence[Standing]) -> Standing:
@@ -108,7 +109,7 @@ def _resets(cap: Standing) -> UnifiedHeaders:
 
 
 def _named(*fields: tuple[str, str]) -> UnifiedHeaders:
-    return tuple((f"anthropic-ratelimit-unified-{name}", value) for name, value in fields)
+    return tuple([(f"anthropic-ratelimit-unified-{name}", value) for name, value in fields])
 
 
 def _number(percent: int) -> str:

@@ -32,7 +32,7 @@ from gateway_addon.ledger.batches import Batch, NewBatch
 from gateway_addon.ledger.ownership import Kind, OwnedObject
 from gateway_addon.messages import Meter
 from gateway_addon.messages.request import ParsedRequest, Request
-from gateway_addon.policy import AppPolicy, caps_by_model
+from gateway_addon.policy import AppPolicy, caps, caps_by_model
 from gateway_addon.pricing import kept
 from gateway_addon.refusals import Refusal, stated
 
@@ -110,7 +110,8 @@ class Workspace:
         # Tokens a minute do not count here: the provider takes its time with a batch, and has other limits for it.
         rates = RateLimits(app.rates.requests_per_minute, None, app.rates.concurrent)
 
-        whole = planned(app, policy, call, [ReservationOption(0, asked.quote_nano)], rates)
+        limits = caps(policy, app, call.parts, last_call=call.last_call)
+        whole = planned(app, limits, call, [ReservationOption(0, asked.quote_nano)], rates)
 
         async def plan() -> ReservationPlan:
             return whole

@@ -35,9 +35,8 @@ def parts_of(headers: Iterable[tuple[str, str]], user_id: object = None) -> Part
         if (part := _HEADERS.get(name)) is not None and part not in said:
             said[part] = value.strip()
     session, user = _user(user_id) if isinstance(user_id, str) else ("", "")
-    return Parts(*(safe_name(text) or None for text in (
-        said.get("session") or session, said.get("agent", ""), said.get("parent-agent", ""), user
-    )))  # fmt: skip
+    named = said.get("session") or session, said.get("agent"), said.get("parent-agent"), user
+    return Parts(*[(text and safe_name(text)) or None for text in named])
 
 
 def _user(user_id: str) -> tuple[str, str]:

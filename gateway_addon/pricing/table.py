@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from gateway_addon.messages import TokenCounts
@@ -99,6 +99,7 @@ class PriceRow:
         return f"{self.model}@{self.since}" if self.since else self.model
 
 
+FOUND_MAX = 1_000
 _DATED = re.compile(r"(.+)-20[0-9]{6}")
 
 
@@ -117,6 +118,8 @@ class Prices:
     """The day on which the shipped table was last held against its sources."""
     digest: str
     """SHA-256 of the files it was read from."""
+    _found: dict[str, str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Ids that `canonical` has found, by names as clients write them; each call asks several times."""
 
     def models(self) -> tuple[str, ...]:
         """Return the ids of all models that have a price, retired ones included."""
@@ -129,11 +132,16 @@ class Prices:
         snapshot (`-YYYYMMDD`) is its dateless model. Nothing else: no prefixes, no dots for dashes, no nearest match, because
         an id that is not known for certain must not get the price of another.
         """
+        if model in self._found:
+            return self._found[model]
         name = model.removesuffix("[1m]")
         if name not in self.rows and name not in self.aliases and (dated := _DATED.fullmatch(name)):
             name = dated[1]
         name = self.aliases.get(name, name)
-        return name if name in self.rows else None
+        found = name if name in self.rows else None
+        if len(self._found) < FOUND_MAX:  # an app can make names up without end
+            self._found[model] = found
+        return found
 
     def moves(self, model: str) -> bool:
         """Return whether the provider may move this name to another snapshot: `-latest`, dateless names of dated models."""

@@ -11,6 +11,7 @@ import json
 import logging
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from types import CoroutineType
 from typing import Any, Literal
 
 from mitmproxy import connection, ctx, exceptions, http, tls
@@ -78,7 +79,7 @@ def guarded(side: Side) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 result = hook(self, data)
             except Exception as error:
                 return failed(self, data, error)
-            return finish(self, result, data) if asyncio.iscoroutine(result) else None
+            return finish(self, result, data) if isinstance(result, CoroutineType) else None
 
         async def finish(self: "GatewayAddon", result: Any, data: Any) -> None:
             try:
@@ -197,7 +198,7 @@ class GatewayAddon:
         flow.request.stream = False
         flow_state = self.flow_states.get(flow.id)
         caller = await self._authenticate(flow, headers)
-        announced_bytes = _announced(flow.request.headers)
+        announced_bytes = _announced(headers)
         if isinstance(caller, Caller):
             caller = self._overloaded(flow, caller, announced_bytes or 0) or caller
         if isinstance(caller, ExchangeRequest) and flow_state is not None and (announced_bytes or 0) <= exchange.BODY_BYTES_MAX:
@@ -265,12 +266,12 @@ class GatewayAddon:
             return Refusal("request", "The request names another host in its first line. Use the gateway as the base URL, not as a proxy.")
         if flow.request.scheme not in ("http", "https"):  # mitmproxy has found something, and tells nobody what
             return Refusal("request", request_head.NOT_WELL_FORMED)
-        if any(name == "upgrade" and "websocket" in value.lower() for name, value in headers):  # any other is an offer, and may be ignored
+        if [name for name, value in headers if name == "upgrade" and "websocket" in value.lower()]:  # any other is an offer: not taken up
             return Refusal("upgrade", "The gateway speaks no websockets. Send the call as plain HTTP/1.1, without an Upgrade header.")
         if self.gateway.policy.tls and not flow.client_conn.tls:
             return Refusal("request", "This gateway takes calls over https alone, so that tokens do not cross the network in clear.")
         peer = flow.client_conn.peername[0] if flow.client_conn.peername else ""
-        base_url = _base_url(flow.client_conn, headers)
+        base_url = functools.partial(_base_url, flow.client_conn, headers)
         return await self.gateway.authenticate(_method(flow.request), flow.request.path, headers, peer, self.clocks.now(), digest, base_url)
 
     @guarded("request")
@@ -494,15 +495,18 @@ def _method(request: http.Request) -> str:
     return request.data.method.decode("ascii", "backslashreplace")
 
 
-def _announced(headers: http.Headers) -> int | None:
+def _announced(headers: Iterable[tuple[str, str]]) -> int | None:
     """Return the length that a request's headers announce for its body; None where they announce none."""
-    length = headers.get("content-length", "0")
-    known = "transfer-encoding" not in headers and length.isdigit() and len(length) < 12
-    return int(length) if known else None
+    lengths = [value for name, value in headers if name in ("content-length", "transfer-encoding")]
+    length = lengths[0] if lengths else "0"
+    return int(length) if len(lengths) < 2 and length.isdecimal() and len(length) < 12 else None
 
 
 def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:
-    return tuple([(_text(name.lower()), _text(value)) for name, value in headers.fields])
+    """Return header names, in lower case, and values, as text from which the bytes can be had again."""
+    return tuple([
+        (name.lower().decode("utf-8", "surrogateescape"), value.decode("utf-8", "surrogateescape")) for name, value in headers.fields
+    ])  # fmt: skip
 
 
 def _base_url(client: connection.Client, headers: Iterable[tuple[str, str]]) -> str:
@@ -517,8 +521,4 @@ def _base_url(client: connection.Client, headers: Iterable[tuple[str, str]]) -> 
 
 
 def _encoded(headers: Iterable[tuple[str, str]]) -> tuple[tuple[bytes, bytes], ...]:
-    return tuple((name.encode(), value.encode()) for name, value in headers)
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
+    return tuple([(name.encode(), value.encode()) for name, value in headers])

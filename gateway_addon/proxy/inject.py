@@ -354,7 +354,7 @@ def _wire_copy(request: http.Request, grant: SendPermission) -> http.Request:
     name, secret = grant.credential
     host = url.hostport("https" if grant.tls else "http", *grant.address)
     framing = ((b"content-length", b"%d" % len(grant.body or b"")),) if grant.body or grant.method in BODY_METHODS else ()
-    sent.data.headers = http.Headers(((b"host", host.encode()), *grant.leaving, *framing, (name.encode(), secret.encode())))
+    sent.data.headers = whole.headers(((b"host", host.encode()), *grant.leaving, *framing, (name.encode(), secret.encode())))
     return sent
 
 

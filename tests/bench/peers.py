@@ -25,10 +25,10 @@ START_S = 120  # LiteLLM takes seven seconds of a core of its own, and several t
 NONE = "x-api-key: none"
 APP = "models: {allow: ['claude-*']}\ncaps: {day: $1000000, month: $1000000}\n"
 NGINX = """
-daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
+daemon off; worker_processes 1; pid "{folder}/nginx.pid"; error_log "{folder}/error.log";
 events {{ worker_connections 4096; }}
 http {{ access_log off; keepalive_requests 10000000; client_body_buffer_size 1m; upstream api {{ server 127.0.0.1:{upstream}; keepalive 256; }}
-  client_body_temp_path {folder}/a; proxy_temp_path {folder}/b; fastcgi_temp_path {folder}/c; uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
+  client_body_temp_path "{folder}/a"; proxy_temp_path "{folder}/b"; fastcgi_temp_path "{folder}/c"; uwsgi_temp_path "{folder}/d"; scgi_temp_path "{folder}/e";
   server {{ listen 127.0.0.1:{port}; client_max_body_size 33m;
     location / {{ proxy_pass http://api; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; }} }} }}
 """

@@ -97,12 +97,12 @@ class QuickHandler(TimedHandler):
             self.layer = _chosen(self.layer)
         try:
             for command in self.layer.handle_event(event):
-                if isinstance(command, StartHook):
-                    self._hook(command)
-                elif isinstance(command, SendData):
+                if type(command) is SendData:
                     io = self.transports.get(command.connection)
                     if io is not None and io.writer is not None and not io.writer.is_closing():
                         io.writer.write(command.data)
+                elif isinstance(command, StartHook):
+                    self._hook(command)
                 else:
                     self._command(command)
         except Exception:

@@ -158,6 +158,8 @@ class DirectLayer(HttpLayer):
             if type(own) is RelayClient and (sent := own.at_once(event.data)) is not None:
                 return _each(sent)
             return self.event_to_child(own, event)
+        if isinstance(event, events.CommandCompleted):
+            return self._to_child(self.command_sources.pop(event.command), event)
         return self._handle_event(event)  # type: ignore[no-any-return]
 
     def event_to_child(self, child: Any, event: events.Event) -> layer.CommandGenerator[None]:

@@ -12,7 +12,7 @@ import re
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 from mitmproxy import connection, http
 from mitmproxy.net.http import http1, url
@@ -78,8 +78,8 @@ _SIZE = re.compile(rb"([0-9a-fA-F]{1,8})\r\n")
 _CHUNKED = (b"transfer-encoding", b"chunked")
 _LAST_CHUNK = b"0\r\n\r\n"
 _BODILESS = (b"204", b"304")
-_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
-_UNPLAIN = frozenset({b"connection", b"expect", b"upgrade", b"trailer"})
+_TELLING = frozenset({b"content-length", b"transfer-encoding", b"connection", b"expect", b"upgrade", b"trailer"})
+"""Headers that say where a message ends, or that it is not a plain one."""
 _KEPT = (b"connection", b"keep-alive")
 
 
@@ -99,7 +99,7 @@ def request(data: bytes) -> tuple[http.Request, bytes] | None:
     framing = _framing(fields := _fields(head[2]))
     if framing == _CHUNKED or (content := _content(framing, data, head.end())) is None:
         return None
-    return http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", http.Headers(fields), None, None, time.time(), None), content
+    return http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", headers(fields), None, None, time.time(), None), content
 
 
 def answer(data: bytes) -> tuple[http.Response, bytes] | None:
@@ -110,7 +110,14 @@ def answer(data: bytes) -> tuple[http.Response, bytes] | None:
     content = _content(_framing(fields := _fields(head[3])), data, head.end())
     if content is None:
         return None
-    return http.Response(b"HTTP/1.1", int(head[1]), head[2], http.Headers(fields), None, None, time.time(), None), content
+    return http.Response(b"HTTP/1.1", int(head[1]), head[2], headers(fields), None, None, time.time(), None), content
+
+
+def headers(fields: RawFields) -> http.Headers:
+    """Return headers of these fields. (mitmproxy's constructor copies them and looks at the type of each.)"""
+    made = http.Headers.__new__(http.Headers)
+    made.fields = fields
+    return made
 
 
 def _fields(block: bytes) -> RawFields:
@@ -120,12 +127,8 @@ def _fields(block: bytes) -> RawFields:
 
 def _framing(fields: RawFields) -> tuple[bytes, bytes] | None:
     """Find the header that says where a message ends, in lower case, where no other says it and the connection stays open."""
-    found = []
-    for name, value in fields:
-        if (lower := name.lower()) in _FRAMING:
-            found.append((lower, value.lower()))
-        elif lower in _UNPLAIN and (lower, value.lower()) != _KEPT:
-            return None
+    told = [(lower, value.lower()) for name, value in fields if (lower := name.lower()) in _TELLING]
+    found = [field for field in told if field != _KEPT]
     return found[0] if len(found) == 1 and (found[0] == _CHUNKED or found[0][0] == b"content-length") else None
 
 
@@ -154,6 +157,16 @@ def _is_plain(request: http.Request | None) -> bool:
     """Tell whether a request, as it is now, can be passed on whole, and its connection stays open behind it."""
     framing = _framing_of(request) if request is not None and request.data.method == b"POST" else None
     return framing is not None and framing != _CHUNKED
+
+
+def _with_host(fields: RawFields, host: bytes) -> RawFields:
+    """Return the fields with one Host header, in the place of the first that there was."""
+    at = [place for place, (name, _) in enumerate(fields) if name.lower() == b"host"]
+    if len(at) != 1:
+        made = http.Headers(fields)
+        made[b"Host"] = host
+        return made.fields
+    return (*fields[: at[0]], (fields[at[0]][0], host), *fields[at[0] + 1 :])
 
 
 def _framing_of(message: http.Message) -> tuple[bytes, bytes] | None:
@@ -297,7 +310,7 @@ class WholeStream(HttpStream):
         if type(event) is WholeAnswer:
             waits = self.server_state == self.state_wait_for_response_headers
             return self._answer(event) if waits and self._answers_whole() else self._in_parts(event)
-        return cast(layer.CommandGenerator[None], super()._handle_event(event))
+        return super()._handle_event(event)  # type: ignore[no-any-return]
 
     def _in_parts(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
         """Send an answer in parts, to a side that knows no whole messages."""
@@ -312,7 +325,7 @@ class WholeStream(HttpStream):
         flow.request, flow.live = event.request, True
         flow.request.data.host, flow.request.data.port = address
         flow.request.scheme = "https" if tls else "http"
-        flow.request.headers["Host"] = url.hostport(flow.request.scheme, *address)
+        flow.request.headers.fields = _with_host(flow.request.headers.fields, url.hostport(flow.request.scheme, *address).encode())
         yield HttpRequestHeadersHook(flow)
         if (yield from self.check_killed(True)):
             return
