@@ -3,7 +3,8 @@
 import difflib
 import importlib
 import signal
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 import click
 
@@ -71,9 +72,17 @@ class CommandGroup(click.Group):
             ctx.fail(f"No such command {args[0]!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
         return super().resolve_command(ctx, args)
 
+    def make_context(self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as error:
+            _say(error)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            _say(error)
         except KeyboardInterrupt:
             click.echo("\nStopped.", err=True)
             ctx.exit(INTERRUPTED)
@@ -81,6 +90,15 @@ class CommandGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+def _say(error: click.UsageError) -> NoReturn:
+    """End the command as every other error does: with its sentence first. Below it stands how the command is used."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        raise error
+    sentence = " ".join(error.format_message().split())
+    click.echo(f"{sentence}\n{error.ctx.get_usage()}" if error.ctx else sentence, err=True)
+    sys.exit(error.exit_code)
 
 
 @click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})

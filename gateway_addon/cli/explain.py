@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gateway_addon.cli.common import FINE, PROBLEM, WRONG_USAGE, ledger_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, stop
 from gateway_addon.identity.trust import Issuer
 from gateway_addon.ledger import reservations
 from gateway_addon.ledger.store import sqlite_files
@@ -19,6 +19,7 @@ from gateway_addon.messages.request import Request
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations import explain as explanation
 from gateway_addon.operations import explain_identity, issuer_keys
+from gateway_addon.operations.changes import unknown
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.upstreams.egress import egress
 
@@ -54,9 +55,9 @@ def explain(
     if identity is not None:
         _explain_identity(identity, request_file or app_name, policy, ledger, as_json=as_json)
     if request_file is None or app_name is None:
-        stop("Name a request and an app (REQUEST.json --app APP), or an identity token (--identity FILE).", WRONG_USAGE)
+        stop("Name a request and an app (REQUEST.json --app APP), or an identity token (--identity FILE).")
     if app_name not in policy.apps:
-        stop(f"No app {app_name!r} in {policies}; there: {', '.join(policy.apps) or 'none'}.", WRONG_USAGE)
+        stop(unknown(app_name, "app", policy.apps))
     if address is not None:
         ipaddress.ip_address(address)  # raises ValueError with a sentence
     headers = tuple(("anthropic-beta", beta) for beta in betas)
@@ -71,7 +72,7 @@ def explain(
 
 def _explain_identity(identity: Any, beside: object, policy: GatewayPolicy, ledger: str, *, as_json: bool) -> NoReturn:
     if beside:
-        stop("An identity token is explained alone: leave the request and --app out.", WRONG_USAGE)
+        stop("An identity token is explained alone: leave the request and --app out.")
     if policy.trust is None:
         stop(f"gateway.yaml names no issuers, so no identity token is let in ({PROGRAM} docs workloads).", PROBLEM)
     now = time.time()

@@ -122,6 +122,9 @@ def test_a_raise_can_take_the_limit_away_with_it(here):
         ("token revoke nope", "no app 'nope'"),
         ("audit --app nope", "no app 'nope'"),
         ("app show nope", "no app 'nope'"),
+        ("invoice --app nope", "no app 'nope'"),
+        ("explain /dev/null --app reprots", "no app 'reprots': did you mean reports?"),
+        ("token issue nope", "No policy for app nope: write "),
     ],
 )
 def test_what_would_have_no_effect_is_refused(here, line, sentence):

@@ -157,3 +157,25 @@ def test_what_prints_a_table_prints_json_too():
 def test_a_number_that_no_ledger_counts_to_is_refused(arguments):
     done = CliRunner().invoke(main, arguments)
     assert (done.exit_code, "is not in the range 1<=x<=9223372036854775807" in done.output) == (2, True), done.output
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("chek", "No such command 'chek'. Did you mean 'check'?"),
+        ("token isue app", "No such command 'isue'. Did you mean 'issue'?"),
+        ("--nope", "No such option '--nope'."),
+        ("doctor --nope", "No such option '--nope'."),
+        ("cap raise app", "Missing argument '{day|week|month|ever}'. Choose from: day, week, month, ever"),
+        ("app add x --from nope", "There is no example 'nope'; the examples: "),
+        ("pause --all", "there is no ledger at "),
+        ("report --by ap", "--by ap: did you mean app?"),
+    ],
+)
+def test_each_error_begins_with_its_sentence(line, sentence, tmp_path, monkeypatch):
+    monkeypatch.setenv("GATEWAY_LEDGER", f"sqlite:///{tmp_path / 'gateway.db'}")
+    monkeypatch.setenv("GATEWAY_POLICIES", str(tmp_path))
+    done = CliRunner().invoke(main, line.split(), prog_name="gateway")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(sentence)
+    assert "Usage: " not in done.stderr or done.stderr.splitlines()[1].startswith("Usage: gateway")
