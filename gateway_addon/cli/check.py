@@ -12,6 +12,7 @@ from gateway_addon.cli.caps import changes_table
 from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.http_client import Egress, Unanswered, ask, whole
+from gateway_addon.identity.workloads import described
 from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
@@ -20,6 +21,7 @@ from gateway_addon.money import dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations.tables import table
 from gateway_addon.policy import AppPolicy, GatewayPolicy, PartCaps, PolicyError, caps_of_part, load, retiring
+from gateway_addon.policy.trusting import doubtful
 from gateway_addon.windows import shown
 
 ANSWER_WITHIN_S = 5.0
@@ -59,7 +61,7 @@ def _show(policy: GatewayPolicy, ledger: str, *, as_json: bool) -> None:
         facts |= {"raises": [each._asdict() for each in raises], "limits": [each._asdict() for each in limits]}
         click.echo(json.dumps(facts, indent=2))
         return
-    warnings = facts.pop("retiring")
+    warnings = [*facts.pop("retiring"), *facts.pop("doubtful")]
     apps = [{"app": name, **{key: _cell(value) for key, value in app.items()}} for name, app in facts.pop("apps").items()]
     click.echo(table([(key, _cell(value)) for key, value in facts.items()]))
     click.echo()
@@ -146,7 +148,17 @@ def _facts(policy: GatewayPolicy, now: float) -> dict[str, Any]:
         "prices": f"{len(policy.prices.models())} models, checked {policy.prices.checked}, {policy.prices.digest[:12]}",
         "apps": {name: _app(app) for name, app in policy.apps.items()},
         "retiring": [each.sentence(now) for each in retiring(policy, now)],
-    }
+        "doubtful": doubtful(policy.apps),
+    } | _trusted(policy)
+
+
+def _trusted(policy: GatewayPolicy) -> dict[str, Any]:
+    """Return whose identity tokens are believed, and for which apps; nothing where nobody's are."""
+    if policy.trust is None:
+        return {}
+    named = {each.name: each.url for each in policy.trust.issuers.values()}
+    rules = [f"{each.app}: {described(each.rule)}" for several in policy.trust.rules.values() for each in several]
+    return {"audience": policy.trust.audience, "issuers": named, "workloads": rules}
 
 
 def _app(app: AppPolicy) -> dict[str, Any]:

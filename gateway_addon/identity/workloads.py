@@ -189,6 +189,12 @@ def mismatch(rule: WorkloadRule, claims: Mapping[str, Any]) -> str | None:
     return None
 
 
+def described(rule: WorkloadRule) -> str:
+    """Return a rule in words."""
+    subject = [] if rule.subject is None else [f"subject {rule.subject}"]
+    return ", ".join([*subject, *(f"{name} {value}" for name, value in rule.claims)])
+
+
 def _found(name: str, value: object, claims: Mapping[str, Any]) -> str:
     """Describe a claim's value, and why a value that looks right does not match."""
     if value is None:

@@ -75,11 +75,9 @@ def _facts(name: str, assertion: Assertion) -> str:
 
 
 def _rules(assertion: Assertion, rules: Iterable[AppRule]) -> list[dict[str, Any]]:
-    found = []
-    for app, rule in rules:
-        named = [*([f"subject {rule.subject}"] if rule.subject else []), *(f"{name} {value}" for name, value in rule.claims)]
-        found.append({"app": app, "rule": ", ".join(named), "mismatch": workloads.mismatch(rule, assertion.claims)})
-    return found
+    return [
+        {"app": app, "rule": workloads.described(rule), "mismatch": workloads.mismatch(rule, assertion.claims)} for app, rule in rules
+    ]
 
 
 def _not_revoked(workload: Workload, ledger: Path | ServerAddress, now: float) -> tuple[Workload | Refusal, list[str]]:

@@ -9,19 +9,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 from urllib.parse import urlsplit
 
 from yaml.nodes import Node
 
 from gateway_addon.identity.assertion import Malformed, strict_object
 from gateway_addon.identity.trust import ALGORITHMS, SPIFFE, AppRule, Issuer, KeySource, Trust, WorkloadRule
+from gateway_addon.identity.workloads import described
 from gateway_addon.policy.model import AppPolicy
 from gateway_addon.yaml_file import FileError as PolicyError
 from gateway_addon.yaml_file import Problems, Spot, items, suggestion
 
 JUDGED = ("aud", "exp", "iat", "iss", "jti", "nbf", "sub")
 """Claims that are judged without a rule, or tell nothing of who it is."""
+GITHUB = "https://token.actions.githubusercontent.com"
 _ID = re.compile(r"(.*_)?o?id")
 _LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")
 
@@ -133,13 +134,19 @@ def trust(audience: str | None, issuers: Mapping[str, Issuer], apps: Mapping[str
         for each in app.workloads:
             with problems.noted():
                 if (owner := owners.setdefault(each, app)) is not app:
-                    raise PolicyError(f"{app.file}: workloads: {_shown(each)} is in {owner.file} too; a workload is one app's")
+                    raise PolicyError(f"{app.file}: workloads: {described(each)} is in {owner.file} too; a workload is one app's")
             rules[each.issuer].append(AppRule(app.name, each))
     problems.say()
     by_url = {each.url: each for each in issuers.values()}
     return Trust(audience, MappingProxyType(by_url), MappingProxyType({url: tuple(each) for url, each in rules.items()}))
 
 
-def _shown(rule: WorkloadRule) -> str:
-    said: list[Any] = [] if rule.subject is None else [f"subject {rule.subject}"]
-    return ", ".join([*said, *(f"{name} {value}" for name, value in rule.claims)])
+def doubtful(apps: Mapping[str, AppPolicy]) -> list[str]:
+    """Return a sentence for each rule that names a repository by its name alone, which somebody else may have one day."""
+    return [
+        f"{app.file}: workloads: the subject {each.subject} is a repository's name, which somebody else can have once it is renamed or "
+        "deleted; name repository_id beside it"
+        for app in apps.values()
+        for each in app.workloads
+        if each.issuer == GITHUB and each.subject and "@" not in each.subject and not any(_ID.fullmatch(name) for name, _ in each.claims)
+    ]

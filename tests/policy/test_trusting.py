@@ -1,11 +1,14 @@
 """Whom a policy trusts: issuers and workloads as they are written, and those that would let strangers in."""
 
 import pytest
+from click.testing import CliRunner
 from gateway import APP, write_policies
 from issuers import jwks
 
+from gateway_addon.cli import main
 from gateway_addon.identity.trust import AppRule, Issuer, KeySource, WorkloadRule
 from gateway_addon.policy import PolicyError, load
+from gateway_addon.policy.trusting import doubtful
 
 GITHUB = "https://token.actions.githubusercontent.com"
 ISSUERS = f"""
@@ -107,3 +110,18 @@ def test_a_beginning_beside_an_id_is_taken(tmp_path):
 def test_two_apps_with_one_rule_are_refused(tmp_path):
     with pytest.raises(PolicyError, match=r"other\.yaml: workloads: ref refs/heads/main, repository_id 456 is in .*app\.yaml too"):
         loaded(tmp_path, {"app": RULES, "other": "workloads:\n  - {issuer: github, claims: {ref: refs/heads/main, repository_id: '456'}}\n"})
+
+
+NAMED = ["{issuer: github, subject: 'repo:o/r:ref:refs/heads/main'}", "{issuer: github, subject: 'repo:o@1/r@456:environment:x'}"]
+PINNED = ["{issuer: github, subject: 'repo:o/r:x', claims: {repository_id: 1}}", "{issuer: cluster, subject: 'system:serviceaccount:a:b'}"]
+
+
+def test_a_repository_that_is_named_without_its_id_is_doubtful(tmp_path):
+    """The forms of `sub` before and since ids stand in it: a name is given away again, an id is not."""
+    policy = loaded(tmp_path, {"app": f"workloads: [{', '.join(NAMED + PINNED)}]"})
+    [sentence] = doubtful(policy.apps)
+    assert "/apps/app.yaml: workloads: the subject repo:o/r:ref:refs/heads/main is a repository's name" in sentence
+    write_policies(tmp_path, "http://127.0.0.1:1", {"app": APP + f"workloads: [{NAMED[0]}]"}, ISSUERS)
+    shown = CliRunner().invoke(main, ["check", str(tmp_path), "--ledger", f"sqlite:///{tmp_path / 'none.db'}"])
+    assert (shown.exit_code, "warning: " in shown.output, GITHUB in shown.output) == (0, True, True)
+    assert "app: subject repo:o/r:ref:refs/heads/main" in shown.output.replace("\n", "")
