@@ -159,7 +159,8 @@ class Writer:
                 continue
             if kept or self._failures:
                 self._record(kept + arrived)
-            kept = self._one_by_one(disjoint_groups(kept + arrived, self._store.scopes_max))
+            groups = disjoint_groups(kept + arrived, self._store.scopes_max)
+            kept = self._one_by_one(groups if self._store.near else [run for group in groups for run in batchable_runs(group)])
             if not kept and self._store.journal is not None:
                 self._store.journal.clear()
             if not kept and not self._failures and self._doubt is None and self._queue.empty():
@@ -337,6 +338,17 @@ class Writer:
         if new and self._store.journal is not None and self._store.journal.keep([each.record for each in new if each.record]):
             for each in new:
                 each.recorded = True
+
+
+def batchable_runs(group: list[Operation]) -> list[list[Operation]]:
+    """Divide a group so that what goes to the server in one statement is not held up by the rest; few of them stay where they are.
+
+    The ranks keep their order: a run is written before the next one.
+    """
+    if sum(operation.asked is not None for operation in group) < CROWD:
+        return [group]
+    ordered = sorted(group, key=lambda operation: (operation.rank, operation.asked is None))
+    return [list(run) for _, run in groupby(ordered, key=lambda operation: operation.asked is None)]
 
 
 def disjoint_groups(operations: list[Operation], scopes_max: int | None) -> list[list[Operation]]:

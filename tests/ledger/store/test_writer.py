@@ -4,7 +4,7 @@ import pytest
 from stores import Store
 
 from gateway_addon.ledger.store.interface import EVERYTHING
-from gateway_addon.ledger.store.writer import Operation, Writer, disjoint_groups
+from gateway_addon.ledger.store.writer import Operation, Writer, batchable_runs, disjoint_groups
 
 
 def scoped(*scopes):
@@ -28,6 +28,23 @@ def scoped(*scopes):
 def test_a_commit_locks_few_scopes_and_no_two_commits_share_one(scopes, scopes_max, groups):
     operations = [scoped(*each.split()) for each in scopes]
     assert [[" ".join(sorted(each.scopes)) for each in group] for group in disjoint_groups(operations, scopes_max)] == groups
+
+
+@pytest.mark.parametrize(
+    ("group", "runs"),
+    [
+        ("2a 0a 2a", ["0a 2a 2a"]),
+        ("3- 2a 0a 2a 3-", ["0a 2a 2a", "3- 3-"]),
+        ("2a 0- 1- 0a 2a", ["0a", "0- 1-", "2a 2a"]),
+        ("2a 2- 0a 2a", ["0a 2a 2a", "2-"]),
+        ("3- 2a 0a", ["3- 2a 0a"]),
+    ],
+)
+def test_what_needs_statements_of_its_own_holds_up_no_batch(group, runs):
+    """Ranks, with `a` where the store can do it together with others: money that comes back first, top-ups before admissions."""
+    operations = [Operation(lambda db: None, int(rank), asked=object() if kind == "a" else None) for rank, kind in group.split()]
+    found = [" ".join(f"{each.rank}{'a' if each.asked else '-'}" for each in run) for run in batchable_runs(operations)]
+    assert found == runs
 
 
 def written(store, *names, broken=()):
