@@ -24,11 +24,21 @@ from gateway_addon.operations import changes
 from gateway_addon.operations.changes import scope_of, typed
 from gateway_addon.operations.tables import table
 from gateway_addon.policy import Outline, outline
-from gateway_addon.windows import WINDOWS, shown
+from gateway_addon.windows import WINDOWS, cycle, is_cycle, shown
 
 SAY = says_errors(LedgerUnavailable, ValueError)
 AMOUNTS = {"ignore_unknown_options": True}  # -5 is an amount, and refused as one
-window_argument = click.argument("window", type=click.Choice(WINDOWS))
+
+
+class _WindowChoice(click.Choice[str]):
+    """Takes a billing cycle by its name too, as `cap list` shows it: `cycle:17`."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        day = value.removeprefix("cycle:")
+        return value if is_cycle(value) and day.isdecimal() and value == cycle(int(day)) else super().convert(value, param, ctx)
+
+
+window_argument = click.argument("window", type=_WindowChoice((*WINDOWS, "cycle:DAY")))
 
 
 @click.group(epilog=f"Example: {PROGRAM} cap list")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--app", "app_name", help="Whose policy judges the request.")
 @click.option("--identity", metavar="FILE", type=click.File("r"), help="Explain the identity token in FILE instead (-: stdin).")
 @click.option("--beta", "betas", multiple=True, help="A value of anthropic-beta sent with it.")
+@click.option("--header", "more", metavar="'NAME: VALUE'", multiple=True, help="A header sent with it: a session, an agent, a label.")
 @click.option("--token", "token_id", type=int, metavar="NUMBER", help=f"Judge it as sent with this token ({PROGRAM} token list).")
 @click.option("--from", "address", metavar="ADDRESS", help="Judge it as sent from this IP address.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 @ledger_option
 @says_errors(PolicyError, ValueError)
 def explain(
-    request_file: Any, app_name: str | None, identity: Any, betas: tuple[str, ...], token_id: int | None, address: str | None,
-    as_json: bool, policies: Path, ledger: str,
+    request_file: Any, app_name: str | None, identity: Any, betas: tuple[str, ...], more: tuple[str, ...], token_id: int | None,
+    address: str | None, as_json: bool, policies: Path, ledger: str,
 ) -> None:  # fmt: skip
     """Say what would happen to the body in REQUEST.json (`-`: standard input), sent to /v1/messages by an app: every rule's
     verdict, what the call is quoted at, and which caps it fits.
@@ -60,7 +61,8 @@ def explain(
         stop(unknown(app_name, "app", policy.apps))
     if address is not None:
         ipaddress.ip_address(address)  # raises ValueError with a sentence
-    headers = tuple(("anthropic-beta", beta) for beta in betas)
+    named = tuple((name.strip().lower(), value.strip()) for name, _, value in (header.partition(":") for header in more))
+    headers = (*(("anthropic-beta", beta) for beta in betas), *named)
     request = Request("POST", "/v1/messages", headers, request_file.read())
     find_token = None if token_id is None else partial(reservations.token, token_id=token_id, app=app_name)
     found = explanation.explain(

@@ -96,7 +96,7 @@ def test_the_clients_that_were_tried_are_those_of_the_tier():
     assert [row for row in rows if row[0] not in ("client", "---")] == kept
 
 
-@pytest.mark.parametrize("name", ["policy", "batches", "sessions"])
+@pytest.mark.parametrize("name", ["policy", "batches", "sessions", "parts"])
 def test_the_policies_that_a_page_shows_come_into_force(name, tmp_path):
     [text] = [block.text for block in blocks(PAGES[name]) if block.language == "yaml"]
     (tmp_path / "apps").mkdir()
