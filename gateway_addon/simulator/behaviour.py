@@ -57,6 +57,10 @@ class Behaviour:
     """message_start is the whole message, and only message_stop follows: how programmatic tool calls come."""
     tool_use: bool = False
     """Call the request's first tool even where `tool_choice` does not force it."""
+    tool_name: str | None = None
+    """The tool to call, of those that the request has. None: the first."""
+    tool_input: dict[str, Any] | None = None
+    """The input of that tool. None: a note, as long as its tokens are."""
     served_model: str | None = None
     stop_reason: str | None = None
     service_tier: str = "standard"
@@ -167,8 +171,8 @@ def _metadata(body: dict[str, Any]) -> str:
 
 def _last_user_text(body: dict[str, Any]) -> str:
     messages = body.get("messages")
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    content = last.get("content") if isinstance(last, dict) and last.get("role") == "user" else None
+    said = [each for each in messages if isinstance(each, dict) and each.get("role") != "system"] if isinstance(messages, list) else []
+    content = said[-1].get("content") if said and said[-1].get("role") == "user" else None
     if isinstance(content, str):
         return content
     blocks = content if isinstance(content, list) else []

@@ -201,10 +201,11 @@ def thinking(tokens: int, characters: int) -> Block:
     return Block(tokens, shown, shown | {"thinking": spelled, "signature": SIGNATURE}, "thinking_delta", "thinking", spelled)
 
 
-def tool_use(tool_id: str, name: str, tokens: int, bytes_per_token: int) -> Block:
+def tool_use(tool_id: str, name: str, tokens: int, bytes_per_token: int, given: dict[str, Any] | None = None) -> Block:
     """A call of the client's tool. Its input is JSON that arrives in pieces."""
     opening: dict[str, Any] = {"type": "tool_use", "id": tool_id, "name": name, "input": {}}
-    given = {"note": prose(max(0, tokens * bytes_per_token - len(json.dumps({"note": ""}))))}
+    if given is None:
+        given = {"note": prose(max(0, tokens * bytes_per_token - len(json.dumps({"note": ""}))))}
     return Block(tokens, opening, opening | {"input": given}, "input_json_delta", "partial_json", json.dumps(given))
 
 

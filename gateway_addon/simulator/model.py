@@ -121,7 +121,7 @@ def _blocks(message_id: str, body: dict[str, Any], output_tokens: int, behaviour
         spoken = left // 2
         if spoken:
             yield messages.text(spoken, bytes_per_token)
-        yield messages.tool_use(f"toolu_{message_id[4:]}", name, left - spoken, bytes_per_token)
+        yield messages.tool_use(f"toolu_{message_id[4:]}", name, left - spoken, bytes_per_token, behaviour.tool_input)
 
 
 def _display(body: dict[str, Any]) -> str:
@@ -137,6 +137,8 @@ def _tool(body: dict[str, Any], behaviour: Behaviour) -> str | None:
     own = [tool["name"] for tool in body.get("tools") or [] if "input_schema" in tool]
     if choice.get("type") == "tool":
         return str(choice["name"])
+    if behaviour.tool_name in own:
+        return behaviour.tool_name
     return own[0] if own and (behaviour.tool_use or choice.get("type") == "any") else None
 
 

