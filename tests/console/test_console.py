@@ -16,13 +16,15 @@ from pathlib import Path
 
 import anthropic
 import browser
+import ledgers
 import month
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
+from counted_rows import counted
 from desks import GATEWAY, new_desk, served
 from gateway import gateway
-from ledgers import CALL, ENGINES, Part, new_ledger, rows, until, url
+from ledgers import CALL, ENGINES, NOON, Part, new_ledger, rows, until, url
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway_addon.cli.batches import batches as batches_command
@@ -43,6 +45,7 @@ from gateway_addon.ledger.reports.call_detail import CallRow
 from gateway_addon.ledger.reports.spending import GROUPINGS
 from gateway_addon.refusals import TABLE, WORDS
 from gateway_addon.simulator import Behaviour, Simulator
+from gateway_addon.windows import starts
 
 CALLS = 2000
 @pytest.fixture(scope="module")
@@ -512,13 +515,85 @@ def test_the_newest_of_the_spend_view_are_read_without_the_rest(desk):
     assert not [step for step in steps if "TEMP B-TREE" in step or step == "SCAN entries"]
 
 
+ROWS_MAX = 5000
+PAGES = (
+    *(f"{path}?range={name}" for path in ("/", "/apps/reviews", "/models/claude-opus-4-6", "/calls") for name in RANGES),
+    f"/days/{datetime.fromtimestamp(time.time(), UTC):%Y-%m-%d}",
+    f"/days/{datetime.fromtimestamp(time.time() - 86_400, UTC):%Y-%m-%d}",
+    "/calls?app=site",
+    "/calls?app=nobody&text=nothing",
+    "/calls?least=$0.01&sort=spent",
+    "/calls?state=refused&refusal=rate",
+    "/calls/1500",
+    "/calls/8",
+    "/alerts",
+)
+
+
+def test_a_reader_of_rows_is_counted(desk, monkeypatch):
+    fetched = counted(monkeypatch)
+    with connect.reading(desk.ledger) as db:
+        assert len(db.execute("SELECT id FROM calls WHERE id <= 100 AND app <> 'reviews'").fetchall()) < 100
+    assert fetched == {"calls": 100}
+
+
+def test_no_page_reads_the_whole_ledger(desk, client, monkeypatch):
+    """The list of calls looks at a bounded number; every other page reads the newest calls and what has changed since the last look."""
+    desk.warm_up()
+    fetched = counted(monkeypatch)
+    for page in PAGES:
+        fetched.clear()
+        assert client.get(page).status_code == 200, page
+        assert fetched.total() < ROWS_MAX, (page, fetched)
+
+
+def test_a_busy_day_is_read_a_quarter_of_an_hour_at_a_time(tmp_path, monkeypatch):
+    """New calls, and a change by a person, make a page read what is young, and a day that was corrected."""
+    monkeypatch.setattr("time.time", lambda: NOON + 9 * 3600)
+    desk = new_desk(tmp_path, 20_000, days=2)
+    desk.clock = time.time
+    desk.warm_up()
+    with connect.changing(desk.ledger) as db:
+        ledgers.spend(db, NOON + 9 * 3600, call=replace(CALL, app="reviews"))
+        admin.pause(db, "app:reviews", who="test", now=NOON)
+    fetched = counted(monkeypatch)
+    spent = desk.look({"range": "7d"}).sheet.total.spent_nano
+    assert 0 < fetched["calls"] < 3000, fetched  # five statements over an hour of ten thousand a day
+    [(all_nano,)] = rows(desk.ledger, "SELECT sum(spent_nano) FROM entries")
+    assert spent == all_nano
+
+
+@pytest.mark.soak
+@browser.needed
+def test_month_of_200_000_calls_costs_no_page_5000_rows(tmp_path, monkeypatch):
+    """Driven in a browser; every figure is the report's and the ledger's."""
+    desk = new_desk(tmp_path, 200_000)
+    desk.warm_up()
+    fetched = counted(monkeypatch)
+    with served(desk) as address, browser.opened() as page:
+        page.goto(f"{address}/login/{desk.login.link}")
+        for path in PAGES:
+            fetched.clear()
+            start = time.perf_counter()
+            page.goto(address + path)
+            print(f"{fetched.total():5} rows {(time.perf_counter() - start) * 1000:5.0f} ms  {path}", dict(fetched), file=sys.stderr)
+            assert fetched.total() < ROWS_MAX, (path, fetched)
+        page.goto(f"{address}/?range=month")
+        shown = page.eval_on_selector_all("tr[data-model]", "rows => rows.map(row => [row.dataset.model, Number(row.dataset.nano)])")
+    by_model = reported(desk, "model")
+    assert dict(shown) == {line["key"]: line["spent_nano"] for line in by_model["lines"] if line["calls"]}
+    month_start = starts(desk.clock(), UTC).month
+    spent = "SELECT sum(spent_nano) FROM entries JOIN calls ON calls.id = call_id WHERE started_at >= $1"
+    assert rows(desk.ledger, spent, month_start) == [(sum(nano for _, nano in shown),)]
+
+
 @pytest.mark.soak
 def test_month_of_200_000_calls_is_a_page_in_300_ms(tmp_path):
     """A month of 200,000 calls is a page in 300 ms, and a report in a second."""
     desk = new_desk(tmp_path, 200_000)
     client = build(desk).test_client()
     client.get(f"/login/{desk.login.link}")
-    desk.look()  # as the command does before it prints its link
+    desk.warm_up()  # as the command does before it prints its link
 
     def seconds(work):
         start = time.perf_counter()

@@ -18,12 +18,12 @@ GATEWAY = "upstream: https://api.anthropic.com\nkey: {env: ANTHROPIC_API_KEY}\nc
 APP = "models: {allow: [claude-*]}\ncaps: {day: $40, month: $400}\n"
 
 
-def new_desk(folder: Path, calls: int) -> Console:
+def new_desk(folder: Path, calls: int, days: int = 30) -> Console:
     (folder / "policies" / "apps").mkdir(parents=True)
     (folder / "policies" / "gateway.yaml").write_text(GATEWAY)
     for app in month.APPS:
         (folder / "policies" / "apps" / f"{app}.yaml").write_text(APP)
-    month.make(folder / "gateway.db", calls, until=time.time())
+    month.make(folder / "gateway.db", calls, until=time.time(), days=days)
     return Console(folder / "gateway.db", Policies(folder / "policies"), Login(monotonic_s()))
 
 

@@ -13,7 +13,7 @@ from gateway_addon.ledger.sql import Connection, Row, named
 State = Literal["open", "settled", "voided", "refused", "free"]
 STATES: tuple[State, ...] = get_args(State)
 LOOKED_MAX = 2500
-FOUND_MAX = 600
+FOUND_MAX = 500
 """At most so many calls are looked at, and so many matching ones priced, in one search."""
 NEWEST = 2**62
 """Above every call's number."""
