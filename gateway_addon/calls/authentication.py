@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from gateway_addon.calls.admission import Caller
 from gateway_addon.calls.refusal_messages import elsewhere, in_force, paused, rule_gone
 from gateway_addon.identity import tokens
-from gateway_addon.identity.assertion import is_shaped
 from gateway_addon.identity.client_address import within
 from gateway_addon.identity.trust import Trust
 from gateway_addon.identity.workloads import rule_digest
 from gateway_addon.ledger import Token, TokenLookup, scopes
-from gateway_addon.names import PROGRAM, app_named
+from gateway_addon.names import PROGRAM, TOKEN_PREFIX, app_named
 from gateway_addon.policy import AppPolicy, GatewayPolicy
 from gateway_addon.refusals import Refusal, capitalised
 
@@ -50,7 +49,7 @@ async def authenticate(
         secret = tokens.credential(headers)
         if isinstance(secret, Refusal):
             return Rejected(secret)
-        known_by = await identify(secret, policy.trust, now) if is_shaped(secret) else tokens.digest(secret)
+        known_by = tokens.digest(secret) if secret[:4] == TOKEN_PREFIX else await identify(secret, policy.trust, now)
         if isinstance(known_by, Refusal):
             return Rejected(known_by)
         digest = known_by

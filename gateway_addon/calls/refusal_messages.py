@@ -46,7 +46,7 @@ def in_force(token: Token | None, now: float) -> Token | Refusal:
 
 def _workload_out(token: Token, code: str) -> Refusal:
     """Return the refusal for a workload that is revoked, or a session that has ended."""
-    whose = f"workload {token.label} of app {token.app}"
+    whose = f"workload {token.label} of {app_named(token.app)}"
     if code == "token_revoked":
         way_out = f"{PROGRAM} token restore {token.app} --id {token.id}"
         return Refusal(code, f"The {whose} is revoked. The operator can let it in again: {way_out}.")
@@ -55,7 +55,8 @@ def _workload_out(token: Token, code: str) -> Refusal:
 
 def rule_gone(token: Token, app: AppPolicy) -> Refusal:
     """Return the refusal for a session whose rule is no longer in its app's policy."""
-    sentence = f"The rule that let the workload {token.label} in is no longer one of app {app.name} ({app.file}: workloads). {EXCHANGE}"
+    whose = f"{app_named(app.name)} ({app.file}: workloads)"
+    sentence = f"The rule that let the workload {token.label} in is no longer one of {whose}. {EXCHANGE}"
     return Refusal("identity_expired", sentence)
 
 

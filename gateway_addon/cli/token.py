@@ -32,12 +32,13 @@ from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import Labels
-from gateway_addon.names import PROGRAM
+from gateway_addon.names import PROGRAM, app_named
 from gateway_addon.onboarding import snippets, workload_forms
 from gateway_addon.onboarding.workload_forms import WORKLOAD_FORMS, WORKLOAD_KINDS
 from gateway_addon.operations.tables import table
 from gateway_addon.policy import Outline, PolicyError, load, may_use, outline
 from gateway_addon.pricing import PriceError
+from gateway_addon.refusals import capitalised
 from gateway_addon.windows import shown
 
 FOR = click.option("--for", "kind", type=click.Choice(snippets.KINDS), help="Also print the lines to paste, in this form.")
@@ -170,7 +171,7 @@ def restore(app: str, token_id: int, policies: Path, ledger: str) -> None:
     with connect.changing(ledger_path(ledger)) as db:
         must_know(app, db, policies)
         restored = workloads.restore(db, app, token_id, who=getpass.getuser(), now=time.time())
-    click.echo(f"App {app} lets {_title(restored)} in again.", err=True)
+    click.echo(f"{_title(restored)} of {app_named(app)} is let in again.", err=True)
 
 
 @token.command("forms", epilog=f"Example: {PROGRAM} token forms langchain")
@@ -229,7 +230,7 @@ def _bar(db: Connection, app: str, subject: str, trusted: Iterable[str], who: st
     """Revoke an app's workloads of a subject: those of issuers that it came from, and of all that are trusted."""
     issuers = dict.fromkeys((*(each.issuer for each in workloads.of_subject(db, app, subject) if each.issuer), *trusted))
     if not issuers:
-        stop(f"App {app} has no workload {subject!r}, and gateway.yaml names no issuer that it could come from.", PROBLEM)
+        stop(f"{capitalised(app_named(app))} has no workload {subject!r}, and gateway.yaml names no issuer.", PROBLEM)
     found = (workloads.bar(db, app, each, subject, workload_digest(app, each, subject), who=who, now=now) for each in issuers)
     return [each for each in found if each is not None]
 

@@ -9,7 +9,7 @@ from gateway_addon.ledger.admin import TOKENS, audit, token_facts
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.state import token_of
 from gateway_addon.ledger.types import Token
-from gateway_addon.names import PROGRAM, safe_name
+from gateway_addon.names import PROGRAM, app_named, safe_name
 
 KEPT_S = 3600.0
 """How long an ended session is kept, so that who still uses it is told that it has ended."""
@@ -63,9 +63,9 @@ def restore(db: Connection, app: str, token_id: int, *, who: str, why: str = "",
     rows = db.execute(f"{TOKENS} WHERE id = $1 AND app = $2", (token_id, app)).fetchall()
     before = token_of(rows[0]) if rows else None
     if before is None or before.issuer is None:
-        raise ValueError(f"app {app} has no workload {token_id} ({PROGRAM} token list {app}); a token that was revoked is issued anew")
+        raise ValueError(f"{app_named(app)} has no workload {token_id} ({PROGRAM} token list {app}); a revoked token is issued anew")
     if before.refusal(now) is None:
-        raise ValueError(f"workload {token_id} of app {app} is not revoked")
+        raise ValueError(f"workload {token_id} of {app_named(app)} is not revoked")
     db.execute("UPDATE tokens SET revoked_at = NULL WHERE id = $1", (token_id,))
     [row] = db.execute(f"{TOKENS} WHERE id = $1", (token_id,)).fetchall()
     after = token_of(row)

@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import sys
 import threading
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import anthropic
@@ -290,6 +292,27 @@ async def test_a_look_up_is_one_read_by_token_session_and_workload(tmp_path):
             assert (await call(http, each)).status_code == 200
             reads.append(len(looked))
         assert (reads, written) == ([1, 1, 1], [])
+
+
+async def test_a_token_costs_the_same_where_issuers_are_named(tmp_path):
+    """Counted in function calls, Python's and C's, from the headers to the caller."""
+    async with stage(tmp_path) as (gw, _http, _issuer):
+        headers, counts = (("x-api-key", gw.tokens["app"]),), []
+
+        async def authenticated():
+            return await gw.gateway.authenticate("POST", "/v1/messages", headers, "127.0.0.1", time.time())
+
+        for policy in (gw.gateway.policy, replace(gw.gateway.policy, trust=None)):
+            gw.gateway.policy, calls = policy, []
+            await authenticated()
+            sys.setprofile(lambda frame, event, argument, calls=calls: calls.append(event) if event in ("call", "c_call") else None)
+            try:
+                caller = await authenticated()
+            finally:
+                sys.setprofile(None)
+            assert caller.app.name == "app"
+            counts.append(len(calls))
+        assert counts[0] == counts[1]
 
 
 async def test_without_issuers_identity_tokens_are_none(tmp_path):

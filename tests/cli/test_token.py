@@ -150,7 +150,7 @@ def test_a_workload_is_listed_revoked_and_let_in_again(here):
     assert token("revoke", "app", "--id", "2").exit_code == 0
     assert workloads_of(here) == [("https://one.test", "token_revoked")]
     restored = token("restore", "app", "--id", "2")
-    assert (restored.exit_code, "lets 2 (repo:o/r) in again" in restored.stderr) == (0, True)
+    assert (restored.exit_code, "2 (repo:o/r) of the app 'app' is let in again" in restored.stderr) == (0, True)
     assert workloads_of(here) == [("https://one.test", None)]
     refused = token("restore", "app", "--id", "1")
     assert (refused.exit_code, "has no workload 1" in refused.stderr) == (2, True)

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from math import inf
+from types import SimpleNamespace
 
 import pytest
 from issuers import jwk, jwks, key, published
 
 from gateway_addon.http_client import STRAIGHT
-from gateway_addon.identity.key_cache import KeysUnavailable
+from gateway_addon.identity.key_cache import IssuerKeys, KeysUnavailable
 from gateway_addon.identity.trust import Issuer, KeySource
 from gateway_addon.operations import issuer_keys
 
@@ -103,3 +104,44 @@ async def test_a_file_is_read_again_and_missing_ones_are_named(tmp_path):
 async def test_keys_in_the_policy_are_fresh_for_ever():
     found = await fetch(replace(issuer("https://cluster.test"), keys=KeySource("inline", jwks().decode())))
     assert (ids(found), found.fresh_s) == (["k1"], inf)
+
+
+class Watched:
+    """As much of a gateway as a refresher looks at."""
+
+    def __init__(self, issuers, at):
+        self.policy = SimpleNamespace(trust=SimpleNamespace(issuers={each.url: each for each in issuers}))
+        self.identities = SimpleNamespace(keys=IssuerKeys(fetch_now, lambda: at[0]))
+        self.issuer_problem, self.told = None, []
+
+    def emit(self, alert):
+        self.told.append(alert)
+
+
+async def fetch_now(of, before):
+    return await fetch(of, before)
+
+
+async def test_an_issuer_that_fails_is_told_once_until_it_is_back(tmp_path):
+    """Warm at the start, before any token comes; stale keys and missing ones are told, with what becomes of tokens."""
+    path, at = tmp_path / "jwks.json", [1000.0]
+    gateway = Watched([issuer("https://cluster.test", "file", str(path))], at)
+    refresher = issuer_keys.KeyRefresher(gateway)
+
+    async def look():
+        at[0] += 2
+        await refresher.look()
+        return len(gateway.told)
+
+    assert [await look(), await look()] == [1, 1]
+    assert "the keys of the issuer x cannot be fetched" in gateway.told[0].sentence
+    assert "its tokens are refused (503)" in gateway.told[0].sentence
+    assert gateway.issuer_problem.startswith("No keys from: x.")
+    path.write_bytes(jwks())
+    assert (await look(), gateway.issuer_problem) == (1, None)
+    assert gateway.identities.keys.of(issuer("https://cluster.test", "file", str(path))).current is not None
+    path.unlink()
+    assert [await look(), await look()] == [2, 2]
+    assert "checked by the keys of 0 min ago, for a day at most" in gateway.told[1].sentence
+    gateway.policy.trust = None
+    assert (await look(), gateway.issuer_problem) == (2, None)
