@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway_addon.ledger import ServerAddress, admin, connect
+from gateway_addon.ledger.reports import sessions
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.sql import Connection
+from gateway_addon.ledger.types import enclosing, part_of, part_within
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.operations import changes
 from gateway_addon.operations.changes import scope_of, typed
@@ -63,7 +65,7 @@ def run(ledger: Path | ServerAddress, change: AskedChange, who: str, now: float)
 
 
 def _pause(form: ChangeForm, db: Connection, policies: Path, now: float) -> AskedChange:
-    scope, hours, cut, why = scope_of(form["scope"], db, outline(policies)), form["hours"], form.flag("cut"), form["why"]
+    scope, hours, cut, why = _paused_scope(form, db, policies), form["hours"], form.flag("cut"), form["why"]
     until = None if hours == "" else _until(hours, now)
     ending = "until it is resumed" if until is None else f"until {shown(until, zone(db))}"
     sentence = f"Refuse every further call of {_named(scope)} {ending}. Calls in flight {'are cut' if cut else 'may finish'}."
@@ -75,13 +77,19 @@ def _pause(form: ChangeForm, db: Connection, policies: Path, now: float) -> Aske
 
 
 def _resume(form: ChangeForm, db: Connection, policies: Path, _now: float) -> AskedChange:
-    scope, why = scope_of(form["scope"], db, outline(policies)), form["why"]
+    scope, why = _paused_scope(form, db, policies), form["why"]
 
     def run(db: Connection, who: str, now: float) -> None:
         if not admin.resume(db, scope, who=who, why=why, now=now):
             raise ValueError(f"{_named(scope)} is not paused.")
 
     return AskedChange("resume", f"Let {_named(scope)} call again.", f"Resume {_named(scope)}", scope, run)
+
+
+def _paused_scope(form: ChangeForm, db: Connection, policies: Path) -> str:
+    """Return the scope of the form, or of a session within it."""
+    scope, session = scope_of(form["scope"], db, outline(policies)), form["session"]
+    return part_within(scope, ("session", sessions.named(db, session))) if session else scope
 
 
 def _raise(form: ChangeForm, db: Connection, policies: Path, now: float) -> AskedChange:
@@ -163,6 +171,8 @@ ACTIONS: dict[str, Callable[[ChangeForm, Connection, Path, float], AskedChange]]
 
 
 def _named(scope: str) -> str:
+    if (part := part_of(scope)) is not None:
+        return f"{part[0]} {part[1]} of {_named(enclosing(scope))}"
     return "all apps" if scope == "total" else typed(scope)
 
 

@@ -52,6 +52,8 @@ def build(console: Console) -> Flask:
     app.add_url_rule("/apps/<path:name>", "app", lambda name: pages.app(console, name))
     app.add_url_rule("/models/<path:name>", "model", lambda name: pages.model(console, name))
     app.add_url_rule("/days/<text>", "day", lambda text: pages.day(console, text))
+    app.add_url_rule("/sessions", "sessions", lambda: pages.live_sessions(console))
+    app.add_url_rule("/sessions/<name>/<path:session>", "session", lambda name, session: pages.session(console, name, session))
     app.add_url_rule("/alerts", "alerts", lambda: pages.alerts(console))
     app.add_url_rule("/change/<action>", "change", lambda action: _show_change(console, action))
     app.add_url_rule("/change", "confirm", lambda: _do_change(console), methods=["POST"])

@@ -16,6 +16,7 @@ from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.reports import call_detail, day_cache, forecast, spending
 from gateway_addon.ledger.reports.day_cache import Cached, CachedDay, DayCache, ReadConnection
 from gateway_addon.ledger.reports.forecast import Forecast
+from gateway_addon.ledger.types import part_of
 from gateway_addon.policy import GatewayPolicy, caps
 from gateway_addon.pricing import Prices
 from gateway_addon.windows import Window
@@ -107,6 +108,8 @@ class Desk:
     """The total of this month, at its end."""
     sheet: sums.Sheet
     saved_nano: int
+    paused_parts: tuple[Pause, ...]
+    """Pauses of single sessions, agents, users and labels."""
     refused_now: tuple[call_detail.RefusedLately, ...]
     live: tuple[invariants.OpenCall, ...]
     batches: tuple[OpenBatch, ...]
@@ -156,6 +159,7 @@ def look(db: ReadConnection, policy: GatewayPolicy, memory: DayCache, ledger: Pa
         forecast.forecasts(db, [each for each in owned[0].standings if each.window == "month"], now=now)[0],
         days.sheet(),
         cache_savings([cached for day in days.days for cached in day.cached], policy.prices, now),
+        tuple(each for each in state.pauses(db, now) if part_of(each.scope)),
         tuple(call_detail.refused_lately(db, since=now - LATELY_S)),
         tuple(call for call in invariants.open_calls(db, connect.death_check(ledger, db), now=now) if call.call_id not in held_by_batches),
         tuple(batches),

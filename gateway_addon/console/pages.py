@@ -13,11 +13,12 @@ from flask import Flask, Response, abort, make_response, render_template, reques
 from gateway_addon.console import actions, charts, desk, listing, metrics, ranges
 from gateway_addon.console.login import Login
 from gateway_addon.console.sums import About
-from gateway_addon.ledger import ServerAddress, admin, connect, reservations
-from gateway_addon.ledger.reports import call_detail, spending
+from gateway_addon.ledger import ServerAddress, admin, connect, reservations, state
+from gateway_addon.ledger.reports import call_detail, sessions, spending
 from gateway_addon.ledger.reports.call_detail import STATES, CallFilter
 from gateway_addon.ledger.reports.day_cache import DayCache, ReadConnection
 from gateway_addon.ledger.reports.forecast import forecasts
+from gateway_addon.ledger.types import enclosing, part_of, part_scope
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations.reload import files_now
@@ -154,6 +155,32 @@ def day(console: Console, text: str) -> Response:
         return page("day.html", db, within, on=on, sheet=sheet, calls=newest.calls[:NEWEST_CALLS], **beside)
 
 
+def live_sessions(console: Console) -> Response:
+    """Show the sessions with a call in the last hour."""
+    now = console.clock()
+    with connect.reading(console.ledger) as db:
+        found = sessions.active(db, since=now - sessions.HOUR_S, now=now)
+        pauses = {each.scope for each in state.pauses(db, now)}
+        is_paused = [part_scope(each.app, ("session", each.session)) in pauses for each in found]
+        return page("sessions.html", db, range_of(db, request.args, now), found=list(zip(found, is_paused, strict=True)))
+
+
+def session(console: Console, name: str, session: str) -> Response:
+    """Show one session of an app with the tree of its agents, and its newest calls."""
+    now = console.clock()
+    with connect.reading(console.ledger) as db:
+        found = next((each for each in sessions.one(db, session, now=now) if each.app == name), None)
+        if found is None:
+            abort(404)
+        scope = part_scope(name, ("session", session))
+        pause = next((each for each in state.pauses(db, now) if each.scope == scope), None)
+        tree = list(sessions.tree(sessions.agents(db, name, session)))
+        newest = call_detail.search(db, CallFilter(app=name, text=session, since=found.started_at))
+        return page(
+            "session.html", db, range_of(db, request.args, now), session=found, pause=pause, tree=tree, calls=newest.calls[:NEWEST_CALLS]
+        )
+
+
 def alerts(console: Console) -> Response:
     with connect.reading(console.ledger) as db:
         within = range_of(db, request.args, console.clock())
@@ -253,6 +280,9 @@ def _where_there_are_calls(wanted: CallFilter, days: desk.Days) -> CallFilter:
 
 def address_of(scope: str) -> str:
     """Return the page that shows a scope's caps."""
+    app, part = enclosing(scope), part_of(scope)
+    if part is not None and part[0] == "session" and app.startswith("app:"):
+        return f"/sessions/{quote(app.removeprefix('app:'), safe='')}/{quote(part[1], safe='')}"
     return f"/apps/{quote(scope.removeprefix('app:'), safe='')}" if scope.startswith("app:") else "/"
 
 

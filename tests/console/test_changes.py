@@ -3,20 +3,21 @@
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import browser
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from desks import served
-from ledgers import new_file
+from ledgers import new_file, spend
 
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.console import links
 from gateway_addon.console.app import COOKIE, build
 from gateway_addon.console.login import ASKED_MAX, LINK_S, TRIES_PER_MINUTE, Login, ask
 from gateway_addon.console.pages import Console, Policies
-from gateway_addon.ledger import admin, connect, state
+from gateway_addon.ledger import NewCall, admin, connect, state
 
 HOME = {"Origin": "http://localhost"}
 PAUSE = "/change/pause?scope=reports&why=runaway"
@@ -282,3 +283,27 @@ def test_no_link_is_made_for_a_console_that_was_killed(tmp_path):
     left.touch()
     with pytest.raises(ValueError, match=r"no console runs at 127\.0\.0\.1:8090"):
         links.offer(left)
+
+
+# sessions
+
+
+def test_a_session_is_shown_with_its_agents_and_paused_alone(console, client):
+    """The live list, the tree and the pause are those of the commands; another app's session of that id goes on."""
+    now, call = time.time(), NewCall("reports", None, 1, model_asked="claude-haiku-4-5", session_id="run-1")
+    with connect.changing(console.ledger) as db:
+        spend(db, now - 20, nano=7_000_000, call=call)
+        spend(db, now - 10, nano=3_000_000, call=replace(call, agent_id="child"))
+        spend(db, now - 5, nano=1_000_000, call=replace(call, agent_id="grandchild", parent_agent_id="child"))
+    listed, page = client.get("/sessions").text, client.get("/sessions/reports/run-1").text
+    assert 'data-session="run-1" data-nano="11000000"' in listed
+    shown = re.findall(r'data-agent="(\w*)" data-nano="(\d+)"><th scope="row"><span class="depth-(\d)"', page)
+    assert shown == [("", "7000000", "0"), ("child", "3000000", "1"), ("grandchild", "1000000", "2")]
+    assert 'href="/sessions/reports/run-1"' in client.get("/calls/1").text
+    answer = confirm(client, "/change/pause?scope=reports&session=run-1&hours=8&why=loop")
+    assert answer.headers["Location"] == "/sessions/reports/run-1"
+    assert changed(console)[0] == [("app:reports session:run-1", False, False)]
+    assert all("loop" in client.get(path).text for path in ("/", "/sessions/reports/run-1"))
+    confirm(client, "/change/resume?scope=reports&session=run-1")
+    assert changed(console) == NOTHING
+    assert (client.get("/sessions/other/run-1").status_code, client.get("/change/pause?scope=reports&session=no&hours=1").status_code) == (404, 400)

@@ -431,6 +431,7 @@ VIEWS = {
     "call": "/calls/1",
     "refused": "/calls/8",
     "alerts": "/alerts",
+    "sessions": "/sessions",
     "nothing": "/calls/999999",
 }
 LOOKS = (("light", 1280), ("dark", 1280), ("phone", 390))
