@@ -70,7 +70,8 @@ logger = logging.getLogger(__name__)
 
 LIMITS_EVERY_S = 1.0  # the shared key's limits are written at most once in this time, however many answers carry them
 READY_FOR_S = 1.0
-OVERRUNS_FRESH_S = 1.0  # a body that arrives later than this after its headers has the overruns looked up again
+# A body that arrives later than this after its headers has the overruns looked up again; the look itself may be half a second old.
+OVERRUNS_FRESH_S = 0.5
 BROWSER = Refusal(
     "browser",
     "OPTIONS is how a browser asks whether a page may call this gateway, and it may not: whoever opens a page can read the token in it and "
@@ -159,7 +160,7 @@ class Gateway:
         if endpoint == "exchange":
             return ExchangeRequest(address, self.policy)
         named = "unknown" if isinstance(endpoint, Refusal) else endpoint
-        look_up = partial(self.ledger.look_up_token, now=now)
+        look_up = partial(self.ledger.look_up_token, now=now, judged_again=named == "messages")
         try:
             if endpoint == "readyz":
                 return await self._readiness()

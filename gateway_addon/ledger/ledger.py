@@ -15,6 +15,7 @@ from itertools import batched
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, cast
 
+from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import connect, orphans, reservations, state
 from gateway_addon.ledger.reports.forecast import Forecast, forecasts
 from gateway_addon.ledger.sql import Connection
@@ -54,6 +55,8 @@ CUT_AHEAD_S = 2.0  # before the lease ends: time for a cut stream to end, and fo
 SWITCH_INTERVAL_S = 0.0001
 BACKLOG_MAX = 10_000  # rows that only record (refusals, free calls) are let go beyond it; nothing that moves money is
 UNSTORABLE = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "unstorable")))
+FRESH_S = 0.5  # a look at a token on a server: for so long a model that passed a grant elsewhere may still be held progressively
+LOOKED_UP_MAX = 1_000
 RESUMED_AT_ONCE = 100  # endings of a dead process in one go: a server's time for it is limited
 RESOLVE, EXTEND, RESERVE, RECORD = range(4)  # in a batch, money that comes back goes first and top-ups before admissions
 
@@ -68,6 +71,13 @@ class _Held(NamedTuple):
     owner: str
 
 
+class _LookedUp(NamedTuple):
+    """A look at a token, and when it began (`monotonic_s`)."""
+
+    at: float
+    found: TokenLookup
+
+
 class Ledger:
     """An open ledger. Call `open` in the process that uses it (after a fork) and on the loop that uses it."""
 
@@ -77,6 +87,7 @@ class Ledger:
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, _Held] = {}
+        self._looked_up: dict[str, _LookedUp] = {}
         self._commit_queue = CommitQueue(store)
         self._letting_go = False
         self._heartbeat: asyncio.Future[None] | None = None
@@ -287,9 +298,22 @@ class Ledger:
 
     # reads, on the request's path
 
-    async def look_up_token(self, digest: str, *, now: float) -> TokenLookup:
-        """Look up the token with this SHA-256 (hexadecimal), the pauses and the overruns. Raises LedgerUnavailable."""
-        return await self.look(partial(state.look_up_token, digest=digest, now=self._at(now)))
+    async def look_up_token(self, digest: str, *, now: float, judged_again: bool = False) -> TokenLookup:
+        """Look up the token with this SHA-256 (hexadecimal), the pauses and the overruns. Raises LedgerUnavailable.
+
+        `judged_again`: nothing is forwarded before a reservation has judged the token and the pauses once more, so on a server a look
+        that was made a moment ago will do. A session is looked up each time: a reservation does not know which one it is for.
+        """
+        if judged_again and (seen := self._looked_up.get(digest)) is not None and monotonic_s() - seen.at < FRESH_S:
+            return seen.found
+        at = monotonic_s()
+        found = await self.look(partial(state.look_up_token, digest=digest, now=self._at(now)))
+        token = found.token
+        if not self._store.near and token is not None and token.rule is None and token.refusal(now) is None:
+            if len(self._looked_up) >= LOOKED_UP_MAX:
+                self._looked_up.clear()
+            self._looked_up[digest] = _LookedUp(at, replace(found, pauses=()))  # a pause that ends is over at the next call too
+        return found
 
     async def standing(self, scopes: Iterable[str], caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
         """Return the standing of each scope in each window, with its cap among `caps`. Raises LedgerUnavailable."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from gateway_addon.ledger.reports.daily_totals import SETTLED_DOWN_S
 from gateway_addon.ledger.reports.spending import DRIFTED
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.sql import Connection, named
@@ -17,7 +18,6 @@ from gateway_addon.windows import next_start, starts
 type ReadConnection = Connection
 """One moment of the ledger, as `connect.reading` yields it, for modules that only pass it on."""
 
-SETTLED_DOWN_S = 3600  # after its end a day gets no further rows of refused calls
 SLICE_S = 900
 DAY_S = 86_400
 FIRST_BYTE_S = (0.5, 1, 2, 5, 10)

@@ -4,16 +4,20 @@ import asyncio
 import threading
 import time
 from contextlib import closing
+from functools import partial
 from types import SimpleNamespace
 
+import anthropic
 import postgresql
 import psycopg
 import pytest
+from gateway import gateway
 from ledgers import CALL, DAY_CAP, NOON, Cap, balance, new_ledger, rows, until, url
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, admin, connect, orphans, reservations
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import postgres, postgres_session
+from gateway_addon.simulator import Simulator
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +165,33 @@ async def test_a_late_settlement_only_ever_adds_and_adds_once(server, ledger, co
     await other.close()
     with connect.reading(server) as db:
         assert invariants.findings(db) == []
+
+
+async def test_a_token_revoked_elsewhere_ends_at_the_next_call(server, tmp_path, monkeypatch):
+    """The look at it is remembered for a moment: the reservation judges the token, and what makes none looks each time."""
+    monkeypatch.setattr("gateway_addon.ledger.ledger.FRESH_S", 60)
+    ask = {"model": "claude-haiku-4-5", "messages": [{"role": "user", "content": "hi"}]}
+    async with Simulator() as api, gateway(tmp_path, api, ledger_url=server.url) as gw:
+        looks, look = [], gw.gateway.ledger.look
+        monkeypatch.setattr(gw.gateway.ledger, "look", lambda read: looks.append(read) or look(read))
+        for _ in range(3):
+            await gw.client().messages.create(max_tokens=10, **ask)
+        assert len(looks) == 1
+        sent = api.book.requests
+        for change, undo, refused in (
+            (partial(admin.pause, scope="app:app"), partial(admin.resume, scope="app:app"), "app_paused"),
+            (partial(admin.revoke_tokens, app="app"), None, "token_revoked"),
+        ):
+            with connect.changing(server) as db:
+                change(db, who="test", now=time.time())
+            for call in (partial(gw.client().messages.create, max_tokens=10), gw.client().messages.count_tokens):
+                with pytest.raises(anthropic.APIStatusError) as caught:
+                    await call(**ask)
+                assert caught.value.response.headers["x-gateway-refusal"] == refused
+            if undo:
+                with connect.changing(server) as db:
+                    undo(db, who="test", now=time.time())
+        assert api.book.requests == sent, "nothing was forwarded"
 
 
 async def test_a_read_of_a_closed_ledger_is_a_sentence(server):
