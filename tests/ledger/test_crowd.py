@@ -5,15 +5,17 @@ import gc
 import json
 import random
 from collections import Counter
+from contextlib import AsyncExitStack
 
 import anthropic
 import httpx2
 import postgresql
 import pytest
 from gateway import AUTHORITIES
+from ledgers import rows
 from processes import ledgered
 
-from gateway_addon.ledger import connect
+from gateway_addon.ledger import connect, part_of, part_scope
 from gateway_addon.ledger.maintenance.invariants import findings
 from gateway_addon.ledger.reports import entry_history
 from gateway_addon.money import dollars
@@ -47,12 +49,12 @@ ODD = [
 """The faults of a fifth of the calls: errors first, broken edges (a third of the late ones bill), usage at one end only."""
 
 
-async def caller(url, token, chance, said: Counter):
+async def caller(url, token, chance, said: Counter, **named):
     """One call in one of the ways in which apps call, a third of them broken off by the caller."""
     tokens, stream, leaves = chance.randint(50, 2_000), chance.random() < 0.5, chance.random() < 0.3
     odd = chance.choice(ODD) if chance.random() < 0.2 else {}
     simulate = json.dumps({"tokens_per_s": 350, "after_disconnect_s": 0.3, "tokens_per_event": 20, **odd})
-    body = {"model": MODEL, "max_tokens": tokens, "messages": [{"role": "user", "content": f"simulate: {simulate}"}]}
+    body = {"model": MODEL, "max_tokens": tokens, "messages": [{"role": "user", "content": f"simulate: {simulate}"}], **named}
     http = anthropic.DefaultAsyncHttpxClient(verify=AUTHORITIES)
     async with anthropic.AsyncAnthropic(base_url=url, api_key=token, http_client=http, max_retries=0, timeout=60) as client:
         try:
@@ -119,6 +121,65 @@ async def crowd(tmp_path, seed, callers, *, gateway_count, ledger=None):
     # Nobody is refused who would fit: what was spent and held left no room, and where the money is said to be spent, it still is.
     assert all(quote_nano > cap_nano - peak_nano for refusal, quote_nano in refused if refusal == "cap_held")
     assert all(quote_nano > cap_nano - spent_nano for refusal, quote_nano in refused if refusal == "cap_spent")
+    assert said["answered"] > 5, said
+    assert said["cap_spent"] + said["cap_held"] + said["quote_over_cap"] > callers // 10, said
+
+
+EACH = {"session": 0.012, "user": 0.05, "label.client": 0.07, "token": 0.2, "model": 0.2}
+PARTED = f"""
+models: {{allow: [{MODEL}]}}
+caps: unlimited
+labels: {{client: {{values: [acme, beta, cosi]}}}}
+each: {{{", ".join(f"{kind}: {{ever: ${cap}}}" for kind, cap in EACH.items())}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("seed", "callers", "sessions"), [(0, 30, 8), *(pytest.param(seed, 200, 50, marks=pytest.mark.soak) for seed in range(1, 9))]
+)
+async def test_a_crowd_of_sessions_users_and_labels_passes_no_cap(tmp_path, seed, callers, sessions):
+    """Over two gateways on one server; in the soak one of them is killed in the middle, and the other settles what it held.
+
+    No part passes its cap, none is refused that fits in all of its own, and the parts of a kind sum to their app.
+    """
+    chance, said, server = random.Random(seed), Counter(), postgresql.shared().ledger()
+    async with Simulator(behaviour=Behaviour(hostile=True)) as api:
+        gateways = ledgered(tmp_path, api.url, {"app": PARTED}, ledger=server)
+        async with gateways.serving(2) as urls, AsyncExitStack() as also:
+            if callers >= 200:
+                doomed, address = await gateways.serve()
+                also.callback(doomed._transport.close)
+                urls = [*urls, address]
+                asyncio.get_running_loop().call_later(3, doomed.kill)
+            await asyncio.gather(*(
+                caller(
+                    chance.choice(urls), gateways.tokens["app"], chance, said, metadata={"user_id": f"u{chance.randrange(5)}"},
+                    extra_headers={
+                        "x-claude-code-session-id": f"s{chance.randrange(sessions)}",
+                        "x-gateway-label-client": chance.choice(["acme", "beta", "cosi"]),
+                    },
+                )
+                for _ in range(callers)
+            ))  # fmt: skip
+            async with asyncio.timeout(30):
+                await api.settled()
+                while callers >= 200 and rows(server, "SELECT 1 FROM calls WHERE state = 'open'"):
+                    await asyncio.sleep(0.5)
+        with connect.reading(server) as db:
+            levels, wrong = entry_history.high_water(db), findings(db)
+        refused = rows(server, "SELECT refusal, quote_nano, session_id, user_id, labels FROM calls WHERE state = 'refused'")
+        sums = rows(server, "SELECT scope, CAST(spent_nano AS BIGINT) FROM part_balances")
+        [(spent_nano,)] = rows(server, "SELECT CAST(sum(spent_nano) AS BIGINT) FROM entries")
+    assert wrong == []
+    caps = {kind: round(cap * DOLLAR) for kind, cap in EACH.items()}
+    peaks = Counter({level.scope: level.nano for level in levels if part_of(level.scope)})
+    assert {part_of(scope)[0] for scope in peaks} == set(EACH)
+    assert all(nano <= caps[part_of(scope)[0]] for scope, nano in peaks.items())
+    assert all(sum(nano for scope, nano in sums if part_of(scope)[0] == kind) == spent_nano for kind in EACH)
+    for refusal, quote_nano, session, user, labels in refused:
+        named = {"session": session, "user": user, "label.client": json.loads(labels)["client"], "token": "1", "model": MODEL}
+        left_nano = min(caps[kind] - peaks[part_scope("app", (kind, value))] for kind, value in named.items())
+        assert quote_nano > left_nano or refusal not in ("cap_held", "cap_spent"), (refusal, quote_nano, named)
     assert said["answered"] > 5, said
     assert said["cap_spent"] + said["cap_held"] + said["quote_over_cap"] > callers // 10, said
 

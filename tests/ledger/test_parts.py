@@ -1,5 +1,7 @@
 """Test the parts of an app: the scopes that a call counts in, caps on them, and what is kept of them for how long."""
 
+import statistics
+import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -54,6 +56,11 @@ def settled(db, nano, call=CALL, now=NOON):
 def part(path, scope, window="ever"):
     found = rows(path, 'SELECT spent_nano, reserved_nano, open FROM part_balances WHERE scope = $1 AND "window" = $2', scope, window)
     return found[-1] if found else None
+
+
+def folder(parent, name):
+    (parent / name).mkdir()
+    return parent / name
 
 
 @pytest.fixture(params=ENGINES)
@@ -254,6 +261,35 @@ def test_a_reservation_costs_the_same_beside_many_parts(db):
     insert = "INSERT INTO part_balances VALUES ($1, 'ever', 0, 1, 0, 0, 0)"
     db.executemany(insert, [(f"app:reports session:x{number:06}",) for number in range(10_000)])
     assert steps.of(lambda: hold(db, 1, caps)) <= few * 1.05
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_admission_beside_a_million_sessions_takes_no_longer(tmp_path, engine):
+    """Within 10 % of an empty ledger, by the median of transactions that take turns between the two, each of another session."""
+
+    def admit(db, number):
+        call = replace(CALL, session_id=f"x{number * 7_919 % 1_000_000:06}-{number % 2}")  # half of them are new names
+        began = time.perf_counter()
+        db.execute("BEGIN")
+        hold(db, 1, [cap("session", 10**9, value=call.session_id), cap("token", 10**12)], call)
+        db.execute("COMMIT")
+        return time.perf_counter() - began
+
+    with closing(writing(new_ledger(folder(tmp_path, "few"), engine))) as few, closing(writing(new_ledger(folder(tmp_path, "many"), engine))) as many:
+        for db in (few, many):
+            keep(db)
+        many.execute("BEGIN")
+        for first in range(0, 1_000_000, 10_000):
+            names = [(f"app:reports session:x{number:06}-0",) for number in range(first, first + 10_000)]
+            many.executemany("INSERT INTO part_balances VALUES ($1, 'ever', 0, 1, 0, 0, 0)", names)
+        many.execute("COMMIT")
+        taken = {few: [], many: []}
+        for number in range(3_000):
+            for db, seconds in taken.items():
+                seconds.append(admit(db, number))
+        medians = [statistics.median(taken[db][500:]) for db in (few, many)]
+    assert medians[1] <= medians[0] * 1.1, medians
 
 
 # what is proved and what goes
