@@ -37,7 +37,7 @@ workspace_geo: unknown
 """
 
 APP = """\
-# What the app {app} may ask for. Whatever is not allowed here is refused.
+# What the app `{app}` may ask for. Whatever is not allowed here is refused.
 models:
   allow: [claude-haiku-4-5, claude-sonnet-5]
 
