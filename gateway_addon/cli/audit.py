@@ -2,6 +2,7 @@
 
 import json
 import time
+from datetime import tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from gateway_addon.cli.scopes import must_know
 from gateway_addon.ledger import LedgerUnavailable, admin, connect
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.money import dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations.tables import table
 from gateway_addon.windows import shown
 
 CHANGE_CHARS_MAX = 300
+TIMES = ("until", "since", "expires_at", "revoked_at")
+"""Facts that are unix seconds."""
 
 
 @click.command(epilog=f"Example: {PROGRAM} audit --app reviews --since 7d")
@@ -41,17 +45,28 @@ def audit(app: str | None, since: str, as_json: bool, policies: Path, ledger: st
     elif not found:
         click.echo(f"No change since {since}.")
     else:
-        rows = [(shown(row["at"], calendar), row["who"], row["action"], row["subject"], _change(row), row["why"]) for row in found]
+        rows = [
+            (shown(row["at"], calendar), row["who"], row["action"], row["subject"], _change(row, calendar), row["why"]) for row in found
+        ]  # fmt: skip
         click.echo(table(rows, ("when", "who", "did", "to", "before > after", "why")))
 
 
-def _change(row: dict[str, Any]) -> str:
-    """Before and after in short; a policy's diff is `gateway check --changes`."""
-    before, after = ("" if row[side] is None else _short(row[side]) for side in ("before", "after"))
+def _change(row: dict[str, Any], calendar: tzinfo) -> str:
+    """Return before and after in short; a policy's diff is `gateway check --changes`."""
+    before, after = ("" if row[side] is None else _short(row[side], calendar) for side in ("before", "after"))
     return " > ".join(part for part in (before, after) if part)[:CHANGE_CHARS_MAX]
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, calendar: tzinfo) -> str:
     if not isinstance(value, dict):
         return str(value)
-    return ", ".join(f"{name} {str(each)[:40]}" for name, each in value.items() if name != "diff" and each not in (None, ""))
+    return ", ".join(_fact(name, each, calendar) for name, each in value.items() if name != "diff" and each not in (None, ""))
+
+
+def _fact(name: str, value: Any, calendar: tzinfo) -> str:
+    """Return a fact for people: an amount in dollars, a time in the gateway's zone."""
+    if name.endswith("_nano"):
+        return f"{name.removesuffix('_nano')} {dollars(value)}"
+    if name in TIMES and isinstance(value, int | float):
+        return f"{name.removesuffix('_at')} {shown(value, calendar)}"
+    return f"{name} {str(value)[:40]}"

@@ -18,9 +18,11 @@ TIMEOUT_S = 2.0
 MANAGED = (Path("/etc/claude-code/managed-settings.json"), Path("/Library/Application Support/ClaudeCode/managed-settings.json"))
 
 
-@click.command(epilog=f'Example, in ~/.claude/settings.json: "statusLine": {{"type": "command", "command": "{PROGRAM} statusline"}}')
+@click.command(epilog=f"Example: {PROGRAM} statusline")
 def statusline() -> None:
     """Print what the app of this Claude Code has spent and has left, for its status line.
+
+    In ~/.claude/settings.json: "statusLine": {"type": "command", "command": "gateway statusline"}.
 
     Asks the gateway that Claude Code calls: the one at ANTHROPIC_BASE_URL, or `gateway local` around it. Without an answer in two
     seconds the line says so, and the exit code stays 0: a status line is no reason to stop.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, tzinfo
 
+from gateway_addon.names import PROGRAM
 from gateway_addon.windows import next_start, starts
 
 NAMES = {"today": "Today", "7d": "7 days", "30d": "30 days", "month": "This month", "last-month": "Last month"}
@@ -66,7 +67,7 @@ def of_days(first: date, last: date, now: float, zone: tzinfo) -> Range:
     if last < first:
         raise ValueError(f"The range ends on {last}, before it begins on {first}. Exchange the two dates.")
     if (last - first).days >= DAYS_MAX:
-        raise ValueError(f"From {first} to {last} are more than {DAYS_MAX} days. Ask for fewer; gateway report sums any period.")
+        raise ValueError(f"From {first} to {last} are more than {DAYS_MAX} days. Ask for fewer; {PROGRAM} report sums any period.")
     return _range("", first, last, now, zone)
 
 

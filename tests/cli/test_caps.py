@@ -186,6 +186,7 @@ def test_the_audit_names_who_did_what_to_an_app(here):
     shown = gateway("audit --app reports").output
     assert [line.split()[-1] for line in shown.splitlines() if "cap raise" in line] == ["launch"]
     assert "pause" not in shown
+    assert re.search(r"raised \$0\.00 > raised \$5\.00, until \d{4}-\d\d-\d\d \d\d:\d\d CES?T +launch", shown), "no raw numbers"
     assert len(told("audit")) > len(told("audit --app reports"))
 
 
