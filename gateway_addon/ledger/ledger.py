@@ -20,9 +20,8 @@ from gateway_addon.ledger import connect, orphans, reservations, state
 from gateway_addon.ledger.reports.forecast import Forecast, forecasts
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.ledger.store.commit_queue import CommitQueue
 from gateway_addon.ledger.store.interface import EVERYTHING, Asked, Store
-from gateway_addon.ledger.store.writer import Operation
+from gateway_addon.ledger.store.writer import Operation, Writer, Written
 from gateway_addon.ledger.types import (
     Alert,
     CapShape,
@@ -88,7 +87,7 @@ class Ledger:
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, _Held] = {}
         self._looked_up: dict[str, _LookedUp] = {}
-        self._commit_queue = CommitQueue(store)
+        self._writer = Writer(store, self._deliver)
         self._letting_go = False
         self._heartbeat: asyncio.Future[None] | None = None
 
@@ -104,7 +103,7 @@ class Ledger:
         ledger = cls(path, connect.store(path, timeout_s), timeout_s)
         if not ledger._store.near:
             sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
-        ledger._commit_queue.start()
+        ledger._writer.start()
         try:
             if ledger._store.heartbeat_s:
                 await ledger.ready()  # only the server knows which ledger this is, and so which journals are its own
@@ -119,7 +118,9 @@ class Ledger:
         """Write the waiting operations, then close. The next sweep settles the calls that are open then."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-        if not await self._commit_queue.stop(timeout_s):
+        ended = await asyncio.to_thread(self._writer.stop, timeout_s)
+        await asyncio.sleep(0)  # the last batch's answers
+        if not ended:
             kept = self._store.journal
             then = f"writes them from {kept}" if kept is not None else "settles these calls at what they hold"
             log.error("the ledger %s did not take the last settlements; the next start %s", self._store, then)
@@ -376,7 +377,7 @@ class Ledger:
     ) -> object:
         future: asyncio.Future[object] = self._loop.create_future()
         emit = partial(self._set_answer, future)
-        self._commit_queue.put(Operation(apply, rank, scopes, asked, instead=instead, wanted=lambda: not future.done(), emit=emit))
+        self._writer.put(Operation(apply, rank, scopes, asked, instead=instead, wanted=lambda: not future.done(), emit=emit))
         too_late = self._loop.call_later(self._timeout_s, self._give_up, future)
         try:
             return await future
@@ -400,18 +401,25 @@ class Ledger:
         future: asyncio.Future[object] = self._loop.create_future()
         instead = partial(_end_unstorable, ending=record) if record and record.kind == "settle" else None
         emit = partial(self._set_answer, future)
-        self._commit_queue.put(
+        self._writer.put(
             Operation(apply, RESOLVE, scopes, record, lasting=True, may_linger=True, instead=instead, record=record, emit=emit)
         )
         return future
 
     def _record(self, apply: Change, *scopes: str) -> None:
-        full = self._commit_queue.waiting >= BACKLOG_MAX
+        full = self._writer.waiting >= BACKLOG_MAX
         if full and not self._letting_go:
             log.error("the ledger %s is behind: refused and free calls are not recorded until it catches up", self._store)
         self._letting_go = full
         if not full:
-            self._commit_queue.put(Operation(apply, RECORD, frozenset(scopes), may_linger=True))
+            self._writer.put(Operation(apply, RECORD, frozenset(scopes), may_linger=True))
+
+    def _deliver(self, answers: Sequence[Written]) -> None:
+        """Bring a batch's answers to the loop, on the writer's thread."""
+        try:
+            self._loop.call_soon_threadsafe(_emit, answers)
+        except RuntimeError:
+            log.debug("the loop ended before %d answers of the ledger", len(answers))
 
     def _set_answer(self, future: asyncio.Future[object], answer: object) -> None:
         if future.done():
@@ -433,3 +441,8 @@ def _touched(app: str, caps: Sequence[CapShape]) -> frozenset[str]:
 
 def _end_unstorable(db: Connection, ending: RecordedEnd) -> Resolution:
     return reservations.end(db, replace(ending, settlement=UNSTORABLE))
+
+
+def _emit(answers: Sequence[Written]) -> None:
+    for answer in answers:
+        answer.operation.emit(answer.value)

@@ -129,7 +129,7 @@ async def test_ready_while_the_ledger_takes_writes_and_calls_pass(tmp_path, monk
 async def test_readiness_asks_the_ledger_once_a_second(tmp_path):
     """The ledger is asked once a second, however many ask whether the gateway is ready."""
     async with Simulator() as api, gateway(tmp_path, api) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
-        before = gw.gateway.ledger._commit_queue.writer._commits
+        before = gw.gateway.ledger._writer._commits
         answers = [await http.get("/gateway/readyz") for _ in range(20)]
         assert {answer.status_code for answer in answers} == {200}
-        assert gw.gateway.ledger._commit_queue.writer._commits - before <= 3
+        assert gw.gateway.ledger._writer._commits - before <= 3

@@ -143,7 +143,7 @@ def reconnect(ledger):
 
     The old one is closed with the ledger, not now: a commit may still be at work on it, though what it wrote can be read already.
     """
-    writer = ledger._commit_queue.writer
+    writer = ledger._writer
     left, writer._db = writer._db, None
     if left is not None:
         weakref.finalize(ledger, left.close)

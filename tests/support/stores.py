@@ -10,17 +10,13 @@ class Down(Exception):
 
 
 class Store:
-    """Rows in a list. `fails`: what happens at each commit from the first on; `carried out` is a commit in doubt that took place.
-
-    `free`: whether the turn is to be had without waiting, from the first time that it is asked for on (then it always is).
-    """
+    """Rows in a list. `fails`: what happens at each commit from the first on; `carried out` is a commit in doubt that took place."""
 
     errors = (Down,)
     journal = None
     near = True
 
-    def __init__(self, *fails, scopes_max=1, free=()):
-        self._free = iter(free)
+    def __init__(self, *fails, scopes_max=1):
         self.rows, self.tried, self.scopes_max = [], [], scopes_max
         self._fails, self._commits, self._begun = iter(fails), 0, []
         self.in_transaction = False
@@ -28,9 +24,6 @@ class Store:
     must_be_unchanged = close_writer = close = lambda self: None
     connect = lambda self: self  # noqa: E731
     turn = lambda self: nullcontext()  # noqa: E731
-
-    def try_turn(self):
-        return (lambda: None) if next(self._free, True) else None
 
     def begin(self, db, scopes):
         self._begun = []

@@ -41,7 +41,7 @@ class Store(Protocol):
     errors: tuple[type[Exception], ...]
     """The exceptions of the driver."""
     near: bool
-    """A statement takes microseconds and waits for nothing: a batch's statements run on the event loop."""
+    """A statement takes microseconds and waits for nothing."""
     skew_s: int
     """By how many whole seconds the ledger's clock is ahead of this machine's."""
 
@@ -75,9 +75,6 @@ class Store(Protocol):
 
     def turn(self) -> AbstractContextManager[None]:
         """Take the writer's turn among the processes, before `begin`."""
-
-    def try_turn(self) -> Callable[[], None] | None:
-        """Take the turn if it is free. Return the function that releases it, or None (always, on a server)."""
 
     def begin(self, db: Connection, scopes: Collection[str]) -> None:
         """Begin a transaction that may judge and change the balances of `scopes`, alone in each of them until its commit."""

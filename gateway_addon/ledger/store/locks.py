@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -44,15 +44,6 @@ class Turnstile:
             yield
         finally:
             self._leave()
-
-    def try_turn(self) -> Callable[[], None] | None:
-        """Take the turn if it is free and nobody is ahead. Return the function that releases it, or None."""
-        if not _free(self._turn):
-            return None
-        try:
-            return self._leave if _free(self._write) else None
-        finally:
-            fcntl.flock(self._turn, fcntl.LOCK_UN)
 
     def _leave(self) -> None:
         fcntl.flock(self._write, fcntl.LOCK_UN)

@@ -224,9 +224,6 @@ class ServerStore:
     def turn(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def try_turn(self) -> None:
-        return None
-
     def begin(self, db: Connection, scopes: Collection[str]) -> None:
         _begin(db, scopes)
 

@@ -75,9 +75,6 @@ class FileStore:
     def turn(self) -> AbstractContextManager[None]:
         return self._turnstile.turn()
 
-    def try_turn(self) -> Callable[[], None] | None:
-        return self._turnstile.try_turn()
-
     def begin(self, db: Connection, scopes: Collection[str]) -> None:
         db.execute("BEGIN IMMEDIATE")
 

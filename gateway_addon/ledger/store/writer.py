@@ -59,28 +59,8 @@ class Written(NamedTuple):
     value: object
 
 
-class BegunCommit(NamedTuple):
-    """A batch whose statements have run, in a turn that was free; left to do: the commit, and the end of the turn."""
-
-    db: WriterConnection
-    answers: list[Written]
-    release_turn: Callable[[], None]
-
-
-type Deliver = Callable[[Sequence[Written], int | None], None]
-"""Take answers, on the writer's thread. With a number: so many of the operations handed over are done, none is kept or in doubt, and
-the thread waits for more."""
-
-
-type Compute = Callable[[Callable[[], list[Written]]], list[Written]]
-"""Run a batch's statements and return their answers. They run where the answers are wanted, on the event loop: SQLite lets go of the
-interpreter at every step, and a thread that has to win it back from a busy loop each time costs both of them more than all the
-statements do (measured: 0.84 ms a call against 0.41). What can wait for a disk or a lock stays on this thread."""
-
-
-def _here(work: Callable[[], list[Written]]) -> list[Written]:
-    return work()
-
+type Deliver = Callable[[Sequence[Written]], None]
+"""Take answers, on the writer's thread."""
 
 _rank = attrgetter("rank")
 
@@ -88,13 +68,10 @@ _rank = attrgetter("rank")
 class Writer:
     """The writing thread: begin with `start`, hand over with `put`, end with `stop`."""
 
-    def __init__(self, store: Store, deliver: Deliver, compute: Compute = _here) -> None:
+    def __init__(self, store: Store, deliver: Deliver) -> None:
         self._store = store
         self._deliver = deliver
-        self._compute = compute
-        self._queue: queue.SimpleQueue[Operation | BegunCommit | None] = queue.SimpleQueue()
-        self._taken = 0
-        self._begun: BegunCommit | None = None
+        self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
         self._db: WriterConnection | None = None
         self._commits = 0
         self._doubt: tuple[int, list[Written]] | None = None
@@ -104,42 +81,13 @@ class Writer:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, work: Operation | BegunCommit) -> None:
+    def put(self, work: Operation) -> None:
         self._queue.put(work)
 
     @property
     def waiting(self) -> int:
         """Return the number of operations not yet taken up."""
         return self._queue.qsize()
-
-    def try_turn(self) -> Callable[[], None] | None:
-        """Take a turn for `begin`, if one is free and the thread is idle. Return the function that releases it, or None."""
-        try:
-            return self._store.try_turn() if self._db is not None else None
-        except self._store.errors:
-            log.debug("the turn could not be asked for; the writer's thread will say why", exc_info=True)
-            return None
-
-    def begin(self, operations: Sequence[Operation], release_turn: Callable[[], None]) -> BegunCommit | None:
-        """Run a batch's statements at once, in a turn of `try_turn`; `put` the result next.
-
-        None where that fails: the turn is then released, and the batch is to go to the thread.
-        """
-        assert self._db is not None
-        try:
-            self._store.must_be_unchanged()
-            return BegunCommit(self._db, self._statements(self._db, sorted(operations, key=_rank), _here), release_turn)
-        except BaseException as error:
-            release_turn()
-            if not isinstance(error, Exception):
-                raise
-            log.debug("a batch could not begin on the loop; the writer's thread takes it over", exc_info=True)
-            return None
-
-    @property
-    def failing(self) -> bool:
-        """Return whether the last attempt failed: then all operations go to the thread, which answers or keeps them."""
-        return self._failures > 0
 
     def stop(self, timeout_s: float) -> bool:
         """Write the waiting operations and end; False where that took longer (the thread goes on, a sweep settles the rest)."""
@@ -153,18 +101,12 @@ class Writer:
         while not stopping or kept:
             arrived, stop = self._take(wait_s=self._backoff_s() if kept or stopping else None)
             stopping = stopping or stop
-            begun, self._begun = self._begun, None
-            if begun is not None:
-                kept = self._finish(begun)
-                continue
             if kept or self._failures:
                 self._record(kept + arrived)
             groups = disjoint_groups(kept + arrived, self._store.scopes_max)
             kept = self._one_by_one(groups if self._store.near else [run for group in groups for run in batchable_runs(group)])
             if not kept and self._store.journal is not None:
                 self._store.journal.clear()
-            if not kept and not self._failures and self._doubt is None and self._queue.empty():
-                self._deliver((), self._taken)
         self._disconnect()
         self._store.close_writer()
 
@@ -188,10 +130,6 @@ class Writer:
         try:
             found = self._queue.get(timeout=wait_s) if wait_s != 0 else self._queue.get_nowait()
             while found is not None:
-                self._taken += 1
-                if isinstance(found, BegunCommit):
-                    self._begun = found
-                    return False
                 taken.append(found)
                 if len(taken) >= BATCH_MAX:
                     return False
@@ -232,19 +170,7 @@ class Writer:
         self._failures = 0
         if answers is None:
             return self._one_by_one([[operation] for operation in operations])
-        self._deliver(answers, None)
-        return []
-
-    def _finish(self, begun: BegunCommit) -> list[Operation]:
-        """Commit a batch that was begun on the loop, and end its turn; return the operations to be tried again."""
-        try:
-            try:
-                self._make_durable(begun.db, begun.answers)
-            finally:
-                begun.release_turn()
-        except self._store.errors as error:
-            return self._failed([answer.operation for answer in begun.answers], error)
-        self._deliver(begun.answers, self._taken)
+        self._deliver(answers)
         return []
 
     def _connection(self) -> WriterConnection:
@@ -277,11 +203,11 @@ class Writer:
         return self._transaction(db, operations)
 
     def _commit(self, db: WriterConnection, operations: Sequence[Operation]) -> list[Written]:
-        answers = self._statements(db, operations, self._compute)
+        answers = self._statements(db, operations)
         self._make_durable(db, answers)
         return answers
 
-    def _statements(self, db: WriterConnection, operations: Sequence[Operation], compute: Compute) -> list[Written]:
+    def _statements(self, db: WriterConnection, operations: Sequence[Operation]) -> list[Written]:
         scopes = frozenset[str]().union(*(operation.scopes for operation in operations))
         asked = [operation.asked for operation in operations if operation.asked is not None]
         try:
@@ -290,7 +216,7 @@ class Writer:
                 answers = [Written(*pair) for pair in zip(operations, said, strict=True)]
             else:
                 self._store.begin(db, scopes)
-                answers = compute(lambda: [Written(operation, operation.apply(db)) for operation in operations])
+                answers = [Written(operation, operation.apply(db)) for operation in operations]
                 self._store.stamp(db, self._commits + 1)
         except BaseException:
             if db.in_transaction:
@@ -315,7 +241,7 @@ class Writer:
         self._doubt = None
         if commits is None or commits < number:
             return operations
-        self._deliver(answers, None)
+        self._deliver(answers)
         written = {id(answer.operation) for answer in answers}
         return [each for each in operations if id(each) not in written]
 
@@ -328,7 +254,7 @@ class Writer:
         if self._failures == 0:
             log.error("%s", answer)
         self._failures += 1
-        self._deliver([Written(each, answer) for each in operations if not each.lasting], None)
+        self._deliver([Written(each, answer) for each in operations if not each.lasting])
         time.sleep(0.01)  # a failing store must not be asked as fast as a processor can ask
         return [each for each in operations if each.lasting]
 

@@ -56,7 +56,7 @@ def written(store, *names, broken=()):
             raise ValueError(name)
         store._begun.append(name)
 
-    def deliver(answers, dealt_with):
+    def deliver(answers):
         for answer in answers:
             answer.operation.emit(answer.value)
 

@@ -1,4 +1,4 @@
-"""The queue from the loop to the writer's thread: what begins where, and that nothing is lost, told twice or waited for on the way."""
+"""From the loop to the writer's thread and back: nothing is lost, told twice or waited for by the loop on the way."""
 
 import asyncio
 import fcntl
@@ -14,10 +14,10 @@ from stores import Store
 
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.ledger.store.commit_queue import CommitQueue
+from gateway_addon.ledger.store import writer as writer_module
 from gateway_addon.ledger.store.locks import folder
 from gateway_addon.ledger.store.sqlite import FileStore
-from gateway_addon.ledger.store.writer import BegunCommit, Operation
+from gateway_addon.ledger.store.writer import Operation, Writer
 
 
 class Asked:
@@ -38,60 +38,69 @@ class Asked:
         return self.answers[0]
 
 
-@contextmanager
-def handed_over(queue):
-    """Record the kinds of work that the thread is given meanwhile."""
-    given, put = [], queue.writer.put
-    queue.writer.put = lambda work: (given.append(type(work)), put(work))
-    yield given
-    queue.writer.put = put
+def started(store) -> Writer:
+    """A writer that answers on this loop."""
+    loop = asyncio.get_running_loop()
+
+    def emit(answers):
+        for answer in answers:
+            answer.operation.emit(answer.value)
+
+    writer = Writer(store, lambda answers: loop.call_soon_threadsafe(emit, answers))
+    writer.start()
+    return writer
 
 
-async def ready(store):
-    """A queue whose thread has a connection and rests."""
-    queue = CommitQueue(store)
-    queue.start()
-    first = Asked(store, "first")
-    queue.put(first.operation)
+async def stopped(writer) -> bool:
+    ended = await asyncio.to_thread(writer.stop, 20)
+    await asyncio.sleep(0)
+    return ended
+
+
+async def ready(store) -> Writer:
+    """A writer that has a connection."""
+    writer = started(store)
+    writer.put((first := Asked(store, "first")).operation)
     await first.answer()
-    await until(lambda: queue._thread == "rests")
-    return queue
+    return writer
 
 
-@pytest.mark.parametrize("count", [1, 30])
-async def test_operations_of_one_turn_are_handed_over_once(count):
-    """Their statements have run on the loop."""
+async def test_operations_that_wait_together_share_one_commit():
+    """While one commit is on its way, thirty more arrive."""
+    store, count, held = Store(scopes_max=None), 30, threading.Event()
+    queue = await ready(store)
+    commit = store.commit
+    store.commit = lambda db: (held.wait(20), commit(db))
+    before = queue._commits
+    every = [Asked(store, "alone"), *(Asked(store, f"{number}") for number in range(count))]
+    queue.put(every[0].operation)
+    await until(lambda: every[0].threads)
+    for asked in every[1:]:
+        queue.put(asked.operation)
+    held.set()
+    assert await asyncio.gather(*(asked.answer() for asked in every)) == ["written"] * (count + 1)
+    assert queue._commits - before == 2
+    assert not {threading.main_thread()} & {thread for asked in every for thread in asked.threads}, "the loop ran statements"
+    assert await stopped(queue)
+
+
+async def test_what_nobody_waits_for_shares_the_next_commit(monkeypatch):
+    """It lingers for a moment, and is written by itself if no other comes."""
+    monkeypatch.setattr(writer_module, "LINGER_S", 20.0)
     store = Store(scopes_max=None)
     queue = await ready(store)
-    with handed_over(queue) as given:
-        every = [Asked(store, f"{number}") for number in range(count)]
-        for asked in every:
-            queue.put(asked.operation)
-        assert await asyncio.gather(*(asked.answer() for asked in every)) == ["written"] * count
-    assert given == [BegunCommit]
-    assert [asked.threads for asked in every] == [[threading.main_thread()]] * count
-    assert await queue.stop(5)
-
-
-async def test_an_operation_nobody_waits_for_lingers_to_share_a_commit():
-    """It is written by itself if no other comes."""
-    store = Store(scopes_max=None)
-    queue = await ready(store)
-    with handed_over(queue) as given:
-        settled, reserved = Asked(store, "settled", lasting=True, may_linger=True), Asked(store, "reserved")
-        queue.put(settled.operation)
-        await asyncio.sleep(0)
-        assert given == []
-        queue.put(reserved.operation)
-        await asyncio.gather(settled.answer(), reserved.answer())
-        assert given == [BegunCommit]
-        alone = Asked(store, "alone", lasting=True, may_linger=True)
-        queue.put(alone.operation)
-        await alone.answer()
-    assert given == [BegunCommit, BegunCommit]
-    last = Asked(store, "last", lasting=True, may_linger=True)
-    queue.put(last.operation)
-    assert await queue.stop(5)
+    before = queue._commits
+    settled, reserved = Asked(store, "settled", lasting=True, may_linger=True), Asked(store, "reserved")
+    queue.put(settled.operation)
+    await asyncio.sleep(0.02)
+    queue.put(reserved.operation)
+    await asyncio.gather(settled.answer(), reserved.answer())
+    assert queue._commits - before == 1
+    monkeypatch.setattr(writer_module, "LINGER_S", 0.001)
+    queue.put((alone := Asked(store, "alone", lasting=True, may_linger=True)).operation)
+    assert await alone.answer() == "written"
+    queue.put(Asked(store, "last", lasting=True, may_linger=True).operation)
+    assert await stopped(queue)
     assert store.rows == ["first", "settled", "reserved", "alone", "last"]
 
 
@@ -103,7 +112,7 @@ async def test_what_its_caller_has_left_before_it_began_is_not_written():
     lasting = Asked(store, "lasting", wanted=lambda: False, lasting=True)
     queue.put(lasting.operation)
     await lasting.answer()
-    assert await queue.stop(5)
+    assert await stopped(queue)
     assert (store.rows, left.answers, left.threads) == (["first", "lasting"], [], [])
 
 
@@ -120,40 +129,25 @@ async def test_after_a_failed_commit_the_thread_answers_all():
     assert isinstance(await gone.answer(), LedgerUnavailable)
     assert isinstance(await while_it_commits.answer(), LedgerUnavailable)
     assert await kept.answer() == "written"
-    await until(lambda: queue._thread == "rests")
     again = Asked(store, "again")
     queue.put(again.operation)
     assert await again.answer() == "written"
-    assert await queue.stop(5)
+    assert await stopped(queue)
     assert store.rows == ["first", "kept", "again"]
-
-
-async def test_the_thread_rests_only_once_all_its_work_is_done():
-    """The thread's report that it rests may cross new work: the connection would be used from both sides."""
-    queue = CommitQueue(Store(free=[False], scopes_max=None))
-    asked = Asked(Store(), "on its way")
-    queue._to_the_thread()
-    queue.put(asked.operation)
-    queue._receive((), 0)
-    assert queue._thread == "works"
-    queue._receive((), 1)
-    assert queue._thread == "rests"
 
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_every_operation_gets_one_true_answer_whatever_fails(seed):
-    """Turns and commits fail by chance."""
+    """Commits fail by chance."""
     chance = random.Random(seed)
     fails = [chance.choice(["", "", "", "down", "carried out"]) for _ in range(40)]
-    free = [chance.random() < 0.7 for _ in range(40)]
-    store = Store(*fails, scopes_max=None, free=free)
-    queue = CommitQueue(store)
-    queue.start()
+    store = Store(*fails, scopes_max=None)
+    queue = started(store)
     every = [Asked(store, f"{number}", lasting=chance.random() < 0.5, may_linger=chance.random() < 0.3) for number in range(40)]
     for asked in every:
         queue.put(asked.operation)
         await asyncio.sleep(chance.choice([0, 0, 0.001, 0.012]))
-    assert await queue.stop(20)
+    assert await stopped(queue)
     assert [len(asked.answers) for asked in every if asked.operation.lasting] == [1] * sum(asked.operation.lasting for asked in every)
     assert len(store.rows) == len(set(store.rows)), "written twice"
     for asked in every:
@@ -203,6 +197,5 @@ async def test_the_loop_goes_round_while_another_holds_the_ledger(tmp_path, hold
     pause_too_s, answer = await longest_pause_s(asked.answer())
     assert answer == "written"
     assert max(pause_s, pause_too_s) < 0.2
-    await until(lambda: queue._thread == "rests")  # and the thread gives it back
-    assert await queue.stop(5)
+    assert await stopped(queue)
     await store.close()
