@@ -68,6 +68,26 @@ RUNNING = {
     "a refusal for a budget that nobody has set, or without its amounts": ["calls/test_refusals_by_sdk: refusal_raises_the_sdk_class_with_a_helpful_sentence"],
 }  # fmt: skip
 
+HOSTILE_TOKEN = "identity/test_workloads: a_hostile_token_is_invalid"
+IDENTITY = {
+    "the algorithm, or the key, is taken from the token": [HOSTILE_TOKEN, "identity/test_workloads: each_algorithm_is_checked_by_a_key_of_its_own_type"],
+    "a rotated key is refused until a restart, or a removed one lives on": ["identity/test_key_cache: a_rotated_key_passes_within_one_fetch"],
+    "random kids flood the issuer, and good users are refused meanwhile": ["identity/test_key_cache: a_thousand_unknown_kids_ask_once_in_a_cooldown"],
+    "a failed refresh wipes the keys, or stale ones are trusted for ever": ["identity/test_key_cache: an_outage_takes_no_key_away_for_a_day", "operations/test_issuer_keys: an_issuer_that_fails_is_told_once_until_it_is_back"],
+    "an issuer that was down at the start never recovers": ["identity/test_key_cache: an_issuer_that_was_down_at_the_start_is_asked_again", "calls/test_identities: an_issuer_without_keys_is_503_and_never_open"],
+    "a token for somebody else is taken, or one without an end": [HOSTILE_TOKEN],
+    "a clock a second off refuses everybody without a clue": ["identity/test_workloads: a_clock_that_is_wrong_is_said_with_the_difference", "identity/test_workloads: a_good_token_is_its_apps_workload"],
+    "a claim that the issuer left out falls to everybody's rule": ["identity/test_workloads: a_rule_matches_to_the_letter_or_says_why_not"],
+    "one workload with two budgets, or one that a header chooses": ["identity/test_workloads: a_workload_of_two_apps_is_neithers", "calls/test_identities: a_refused_workload_gets_one_answer_in_both_ways"],
+    "a rule so wide that strangers match it": ["policy/test_trusting: a_rule_that_lets_strangers_in_is_refused", "policy/test_trusting: a_repository_that_is_named_without_its_id_is_doubtful"],
+    "a cached decision outlives a revocation, an end, or a rule": ["calls/test_identities: a_change_holds_at_the_next_call_in_every_process"],
+    "identity tokens and sessions in flows, logs and ledgers": ["test_secrets: neither_key_nor_token_is_in_any_flow_log_or_file"],
+    "a 403 for an expired token, which nobody renews": ["identity/test_workloads: an_expired_token_is_told_apart_so_that_clients_renew", "calls/test_identities: by_the_environment_alone_the_sdk_gets_in"],
+    "a stream that ends with its session": ["calls/test_identities: a_stream_outlives_its_session"],
+    "a session that is minted though nobody can write it down": ["calls/test_identities: without_a_ledger_nothing_is_minted"],
+    "an address in a document that leads to a metadata service": ["test_http_client: a_guarded_question_is_never_a_metadata_services", "operations/test_issuer_keys: a_server_that_does_not_answer_as_it_should_is_named"],
+}  # fmt: skip
+
 TRICKS = {row.trick for row in HOSTILE}
 
 
@@ -81,5 +101,5 @@ def named(test: str) -> bool:
 
 
 def test_each_known_mistake_is_forbidden_by_a_test_that_is_there():
-    missing = {mistake: [test for test in tests if not named(test)] for mistake, tests in (SPENDING | ALLOWLIST | RUNNING).items()}
+    missing = {mistake: [test for test in tests if not named(test)] for mistake, tests in (SPENDING | ALLOWLIST | RUNNING | IDENTITY).items()}
     assert {mistake: tests for mistake, tests in missing.items() if tests} == {}

@@ -1,5 +1,5 @@
-"""Check all that a gateway needs besides its ledger: a policy that loads, a key that the provider takes, an upstream that answers
-over trusted TLS, a clock that agrees with it, a disk with room.
+"""Check all that a gateway needs besides its ledger: a policy that loads, issuers with keys, a key that the provider takes, an upstream
+that answers over trusted TLS, a clock that agrees with it, a disk with room.
 
 Promises that asking costs nothing (one list of models, which is free), that the key is sent to the policy's upstream alone (a redirect
 is not followed) and is in no line. An edge: it reads files, the clock, the environment and the network.
@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.http_client import Egress, Unanswered
+from gateway_addon.identity.key_cache import KeysUnavailable
 from gateway_addon.ledger import access
+from gateway_addon.operations import issuer_keys
 from gateway_addon.policy import GatewayPolicy, PolicyError, load, retiring
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.client import ask
@@ -49,6 +51,7 @@ def check_all(policies: Path, *, offline: bool, clock: Callable[[], float] = tim
     except (PolicyError, PriceError) as error:
         return [Check("policy", [str(policies)], [f"{error}"])]
     checks = [Check("policy", [f"{policies}: {len(policy.apps)} apps ({policy.digest[:12]})"], []), check_models(policy, clock())]
+    checks += check_issuers(policy, offline=offline)
     secret = WatchedSecret(policy.key, withheld=policy.secret_variables)
     try:
         key = secret()
@@ -65,6 +68,21 @@ def check_models(policy: GatewayPolicy, now: float) -> Check:
     soon = [each.sentence(now) for each in found if not each.what.is_past(now)]
     seen = soon or [f"none that an app may use ends within a month (prices checked {policy.prices.checked})"]
     return Check("models", seen, [each.sentence(now) for each in found if each.what.is_past(now)])
+
+
+def check_issuers(policy: GatewayPolicy, *, offline: bool) -> list[Check]:
+    """Check that each issuer's keys can be had, in one check of all; none where the policy names no issuers."""
+    seen, findings = [], []
+    for issuer in policy.trust.issuers.values() if policy.trust is not None else ():
+        if offline and issuer.keys.kind in ("discovery", "url"):
+            seen.append(f"{issuer.name}: not asked (--offline)")
+            continue
+        try:
+            keys = issuer_keys.fetched(issuer, None, lambda url: egress(policy, os.environ, url)).keys
+            seen.append(f"{issuer.name}: {len(keys.keys)} keys that check signatures")
+        except (KeysUnavailable, ValueError, SecretUnavailable) as error:
+            findings.append(f"{issuer.name}: its keys cannot be had ({error}); its identity tokens are refused, or will be in a day")
+    return [Check("issuers", seen or ["none has keys"], findings)] if seen or findings else []
 
 
 def check_files(ledger: Path, policies: Path) -> Check:

@@ -8,6 +8,7 @@ from contextlib import closing
 import pytest
 from click.testing import CliRunner
 from gateway import write_policies
+from issuers import jwks
 from ledgers import CALL, DAY_CAP, NOON, Part, new_ledger, rows
 from upstreams import upstream
 
@@ -42,6 +43,17 @@ def policies(tmp_path_factory, monkeypatch):
 def examine(path, *options):
     result = CliRunner().invoke(doctor, ["--ledger", f"sqlite:///{path}", *(options or ["--offline"])], catch_exceptions=False)
     return result.exit_code, result.output
+
+
+def test_issuers_without_keys_are_a_finding(path, policies):
+    named = "issuers: {here: {url: https://a.test, keys: {file: KEYS}}, web: {url: https://b.test}}"
+    write_policies(policies, "http://127.0.0.1:1", {}, f"audience: x\n{named.replace('KEYS', str(policies / 'jwks.json'))}")
+    code, output = examine(path)
+    assert (code, "BAD issuers: web: not asked (--offline)" in output) == (1, True), output
+    assert "here: its keys cannot be had" in output
+    (policies / "jwks.json").write_bytes(jwks())
+    code, output = examine(path)
+    assert (code, "ok  issuers: here: 1 keys that check signatures" in output) == (0, True), output
 
 
 def damage(path, sql):
