@@ -147,12 +147,14 @@ def day(console: Console, text: str) -> Response:
         try:
             on = date.fromisoformat(text)
             within = ranges.of_days(on, on, now, reservations.zone(db))
-        except ValueError:
+            to_it = ranges.of_days(on - timedelta(days=6), on, now, reservations.zone(db))
+        except (ValueError, OverflowError):
             abort(404)
         sheet = desk.days_of(db, console.memory, within, now).sheet()
+        week = desk.days_of(db, console.memory, to_it, now).sheet()
         newest = call_detail.search(db, CallFilter(since=within.since, until=within.until))
         beside = {"earlier": on - timedelta(days=1), "later": on + timedelta(days=1) if within.until <= now else None}
-        return page("day.html", db, within, on=on, sheet=sheet, calls=newest.calls[:NEWEST_CALLS], **beside)
+        return page("day.html", db, within, on=on, sheet=sheet, week=week, calls=newest.calls[:NEWEST_CALLS], **beside)
 
 
 def live_sessions(console: Console) -> Response:

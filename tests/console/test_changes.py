@@ -17,7 +17,7 @@ from gateway_addon.console import links
 from gateway_addon.console.app import COOKIE, build
 from gateway_addon.console.login import ASKED_MAX, LINK_S, TRIES_PER_MINUTE, Login, ask
 from gateway_addon.console.pages import Console, Policies
-from gateway_addon.ledger import NewCall, admin, connect, state
+from gateway_addon.ledger import Alert, NewCall, admin, connect, state
 
 HOME = {"Origin": "http://localhost"}
 PAUSE = "/change/pause?scope=reports&why=runaway"
@@ -307,3 +307,20 @@ def test_a_session_is_shown_with_its_agents_and_paused_alone(console, client):
     confirm(client, "/change/resume?scope=reports&session=run-1")
     assert changed(console) == NOTHING
     assert (client.get("/sessions/other/run-1").status_code, client.get("/change/pause?scope=reports&session=no&hours=1").status_code) == (404, 400)
+
+
+# alerts
+
+
+def test_alerts_are_grouped_and_the_rest_has_a_page(console, client):
+    """The overview names each kind once, the newest ten; the page of all has each of them."""
+    now = time.time()
+    with connect.changing(console.ledger) as db:
+        for number in range(13):
+            state.alert_once(db, Alert("policy", f"app:app{number}", "x", f"Sentence {number:02} first."), send=False, now=now - 100 + number)
+        for number in range(3):
+            state.alert_once(db, Alert("drift", "app:reports", f"y{number}", f"Drifted {number}."), send=False, now=now - 10 + number)
+    overview, page = client.get("/?range=7d").text, client.get("/alerts?range=7d").text
+    assert [len(re.findall(words, overview)) for words in ("Drifted 2", "Drifted 1", "3 like it", "Sentence", "4 more kinds")] == [1, 0, 1, 9, 1]
+    assert re.findall(r"Sentence \d\d|Drifted \d", page) == [*(f"Drifted {number}" for number in (2, 1, 0)), *(f"Sentence {number:02}" for number in reversed(range(13)))]
+    assert " UTC</time>" in page
