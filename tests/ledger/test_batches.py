@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from contextlib import closing
 from functools import partial
 
@@ -234,7 +235,7 @@ async def test_what_is_open_is_listed_for_people_and_for_programs(path):
     finally:
         await ledger.close()
     assert [result.exit_code for result in (plain, as_json, nothing)] == [0, 0, 0]
-    assert "reports  msgbatch_1           2  $0.0000" in plain.output
+    assert re.search(r"reports  msgbatch_1 +2  \$0.0000", plain.output)
     [listed] = json.loads(as_json.output)
     assert {name: listed[name] for name in ("id", "app", "requests", "held_nano", "status")} == {
         "id": "msgbatch_1", "app": "reports", "requests": 2, "held_nano": 1000, "status": "in_progress",

@@ -136,7 +136,7 @@ def test_json_says_the_same(path):
 def test_long_work_says_how_far_it_is(path, monkeypatch):
     said = []
     monkeypatch.setattr("gateway_addon.cli.doctor.status", lambda line="": said.append(line))
-    monkeypatch.setattr(connect, "BEAT_STEPS", 100)
+    monkeypatch.setattr("gateway_addon.ledger.store.sqlite.BEAT_STEPS", 100)
     examine(path)
     assert said[0] == "proving the ledger, 0 s"
     assert said[-1] == "", "it does not stay on the screen"

@@ -109,7 +109,7 @@ def _doors() -> Iterator[Hostile]:
         "no path": ("", "*", "v1/messages", "?beta=true"),
         "odd characters": ("/v1/messages\t", " /v1/messages", "/v1/me\u017f\u017fages", "/v1/messages\u200b"),
         "other spending endpoints": ("/v1/complete", "/v1/messages/batches", "/v1/sessions", "/v1/agents", "/v1/deployments"),
-        "other people's data": ("/v1/files", "/v1/skills", "/v1/organizations/users", "/v1/memory_stores", "/v1/oauth/token"),
+        "other people's data": ("/v1/files", "/v1/skills", "/v1/organizations/users", "/v1/memory_stores", "/v1/oauth/revoke"),
         "model in the query": ("?model=claude-opus-5-5", "?beta=true&model=x", "?MODEL=x", "?max_tokens=100000", "?m%6fdel=x"),
         "malformed query": ("?%20=a", "?beta=true&", "?a=b?c=d", "?;model=x", "?beta=%00"),
     }.items():

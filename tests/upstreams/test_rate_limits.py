@@ -56,7 +56,7 @@ async def test_a_background_app_leaves_room_for_the_interactive_one(tmp_path):
             await ask(gw, "nightly")
         assert refused.value.response.headers["x-gateway-refusal"] == "headroom"
         assert 0 < int(refused.value.response.headers["retry-after"]) <= 61
-        assert "keeps 20 % of it free for others" in refused.value.message
+        assert "keeps 20 % of them free for the others" in refused.value.message
         await ask(gw, "interactive")
 
 
