@@ -5,16 +5,28 @@ import signal
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from keep_ledgers import DAY_S, FOLDER, GONE, MARCH, NAMES, expected, kept, said
-from ledgers import ENGINES, NOON, balance, rows, url, writing
+from ledgers import ENGINES, NOON, Cap, balance, rows, url, writing
 
 from gateway_addon.cli import main
 from gateway_addon.cli.doctor import check_ledger
-from gateway_addon.ledger import Ledger, LedgerUnavailable, NewCall, Reserved, ServerAddress, Settlement, admin, connect
+from gateway_addon.ledger import (
+    Denied,
+    Ledger,
+    LedgerUnavailable,
+    NewCall,
+    Reserved,
+    ServerAddress,
+    Settlement,
+    admin,
+    connect,
+    reservations,
+)
 from gateway_addon.ledger.reports import daily_totals
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +63,21 @@ def up_to_date(ledger):
 def test_kept_ledgers_stay_small():
     assert NAMES
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 200_000
+
+
+@pytest.mark.parametrize("name", ["m005_observed", "m008_nano_in_views"])
+def test_calls_of_older_versions_are_of_no_known_part(name, engine, tmp_path):
+    """A cap on a part begins with nothing spent; a cycle, which needs no part, knows all of its calls."""
+    ledger = up_to_date(kept(name, engine, tmp_path))
+    month, new = Cap("total", "cycle:1", 10**12), replace(MINE, session_id="s-6")
+    with connect.changing(ledger) as db:
+        wanted = {("reports", "session", "ever")}
+        assert admin.align(db, "Europe/Berlin", {"reports": "batch", "search": None}, ["cycle:1"], wanted, who="test", now=NOON)
+        [of_cycle] = reservations.capped(db, [month], now=NOON)
+        assert of_cycle.spent_nano == reservations.capped(db, [Cap("total", "month", 10**12)], now=NOON)[0].spent_nano > 0
+        assert isinstance(reservations.reserve(db, "me", new, 40, [Cap("app:reports session:s-6", "ever", 40)], now=NOON), Reserved)
+        assert isinstance(reservations.reserve(db, "me", new, 1, [Cap("app:reports session:s-6", "ever", 40)], now=NOON), Denied)
+    assert check_ledger(ledger, now=NOON).findings == []
 
 
 @pytest.mark.parametrize("name", NAMES)

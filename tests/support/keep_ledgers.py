@@ -26,7 +26,7 @@ from gateway_addon.ledger.maintenance import invariants, prune
 from gateway_addon.ledger.orphans import settle_orphans
 from gateway_addon.ledger.reports import daily_totals, spending
 from gateway_addon.ledger.sql import Connection
-from gateway_addon.windows import starts
+from gateway_addon.windows import cycle, starts
 
 FOLDER = Path(__file__).parents[1] / "ledger" / "kept_ledgers"
 NAMES = sorted(path.name.removesuffix(".json") for path in FOLDER.glob("*.json"))
@@ -37,7 +37,11 @@ JANUARY, FEBRUARY, MARCH = 1_767_222_000.0, 1_769_900_400.0, 1_772_319_600.0  # 
 DEAD = "host-7-dead"  # whose process is gone: what it held is an orphan's
 GONE = "host-8-gone"  # the same, and not swept yet
 
-REPORTS = NewCall("reports", "batch", 1, "messages", "claude-haiku-4-5", max_tokens=1000, input_tokens=700, session_id="s-1")
+PARTS = frozenset((("reports", "session", "ever"), ("reports", "model", "day"), ("reports", "label.client", "cycle:31")))
+REPORTS = NewCall(
+    "reports", "batch", 1, "messages", "claude-haiku-4-5", max_tokens=1000, input_tokens=700, session_id="s-1",
+    model="claude-haiku-4-5", labels=(("client", "acme"),),
+)  # fmt: skip
 SEARCH = NewCall("search", None, 2, "messages", "claude-sonnet-5", stream=True, max_tokens=4096, agent_id="a-1")
 DONE = Outcome(200, "claude-haiku-4-5", "end_turn", "req_1", complete=True, price_rows="claude-haiku-4-5", service_tier="standard")
 
@@ -49,7 +53,8 @@ def fill(path: Path | ServerAddress) -> None:
         for app, digest in (("reports", "d1"), ("search", "d2"), ("old", "d3")):
             admin.issue_token(db, app, digest, label="first", expires_at=NOON + 90 * DAY_S, who="ops", now=JANUARY)
         admin.revoke_tokens(db, "old", who="ops", why="left", now=FEBRUARY)
-        admin.align(db, ZONE, {"reports": "batch", "search": None}, who="gateway", now=JANUARY)
+        admin.align(db, ZONE, {"reports": "batch", "search": None}, [cycle(31)], PARTS, who="gateway", now=JANUARY)
+        admin.issue_token(db, "search", "d0", cap_nano=4_000_000, who="ops", now=JANUARY)
         admin.keep_policy(db, "p1", {"gateway.yaml": "caps: {month: $50}\n"}, who="gateway", now=JANUARY)
         for day in range(3):
             _ordinary_day(db, JANUARY + day * DAY_S)
@@ -157,6 +162,11 @@ def said(path: Path | ServerAddress) -> dict[str, object]:
     """Return all that a version reports of a ledger, as JSON would: every report, standing, token, batch, alert and open call, to the nano."""
     spans = {"january": (JANUARY, FEBRUARY), "february": (FEBRUARY, MARCH), "march": (MARCH, NOON + DAY_S)}
     caps = [Cap("app:reports", "month", 1_000_000_000), Cap("total", "day", 5_000_000)]
+    parts = [
+        Cap("app:reports session:s-6", "ever", 2_000_000), Cap("app:reports model:claude-haiku-4-5", "day", 3_000_000),
+        Cap("app:reports label.client:acme", "cycle:31", 4_000_000), Cap("app:search token:4", "ever", 4_000_000),
+        Cap("total", "cycle:31", 5_000_000),
+    ]  # fmt: skip
     with connect.reading(path) as db:
         document = {
             "findings": invariants.findings(db),
@@ -171,6 +181,7 @@ def said(path: Path | ServerAddress) -> dict[str, object]:
             "standings": [
                 each._asdict() for each in reservations.standing(db, ("total", "team:batch", "app:reports", "app:search"), caps, now=NOON)
             ],
+            "parts": [each._asdict() for each in reservations.capped(db, parts, now=NOON)],
             "tokens": [asdict(each) for each in admin.tokens(db)],
             "pauses": [asdict(each) for each in state.pauses(db, NOON)],
             "overruns": sorted(state.overruns(db)),
