@@ -39,6 +39,7 @@ COMMANDS = {
     "meter": ("meter", "read recorded responses, print usage and cost"),
     "prices": ("prices", "the price table in force"),
     "inventory": ("inventory", "find who uses the Claude API, before anything is moved"),
+    "run": ("run", "a command with a token and a cap of its own, and its bill at the end"),
     "local": ("local", "an intercepting proxy for apps with the API's address in their code"),
     "cutover": ("cutover", "who has arrived, who is missing: may the real key be rotated?"),
     "reconcile": ("reconcile", "hold the ledger against the provider's own reports: what bypasses the gateway"),
@@ -51,6 +52,10 @@ COMMANDS = {
     "docs": ("docs", "the handbook, a chapter at a time"),
     "completion": ("completion", "what a shell needs to complete commands"),
 }
+
+
+FOR_PROGRAMS = ("statusline", "completion")
+"""Commands that a program runs, or a shell's profile: the handbook lists them, and the list of commands fits a screen."""
 
 
 class CommandGroup(click.Group):
@@ -89,7 +94,7 @@ class CommandGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items() if name not in FOR_PROGRAMS])
 
 
 def _say(error: click.UsageError) -> NoReturn:

@@ -1,20 +1,16 @@
 """`gateway local [-- COMMAND]`: the intercepting proxy for apps with the API's own address in their code."""
 
 import asyncio
-import getpass
 import ipaddress
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import click
 
 from gateway_addon.cli.common import ListenAddress, ledger_option, policies_option, says_errors, stop
+from gateway_addon.cli.run_token import RunToken, token_of_a_run
 from gateway_addon.cli.serve import NO_KEY
-from gateway_addon.identity import tokens
-from gateway_addon.ledger import LedgerUnavailable, admin, connect
-from gateway_addon.ledger.store.sqlite_files import ledger_path
+from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.names import PROGRAM
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
@@ -25,7 +21,6 @@ from gateway_addon.proxy.supervisor import ListeningLoop, bind
 from gateway_addon.upstreams.credentials import SecretUnavailable, conceal
 
 PORT = 8082
-RUN_TOKEN_S = 30 * 86400  # a run's own token ends by itself where the run is killed before it can revoke it
 IN_CLEAR = "The proxy listens on this machine alone: credentials travel to it in clear. Choose an address like 127.0.0.1:8082."
 
 
@@ -68,30 +63,17 @@ def local(
         stop(f"Say whose calls these are by --app, one of: {', '.join(sorted(policy.apps)) or f'none yet ({PROGRAM} init)'}.")
     if capture and (problem := capture_problem()):
         stop(problem)
-    with bind(host, port) as listener, _token_of_the_run(app, ledger) as token:
+    with bind(host, port) as listener, _token(app, policies, ledger) as token:
         settings = Settings(host, listener.getsockname()[1], policies, ledger, options, emit=click.echo)
         try:
             with asyncio.Runner(loop_factory=lambda: ListeningLoop(listener)) as runner:
-                code = runner.run(run(settings, command, app=app, token=token, capture=capture, allow_none=allow_none))
+                code = runner.run(run(settings, command, app=app, token=token and token.secret, capture=capture, allow_none=allow_none))
         except SecretUnavailable as error:
             stop(NO_KEY.format(error))
     raise SystemExit(code)
 
 
-@contextmanager
-def _token_of_the_run(app: str, ledger: str) -> Iterator[str | None]:
-    """A token that nobody sees and that is revoked when the run ends; None where no app is named."""
-    if not app:
-        yield None
-        return
-    token, who, path = tokens.mint(), getpass.getuser(), ledger_path(ledger)
-    with connect.changing(path) as db:
-        now = time.time()
-        issued = admin.issue_token(
-            db, app, tokens.digest(token), label="local run", expires_at=now + RUN_TOKEN_S, who=who, why="gateway local", now=now
-        )  # fmt: skip
-    try:
-        yield token
-    finally:
-        with connect.changing(path) as db:
-            admin.revoke_tokens(db, app, token_id=issued.id, who=who, why="gateway local ended", now=time.time())
+
+def _token(app: str, policies: Path, ledger: str) -> AbstractContextManager[RunToken | None]:
+    """Return the run's own token; None where no app is named."""
+    return token_of_a_run(app, policies, ledger, name="local run", why="gateway local") if app else nullcontext()

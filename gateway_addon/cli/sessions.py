@@ -81,13 +81,18 @@ def _story(each: Session, lines: list[AgentLine], calendar: tzinfo) -> str:
     head.append(f"from     {shown(each.started_at, calendar)} to {shown(each.last_at, calendar)}")
     rate = f", {cents(each.rate_nano)} an hour at the pace of the last ten minutes" if each.rate_nano else ""
     head.append(f"spent    {cents(each.spent_nano)} in {each.calls:,} call{'s' * (each.calls != 1)}{rate}")
+    rows = agent_rows(lines)
+    empty = ("refused", "cache read", "cache write", "held")
+    return "\n".join(head) + "\n\n" + table(rows, AGENT_HEADINGS, right=AGENT_HEADINGS[2:], drop_empty=empty, spare=empty)
+
+
+def agent_rows(lines: list[AgentLine]) -> list[list[str]]:
+    """Return the rows of a table of agents (AGENT_HEADINGS), each below the one that started it."""
     rows = []
     for depth, agent, own in found_in.tree(lines):
         name = f"└{'──' * (depth - 1)} {safe_name(agent)}" if agent is not None else "(main)"
         rows += [[name if number == 0 else "", *_figures(line)] for number, line in enumerate(own)] or [[name]]
-    rows = [row + [""] * (len(AGENT_HEADINGS) - len(row)) for row in rows]
-    empty = ("refused", "cache read", "cache write", "held")
-    return "\n".join(head) + "\n\n" + table(rows, AGENT_HEADINGS, right=AGENT_HEADINGS[2:], drop_empty=empty, spare=empty)
+    return [row + [""] * (len(AGENT_HEADINGS) - len(row)) for row in rows]
 
 
 def _figures(line: AgentLine) -> list[str]:

@@ -16,9 +16,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import Context
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from gateway_addon.proxy.connecting import ConnectingLoop
 
@@ -133,17 +134,8 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
         signal.signal(signal.SIGHUP, lambda received, frame: reloading.append(received))
 
     def start(number: int, *ready_fd: int) -> subprocess.Popen[bytes]:
-        inherited = (listener.fileno(), alive_read, *ready_fd)
-        options = ["--socket-fd", str(listener.fileno()), "--parent-fd", str(alive_read)]
-        options += ["--ready-fd", str(ready_fd[0])] if ready_fd else []
-        options += ["--repeats"] if number else []
-        command = [sys.executable, *OPTIMISED, "-m", "gateway_addon", "serve", *arguments, *options]
-        stdout = None if ready_fd else subprocess.DEVNULL
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited: it waits for a worker that is not ready to hear it
-        try:
-            return subprocess.Popen(command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        repeats = ["--repeats"] if number else []
+        return _start([*arguments, *repeats], listener, alive_read, *ready_fd, stdout=None if ready_fd else subprocess.DEVNULL)
 
     ready_read, ready_write = os.pipe()
     workers = [start(0, ready_write)]
@@ -164,6 +156,44 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
                 workers[index], started[index] = start(index), time.monotonic()
     listener.close()  # the workers close theirs: who comes now is refused, and goes to another gateway, not into a queue that nobody reads
     return _drained(workers, stopping, alive_write)
+
+
+@contextmanager
+def beside(arguments: Sequence[str], listener: socket.socket, log: IO[bytes]) -> Iterator[None]:
+    """Run one worker on a socket for as long as the block runs, and let its calls in flight finish; what it says goes to `log`.
+
+    It ends with this process, however that ends. Raises OSError where it does not start; then `log` says why.
+    """
+    (alive_read, alive_write), (ready_read, ready_write) = os.pipe(), os.pipe()
+    worker = _start(arguments, listener, alive_read, ready_write, stdout=subprocess.DEVNULL, stderr=log)
+    os.close(alive_read)
+    os.close(ready_write)
+    listener.close()
+    try:
+        started = os.read(ready_read, 1)
+        os.close(ready_read)
+        if not started:
+            raise OSError(f"the gateway did not start (exit code {worker.wait()})")
+        yield
+    finally:
+        _drained([worker], [], alive_write)
+
+
+def _start(
+    arguments: Sequence[str], listener: socket.socket, alive_fd: int, *ready_fd: int, stdout: int | None, stderr: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:  # fmt: skip
+    """Start a worker, which ends when nobody holds the other end of `alive_fd`, and says at `ready_fd` that it listens."""
+    inherited = (listener.fileno(), alive_fd, *ready_fd)
+    options = ["--socket-fd", str(listener.fileno()), "--parent-fd", str(alive_fd)]
+    options += ["--ready-fd", str(ready_fd[0])] if ready_fd else []
+    command = [sys.executable, *OPTIMISED, "-m", "gateway_addon", "serve", *arguments, *options]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited: it waits for a worker that is not ready to hear it
+    try:
+        return subprocess.Popen(
+            command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+        )  # fmt: skip
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _drained(workers: list[subprocess.Popen[bytes]], signals: list[int], alive_fd: int) -> int:

@@ -443,7 +443,9 @@ async def test_proxy_without_command_says_how_to_use_it_ends_on_ctrl_c(tmp_path)
 
 
 def child_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+    """The command that a gateway runs: its other child guards the token, in a session of its own."""
+    found = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return next(child for child in found if os.getsid(child) == os.getsid(pid))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the command by /proc")

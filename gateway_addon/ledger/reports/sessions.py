@@ -15,6 +15,8 @@ from gateway_addon.ledger.types import AppPart
 RATE_S = 600
 """The time by whose bookings a session's rate is told."""
 HOUR_S = 3600
+CUT_CODES = ("cap_spent", "quote_over_cap", "app_paused")
+"""Refusals after which a program that goes on as before is refused again."""
 LATEST = 100_000
 """Calls that are looked through for a name that no index has."""
 NEAR_MAX = 5
@@ -88,20 +90,20 @@ ORDER BY last_at DESC, seen.app, seen.session_id
 _ACTIVE = "session_id IS NOT NULL AND started_at >= $since"
 _ONE = "session_id = $session"
 
-_AGENTS = sql.named("""
+_AGENTS = """
 WITH seen AS (
   SELECT agent_id, max(parent_agent_id) AS parent, coalesce(model_asked, '(none)') AS model,
     count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls, count(*) FILTER (WHERE state = 'refused') AS refused
-  FROM calls WHERE session_id = $session AND app = $app GROUP BY agent_id, coalesce(model_asked, '(none)')),
+  FROM calls WHERE {which} GROUP BY agent_id, coalesce(model_asked, '(none)')),
 money AS (
   SELECT agent_id, coalesce(model_asked, '(none)') AS model, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
-  FROM calls CROSS JOIN entries WHERE entries.call_id = calls.id AND session_id = $session AND app = $app
+  FROM calls CROSS JOIN entries WHERE entries.call_id = calls.id AND {which}
   GROUP BY agent_id, coalesce(model_asked, '(none)')),
 metered AS (
   SELECT agent_id, coalesce(model_asked, '(none)') AS model, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens,
     sum(cache_read_tokens) AS cache_read_tokens,
     sum(cache_write_5m_tokens + cache_write_1h_tokens + cache_write_unsplit_tokens) AS cache_write_tokens
-  FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND session_id = $session AND app = $app
+  FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND {which}
   GROUP BY agent_id, coalesce(model_asked, '(none)'))
 SELECT seen.agent_id AS agent, seen.parent AS parent, seen.model AS model, calls, refused, coalesce(spent_nano, 0) AS spent_nano,
   coalesce(held_nano, 0) AS held_nano, coalesce(input_tokens, 0) AS input_tokens, coalesce(output_tokens, 0) AS output_tokens,
@@ -109,7 +111,7 @@ SELECT seen.agent_id AS agent, seen.parent AS parent, seen.model AS model, calls
 FROM seen LEFT JOIN money ON money.agent_id IS NOT DISTINCT FROM seen.agent_id AND money.model = seen.model
   LEFT JOIN metered ON metered.agent_id IS NOT DISTINCT FROM seen.agent_id AND metered.model = seen.model
 ORDER BY spent_nano DESC, seen.agent_id, seen.model
-""")
+"""
 _THERE = "SELECT 1 FROM calls WHERE session_id = $1 LIMIT 1"
 _BEGINNING = """
 SELECT DISTINCT session_id FROM calls WHERE session_id IS NOT NULL AND substr(session_id, 1, length(CAST($1 AS TEXT))) = $1
@@ -129,7 +131,27 @@ def one(db: Connection, session: str, *, now: float) -> list[Session]:
 
 def agents(db: Connection, app: str, session: str) -> list[AgentLine]:
     """Return what each agent of a session did on each model, the dearest first."""
-    rows = db.execute(_AGENTS, {"app": app, "session": session}).fetchall()
+    return _agents(db, "session_id = $session AND app = $app", {"app": app, "session": session})
+
+
+def agents_of_token(db: Connection, token_id: int, *, since: float) -> list[AgentLine]:
+    """Return what each agent did on each model by a token, since a time, the dearest first."""
+    return _agents(db, "started_at >= $since AND token_id = $token", {"token": token_id, "since": since})
+
+
+def open_and_cut(db: Connection, token_id: int, *, since: float) -> tuple[int, int]:
+    """Return how many calls of a token run still, and how many a cap or a pause ended or kept from beginning."""
+    counted = sql.named(f"""
+    SELECT count(*) FILTER (WHERE state = 'open'),
+      count(*) FILTER (WHERE refusal IN ({", ".join(f"'{code}'" for code in CUT_CODES)}) OR {db.engine.instr}(flags, 'cut:') > 0)
+    FROM calls WHERE started_at >= $since AND token_id = $token
+    """)
+    [(still_open, cut)] = db.execute(counted, {"since": since, "token": token_id}).fetchall()
+    return still_open, cut
+
+
+def _agents(db: Connection, which: str, values: dict[str, object]) -> list[AgentLine]:
+    rows = db.execute(sql.named(_AGENTS.format(which=which)), values).fetchall()
     return [AgentLine(**{name: row[name] for name in AgentLine.__slots__}) for row in rows]
 
 

@@ -1,0 +1,136 @@
+"""`gateway run` as it is typed: a program of the Anthropic SDK with a token, a cap and a label of its own, and its bill."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from gateway import APP, gateway
+from ledgers import rows, until
+from processes import ledgered
+
+from gateway_addon.cli import main
+from gateway_addon.simulator import KEY, Simulator
+
+NOBODY = "127.0.0.1:9"
+
+SDK = """
+import os, sys, anthropic
+client = anthropic.Anthropic(max_retries=0)
+for number in range(2):
+    agent = {"x-claude-code-session-id": "s", **({"x-claude-code-agent-id": f"a{number}"} if number else {})}
+    made = client.messages.create(
+        model="claude-haiku-4-5", max_tokens=16, messages=[{"role": "user", "content": "hello"}], extra_headers=agent)
+    print(made.content[0].type)
+print("SIMULATED_KEY" in os.environ, os.environ["NO_PROXY"])
+sys.exit(7)
+"""
+PLAIN = """
+import json, os, urllib.error, urllib.request
+body = {{"model": "claude-haiku-4-5", "max_tokens": {max_tokens}, "messages": [{{"role": "user", "content": "hello"}}]}}
+headers = {{"x-api-key": os.environ["ANTHROPIC_API_KEY"], "content-type": "application/json", "anthropic-version": "2023-06-01"}}
+try:
+    urllib.request.urlopen(urllib.request.Request(os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages", json.dumps(body).encode(), headers))
+except urllib.error.HTTPError as error:
+    raise SystemExit(f"refused: {{error.code}}")
+"""
+WAITS = "import time; print('up', flush=True); time.sleep(60)"
+
+
+def plain(max_tokens=16):
+    """A program that makes one call, and starts in a tenth of the time of the SDK's."""
+    return [sys.executable, "-c", PLAIN.format(max_tokens=max_tokens)]
+
+
+async def started(folder, listen, *arguments):
+    """A `gateway run` in a process of its own, which sees the real key and a proxy on the way."""
+    line = [sys.executable, "-m", "gateway_addon", "run", *arguments]
+    where = {"GATEWAY_POLICIES": f"{folder}/policies", "GATEWAY_LEDGER": f"sqlite:///{folder}/gateway.db", "GATEWAY_LISTEN": listen}
+    environment = os.environ | where | {"SIMULATED_KEY": KEY, "HTTP_PROXY": "http://127.0.0.1:9", "ANTHROPIC_API_KEY": "sk-ant-api03-real"}
+    pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
+    return await asyncio.create_subprocess_exec(*line, env=environment, **pipes)
+
+
+async def run(folder, listen, *arguments):
+    """Its exit code, what its command printed, and what it said itself."""
+    process = await started(folder, listen, *arguments)
+    printed, said = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode, printed.decode(), said.decode()
+
+
+def token(folder):
+    return rows(folder / "gateway.db", "SELECT app, revoked_at IS NOT NULL, labels FROM tokens WHERE label = 'run' ORDER BY id DESC LIMIT 1")[0]
+
+
+async def test_a_command_has_a_cap_a_label_and_a_bill_of_its_own(tmp_path):
+    """Beside a gateway that runs: a program of the SDK, and one that its cap stops at its first call."""
+    async with Simulator() as api, gateway(tmp_path, api, {"app": APP, "other": APP}) as gw:
+        listen = gw.url.removeprefix("http://")
+        code, printed, said = await run(tmp_path, listen, "--app", "app", "--cap", "$2", "--label", "pr=41", "--", sys.executable, "-c", SDK)
+        assert (code, printed.split("\n")) == (7, ["text", "text", "False 127.0.0.1", ""]), said
+        assert "└ a1" in said
+        assert " of $2.00 in 2 calls." in said.splitlines()[-1], said
+        assert token(tmp_path) == ("app", 1, '{"pr": "41"}')
+        assert rows(tmp_path / "gateway.db", "SELECT DISTINCT labels, session_id, state FROM calls") == [('{"pr": "41"}', "s", "settled")]
+
+        assert await gw.spent_nano() == (await api.settled()).billed_nano
+
+        capped = ["--app", "app", "--cap", "$0.001", "--until", "30m", "--json", "--"]
+        code, printed, said = await run(tmp_path, listen, *capped, *plain(max_tokens=4000))
+        bill = json.loads(printed)
+        assert (code, "refused: 429" in said) == (3, True), said
+        assert (bill["cut"], bill["code"], bill["cap_nano"], bill["spent_nano"], bill["refused"]) == (True, 1, 1_000_000, 0, 1)
+        assert len((await api.settled()).messages()) == 2
+        assert token(tmp_path)[1] == 1
+
+
+async def test_where_no_gateway_runs_one_is_started_for_the_command(tmp_path):
+    """It uses the same policies and ledger, and ends with the command."""
+    async with Simulator() as api:
+        ledgered(tmp_path, api.url, {"app": APP})
+        code, _, said = await run(tmp_path, NOBODY, "--cap", "1", "--", *plain())
+        assert (code, " of $1.00 in 1 call." in said) == (0, True), said
+        assert len((await api.settled()).messages()) == 1
+
+
+async def test_however_a_run_ends_its_token_is_revoked(tmp_path):
+    """By SIGTERM, which its command gets too, and by SIGKILL, which leaves it no time."""
+    async with Simulator() as api, gateway(tmp_path, api) as gw:
+        for number, code in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)):
+            process = await started(tmp_path, gw.url.removeprefix("http://"), "--", sys.executable, "-c", WAITS)
+            assert await asyncio.wait_for(process.stdout.readline(), 60) == b"up\n"
+            assert token(tmp_path)[1] == 0
+            command = await asyncio.to_thread(children, process.pid, "time.sleep")
+            process.send_signal(number)
+            assert await asyncio.wait_for(process.wait(), 60) == code
+            await until(lambda: token(tmp_path)[1] == 1)
+            for pid in command if number == signal.SIGKILL else ():
+                os.kill(pid, signal.SIGKILL)
+            process._transport.close()
+
+
+def children(parent, text):
+    """The children of a process whose command line has a text."""
+    found = subprocess.run(["ps", "--ppid", str(parent), "-o", "pid=,args="], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if text in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--", "true"], "Say whose calls these are by --app, one of: app, other"),
+        (["--app", "app", "--cap", "much", "--", "true"], "is not an amount"),
+        (["--app", "app", "--until", "soon", "--", "true"], "is not a duration"),
+        (["--app", "app"], "Missing argument"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_sentence(tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.setattr("gateway_addon.cli.run.conceal", lambda: None)
+    ledgered(tmp_path, "http://127.0.0.1:9", {"app": APP, "other": APP})
+    where = ["--policies", f"{tmp_path}/policies", "--ledger", f"sqlite:///{tmp_path}/gateway.db"]
+    done = CliRunner().invoke(main, ["run", *where, *arguments])
+    assert (done.exit_code, sentence in done.output) == (2, True), done.output
