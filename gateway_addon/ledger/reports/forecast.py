@@ -48,7 +48,7 @@ class Forecast(NamedTuple):
     @property
     def sentence(self) -> str:
         """Say who would reach which cap when. For a forecast with such a day."""
-        within = {"day": "of the day", "week": "of the week", "month": "of the month", "ever": "in all"}[self.window]
+        within = "in all" if self.window == "ever" else f"of the {self.window.partition(':')[0]}"
         return (
             f"{named(self.scope)} would reach the cap {within}, {cents(self.cap_nano or 0)}, on {self.reached_on:%A}, {self.reached_on}, "
             f"at the pace of the last {self.closed_days} days"

@@ -107,3 +107,14 @@ def test_days_without_calls_count_once_the_first_call_was_made(tmp_path):
         [month] = forecasts(db, reservations.capped(db, [Cap("app:reports", "month", DOLLAR)], now=now), now=now)
         assert (month.closed_days, month.at_end_nano, month.reached_on) == (28, 0, None)
         assert starts(now).month > NOON + 30 * DAY_S
+
+
+def test_a_cycle_ends_on_its_own_day(tmp_path):
+    """From the 17th: on the 10th seven days are left of it, today with them."""
+    with closing(writing(new_ledger(tmp_path))) as db:
+        for day in range(4):
+            spend(db, NOON - day * DAY_S, 2 * DOLLAR)
+        [standing] = reservations.capped(db, [Cap("app:reports", "cycle:17", 20 * DOLLAR)], now=NOON)
+        [cycle] = forecasts(db, [standing._replace(spent_nano=8 * DOLLAR)], now=NOON)
+    assert (cycle.at_end_nano, cycle.reached_on) == ((8 + 6 * 2) * DOLLAR, date(2026, 3, 16))
+    assert cycle.sentence == "app reports would reach the cap of the cycle, $20.00, on Monday, 2026-03-16, at the pace of the last 3 days"
