@@ -98,6 +98,9 @@ def installed(client: Client) -> Path:
     if pinned[0].suffix == ".txt":
         _install(_python(pinned[0]), "-m", "venv", "--symlinks", unfinished)
         _install(unfinished / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", pinned[0])
+        for script in (unfinished / "bin").iterdir():  # each names its interpreter by its place
+            if not script.is_symlink() and str(unfinished).encode() in (text := script.read_bytes()):
+                script.write_bytes(text.replace(str(unfinished).encode(), str(place).encode()))
     else:
         unfinished.mkdir()
         for name in ("package.json", "package-lock.json"):
