@@ -32,6 +32,7 @@ from gateway_addon.operations.tables import table
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
+from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import beside, bind
 from gateway_addon.upstreams.credentials import SecretUnavailable, conceal
 
@@ -100,11 +101,10 @@ def _gateway(policy: GatewayPolicy, policies: Path, ledger: str, listen: tuple[s
     if policy.tls is not None:
         stop(f"No gateway with this ledger answers at {running}, and gateway.yaml names a certificate: start it, or say --local.")
     with tempfile.TemporaryFile() as log, bind("127.0.0.1", 0) as listener:
-        address = "{}:{}".format(*listener.getsockname()[:2])
-        os.environ["GATEWAY_LEDGER"] = ledger  # not an argument, which everybody on the machine can read: it may hold a password
+        host, port = listener.getsockname()[:2]
         try:
-            with beside(["--listen", address, "--policies", str(policies)], listener, log):
-                yield f"http://{address}"
+            with beside(Settings(host, port, policies, ledger), listener, log):
+                yield f"http://{host}:{port}"
         except OSError:
             log.seek(0)
             said = log.read().decode(errors="replace").strip()

@@ -1,11 +1,12 @@
 """`gateway serve` and `gateway web`."""
 
-import os
+import functools
 import secrets
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import click
 from argon2 import PasswordHasher
@@ -35,6 +36,16 @@ FAST = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 
 
 def _common[F: Callable[..., Any]](command: F) -> F:
+    """Give a command the options of every gateway: it gets them as `settings`, and `insecure_listen` beside them."""
+
+    @functools.wraps(command)
+    def run(
+        listen: tuple[str, int], policies: Path, ledger: str, options: tuple[str, ...], log: str, otel: bool, **own: Any
+    ) -> None:
+        conceal()
+        must_have_policies(policies, ledger)
+        command(settings=Settings(*listen, policies, ledger, options, log_json=log == "json", otel=otel), **own)
+
     for option in (
         click.option("--set", "options", multiple=True, metavar="K=V", help="An option for mitmproxy."),
         click.option("--log", type=click.Choice(("plain", "json")), default="plain", show_default=True, help="json: a line for each call."),
@@ -44,8 +55,8 @@ def _common[F: Callable[..., Any]](command: F) -> F:
         policies_option,
         listen_option,
     ):
-        command = option(command)
-    return command
+        run = option(run)
+    return cast(F, run)
 
 
 @click.command(epilog=f"Example: {PROGRAM} serve --listen 127.0.0.1:8080")
@@ -58,44 +69,14 @@ def _common[F: Callable[..., Any]](command: F) -> F:
     "--no-fast-path", "slow", type=click.Choice(("all", *FAST_PATH)), multiple=True,
     help="Leave mitmproxy's own way in place of all of the fast path, or of one part: as safe, but slower."
 )  # fmt: skip
-@click.option("--socket-fd", type=int, hidden=True)
-@click.option("--parent-fd", type=int, hidden=True)
-@click.option("--ready-fd", type=int, hidden=True)
-@click.option("--repeats", is_flag=True, hidden=True)
-def serve(
-    listen: tuple[str, int],
-    policies: Path,
-    ledger: str,
-    insecure_listen: bool,
-    options: tuple[str, ...],
-    log: str,
-    otel: bool,
-    workers: int,
-    slow: tuple[str, ...],
-    socket_fd: int | None,
-    parent_fd: int | None,
-    ready_fd: int | None,
-    repeats: bool,
-) -> None:
+def serve(settings: Settings, insecure_listen: bool, workers: int, slow: tuple[str, ...]) -> None:
     """Run the gateway: a reverse proxy that admits, caps, meters and records every call to the Claude API."""
-    conceal()
-    if socket_fd is None:
-        must_have_policies(policies, ledger)
-    with _listener(listen, policies, insecure_listen, socket_fd) as listener:
-        host, port = listener.getsockname()[:2]
-        if workers == 1 or socket_fd is not None:
-            left_out = FAST_PATH if "all" in slow else slow
-            own = Settings(
-                host, port, policies, ledger, options,
-                left_out=left_out, log_json=log == "json", otel=otel, parent_fd=parent_fd, ready_fd=ready_fd, repeats=repeats,
-            )  # fmt: skip
-            _serve(own, listener)
-        os.environ["GATEWAY_LEDGER"] = ledger  # not an argument, which everybody on the machine can read: it may hold a password
-        arguments = ["--listen", f"{host}:{port}", "--policies", str(policies)]
-        arguments += [word for option in options for word in ("--set", option)]
-        arguments += [word for part in slow for word in ("--no-fast-path", part)]
-        arguments += ["--log", log, *(["--otel"] if otel else []), *(["--insecure-listen"] if insecure_listen else [])]
-        raise SystemExit(supervise(arguments, listener, workers))
+    settings = replace(settings, left_out=FAST_PATH if "all" in slow else slow)
+    settings, listener = listening(settings, insecure_listen)
+    with listener:
+        if workers == 1:
+            serve_here(settings, listener)
+        raise SystemExit(supervise(settings, listener, workers))
 
 
 @click.command(epilog=f"Example: {PROGRAM} web --web-port 8081")
@@ -103,46 +84,34 @@ def serve(
 @click.option(
     "--web-port", type=click.IntRange(1, 65535), default=8081, show_default=True, help="Port of mitmweb's page, on this machine only."
 )  # fmt: skip
-def web(
-    listen: tuple[str, int],
-    policies: Path,
-    ledger: str,
-    insecure_listen: bool,
-    options: tuple[str, ...],
-    log: str,
-    otel: bool,
-    web_port: int,
-) -> None:
+def web(settings: Settings, insecure_listen: bool, web_port: int) -> None:
     """Run the gateway under mitmweb, to look at flows while debugging, edit them and send them again.
 
     Each flow says whose it is, what it cost and what is left; the view `Claude` shows requests by name and streams as their
     message. It keeps every flow in memory, prompts and answers too: not for production.
     """
-    conceal()
-    must_have_policies(policies, ledger)
-    with _listener(listen, policies, insecure_listen, None) as listener:
+    settings, listener = listening(settings, insecure_listen)
+    with listener:
         password = secrets.token_urlsafe(24)
         click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")
-        hashed = FAST.hash(password)
-        host, port = listener.getsockname()[:2]
-        _serve(Settings(host, port, policies, ledger, options, web_port, hashed, log_json=log == "json", otel=otel), listener)
+        serve_here(replace(settings, web_port=web_port, web_password=FAST.hash(password)), listener)
 
 
 SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, OtelMissing, ValueError, OSError)
 
 
 @SAY
-def _listener(listen: tuple[str, int], policies: Path, insecure: bool, socket_fd: int | None) -> socket.socket:
-    """The socket to serve on: the supervisor's, or one of our own where tokens are safe on the way to it."""
-    if socket_fd is not None:
-        return socket.socket(fileno=socket_fd)
-    if not is_loopback(listen[0]) and not load(policies).tls and not insecure:
-        stop(IN_CLEAR.format(listen[0]))
-    return bind(*listen)
+def listening(settings: Settings, insecure: bool) -> tuple[Settings, socket.socket]:
+    """Open the socket to serve on, where tokens are safe on the way to it; return it with the settings of its address."""
+    if not is_loopback(settings.host) and not load(settings.policies).tls and not insecure:
+        stop(IN_CLEAR.format(settings.host))
+    listener = bind(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    return replace(settings, host=host, port=port), listener
 
 
 @SAY
-def _serve(settings: Settings, listener: socket.socket) -> NoReturn:
+def serve_here(settings: Settings, listener: socket.socket) -> NoReturn:
     from gateway_addon.proxy.server import run  # here: a supervisor need not pay for mitmproxy's start-up
 
     try:

@@ -1,9 +1,14 @@
 """Define the settings of a launch as values, so that a supervisor can pass them on without loading the proxy."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Self
+
+WORKER = "GATEWAY_WORKER"
+"""The environment variable by which a worker gets its settings."""
 
 FAST_PATH = ("connection", "dispatch", "relay", "whole")
 """Modules of proxy/fastpath that do mitmproxy's work in fewer steps, each of which may be left out."""
@@ -29,6 +34,8 @@ class Settings:
     """Log lines of JSON, one for each call among them."""
     otel: bool = False
     """Send a span for each call."""
+    socket_fd: int | None = None
+    """Set in a worker: the supervisor's listening socket."""
     parent_fd: int | None = None
     """Set in a worker: the pipe that tells when the supervisor has ended."""
     ready_fd: int | None = None
@@ -37,3 +44,14 @@ class Settings:
     """Set in all workers but one, which logs what each of them sees."""
     emit: Callable[[str], None] = field(default=partial(print, flush=True))
     """Prints one line for the person who started it."""
+
+    def written(self) -> str:
+        """Return all but `emit` as a text, for `read` in another process. (As arguments everybody on the machine could read them.)"""
+        said = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "emit"}
+        return json.dumps(said | {"policies": str(self.policies)})
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        said = json.loads(text)
+        lists = {name: tuple(said[name]) for name in ("options", "left_out")}
+        return cls(**said | lists | {"policies": Path(said["policies"])})

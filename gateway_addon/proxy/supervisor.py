@@ -16,12 +16,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
+from dataclasses import replace
 from typing import IO, Any, cast
 
 from gateway_addon.proxy.connecting import ConnectingLoop
+from gateway_addon.proxy.settings import WORKER, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +122,8 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if on_a_terminal else ()))
 
 
-def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> int:
-    """Run `count` workers (`gateway serve ARGUMENTS`) on one socket until told to stop. Returns the worst exit code.
+def supervise(settings: Settings, listener: socket.socket, count: int) -> int:
+    """Run `count` workers on one socket until told to stop. Returns the worst exit code.
 
     The first worker starts alone: where a gateway cannot start, it says why, once. A second signal ends what is still in flight.
     """
@@ -134,8 +136,8 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
         signal.signal(signal.SIGHUP, lambda received, frame: reloading.append(received))
 
     def start(number: int, *ready_fd: int) -> subprocess.Popen[bytes]:
-        repeats = ["--repeats"] if number else []
-        return _start([*arguments, *repeats], listener, alive_read, *ready_fd, stdout=None if ready_fd else subprocess.DEVNULL)
+        own = replace(settings, repeats=number > 0)
+        return _start(own, listener, alive_read, *ready_fd, stdout=None if ready_fd else subprocess.DEVNULL)
 
     ready_read, ready_write = os.pipe()
     workers = [start(0, ready_write)]
@@ -159,13 +161,13 @@ def supervise(arguments: Sequence[str], listener: socket.socket, count: int) -> 
 
 
 @contextmanager
-def beside(arguments: Sequence[str], listener: socket.socket, log: IO[bytes]) -> Iterator[None]:
+def beside(settings: Settings, listener: socket.socket, log: IO[bytes]) -> Iterator[None]:
     """Run one worker on a socket for as long as the block runs, and let its calls in flight finish; what it says goes to `log`.
 
     It ends with this process, however that ends. Raises OSError where it does not start; then `log` says why.
     """
     (alive_read, alive_write), (ready_read, ready_write) = os.pipe(), os.pipe()
-    worker = _start(arguments, listener, alive_read, ready_write, stdout=subprocess.DEVNULL, stderr=log)
+    worker = _start(settings, listener, alive_read, ready_write, stdout=subprocess.DEVNULL, stderr=log)
     os.close(alive_read)
     os.close(ready_write)
     listener.close()
@@ -180,20 +182,22 @@ def beside(arguments: Sequence[str], listener: socket.socket, log: IO[bytes]) ->
 
 
 def _start(
-    arguments: Sequence[str], listener: socket.socket, alive_fd: int, *ready_fd: int, stdout: int | None, stderr: IO[bytes] | None = None
+    settings: Settings, listener: socket.socket, alive_fd: int, *ready_fd: int, stdout: int | None, stderr: IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:  # fmt: skip
     """Start a worker, which ends when nobody holds the other end of `alive_fd`, and says at `ready_fd` that it listens."""
-    inherited = (listener.fileno(), alive_fd, *ready_fd)
-    options = ["--socket-fd", str(listener.fileno()), "--parent-fd", str(alive_fd)]
-    options += ["--ready-fd", str(ready_fd[0])] if ready_fd else []
-    command = [sys.executable, *OPTIMISED, "-m", "gateway_addon", "serve", *arguments, *options]
+    passed = (listener.fileno(), alive_fd, *ready_fd)
+    own = replace(settings, socket_fd=passed[0], parent_fd=alive_fd, ready_fd=next(iter(ready_fd), None))
+    command, environment = [sys.executable, *OPTIMISED, "-m", "gateway_addon.cli.worker"], os.environ | {WORKER: own.written()}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited: it waits for a worker that is not ready to hear it
     try:
         return subprocess.Popen(
-            command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            command, env=environment, pass_fds=passed, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
         )  # fmt: skip
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+def inherited(settings: Settings) -> socket.socket:
+    """Return a worker's listening socket, which its supervisor has bound."""
+    return socket.socket(fileno=settings.socket_fd)
 
 
 def _drained(workers: list[subprocess.Popen[bytes]], signals: list[int], alive_fd: int) -> int:

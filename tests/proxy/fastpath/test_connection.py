@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -9,13 +10,13 @@ from gateway import gateway
 from ledgers import new_file
 from mitmproxy.proxy.layers.modes import ReverseProxy
 
-from gateway_addon.cli import main
+from gateway_addon.cli import main, worker
 from gateway_addon.proxy import server
 from gateway_addon.proxy.backpressure import SteadyWatchdog, TimedHandler
 from gateway_addon.proxy.fastpath import connection
 from gateway_addon.proxy.fastpath.connection import QuickHandler
 from gateway_addon.proxy.inject import InjectLayer
-from gateway_addon.proxy.settings import FAST_PATH
+from gateway_addon.proxy.settings import FAST_PATH, WORKER
 from gateway_addon.simulator import Simulator
 
 
@@ -48,12 +49,13 @@ def test_a_part_of_the_fast_path_is_left_out_as_told(tmp_path, monkeypatch, said
         monkeypatch.setattr(part, "FITS", True)
     monkeypatch.setattr(server, "_run", nothing)
     handed_on = []
-    monkeypatch.setattr("gateway_addon.cli.serve.supervise", lambda arguments, listener, count: handed_on.extend(arguments) or 0)
+    monkeypatch.setattr("gateway_addon.cli.serve.supervise", lambda settings, listener, count: handed_on.append(settings) or 0)
     assert CliRunner().invoke(main, ["serve", *where, "--workers", "2"]).exit_code == 0
     assert all(part.FITS for part in server.FAST_PATH.values())
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        own = [*handed_on, "--socket-fd", str(listener.fileno())]
-        assert CliRunner().invoke(main, ["serve", *own]).exit_code == 0
-        listener.detach()
+        [settings] = handed_on
+        monkeypatch.setenv(WORKER, replace(settings, socket_fd=listener.detach()).written())
+        with pytest.raises(SystemExit, match="0"):
+            worker.main()
     left_out = [name for name, part in server.FAST_PATH.items() if not part.FITS]
     assert left_out == (list(FAST_PATH) if said == "all" else [said])
