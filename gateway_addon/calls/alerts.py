@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
-from gateway_addon.ledger import Alert, Facts, Resolution, Standing, app_scope
+from gateway_addon.ledger import Alert, Facts, Resolution, Standing, app_scope, enclosing, part_scope
 from gateway_addon.ledger.reports.forecast import Forecast, named
 from gateway_addon.money import cents
-from gateway_addon.names import PROGRAM, app_named
+from gateway_addon.names import PROGRAM, app_named, safe_name
 from gateway_addon.policy import Alerts, GatewayPolicy, Retiring, Source
 
 THRESHOLDS_PERCENT = (50, 80, 95, 100)  # where the policy does not say
@@ -24,7 +24,7 @@ HOUR_S, DAY_S = 3600, 86_400
 def rule(policy: GatewayPolicy, scope: str) -> Alerts:
     """Return the alert settings of a scope: those of the app's own policy, and of gateway.yaml where the app's has none."""
     common = policy.alerts
-    app = policy.apps.get(scope.removeprefix("app:")) if scope.startswith("app:") else None
+    app = policy.apps.get(enclosing(scope).removeprefix("app:")) if scope.startswith("app:") else None
     own = app.alerts if app is not None else common
     at_percent = own.at_percent or common.at_percent or THRESHOLDS_PERCENT
     if own.webhook is not None:
@@ -106,6 +106,17 @@ def batch_overrun(app: str, batch_id: str, call_id: int, bill: Resolution, now: 
     )
     facts: Facts = {"batch": batch_id, "call_id": call_id, "spent_nano": bill.spent_nano, "held_nano": bill.held_nano}
     return Alert("overrun", app_scope(app), batch_id, sentence, facts)
+
+
+def speed(app: str, session: str, spent_nano: int, over_nano: int, now: float) -> Alert:
+    """Return the alert for a session that spends fast. Once an hour while it lasts."""
+    shown = safe_name(session)
+    sentence = (
+        f"session {shown} of {app_named(app)} spent {cents(spent_nano)} in the last hour, more than {cents(over_nano)} "
+        f"(each.session.per_hour). What it does: {PROGRAM} sessions {shown}. To stop it: {PROGRAM} pause {app} --session {shown} --now"
+    )
+    facts: Facts = {"session": shown, "spent_nano": spent_nano, "per_hour_nano": over_nano}
+    return Alert("speed", part_scope(app, ("session", shown)), str(int(now) // HOUR_S), sentence, facts)
 
 
 def drift(app: str, asked: str, served: str, call_id: int, now: float) -> Alert:

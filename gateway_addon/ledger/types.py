@@ -413,7 +413,7 @@ class TokenLookup:
 
 type Facts = Mapping[str, str | int | float | None]
 
-AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "redirect", "policy", "issuer", "retirement", "forecast"]
+AlertKind = Literal["threshold", "overrun", "drift", "key_refused", "redirect", "policy", "issuer", "retirement", "forecast", "speed"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,19 +7,23 @@ appears in no log. A webhook can hear of an alert twice only if a process dies b
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 
 from gateway_addon.calls import alerts
 from gateway_addon.http_client import STRAIGHT, Egress, Unanswered, ask
-from gateway_addon.ledger import Alert, DueAlert, Ledger
+from gateway_addon.ledger import Alert, DueAlert, Ledger, background
+from gateway_addon.ledger.reports.sessions import fast
 from gateway_addon.policy import Alerts, GatewayPolicy, Source, all_caps, retiring
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 RETRY_S = 10.0  # and twice that each time, up to 21 minutes
+SESSIONS_EVERY_S = 20.0
 GIVE_UP_S = 86_400.0
 POST_TIMEOUT_S = 4.0
 QUEUE_MAX = 1000  # news that waits for a ledger that is away; the oldest goes first
@@ -46,6 +50,7 @@ class AlertDelivery:
 
         self._forecasts_looked: tuple[str, int] | None = None
         """The policy and the hour for which its caps were forecast."""
+        self._sessions_looked_at = -math.inf
 
     def emit(self, alert: Alert) -> None:
         """Tell this soon. Never waits."""
@@ -59,6 +64,7 @@ class AlertDelivery:
             self._news.popleft()
         await self._look_at_caps(policy)
         await self._look_at_forecasts(policy)
+        await self._look_at_sessions(policy)
 
     def _look_at_models(self, policy: GatewayPolicy) -> None:
         now = self._clock()
@@ -95,6 +101,19 @@ class AlertDelivery:
             if (alert := alerts.forecast(coming, standing.starts_at)) is not None:
                 await self._once(alert, policy)
         self._forecasts_looked = look
+
+    async def _look_at_sessions(self, policy: GatewayPolicy) -> None:
+        """Alert of sessions that spend fast, where a policy says what that is. In a thread, a few times a minute."""
+        now = self._clock()
+        limits = [(name, app.each["session"].per_hour_nano) for name, app in policy.apps.items() if "session" in app.each]
+        if now - self._sessions_looked_at < SESSIONS_EVERY_S or not any(limit is not None for _, limit in limits):
+            return
+        self._sessions_looked_at = now
+        for app, over_nano in limits:
+            if over_nano is None:
+                continue
+            for session, spent_nano in await background.read(self._ledger.place, partial(fast, app=app, over_nano=over_nano, now=now)):
+                await self._once(alerts.speed(app, session, spent_nano, over_nano, now), policy)
 
     async def _once(self, alert: Alert, policy: GatewayPolicy) -> None:
         wanted = alerts.rule(policy, alert.scope).webhook is not None

@@ -187,12 +187,15 @@ _LAST_CALL = {
 }
 
 
-def _part_caps(last_call: int | None, **amounts: Any) -> PartCaps:
-    return PartCaps(_amounts(**amounts), last_call)
+def _part_caps(last_call: int | None, per_hour: int | None = None, **amounts: Any) -> PartCaps:
+    return PartCaps(_amounts(**amounts), last_call, per_hour)
 
 
 _PART_CAPS = record(_part_caps, _WINDOWS | _LAST_CALL)
 PART_CAPS = ValueKind(_PART_CAPS.read, _PART_CAPS.schema, "caps: `{day: $5}`, with `week`, `month`, `cycle`, `ever`, `last_call`")
+_PER_HOUR = {"per_hour": Key(AMOUNT, "an alert is raised where a session spends more than this within an hour; it refuses nothing", None)}
+_SESSION_CAPS = record(_part_caps, _WINDOWS | _LAST_CALL | _PER_HOUR)
+SESSION_CAPS = ValueKind(_SESSION_CAPS.read, _SESSION_CAPS.schema, "caps, as of each part, and `per_hour`")
 PARTS = {
     "session": "each session (`x-claude-code-session-id`): the client's word",
     "agent": "each agent (`x-claude-code-agent-id`): the client's word",
@@ -203,9 +206,13 @@ PARTS = {
 _LABEL_PART = rf"label\.{NAME}"
 
 
+def _kind(part: str) -> ValueKind:
+    return SESSION_CAPS if part == "session" else PART_CAPS
+
+
 def _each() -> ValueKind:
     """Caps by the kind of part, labels among them."""
-    keys = {kind: Key(PART_CAPS, help, None) for kind, help in PARTS.items()}
+    keys = {kind: Key(_kind(kind), help, None) for kind, help in PARTS.items()}
 
     def read(node: Node, spot: Spot) -> Mapping[str, PartCaps]:
         found, problems = {}, Problems()
@@ -213,7 +220,7 @@ def _each() -> ValueKind:
             with problems.noted():
                 if name not in keys and re.fullmatch(_LABEL_PART, name) is None:
                     raise spot.at(name).error(key_node, f"unknown key{suggestion(name, (*keys, 'label.NAME'))}")
-                found[name] = PART_CAPS.read(value, spot.at(name))
+                found[name] = _kind(name).read(value, spot.at(name))
                 if not found[name].caps:
                     raise spot.at(name).error(value, "names no window; write one like {day: $5}")
         problems.say()
@@ -223,7 +230,7 @@ def _each() -> ValueKind:
     return ValueKind(read, {**record(dict, keys).schema, **labels}, "keys")
 
 
-_EACH = {kind: Key(PART_CAPS, help, None) for kind, help in (PARTS | {"label.NAME": "each value of a label"}).items()}
+_EACH = {kind: Key(_kind(kind), help, None) for kind, help in (PARTS | {"label.NAME": "each value of a label"}).items()}
 
 def _alerts(at: tuple[int, ...], webhook: Source | None, format: Any) -> Alerts:
     return Alerts(at_percent=at, webhook=webhook, format=format)

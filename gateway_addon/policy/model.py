@@ -37,6 +37,8 @@ class PartCaps:
     caps: Mapping[Window, int]
     last_call_percent: int | None = None
     """The last share of each cap is kept for requests that say that they are the last."""
+    per_hour_nano: int | None = None
+    """A session that spends more than this in an hour raises an alert."""
 
 
 NO_PART_CAPS = PartCaps(NO_CAPS)

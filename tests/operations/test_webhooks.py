@@ -7,14 +7,15 @@ import logging
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
-from gateway import gateway
-from ledgers import NOON, new_ledger, rows, spend, until
+from gateway import gateway, write_policies
+from ledgers import CALL, NOON, new_ledger, rows, spend, until, url
 
 from gateway_addon.calls import alerts
-from gateway_addon.ledger import Alert, Ledger, LedgerUnavailable, Resolution, Standing, connect
+from gateway_addon.ledger import Alert, Ledger, LedgerUnavailable, Resolution, Standing, admin, connect
 from gateway_addon.operations import jobs
 from gateway_addon.operations.reload import PolicyWatcher
 from gateway_addon.operations.webhooks import AlertDelivery
@@ -362,3 +363,34 @@ async def test_a_running_gateway_tells_by_itself(tmp_path, caplog):
                 await until(lambda: bodies)
         assert bodies[0]["scope"] == "app:app"
     assert "Alert: the app 'app' spent" in caplog.text
+
+
+async def test_a_session_that_spends_fast_is_told_once_an_hour(tmp_path):
+    """By what was booked in the last hour, in its own app; a slow one, and one without a limit, are not told."""
+    app = "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\neach: {session: {ever: $100, per_hour: $5}}\n"
+    other = app.replace(", per_hour: $5", "")
+    policy = load(write_policies(tmp_path / "policies", "https://api.anthropic.com", {"reports": app, "drafts": other}))
+    path = new_ledger(tmp_path)
+    with connect.changing(path) as db:
+        admin.issue_token(db, "drafts", "d2", who="test", now=NOON - 86_400)
+        for minutes, session, call_app, dollars in (
+            (90, "fast", "reports", 50), (50, "fast", "reports", 3), (5, "fast", "reports", 3), (5, "slow", "reports", 5), (5, "fast", "drafts", 9)
+        ):
+            call = replace(CALL, app=call_app, team=None, session_id=session, token_id=2 if call_app == "drafts" else 1)
+            spend(db, NOON - minutes * 60, dollars * DOLLAR, call)
+    ledger = await Ledger.open(url(path), now=NOON)
+    clock = [NOON]
+    try:
+        delivery = AlertDelivery(ledger, lambda source: "", lambda: clock[0])
+        for seconds in (0, 60, 60):
+            clock[0] += seconds
+            await delivery.look(policy)
+        told = rows(path, "SELECT scope, sentence FROM alerts WHERE kind = 'speed'")
+        assert [scope for scope, _ in told] == ["app:reports session:fast"]
+        assert "session fast of app reports spent $6.00 in the last hour, more than $5.00" in told[0][1]
+        assert "pause reports --session fast --now" in told[0][1]
+        clock[0] += 3600
+        await delivery.look(policy)
+        assert len(rows(path, "SELECT 1 FROM alerts WHERE kind = 'speed'")) == 1, "an hour later it was slow"
+    finally:
+        await ledger.close()

@@ -129,6 +129,17 @@ def one(db: Connection, session: str, *, now: float) -> list[Session]:
     return _sessions(db, _ONE, {"session": session}, now)
 
 
+def fast(db: Connection, app: str, over_nano: int, *, now: float) -> list[tuple[str, int]]:
+    """Return the sessions of an app for which more than this was booked in the last hour, each with that amount."""
+    booked = sql.named("""
+    SELECT session_id, sum(spent_nano) FROM calls CROSS JOIN entries
+    WHERE entries.call_id = calls.id AND started_at >= $since AND app = $app AND session_id IS NOT NULL AND at >= $hour_since
+    GROUP BY session_id HAVING sum(spent_nano) > $over_nano ORDER BY session_id
+    """)
+    values = {"app": app, "since": now - 2 * HOUR_S, "hour_since": now - HOUR_S, "over_nano": over_nano}  # a call may take an hour
+    return [(row[0], row[1]) for row in db.execute(booked, values).fetchall()]
+
+
 def agents(db: Connection, app: str, session: str) -> list[AgentLine]:
     """Return what each agent of a session did on each model, the dearest first."""
     return _agents(db, "session_id = $session AND app = $app", {"app": app, "session": session})
