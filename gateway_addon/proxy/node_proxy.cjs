@@ -1,6 +1,7 @@
 // Lead a Node program's calls to the Claude API through the proxy of `gateway local`, whose environment names both.
 //
-// Node reads HTTPS_PROXY by itself only since 22.21 and 24.5; before, https and fetch go past it without a word. Promises that nothing
+// Node reads HTTPS_PROXY by itself only since 22.21 and 24.5; before, https and fetch go past it without a word, and since then what has
+// an agent of its own. Promises that nothing
 // else of the program changes: calls to other hosts take the way that they took. Preloaded by NODE_OPTIONS=--require.
 "use strict";
 
@@ -74,7 +75,7 @@ function lead(direct) {
   };
 }
 
-if (upstream && process.env.HTTPS_PROXY && !reads) {
-  leadHttps();
-  if (globalThis.fetch) leadFetch();
+if (upstream && process.env.HTTPS_PROXY) {
+  leadHttps(); // in every version: where Node reads the environment, an agent of the program's own still does not
+  if (globalThis.fetch && !reads) leadFetch();
 }
