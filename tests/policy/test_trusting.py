@@ -3,10 +3,13 @@
 import pytest
 from click.testing import CliRunner
 from gateway import APP, write_policies
+from handbook import blocks, page
 from issuers import jwks
 
 from gateway_addon.cli import main
+from gateway_addon.identity.key_set import KeySet
 from gateway_addon.identity.trust import AppRule, Issuer, KeySource, WorkloadRule
+from gateway_addon.identity.workloads import mismatch
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.policy.trusting import doubtful
 
@@ -125,3 +128,28 @@ def test_a_repository_that_is_named_without_its_id_is_doubtful(tmp_path):
     shown = CliRunner().invoke(main, ["check", str(tmp_path), "--ledger", f"sqlite:///{tmp_path / 'none.db'}"])
     assert (shown.exit_code, "warning: " in shown.output, GITHUB in shown.output) == (0, True, True)
     assert "app: subject repo:o/r:ref:refs/heads/main" in shown.output.replace("\n", "")
+
+
+EXAMPLES = {
+    # tokens of the jobs that the handbook's rules name, by the rules' order
+    "by ids": {"iss": GITHUB, "sub": "repo:any/name:environment:production", "repository_id": "456", "environment": "production"},
+    "the older form of sub": {"iss": GITHUB, "sub": "repo:octo/tools:ref:refs/heads/main", "repository_id": "457"},
+    "the form with ids": {"iss": GITHUB, "sub": "repo:octo@123/tools@458:ref:refs/heads/main"},
+    "a protected branch": {"iss": "https://gitlab.com", "sub": "project_path:g/p:ref_type:branch:ref:main", "project_id": "22", "ref": "main", "ref_type": "branch", "ref_protected": "true"},
+    "keys in a file": {"iss": "https://kubernetes.default.svc.cluster.local", "sub": "system:serviceaccount:batch:nightly"},
+    "keys in the policy": {"iss": "https://edge.internal", "sub": "system:serviceaccount:batch:nightly"},
+}
+
+
+def test_the_handbooks_examples_load_and_each_matches_its_job(tmp_path):
+    """Each rule is right for one job alone: none of the others' tokens match it."""
+    shown = [block.text for block in blocks(page("workloads")) if block.language == "yaml"]
+    assert len(shown) == 2
+    for text in shown:
+        gateway, _, app = text.partition("# policies/apps/")
+        policy = loaded(tmp_path, {"app": app.partition("\n")[2]}, gateway)
+    assert doubtful(policy.apps) == []
+    matches = [[name for name, each in EXAMPLES.items() if each["iss"] == rule.issuer and mismatch(rule, each) is None] for rule in policy.apps["app"].workloads]
+    assert matches == [[name] for name in EXAMPLES]
+    inline = KeySet(policy.trust.issuers["https://edge.internal"].keys.value.encode())
+    assert [each.key_id for each in inline.keys] == ["k1"]
