@@ -291,7 +291,7 @@ class Gateway:
         back_nano = running.release_nano()
         if back_nano:
             written = self.ledger.release(running.hold.call_id, back_nano, now=self._clocks.now())
-            written.add_done_callback(partial(self._wake, running.admission.call.scopes))
+            written.add_done_callback(partial(self._wake, running.admission.call))
         self.streams.hurry_if_short(running, monotonic_s)
 
     def stop(self) -> None:
@@ -326,7 +326,7 @@ class Gateway:
             written, state, outcome, parts = self.ledger.void(call_id, end, now=now), "voided", end, ()
 
         def on_written(written: "asyncio.Future[Resolution]") -> None:
-            self._wake(call.scopes, written)
+            self._wake(call, written)
             if written.cancelled() or written.exception() is not None:
                 return
             resolution = written.result()
@@ -343,7 +343,7 @@ class Gateway:
     def batch_closed(self, batch: Batch, end: SettledBatch, resolution: Resolution) -> None:
         """Report a batch that this process has settled. Another process may have admitted it."""
         logger.info("Batch %s of app %s is settled at %s.", batch.id, batch.app, dollars(resolution.spent_nano))
-        self._queue.settled(end.call.scopes)
+        self._queue.settled((*end.call.scopes, *end.call.part_scopes))
         if self.on_call is not None:
             self.on_call(record(
                 end.call, "settled", started_at=end.started_at, ended_at=self._clocks.now(), call_id=batch.call_id, outcome=end.outcome,
@@ -370,11 +370,11 @@ class Gateway:
         if self.on_call is not None:
             self.on_call(record(admission.call, "free", started_at=admission.admitted_at, ended_at=now, outcome=outcome))
 
-    def _wake(self, scopes: tuple[str, ...], written: "asyncio.Future[Any]") -> None:
-        """Wake the calls that wait in these scopes, once a settlement or a release is written."""
+    def _wake(self, call: NewCall, written: "asyncio.Future[Any]") -> None:
+        """Wake the calls that wait in this one's scopes, once its settlement or a release is written."""
         if not written.cancelled() and written.exception() is not None:
             logger.error("The ledger could not write a settlement: %s", written.exception())
-        self._queue.settled(scopes)
+        self._queue.settled((*call.scopes, *call.part_scopes))
 
     # -- refusals, and answers of the gateway's own
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from gateway_addon.calls.planning import RATES, observed_denials
 from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan
-from gateway_addon.ledger import TOTAL, Denied, Ledger, NewCall, RateLimits, Reserved, enclosing, part_scope
+from gateway_addon.ledger import TOTAL, Denied, Ledger, NewCall, RateLimits, Reserved
 from gateway_addon.refusals import Refusal
 
 HELD_WAIT_S = 2.0  # for budget that calls in flight hold
@@ -60,8 +60,7 @@ class BudgetQueue:
         async def attempt() -> Attempt | Refusal:
             return await self._attempt(call, plan, now + loop.time() - began_s)
 
-        own_parts = tuple(part_scope(call.app, part) for part in call.parts)
-        place = _Place(self._lines, (*call.scopes[1:], TOTAL), own_parts, began_s, concurrency_wait_s)
+        place = _Place(self._lines, (*call.scopes[1:], TOTAL), call.part_scopes, began_s, concurrency_wait_s)
         lines = place.occupied()
         if not lines:
             found = await attempt()
@@ -107,12 +106,13 @@ class BudgetQueue:
         return result, option
 
     def settled(self, scopes: Iterable[str]) -> None:
-        """Wake the first calls in the lines of these scopes, and of parts of these apps: a settlement of this process is written."""
-        freed = set(scopes)
-        for scope, line in self._lines.items():
-            if enclosing(scope) in freed:
-                line.freed.set()
+        """Wake the first calls in these scopes' lines: a settlement of this process is written.
 
+        The lines of other parts stay asleep: of a hundred sessions that wait, one has got something back.
+        """
+        for scope in scopes:
+            if (line := self._lines.get(scope)) is not None:
+                line.freed.set()
 
 
 @dataclass(slots=True)

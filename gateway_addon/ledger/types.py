@@ -177,6 +177,10 @@ class NewCall:
         return tuple((kind, value) for kind, value in known if value)
 
     @property
+    def part_scopes(self) -> tuple[str, ...]:
+        return tuple(part_scope(self.app, part) for part in self.parts)
+
+    @property
     def pause_scopes(self) -> tuple[str, ...]:
         """Return every scope whose pause refuses the call: its parts too, within its app and within all, and the agent that started its."""
         parent = (("agent", self.parent_agent_id),) if self.parent_agent_id else ()

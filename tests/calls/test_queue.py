@@ -248,7 +248,9 @@ async def test_a_session_that_waits_for_its_cap_is_in_no_others_way():
         assert (await asyncio.wait_for(come(queue, call=call), 0.05)).result == reserved(1)
     assert list(queue._lines) == ["app:reports session:s1"]
     ledger.held = False
-    queue.settled(["total", "app:reports"])
+    queue.settled(["total", "app:reports", "app:reports session:s2"])
+    assert not queue._lines["app:reports session:s1"].freed.is_set(), "another session's settlement brings it nothing"
+    queue.settled(["app:reports session:s1"])
     await asyncio.gather(*first)
     assert admitted == ["c", "c", "a", "b"]
     assert not queue._lines

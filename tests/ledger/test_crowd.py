@@ -151,16 +151,15 @@ async def test_a_crowd_of_sessions_users_and_labels_passes_no_cap(tmp_path, seed
                 also.callback(doomed._transport.close)
                 urls = [*urls, address]
                 asyncio.get_running_loop().call_later(3, doomed.kill)
-            await asyncio.gather(*(
-                caller(
-                    chance.choice(urls), gateways.tokens["app"], chance, said, metadata={"user_id": f"u{chance.randrange(5)}"},
-                    extra_headers={
-                        "x-claude-code-session-id": f"s{chance.randrange(sessions)}",
-                        "x-gateway-label-client": chance.choice(["acme", "beta", "cosi"]),
-                    },
-                )
-                for _ in range(callers)
-            ))  # fmt: skip
+
+            async def one():
+                await asyncio.sleep(chance.uniform(0, callers / 30))  # as many a second as a busy server takes, whose caps are many
+                session, client = f"s{chance.randrange(sessions)}", chance.choice(["acme", "beta", "cosi"])
+                headers = {"x-claude-code-session-id": session, "x-gateway-label-client": client}
+                user = {"user_id": f"u{chance.randrange(5)}"}
+                await caller(chance.choice(urls), gateways.tokens["app"], chance, said, metadata=user, extra_headers=headers)
+
+            await asyncio.gather(*(one() for _ in range(callers)))
             async with asyncio.timeout(30):
                 await api.settled()
                 while callers >= 200 and rows(server, "SELECT 1 FROM calls WHERE state = 'open'"):
