@@ -23,12 +23,12 @@ NOT_HERE = (
     " ssh -L 8090:127.0.0.1:8090 HOST"
 )
 
-ONCE = f"The link works once, within {LINK_S // 60} minutes; {PROGRAM} console --link prints a new one."
+ADDRESS = "127.0.0.1:8090"
 
 
 @click.command(epilog=f"Example: {PROGRAM} console --listen 127.0.0.1:8090")
 @click.option(
-    "--listen", type=ListenAddress(), default="127.0.0.1:8090", show_default=True, help="Where the page is, on this machine only."
+    "--listen", type=ListenAddress(), default=ADDRESS, show_default=True, help="Where the page is, on this machine only."
 )
 @click.option(
     "--metrics-token",
@@ -50,7 +50,7 @@ def console(listen: tuple[str, int], token_file: Path | None, write: bool, only_
     name = f"[{host}]" if ":" in host else host
     if only_link:
         click.echo(f"console  http://{name}:{port}/login/{links.offer(links.place(sqlite_files.ledger_path(ledger), host, port))}")
-        click.echo(ONCE, err=True)
+        click.echo(_once(f"{name}:{port}"), err=True)
         return
     token = token_file.read_text().strip() if token_file else None
     if token == "":
@@ -64,12 +64,17 @@ def console(listen: tuple[str, int], token_file: Path | None, write: bool, only_
     try:
         with links.open_for_links(desk.link_file):
             click.echo(f"console  http://{name}:{serving.port}/login/{desk.login.link}")
-            click.echo(f"{ONCE} Ctrl-C ends the console; the gateway runs on.", err=True)
+            click.echo(f"{_once(f'{name}:{serving.port}')} Ctrl-C ends the console; the gateway runs on.", err=True)
             serving.serve_forever()
     except KeyboardInterrupt:
         click.echo("", err=True)
     finally:
         serving.server_close()
+
+
+def _once(address: str) -> str:
+    where = "" if address == ADDRESS else f" --listen {address}"
+    return f"The link works once, within {LINK_S // 60} minutes; {PROGRAM} console --link{where} prints a new one."
 
 
 def _loopback(host: str) -> bool:
