@@ -1,7 +1,9 @@
 """`gateway sessions [ID]`: the sessions that are at work, and one with the tree of its agents."""
 
+import contextlib
 import json
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from datetime import tzinfo
 from pathlib import Path
@@ -11,16 +13,19 @@ import click
 from gateway_addon.cli import times
 from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
 from gateway_addon.cli.scopes import must_know
-from gateway_addon.ledger import LedgerUnavailable, connect, reservations
+from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservations, state
 from gateway_addon.ledger.reports import sessions as found_in
 from gateway_addon.ledger.reports.sessions import AgentLine, Session
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.money import cents
+from gateway_addon.ledger.types import TOTAL, part_within
+from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, safe_name
 from gateway_addon.operations.tables import table
+from gateway_addon.policy import PolicyError, load
+from gateway_addon.pricing import PriceError
 from gateway_addon.windows import shown
 
-HEADINGS = ("session", "app", "user", "agents", "calls", "open", "refused", "spent", "held", "$/h", "last call")
+HEADINGS = ("session", "app", "user", "agents", "calls", "open", "refused", "spent", "held", "$/h", "cap", "state", "last call")
 AGENT_HEADINGS = ("agent", "model", "calls", "refused", "input", "cache read", "cache write", "output", "spent", "held")
 
 
@@ -38,7 +43,9 @@ def sessions(session: str | None, since: str, app: str | None, as_json: bool, po
     The rate is what the session would spend in an hour at the pace of the last ten minutes.
     """
     now = time.time()
+    caps = _caps(policies)
     with connect.reading(ledger_path(ledger)) as db:
+        paused = {each.scope for each in state.pauses(db, now)}
         calendar, wanted = reservations.zone(db), app and must_know(app, db, policies)
         if session is None:
             found = found_in.active(db, since=times.since(since, now, calendar), now=now)
@@ -47,29 +54,45 @@ def sessions(session: str | None, since: str, app: str | None, as_json: bool, po
         found = [each for each in found if wanted in (None, each.app)]
         stories = [(each, found_in.agents(db, each.app, each.session)) for each in found] if session else []
     if as_json:
-        listed = [_row(each) for each in found]
-        click.echo(json.dumps([_row(each) | {"by_agent": [asdict(line) for line in lines]} for each, lines in stories] or listed, indent=2))
+        rows = [_row(each, caps, paused) for each in found]
+        told = [row | {"by_agent": [asdict(line) for line in lines]} for row, (_, lines) in zip(rows, stories, strict=False)]
+        click.echo(json.dumps(told or rows, indent=2))
     elif session is not None:
         click.echo("\n\n".join(_story(each, lines, calendar) for each, lines in stories))
     elif not found:
         click.echo(f"No session has called since {since} ago." if since[0].isdigit() and "-" not in since else f"No session since {since}.")
     else:
-        rows = [_cells(each, calendar) for each in found]
+        cells = [_cells(each, caps, paused, calendar) for each in found]
         right = ("agents", "calls", "open", "refused", "spent", "held", "$/h")
-        click.echo(table(rows, HEADINGS, right=right, drop_empty=("user", "agents", "open", "refused", "held"), spare=("user", "refused")))
+        empty = ("user", "agents", "open", "refused", "held", "cap", "state")
+        click.echo(table(cells, HEADINGS, right=right, drop_empty=empty, spare=("user", "refused")))
 
 
-def _row(each: Session) -> dict[str, object]:
-    return asdict(each) | {"rate_nano": each.rate_nano}
+def _caps(policies: Path) -> Mapping[str, Mapping[str, int]]:
+    """Return what a session may spend, by app and window; nothing where the policies cannot be read."""
+    with contextlib.suppress(PolicyError, PriceError):
+        return {name: app.each["session"].caps for name, app in load(policies).apps.items() if "session" in app.each}
+    return {}
 
 
-def _cells(each: Session, calendar: tzinfo) -> list[str]:
+def _is_paused(each: Session, paused: Collection[str]) -> bool:
+    return any(part_within(scope, ("session", each.session)) in paused for scope in (TOTAL, app_scope(each.app)))
+
+
+def _row(each: Session, caps: Mapping[str, Mapping[str, int]], paused: Collection[str]) -> dict[str, object]:
+    limits = {f"{window}_nano": nano for window, nano in caps.get(each.app, {}).items()}
+    return asdict(each) | {"rate_nano": each.rate_nano, "caps": limits, "paused": _is_paused(each, paused)}
+
+
+def _cells(each: Session, caps: Mapping[str, Mapping[str, int]], paused: Collection[str], calendar: tzinfo) -> list[str]:
+    whens = {window: "" if window == "ever" else f" a {window.partition(':')[0]}" for window in caps.get(each.app, {})}
+    cap = ", ".join(dollars(caps[each.app][window]) + when for window, when in whens.items())
     counts = [f"{count:,}" if count else "" for count in (each.agents, each.calls, each.open, each.refused)]
     held = cents(each.held_nano) if each.held_nano else ""
     user = safe_name(each.user_id or "")
     return [
         safe_name(each.session), each.app, user if len(user) <= 16 else f"{user[:15]}…", *counts, cents(each.spent_nano), held,
-        cents(each.rate_nano), shown(each.last_at, calendar),
+        cents(each.rate_nano), cap, "paused" if _is_paused(each, paused) else "", shown(each.last_at, calendar),
     ]  # fmt: skip
 
 

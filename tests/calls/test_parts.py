@@ -17,7 +17,7 @@ from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin
 from gateway_addon.simulator import Behaviour, Simulator
 
-LABELLED = APP + "labels: {client: {values: [acme, beta]}, branch: {}, pr: {from: token}}\nendpoints: [messages, count_tokens, models, batches]\n"
+LABELLED = APP + "each: {session: {ever: $2}}\nlabels: {client: {values: [acme, beta]}, branch: {}, pr: {from: token}}\nendpoints: [messages, count_tokens, models, batches]\n"
 ASKED = {"model": "claude-haiku-4-5", "max_tokens": 16, "messages": [{"role": "user", "content": "hello"}]}
 SUBAGENT = {"x-claude-code-session-id": "s-1", "x-claude-code-agent-id": "a-2", "x-claude-code-parent-agent-id": "a-1"}
 
@@ -87,6 +87,11 @@ async def test_a_paused_session_is_cut_and_the_others_go_on(tmp_path):
         await until(lambda: len(api.book.all()) == 2)
         assert re.findall(r"^(loops-1111|fine-2222) +app +1 ", (await command(gw, "sessions"))[1], re.MULTILINE)
         code, printed = await command(gw, "pause", "--session", "loops", "--now", "--why", "runaway")
+        listed = {each["session"]: each for each in json.loads((await command(gw, "sessions", "--json"))[1])}
+        assert [(each["paused"], each["caps"]) for each in (listed["loops-1111"], listed["fine-2222"])] == [
+            (True, {"ever_nano": 2_000_000_000}), (False, {"ever_nano": 2_000_000_000}),
+        ]  # fmt: skip
+        assert re.search(r"^loops-1111 +app .* \$2\.00 +paused +20", (await command(gw, "sessions"))[1], re.MULTILINE)
         assert (code, bool(re.match(r"session loops-1111 of any app is paused until .+ Calls in flight are cut\.", printed))) == (0, True), printed
         assert "The operator paused the app 'app', or the part of it that asked" in (await asyncio.wait_for(loops, 10)).split("event: error")[1]
         with pytest.raises(anthropic.PermissionDeniedError, match=r"[Ss]ession loops-1111 of all apps together is paused .*\(runaway\)"):
