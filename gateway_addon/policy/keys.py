@@ -171,10 +171,8 @@ _WINDOWS = {
 def _amounts(**found: Any) -> Mapping[str, int]:
     """Return the amounts by window, in the order of their length."""
     given = {name: found[name] for name in ("request", *_WINDOWS) if found.get(name) is not None}
-    if "cycle" in given:
-        one = given.pop("cycle")
-        given = {cycle(one["from"]): one["amount"], **given}
-    return MappingProxyType(given)
+    amounts = {cycle(one["from"]) if name == "cycle" else name: one["amount"] if name == "cycle" else one for name, one in given.items()}
+    return MappingProxyType(amounts)
 
 
 def _caps(windows: Mapping[str, Key], help: str, default: Any = REQUIRED) -> Key:

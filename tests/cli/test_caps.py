@@ -57,6 +57,16 @@ def told(line: str) -> dict:
     return json.loads(done.stdout)
 
 
+def test_a_billing_cycle_is_raised_and_limited_by_its_name(here: Path):
+    path = here / "policies/apps/reports.yaml"
+    path.write_text(path.read_text().replace("day: $10", "cycle: {amount: $10, from: 17}"))
+    assert "is not one of 'day', 'week', 'month', 'ever', 'cycle:DAY'" in refused("cap raise reports cycle:x 5 --until 3d")
+    assert "reports has no cap for a cycle:5 to change; its caps: request, cycle:17" in refused("cap limit reports cycle:5 1")
+    assert told("cap raise reports cycle:17 5 --until 3d")["window"] == "cycle:17"
+    [row] = [row for row in told("cap list reports")["caps"] if row["window"] == "cycle:17"]
+    assert (row["policy_nano"], row["in_force_nano"]) == (10 * DOLLAR, 15 * DOLLAR)
+
+
 def hold(here: Path, nano: int) -> bool:
     """Whether a call of `reports` that costs so much is let in now."""
     judged = [Cap("app:reports", "day", 10 * DOLLAR), Cap("team:batch", "day", 20 * DOLLAR), Cap("total", "day", 40 * DOLLAR)]

@@ -29,6 +29,7 @@ from gateway_addon.ledger import (
     TokenLookup,
     admin,
     connect,
+    parts,
     reservations,
 )
 from gateway_addon.ledger.denials import judge
@@ -467,6 +468,8 @@ def plans(db):
     hot |= {name: getattr(reservations, name).numbered for name in ("RELEASE", "RESOLVE", "FINISH")}
     hot |= {"token": "SELECT id FROM tokens WHERE digest = $1", "open": reservations.OPEN_OF_OWNER}
     hot["trigger"] = 'SELECT scope, "window", window_start FROM call_frames WHERE call_id = $1'
+    hot["parts trigger"] = 'SELECT scope, "window", window_start FROM part_frames WHERE call_id = $1'
+    hot["parts"] = parts._look(3)
     for name, sql in hot.items():
         yield name, [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", [1] * 50)]
 
@@ -479,7 +482,7 @@ def test_every_statement_of_a_calls_path_searches_by_key(db):
         assert any(step.startswith("SEARCH") for step in steps), name
 
 
-TABLES = ("calls", "entries", "balances", "tokens", "raises", "pauses", "minutes", "usage", "overruns", "owners")
+TABLES = ("calls", "entries", "balances", "part_balances", "part_names", "kept_parts", "tokens", "raises", "pauses", "minutes", "usage", "overruns", "owners")
 
 
 # --- the asynchronous face

@@ -102,6 +102,16 @@ def test_the_caller_is_judged_as_far_as_it_is_given(folder: Path):
     assert "app_paused: app near is paused until it is resumed (a look)" in explained(folder, PLAIN, app="near").output.replace("App", "app")
 
 
+def test_a_request_is_judged_as_its_sessions_too(folder: Path):
+    file = folder / "apps" / "reports.yaml"
+    file.write_text(file.read_text() + "each: {session: {ever: $0.000001}}\n")
+    assert explained(folder, PLAIN).exit_code == 0
+    found = explained(folder, PLAIN, "--header", "x-claude-code-session-id: 3f2a")
+    assert "app:reports session:3f2a ever" in found.output
+    assert "more than the cap of session 3f2a of app reports" in found.output
+    assert found.exit_code == 1
+
+
 def test_an_alias_shows_as_rewritten(folder: Path):
     found = json.loads(explained(folder, PLAIN | {"model": "small"}, "--json").output)
     assert (found["rewritten"], found["refused"]) == ({"model": "claude-haiku-4-5"}, None)
