@@ -14,7 +14,7 @@ from gateway_addon.cli import COMMANDS, main
 
 COMMAND = re.compile(rf"\bgateway (?:{'|'.join(name for name in COMMANDS if name not in ('token', 'local', 'app'))}|token (?:issue|list|revoke))\b")
 NO_HINTS = {
-    "demo/client.py": "a user-agent", "policy/keys.py": "the reference of keys, which is printed in the handbook", "ledger/admin.py": "the reason in an audit row",
+    "demo/client.py": "a user-agent", "policy/keys.py": "the reference of keys, which is printed in the handbook", "ledger/admin.py": "the reason in an audit row", "cli/run.py": "the reason in an audit row",
     "ledger/maintenance/migrate.py": "a lock's name", "ledger/store/postgres.py": "a lock's name", "cli/completion.py": "lines for a shell's start, which knows `gateway` alone",
 }  # fmt: skip
 
