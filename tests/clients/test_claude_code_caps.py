@@ -21,7 +21,7 @@ from gateway_addon.money import NANO_PER_DOLLAR
 from gateway_addon.onboarding.claude_code import LOST
 from gateway_addon.simulator import KEY, Behaviour, Simulator
 
-pytestmark = pytest.mark.npm
+pytestmark = [pytest.mark.npm, pytest.mark.clients]
 
 SHIPPED = (Path(__file__).parents[2] / "policies" / "examples" / "apps" / "claude-code.yaml").read_text()
 DAY = SHIPPED.replace("caps: {day: $20, month: $200}", "caps: {day: $5}")
