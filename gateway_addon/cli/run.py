@@ -155,7 +155,6 @@ def _intercepted(app: str, token: RunToken, command: Sequence[str], policies: Pa
     """Run a program whose calls to the API's own address are intercepted."""
     from gateway_addon.cli.serve import NO_KEY
     from gateway_addon.proxy import intercept  # here: mitmproxy's start is dear, and a gateway that runs needs none
-    from gateway_addon.proxy.settings import Settings
     from gateway_addon.proxy.supervisor import ListeningLoop
 
     if not policy.upstream.startswith("https://"):

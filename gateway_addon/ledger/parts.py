@@ -62,7 +62,8 @@ class _Cap(NamedTuple):
 
 def counted(db: Connection, call: NewCall, caps: Sequence[CapShape], day_start: int) -> CountedCall:
     """Return the parts in which a call is to be counted today. Raises LedgerUnavailable where a part has a cap and no balance is kept."""
-    capped = {part: part_scope(call.app, part) for part in call.parts if part_scope(call.app, part) in {cap.scope for cap in caps}}
+    asked = {cap.scope for cap in caps}
+    capped = {part: scope for part in call.parts if (scope := part_scope(call.app, part)) in asked}
     if not capped:
         return CountedCall(call.parts, caps)
     rows = db.execute(_look(len(capped)), (call.app, day_start, *capped.values())).fetchall()

@@ -163,18 +163,17 @@ class NewCall:
     traceparent: str | None = None
     """The client's own span (W3C trace context): for the span of this call, and never written to the ledger."""
 
-    @property
-    def scopes(self) -> tuple[str, ...]:
-        return scopes(self.app, self.team)
+    scopes: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    parts: tuple[AppPart, ...] = field(init=False, repr=False, compare=False)
+    """The parts of its app in which the call counts, as far as they are known."""
 
-    @property
-    def parts(self) -> tuple[AppPart, ...]:
-        """Return the parts of its app in which the call counts, as far as they are known."""
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scopes", scopes(self.app, self.team))
         known = (
             ("session", self.session_id), ("agent", self.agent_id), ("user", self.user_id), ("model", self.model),
             ("token", str(self.token_id)), *((f"label.{name}", value) for name, value in self.labels),
         )  # fmt: skip
-        return tuple((kind, value) for kind, value in known if value)
+        object.__setattr__(self, "parts", tuple([(kind, value) for kind, value in known if value]))
 
     @property
     def part_scopes(self) -> tuple[str, ...]:
