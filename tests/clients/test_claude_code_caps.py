@@ -113,7 +113,7 @@ async def test_it_warns_shows_dollars_and_says_a_reached_cap(tmp_path):
         await spend(gw, 60)
         code, printed = await ask(tmp_path / "home", "Say hello.", **here)
         assert code == 1
-        assert printed.startswith("The cap for today of app app"), printed
+        assert printed.startswith("The cap for today of the app 'app'"), printed
 
 
 async def test_a_refused_quota_probe_does_not_spoil_the_start(tmp_path):
