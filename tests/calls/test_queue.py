@@ -126,7 +126,7 @@ async def test_the_wait_is_bounded_and_ends_with_one_last_look():
 
 
 async def test_the_last_look_can_still_succeed(monkeypatch):
-    monkeypatch.setattr(room, "HELD_WAIT_S", 0.01)
+    monkeypatch.setattr(room, "HELD_WAIT_S", 0.1)
     monkeypatch.setattr(room, "LOOK_S", 60.0)
     assert (await come(BudgetQueue(Told(HELD, HELD, reserved(1)))))[0] == reserved(1)
 
