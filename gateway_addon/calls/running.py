@@ -199,7 +199,8 @@ class InFlightCall:
 
     def runs_short(self, monotonic_s: float) -> bool:
         short = self.progress is not None and self.progress.runs_short(self.granted_tokens, monotonic_s)
-        return short or (self.turns is not None and self.turns.covered_until(self.granted_turns) < monotonic_s + TICK_S)
+        # two ticks, as far as a top-up looks: the next one comes a tick and its least distance from the last one later, not one tick
+        return short or (self.turns is not None and self.turns.covered_until(self.granted_turns) < monotonic_s + 2 * TICK_S)
 
     def extension_nano(self, tokens: int, turns: int = 0) -> int:
         """Return the amount to hold for so much more output, or so many more turns."""

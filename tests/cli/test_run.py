@@ -106,10 +106,10 @@ async def test_however_a_run_ends_its_token_is_revoked(tmp_path):
             assert token(tmp_path)[1] == 0
             command = await asyncio.to_thread(children, process.pid, "time.sleep")
             process.send_signal(number)
-            assert await asyncio.wait_for(process.wait(), 60) == code
             await until(lambda: token(tmp_path)[1] == 1)
             for pid in command if number == signal.SIGKILL else ():
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)  # it holds the pipe, for whose end asyncio waits beside the process's
+            assert await asyncio.wait_for(process.wait(), 60) == code
             process._transport.close()
 
 
