@@ -32,7 +32,7 @@ from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.planning import plan
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.quote import Quote
-from gateway_addon.calls.record import Measures, OnCall, Scrape, record
+from gateway_addon.calls.record import METRICS_TYPE, Measures, OnCall, Scrape, record
 from gateway_addon.calls.refusal_messages import denied, rate_reached, throttled
 from gateway_addon.calls.reservation_options import ReservationPlan
 from gateway_addon.calls.responses import OwnResponse, me, visible_models
@@ -77,7 +77,6 @@ BROWSER = Refusal(
     "OPTIONS is how a browser asks whether a page may call this gateway, and it may not: whoever opens a page can read the token in it and "
     "spend this app's money. Call the gateway from a server of your own, and let the page call that.",
 )
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NO_METRICS = Refusal(
     "not_found", "This gateway serves no metrics: name a token for them in gateway.yaml (metrics_token: {file: ...}), and restart it."
 )

@@ -30,6 +30,9 @@ class Measures(NamedTuple):
     """Takes 1 when a metered call begins, -1 when it has ended."""
 
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
 class Scrape(NamedTuple):
     """The metrics page: who may read it, and how it is written."""
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gateway_addon.ledger import Standing, app_scope, enclosing
+from gateway_addon.ledger.denials import amount_nano
 
 PERIODS = {"day": "daily", "week": "weekly", "month": "monthly"}
 """The names of windows there. A cap for ever has none, and no reset: the client shows it without them."""
@@ -55,7 +56,7 @@ def usage(app: str, standings: Sequence[Standing]) -> dict[str, Any]:
     binding = speaking(own)
     extra = {
         "is_enabled": True,
-        "monthly_limit": _amount_nano(binding) // NANO_PER_CENT,  # whatever its window: the field's name is the client's
+        "monthly_limit": amount_nano(binding) // NANO_PER_CENT,  # whatever its window: the field's name is the client's
         "used_credits": binding.spent_nano // NANO_PER_CENT,
         "utilization": _shown_percent(binding),
         "currency": "USD",
@@ -71,28 +72,23 @@ def own_caps(app: str, standings: Sequence[Standing]) -> list[Standing]:
 
 def speaking(caps: Sequence[Standing]) -> Standing:
     """Return the cap that speaks for all: the one that resets last of those used up, else the fullest."""
-    if used_up := [cap for cap in caps if cap.spent_nano >= _amount_nano(cap)]:
+    if used_up := [cap for cap in caps if cap.spent_nano >= amount_nano(cap)]:
         return max(used_up, key=lambda cap: math.inf if cap.resets_at is None else cap.resets_at)
-    return max(caps, key=lambda cap: cap.spent_nano / _amount_nano(cap))
+    return max(caps, key=lambda cap: cap.spent_nano / amount_nano(cap))
 
 
 def share_percent(cap: Standing) -> int:
     """Return the spent share of a cap, rounded half up; 100 for a cap of nothing."""
-    amount_nano = _amount_nano(cap)
-    return (200 * cap.spent_nano + amount_nano) // (2 * amount_nano) if amount_nano else 100
-
-
-def _amount_nano(cap: Standing) -> int:
-    assert cap.cap_nano is not None
-    return cap.cap_nano
+    whole_nano = amount_nano(cap)
+    return (200 * cap.spent_nano + whole_nano) // (2 * whole_nano) if whole_nano else 100
 
 
 def _passed_percent(cap: Standing) -> int | None:
-    return next((each for each in THRESHOLDS_PERCENT if 100 * cap.spent_nano > each * _amount_nano(cap)), None)
+    return next((each for each in THRESHOLDS_PERCENT if 100 * cap.spent_nano > each * amount_nano(cap)), None)
 
 
 def _shown_percent(cap: Standing) -> int:
-    return share_percent(cap) if cap.spent_nano >= _amount_nano(cap) else min(99, share_percent(cap))
+    return share_percent(cap) if cap.spent_nano >= amount_nano(cap) else min(99, share_percent(cap))
 
 
 def _limit(cap: Standing, *, active: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from gateway_addon.cli.check import health
 from gateway_addon.cli.common import json_option, ledger_option, listen_option, policies_option, says_errors
 from gateway_addon.cli.init import app_name, write_new
 from gateway_addon.cli.scopes import known_apps, must_know
+from gateway_addon.cli.times import shown_or_never
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Standing, admin, app_scope, connect, scopes, state
 from gateway_addon.ledger.reports import call_detail, spending
@@ -65,7 +66,7 @@ def list_apps(as_json: bool, policies: Path, ledger: str) -> None:
                 cents(row["today_nano"]),
                 cents(row["month_nano"]),
                 row["tokens"],
-                _when(row["last_used_at"], calendar),
+                shown_or_never(row["last_used_at"], calendar),
             )
             for row in rows
         ]
@@ -106,7 +107,7 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
         click.echo(f"paused ({each.scope}) {until}{f': {each.why}' if each.why else ''}")
     click.echo(f"\n{caps_table(caps)}" if caps else "\nNo caps.")
     named = ", ".join(
-        f"{each.id}{f' ({each.label})' if each.label else ''} last used {_when(each.last_used_at, calendar)}" for each in good
+        f"{each.id}{f' ({each.label})' if each.label else ''} last used {shown_or_never(each.last_used_at, calendar)}" for each in good
     )
     click.echo(f"\nTokens: {named or f'none in force; {PROGRAM} token issue {name}'}")
     if refusals:
@@ -198,7 +199,3 @@ def _policy(name: str, policies: Path) -> str:
         return f"No policy: all its calls are refused until {policies}/apps/{name}.yaml is there."
     features = f"; features {', '.join(found.features)}" if found.features else ""
     return f"may use {', '.join(found.models.allow)}{features}; {found.mode}, reserve {found.reserve} ({found.file})"
-
-
-def _when(at: float | None, calendar: Any) -> str:
-    return "never" if at is None else shown(at, calendar)

@@ -24,7 +24,7 @@ from gateway_addon.cli.common import (
     stop,
     write_privately,
 )
-from gateway_addon.cli.times import duration_s
+from gateway_addon.cli.times import duration_s, shown_or_never
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect
 from gateway_addon.ledger.reports import token_usage
@@ -119,11 +119,11 @@ def _as_it_is(path: str) -> FileToday:
 
 
 def _table(tokens: Sequence[Arrival], calendar: tzinfo) -> str:
-    def when(at: float | None) -> str:
-        return "never" if at is None else shown(at, calendar)
-
     rows = [
-        (token.app, f"{token.token_id} {token.label}".strip(), f"{token.calls:,}", when(token.first_at), when(token.last_at))
+        (
+            token.app, f"{token.token_id} {token.label}".strip(), f"{token.calls:,}",
+            shown_or_never(token.first_at, calendar), shown_or_never(token.last_at, calendar),
+        )
         for token in tokens
         if token.state == "in force"
     ]

@@ -60,3 +60,8 @@ def since(text: str, now: float, zone: tzinfo) -> float:
         return now - duration_s(text)
     except ValueError:
         return moment(text, now, zone)
+
+
+def shown_or_never(at: float | None, zone: tzinfo) -> str:
+    """Return a time for people; "never" where there was none."""
+    return "never" if at is None else shown(at, zone)

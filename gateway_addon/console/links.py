@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gateway_addon.console.login import LINK_S, digest
 from gateway_addon.ledger import ServerAddress
+from gateway_addon.ledger.store.locks import take_if_free
 from gateway_addon.ledger.store.sqlite_files import state_folder
 from gateway_addon.names import PROGRAM
 
@@ -42,7 +43,7 @@ def offer(path: Path) -> str:
     except FileNotFoundError:
         raise ValueError(_none(path)) from None
     try:
-        if _is_free(file):
+        if take_if_free(file):
             raise ValueError(_none(path))
         link = secrets.token_urlsafe(32)
         os.ftruncate(file, 0)
@@ -63,14 +64,6 @@ def offered(path: Path, now: float) -> str:
 def taken(path: Path) -> None:
     """Void the link that was offered."""
     os.truncate(path, 0)
-
-
-def _is_free(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _none(path: Path) -> str:

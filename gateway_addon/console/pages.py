@@ -10,6 +10,7 @@ from urllib.parse import quote, urlencode
 
 from flask import Flask, Response, abort, make_response, render_template, request, stream_with_context
 
+from gateway_addon.calls.record import METRICS_TYPE
 from gateway_addon.console import actions, charts, desk, listing, metrics, ranges
 from gateway_addon.console.login import Login
 from gateway_addon.console.sums import About
@@ -18,7 +19,7 @@ from gateway_addon.ledger.reports import call_detail, sessions, spending
 from gateway_addon.ledger.reports.call_detail import STATES, CallFilter
 from gateway_addon.ledger.reports.day_cache import DayCache, ReadConnection
 from gateway_addon.ledger.reports.forecast import forecasts
-from gateway_addon.ledger.types import enclosing, part_of, part_scope
+from gateway_addon.ledger.types import app_scope, enclosing, part_of, part_scope
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations.reload import files_now
@@ -116,7 +117,7 @@ def overview(console: Console) -> Response:
 def app(console: Console, name: str) -> Response:
     now = console.clock()
     with connect.reading(console.ledger) as db:
-        within, scope = range_of(db, request.args, now), f"app:{name}"
+        within, scope = range_of(db, request.args, now), app_scope(name)
         owner = next((each for each in desk.owners(db, console.policies(), now) if each.scope == scope), None)
         if owner is None and name not in admin.apps(db):
             abort(404)
@@ -240,7 +241,7 @@ def call(console: Console, call_id: int) -> Response:
 
 def exposition(console: Console) -> Response:
     text = metrics.exposition(console.look(), policy_broken=console.policies.problem is not None)
-    return Response(text, content_type=metrics.CONTENT_TYPE)
+    return Response(text, content_type=METRICS_TYPE)
 
 
 def problem(title: str, sentence: str, status: int) -> Response:

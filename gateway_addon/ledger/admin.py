@@ -60,7 +60,7 @@ def issue_token(
     token = Token(found[0][0], app, label, now, expires_at, None, labels=labels, cap_nano=cap_nano)
     if cap_nano is not None:
         parts.keep_tokens(db, app)
-    audit(db, who, "token issue", f"app:{app}", None, token_facts(token), why, now)
+    audit(db, who, "token issue", app_scope(app), None, token_facts(token), why, now)
     return token
 
 
@@ -78,7 +78,7 @@ def revoke_tokens(
         db.execute("UPDATE tokens SET revoked_at = $1 WHERE id = $2", (now if at is None else at, token.id))
     revoked = [token for token in tokens(db, app) if token.id in {each.id for each in good}]
     for before, after in zip(good, revoked, strict=True):
-        audit(db, who, "token revoke", f"app:{app}", token_facts(before), token_facts(after), why, now)
+        audit(db, who, "token revoke", app_scope(app), token_facts(before), token_facts(after), why, now)
     return revoked
 
 

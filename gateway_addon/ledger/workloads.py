@@ -8,7 +8,7 @@ their number is that of an hour's jobs. Each function runs in a transaction of t
 from gateway_addon.ledger.admin import TOKENS, audit, token_facts
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.state import token_of
-from gateway_addon.ledger.types import Token
+from gateway_addon.ledger.types import Token, app_scope
 from gateway_addon.names import PROGRAM, app_named, safe_name
 
 KEPT_S = 3600.0
@@ -31,7 +31,7 @@ def enter(db: Connection, app: str, issuer: str, subject: str, digest: str, *, w
     [row] = db.execute(f"{TOKENS} WHERE digest = $1", (digest,)).fetchall()
     token = token_of(row)
     if new:
-        audit(db, who, "workload first seen", f"app:{app}", None, {"id": token.id, "issuer": issuer, "subject": subject}, "", now)
+        audit(db, who, "workload first seen", app_scope(app), None, {"id": token.id, "issuer": issuer, "subject": subject}, "", now)
     return token
 
 
@@ -54,7 +54,7 @@ def bar(db: Connection, app: str, issuer: str, subject: str, digest: str, *, who
     db.execute("UPDATE tokens SET revoked_at = $1 WHERE id = $2", (now, before.id))
     [row] = db.execute(f"{TOKENS} WHERE id = $1", (before.id,)).fetchall()
     after = token_of(row)
-    audit(db, who, "token revoke", f"app:{app}", token_facts(before), token_facts(after), why, now)
+    audit(db, who, "token revoke", app_scope(app), token_facts(before), token_facts(after), why, now)
     return after
 
 
@@ -69,7 +69,7 @@ def restore(db: Connection, app: str, token_id: int, *, who: str, why: str = "",
     db.execute("UPDATE tokens SET revoked_at = NULL WHERE id = $1", (token_id,))
     [row] = db.execute(f"{TOKENS} WHERE id = $1", (token_id,)).fetchall()
     after = token_of(row)
-    audit(db, who, "token restore", f"app:{app}", token_facts(before), token_facts(after), why, now)
+    audit(db, who, "token restore", app_scope(app), token_facts(before), token_facts(after), why, now)
     return after
 
 

@@ -8,7 +8,7 @@ Loaded only where gateway.yaml names a `metrics_token`.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ CALL_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 WAIT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 KINDS = ("input", "output", "cache_read", "cache_write")
 OTHER_MODEL = "other"
+
+type Sample = tuple[tuple[str, ...], float]
+"""The values of a gauge's labels, and its own."""
+
 AMOUNTS: tuple[tuple[str, str, Callable[[Standing], int | None]], ...] = (
     ("spent", "Spent in the window so far.", lambda standing: standing.spent_nano),
     ("held", "Held for calls in flight and open batches.", lambda standing: standing.reserved_nano),
@@ -81,29 +85,38 @@ def _exposition(folder: Path, standings: Sequence[Standing], policy_broken: bool
             path.unlink(missing_ok=True)
     shown = CollectorRegistry()
     MultiProcessCollector(shown, str(folder))  # type: ignore[no-untyped-call]
-    shown.register(_Fixed(standings, policy_broken))
+    shown.register(Gauges(_fixed(standings, policy_broken)))
     return generate_latest(shown)
 
 
-class _Fixed:
-    """Collect what is the same in each process: the ledger's standings, the policy's state."""
+def _fixed(standings: Sequence[Standing], policy_broken: bool) -> Iterator[Any]:
+    """Yield what is the same in each process: the version, the policy's state, the ledger's standings."""
+    yield gauge("build_info", "The version that answers.", [((__version__,), 1)], ("version",))
+    yield gauge("policy_broken", "1 while the policy's files cannot be used.", [((), policy_broken)])
+    for name, text, amount_nano in AMOUNTS:
+        amounts = ((each.scope, each.window, amount_nano(each)) for each in standings)
+        samples = [((scope, window), nano / NANO_PER_DOLLAR) for scope, window, nano in amounts if nano is not None]
+        yield gauge(f"{name}_dollars", text, samples, ("scope", "window"))
 
-    def __init__(self, standings: Sequence[Standing], policy_broken: bool):
-        self._standings, self._policy_broken = standings, policy_broken
 
-    def collect(self) -> Iterator[Any]:
-        from prometheus_client.core import GaugeMetricFamily
+def gauge(name: str, text: str, samples: Iterable[Sample], labels: Sequence[str] = ()) -> Any:
+    """Return a gauge as the library writes it; `samples` have the values of its labels in their order."""
+    from prometheus_client.core import GaugeMetricFamily
 
-        info = GaugeMetricFamily("gateway_build_info", "The version that answers.", labels=["version"])
-        info.add_metric([__version__], 1)
-        yield info
-        yield GaugeMetricFamily("gateway_policy_broken", "1 while the policy's files cannot be used.", value=int(self._policy_broken))
-        for name, text, amount_nano in AMOUNTS:
-            family = GaugeMetricFamily(f"gateway_{name}_dollars", text, labels=["scope", "window"])
-            for standing in self._standings:
-                if (nano := amount_nano(standing)) is not None:
-                    family.add_metric([standing.scope, standing.window], nano / NANO_PER_DOLLAR)
-            yield family
+    family = GaugeMetricFamily(f"gateway_{name}", text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family
+
+
+class Gauges:
+    """Gauges of one moment, for a registry."""
+
+    def __init__(self, gauges: Iterable[Any]):
+        self._gauges = [*gauges]
+
+    def collect(self) -> Iterable[Any]:
+        return self._gauges
 
 
 def _bounded(model: str | None, prices: Prices) -> str:

@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from yaml.nodes import Node
 
 from gateway_addon.identity.trust import ALGORITHMS, KeySource
+from gateway_addon.ledger.access import GROUP_READS, PRIVATE
 from gateway_addon.messages.header_filter import OWN, OWN_PREFIX
 from gateway_addon.names import LABEL_NAME
 from gateway_addon.policy import trusting
@@ -105,7 +106,7 @@ def _header(value: str) -> str:
     return name
 
 
-_MODES = {"0600": 0o600, "0640": 0o640}  # in a schema also as numbers: so YAML reads them
+_MODES = {"0600": PRIVATE, "0640": GROUP_READS}  # in a schema also as numbers: so YAML reads them
 
 
 def _mode(value: str) -> int:

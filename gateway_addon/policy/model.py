@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway_addon.identity.trust import Trust, WorkloadRule
-from gateway_addon.ledger import AppPart, NameLimit, NewCall, app_scope, part_scope
+from gateway_addon.ledger import AppPart, NameLimit, NewCall, app_scope, part_scope, team_scope
 from gateway_addon.names import app_named
 from gateway_addon.pricing import Prices
 from gateway_addon.windows import Window, is_cycle
@@ -253,7 +253,7 @@ def caps(policy: GatewayPolicy, app: AppPolicy, parts: Iterable[AppPart] = (), *
     """Return every cap that limits a call of this app: the total's, its team's, its own, and those of the parts that it belongs to."""
     scopes = [("total", policy.caps), (app_scope(app.name), app.caps)]
     if app.team is not None:
-        scopes.insert(1, (f"team:{app.team}", policy.teams[app.team].caps))
+        scopes.insert(1, (team_scope(app.team), policy.teams[app.team].caps))
     shared = (Cap(scope, window, amount_nano) for scope, limits in scopes for window, amount_nano in limits.items())
     return (*shared, *part_caps(app, parts, last_call=last_call))
 

@@ -75,7 +75,7 @@ def is_dead(ledger: Path, owner: str) -> bool:
     except FileNotFoundError:
         return True
     try:
-        return _free(file)
+        return take_if_free(file)
     finally:
         os.close(file)
 
@@ -95,7 +95,7 @@ def _owner_path(ledger: Path, owner: str) -> Path:
     return folder(ledger) / f"owner-{owner}"
 
 
-def _free(file: int) -> bool:
+def take_if_free(file: int) -> bool:
     """Take a lock if nobody holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
