@@ -69,7 +69,7 @@ def _me(session: str) -> dict[str, Any]:
         raise ValueError("ANTHROPIC_BASE_URL is not set, so these calls go past it")
     token = os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ.get("ANTHROPIC_API_KEY") or ""
     origin = base_url or f"https://{local}"
-    way = Egress() if base_url else Egress(*proxy_at("HTTPS_PROXY", os.environ["HTTPS_PROXY"]), os.environ.get("SSL_CERT_FILE"))
+    way = Egress() if base_url else Egress(*proxy_at("HTTPS_PROXY", os.environ.get("HTTPS_PROXY", "")), os.environ.get("SSL_CERT_FILE"))
     credential = Credential(origin, "x-api-key", token) if base_url else None
     query = f"?session={session}" if session.replace("-", "").isalnum() else ""
     with ask(f"{origin}/gateway/me{query}", "the gateway", timeout_s=TIMEOUT_S, way=way, credential=credential) as answer:

@@ -120,8 +120,8 @@ class Gauges:
 
 
 def _bounded(model: str | None, prices: Prices) -> str:
-    """Return a model's name where it has a price: a name that clients invent would be a series of its own."""
-    return model if model is not None and prices.canonical(model) in prices.rows else OTHER_MODEL
+    """Return a model's name in the price table: each that clients invent, a date behind a known one too, would be a series of its own."""
+    return (None if model is None else prices.canonical(model)) or OTHER_MODEL
 
 
 def _is_alive(pid: int) -> bool:

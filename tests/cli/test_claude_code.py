@@ -42,6 +42,7 @@ async def test_the_status_line_tells_what_the_app_has_left(tmp_path):
     ("environment", "said"),
     [
         ({}, "gateway: ANTHROPIC_BASE_URL is not set, so these calls go past it"),
+        ({"GATEWAY_LOCAL_UPSTREAM": "api.anthropic.com:443"}, "gateway: HTTPS_PROXY names a proxy of"),
         ({"ANTHROPIC_BASE_URL": "http://127.0.0.1:9", "ANTHROPIC_AUTH_TOKEN": "gwt_x"}, "gateway: the gateway cannot be reached"),
     ],
 )

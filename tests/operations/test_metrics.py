@@ -18,7 +18,8 @@ from processes import ledgered
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway_addon.money import NANO_PER_DOLLAR
-from gateway_addon.operations import deploy
+from gateway_addon.operations import deploy, metrics
+from gateway_addon.pricing import load as load_prices
 from gateway_addon.simulator import Simulator
 
 PROMTOOL = shutil.which("promtool")
@@ -121,6 +122,14 @@ def test_prometheus_takes_the_alert_rules_and_they_fire(tmp_path):
 def test_the_dashboard_is_json_with_a_question_in_each_panel():
     panels = json.loads(deploy.text("dashboard.json"))["panels"]
     assert all(target["expr"] for panel in panels for target in panel["targets"])
+
+
+@pytest.mark.parametrize(
+    ("model", "label"),
+    [("claude-haiku-4-5", "claude-haiku-4-5"), ("claude-haiku-4-5-20991231", "claude-haiku-4-5"), ("claude-mine", "other"), (None, "other")],
+)
+def test_names_that_clients_invent_make_no_series(model, label):
+    assert metrics._bounded(model, load_prices()) == label
 
 
 async def test_without_a_token_in_the_policy_there_is_no_page(tmp_path):
