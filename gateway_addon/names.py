@@ -8,6 +8,8 @@ that length, however long a name came.
 
 import os
 import re
+import shlex
+from pathlib import Path
 
 PROGRAM = os.environ.get("GATEWAY_COMMAND", "gateway")
 """This program as the person types it who started it: `run.sh` says how it was called, elsewhere it is installed. Hints begin with it."""
@@ -34,6 +36,11 @@ def safe_name(text: str) -> str:
         return text
     shown = masked(printable(text[:NAME_CHARS_MAX]))
     return shown if len(text) <= NAME_CHARS_MAX >= len(shown) else f"{shown[: NAME_CHARS_MAX - 1]}…"
+
+
+def argument(value: str | Path) -> str:
+    """Return a name or a path as a hint's command holds it: a person pastes that into a shell, and clients choose names."""
+    return shlex.quote(str(value))
 
 
 def printable(text: str) -> str:

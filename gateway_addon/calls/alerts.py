@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from gateway_addon.ledger import Alert, Facts, Resolution, Standing, app_scope, enclosing, part_scope
 from gateway_addon.ledger.reports.forecast import Forecast, named
 from gateway_addon.money import cents
-from gateway_addon.names import PROGRAM, app_named, safe_name
+from gateway_addon.names import PROGRAM, app_named, argument, safe_name
 from gateway_addon.policy import Alerts, GatewayPolicy, Retiring, Source
 
 THRESHOLDS_PERCENT = (50, 80, 95, 100)  # where the policy does not say
@@ -111,9 +111,10 @@ def batch_overrun(app: str, batch_id: str, call_id: int, bill: Resolution, now: 
 def speed(app: str, session: str, spent_nano: int, over_nano: int, now: float) -> Alert:
     """Return the alert for a session that spends fast. Once an hour while it lasts."""
     shown = safe_name(session)
+    pasted = argument(shown)
     sentence = (
         f"session {shown} of {app_named(app)} spent {cents(spent_nano)} in the last hour, more than {cents(over_nano)} "
-        f"(each.session.per_hour). What it does: {PROGRAM} sessions {shown}. To stop it: {PROGRAM} pause {app} --session {shown} --now"
+        f"(each.session.per_hour). What it does: {PROGRAM} sessions {pasted}. To stop it: {PROGRAM} pause {app} --session {pasted} --now"
     )
     facts: Facts = {"session": shown, "spent_nano": spent_nano, "per_hour_nano": over_nano}
     return Alert("speed", part_scope(app, ("session", shown)), str(int(now) // HOUR_S), sentence, facts)

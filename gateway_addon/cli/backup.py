@@ -9,7 +9,7 @@ from gateway_addon.cli.common import ledger_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.ledger.maintenance import backup as ledger_backup
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.names import PROGRAM
+from gateway_addon.names import PROGRAM, argument
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -21,7 +21,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 def backup(file: Path, ledger: str) -> None:
     """Copy the ledger to FILE: one consistent moment of it, while gateways go on, proved as gateway doctor does."""
     calls = ledger_backup.backup(sqlite_files.file_path(ledger), file)
-    click.echo(f"{file}: {calls:,} calls, {file.stat().st_size / 2**20:.1f} MB, proved.  Back again: {PROGRAM} restore {file}")
+    click.echo(f"{file}: {calls:,} calls, {file.stat().st_size / 2**20:.1f} MB, proved.  Back again: {PROGRAM} restore {argument(file)}")
 
 
 @click.command(epilog=f"Example: {PROGRAM} restore /backups/gateway-2026-11-24.db")

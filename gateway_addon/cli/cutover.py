@@ -31,7 +31,7 @@ from gateway_addon.ledger.reports import token_usage
 from gateway_addon.ledger.reports.token_usage import Arrival, Straggler
 from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.names import PROGRAM
+from gateway_addon.names import PROGRAM, argument
 from gateway_addon.onboarding.cutover import FileToday, OpenReason, is_in, tally, unaccounted, unseen
 from gateway_addon.onboarding.inventory import inspect
 from gateway_addon.operations.tables import table
@@ -39,7 +39,7 @@ from gateway_addon.policy import PolicyError, Source, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.windows import shown
 
-NO_RECORD = f"There is no inventory at {{0}}. Make one of every place where apps live: {PROGRAM} inventory PATH... --save {{0}}"
+NO_RECORD = f"There is no inventory at {{0}}. Make one of every place where apps live: {PROGRAM} inventory PATH... --save {{1}}"
 ACCEPT = f"What you know to be switched elsewhere, a file or a whole folder: {PROGRAM} cutover --accept PATH"
 TAKES_EFFECT = {
     "file": "it is read again at once, without a restart",
@@ -95,9 +95,9 @@ def _record(path: Path, accept: Sequence[str]) -> dict[str, Any]:
         if "gateway_inventory" not in known:
             raise ValueError
     except FileNotFoundError:
-        stop(NO_RECORD.format(path))
+        stop(NO_RECORD.format(path, argument(path)))
     except (ValueError, TypeError):
-        stop(f"{path} is no inventory. Make one: {PROGRAM} inventory PATH... --save {path}")
+        stop(f"{path} is no inventory. Make one: {PROGRAM} inventory PATH... --save {argument(path)}")
     if accept:
         paths = [str(Path(each).resolve()) for each in accept]
         for each in paths:

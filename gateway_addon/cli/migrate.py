@@ -14,7 +14,7 @@ from gateway_addon.cli.common import says_errors
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.money import dollars
-from gateway_addon.names import PROGRAM
+from gateway_addon.names import PROGRAM, argument
 
 LINES = 10  # where no terminal shows a bar: about so many lines in all
 
@@ -56,7 +56,8 @@ def _ends(source: str, target: str) -> tuple[Path, ServerAddress]:
     if isinstance(one, ServerAddress) and isinstance(other, ServerAddress):
         raise ValueError("from one server to another a ledger goes by the server's own means: pg_dump --schema=gateway, then psql")
     if isinstance(one, Path):
-        raise ValueError(f"both are files: {PROGRAM} backup FILE --ledger {source}, then {PROGRAM} restore FILE --ledger {target}")
+        here, there = argument(source), argument(target)
+        raise ValueError(f"both are files: {PROGRAM} backup FILE --ledger {here}, then {PROGRAM} restore FILE --ledger {there}")
     raise ValueError(f"a server's ledger does not go back into a file; a backup from before the move does: {PROGRAM} restore FILE")
 
 

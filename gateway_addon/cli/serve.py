@@ -93,8 +93,8 @@ def web(settings: Settings, insecure_listen: bool, web_port: int) -> None:
     settings, listener = listening(settings, insecure_listen)
     with listener:
         password = secrets.token_urlsafe(24)
-        click.echo(f"mitmweb  http://127.0.0.1:{web_port}/?token={password}")
-        serve_here(replace(settings, web_port=web_port, web_password=FAST.hash(password)), listener)
+        link = f"http://127.0.0.1:{web_port}/?token={password}"
+        serve_here(replace(settings, web_port=web_port, web_password=FAST.hash(password), web_link=link), listener)
 
 
 SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, OtelMissing, ValueError, OSError)

@@ -222,7 +222,8 @@ def _with_policy(app: str, policies: Path) -> Outline:
     """Return the policy files as they can be read; they must have one of this app, valid or not."""
     found = outline(policies)
     if app not in found.apps:
-        stop(f"No policy for app {app}: write {policies}/apps/{app}.yaml first. Apps with one: {', '.join(found.apps) or 'none'}.")
+        first = f"write {policies}/apps/{app}.yaml first. Apps with one: {', '.join(found.apps)}."
+        stop(f"No policy for app {app}: {first if found.apps else f'no app has one yet; {PROGRAM} init writes the first'}")
     return found
 
 

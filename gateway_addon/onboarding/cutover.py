@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway_addon.ledger.reports.token_usage import Arrival
-from gateway_addon.names import PROGRAM
+from gateway_addon.names import PROGRAM, argument
 from gateway_addon.onboarding.inventory import Consumer
 
 NO_CALLERS = frozenset({"document", "example", "recording"})
@@ -60,7 +60,7 @@ def unaccounted(files: Iterable[FileToday], arrivals: Sequence[Arrival], accepte
         if any(is_in(file.path, path) for path in exempt):
             continue
         if file.problem is not None:
-            found.append(OpenReason(file.path, file.problem, f"look at it, then: {PROGRAM} cutover --accept {file.path}"))
+            found.append(OpenReason(file.path, file.problem, f"look at it, then: {PROGRAM} cutover --accept {argument(file.path)}"))
         found += [each for consumer in file.consumers if (each := _doubt(consumer, good)) is not None]
     return found
 

@@ -324,6 +324,7 @@ def greeting(settings: Settings, policy: GatewayPolicy, way: Egress) -> list[str
     scheme = "https" if policy.tls else "http"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return [
+        *([f"mitmweb  {settings.web_link}"] if settings.web_link else []),
         f"gateway  {scheme}://{host}:{settings.port}  ->  {policy.upstream}",
         *([f"egress   {way}"] if way != STRAIGHT else []),
         f"policy   {settings.policies} ({policy.digest[:12]})",

@@ -28,6 +28,8 @@ class Settings:
     """The port of mitmweb's page; None: run without mitmweb."""
     web_password: str = ""
     """The argon2 hash of the page's password, so that no option shows the password."""
+    web_link: str = ""
+    """The address of that page with the password, shown when it can be opened."""
     left_out: tuple[str, ...] = ()
     """Parts of the fast path that are switched off."""
     log_json: bool = False

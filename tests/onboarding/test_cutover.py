@@ -1,6 +1,7 @@
 """Who has arrived, who is missing: reasons against rotating the key, each with its way out."""
 
 import json
+import shlex
 import stat
 import time
 from pathlib import Path
@@ -111,6 +112,8 @@ async def called(folder: Path, status: int = 200, endpoint: str = "messages", at
 def test_without_an_inventory_it_says_how_to_make_one(here):
     shown = gateway("cutover")
     assert (shown.exit_code, "gateway inventory PATH... --save" in shown.output) == (2, True)
+    shown = gateway("cutover", "--inventory", "my apps.json")
+    assert shlex.split(shown.output)[-1] == "my apps.json", "a path as a shell takes it"
     (here / "inventory.json").write_text('{"other": 1}')
     assert "is no inventory" in gateway("cutover").output
 

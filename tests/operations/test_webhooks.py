@@ -366,7 +366,8 @@ async def test_a_running_gateway_tells_by_itself(tmp_path, caplog):
 
 
 async def test_a_session_that_spends_fast_is_told_once_an_hour(tmp_path):
-    """By what was booked in the last hour, in its own app; a slow one, and one without a limit, are not told."""
+    """By what was booked in the last hour, in its own app; a slow one, and one without a limit, are not told. A client chose the name, and a
+    person pastes the commands."""
     app = "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\neach: {session: {ever: $100, per_hour: $5}}\n"
     other = app.replace(", per_hour: $5", "")
     policy = load(write_policies(tmp_path / "policies", "https://api.anthropic.com", {"reports": app, "drafts": other}))
@@ -374,7 +375,7 @@ async def test_a_session_that_spends_fast_is_told_once_an_hour(tmp_path):
     with connect.changing(path) as db:
         admin.issue_token(db, "drafts", "d2", who="test", now=NOON - 86_400)
         for minutes, session, call_app, dollars in (
-            (90, "fast", "reports", 50), (50, "fast", "reports", 3), (5, "fast", "reports", 3), (5, "slow", "reports", 5), (5, "fast", "drafts", 9)
+            (90, "fast; reboot", "reports", 50), (50, "fast; reboot", "reports", 3), (5, "fast; reboot", "reports", 3), (5, "slow", "reports", 5), (5, "fast; reboot", "drafts", 9)
         ):
             call = replace(CALL, app=call_app, team=None, session_id=session, token_id=2 if call_app == "drafts" else 1)
             spend(db, NOON - minutes * 60, dollars * DOLLAR, call)
@@ -386,9 +387,9 @@ async def test_a_session_that_spends_fast_is_told_once_an_hour(tmp_path):
             clock[0] += seconds
             await delivery.look(policy)
         told = rows(path, "SELECT scope, sentence FROM alerts WHERE kind = 'speed'")
-        assert [scope for scope, _ in told] == ["app:reports session:fast"]
-        assert "session fast of app reports spent $6.00 in the last hour, more than $5.00" in told[0][1]
-        assert "pause reports --session fast --now" in told[0][1]
+        assert [scope for scope, _ in told] == ["app:reports session:fast; reboot"]
+        assert "session fast; reboot of app reports spent $6.00 in the last hour, more than $5.00" in told[0][1]
+        assert "pause reports --session 'fast; reboot' --now" in told[0][1]
         clock[0] += 3600
         await delivery.look(policy)
         assert len(rows(path, "SELECT 1 FROM alerts WHERE kind = 'speed'")) == 1, "an hour later it was slow"
