@@ -18,7 +18,6 @@ from gateway_addon.cli.times import shown_or_never
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Standing, admin, app_scope, connect, scopes, state
 from gateway_addon.ledger.reports import call_detail, spending
-from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.ledger.reservations import standing, zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
@@ -169,7 +168,7 @@ def _until_in_force(listen: tuple[str, int], digest: str) -> None:
 
 
 def _row(
-    name: str, found: Outline, stands: dict[tuple[str, str], Standing], is_paused: bool, db: ReadConnection, now: float
+    name: str, found: Outline, stands: dict[tuple[str, str], Standing], is_paused: bool, db: connect.ReadConnection, now: float
 ) -> dict[str, Any]:
     scope = app_scope(name)
     issued = admin.tokens(db, name)

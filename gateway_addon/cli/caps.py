@@ -13,7 +13,6 @@ import click
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, json_option, ledger_option, policies_option, says_errors, stop, why_option
 from gateway_addon.cli.times import to_come
 from gateway_addon.ledger import LedgerUnavailable, admin, connect
-from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.ledger.reports.forecast import CLOSED_DAYS_MIN, forecasts, too_young
 from gateway_addon.ledger.reservations import capped, zone
 from gateway_addon.ledger.store.sqlite_files import ledger_path
@@ -189,7 +188,7 @@ def _say_unread(name: str, window: str, found: Outline, scope: str) -> None:
         )
 
 
-def standing_rows(db: ReadConnection, found: Outline, now: float, scopes: Sequence[str] | None) -> list[dict[str, Any]]:
+def standing_rows(db: connect.ReadConnection, found: Outline, now: float, scopes: Sequence[str] | None) -> list[dict[str, Any]]:
     """Return every cap of these scopes (None: of all) with its raises and limit, how it stands, and its forecast."""
     asked = [each for each in found.windowed if scopes is None or each.scope in scopes]
     policy_nano = {(each.scope, each.window): each.amount_nano for each in asked}

@@ -21,7 +21,6 @@ from gateway_addon.cli.labels import label_option
 from gateway_addon.cli.scopes import must_know
 from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservations
 from gateway_addon.ledger.reports import daily_totals, sessions, spending
-from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.ledger.reports.forecast import CLOSED_DAYS_MIN, Forecast, forecasts, too_young
 from gateway_addon.ledger.reports.spending import DriftLine, Key, Notable, Only, Report, ReportLine
 from gateway_addon.ledger.store import sqlite_files
@@ -151,7 +150,7 @@ def _period(since: str | None, until: str | None, last: str | None, now: float, 
     return begins, ends
 
 
-def _coming(db: ReadConnection, found: Report, app: str | None, policies: Outline, now: float) -> Coming:
+def _coming(db: connect.ReadConnection, found: Report, app: str | None, policies: Outline, now: float) -> Coming:
     scopes = {line.key: app_scope(line.key) for line in found.lines} | {"total": app_scope(app) if app else TOTAL}
     standings = reservations.standing(db, dict.fromkeys(scopes.values()), policies.windowed, now=now)
     coming = forecasts(db, standings, now=now)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from gateway_addon.cli.common import stop
 from gateway_addon.ledger import LedgerUnavailable, admin, connect
-from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.operations.changes import unknown
 from gateway_addon.operations.places import clone_folder
@@ -29,12 +28,12 @@ def must_have_policies(policies: Path, ledger: str) -> None:
         stop(f"{policies / 'gateway.yaml'} is not there, and the ledger knows the apps {', '.join(apps)}. {back}")
 
 
-def known_apps(db: ReadConnection, policies: Path) -> list[str]:
+def known_apps(db: connect.ReadConnection, policies: Path) -> list[str]:
     """Return the apps of the policy files and of the ledger."""
     return sorted({*outline(policies).apps, *admin.apps(db)})
 
 
-def must_know(name: str, db: ReadConnection, policies: Path) -> str:
+def must_know(name: str, db: connect.ReadConnection, policies: Path) -> str:
     """Return an app's name as it is. Raises ValueError, with the nearest name, for one that neither files nor ledger know."""
     if name not in (known := known_apps(db, policies)):
         raise ValueError(unknown(name, "app", known))

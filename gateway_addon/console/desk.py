@@ -14,7 +14,7 @@ from gateway_addon.ledger import Pause, ServerAddress, Standing, app_scope, conn
 from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.reports import call_detail, day_cache, forecast, spending
-from gateway_addon.ledger.reports.day_cache import Cached, CachedDay, DayCache, ReadConnection
+from gateway_addon.ledger.reports.day_cache import Cached, CachedDay, DayCache
 from gateway_addon.ledger.reports.forecast import Forecast
 from gateway_addon.ledger.types import part_of
 from gateway_addon.policy import GatewayPolicy, caps
@@ -136,13 +136,15 @@ class Days:
         return sums.sheet(self.days, self.before, self.zone, only, stacked)
 
 
-def days_of(db: ReadConnection, memory: DayCache, asked: Range, now: float) -> Days:
+def days_of(db: connect.ReadConnection, memory: DayCache, asked: Range, now: float) -> Days:
     found = memory.between(db, min(asked.before_since, asked.since), asked.until, now)
     before = tuple(day for day in found if asked.before_since <= day.start < asked.before_until)
     return Days(reservations.zone(db), tuple(day for day in found if day.start >= asked.since), before)
 
 
-def look(db: ReadConnection, policy: GatewayPolicy, memory: DayCache, ledger: Path | ServerAddress, asked: Range, now: float) -> Desk:
+def look(
+    db: connect.ReadConnection, policy: GatewayPolicy, memory: DayCache, ledger: Path | ServerAddress, asked: Range, now: float
+) -> Desk:
     """Return the whole desk at `now`. `ledger`: where it lies, to tell which processes are alive."""
     days = days_of(db, memory, asked, now)
     owned = owners(db, policy, now)
@@ -194,7 +196,7 @@ def cache_savings(cached: Iterable[Cached], prices: Prices, now: float) -> int:
     return saved
 
 
-def owners(db: ReadConnection, policy: GatewayPolicy, now: float) -> tuple[Owner, ...]:
+def owners(db: connect.ReadConnection, policy: GatewayPolicy, now: float) -> tuple[Owner, ...]:
     """Return the total, then every team of the policy, then every app of the policy and every one that the ledger still knows."""
     names = sorted({*policy.apps, *day_cache.apps(db)})
     scopes = ["total", *(team_scope(team) for team in sorted(policy.teams)), *(app_scope(app) for app in names)]

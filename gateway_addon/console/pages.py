@@ -17,7 +17,7 @@ from gateway_addon.console.sums import About
 from gateway_addon.ledger import ServerAddress, admin, connect, reservations, state
 from gateway_addon.ledger.reports import call_detail, sessions, spending
 from gateway_addon.ledger.reports.call_detail import STATES, CallFilter
-from gateway_addon.ledger.reports.day_cache import DayCache, ReadConnection
+from gateway_addon.ledger.reports.day_cache import DayCache
 from gateway_addon.ledger.reports.forecast import forecasts
 from gateway_addon.ledger.types import app_scope, enclosing, part_of, part_scope
 from gateway_addon.money import cents, dollars
@@ -85,7 +85,7 @@ class Console:
         with connect.reading(self.ledger) as db:
             return self._look(db, range_of(db, {"range": "month"} if asked is None else asked, self.clock()))
 
-    def _look(self, db: ReadConnection, within: ranges.Range) -> desk.Desk:
+    def _look(self, db: connect.ReadConnection, within: ranges.Range) -> desk.Desk:
         return desk.look(db, self.policies(), self.memory, self.ledger, within, self.clock())
 
     def warm_up(self) -> None:
@@ -248,7 +248,7 @@ def problem(title: str, sentence: str, status: int) -> Response:
     return make_response(render_template("problem.html", title=title, sentence=sentence), status)
 
 
-def page(template: str, db: ReadConnection, within: ranges.Range, **values: Any) -> Response:
+def page(template: str, db: connect.ReadConnection, within: ranges.Range, **values: Any) -> Response:
     """Make a page about the ledger, with its times in the ledger's zone, like its days."""
     calendar = reservations.zone(db)
 
@@ -265,7 +265,7 @@ def page(template: str, db: ReadConnection, within: ranges.Range, **values: Any)
     return make_response(render_template(template, **times, at=at, within=within, zone=zone, **values))
 
 
-def range_of(db: ReadConnection, asked: Mapping[str, str], now: float) -> ranges.Range:
+def range_of(db: connect.ReadConnection, asked: Mapping[str, str], now: float) -> ranges.Range:
     return ranges.read(asked, now, reservations.zone(db))
 
 

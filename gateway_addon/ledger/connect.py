@@ -13,6 +13,9 @@ from gateway_addon.ledger.store.interface import Place, Store
 from gateway_addon.ledger.store.sqlite import FileLedger
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
 
+type ReadConnection = Connection
+"""One moment of a ledger, as `reading` yields it, for rooms that only pass it on."""
+
 
 def at(place: Path | ServerAddress) -> Place:
     """Return what opens the ledger of this place. Raises LedgerUnavailable where its driver is not installed."""

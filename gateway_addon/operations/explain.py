@@ -33,7 +33,6 @@ from gateway_addon.ledger import (
     state,
 )
 from gateway_addon.ledger.denials import judge_caps
-from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.messages import request as reading
 from gateway_addon.messages.request import ParsedRequest, Request, is_fast
 from gateway_addon.money import dollars
@@ -42,7 +41,7 @@ from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, RuleVerdict, cap
 from gateway_addon.pricing import retired
 from gateway_addon.refusals import Refusal
 
-type FindToken = Callable[[ReadConnection], Token | None]
+type FindToken = Callable[[connect.ReadConnection], Token | None]
 
 
 class Known(NamedTuple):

@@ -15,9 +15,6 @@ from gateway_addon.ledger.reservations import zone
 from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.windows import next_start, starts
 
-type ReadConnection = Connection
-"""One moment of the ledger, as `connect.reading` yields it, for modules that only pass it on."""
-
 SLICE_S = 900
 DAY_S = 86_400
 FIRST_BYTE_S = (0.5, 1, 2, 5, 10)

@@ -34,7 +34,6 @@ from gateway_addon.ledger import (
     state,
     team_scope,
 )
-from gateway_addon.ledger.reports.day_cache import ReadConnection
 from gateway_addon.messages import Usage
 from gateway_addon.money import cents, dollars
 from gateway_addon.operations import explain as explanation
@@ -243,7 +242,7 @@ class DebugAddon(GatewayAddon):
         request, policy, now = request_of(flow), self.gateway.policy, self.clocks.now()
         address = origin(flow.client_conn.peername[0], request.headers, policy.trusted_proxies) if flow.client_conn.peername else None
 
-        def find_token(db: ReadConnection) -> Token | None:
+        def find_token(db: connect.ReadConnection) -> Token | None:
             return state.look_up_token(db, caller.digest, now).token
 
         found = explanation.explain(policy, app, request, self.place, now, find_token, address)
