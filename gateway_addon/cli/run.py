@@ -175,7 +175,7 @@ def _settled(token: RunToken, ledger: str) -> tuple[list[AgentLine], bool]:
         with connect.reading(place) as db:
             still_open, cut = sessions.open_and_cut(db, token.id, since=token.issued_at)
             if not still_open or time.monotonic() >= deadline:
-                return sessions.agents_of_token(db, token.id, since=token.issued_at), cut > 0
+                return sessions.agents_of_token(db, token.id, since=token.issued_at, now=time.time()), cut > 0
         time.sleep(0.1)
 
 

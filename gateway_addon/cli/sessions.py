@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import tzinfo
 from pathlib import Path
@@ -15,7 +15,7 @@ from gateway_addon.cli.common import json_option, ledger_option, policies_option
 from gateway_addon.cli.scopes import must_know
 from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservations, state
 from gateway_addon.ledger.reports import sessions as found_in
-from gateway_addon.ledger.reports.sessions import AgentLine, Session
+from gateway_addon.ledger.reports.sessions import AgentLine, Session, SessionStory
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.ledger.types import TOTAL, part_within
 from gateway_addon.money import cents, dollars
@@ -43,22 +43,20 @@ def sessions(session: str | None, since: str, app: str | None, as_json: bool, po
     The rate is what the session would spend in an hour at the pace of the last ten minutes.
     """
     now = time.time()
-    caps = _caps(policies)
+    caps, found, stories = _caps(policies), list[Session](), list[SessionStory]()
     with connect.reading(ledger_path(ledger)) as db:
         paused = {each.scope for each in state.pauses(db, now)}
         calendar, wanted = reservations.zone(db), app and must_know(app, db, policies)
         if session is None:
-            found = found_in.active(db, since=times.since(since, now, calendar), now=now)
+            found = [each for each in found_in.active(db, since=times.since(since, now, calendar), now=now) if wanted in (None, each.app)]
         else:
-            found = found_in.one(db, found_in.named(db, session), now=now)
-        found = [each for each in found if wanted in (None, each.app)]
-        stories = [(each, found_in.agents(db, each.app, each.session)) for each in found] if session else []
+            stories = [each for each in found_in.one(db, found_in.named(db, session), now=now) if wanted in (None, each.session.app)]
     if as_json:
         rows = [_row(each, caps, paused) for each in found]
-        told = [row | {"by_agent": [asdict(line) for line in lines]} for row, (_, lines) in zip(rows, stories, strict=False)]
-        click.echo(json.dumps(told or rows, indent=2))
+        rows += [_row(each.session, caps, paused) | {"by_agent": [asdict(line) for line in each.agents]} for each in stories]
+        click.echo(json.dumps(rows, indent=2))
     elif session is not None:
-        click.echo("\n\n".join(_story(each, lines, calendar) for each, lines in stories))
+        click.echo("\n\n".join(_story(each.session, each.agents, calendar) for each in stories))
     elif not found:
         click.echo(f"No session has called since {since} ago." if since[0].isdigit() and "-" not in since else f"No session since {since}.")
     else:
@@ -96,7 +94,7 @@ def _cells(each: Session, caps: Mapping[str, Mapping[str, int]], paused: Collect
     ]  # fmt: skip
 
 
-def _story(each: Session, lines: list[AgentLine], calendar: tzinfo) -> str:
+def _story(each: Session, lines: Sequence[AgentLine], calendar: tzinfo) -> str:
     """One session: whose it is, how long it has run, and what each agent did on each model, below the agent that started it."""
     head = [f"session  {safe_name(each.session)}", f"app      {each.app}"]
     if each.user_id:
@@ -109,7 +107,7 @@ def _story(each: Session, lines: list[AgentLine], calendar: tzinfo) -> str:
     return "\n".join(head) + "\n\n" + table(rows, AGENT_HEADINGS, right=AGENT_HEADINGS[2:], drop_empty=empty, spare=empty)
 
 
-def agent_rows(lines: list[AgentLine]) -> list[list[str]]:
+def agent_rows(lines: Sequence[AgentLine]) -> list[list[str]]:
     """Return the rows of a table of agents (AGENT_HEADINGS), each below the one that started it."""
     rows = []
     for depth, agent, own in found_in.tree(lines):

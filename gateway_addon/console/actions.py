@@ -89,7 +89,9 @@ def _resume(form: ChangeForm, db: Connection, policies: Path, _now: float) -> As
 def _paused_scope(form: ChangeForm, db: Connection, policies: Path) -> str:
     """Return the scope of the form, or of a session within it."""
     scope, session = scope_of(form["scope"], db, outline(policies)), form["session"]
-    return part_within(scope, ("session", sessions.named(db, session))) if session else scope
+    if session and not sessions.is_known(db, session):
+        raise ValueError(f"No call carries the session {session[:40]!r}.")
+    return part_within(scope, ("session", session)) if session else scope
 
 
 def _raise(form: ChangeForm, db: Connection, policies: Path, now: float) -> AskedChange:

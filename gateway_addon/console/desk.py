@@ -17,12 +17,14 @@ from gateway_addon.ledger.reports import call_detail, day_cache, forecast, spend
 from gateway_addon.ledger.reports.day_cache import Cached, CachedDay, DayCache
 from gateway_addon.ledger.reports.forecast import Forecast
 from gateway_addon.ledger.types import part_of
-from gateway_addon.policy import GatewayPolicy, caps
+from gateway_addon.policy import GatewayPolicy, caps, part_caps
 from gateway_addon.pricing import Prices
 from gateway_addon.windows import Window
 
 NEARLY = 0.8  # of a cap, spent and held: worth a glance
 LATELY_S = 600
+ALERTS_MAX = 1000
+"""Alerts that a page looks at, the newest of its range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ def look(
     batches = open_batches(db)
     held_by_batches = {batch.call_id for batch in batches}
     dearest = sorted(owned, key=lambda each: (-each.month.spent_nano, each.name))
-    alerts = grouped(spending.alerts(db, since=asked.since, until=min(asked.until, now + 1)))
+    alerts = grouped(spending.alerts(db, since=asked.since, until=min(asked.until, now + 1), most=ALERTS_MAX))
     return Desk(
         now,
         asked,
@@ -214,6 +216,14 @@ def owners(db: connect.ReadConnection, policy: GatewayPolicy, now: float) -> tup
         Owner(scope, tuple(found), tuple(_account(each, largest[each.window]) for each in found), pauses.get(scope))
         for scope, found in by_scope.items()
     )
+
+
+def session_accounts(db: connect.ReadConnection, policy: GatewayPolicy, app: str, session: str, now: float) -> list[Account]:
+    """Return how a session stands at the caps that its app's policy sets each; those of them that have counted calls of its own."""
+    known = policy.apps.get(app)
+    capped = () if known is None else part_caps(known, [("session", session)], last_call=True)
+    accounts = [_account(each, 0) for each in reservations.capped(db, tuple(capped), now=now)]
+    return [each for each in accounts if each.spent_nano or each.held_nano]
 
 
 def _account(standing: Standing, largest_nano: int) -> Account:

@@ -1,7 +1,7 @@
 """Make the pages: what each address shows, from one moment of the ledger. An edge: it reads the clock, and the policy when it changes."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from gateway_addon.console.login import Login
 from gateway_addon.console.sums import About
 from gateway_addon.ledger import ServerAddress, admin, connect, reservations, state
 from gateway_addon.ledger.reports import call_detail, sessions, spending
-from gateway_addon.ledger.reports.call_detail import STATES, CallFilter
+from gateway_addon.ledger.reports.call_detail import NEWEST, STATES, CallFilter
 from gateway_addon.ledger.reports.day_cache import DayCache
 from gateway_addon.ledger.reports.forecast import forecasts
 from gateway_addon.ledger.types import app_scope, enclosing, part_of, part_scope
@@ -29,6 +29,7 @@ from gateway_addon.refusals import in_words
 
 NEWEST_CALLS = 10
 ALERTS_PAGE = 100
+SESSIONS_PAGE = 100
 WARM_DAYS = 60
 FORMS = {
     "day": "%-d %b",
@@ -122,9 +123,9 @@ def app(console: Console, name: str) -> Response:
         if owner is None and name not in admin.apps(db):
             abort(404)
         sheet = desk.days_of(db, console.memory, within, now).sheet(About(app=name))
-        newest = call_detail.search(db, CallFilter(app=name, since=within.since, until=within.until))
+        newest = call_detail.search(db, CallFilter(app=name, since=within.since, until=within.until), most=NEWEST_CALLS)
         return page(
-            "app.html", db, within, name=name, owner=owner, sheet=sheet, calls=newest.calls[:NEWEST_CALLS],
+            "app.html", db, within, name=name, owner=owner, sheet=sheet, calls=newest.calls,
             raises=[each for each in admin.raises(db, now=now) if each.scope == scope],
             limits=[each for each in admin.limits(db) if each.scope == scope],
             coming=forecasts(db, owner.standings, now=now) if owner else (),
@@ -137,9 +138,9 @@ def model(console: Console, name: str) -> Response:
     with connect.reading(console.ledger) as db:
         within = range_of(db, request.args, now)
         sheet = desk.days_of(db, console.memory, within, now).sheet(About(model=name), stacked="app")
-        newest = call_detail.search(db, CallFilter(model=name, since=within.since, until=within.until))
+        newest = call_detail.search(db, CallFilter(model=name, since=within.since, until=within.until), most=NEWEST_CALLS)
         row = console.policies().prices.row(name, now)
-        return page("model.html", db, within, name=name, sheet=sheet, calls=newest.calls[:NEWEST_CALLS], row=row)
+        return page("model.html", db, within, name=name, sheet=sheet, calls=newest.calls, row=row)
 
 
 def day(console: Console, text: str) -> Response:
@@ -153,43 +154,53 @@ def day(console: Console, text: str) -> Response:
             abort(404)
         sheet = desk.days_of(db, console.memory, within, now).sheet()
         week = desk.days_of(db, console.memory, to_it, now).sheet()
-        newest = call_detail.search(db, CallFilter(since=within.since, until=within.until))
+        newest = call_detail.search(db, CallFilter(since=within.since, until=within.until), most=NEWEST_CALLS)
         beside = {"earlier": on - timedelta(days=1), "later": on + timedelta(days=1) if within.until <= now else None}
-        return page("day.html", db, within, on=on, sheet=sheet, week=week, calls=newest.calls[:NEWEST_CALLS], **beside)
+        return page("day.html", db, within, on=on, sheet=sheet, week=week, calls=newest.calls, **beside)
 
 
 def live_sessions(console: Console) -> Response:
-    """Show the sessions with a call in the last hour."""
+    """Show the sessions of the last hour, by the calls of that hour."""
     now = console.clock()
     with connect.reading(console.ledger) as db:
-        found = sessions.active(db, since=now - sessions.HOUR_S, now=now)
+        found, since = sessions.lately(db, since=now - sessions.HOUR_S, now=now)
         pauses = {each.scope for each in state.pauses(db, now)}
-        is_paused = [part_scope(each.app, ("session", each.session)) in pauses for each in found]
-        return page("sessions.html", db, range_of(db, request.args, now), found=list(zip(found, is_paused, strict=True)))
+        number, shown, more = _page_of(found, SESSIONS_PAGE)
+        is_paused = [part_scope(each.app, ("session", each.session)) in pauses for each in shown]
+        return page(
+            "sessions.html", db, range_of(db, request.args, now), found=list(zip(shown, is_paused, strict=True)),
+            since=since, is_whole=since == now - sessions.HOUR_S, number=number, more=more,
+        )  # fmt: skip
 
 
 def session(console: Console, name: str, session: str) -> Response:
-    """Show one session of an app with the tree of its agents, and its newest calls."""
-    now = console.clock()
+    """Show one session of an app, its caps and the tree of its agents, by its newest calls or those below a number."""
+    now, below = console.clock(), min(request.args.get("below", NEWEST, type=int), NEWEST)
     with connect.reading(console.ledger) as db:
-        found = next((each for each in sessions.one(db, session, now=now) if each.app == name), None)
+        found = sessions.newest(db, name, session, below=below, now=now)
         if found is None:
             abort(404)
         scope = part_scope(name, ("session", session))
         pause = next((each for each in state.pauses(db, now) if each.scope == scope), None)
-        tree = list(sessions.tree(sessions.agents(db, name, session)))
-        newest = call_detail.search(db, CallFilter(app=name, text=session, since=found.started_at))
         return page(
-            "session.html", db, range_of(db, request.args, now), session=found, pause=pause, tree=tree, calls=newest.calls[:NEWEST_CALLS]
-        )
+            "session.html", db, range_of(db, request.args, now), session=found.session, story=found, pause=pause, below=below < NEWEST,
+            caps=desk.session_accounts(db, console.policies(), name, session, now), tree=list(sessions.tree(found.agents)),
+            calls=call_detail.some(db, found.calls[:NEWEST_CALLS]),
+        )  # fmt: skip
 
 
 def alerts(console: Console) -> Response:
     with connect.reading(console.ledger) as db:
         within = range_of(db, request.args, console.clock())
-        number = min(max(1, request.args.get("page", 1, type=int)), 10_000)
-        found = spending.alerts(db, since=within.since, until=within.until)[::-1][(number - 1) * ALERTS_PAGE :]
-        return page("alerts.html", db, within, alerts=found[:ALERTS_PAGE], number=number, more=len(found) > ALERTS_PAGE)
+        found = spending.alerts(db, since=within.since, until=within.until, most=desk.ALERTS_MAX)[::-1]
+        number, shown, more = _page_of(found, ALERTS_PAGE)
+        return page("alerts.html", db, within, alerts=shown, number=number, more=more, is_all=len(found) < desk.ALERTS_MAX)
+
+
+def _page_of[T](found: Sequence[T], size: int) -> tuple[int, Sequence[T], bool]:
+    """Return the number of the page of a list that the address asks for, its rows, and whether there are more."""
+    number = min(max(1, request.args.get("page", 1, type=int)), 10_000)
+    return number, found[(number - 1) * size : number * size], len(found) > number * size
 
 
 def calls(console: Console) -> Response:

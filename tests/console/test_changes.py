@@ -4,6 +4,7 @@ import os
 import re
 import time
 from dataclasses import replace
+from datetime import UTC
 from pathlib import Path
 
 import browser
@@ -17,7 +18,8 @@ from gateway_addon.console import links
 from gateway_addon.console.app import COOKIE, build
 from gateway_addon.console.login import ASKED_MAX, LINK_S, TRIES_PER_MINUTE, Login, ask
 from gateway_addon.console.pages import Console, Policies
-from gateway_addon.ledger import Alert, NewCall, admin, connect, state
+from gateway_addon.ledger import Alert, NewCall, admin, connect, parts, state
+from gateway_addon.windows import starts
 
 HOME = {"Origin": "http://localhost"}
 PAUSE = "/change/pause?scope=reports&why=runaway"
@@ -291,7 +293,10 @@ def test_no_link_is_made_for_a_console_that_was_killed(tmp_path):
 def test_a_session_is_shown_with_its_agents_and_paused_alone(console, client):
     """The live list, the tree and the pause are those of the commands; another app's session of that id goes on."""
     now, call = time.time(), NewCall("reports", None, 1, model_asked="claude-haiku-4-5", session_id="run-1")
+    with (console.policies.folder / "apps" / "reports.yaml").open("a") as policy:
+        policy.write("each: {session: {ever: $2}}\n")
     with connect.changing(console.ledger) as db:
+        parts.align(db, {("reports", "session", "ever")}, starts(now, UTC), moved=False)
         spend(db, now - 20, nano=7_000_000, call=call)
         spend(db, now - 10, nano=3_000_000, call=replace(call, agent_id="child"))
         spend(db, now - 5, nano=1_000_000, call=replace(call, agent_id="grandchild", parent_agent_id="child"))
@@ -299,6 +304,7 @@ def test_a_session_is_shown_with_its_agents_and_paused_alone(console, client):
     assert 'data-session="run-1" data-nano="11000000"' in listed
     shown = re.findall(r'data-agent="(\w*)" data-nano="(\d+)"><th scope="row"><span class="depth-(\d)"', page)
     assert shown == [("", "7000000", "0"), ("child", "3000000", "1"), ("grandchild", "1000000", "2")]
+    assert "session ever: $0.0110 spent, $0.00 held, $1.99 free of $2.00" in page
     assert 'href="/sessions/reports/run-1"' in client.get("/calls/1").text
     answer = confirm(client, "/change/pause?scope=reports&session=run-1&hours=8&why=loop")
     assert answer.headers["Location"] == "/sessions/reports/run-1"

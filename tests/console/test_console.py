@@ -432,6 +432,7 @@ VIEWS = {
     "refused": "/calls/8",
     "alerts": "/alerts",
     "sessions": "/sessions",
+    "session": "/sessions/reviews/endless",
     "nothing": "/calls/999999",
 }
 LOOKS = (("light", 1280), ("dark", 1280), ("phone", 390))
@@ -532,6 +533,9 @@ PAGES = (
     "/calls/1500",
     "/calls/8",
     "/alerts",
+    "/sessions",
+    "/sessions/reviews/endless",
+    "/sessions/reviews/endless?below=1000",
 )
 
 

@@ -1,6 +1,7 @@
 """A ledger as it looks after a month of work, made by SQL alone.
 
-Made, not recorded: apps, models and amounts follow the call's number, so two runs give the same ledger. What the triggers do at every
+Made, not recorded: apps, models and amounts follow the call's number, so two runs give the same ledger. The calls of the busiest app,
+29 of 100, are one session. What the triggers do at every
 call is done once for all, in a fifth of the time; that it comes to the same is the doctor's to prove (test_large.py).
 """
 
@@ -28,14 +29,17 @@ priced AS (
   SELECT *, i + 1 AS id, at + (a % 100) / 100.0 AS started, json_extract(:models, '$[' || model || ']') AS asked,
     100 * (20 + a) * (1 + 6 * model) * rush AS nano FROM busy)
 INSERT INTO calls (id, state, owner, app, team, token_id, endpoint, model_asked, stream, max_tokens, day_start, week_start, month_start,
-  started_at, quote_nano, ended_at, grant_nano, refusal, first_byte_at, status, complete, stop_reason, model_served, request_id)
+  started_at, quote_nano, ended_at, grant_nano, refusal, first_byte_at, status, complete, stop_reason, model_served, request_id,
+  session_id, agent_id, parent_agent_id, user_id)
 SELECT id, iif(refused, 'refused', 'settled'), 'month', json_extract(:apps, '$[' || app || ']'), iif(app % 3 = 1, 'content', NULL),
   app + 1, 'messages', asked, b % 2, 1024 * (1 + a % 8),
   at / 86400 * 86400, (at / 86400 + 3) / 7 * 7 * 86400 - 3 * 86400, CAST(strftime('%s', at, 'unixepoch', 'start of month') AS INTEGER),
   started, nano, iif(refused, at + 1, started + 2), iif(refused, 0, nano),
   iif(refused, CASE b % 3 WHEN 0 THEN 'cap_spent' WHEN 1 THEN 'model' ELSE 'rate' END, NULL),
   iif(refused, NULL, started + 0.6), iif(refused, NULL, 200), iif(refused, NULL, 1), iif(refused, NULL, 'end_turn'),
-  iif(refused, NULL, iif(id % 5000 = 11, 'claude-sonnet-5', asked)), iif(refused, NULL, 'req_month' || id)
+  iif(refused, NULL, iif(id % 5000 = 11, 'claude-sonnet-5', asked)), iif(refused, NULL, 'req_month' || id),
+  CASE app WHEN 0 THEN 'endless' WHEN 1 THEN 'run-' || i / 2000 END, iif(app = 0 AND b % 4, 'agent-' || b % 4, NULL),
+  iif(app = 0 AND b % 4 > 1, 'agent-1', NULL), iif(app = 1, 'user-' || b % 3, NULL)
 FROM priced
 """
 

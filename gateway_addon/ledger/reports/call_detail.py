@@ -4,7 +4,7 @@ Promises that a search reads a bounded number of rows however large the ledger i
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -12,7 +12,7 @@ from gateway_addon.ledger.sql import Connection, Row, named
 
 State = Literal["open", "settled", "voided", "refused", "free"]
 STATES: tuple[State, ...] = get_args(State)
-LOOKED_MAX = 2500
+LOOKED_MAX = 2000
 FOUND_MAX = 500
 """At most so many calls are looked at, and so many matching ones priced, in one search."""
 NEWEST = 2**62
@@ -166,13 +166,13 @@ matching AS MATERIALIZED (
   WHERE ($app = '' OR app = $app) AND ($model = '' OR $model IN (model_asked, model_served)) AND ($state = '' OR state = $state)
     AND ($refusal = '' OR refusal = $refusal) AND (CAST($token AS BIGINT) IS NULL OR token_id = $token)
     AND ($text = '' OR CAST(id AS TEXT) = $text OR {" OR ".join(f"{{instr}}(lower({label}), lower($text)) > 0" for label in _LABELS)})
-  ORDER BY started_at DESC, id DESC LIMIT {FOUND_MAX})
+  ORDER BY started_at DESC, id DESC LIMIT $most)
 SELECT seen.looked, oldest.started_at AS oldest_at, oldest.id AS oldest_id, calls.*, {_TOKEN}
 FROM (SELECT count(*) AS looked FROM looked) AS seen
 LEFT JOIN (SELECT started_at, id FROM looked ORDER BY started_at, id LIMIT 1) AS oldest ON TRUE
 LEFT JOIN matching AS calls ON TRUE LEFT JOIN tokens ON tokens.id = token_id ORDER BY calls.started_at DESC, calls.id DESC
 """
-_ONE = f"SELECT {_CALLS}, {_TOKEN} FROM calls LEFT JOIN tokens ON tokens.id = token_id WHERE calls.id = $1"
+_SOME = f"SELECT {_CALLS}, {_TOKEN} FROM calls LEFT JOIN tokens ON tokens.id = token_id WHERE calls.id IN ({{}}) ORDER BY calls.id DESC"
 _AMOUNTS = "SELECT call_id, sum(spent_nano), sum(reserved_nano) FROM entries WHERE call_id IN ({}) GROUP BY call_id"
 # A refused call for one token is a client's probe (Claude Code's, at its start, to read the headers): nobody misses its answer.
 _LATELY = named(f"""
@@ -191,14 +191,14 @@ FROM entries WHERE call_id = $1 ORDER BY id
 _PARTS = f"SELECT {', '.join(CallPart.__slots__)} FROM usage WHERE call_id = $1 ORDER BY part"
 
 
-def search(db: Connection, wanted: CallFilter) -> Found:
-    """Return the newest matching calls of the period, as far back as a bounded look reaches."""
+def search(db: Connection, wanted: CallFilter, *, most: int = FOUND_MAX) -> Found:
+    """Return the newest matching calls of the period, `most` of them, as far back as a bounded look reaches."""
     values = {name: getattr(wanted, name) for name in CallFilter.__slots__ if not name.endswith("_nano")}
-    values |= {"text": wanted.text.strip().removeprefix("#"), "until": min(wanted.until, float(NEWEST))}
+    values |= {"most": most, "text": wanted.text.strip().removeprefix("#"), "until": min(wanted.until, float(NEWEST))}
     rows = db.execute(named(_SEARCH.format(instr=db.engine.instr)), values).fetchall()
     looked = rows[0]["looked"]
     calls = _with_amounts(db, [_call(row) for row in rows if row["id"] is not None])
-    if len(calls) == FOUND_MAX:
+    if len(calls) == most:
         rest: tuple[float, int] | None = (calls[-1].started_at, calls[-1].id)
     else:
         rest = (rows[0]["oldest_at"], rows[0]["oldest_id"]) if looked == LOOKED_MAX else None
@@ -217,6 +217,12 @@ def every(db: Connection, wanted: CallFilter) -> Iterator[CallRow]:
         rest = found.rest
 
 
+def some(db: Connection, numbers: Sequence[int]) -> list[CallRow]:
+    """Return the calls of these numbers, the newest first."""
+    rows = db.execute(_SOME.format(", ".join(str(each) for each in numbers) or "NULL")).fetchall()
+    return _with_amounts(db, [_call(row) for row in rows])
+
+
 def refused_lately(db: Connection, *, since: float) -> list[RefusedLately]:
     """Return the refusals since a time, those of the newest calls where there are too many to look at."""
     return [RefusedLately(*row) for row in db.execute(_LATELY, {"since": since}).fetchall()]
@@ -224,11 +230,11 @@ def refused_lately(db: Connection, *, since: float) -> list[RefusedLately]:
 
 def story(db: Connection, call_id: int) -> CallDetail | None:
     """Return everything that the ledger knows of one call; None where there is no such number."""
-    row = db.execute(_ONE, (call_id,)).fetchone()
-    if row is None:
+    found = some(db, [call_id])
+    if not found:
         return None
     entries = tuple(CallEntry(*each) for each in db.execute(_ENTRIES, (call_id,)).fetchall())
-    [call] = _with_amounts(db, [_call(row)])
+    [call] = found
     return CallDetail(call, entries, tuple(CallPart(*each) for each in db.execute(_PARTS, (call_id,)).fetchall()))
 
 

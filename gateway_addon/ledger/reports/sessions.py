@@ -1,7 +1,8 @@
 """Sum sessions: those that are at work, and one with the tree of its agents. Read-only; the connection yields rows by name.
 
 A session is known by the id that its calls carry, beside the app that made them. Its spending is that of all its calls, from an index
-that leads from a session to its calls: a session of an hour costs a look at its calls, however many others there are.
+that leads from a session to its calls: a session of an hour costs a look at its calls, however many others there are. `lately` and
+`newest`, for pages that renew themselves, look at no more than LOOKED_MAX calls, and say which.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ RATE_S = 600
 HOUR_S = 3600
 CUT_CODES = ("cap_spent", "quote_over_cap", "app_paused")
 """Refusals after which a program that goes on as before is refused again."""
+LOOKED_MAX = 600
+"""Calls that one look at sessions sums, where it is bounded."""
 LATEST = 100_000
 """Calls that are looked through for a name that no index has."""
 NEAR_MAX = 5
@@ -65,51 +68,73 @@ class AgentLine:
     output_tokens: int
     cache_read_tokens: int
     cache_write_tokens: int
+    app: str
+    user_id: str | None
+    started_at: float
+    last_at: float
+    open: int
+    recent_nano: int
+    hour_nano: int
 
 
-_SESSIONS = """
-WITH live AS (SELECT DISTINCT app, session_id FROM calls WHERE {which}),
-seen AS (
-  SELECT calls.app, calls.session_id, max(user_id) AS user_id, min(started_at) AS started_at,
-    max(coalesce(ended_at, started_at)) AS last_at, count(DISTINCT agent_id) AS agents,
-    count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls, count(*) FILTER (WHERE state = 'open') AS open,
-    count(*) FILTER (WHERE state = 'refused') AS refused
-  FROM live CROSS JOIN calls WHERE calls.session_id = live.session_id AND calls.app = live.app GROUP BY calls.app, calls.session_id),
+@dataclass(frozen=True, slots=True)
+class SessionStory:
+    """A session with what each of its agents did on each model, the dearest first."""
+
+    session: Session
+    agents: tuple[AgentLine, ...]
+    calls: tuple[int, ...] = ()
+    """The numbers of the calls that were looked at, the newest first, where they are told."""
+    has_older: bool = False
+    """The session has calls before those, which the sums leave out."""
+
+
+_CALLS = ", ".join(
+    f"calls.{name}"
+    for name in ("id", "app", "session_id", "user_id", "agent_id", "parent_agent_id", "model_asked", "state", "started_at", "ended_at")
+)
+_COUNTS = """
+  max(user_id) AS user_id, min(started_at) AS started_at, max(coalesce(ended_at, started_at)) AS last_at,
+  count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls, count(*) FILTER (WHERE state = 'open') AS open,
+  count(*) FILTER (WHERE state = 'refused') AS refused"""
+_MONEY = """
+  sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano,
+  sum(CASE WHEN at >= $recent_since THEN spent_nano ELSE 0 END) AS recent_nano,
+  sum(CASE WHEN at >= $hour_since THEN spent_nano ELSE 0 END) AS hour_nano"""
+_AMOUNTS = ", ".join(f"coalesce({name}, 0) AS {name}" for name in ("spent_nano", "held_nano", "recent_nano", "hour_nano"))
+_SESSIONS = f"""
+WITH chosen AS MATERIALIZED ({{chosen}}),
+seen AS (SELECT app, session_id, count(DISTINCT agent_id) AS agents, {_COUNTS} FROM chosen GROUP BY app, session_id),
 money AS (
-  SELECT calls.app, calls.session_id, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano,
-    sum(CASE WHEN at >= $recent_since THEN spent_nano ELSE 0 END) AS recent_nano,
-    sum(CASE WHEN at >= $hour_since THEN spent_nano ELSE 0 END) AS hour_nano
-  FROM live CROSS JOIN calls CROSS JOIN entries
-  WHERE calls.session_id = live.session_id AND calls.app = live.app AND entries.call_id = calls.id GROUP BY calls.app, calls.session_id)
-SELECT seen.app AS app, seen.session_id AS session, seen.user_id AS user_id, started_at, last_at, agents, calls, open, refused,
-  coalesce(spent_nano, 0) AS spent_nano, coalesce(held_nano, 0) AS held_nano, coalesce(recent_nano, 0) AS recent_nano,
-  coalesce(hour_nano, 0) AS hour_nano
+  SELECT app, session_id, {_MONEY} FROM chosen CROSS JOIN entries WHERE entries.call_id = chosen.id GROUP BY app, session_id)
+SELECT seen.app AS app, seen.session_id AS session, user_id, started_at, last_at, agents, calls, open, refused, {_AMOUNTS}
 FROM seen LEFT JOIN money ON money.app = seen.app AND money.session_id = seen.session_id
 ORDER BY last_at DESC, seen.app, seen.session_id
 """
-_ACTIVE = "session_id IS NOT NULL AND started_at >= $since"
-_ONE = "session_id = $session"
+_SINCE = "session_id IS NOT NULL AND started_at >= $since"
+_WHOLE = f"""
+SELECT {_CALLS} FROM (SELECT DISTINCT app, session_id FROM calls WHERE {_SINCE}) AS live CROSS JOIN calls
+WHERE calls.session_id = live.session_id AND calls.app = live.app"""
+_LATELY = f"SELECT {_CALLS} FROM calls WHERE {_SINCE}"
+_LOOK = "SELECT started_at FROM calls WHERE started_at >= $1 ORDER BY started_at DESC LIMIT 1 OFFSET $2"
+_NEWEST = "SELECT id FROM calls WHERE session_id = $1 AND app = $2 AND id < $3 ORDER BY id DESC LIMIT $4"
 
-_AGENTS = """
-WITH seen AS (
-  SELECT agent_id, max(parent_agent_id) AS parent, coalesce(model_asked, '(none)') AS model,
-    count(*) FILTER (WHERE state IN ('open', 'settled', 'voided')) AS calls, count(*) FILTER (WHERE state = 'refused') AS refused
-  FROM calls WHERE {which} GROUP BY agent_id, coalesce(model_asked, '(none)')),
-money AS (
-  SELECT agent_id, coalesce(model_asked, '(none)') AS model, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
-  FROM calls CROSS JOIN entries WHERE entries.call_id = calls.id AND {which}
-  GROUP BY agent_id, coalesce(model_asked, '(none)')),
+_KEY = "app, agent_id, coalesce(model_asked, '(none)') AS model"
+_AGENTS = f"""
+WITH chosen AS MATERIALIZED (SELECT {_CALLS} FROM calls WHERE {{which}}),
+seen AS (SELECT {_KEY}, max(parent_agent_id) AS parent, {_COUNTS} FROM chosen GROUP BY 1, 2, 3),
+money AS (SELECT {_KEY}, {_MONEY} FROM chosen CROSS JOIN entries WHERE entries.call_id = chosen.id GROUP BY 1, 2, 3),
 metered AS (
-  SELECT agent_id, coalesce(model_asked, '(none)') AS model, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens,
+  SELECT app, agent_id, coalesce(model_asked, '(none)') AS asked, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens,
     sum(cache_read_tokens) AS cache_read_tokens,
     sum(cache_write_5m_tokens + cache_write_1h_tokens + cache_write_unsplit_tokens) AS cache_write_tokens
-  FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND {which}
-  GROUP BY agent_id, coalesce(model_asked, '(none)'))
-SELECT seen.agent_id AS agent, seen.parent AS parent, seen.model AS model, calls, refused, coalesce(spent_nano, 0) AS spent_nano,
-  coalesce(held_nano, 0) AS held_nano, coalesce(input_tokens, 0) AS input_tokens, coalesce(output_tokens, 0) AS output_tokens,
+  FROM chosen CROSS JOIN usage WHERE usage.call_id = chosen.id GROUP BY 1, 2, 3)
+SELECT seen.app AS app, seen.agent_id AS agent, parent, seen.model AS model, user_id, started_at, last_at, calls, open, refused, {_AMOUNTS},
+  coalesce(input_tokens, 0) AS input_tokens, coalesce(output_tokens, 0) AS output_tokens,
   coalesce(cache_read_tokens, 0) AS cache_read_tokens, coalesce(cache_write_tokens, 0) AS cache_write_tokens
-FROM seen LEFT JOIN money ON money.agent_id IS NOT DISTINCT FROM seen.agent_id AND money.model = seen.model
-  LEFT JOIN metered ON metered.agent_id IS NOT DISTINCT FROM seen.agent_id AND metered.model = seen.model
+FROM seen
+  LEFT JOIN money ON money.app = seen.app AND money.agent_id IS NOT DISTINCT FROM seen.agent_id AND money.model = seen.model
+  LEFT JOIN metered ON metered.app = seen.app AND metered.agent_id IS NOT DISTINCT FROM seen.agent_id AND metered.asked = seen.model
 ORDER BY spent_nano DESC, seen.agent_id, seen.model
 """
 _THERE = "SELECT 1 FROM calls WHERE session_id = $1 LIMIT 1"
@@ -120,13 +145,38 @@ ORDER BY session_id LIMIT $2
 
 
 def active(db: Connection, *, since: float, now: float) -> list[Session]:
-    """Return the sessions with a call admitted or refused since a time, the latest first."""
-    return _sessions(db, _ACTIVE, {"since": since}, now)
+    """Return the sessions with a call admitted or refused since a time, the latest first, with the sums of all their calls."""
+    return _sessions(db, _WHOLE, since, now)
 
 
-def one(db: Connection, session: str, *, now: float) -> list[Session]:
-    """Return a session, once for each app whose calls carry its id."""
-    return _sessions(db, _ONE, {"session": session}, now)
+def lately(db: Connection, *, since: float, now: float) -> tuple[list[Session], float]:
+    """Return those sessions with the sums of their calls since that time alone, and the time.
+
+    It is a later one where more than LOOKED_MAX calls came since.
+    """
+    looked = db.execute(_LOOK, (since, LOOKED_MAX - 1)).fetchone()
+    since = looked[0] if looked else since
+    return _sessions(db, _LATELY, since, now), since
+
+
+def one(db: Connection, session: str, *, now: float) -> list[SessionStory]:
+    """Return a session with all its calls, once for each app whose calls carry its id, the latest first."""
+    by_app: dict[str, list[AgentLine]] = {}
+    for line in _agents(db, "session_id = $session", {"session": session}, now):
+        by_app.setdefault(line.app, []).append(line)
+    stories = [SessionStory(_summed(session, lines), tuple(lines)) for lines in by_app.values()]
+    return sorted(stories, key=lambda each: -each.session.last_at)
+
+
+def newest(db: Connection, app: str, session: str, *, below: int, now: float) -> SessionStory | None:
+    """Return a session of an app with its newest calls of a number below this, LOOKED_MAX of them; None where it has none."""
+    ids = [row[0] for row in db.execute(_NEWEST, (session, app, below, LOOKED_MAX + 1)).fetchall()]
+    looked = ids[:LOOKED_MAX]
+    if not looked:
+        return None
+    which = "session_id = $session AND app = $app AND id >= $first AND id <= $last"
+    lines = _agents(db, which, {"session": session, "app": app, "first": looked[-1], "last": looked[0]}, now)
+    return SessionStory(_summed(session, lines), tuple(lines), tuple(looked), len(ids) > LOOKED_MAX)
 
 
 def fast(db: Connection, app: str, over_nano: int, *, now: float) -> list[tuple[str, int]]:
@@ -140,14 +190,9 @@ def fast(db: Connection, app: str, over_nano: int, *, now: float) -> list[tuple[
     return [(row[0], row[1]) for row in db.execute(booked, values).fetchall()]
 
 
-def agents(db: Connection, app: str, session: str) -> list[AgentLine]:
-    """Return what each agent of a session did on each model, the dearest first."""
-    return _agents(db, "session_id = $session AND app = $app", {"app": app, "session": session})
-
-
-def agents_of_token(db: Connection, token_id: int, *, since: float) -> list[AgentLine]:
+def agents_of_token(db: Connection, token_id: int, *, since: float, now: float) -> list[AgentLine]:
     """Return what each agent did on each model by a token, since a time, the dearest first."""
-    return _agents(db, "started_at >= $since AND token_id = $token", {"token": token_id, "since": since})
+    return _agents(db, "started_at >= $since AND token_id = $token", {"token": token_id, "since": since}, now)
 
 
 def open_and_cut(db: Connection, token_id: int, *, since: float) -> tuple[int, int]:
@@ -161,14 +206,14 @@ def open_and_cut(db: Connection, token_id: int, *, since: float) -> tuple[int, i
     return still_open, cut
 
 
-def _agents(db: Connection, which: str, values: dict[str, object]) -> list[AgentLine]:
-    rows = db.execute(sql.named(_AGENTS.format(which=which)), values).fetchall()
-    return [AgentLine(**{name: row[name] for name in AgentLine.__slots__}) for row in rows]
+def is_known(db: Connection, session: str) -> bool:
+    """Return whether a call carries this id of a session."""
+    return bool(db.execute(_THERE, (session,)).fetchall())
 
 
 def named(db: Connection, text: str) -> str:
     """Return the id of the one session that is called so, or whose id begins so. Raises ValueError where there is none, or are several."""
-    if db.execute(_THERE, (text,)).fetchall():
+    if is_known(db, text):
         return text
     found = [row[0] for row in db.execute(_BEGINNING, (text, NEAR_MAX + 1)).fetchall()]
     if len(found) == 1:
@@ -213,7 +258,25 @@ def tree(lines: Sequence[AgentLine]) -> Iterator[tuple[int, str | None, list[Age
         yield from below(agent, 1)
 
 
-def _sessions(db: Connection, which: str, values: dict[str, object], now: float) -> list[Session]:
-    times = {"recent_since": now - RATE_S, "hour_since": now - HOUR_S}
-    rows = db.execute(sql.named(_SESSIONS.format(which=which)), values | times).fetchall()
+def _sessions(db: Connection, chosen: str, since: float, now: float) -> list[Session]:
+    rows = db.execute(sql.named(_SESSIONS.format(chosen=chosen)), {"since": since} | _spans(now)).fetchall()
     return [Session(**{name: row[name] for name in Session.__slots__}) for row in rows]
+
+
+def _agents(db: Connection, which: str, values: dict[str, object], now: float) -> list[AgentLine]:
+    rows = db.execute(sql.named(_AGENTS.format(which=which)), values | _spans(now)).fetchall()
+    return [AgentLine(**{name: row[name] for name in AgentLine.__slots__}) for row in rows]
+
+
+def _spans(now: float) -> dict[str, float]:
+    return {"recent_since": now - RATE_S, "hour_since": now - HOUR_S}
+
+
+def _summed(session: str, lines: Sequence[AgentLine]) -> Session:
+    """Return the session of an app's lines."""
+    users = [line.user_id for line in lines if line.user_id is not None]
+    agents = {line.agent for line in lines if line.agent is not None}
+    names = ("calls", "open", "refused", "spent_nano", "held_nano", "recent_nano", "hour_nano")
+    sums = {name: sum(getattr(line, name) for line in lines) for name in names}
+    times = min(line.started_at for line in lines), max(line.last_at for line in lines)
+    return Session(lines[0].app, session, max(users, default=None), *times, len(agents), **sums)

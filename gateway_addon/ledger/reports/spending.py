@@ -294,9 +294,10 @@ def notable(db: Connection, *, since: float, until: float) -> Notable | None:
     return Notable(app, model, None if asked_tokens == "-" else int(asked_tokens), lines[0], rest)
 
 
-def alerts(db: Connection, *, since: float, until: float) -> list[dict[str, object]]:
-    """Return the alerts of a period, in order, each with its facts."""
-    rows = db.execute("SELECT * FROM alerts WHERE at >= $1 AND at < $2 ORDER BY at, id", (since, until)).fetchall()
+def alerts(db: Connection, *, since: float, until: float, most: int = 2**62) -> list[dict[str, object]]:
+    """Return the newest alerts of a period, in order, each with its facts."""
+    newest = "SELECT * FROM alerts WHERE at >= $1 AND at < $2 ORDER BY at DESC, id DESC LIMIT $3"
+    rows = db.execute(newest, (since, until, most)).fetchall()[::-1]
     return [{name: value for name, value in dict(row).items() if name != "facts"} | json.loads(row["facts"]) for row in rows]
 
 

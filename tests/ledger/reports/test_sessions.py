@@ -60,17 +60,36 @@ def test_sessions_at_work_with_what_they_spent(path):
 
 def test_a_sessions_agents_are_a_tree(path):
     with connect.reading(path) as db:
-        found = sessions.agents(db, "reports", "5e55-run")
         [one] = sessions.one(db, "5e55-run", now=NOON)
-    assert one.spent_nano == sum(line.spent_nano for line in found)
+        [listed] = [each for each in sessions.active(db, since=NOON - 3600, now=NOON) if each.session == "5e55-run"]
+    found = one.agents
+    assert one.session == listed
     assert [(depth, agent, [line.spent_nano for line in own]) for depth, agent, own in tree(found)] == [
         (0, None, [6 * DOLLAR - CENT]), (1, "a1", [2 * DOLLAR]), (2, "a2", [DOLLAR // 2, DOLLAR // 4]),
     ]  # fmt: skip
     assert sum(line.input_tokens for line in found) == 50
 
 
+def test_a_bounded_look_sums_calls_piece_by_piece(path, monkeypatch):
+    """The pieces are the whole; so is a list of the calls since a time that moves up where there are too many."""
+    monkeypatch.setattr(sessions, "LOOKED_MAX", 3)
+    with connect.reading(path) as db:
+        [whole] = sessions.one(db, "5e55-run", now=NOON)
+        pieces = [sessions.newest(db, "reports", "5e55-run", below=2**62, now=NOON)]
+        while pieces[-1].has_older:
+            pieces.append(sessions.newest(db, "reports", "5e55-run", below=pieces[-1].calls[-1], now=NOON))
+        assert sessions.newest(db, "reports", "5e55-run", below=pieces[-1].calls[-1], now=NOON) is None
+        listed, since = sessions.lately(db, since=NOON - 3600, now=NOON)
+    assert [len(each.calls) for each in pieces] == [3, 3, 1]
+    for name in ("calls", "open", "refused", "spent_nano", "held_nano", "recent_nano", "hour_nano"):
+        assert sum(getattr(each.session, name) for each in pieces) == getattr(whole.session, name), name
+    assert sum(line.input_tokens for each in pieces for line in each.agents) == sum(line.input_tokens for line in whole.agents)
+    assert min(each.session.started_at for each in pieces) == whole.session.started_at
+    assert ([(each.session, each.calls, each.refused) for each in listed], since) == ([("5e55-run", 1, 1)], NOON - 60)
+
+
 def line(agent, parent):
-    return AgentLine(agent, parent, "m", 1, 0, 1, 0, 0, 0, 0, 0)
+    return AgentLine(agent, parent, "m", 1, 0, 1, 0, 0, 0, 0, 0, "reports", None, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
