@@ -15,7 +15,7 @@ from gateway_addon.names import PROGRAM
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
-from gateway_addon.proxy.intercept import capture_problem, run
+from gateway_addon.proxy.lean_import import leave_out_unused_addons
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import ListeningLoop, bind
 from gateway_addon.upstreams.credentials import SecretUnavailable, conceal
@@ -52,6 +52,9 @@ def local(
     Without COMMAND it is a proxy to be named in HTTPS_PROXY, with an app's token as its credentials. With COMMAND it runs that
     program through itself, ends with it and returns its exit code; where no call of it came by, it says so and returns 1 instead of 0.
     """
+    leave_out_unused_addons()
+    from gateway_addon.proxy.intercept import capture_problem, run
+
     conceal()
     host, port = listen or ("127.0.0.1", 0 if command else PORT)
     if host != "localhost" and not ipaddress.ip_address(host).is_loopback:

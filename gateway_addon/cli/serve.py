@@ -19,6 +19,7 @@ from gateway_addon.operations.tracing import OtelMissing
 from gateway_addon.policy import PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
+from gateway_addon.proxy.lean_import import leave_out_unused_addons
 from gateway_addon.proxy.settings import FAST_PATH, Settings
 from gateway_addon.proxy.supervisor import bind, cores, is_loopback, supervise
 from gateway_addon.upstreams.credentials import SecretUnavailable, conceal
@@ -112,6 +113,7 @@ def listening(settings: Settings, insecure: bool) -> tuple[Settings, socket.sock
 
 @SAY
 def serve_here(settings: Settings, listener: socket.socket) -> NoReturn:
+    leave_out_unused_addons()
     from gateway_addon.proxy.server import run  # here: a supervisor need not pay for mitmproxy's start-up
 
     try:

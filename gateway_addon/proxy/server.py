@@ -43,6 +43,7 @@ from gateway_addon.policy import GatewayPolicy, Source, load
 from gateway_addon.proxy.certificate import Certificate
 from gateway_addon.proxy.fastpath import connection, dispatch, relay, whole
 from gateway_addon.proxy.hooks import BODY_BYTES_MAX, REQUIRED_OPTIONS, GatewayAddon
+from gateway_addon.proxy.lean_import import load_all_addons
 from gateway_addon.proxy.reverse_tcp import reverse
 from gateway_addon.proxy.settings import Settings
 from gateway_addon.proxy.supervisor import ListeningLoop, stop_signals, when_the_parent_ends
@@ -275,6 +276,7 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
     if settings.web_port is None:
         master: Master = LeanMaster(opts)
     else:
+        load_all_addons()
         from gateway_addon.proxy.web import lockdown
         from gateway_addon.proxy.web.addon import DebugAddon
         from gateway_addon.proxy.web.master import DebugMaster
