@@ -195,18 +195,19 @@ ledger, point = sqlite_files.ledger_path(sys.argv[1]), sys.argv[2]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def file_change(statements):
+def dying(script, run=migrations.runner):
     def change(db):
-        if point == "between" and "laters" in statements[0]:
+        if point == "between" and "laters" in script:
             die()
         if point == "before the commit":
             db.conn.set_trace_callback(lambda statement: statement == "COMMIT" and die())
-        for statement in statements:
-            db.conn.execute(statement.replace("BIGINT)", "INTEGER) STRICT").replace("BIGINT", "INTEGER"))
+        run(script)(db)
     return change
 
+migrations.runner = dying
 for name, statements in CHANGES:
-    migrations.in_file(name=name)(file_change(statements))
+    in_file = "".join(f"{each};\\n" for each in statements).replace("BIGINT)", "INTEGER) STRICT").replace("BIGINT", "INTEGER")
+    migrations.MIGRATIONS += (migrations.Migration(name, in_file, None),)
     postgres.ON_SERVER += ((name, "SET LOCAL search_path = gateway; " + "; ".join(statements)),)
 if point != "never":
     postgres_session.ServerConnection.execute = die  # on a server: the zone is kept last, in the same transaction
