@@ -54,7 +54,7 @@ CUT_AHEAD_S = 2.0  # before the lease ends: time for a cut stream to end, and fo
 SWITCH_INTERVAL_S = 0.0001
 BACKLOG_MAX = 10_000  # rows that only record (refusals, free calls) are let go beyond it; nothing that moves money is
 UNSTORABLE = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "unstorable")))
-FRESH_S = 0.5  # a look at a token on a server: for so long a model that passed a grant elsewhere may still be held progressively
+FRESH_S = 0.5  # a look at a token: for so long a model that passed a grant in another process may still be held progressively
 LOOKED_UP_MAX = 1_000
 RESUMED_AT_ONCE = 100  # endings of a dead process in one go: a server's time for it is limited
 RESOLVE, EXTEND, RESERVE, RECORD = range(4)  # in a batch, money that comes back goes first and top-ups before admissions
@@ -302,15 +302,15 @@ class Ledger:
     async def look_up_token(self, digest: str, *, now: float, judged_again: bool = False) -> TokenLookup:
         """Look up the token with this SHA-256 (hexadecimal), the pauses and the overruns. Raises LedgerUnavailable.
 
-        `judged_again`: nothing is forwarded before a reservation has judged the token and the pauses once more, so on a server a look
-        that was made a moment ago will do. A session is looked up each time: a reservation does not know which one it is for.
+        `judged_again`: nothing is forwarded before a reservation has judged the token and the pauses once more, so a look that was made
+        a moment ago will do. A session is looked up each time: a reservation does not know which one it is for.
         """
         if judged_again and (seen := self._looked_up.get(digest)) is not None and monotonic_s() - seen.at < FRESH_S:
             return seen.found
         at = monotonic_s()
         found = await self.look(partial(state.look_up_token, digest=digest, now=self._at(now)))
         token = found.token
-        if not self._store.near and token is not None and token.rule is None and token.refusal(now) is None:
+        if token is not None and token.rule is None and token.refusal(now) is None:
             if len(self._looked_up) >= LOOKED_UP_MAX:
                 self._looked_up.clear()
             self._looked_up[digest] = _LookedUp(at, replace(found, pauses=()))  # a pause that ends is over at the next call too
@@ -427,6 +427,8 @@ class Ledger:
         elif isinstance(answer, Exception):
             future.set_exception(answer)
         else:
+            if isinstance(answer, Resolution) and answer.overrun:
+                self._looked_up.clear()  # this process holds the model in full from its next call on
             future.set_result(answer)
 
     def _give_back(self, answer: object) -> None:

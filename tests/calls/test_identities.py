@@ -1,6 +1,7 @@
 """Workloads get in by their identity token, or by a session for it: through a real mitmproxy, with an issuer on this machine."""
 
 import asyncio
+import json
 import os
 import sys
 import threading
@@ -27,6 +28,7 @@ from gateway_addon.identity.key_cache import IssuerKeys
 from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
 from gateway_addon.identity.workloads import Workload
 from gateway_addon.ledger import Ledger, admin
+from gateway_addon.messages.request import Request
 from gateway_addon.operations import issuer_keys
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -209,8 +211,10 @@ async def test_a_change_holds_at_the_next_call_in_every_process(tmp_path):
         async def answers():
             found = [(await call(http, each)).headers.get("x-gateway-refusal") for each in (jwt, session)]
             for each in (jwt, session):
-                caller = await second.authenticate("POST", "/v1/messages", (("x-api-key", each),), "127.0.0.1", time.time())
-                found.append(getattr(caller, "code", None))
+                headers, now = (("x-api-key", each), ("content-type", "application/json")), time.time()
+                caller = await second.authenticate("POST", "/v1/messages", headers, "127.0.0.1", now)
+                admitted = await second.admit(caller, Request("POST", "/v1/messages", headers, json.dumps(HELLO).encode()), now) if isinstance(caller, Caller) else caller
+                found.append(getattr(admitted, "code", None))
             return found
 
         assert await answers() == [None] * 4

@@ -72,6 +72,19 @@ async def test_while_past_calls_move_the_loop_serves_and_settles_later(ledger, p
         assert invariants.findings(db) == []
 
 
+async def test_a_look_at_a_token_is_new_once_a_bill_passes_its_grant(ledger, monkeypatch):
+    """Calls look at their token again after half a second, unless this process itself has learned more."""
+    monkeypatch.setattr("gateway_addon.ledger.ledger.FRESH_S", 60)
+    looks, look = [], ledger.look
+    monkeypatch.setattr(ledger, "look", lambda read: looks.append(read) or look(read))
+    for cost_nano, seen in ((30, 1), (40, 2)):
+        held = await ledger.reserve(CALL, 30, DAY_CAP, now=NOON)
+        await ledger.settle(held.call_id, Settlement(cost_nano, (Part(cost_nano),)), now=NOON)
+        found = [(await ledger.look_up_token("d1", now=NOON, judged_again=True)).overruns for _ in range(3)]
+        assert len(looks) == seen
+    assert found == [{CALL.model_asked}] * 3
+
+
 async def test_one_gateway_moves_the_calls_and_the_others_wait(path, ledger, long):
     began, may_end = long
     other = await Ledger.open(url(path), now=NOON)
