@@ -62,6 +62,16 @@ def next_start(window: Window, at: float, zone: tzinfo = UTC) -> int | None:
     return None if window == "ever" else _next_start(window, datetime.fromtimestamp(at, zone).date(), zone)
 
 
+def per(window: Window) -> str:
+    """Return the words for how long an amount is to last: `a day`, `for ever`."""
+    return "for ever" if window == "ever" else f"a {window}"
+
+
+def during(window: Window) -> str:
+    """Return the words for a cap's window after "for": `for a day`, `for ever`."""
+    return f"for {per(window).removeprefix('for ')}"
+
+
 def shown(at: float, zone: tzinfo) -> str:
     """Write a time for people, to the minute and with its zone: `2026-12-01 09:30 CET`."""
     there = datetime.fromtimestamp(at, zone)

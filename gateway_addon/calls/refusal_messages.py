@@ -3,20 +3,23 @@
 Each names the app, the limit with its amounts, and the way out. Knows the ledger's values and the quote; decides nothing.
 """
 
+from dataclasses import replace
 from datetime import tzinfo
 from typing import NamedTuple
 
 from gateway_addon.calls.quote import Quote
 from gateway_addon.calls.reservation_options import ReservationOption
+from gateway_addon.calls.responses import kept_for_last_calls, standing_headers
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.calls.spend_limit import rejected_headers
 from gateway_addon.identity.client_address import FORWARDED_FOR
 from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
 from gateway_addon.identity.tokens import ISSUE
 from gateway_addon.ledger import TOTAL, Denied, Pause, Standing, Token, enclosing, part_of
+from gateway_addon.ledger.scope_names import cap_command
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, app_named
-from gateway_addon.policy import AppPolicy, caps_of_part
+from gateway_addon.policy import AppPolicy
 from gateway_addon.refusals import Refusal, capitalised
 from gateway_addon.upstreams.rate_limits import Shortage
 from gateway_addon.windows import shown
@@ -61,7 +64,12 @@ def rule_gone(token: Token, app: AppPolicy) -> Refusal:
 
 
 def denied(denial: Denied, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption, zone: tzinfo) -> Refusal:
-    """Return the refusal for a reservation that the ledger denied. `option` is what was asked for."""
+    """Return the refusal for a reservation that the ledger denied. `option` is what was asked for. It says how all caps stand."""
+    refusal = _denied(denial, app, quote, option, zone)
+    return replace(refusal, more_headers=(*standing_headers(app, denial.standings), *refusal.more_headers))
+
+
+def _denied(denial: Denied, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption, zone: tzinfo) -> Refusal:
     if denial.standing is not None:
         return _denied_by_cap(denial, denial.standing, app, quote, option, zone)
     if denial.pause is not None:
@@ -141,17 +149,18 @@ def _needs(option: ReservationOption) -> str:
 
 
 def _way_on(app: AppPolicy, cap: Standing) -> str:
-    """Name what lets calls through before the reset: the operator's command, or for a part the place of its cap."""
-    if (part := part_of(cap.scope)) is not None:
-        last_nano = caps_of_part(app, *part).caps.get(cap.window, 0) - (cap.cap_nano or 0)
-        last = f"Its last {dollars(last_nano)} is kept for requests with the header x-gateway-last-call: 1. " if last_nano > 0 else ""
-        instead = {"session": "Begin another session, or raise", "agent": "Let another agent go on, or raise"}.get(part[0], "Raise")
-        return f"{last}{instead} the cap ({_place(app, cap)})."
-    kind, _, name = cap.scope.partition(":")
-    whom = name if kind == "app" else cap.scope
+    """Name what lets calls through before the reset: a last call, another session or agent, the operator's command."""
+    part, last, instead, place = part_of(cap.scope), "", "", ""
+    if part is not None:
+        last_nano = kept_for_last_calls(app, cap)
+        last = f"Its last {dollars(last_nano)} is kept for requests with the header x-gateway-last-call: 1. " if last_nano else ""
+        instead = {"session": "Begin another session", "agent": "Let another agent go on"}.get(part[0], "")
+        place = f" ({_place(app, cap)})"
     if cap.is_limited:
-        return f"The operator's limit holds ({PROGRAM} cap list); to lift it: {PROGRAM} cap limit {whom} {cap.window} --lift."
-    return f"The operator can raise it: {PROGRAM} cap raise {whom} {cap.window} AMOUNT --until DATE."
+        lifted = cap_command("limit", cap.scope, cap.window, "--lift")
+        return f"{last}{instead and f'{instead}. '}The operator's limit holds ({PROGRAM} cap list); to lift it: {lifted}."
+    whose = f"{instead}, or let the operator" if instead else "The operator can"
+    return f"{last}{whose} raise it{place}: {cap_command('raise', cap.scope, cap.window, 'AMOUNT --until DATE')}."
 
 
 def paused(pause: Pause, zone: tzinfo) -> Refusal:

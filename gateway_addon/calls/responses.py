@@ -10,7 +10,7 @@ from gateway_addon.ledger import Standing, app_scope, enclosing, part_of
 from gateway_addon.ledger.reports.forecast import Forecast
 from gateway_addon.money import dollars
 from gateway_addon.names import NAME_CHARS_MAX, safe_name
-from gateway_addon.policy import AppPolicy, caps_of_part, may_use
+from gateway_addon.policy import AppPolicy, caps_of_part, last_call_share, may_use
 from gateway_addon.pricing import Prices
 
 
@@ -61,7 +61,12 @@ def note_header(note: str | None) -> list[tuple[str, str]]:
 
 
 def cap_headers(app: AppPolicy, standings: Sequence[Standing]) -> list[tuple[str, str]]:
-    """Return how the caps of an app and of its parts stood at admission, with the call's reservation, and what Claude Code reads.
+    """Return how the caps of an app and of its parts stood at admission, with the call's reservation, and what Claude Code reads."""
+    return [*standing_headers(app, standings), *allowed_headers(app.name, standings)]
+
+
+def standing_headers(app: AppPolicy, standings: Sequence[Standing]) -> list[tuple[str, str]]:
+    """Return how the caps of an app and of its parts stand.
 
     `x-gateway-cap-WINDOW` is the app's, `x-gateway-cap-KIND` a part's, with an item for each window.
     """
@@ -73,10 +78,20 @@ def cap_headers(app: AppPolicy, standings: Sequence[Standing]) -> list[tuple[str
         if (part := part_of(standing.scope)) is None:
             fields[standing.window.partition(":")[0]] = [_header(standing)]
             continue
-        kept_nano = caps_of_part(app, *part).caps.get(standing.window, standing.cap_nano) - standing.cap_nano
-        kept = f"; last_call={dollars(kept_nano)}" if kept_nano > 0 else ""
+        kept_nano = kept_for_last_calls(app, standing)
+        kept = f"; last_call={dollars(kept_nano)}" if kept_nano else ""
         fields.setdefault(part[0].replace(".", "-"), []).append(f"{_header(standing)}; window={standing.window}{kept}")
-    return [*((f"x-gateway-cap-{name}", ", ".join(values)) for name, values in fields.items()), *allowed_headers(app.name, standings)]
+    return [(f"x-gateway-cap-{name}", ", ".join(values)) for name, values in fields.items()]
+
+
+def kept_for_last_calls(app: AppPolicy, standing: Standing) -> int:
+    """Return the share of a part's cap that is kept for last calls and that the standing, of a call which is none, leaves out."""
+    found = caps_of_part(app, *(part_of(standing.scope) or ("", "")))
+    whole_nano = found.caps.get(standing.window, 0)
+    most_nano = whole_nano + standing.raised_nano
+    in_force_nano = most_nano if standing.limit_nano is None else min(most_nano, standing.limit_nano)
+    left_out_nano = in_force_nano - (standing.cap_nano or 0)
+    return left_out_nano if 0 < left_out_nano <= last_call_share(whole_nano, found) else 0  # more: the cap is a token's own
 
 
 def edited_text(changes: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -85,7 +85,7 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
         calendar = zone(db)
         must_know(name, db, policies)
         team = admin.team_of(db, name)
-        caps = standing_rows(db, found, now, scopes(name, team))
+        caps = standing_rows(db, [each for each in found.windowed if each.scope in scopes(name, team)], now)
         good = [each for each in admin.tokens(db, name) if each.refusal(now) is None]
         pauses = [each for each in state.pauses(db, now) if each.scope in scopes(name, team)]
         refusals = spending.refused_of(db, name, since=starts(now, calendar).month, until=now)

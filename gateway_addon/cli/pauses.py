@@ -3,24 +3,23 @@
 import getpass
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, json_option, ledger_option, policies_option, says_errors, stop, why_option
-from gateway_addon.cli.labels import label_option
+from gateway_addon.cli.parts import meant, part_option
 from gateway_addon.cli.times import to_come
 from gateway_addon.ledger import LedgerUnavailable, admin, connect, state
 from gateway_addon.ledger.reports import sessions
 from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.scope_names import named
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.ledger.types import TOTAL, AppPart, Labels, enclosing, part_of, part_within
+from gateway_addon.ledger.types import TOTAL, AppPart, part_within
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.names import PROGRAM
-from gateway_addon.operations.changes import scope_of, typed
+from gateway_addon.operations.changes import scope_of
 from gateway_addon.policy import Outline, outline
 from gateway_addon.windows import shown
 
@@ -30,22 +29,10 @@ SHORT_LIVED_S = 30 * 86400.0
 """A pause of what is soon forgotten ends by itself after this time: every call is held against all that are in force."""
 
 
-def _part_options[F: Callable[..., Any]](command: F) -> F:
-    """Add the options that name a part of an app, of which one may be given."""
-    for option in (
-        label_option("Calls with this label."),
-        click.option("--user", metavar="ID", help="Calls for this end user."),
-        click.option("--agent", metavar="ID", help="Calls of this agent, and of those that it starts."),
-        click.option("--session", metavar="ID", help="Calls of this session, by its id or the beginning of it."),
-    ):
-        command = option(command)
-    return command
-
-
 @click.command(epilog=f"Example: {PROGRAM} pause experiments --until 8h --why 'runaway loop'")
 @click.argument("name", metavar="APP", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every app.")
-@_part_options
+@part_option()
 @click.option("--until", metavar="DATE", help=f"End by itself then: 2026-12-01, 12h. Without it: until {PROGRAM} resume.")
 @click.option("--now", "cut", is_flag=True, help="End streams in flight too, within a second or so.")
 @json_option
@@ -54,16 +41,15 @@ def _part_options[F: Callable[..., Any]](command: F) -> F:
 @ledger_option
 @SAY
 def pause(
-    name: str | None, everything: bool, session: str | None, agent: str | None, user: str | None, labels: Labels, until: str | None,
-    cut: bool, as_json: bool, why: str, policies: Path, ledger: str,
+    name: str | None, everything: bool, part: AppPart | None, until: str | None, cut: bool, as_json: bool, why: str, policies: Path,
+    ledger: str,
 ) -> None:  # fmt: skip
-    """Refuse every further call of APP (or team:NAME, or --all), or of one session, agent, user or label, of APP or of any app."""
-    part, now, found, place = _part(session, agent, user, labels), time.time(), outline(policies), ledger_path(ledger)
-    known = True
-    if part is not None:
-        with connect.reading(place) as db:
-            part = (part[0], sessions.named(db, part[1])) if session else part
-            known = sessions.seen(db, part)
+    """Refuse every further call of APP (or team:NAME, or --all), or of one session, agent, user or label, of APP or of any app.
+
+    The pause of an agent holds for the agents that it starts.
+    """
+    now, found, place = time.time(), outline(policies), ledger_path(ledger)
+    part, known = meant(part, place, policies)
     with connect.changing(place) as db:
         scope, calendar = _scope(name, everything, part, db, found), zone(db)
         ends_at = None if until is None else to_come(until, now, calendar)
@@ -74,7 +60,7 @@ def pause(
         click.echo(json.dumps({"scope": scope, "until": ends_at, "cut": cut, "why": why}))
         return
     ending = f"until {PROGRAM} resume" if ends_at is None else f"until {shown(ends_at, calendar)}"
-    click.echo(f"{_said(scope)} is paused {ending}. Calls in flight {'are cut' if cut else 'may finish'}.")
+    click.echo(f"{named(scope)} is paused {ending}. Calls in flight {'are cut' if cut else 'may finish'}.")
     if not known:
         click.echo(f"None of the last {sessions.LATEST:,} calls had it: is it spelled so?", err=True)
 
@@ -82,27 +68,26 @@ def pause(
 @click.command(epilog=f"Example: {PROGRAM} resume experiments")
 @click.argument("name", metavar="APP", required=False)
 @click.option("--all", "everything", is_flag=True, help="The pause of every app.")
-@_part_options
+@part_option()
 @json_option
 @why_option
 @policies_option
 @ledger_option
 @SAY
 def resume(
-    name: str | None, everything: bool, session: str | None, agent: str | None, user: str | None, labels: Labels, as_json: bool, why: str,
-    policies: Path, ledger: str,
-) -> None:  # fmt: skip
+    name: str | None, everything: bool, part: AppPart | None, as_json: bool, why: str, policies: Path, ledger: str
+) -> None:
     """End a pause of APP (or team:NAME, or --all), or of one session, agent, user or label."""
-    part, found = _part(session, agent, user, labels), outline(policies)
+    found = outline(policies)
     with connect.changing(ledger_path(ledger)) as db:
         scope = _scope(name, everything, part, db, found)
-        if session:
+        if part is not None and part[0] == "session":
             paused = [each.scope for each in state.pauses(db, time.time()) if each.scope.startswith(scope)]
             scope = paused[0] if len(paused) == 1 else scope
         ended = admin.resume(db, scope, who=getpass.getuser(), why=why, now=time.time())
     if not ended:
-        stop(f"{_said(scope)} was not paused.", PROBLEM)
-    click.echo(json.dumps({"scope": scope}) if as_json else f"{_said(scope)} may call again.")
+        stop(f"{named(scope)} was not paused.", PROBLEM)
+    click.echo(json.dumps({"scope": scope}) if as_json else f"{named(scope)} may call again.")
 
 
 @click.command(
@@ -143,14 +128,6 @@ def clear(model: str, as_json: bool, why: str, ledger: str) -> None:
     click.echo(json.dumps({"model": model}) if as_json else f"{model} reserves in steps again.")
 
 
-def _part(session: str | None, agent: str | None, user: str | None, labels: Labels) -> AppPart | None:
-    named = [(kind, value) for kind, value in (("session", session), ("agent", agent), ("user", user)) if value]
-    named += [(f"label.{name}", value) for name, value in labels]
-    if len(named) > 1:
-        stop("Name one part of an app: a session, an agent, a user or a label.")
-    return named[0] if named else None
-
-
 def _scope(name: str | None, everything: bool, part: AppPart | None, db: Connection, found: Outline) -> str:
     """Return the scope that was meant. A part that is named without an app is one of any app."""
     if everything if name is not None else not everything and part is None:
@@ -161,10 +138,3 @@ def _scope(name: str | None, everything: bool, part: AppPart | None, db: Connect
     if within.startswith("team:"):
         stop("A session, agent, user or label belongs to an app, not to a team: name the APP, or none for any.")
     return part_within(within, part)
-
-
-def _said(scope: str) -> str:
-    if (part := part_of(scope)) is None:
-        return scope
-    within = "any app" if enclosing(scope) == TOTAL else typed(enclosing(scope))
-    return f"{part[0].removeprefix('label.')} {part[1]} of {within}"

@@ -11,11 +11,12 @@ from pathlib import Path
 from gateway_addon.ledger import ServerAddress, admin, connect
 from gateway_addon.ledger.reports import sessions
 from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.scope_names import typed
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.types import enclosing, part_of, part_within
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.operations import changes
-from gateway_addon.operations.changes import scope_of, typed
+from gateway_addon.operations.changes import scope_of
 from gateway_addon.policy import outline
 from gateway_addon.windows import WINDOWS, shown
 
@@ -97,7 +98,7 @@ def _paused_scope(form: ChangeForm, db: Connection, policies: Path) -> str:
 def _raise(form: ChangeForm, db: Connection, policies: Path, now: float) -> AskedChange:
     found, window, lift, why = outline(policies), _window(form), form.flag("lift"), form["why"]
     scope, amount_nano, until = scope_of(form["scope"], db, found), parse_nano(form["amount"]), _until(form["hours"], now)
-    base_nano = changes.base_nano(found, scope, window)
+    base_nano = changes.base_nano(db, found, scope, window)
     above = "its cap" if base_nano is None else f"its {dollars(base_nano)}"
     sentence = f"Let {_named(scope)} spend {dollars(amount_nano)} above {above} a {window}, until {shown(until, zone(db))}."
     beside = [each for each in admin.raises(db, now=now) if (each.scope, each.window) == (scope, window)]
@@ -113,7 +114,7 @@ def _raise(form: ChangeForm, db: Connection, policies: Path, now: float) -> Aske
 def _limit(form: ChangeForm, db: Connection, policies: Path, _now: float) -> AskedChange:
     found, window = outline(policies), _window(form)
     scope, amount_nano, why = scope_of(form["scope"], db, found), parse_nano(form["amount"]), form["why"]
-    changes.base_nano(found, scope, window)
+    changes.base_nano(db, found, scope, window)
 
     def run(db: Connection, who: str, now: float) -> None:
         changes.limit_cap(db, found, scope, window, amount_nano, who=who, why=why, now=now)

@@ -7,6 +7,7 @@ all searches by key: their cost does not grow with the ledger. Knows nothing of 
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import tzinfo
 from functools import lru_cache
 from itertools import chain
@@ -234,7 +235,7 @@ def answered(db: Connection, asked: Reservation, caps: Sequence[CapShape], owner
     denial = judge(found, asked.rates, asked.grant_nano, asked.quantum_nano, call.input_tokens, now)
     if denial is None:
         raise LedgerUnavailable(f"the ledger did not write a reservation and does not say why: `{PROGRAM} doctor` looks for the fault")
-    return denial
+    return replace(denial, standings=found.standings)
 
 
 def facts(db: Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> CallFacts:

@@ -291,6 +291,8 @@ class Denied:
     used: int | None = None
     pause: "Pause | None" = None
     retry_after_s: int | None = None
+    standings: tuple[Standing, ...] = field(default=(), compare=False, repr=False)
+    """How each cap stands that the call is under: no part of the reason."""
 
 
 @dataclass(frozen=True, slots=True)

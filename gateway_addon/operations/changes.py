@@ -5,18 +5,18 @@ transaction, and writes through the ledger's own functions, which audit.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import tzinfo
 from typing import NamedTuple
 
 from gateway_addon.ledger import admin, app_scope, team_scope
 from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.scope_names import cap_command, named, typed
 from gateway_addon.ledger.sql import Connection
-from gateway_addon.ledger.types import TOTAL, Limit, Raise
+from gateway_addon.ledger.types import TOTAL, Limit, Raise, enclosing, part_of
 from gateway_addon.money import dollars
-from gateway_addon.names import PROGRAM
 from gateway_addon.policy import Outline
-from gateway_addon.windows import shown
+from gateway_addon.windows import Window, during, per, shown
 
 
 class CapRaised(NamedTuple):
@@ -34,7 +34,7 @@ class HeldDown(ValueError):
     def __init__(self, limit: Limit, calendar: tzinfo) -> None:
         why = f" ({limit.why})" if limit.why else ""
         super().__init__(
-            f"{typed(limit.scope)} is limited to {dollars(limit.amount_nano)} a {limit.window} by {limit.who} since "
+            f"{named(limit.scope)} is limited to {dollars(limit.amount_nano)} {per(limit.window)} by {limit.who} since "
             f"{shown(limit.since, calendar)}{why}, so a raise would have no effect or not its whole one."
         )
 
@@ -54,11 +54,6 @@ def scope_of(name: str, db: Connection, found: Outline) -> str:
     return app_scope(name)
 
 
-def typed(scope: str) -> str:
-    """Return a scope as it is typed: `app:reports` is `reports`."""
-    return scope.removeprefix("app:")
-
-
 def unknown(name: str, what: str, known: Iterable[str]) -> str:
     """Return the sentence for a name that is not known, with the nearest one that is."""
     names = sorted(known)
@@ -66,14 +61,25 @@ def unknown(name: str, what: str, known: Iterable[str]) -> str:
     return f"no {what} {name!r}: did you mean {near[0]}?" if near else f"no {what} {name!r}; known: {', '.join(names) or 'none yet'}"
 
 
-def base_nano(found: Outline, scope: str, window: str) -> int | None:
+def caps_of(db: Connection, found: Outline, scope: str) -> Mapping[Window, int] | None:
+    """Return the caps of a scope by the policy, and the one that a token was issued with; None where a file cannot be read now."""
+    caps, part = found.caps_of(scope), part_of(scope)
+    if caps is None or part is None or part[0] != "token":
+        return caps
+    own_nano = next((each.cap_nano for each in admin.tokens(db, typed(enclosing(scope))) if str(each.id) == part[1]), None)
+    return caps if own_nano is None else {**caps, "ever": min(own_nano, caps.get("ever", own_nano))}
+
+
+def base_nano(db: Connection, found: Outline, scope: str, window: str) -> int | None:
     """Return the policy's cap; None where its file cannot be read now. Raises ValueError where there is none to change."""
-    caps = found.caps.get(scope)
+    caps = caps_of(db, found, scope)
     if caps is None:
         return None
     if window not in caps:
-        name = typed(scope)
-        raise ValueError(f"{name} has no cap for a {window} to change; its caps: {', '.join(caps) or 'none'}. Write one in its policy file")
+        place = "its policy file" if (part := part_of(scope)) is None else f"the policy file of its app (each.{part[0]})"
+        raise ValueError(
+            f"{named(scope)} has no cap {during(window)} to change; its caps: {', '.join(caps) or 'none'}. Write one in {place}"
+        )
     return caps[window]
 
 
@@ -85,12 +91,12 @@ def raise_cap(
 
     Raises ValueError for a cap that is not there, and HeldDown where a limit binds that is not to be lifted.
     """
-    policy_nano, name = base_nano(found, scope, window), typed(scope)
+    policy_nano = base_nano(db, found, scope, window)
     if replace is not None:
         replaced = admin.withdraw_raise(db, replace, who=who, why=why or "replaced", now=now)
         if (replaced.scope, replaced.window) != (scope, window):
-            of = f"{typed(replaced.scope)} {replaced.window}"
-            raise ValueError(f"raise {replace} is of {of}, not of {name} {window}: nothing was changed")
+            of = f"{named(replaced.scope)} {replaced.window}"
+            raise ValueError(f"raise {replace} is of {of}, not of {named(scope)} {window}: nothing was changed")
     beside = tuple(each for each in admin.raises(db, now=now) if (each.scope, each.window) == (scope, window))
     together_nano = amount_nano + sum(each.amount_nano for each in beside)
     limit = next((each for each in admin.limits(db) if (each.scope, each.window) == (scope, window)), None)
@@ -106,8 +112,8 @@ def limit_cap(
     db: Connection, found: Outline, scope: str, window: str, amount_nano: int, *, who: str, why: str, now: float
 ) -> Limit | None:
     """Lower a cap to an amount until the limit is lifted; returns the limit before. Raises ValueError where that would raise it."""
-    policy_nano, name = base_nano(found, scope, window), typed(scope)
+    policy_nano = base_nano(db, found, scope, window)
     if policy_nano is not None and amount_nano > policy_nano:
-        way_out = f"{PROGRAM} cap raise {name} {window} AMOUNT --until DATE"
-        raise ValueError(f"a limit lowers a cap, and {name} has {dollars(policy_nano)} a {window}: to raise it, {way_out}")
+        way_out = cap_command("raise", scope, window, "AMOUNT --until DATE")
+        raise ValueError(f"a limit lowers a cap, and {named(scope)} has {dollars(policy_nano)} {per(window)}: to raise it, {way_out}")
     return admin.limit_cap(db, scope, window, amount_nano, who=who, why=why, now=now)

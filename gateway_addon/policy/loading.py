@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 from gateway_addon import pricing
 from gateway_addon.identity.trust import Issuer
+from gateway_addon.ledger import app_scope, enclosing, part_of
 from gateway_addon.names import PROGRAM
 from gateway_addon.policy import trusting
 from gateway_addon.policy.keys import APP, GATEWAY, NAME
 from gateway_addon.policy.kinds import REQUIRED, Key, record
-from gateway_addon.policy.model import AppPolicy, Cap, GatewayPolicy, Models
+from gateway_addon.policy.model import AppPolicy, Cap, GatewayPolicy, Models, PartCaps, caps_of_one
 from gateway_addon.policy.rules import matching
 from gateway_addon.pricing import LISTED_BY, PriceError, Prices
 from gateway_addon.windows import Window
@@ -78,6 +79,8 @@ class Outline(NamedTuple):
 
     caps: Mapping[str, Mapping[Window, int] | None]
     tls: bool
+    parts: Mapping[str, tuple[Mapping[str, PartCaps], Mapping[str, PartCaps]] | None] = MappingProxyType({})
+    """By app's scope the caps of each of its parts, by kind, and of single models; None where these cannot be read."""
     issuers: tuple[str, ...] = ()
     """The addresses of the issuers of identity tokens."""
     audience: str | None = None
@@ -85,6 +88,13 @@ class Outline(NamedTuple):
     @property
     def apps(self) -> list[str]:
         return [scope.removeprefix("app:") for scope in self.caps if scope.startswith("app:")]
+
+    def caps_of(self, scope: str) -> Mapping[Window, int] | None:
+        """Return the caps of a scope, a part's too; None where its file cannot be read."""
+        if (part := part_of(scope)) is None:
+            return self.caps.get(scope)
+        found = self.parts.get(enclosing(scope))
+        return None if found is None else caps_of_one(*found, *part).caps
 
     @property
     def windowed(self) -> tuple[Cap, ...]:
@@ -97,11 +107,23 @@ def outline(directory: Path) -> Outline:
     """Read apps and caps alone, for commands that must work while a file is broken. Never raises."""
     general = _read_keys(directory / "gateway.yaml", GATEWAY, ("caps", "teams", "tls", "issuers", "audience"))
     found = {"total": general["caps"]} | {f"team:{name}": team.caps for name, team in (general["teams"] or {}).items()}
+    parts: dict[str, tuple[Mapping[str, PartCaps], Mapping[str, PartCaps]] | None] = {}
     for path in sorted((directory / "apps").glob("*.yaml")):
         if _APP_FILE.fullmatch(path.name):
-            found[f"app:{path.stem}"] = _read_keys(path, APP, ("caps",))["caps"]
+            values, scope = _read_keys(path, APP, ("caps", "each", "models")), app_scope(path.stem)
+            found[scope], each, models = values.values()
+            parts[scope] = None if each is None or models is None else (each, _by_canonical_id(models.caps, directory))
     issuers = tuple(each.url for each in (general["issuers"] or {}).values())
-    return Outline(MappingProxyType(found), general["tls"] is not None, issuers, general["audience"])
+    return Outline(MappingProxyType(found), general["tls"] is not None, MappingProxyType(parts), issuers, general["audience"])
+
+
+def _by_canonical_id(caps: Mapping[str, PartCaps], directory: Path) -> Mapping[str, PartCaps]:
+    """Return caps of single models by canonical id; by the names as they are written where the prices cannot be read."""
+    try:
+        prices = load_prices(directory) if caps else None
+    except PolicyError:
+        prices = None
+    return caps if prices is None else {prices.canonical(name) or name: each for name, each in caps.items()}
 
 
 def _read_keys(path: Path, keys: Mapping[str, Key], names: Sequence[str]) -> dict[str, Any]:

@@ -26,8 +26,6 @@ class Cap(NamedTuple):
     scope: str
     window: Window
     amount_nano: int
-    kept_nano: int = 0
-    """The share of the cap that is kept for last calls, and not in `amount_nano`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +261,13 @@ def part_caps(app: AppPolicy, parts: Iterable[AppPart], *, last_call: bool) -> I
     for kind, value in parts:
         found = caps_of_part(app, kind, value)
         for window, whole_nano in found.caps.items():
-            kept_nano = 0 if last_call else whole_nano * (found.last_call_percent or 0) // 100
-            yield Cap(part_scope(app.name, (kind, value)), window, whole_nano - kept_nano, kept_nano)
+            kept_nano = 0 if last_call else last_call_share(whole_nano, found)
+            yield Cap(part_scope(app.name, (kind, value)), window, whole_nano - kept_nano)
+
+
+def last_call_share(whole_nano: int, found: PartCaps) -> int:
+    """Return the share of a cap that is kept for last calls."""
+    return whole_nano * (found.last_call_percent or 0) // 100
 
 
 def caps_by_model(app: AppPolicy) -> bool:
@@ -286,8 +289,13 @@ def token_cap(call: NewCall) -> tuple[Cap, ...]:
 
 def caps_of_part(app: AppPolicy, kind: str, value: str) -> PartCaps:
     """Return what one part may spend: as each of its kind, and where a model has caps of its own, those instead."""
-    each = app.each.get(kind, NO_PART_CAPS)
-    own = app.models.caps.get(value) if kind == "model" else None
+    return caps_of_one(app.each, app.models.caps, kind, value)
+
+
+def caps_of_one(of_each: Mapping[str, PartCaps], of_models: Mapping[str, PartCaps], kind: str, value: str) -> PartCaps:
+    """Return what one part may spend by the caps of each part, by kind, and those of single models, by canonical id."""
+    each = of_each.get(kind, NO_PART_CAPS)
+    own = of_models.get(value) if kind == "model" else None
     return each if own is None else PartCaps({**each.caps, **own.caps}, own.last_call_percent or each.last_call_percent)
 
 

@@ -143,6 +143,83 @@ def test_what_would_have_no_effect_is_refused(here, line, sentence):
         assert db.execute("SELECT (SELECT count(*) FROM pauses) + (SELECT count(*) FROM raises) + (SELECT count(*) FROM limits)").fetchone()[0] == 0
 
 
+CODER = """models: {allow: [claude-haiku-4-5, claude-opus-5-5], caps: {claude-opus-5-5: {day: $5}}}
+caps: {day: $10}
+each:
+  session: {ever: $2}
+  agent: {ever: $2}
+  user: {ever: $2}
+  label.client: {ever: $2}
+  model: {ever: $2}
+"""
+PARTS = {  # as typed: (as named, its scope's end)
+    "--session 3f2a": ("session 3f2a9c of coder", "session:3f2a9c"),
+    "--agent a1": ("agent a1 of coder", "agent:a1"),
+    "--user u1": ("user u1 of coder", "user:u1"),
+    "--label client=acme": ("client acme of coder", "label.client:acme"),
+    "--model claude-haiku-4-5-20251001": ("model claude-haiku-4-5 of coder", "model:claude-haiku-4-5"),
+    "--token 2": ("token 2 of coder", "token:2"),
+}
+
+
+@pytest.fixture
+def parted(here: Path) -> Path:
+    """An app `coder` too, with caps on its parts and one call, by a token that was issued with a cap of its own."""
+    (here / "policies/apps/coder.yaml").write_text(CODER)
+    with connect.changing(here / "gateway.db") as db:
+        kept = [("coder", kind, "ever") for kind in ("session", "agent", "user", "label.client", "model")]
+        admin.align(db, "Europe/Berlin", {"reports": "batch", "app": None, "coder": None}, (), kept, who="test", now=time.time())
+        admin.issue_token(db, "coder", "d2", cap_nano=2 * DOLLAR, who="test", now=time.time())
+        parts = {"session_id": "3f2a9c", "agent_id": "a1", "user_id": "u1", "labels": (("client", "acme"),), "model": "claude-haiku-4-5"}
+        spend(db, time.time(), DOLLAR, replace(CALL, app="coder", team=None, token_id=2, **parts))
+    return here
+
+
+def test_each_parts_cap_is_raised_limited_listed_and_undone(parted):
+    for number, (option, (name, scope)) in enumerate(PARTS.items(), start=1):
+        scope = f"app:coder {scope}"
+        done = gateway(f"cap raise coder ever 1 {option} --until 12h --why night")
+        assert done.output.startswith(f"{name} may spend $1.00 above its $2.00 for ever, until "), done.output
+        listed = told("cap list coder")
+        [row] = [each for each in listed["caps"] if each["scope"] == scope and each["window"] == "ever"]
+        assert (row["policy_nano"], row["raised_nano"], row["in_force_nano"], row["spent_nano"]) == (2 * DOLLAR, DOLLAR, 3 * DOLLAR, DOLLAR)
+        assert [each["scope"] for each in listed["raises"]] == [scope]
+        assert gateway(f"cap withdraw {number}").output == f"{name} may no longer spend $1.00 above its cap for ever.\n"
+        assert gateway(f"cap limit coder ever 1 {option}").output.startswith(f"{name} may spend $1.00 for ever, whatever its raises, until ")
+        assert f"{name} is limited to $1.00 for ever by" in refused(f"cap raise coder ever 1 {option} --until 12h", 1)
+        assert [each["in_force_nano"] for each in told(f"cap list coder {option}")["caps"] if each["window"] == "ever"] == [DOLLAR]
+        assert gateway(f"cap limit coder ever {option} --lift").output == f"{name} has its cap for ever again, raises included.\n"
+        assert f"{name} has no limit for ever" in refused(f"cap limit coder ever {option} --lift", 1)
+    assert {each["subject"] for each in told("audit --app coder") if each["action"] == "cap raise"} == {
+        f"app:coder {scope} ever" for _, scope in PARTS.values()
+    }
+    assert not told("cap list coder")["raises"]
+    assert gateway("cap raise coder day 1 --model claude-opus-5-5 --until 1h").output.startswith("model claude-opus-5-5 of coder may spend")
+    assert "coder --model claude-opus-5-5  day" in gateway("cap list coder").output
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("cap raise coder ever 1 --until 1h --session nope", "no session 'nope' in this ledger"),
+        ("cap raise coder ever 1 --until 1h --token 1", "token 1 is not one of coder"),
+        ("cap raise coder ever 1 --until 1h --model gpt", "no model 'gpt' has a price"),
+        ("cap raise coder day 1 --until 1h --user u1", "user u1 of coder has no cap for a day to change; its caps: ever. Write one in"),
+        ("cap raise reports ever 1 --until 1h --user u1", "user u1 of reports has no cap for ever to change; its caps: none"),
+        ("cap raise coder ever 1 --until 1h --user u1 --agent a1", "Name one part of an app"),
+        ("cap raise team:batch ever 1 --until 1h --user u1", "belongs to an app: name the APP"),
+        ("cap list --user u1", "belongs to an app: name the APP"),
+        ("cap limit coder ever 3 --user u1", "user u1 of coder has $2.00 for ever: to raise it, gateway cap raise coder ever AMOUNT --until DATE --user u1"),
+    ],
+)
+def test_a_parts_cap_that_is_not_there_is_not_changed(parted, line, sentence):
+    assert sentence in refused(line)
+
+
+def test_a_part_that_no_call_had_is_raised_with_a_warning(parted):
+    assert "None of the last 100,000 calls had it: is it spelled so?" in gateway("cap raise coder ever 1 --until 1h --user u2").output
+
+
 BAD_NIGHT = [
     "cap list", "cap raise reports day 5 --until 12h", "cap withdraw 1", "cap limit reports day 1", "cap limit reports day --lift",
     "pause reports --now", "resume reports", "pause team:batch", "resume team:batch", "pause --all", "resume --all",
@@ -178,7 +255,7 @@ def test_the_bad_nights_commands_work_beside_a_broken_file(here, broken):
 
 
 def test_a_pauses_end_is_read_and_said_in_the_gateways_zone(here):
-    assert gateway("pause reports --until 2099-07-01").output.startswith("app:reports is paused until 2099-07-01 00:00 CEST.")
+    assert gateway("pause reports --until 2099-07-01").output.startswith("reports is paused until 2099-07-01 00:00 CEST.")
     assert told("audit --app reports")[-1]["after"] == {"until": 4086540000.0, "cut": False}
 
 

@@ -111,6 +111,27 @@ def test_the_cap_of_a_part_holds_on_its_own(db, kind):
     assert isinstance(hold(db, 40, [cap(kind, 100)]), Reserved)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_raise_and_a_limit_of_a_part_are_judged_with_its_cap(db, kind):
+    """By a reservation and by a top-up; a refusal says how the cap stood."""
+    cap_of_part = cap(kind, 100)
+    by, scope = {"who": "test", "now": NOON}, cap_of_part.scope
+    running = hold(db, 60, [cap_of_part]).call_id
+    made = admin.raise_cap(db, scope, "ever", 50, until=NOON + 60, **by)
+    assert [reservations.extend(db, running, nano, [cap_of_part], now=NOON) for nano in (91, 80)] == [False, True]
+    denied = hold(db, 11, [cap_of_part])
+    assert [(each.scope, each.cap_nano, each.raised_nano, each.reserved_nano) for each in denied.standings] == [(scope, 150, 50, 140)]
+    assert isinstance(hold(db, 10, [cap_of_part]), Reserved)
+    admin.withdraw_raise(db, made.id, **by)
+    assert hold(db, 1, [cap_of_part]).standing.cap_nano == 100
+    admin.raise_cap(db, scope, "ever", 900, until=NOON + 60, **by)
+    admin.limit_cap(db, scope, "ever", 150, **by)
+    assert hold(db, 1, [cap_of_part]).standing.is_limited
+    admin.lift_limit(db, scope, "ever", **by)
+    assert isinstance(hold(db, 850, [cap_of_part]), Reserved)
+    assert hold(db, 1, [cap_of_part], now=NOON + 61).standing.cap_nano == 100, "the raise is over"
+
+
 def test_another_session_has_a_cap_of_its_own(db, path):
     other = replace(CALL, session_id="s2")
     settled(db, 90)

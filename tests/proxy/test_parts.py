@@ -1,5 +1,7 @@
 """Test caps on the parts of an app as its clients meet them: through a real mitmproxy, in the answers and in the refusals."""
 
+import time
+
 import anthropic
 import httpx2
 import pytest
@@ -64,7 +66,8 @@ async def test_each_part_of_an_app_meets_its_own_cap(tmp_path):
         assert "of its $0.003 for ever; this call needs $0.00" in sentence
         assert sentence.endswith(
             "Its last $0.001 is kept for requests with the header x-gateway-last-call: 1. "
-            "Begin another session, or raise the cap (policies/apps/coder.yaml: each.session)."
+            "Begin another session, or let the operator raise it (policies/apps/coder.yaml: each.session): "
+            "gateway cap raise coder ever AMOUNT --until DATE --session s1."
         )
         await call(client, **session("s1"), x_gateway_last_call="1")
         await call(client, **session("s2"))
@@ -91,6 +94,41 @@ async def test_each_part_of_an_app_meets_its_own_cap(tmp_path):
             assert {each["window"]: each["cap"] for each in me["windows"]}["cycle:17"] == "$50.00"
         await gw.quiet()
         assert await gw.gateway.ledger.look(findings) == []
+
+
+async def test_a_raised_session_goes_on_and_its_refusals_tell_its_cap(tmp_path):
+    """The agent that needs more at night: refused, raised, let through; a limit stops it again."""
+    async with Simulator(behaviour=Behaviour(output_tokens=250)) as api, gateway(tmp_path, api, {"coder": CODER}) as gw:
+        client, scope = gw.client("coder"), "app:coder session:s1"
+
+        async def change(action, nano, **more):
+            await gw.gateway.ledger.change(lambda db: action(db, scope, "ever", nano, who="test", now=time.time(), **more))
+
+        await call(client, **session("s1"))
+        await gw.quiet()
+        with pytest.raises(anthropic.RateLimitError) as refusal:
+            await call(client, **session("s1"))
+        stands = refusal.value.response.headers["x-gateway-cap-session"]
+        assert stands.startswith("spent=$0.0012")
+        assert stands.endswith("; held=$0.00; cap=$0.003; window=ever; last_call=$0.001")
+        assert refusal.value.response.headers["x-gateway-cap-day"].startswith("spent=$0.0012")
+        assert refusal.value.response.headers["anthropic-ratelimit-unified-status"] == "rejected"
+
+        await change(admin.raise_cap, 5_000_000, until=time.time() + 60)
+        let_in = await call(client, **session("s1"))
+        assert let_in.headers["x-gateway-cap-session"].endswith("cap=$0.008; window=ever; last_call=$0.001")
+        await gw.quiet()
+        async with httpx2.AsyncClient(base_url=gw.url, headers={"x-api-key": gw.tokens["coder"]}) as http:
+            [mine] = (await http.get("/gateway/me?session=s1")).json()["parts"]
+        assert (mine["raised"], mine["cap"]) == ("$0.005", "$0.009")
+
+        await change(admin.limit_cap, 3_000_000)
+        code, sentence = await refused(client, **session("s1"))
+        assert code == "cap_spent"
+        assert sentence.endswith(
+            "Begin another session. The operator's limit holds (gateway cap list); "
+            "to lift it: gateway cap limit coder ever --lift --session s1."
+        )
 
 
 async def test_a_model_is_a_wall_by_whatever_name_it_is_asked(tmp_path):
@@ -126,7 +164,7 @@ async def test_a_token_has_a_cap_of_its_own_without_any_policy(tmp_path):
         assert "cap=$0.003; window=ever" in answer.headers["x-gateway-cap-token"]
         code, sentence = await refused(client)
         assert code == "cap_spent", "an app whose caps are only observed, too"
-        assert sentence.endswith("Raise the cap (issued with the token).")
+        assert sentence.endswith("raise it (issued with the token): gateway cap raise coder ever AMOUNT --until DATE --token 2.")
         await call(gw.client("coder"))
         async with httpx2.AsyncClient(base_url=gw.url, headers={"x-api-key": token}) as http:
             [mine] = (await http.get("/gateway/me")).json()["parts"]
