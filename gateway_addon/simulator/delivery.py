@@ -79,7 +79,7 @@ async def deliver_json(exchange: Exchange, answer: Answer, behaviour: Behaviour,
     if behaviour.hang_up:
         exchange.hang_up()
     body = json.dumps(answer.json()).encode()
-    await exchange.answer(200, [("content-type", "application/json"), *headers], body, encoding=encoding)
+    await exchange.answer_in_chunks(200, [("content-type", "application/json"), *headers], body, encoding=encoding)
     return made(answer.steps(), behaviour, math.inf)
 
 

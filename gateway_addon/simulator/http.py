@@ -10,6 +10,7 @@ import hashlib
 import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Protocol
 
 import brotli  # type: ignore[import-untyped]
@@ -20,6 +21,8 @@ BODY_BYTES_MAX = 32 * 1024 * 1024
 READ_BYTES = 65_536
 
 Headers = list[tuple[str, str]]
+
+REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 class HungUp(Exception):
@@ -53,13 +56,19 @@ class Exchange:
         self._encoder: Encoder = Plain()
 
     async def answer(self, status: int, headers: Headers, body: bytes, *, encoding: str = "identity") -> None:
-        """Send a whole answer. One to HEAD has the headers of a body and no body."""
+        """Send a whole answer by its length. One to HEAD has the headers of a body and no body."""
         encoder = ENCODERS[encoding]()
         encoded = encoder.feed(body) + encoder.end()
         await self._head(status, [*headers, ("content-length", str(len(encoded)))], encoding)
         if self.request.method != "HEAD":
             await self._body(encoded)
         await self._write(h11.EndOfMessage())
+
+    async def answer_in_chunks(self, status: int, headers: Headers, body: bytes, *, encoding: str = "identity") -> None:
+        """Send a whole answer in chunks, as the real API does: its length comes with its end, in a piece of its own."""
+        await self.start(status, headers, encoding=encoding)
+        await self.send(body)
+        await self.finish()
 
     async def start(self, status: int, headers: Headers, *, encoding: str = "identity") -> None:
         """Begin an answer whose length nobody knows yet; `send` its parts, then `finish` it."""
@@ -90,7 +99,7 @@ class Exchange:
     async def _head(self, status: int, headers: Headers, encoding: str) -> None:
         self.status = status
         coded = [("content-encoding", encoding)] if encoding != "identity" else []
-        await self._write(h11.Response(status_code=status, headers=[*headers, *coded]))
+        await self._write(h11.Response(status_code=status, headers=[*headers, *coded], reason=REASONS.get(status, b"")))
 
     async def _body(self, encoded: bytes) -> None:
         left = None if self.cut_after_bytes is None else self.cut_after_bytes - self.sent_bytes

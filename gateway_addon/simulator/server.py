@@ -44,6 +44,11 @@ ADMIN_KEY = "sk-ant-admin01-simulated-admin-key-for-tests"
 ORGANIZATION_ID = "0e1d5b1c-0000-4000-8000-51301a7ed000"
 WORKSPACE_ID = "wrkspc_01SimulatedWorkspace"
 JSON = ("content-type", "application/json")
+EDGE_HEADERS = [
+    ("server", "cloudflare"), ("cf-ray", "87084f286b44103c-LAX"), ("cf-cache-status", "DYNAMIC"), ("via", "1.1 google"),
+    ("x-robots-tag", "none"), ("vary", "Accept-Encoding"), ("strict-transport-security", "max-age=31536000; includeSubDomains; preload"),
+]  # fmt: skip
+"""Headers that the edge in front of the real API adds to its answers, by the recorded ones."""
 LIMITS_PER_MINUTE = {"requests": 4_000, "input-tokens": 2_000_000, "output-tokens": 400_000, "tokens": 2_400_000}
 
 
@@ -270,13 +275,14 @@ class Simulator:
 
     async def _reply(self, exchange: Exchange, request_id: str, status: int, body: bytes, headers: Headers | None = None) -> None:
         """An answer without a model in it: nothing of it is billed."""
-        encoding = _encoding(exchange.request, self.behaviour)
-        await exchange.answer(status, [JSON, *self._headers(request_id, self.behaviour), *(headers or [])], body, encoding=encoding)
+        send = exchange.answer if exchange.request.method == "HEAD" else exchange.answer_in_chunks
+        said = [JSON, *self._headers(request_id, self.behaviour), *(headers or [])]
+        await send(status, said, body, encoding=_encoding(exchange.request, self.behaviour))
 
     def _headers(self, request_id: str, behaviour: Behaviour) -> Headers:
         """Return the headers in which the real API describes the request and the shared account."""
         reset = (datetime.now(UTC) + timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
-        headers = [("date", formatdate(usegmt=True)), ("request-id", request_id)]
+        headers = [("date", formatdate(usegmt=True)), ("connection", "keep-alive"), ("request-id", request_id), *EDGE_HEADERS]
         headers += [("anthropic-organization-id", ORGANIZATION_ID), ("anthropic-workspace-id", WORKSPACE_ID)]
         for kind, limit in LIMITS_PER_MINUTE.items():
             remaining = limit * behaviour.ratelimit_remaining_percent // 100

@@ -18,7 +18,7 @@ from ledgers import until
 from mitmproxy.http import HTTPFlow
 from mitmproxy.proxy.layers.http import HttpStream
 from processes import ledgered
-from rawhttp import split_answer
+from rawhttp import read_answer, split_answer
 
 from gateway_addon.simulator import Behaviour, Simulator
 
@@ -37,9 +37,7 @@ async def answer(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(data)
-        top = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
-        length = int(split_answer(top)[1]["content-length"])
-        return split_answer(top + await reader.readexactly(length))
+        return split_answer(await asyncio.wait_for(read_answer(reader), 20))
     finally:
         writer.close()
 

@@ -100,6 +100,12 @@ class TestGeneration:
 
 
 class TestMessages:
+    @pytest.mark.parametrize("body", [ask(), ask(stream=True), ask(simulate={"status": 529}), {}], ids=["JSON", "stream", "overloaded", "invalid"])
+    async def test_it_answers_in_chunks_like_the_real_api(self, api, body):
+        """All recorded answers did, JSON and streams, and most errors."""
+        _, headers, _ = await post(api, body)
+        assert (headers["transfer-encoding"], "content-length" in headers, headers["server"]) == ("chunked", False, "cloudflare")
+
     async def test_a_json_answer_is_what_the_book_says(self, api, client):
         message = await client.messages.create(**ask())
         row = await last_row(api)

@@ -40,6 +40,20 @@ async def post(api: Simulator, body: dict | bytes, *headers: str, path: str = "/
         return split_answer(await reader.read(-1))
 
 
+async def read_answer(reader: asyncio.StreamReader) -> bytes:
+    """Read one answer from a connection that stays open, by its length or to its last chunk."""
+    top = await reader.readuntil(b"\r\n\r\n")
+    headers = split_answer(top)[1]
+    if "content-length" in headers:
+        return top + await reader.readexactly(int(headers["content-length"]))
+    body, size = b"", 1
+    while size:
+        line = await reader.readuntil(b"\r\n")
+        size = int(line, 16)
+        body += line + await reader.readexactly(size + 2)
+    return top + body
+
+
 def split_answer(answer: bytes) -> tuple[int, dict[str, str], bytes]:
     top, _, body = answer.partition(b"\r\n\r\n")
     status, *lines = top.decode().split("\r\n")
