@@ -9,7 +9,7 @@ A cycle is a month that begins on a day of the operator's choosing: `cycle:17`, 
 from collections.abc import Callable, Iterable
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 type Window = str
 """`day`, `week`, `month`, `ever` or `cycle:DAY`."""
@@ -40,7 +40,8 @@ class Starts(NamedTuple):
 
     def of(self, window: Window) -> int:
         """Return the start of a window. Raises KeyError for a cycle that was not asked for."""
-        return dict(self.cycles)[window] if is_cycle(window) else cast(int, getattr(self, window))
+        start: int = dict(self.cycles)[window] if is_cycle(window) else getattr(self, window)
+        return start
 
 
 def cycle(day_of_month: int) -> Window:
@@ -57,9 +58,18 @@ def starts(at: float, zone: tzinfo = UTC, cycles: Iterable[Window] = ()) -> Star
     return _starts(datetime.fromtimestamp(at, zone).date(), zone, tuple(cycles))
 
 
+@lru_cache(maxsize=256)
 def next_start(window: Window, at: float, zone: tzinfo = UTC) -> int | None:
-    """The unix second at which the window holding `at` gives way to the next one; None for `ever`."""
-    return None if window == "ever" else _next_start(window, datetime.fromtimestamp(at, zone).date(), zone)
+    """The unix second at which the window holding `at` gives way to the next one; None for `ever`.
+
+    Nearly all who ask do so by the window's start, so the answer is remembered.
+    """
+    if window == "ever":
+        return None
+    today = datetime.fromtimestamp(at, zone).date()
+    if window in _FIRST_DAY:
+        return _midnight(_NEXT_DAY[window](_FIRST_DAY[window](today)), zone)
+    return _midnight(_begins(window, _NEXT_DAY["month"](_cycle_began(window, today).replace(day=1))), zone)
 
 
 def per(window: Window) -> str:
@@ -83,13 +93,6 @@ def shown(at: float, zone: tzinfo) -> str:
 def _starts(today: date, zone: tzinfo, cycles: tuple[Window, ...]) -> Starts:
     day, week, month = (_midnight(first(today), zone) for first in _FIRST_DAY.values())
     return Starts(day, week, month, 0, tuple((window, _midnight(_cycle_began(window, today), zone)) for window in cycles))
-
-
-@lru_cache(maxsize=256)
-def _next_start(window: Window, today: date, zone: tzinfo) -> int:
-    if window in _FIRST_DAY:
-        return _midnight(_NEXT_DAY[window](_FIRST_DAY[window](today)), zone)
-    return _midnight(_begins(window, _NEXT_DAY["month"](_cycle_began(window, today).replace(day=1))), zone)
 
 
 def _cycle_began(window: Window, today: date) -> date:

@@ -46,6 +46,9 @@ DELETE FROM carried_parts WHERE scope NOT IN (SELECT scope FROM part_balances WH
 PASSED = """DELETE FROM part_balances WHERE "window" <> 'ever' AND window_start < $1 AND open = 0"""
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False).encode
+
+
 class CountedCall(NamedTuple):
     """The parts in which a call is counted, and its caps as they stand for them."""
 
@@ -115,7 +118,7 @@ def named_today(db: Connection, call: NewCall, new_names: int, day_start: int) -
 
 def written(parts: Iterable[AppPart]) -> str:
     """Return a call's parts as its row keeps them."""
-    return json.dumps(dict(parts), ensure_ascii=False)
+    return _JSON(dict(parts))
 
 
 def wanted_too(db: Connection, wanted: Collection[KeptPart]) -> set[KeptPart]:

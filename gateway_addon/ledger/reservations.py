@@ -196,20 +196,23 @@ def reserve(
 def write(db: Connection, owner: str, asked: Reservation) -> Reserved | Denied:
     """Write a reservation, or return why not."""
     calendar = kept_calendar(db)
-    counted = parts.counted(db, asked.call, asked.caps, starts(asked.now, *calendar).day)
-    values, frames = reserving(asked, counted, owner, calendar)
-    pausable = asked.call.pause_scopes + (None,) * (-len(asked.call.pause_scopes) % SCOPES_A_STEP)
-    values |= _asked(frames) | dict(zip(_pausable(len(pausable)), pausable, strict=True))
+    windows = starts(asked.now, *calendar)
+    counted = parts.counted(db, asked.call, asked.caps, windows.day)
+    values, frames = reserving(asked, counted, owner, windows)
+    pausable: tuple[str | None, ...] = asked.call.pause_scopes
+    pausable += (None,) * (-len(pausable) % SCOPES_A_STEP)
+    values |= _asked(frames)
+    values.update(zip(_pausable(len(pausable)), pausable, strict=True))
     written = db.execute(_asking(RESERVE, db.engine, len(frames), len(pausable)), values).fetchall()
-    if written:
-        parts.named_today(db, asked.call, counted.new_names, values["day_start"])
-    return answered(db, asked, counted.caps, owner, written[0][0] if written else None)
+    if not written:
+        return denied(db, asked, counted.caps, calendar[0])
+    parts.named_today(db, asked.call, counted.new_names, windows.day)
+    return Reserved(written[0][0], _standings(db, frames, asked.now, calendar[0]), owner)
 
 
-def reserving(asked: Reservation, counted: parts.CountedCall, owner: str, calendar: Calendar) -> tuple[dict[str, Any], list[CapWindow]]:
+def reserving(asked: Reservation, counted: parts.CountedCall, owner: str, windows: Starts) -> tuple[dict[str, Any], list[CapWindow]]:
     """Return the values of a reservation's statement, and the caps that judge it."""
     call, now = asked.call, asked.now
-    windows = starts(now, *calendar)
     values = _call_values(call, owner, windows, now)
     values |= {
         "app_parts": parts.written(counted.parts),
@@ -226,26 +229,24 @@ def reserving(asked: Reservation, counted: parts.CountedCall, owner: str, calend
     return values, _frames(counted.caps, windows)
 
 
-def answered(db: Connection, asked: Reservation, caps: Sequence[CapShape], owner: str, call_id: int | None) -> Reserved | Denied:
-    """Return the answer to a reservation that these caps judged and that was written under a number, or, None, was not."""
+def denied(db: Connection, asked: Reservation, caps: Sequence[CapShape], calendar: tzinfo) -> Denied:
+    """Return why a reservation that these caps judged was not written."""
     call, now = asked.call, asked.now
-    if call_id is not None:
-        return Reserved(call_id, capped(db, caps, now=now), owner)
-    found = facts(db, call, caps, now=now)
+    found = facts(db, call, caps, now=now, calendar=calendar)
     denial = judge(found, asked.rates, asked.grant_nano, asked.quantum_nano, call.input_tokens, now)
     if denial is None:
         raise LedgerUnavailable(f"the ledger did not write a reservation and does not say why: `{PROGRAM} doctor` looks for the fault")
     return replace(denial, standings=found.standings)
 
 
-def facts(db: Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> CallFacts:
-    """Read all that decides about a call, for `denials.judge`."""
+def facts(db: Connection, call: NewCall, caps: Sequence[CapShape], *, now: float, calendar: tzinfo | None = None) -> CallFacts:
+    """Read all that decides about a call, for `denials.judge`. `calendar`: the ledger's zone, where that has just been read."""
     in_flight = db.execute(IN_FLIGHT, (app_scope(call.app),)).fetchall()
     requests, input_tokens = _counted(db, call.app, now)
     return CallFacts(
         token(db, call.token_id, call.app),
         tuple(pause for pause in state.pauses(db, now) if pause.scope in call.pause_scopes),
-        capped(db, caps, now=now),
+        capped(db, caps, now=now, calendar=calendar),
         in_flight[0][0] if in_flight else 0,
         requests,
         input_tokens,
@@ -362,10 +363,10 @@ def standing(db: Connection, scopes: Iterable[str], caps: Sequence[CapShape], *,
     return _standings(db, frames, now, calendar)
 
 
-def capped(db: Connection, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
-    """Return the standing of each of these caps."""
-    calendar = zone(db)
-    return _standings(db, _frames(caps, starts(now, calendar, {cap.window for cap in caps if is_cycle(cap.window)})), now, calendar)
+def capped(db: Connection, caps: Sequence[CapShape], *, now: float, calendar: tzinfo | None = None) -> tuple[Standing, ...]:
+    """Return the standing of each of these caps. `calendar`: the ledger's zone, where that has just been read."""
+    its_zone = zone(db) if calendar is None else calendar
+    return _standings(db, _frames(caps, starts(now, its_zone, {cap.window for cap in caps if is_cycle(cap.window)})), now, its_zone)
 
 
 def zone(db: Connection) -> tzinfo:

@@ -2,7 +2,8 @@
 
 - Values stand as `$1`, `$2`, ...: `db.execute("... WHERE id = $1 AND app = $2", (id, app))`. A number may stand in several places.
 - A statement of many values has names: `TAKE = named("... > $now ...")` where its module is loaded, then `db.execute(TAKE, {"now": now})`.
-  SQLite takes the names as they are, PostgreSQL the numbers that `named` gave them. Values that the statement does not use may be there.
+  SQLite takes them in the order in which they stand there, PostgreSQL by the numbers that `named` gave them. Values that the statement
+  does not use may be there.
 - `"window"` is quoted (a keyword of PostgreSQL). Types in a CAST: BIGINT, DOUBLE PRECISION, TEXT.
 - To hold SQLite to an order of joining: `a CROSS JOIN b WHERE b.a_id = a.id`, which PostgreSQL reads as any other join.
 - What the engines say differently has a name in `Engine`: `f"... {db.engine.instr}(flags, 'drift') > 0"`. There is no other place for it.

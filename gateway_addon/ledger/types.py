@@ -177,14 +177,13 @@ class NewCall:
 
     @property
     def part_scopes(self) -> tuple[str, ...]:
-        return tuple(part_scope(self.app, part) for part in self.parts)
+        return tuple([part_scope(self.app, part) for part in self.parts])
 
     @property
     def pause_scopes(self) -> tuple[str, ...]:
         """Return every scope whose pause refuses the call: its parts too, within its app and within all, and the agent that started its."""
-        parent = (("agent", self.parent_agent_id),) if self.parent_agent_id else ()
-        named = (*self.parts, *parent)
-        return (*self.scopes, *(part_within(scope, part) for scope in (TOTAL, app_scope(self.app)) for part in named))
+        named = (*self.parts, ("agent", self.parent_agent_id)) if self.parent_agent_id else self.parts
+        return (*self.scopes, *[part_within(scope, part) for scope in self.scopes[:2] for part in named])
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from gateway_addon.ledger.store import engines
 from gateway_addon.ledger.store.interface import Asked
 from gateway_addon.ledger.store.postgres_session import ServerConnection
 from gateway_addon.ledger.types import Denied, Reservation, Reserved, Resolution
+from gateway_addon.windows import starts
 
 FENCED = "GW001"
 """The lease of the owner has run out, or a newer gateway has changed the tables."""
@@ -159,13 +160,11 @@ class _Told:
 
     engine: Engine = engines.POSTGRESQL
 
-    def __init__(self, rows: Mapping[str, Sequence[Mapping[str, object]]], zone: tzinfo) -> None:
-        self._rows, self._zone = rows, zone
+    def __init__(self, rows: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
+        self._rows = rows
 
     def execute(self, statement: str | Statement, values: object = ()) -> "_ToldRows":
         names = {reservations.ITS_TOKEN: "token", state.PAUSES: "pauses", reservations.IN_FLIGHT: "open", reservations.COUNTED: "counted"}
-        if statement == reservations.ZONE:
-            return _ToldRows([(str(self._zone),)])
         name = names[statement] if isinstance(statement, str) else "standings"
         return _ToldRows([tuple(row.values()) for row in self._rows[name]])
 
@@ -223,7 +222,8 @@ def send(db: ServerConnection, scopes: Collection[str], asked: Sequence[Asked], 
 
 def _item(asked: Asked, owner: str, calendar: reservations.Calendar) -> dict[str, object]:
     if isinstance(asked, Reservation):
-        values, caps = reservations.reserving(asked, CountedCall(asked.call.parts, asked.caps), owner, calendar)
+        counted, windows = CountedCall(asked.call.parts, asked.caps), starts(asked.now, *calendar)
+        values, caps = reservations.reserving(asked, counted, owner, windows)
         named = [dict(zip(("column1", "column2", "column3", "column4"), cap, strict=True)) for cap in caps]
         return _plain(values) | {"what": "reserve", "caps": named, "pausable": asked.call.pause_scopes}
     cost_nano, parts, outcome = asked.settlement.cost_nano, asked.settlement.parts, asked.settlement.outcome
@@ -252,7 +252,9 @@ def _plain(values: Mapping[str, object]) -> dict[str, object]:
 
 def _answer(asked: Asked, said: Any, owner: str, zone: tzinfo) -> Reserved | Denied | Resolution:
     if isinstance(asked, Reservation):
-        return reservations.answered(_Told(said, zone), asked, asked.caps, owner, said.get("id"))
+        if "id" not in said:
+            return reservations.denied(_Told(said), asked, asked.caps, zone)
+        return Reserved(said["id"], reservations.capped(_Told(said), asked.caps, now=asked.now, calendar=zone), owner)
     if said is None:
         return Resolution(first=False)
     held_nano, spent_nano = said
