@@ -16,7 +16,7 @@ from gateway_addon.identity.client_address import FORWARDED_FOR
 from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
 from gateway_addon.identity.tokens import ISSUE
 from gateway_addon.ledger import TOTAL, Denied, Pause, Standing, Token, enclosing, part_of
-from gateway_addon.ledger.scope_names import cap_command
+from gateway_addon.ledger.scope_names import cap_command, paused_as
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, app_named
 from gateway_addon.policy import AppPolicy
@@ -168,7 +168,7 @@ def paused(pause: Pause, zone: tzinfo) -> Refusal:
     until = "until it is resumed" if pause.until is None else f"until {shown(pause.until, zone)}"
     why = f" ({pause.why})" if pause.why else ""
     what = "Every app is" if pause.scope == TOTAL else f"{capitalised(_scope(pause.scope))} is"
-    return Refusal("app_paused", f"{what} paused {until}{why}. The operator can end it: {PROGRAM} resume.")
+    return Refusal("app_paused", f"{what} paused {until}{why}. The operator can end it: {PROGRAM} resume {paused_as(pause.scope)}.")
 
 
 def elsewhere(app: AppPolicy, address: str, headers: tuple[tuple[str, str], ...]) -> Refusal:
@@ -240,7 +240,8 @@ def _cap_name(standing: Standing) -> str:
 def _scope(scope: str) -> str:
     if (part := part_of(scope)) is not None:
         kind, value = part
-        return f"{kind.removeprefix('label.')} {value} of {_scope(enclosing(scope))}"
+        within = enclosing(scope)
+        return f"{kind.removeprefix('label.')} {value} of {'any app' if within == TOTAL else _scope(within)}"
     kind, _, name = scope.partition(":")
     return app_named(name) if kind == "app" else f"{kind} {name}" if name else "all apps together"
 

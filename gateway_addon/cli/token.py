@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import tzinfo
 from functools import partial
+from itertools import batched
 from pathlib import Path
 
 import click
@@ -28,19 +29,22 @@ from gateway_addon.cli.times import duration_s
 from gateway_addon.identity import tokens
 from gateway_addon.identity.workloads import workload_digest
 from gateway_addon.ledger import LedgerUnavailable, Token, admin, connect, workloads
-from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.reservations import capped, zone
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.ledger.types import Labels
+from gateway_addon.ledger.types import Labels, Standing, part_scope
+from gateway_addon.money import dollars
 from gateway_addon.names import PROGRAM, app_named
 from gateway_addon.onboarding import snippets, workload_forms
 from gateway_addon.onboarding.workload_forms import WORKLOAD_FORMS, WORKLOAD_KINDS
 from gateway_addon.operations.tables import table
-from gateway_addon.policy import Outline, PolicyError, load, may_use, outline
+from gateway_addon.policy import Cap, Outline, PolicyError, load, may_use, outline
 from gateway_addon.pricing import PriceError
 from gateway_addon.refusals import capitalised
 from gateway_addon.windows import shown
 
+CAPS_A_LOOK = 100
+"""Tokens whose caps one statement looks at."""
 FOR = click.option("--for", "kind", type=click.Choice(snippets.KINDS), help="Also print the lines to paste, in this form.")
 FOR_ANY = click.option(
     "--for",
@@ -202,9 +206,10 @@ def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path
     now = time.time()
     with connect.reading(ledger_path(ledger)) as db:
         found, calendar = admin.tokens(db, None if app is None else must_know(app, db, policies)), zone(db)
+        stands = {each.scope: each for some in batched(found, CAPS_A_LOOK) for each in capped(db, _own_caps(some), now=now)}
     if idle is not None:
         found = [each for each in found if each.refusal(now) is None and (each.last_used_at or each.created_at) < now - duration_s(idle)]
-    rows = [_row(each, now) for each in found]
+    rows = [_row(each, now) | _cap_facts(stands.get(_scope(each))) for each in found]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif not rows:
@@ -214,8 +219,10 @@ def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path
     else:
         if not any(row["issuer"] for row in rows):  # of workloads alone
             rows = [{name: value for name, value in row.items() if name != "issuer"} for row in rows]
-        cells = [[_cell(value, calendar) for value in (row | {"last used": row["last used"] or "never"}).values()] for row in rows]
-        click.echo(table(cells, list(rows[0])))
+        rows = [row | {"last used": row["last used"] or "never"} for row in rows]
+        cells = [[_cell(name, value, calendar) for name, value in row.items()] for row in rows]
+        names = [name.removesuffix("_nano") for name in rows[0]]
+        click.echo(table(cells, names, right=("cap", "left"), drop_empty=("cap", "left")))
 
 
 def _with_policy(app: str, policies: Path) -> Outline:
@@ -311,7 +318,25 @@ def _title(each: Token) -> str:
     return f"{each.id} ({each.label})" if each.label else str(each.id)
 
 
-def _cell(value: object, calendar: tzinfo) -> object:
+def _scope(each: Token) -> str:
+    return part_scope(each.app, ("token", str(each.id)))
+
+
+def _own_caps(found: Iterable[Token]) -> list[Cap]:
+    """Return the caps that tokens were issued with."""
+    return [Cap(_scope(each), "ever", each.cap_nano) for each in found if each.cap_nano is not None]
+
+
+def _cap_facts(stands: Standing | None) -> dict[str, object]:
+    """Return a token's own cap as it is in force, and what is left of it."""
+    if stands is None or stands.cap_nano is None:
+        return {"cap_nano": None, "left_nano": None}
+    return {"cap_nano": stands.cap_nano, "left_nano": max(0, stands.cap_nano - stands.spent_nano - stands.reserved_nano)}
+
+
+def _cell(name: str, value: object, calendar: tzinfo) -> object:
+    if name.endswith("_nano") and isinstance(value, int):
+        return dollars(value)
     if isinstance(value, dict):
         return ", ".join(f"{name}={text}" for name, text in value.items())
     return shown(value, calendar) if isinstance(value, float) else value

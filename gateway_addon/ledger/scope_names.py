@@ -11,6 +11,11 @@ def typed(scope: str) -> str:
     return " ".join((enclosing(scope).removeprefix("app:"), *_options(scope)))
 
 
+def paused_as(scope: str) -> str:
+    """Return what was paused as `pause` and `resume` take it: `--all`, `reports`, `--session 3f2a` of any app."""
+    return typed(scope).removeprefix(f"{TOTAL} ") if scope != TOTAL else "--all"
+
+
 def named(scope: str) -> str:
     """Return a scope as a command's sentence names it: `reports`, `session 3f2a of coder`."""
     if (part := part_of(scope)) is None:

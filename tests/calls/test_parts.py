@@ -88,13 +88,14 @@ async def test_a_paused_session_is_cut_and_the_others_go_on(tmp_path):
         assert re.findall(r"^(loops-1111|fine-2222) +app +1 ", (await command(gw, "sessions"))[1], re.MULTILINE)
         code, printed = await command(gw, "pause", "--session", "loops", "--now", "--why", "runaway")
         listed = {each["session"]: each for each in json.loads((await command(gw, "sessions", "--json"))[1])}
-        assert [(each["paused"], each["caps"]) for each in (listed["loops-1111"], listed["fine-2222"])] == [
-            (True, {"ever_nano": 2_000_000_000}), (False, {"ever_nano": 2_000_000_000}),
-        ]  # fmt: skip
-        assert re.search(r"^loops-1111 +app .* \$2\.00 +paused +20", (await command(gw, "sessions"))[1], re.MULTILINE)
+        for name, paused in (("loops-1111", True), ("fine-2222", False)):
+            [cap] = listed[name]["caps"]
+            assert (listed[name]["paused"], cap["window"], cap["in_force_nano"]) == (paused, "ever", 2_000_000_000)
+            assert cap["left_nano"] + cap["spent_nano"] + cap["held_nano"] == 2_000_000_000
+        assert re.search(r"^loops-1111 +app .* \$2\.00 +\$1\.\d\d +paused +20", (await command(gw, "sessions"))[1], re.MULTILINE)
         assert (code, bool(re.match(r"session loops-1111 of any app is paused until .+ Calls in flight are cut\.", printed))) == (0, True), printed
         assert "The operator paused the app 'app', or the part of it that asked" in (await asyncio.wait_for(loops, 10)).split("event: error")[1]
-        with pytest.raises(anthropic.PermissionDeniedError, match=r"[Ss]ession loops-1111 of all apps together is paused .*\(runaway\)"):
+        with pytest.raises(anthropic.PermissionDeniedError, match=r"[Ss]ession loops-1111 of any app is paused .*\(runaway\).*resume --session loops-1111\."):
             await gw.client().messages.create(**ASKED, extra_headers={"x-claude-code-session-id": "loops-1111"})
         assert "event: message_stop" in await goes_on
         assert (await command(gw, "resume", "--session", "loops"))[0] == 0

@@ -216,6 +216,17 @@ def test_a_parts_cap_that_is_not_there_is_not_changed(parted, line, sentence):
     assert sentence in refused(line)
 
 
+def test_sessions_and_tokens_show_their_cap_and_what_is_left(parted):
+    gateway("cap raise coder ever 1 --session 3f2a --until 1h")
+    gateway("cap limit coder ever 1.5 --token 2")
+    [cap] = told("sessions")[0]["caps"]
+    assert (cap["policy_nano"], cap["raised_nano"], cap["in_force_nano"], cap["left_nano"]) == (2 * DOLLAR, DOLLAR, 3 * DOLLAR, 2 * DOLLAR)
+    assert "  $3.00 (+$1.00)  $2.00  " in gateway("sessions").output
+    assert "\ncap      $3.00 (+$1.00), $2.00 left\n" in gateway("sessions 3f2a").output
+    assert [(row["id"], row["cap_nano"], row["left_nano"]) for row in told("token list")] == [(1, None, None), (2, 3 * DOLLAR // 2, DOLLAR // 2)]
+    assert re.search(r"^2 +coder .* \$1\.50 +\$0\.50$", gateway("token list").output, re.MULTILINE)
+
+
 def test_a_part_that_no_call_had_is_raised_with_a_warning(parted):
     assert "None of the last 100,000 calls had it: is it spelled so?" in gateway("cap raise coder ever 1 --until 1h --user u2").output
 

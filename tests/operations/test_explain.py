@@ -110,6 +110,13 @@ def test_a_request_is_judged_as_its_sessions_too(folder: Path):
     assert "app:reports session:3f2a ever" in found.output
     assert "more than the cap of session 3f2a of app reports" in found.output
     assert found.exit_code == 1
+    with connect.changing(new_file(folder)) as db:
+        admin.pause(db, "app:reports session:3f2a", who="test", now=time.time())
+        admin.pause(db, "total user:u", who="test", now=time.time())
+    paused = explained(folder, PLAIN, "--header", "x-claude-code-session-id: 3f2a").output
+    assert "app_paused: Session 3f2a of app reports is paused until it is resumed" in paused.replace("session 3f2a of", "Session 3f2a of")
+    of_a_user = explained(folder, PLAIN | {"metadata": {"user_id": "u"}}).output
+    assert "user u of any app is paused until it is resumed. The operator can end it: gateway resume --user u." in of_a_user
 
 
 def test_an_alias_shows_as_rewritten(folder: Path):
