@@ -9,9 +9,11 @@ import atexit
 import os
 import pwd
 import shutil
+import signal
 import ssl
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -32,6 +34,14 @@ def binaries() -> Path | None:
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]), reverse=True)
     on_path = shutil.which("initdb")
     return found[0].parent if found else Path(on_path).parent if on_path else None
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process is there, and more than what nobody has asked after."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class Postgres:
@@ -69,6 +79,19 @@ class Postgres:
     def stop(self, mode: str = "immediate") -> None:
         """`immediate` is a crash: no checkpoint, the next start recovers from the log."""
         self._run("pg_ctl", "-D", self.data, "-m", mode, "-w", "stop")
+
+    def kill(self) -> None:
+        """SIGKILL to the server's first process alone: the others notice it one by one, some only after their commit."""
+        pid = self.pid
+        os.kill(pid, signal.SIGSTOP)  # it starts no further one while they are counted
+        others = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        os.kill(pid, signal.SIGKILL)
+        until = time.monotonic() + 30
+        while any(map(_lives, (pid, *others))):  # the next server would find their shared memory in use
+            assert time.monotonic() < until, f"processes of a killed server live on: {others}"
+            time.sleep(0.02)
+        for lock in (self.data / "postmaster.pid", self.folder / ".s.PGSQL.5432.lock"):  # nobody may have asked after its end, and its number lives on
+            lock.unlink()
 
     @property
     def running(self) -> bool:

@@ -1,6 +1,7 @@
 """Gateways as a user starts them: `gateway serve` processes on one ledger, in front of a simulated API in this process."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway import write_policies
-from ledgers import new_file, url
+from ledgers import new_file, until, url
 
 from gateway_addon.identity import tokens as identity
 from gateway_addon.ledger import ServerAddress, admin, connect
@@ -84,3 +85,41 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def children(pid: int) -> list[int]:
+    """The processes that one has started: a supervisor's workers, a database server's backends."""
+    found: list[int] = []
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # its thread has ended
+            found += [int(child) for child in listing.read_text().split()]
+    return found
+
+
+def calls_open(ledger: Path | ServerAddress, pid: int) -> int:
+    """How many calls of one process hold a reservation."""
+    with connect.reading(ledger) as db:
+        query = "SELECT count(*) AS open FROM calls WHERE state = 'open' AND owner LIKE $1"
+        return db.execute(query, (f"%-{pid}-%",)).fetchone()["open"]
+
+
+async def in_flight(ledger: Path | ServerAddress, count: int, pid: int) -> None:
+    """Wait until `count` calls of this process hold a reservation: on a busy machine no delay is long enough to promise it."""
+    await until(lambda: calls_open(ledger, pid) >= count, 60)
+
+
+async def kill_in_mid_call(ledger: Path | ServerAddress, pid: int) -> None:
+    """Stop a process wherever it is, and kill it there if it holds a call: a kill that hits nothing proves nothing."""
+    async with asyncio.timeout(60):
+        while True:
+            os.kill(pid, signal.SIGSTOP)
+            if calls_open(ledger, pid):
+                return os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGCONT)
+            await asyncio.sleep(0.02)
+
+
+async def buried(process: asyncio.subprocess.Process) -> None:
+    """Wait for the end of a process that was killed or told to stop."""
+    await asyncio.wait_for(process.wait(), 30)
+    process._transport.close()
