@@ -5,17 +5,18 @@ import gc
 import json
 import random
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import asynccontextmanager
 
 import anthropic
 import httpx2
 import postgresql
 import pytest
 from gateway import AUTHORITIES
-from ledgers import rows
-from processes import ledgered
+from ledgers import rows, until
+from part_levels import part_levels, passed, refused_though_they_fit
+from processes import Ledgered, buried, children, kill_in_mid_call, ledgered
 
-from gateway_addon.ledger import connect, part_of, part_scope
+from gateway_addon.ledger import connect, part_of
 from gateway_addon.ledger.maintenance.invariants import findings
 from gateway_addon.ledger.reports import entry_history
 from gateway_addon.money import dollars
@@ -125,62 +126,114 @@ async def crowd(tmp_path, seed, callers, *, gateway_count, ledger=None):
     assert said["cap_spent"] + said["cap_held"] + said["quote_over_cap"] > callers // 10, said
 
 
-EACH = {"session": 0.012, "user": 0.05, "label.client": 0.07, "token": 0.2, "model": 0.2}
 PARTED = f"""
 models: {{allow: [{MODEL}]}}
 caps: unlimited
 labels: {{client: {{values: [acme, beta, cosi]}}}}
-each: {{{", ".join(f"{kind}: {{ever: ${cap}}}" for kind, cap in EACH.items())}}}
-"""
+each: """
+
+
+def caps_of_parts(callers: int) -> dict[tuple[str, str], int]:
+    """By kind and window, in nano-dollars: all bind somewhere, and none is used up before most have called."""
+    each_caller = {"user": 500_000, "label.client": 750_000, "token": 2_100_000, "model": 2_200_000}
+    return {("session", "ever"): 12_000_000, **{(kind, "ever"): callers * nano for kind, nano in each_caller.items()}}
+
+
+@asynccontextmanager
+async def two_gateways(gateways: Ledgered):
+    """Two gateways on a server: yields their addresses, and how to kill one in mid call and start it again."""
+    running = list(await asyncio.gather(*(gateways.serve() for _ in range(2))))
+    urls = [url for _, url in running]
+
+    async def kill(number):
+        process, url = running[number]
+        await kill_in_mid_call(gateways.ledger, process.pid)
+        urls.remove(url)
+        await buried(process)
+        running[number] = await gateways.serve()
+        urls.append(running[number][1])
+
+    try:
+        yield urls, kill
+    finally:
+        for process, _ in running:
+            process.terminate()
+        for process, _ in running:
+            await buried(process)
+
+
+@asynccontextmanager
+async def two_workers(gateways: Ledgered):
+    """Two workers of one gateway on a file: yields their address, and how to kill one in mid call; their supervisor starts it again."""
+    process, url = await gateways.serve("--workers", "2")
+
+    async def kill(number):  # the elder of the two: the other may still be starting
+        await until(lambda: len(children(process.pid)) == 2, 60)
+        await kill_in_mid_call(gateways.ledger, children(process.pid)[0])
+
+    try:
+        yield [url], kill
+    finally:
+        process.terminate()
+        await buried(process)
 
 
 @pytest.mark.parametrize(
-    ("seed", "callers", "sessions"), [(0, 30, 8), *(pytest.param(seed, 200, 50, marks=pytest.mark.soak) for seed in range(1, 9))]
+    ("fleet", "seed", "callers", "sessions"),
+    [(two_gateways, 0, 30, 8)]
+    + [pytest.param(fleet, seed, 200, 50, marks=pytest.mark.soak) for fleet in (two_gateways, two_workers) for seed in range(1, 9)],
 )
-async def test_a_crowd_of_sessions_users_and_labels_passes_no_cap(tmp_path, seed, callers, sessions):
-    """Over two gateways on one server; in the soak one of them is killed in the middle, and the other settles what it held.
+async def test_a_crowd_of_sessions_users_and_labels_passes_no_cap(tmp_path, fleet, seed, callers, sessions):
+    """In the soak each of the two is killed in the middle, once, and is back.
 
     No part passes its cap, none is refused that fits in all of its own, and the parts of a kind sum to their app.
     """
-    chance, said, server = random.Random(seed), Counter(), postgresql.shared().ledger()
+    chance, said, at_once, kills = random.Random(seed), Counter(), asyncio.Semaphore(50), 0 if callers < 200 else 2
+    caps = caps_of_parts(callers)
+    app = PARTED + json.dumps({kind: {window: dollars(nano)} for (kind, window), nano in caps.items()})
     async with Simulator(behaviour=Behaviour(hostile=True)) as api:
-        gateways = ledgered(tmp_path, api.url, {"app": PARTED}, ledger=server)
-        async with gateways.serving(2) as urls, AsyncExitStack() as also:
-            if callers >= 200:
-                doomed, address = await gateways.serve()
-                also.callback(doomed._transport.close)
-                urls = [*urls, address]
-                asyncio.get_running_loop().call_later(3, doomed.kill)
+        server = postgresql.shared().ledger() if fleet is two_gateways else None
+        gateways = ledgered(tmp_path, api.url, {"app": app}, ledger=server)
+        async with fleet(gateways) as (urls, kill):
 
             async def one():
-                await asyncio.sleep(chance.uniform(0, callers / 30))  # as many a second as a busy server takes, whose caps are many
                 session, client = f"s{chance.randrange(sessions)}", chance.choice(["acme", "beta", "cosi"])
                 headers = {"x-claude-code-session-id": session, "x-gateway-label-client": client}
-                user = {"user_id": f"u{chance.randrange(5)}"}
-                await caller(chance.choice(urls), gateways.tokens["app"], chance, said, metadata=user, extra_headers=headers)
+                async with at_once:
+                    user = {"user_id": f"u{chance.randrange(5)}"}
+                    await caller(chance.choice(urls), gateways.tokens["app"], chance, said, metadata=user, extra_headers=headers)
 
-            await asyncio.gather(*(one() for _ in range(callers)))
-            async with asyncio.timeout(30):
+            async def some(count, *doomed):
+                before, calling = said.total(), asyncio.gather(*(one() for _ in range(count)))
+                for number in doomed:
+                    await until(lambda: said.total() >= before + count // 4, 120)
+                    await kill(number)
+                await calling
+
+            await some(callers // 2, *range(kills)[:1])
+            await some(callers // 2, *range(kills)[1:])
+            async with asyncio.timeout(60):
                 await api.settled()
-                while callers >= 200 and rows(server, "SELECT 1 FROM calls WHERE state = 'open'"):
+                while rows(gateways.ledger, "SELECT 1 FROM calls WHERE state = 'open'"):  # a server's lease of the dead has to end
                     await asyncio.sleep(0.5)
-        with connect.reading(server) as db:
-            levels, wrong = entry_history.high_water(db), findings(db)
-        refused = rows(server, "SELECT refusal, quote_nano, session_id, user_id, labels FROM calls WHERE state = 'refused'")
-        sums = rows(server, "SELECT scope, CAST(spent_nano AS BIGINT) FROM part_balances")
-        [(spent_nano,)] = rows(server, "SELECT CAST(sum(spent_nano) AS BIGINT) FROM entries")
+        with connect.reading(gateways.ledger) as db:
+            calls, wrong = entry_history.forwarded(db), findings(db)
+        levels = part_levels(gateways.ledger)
+        misjudged = refused_though_they_fit(gateways.ledger, levels, caps)
+        sums = dict(rows(gateways.ledger, "SELECT scope, spent_nano FROM part_balances"))
     assert wrong == []
-    caps = {kind: round(cap * DOLLAR) for kind, cap in EACH.items()}
-    peaks = Counter({level.scope: level.nano for level in levels if part_of(level.scope)})
-    assert {part_of(scope)[0] for scope in peaks} == set(EACH)
-    assert all(nano <= caps[part_of(scope)[0]] for scope, nano in peaks.items())
-    assert all(sum(nano for scope, nano in sums if part_of(scope)[0] == kind) == spent_nano for kind in EACH)
-    for refusal, quote_nano, session, user, labels in refused:
-        named = {"session": session, "user": user, "label.client": json.loads(labels)["client"], "token": "1", "model": MODEL}
-        left_nano = min(caps[kind] - peaks[part_scope("app", (kind, value))] for kind, value in named.items())
-        assert quote_nano > left_nano or refusal not in ("cap_held", "cap_spent"), (refusal, quote_nano, named)
+    book = {row.request_id: row.billed_nano for row in api.book.messages()}
+    assert all(call.spent_nano >= book[call.request_id] for call in calls if call.request_id in book)
+    spent_nano = sum(call.spent_nano for call in calls)
+    assert spent_nano >= sum(book.values())
+    assert sum("orphan" in call.flags for call in calls) >= kills
+    assert {(part_of(scope)[0], "ever") for scope in sums} == set(caps)
+    assert passed(levels, caps) == []
+    assert all(sum(nano for scope, nano in sums.items() if part_of(scope)[0] == kind) == spent_nano for kind, _ in caps)
+    assert misjudged == []
     assert said["answered"] > 5, said
     assert said["cap_spent"] + said["cap_held"] + said["quote_over_cap"] > callers // 10, said
+    print(f"{fleet.__name__}, seed {seed}: {len(calls)} calls, {len(levels)} levels of {len(sums)} parts; {dict(said)}")
 
 
 @pytest.mark.parametrize("cap", [0.2, pytest.param(1, marks=pytest.mark.soak)])
