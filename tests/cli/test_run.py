@@ -3,15 +3,18 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
+from authority import ready_authority
 from click.testing import CliRunner
 from gateway import APP, gateway
 from ledgers import rows, until
 from processes import ledgered
+from sealed import sealed
 
 from gateway_addon.cli import main
 from gateway_addon.simulator import KEY, Simulator
@@ -46,18 +49,30 @@ def plain(max_tokens=16):
     return [sys.executable, "-c", PLAIN.format(max_tokens=max_tokens)]
 
 
-async def started(folder, listen, *arguments):
+INTERCEPTED = """
+import sys, anthropic
+client = anthropic.Anthropic(base_url=sys.argv[1])  # the address in the code, all else by default
+for model, more in (("claude-haiku-4-5", {}), ("claude-sonnet-5", {"x-claude-code-agent-id": "a1"}), ("claude-sonnet-5", {})):
+    tokens = 16 if more or "haiku" in model else 100_000
+    messages = [{"role": "user", "content": "hello"}]
+    with client.messages.stream(model=model, max_tokens=tokens, messages=messages, extra_headers=more) as stream:
+        print(stream.get_final_message().model)
+"""
+
+
+async def started(folder, listen, *arguments, **more):
     """A `gateway run` in a process of its own, which sees the real key and a proxy on the way."""
     line = [sys.executable, "-m", "gateway_addon", "run", *arguments]
     where = {"GATEWAY_POLICIES": f"{folder}/policies", "GATEWAY_LEDGER": f"sqlite:///{folder}/gateway.db", "GATEWAY_LISTEN": listen}
-    environment = os.environ | where | {"SIMULATED_KEY": KEY, "HTTP_PROXY": "http://127.0.0.1:9", "ANTHROPIC_API_KEY": "sk-ant-api03-real"}
+    proxied = {"HTTP_PROXY": "http://127.0.0.1:9", "ANTHROPIC_API_KEY": "sk-ant-api03-real"}
+    environment = os.environ | where | {"SIMULATED_KEY": KEY} | proxied | more
     pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
     return await asyncio.create_subprocess_exec(*line, env=environment, **pipes)
 
 
-async def run(folder, listen, *arguments):
+async def run(folder, listen, *arguments, **more):
     """Its exit code, what its command printed, and what it said itself."""
-    process = await started(folder, listen, *arguments)
+    process = await started(folder, listen, *arguments, **more)
     printed, said = await asyncio.wait_for(process.communicate(), 60)
     return process.returncode, printed.decode(), said.decode()
 
@@ -95,6 +110,36 @@ async def test_where_no_gateway_runs_one_is_started_for_the_command(tmp_path):
         code, _, said = await run(tmp_path, NOBODY, "--cap", "1", "--", *plain())
         assert (code, " of $1.00 in 1 call." in said) == (0, True), said
         assert len((await api.settled()).messages()) == 1
+
+
+@pytest.mark.parametrize("form", ["--json", pytest.param("table", marks=pytest.mark.soak)])
+async def test_a_run_that_is_intercepted_meets_its_cap_and_has_a_bill(tmp_path, form):
+    """The SDK with the API's own address: two agents on two models, then a call that the run's cap does not allow."""
+    ready_authority(tmp_path / ".mitmproxy")
+    async with sealed(tmp_path) as far:
+        ledgered(tmp_path, far.url, {"app": f"{APP}reserve: full\n"}, f"egress: {{ca: {far.ca}}}\n")
+        options = ["--local", "--cap", "0.05", "--label", "pr=7", *(["--json"] if form == "--json" else []), "--"]
+        code, printed, said = await run(
+            tmp_path, NOBODY, *options, sys.executable, "-c", INTERCEPTED, far.url, HOME=str(tmp_path), HTTP_PROXY=""
+        )
+        billed_nano = (await far.api.settled()).billed_nano
+        assert len(far.api.book.messages()) == 2
+    models = ["claude-haiku-4-5-20251001", "claude-sonnet-5"]
+    assert (code, [line for line in printed.splitlines() if line in models]) == (3, models), said
+    assert "anthropic.RateLimitError" in said
+    database = tmp_path / "gateway.db"
+    assert rows(database, "SELECT DISTINCT app, endpoint, labels FROM calls") == [("app", "local/messages", '{"pr": "7"}')]
+    assert token(tmp_path)[1] == 1
+    if form == "--json":
+        bill = json.loads(printed.splitlines()[-1])
+        assert (bill["cut"], bill["code"], bill["refused"], bill["calls"], bill["spent_nano"]) == (True, 1, 1, 2, billed_nano)
+        billed = {(line["agent"], line["model"]): line for line in bill["by_agent"]}
+        assert billed.keys() == {(None, "claude-haiku-4-5"), ("a1", "claude-sonnet-5"), (None, "claude-sonnet-5")}
+        assert all(line["input_tokens"] > 0 < line["output_tokens"] for key, line in billed.items() if key != (None, "claude-sonnet-5"))
+        assert sum(line["spent_nano"] for line in bill["by_agent"]) == billed_nano
+    else:
+        assert re.search(r"^└ a1 +claude-sonnet-5 +1 +\d+ +\d+ +\$0\.0", said, re.MULTILINE), said
+        assert re.search(r"^app: \$0\.\d+ of \$0\.05 in 2 calls, 1 refused\. A cap or a pause stopped it\.$", said, re.MULTILINE), said
 
 
 async def test_however_a_run_ends_its_token_is_revoked(tmp_path):
