@@ -1,9 +1,12 @@
 """Set up what every test stands on: quiet imports, signals as a terminal gives them, and the fast half of the suite."""
 
 import gc
+import os
 import re
 import signal
 import warnings
+from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,8 @@ def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     starts_workers = getattr(config.option, "numprocesses", None)
+    if not starts_workers:
+        gc.disable()  # until all is collected: nothing that is loaded goes away again
     if not config.getoption("--fast") and not starts_workers:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -45,13 +50,35 @@ def pytest_collection_finish(session):
     """Keep the collector from walking through a million objects of modules and tests again and again, which live until the end anyway."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(20_000, 20, 20)
 
 
+@pytest.hookimpl(trylast=True)  # after what `-m` leaves out
 def pytest_collection_modifyitems(config, items):
-    """In the fast half, leave out what starts a PostgreSQL server."""
+    """In the fast half, leave out what starts a PostgreSQL server. Let what takes longest start first: nothing is waited for at the end."""
     if config.getoption("--fast"):
         items[:] = [each for each in items if "postgresql" not in each.name and ("sqlite" in each.name or "server" not in each.fixturenames)]
+    items[:] = longest_first(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def longest_first(items, workers):
+    """Put the modules marked `longest` at the heads of the shares that the workers get at the start, each module into one share.
+
+    A share is a run of neighbours, as xdist's worksteal cuts the list.
+    """
+    long = defaultdict(list)
+    for each in items:
+        if each.get_closest_marker("longest"):
+            long[each.path].append(each)
+    heads = [[each for module in list(long.values())[number::workers] for each in module] for number in range(workers)]
+    rest = iter([each for each in items if not each.get_closest_marker("longest")])
+    left, ordered = len(items), []
+    for number, head in enumerate(heads):
+        share = left // (workers - number)
+        ordered += [*head, *islice(rest, max(0, share - len(head)))]
+        left -= share
+    return [*ordered, *rest]
 
 
 @pytest.fixture(params=[True, False], ids=["dispatch", "walk"])

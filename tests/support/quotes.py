@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from gateway_addon import pricing
@@ -33,6 +34,7 @@ features:
 """
 
 
+@cache
 def app(geo: str = "global", text: str = EVERYTHING) -> AppPolicy:
     return parse_app("policies/apps/tester.yaml", text, PRICES, {}, workspace_geo=geo)
 
