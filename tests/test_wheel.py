@@ -22,6 +22,8 @@ from processes import START_S, free_port
 
 from gateway_addon.operations import deploy
 
+pytestmark = pytest.mark.longest
+
 LIBRARIES = sysconfig.get_path("purelib")  # the suite's own environment, in the place of the registry
 
 

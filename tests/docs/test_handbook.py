@@ -130,6 +130,7 @@ def test_a_newcomers_way_is_short():
     assert three[-1] == "./run.sh report"
 
 
+@pytest.mark.longest
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 async def test_the_readmes_commands_work_in_order_in_a_clone(tmp_path):
     """As somebody types them: nothing is set that no line of the README exports, but addresses and the upstream."""
@@ -145,6 +146,7 @@ async def test_the_readmes_commands_work_in_order_in_a_clone(tmp_path):
     assert len(book.messages()) == 4, "the curl, the SDK's call, and one of each of the two other apps"
 
 
+@pytest.mark.longest
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 async def test_the_handbooks_commands_work_in_order_in_a_clone(tmp_path):
     """With what the index says that the README has made: an app, its token, the key, and a gateway that runs."""

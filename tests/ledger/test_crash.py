@@ -21,6 +21,8 @@ from gateway_addon.ledger.reports import entry_history
 from gateway_addon.money import dollars
 from gateway_addon.simulator import Simulator
 
+pytestmark = pytest.mark.longest
+
 DOLLAR = 1_000_000_000
 
 

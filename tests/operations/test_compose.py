@@ -142,6 +142,7 @@ async def a_call_that_a_gateway_died_with_is_not_sent_again_and_its_stream_does_
     assert billed(api) - before == 4 + 4
 
 
+@pytest.mark.longest
 @pytest.mark.xdist_group("postgresql")
 async def test_two_gateways_behind_nginx_are_one(tmp_path):
     server = postgresql.shared().ledger()
