@@ -42,7 +42,6 @@ from gateway_addon.ledger.types import (
     TokenLookup,
     app_scope,
     enclosing,
-    part_of,
 )
 
 log = logging.getLogger(__name__)
@@ -148,15 +147,12 @@ class Ledger:
         A caller that is cancelled while it waits leaves no reservation behind.
         """
         held = tuple(cap for cap in caps if cap.window != "request")
-
         asked = Reservation(call, grant_nano, held, quantum_nano, rates or RateLimits(), self._at(now))
-
-        needs_a_look = any(part_of(cap.scope) for cap in held)  # at the part's name, before the statement that judges
 
         def write(db: Connection) -> Reserved | Denied:  # the owner's name is read when it is written: a fenced node has a new one
             return reservations.write(db, self.owner, asked)
 
-        answer = cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held), asked=None if needs_a_look else asked))
+        answer = cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held), asked=asked))
         if isinstance(answer, Reserved):
             self._running[answer.call_id] = _Held(call.app, held, answer.owner)
         return answer

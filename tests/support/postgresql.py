@@ -141,12 +141,15 @@ SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
 
 class Relay:
     """A way to a server by TCP, through the test's hands. While `silent` it takes what is sent and passes nothing on, as a dead switch
-    does; a connection that met the silence stays mute for good."""
+    does; a connection that met the silence stays mute for good. `cut_after("up", 5)`: once five more bytes have gone up to the server, the
+    connection that brought the last of them is gone, both ways."""
 
     def __init__(self, server: Postgres, tls: ssl.SSLContext | None = None):
         """`tls`: it speaks TLS towards the clients, as a server with a certificate does."""
         self._server, self._tls = server, tls
         self.silent = False
+        self.left: dict[str, int | None] = {"up": None, "down": None}
+        self.cut = asyncio.Event()
         self.joined = self.sealed = 0
         self._ways: set[asyncio.Task[None]] = set()
 
@@ -179,16 +182,27 @@ class Relay:
                 return writer.close()
             self.sealed += 1
         theirs, to_them = await asyncio.open_unix_connection(str(self._server.folder / ".s.PGSQL.5432"))
-        for source, sink in ((reader, to_them), (theirs, writer)):
-            way = asyncio.ensure_future(self._pass(source, sink))
+        for source, sink, back, direction in ((reader, to_them, writer, "up"), (theirs, writer, to_them, "down")):
+            way = asyncio.ensure_future(self._pass(source, sink, back, direction))
             self._ways.add(way)
             way.add_done_callback(self._ways.discard)
 
-    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    def cut_after(self, direction: str, count: int) -> None:
+        self.cut.clear()
+        self.left[direction] = count
+
+    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, back: asyncio.StreamWriter, direction: str) -> None:
         try:
             while data := await source.read(65536):
                 if self.silent:
                     await asyncio.Event().wait()
+                if (left := self.left[direction]) is not None and len(data) > left:
+                    sink.write(data[:left])
+                    self.left[direction] = None
+                    back.transport.abort()
+                    self.cut.set()
+                    return
+                self.left[direction] = None if left is None else left - len(data)
                 sink.write(data)
         except ConnectionError:
             pass

@@ -15,6 +15,7 @@ class Store:
     errors = (Down,)
     journal = None
     near = True
+    in_doubt = False
 
     def __init__(self, *fails, scopes_max=1):
         self.rows, self.tried, self.scopes_max = [], [], scopes_max
@@ -43,8 +44,8 @@ class Store:
         if fail:
             raise Down(fail)
 
-    def commits(self, db):
-        return self._commits
+    def took_place(self, db, number):
+        return self._commits >= number
 
     def unavailable(self, error):
         return LedgerUnavailable(f"{error}")

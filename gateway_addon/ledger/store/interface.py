@@ -34,6 +34,10 @@ def must_be_known(ledger: Path | ServerAddress, applied: Iterable[str], known: I
 class WriterConnection(Connection, Protocol):
     @property
     def in_transaction(self) -> bool: ...
+    @property
+    def in_doubt(self) -> bool:
+        """Return whether nobody said how the last statement ended."""
+
     def close(self) -> None: ...
 
 
@@ -80,7 +84,10 @@ class Store(Protocol):
         """Begin a transaction that may judge and change the balances of `scopes`, alone in each of them until its commit."""
 
     def batch(self, db: Connection, scopes: Collection[str], asked: Sequence[Asked], number: int) -> list[object] | None:
-        """Begin a transaction, do all that is asked in one statement, and stamp it. None: nothing was begun, and it is done one by one."""
+        """Do all that is asked in one statement: stamped, and durable when it returns. None: nothing was done, and it goes one by one."""
+
+    def found(self, db: Connection, asked: Sequence[Asked]) -> list[object]:
+        """Return the answers to the last batch that took place, by what it wrote; None where that is nothing, to be asked again."""
 
     def stamp(self, db: Connection, number: int) -> None:
         """Note, inside the transaction, that this owner commits for the `number`th time.
@@ -91,8 +98,8 @@ class Store(Protocol):
     def commit(self, db: Connection) -> None:
         """Make the transaction durable."""
 
-    def commits(self, db: Connection) -> int | None:
-        """Return the number of the owner's last commit; None where the ledger does not know the owner."""
+    def took_place(self, db: Connection, number: int) -> bool:
+        """Return whether the owner's commit of this number took place. If not, it cannot any more, though it may still be under way."""
 
     def dead(self, db: Connection) -> list[str]:
         """Return the dead owners that have not been swept."""

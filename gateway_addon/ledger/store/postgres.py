@@ -25,7 +25,7 @@ import psycopg
 from psycopg import pq
 
 from gateway_addon.clocks import monotonic_s
-from gateway_addon.ledger import orphans, reservations
+from gateway_addon.ledger import orphans
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import postgres_batch, sqlite_files
 from gateway_addon.ledger.store.interface import EVERYTHING, Asked, must_be_known
@@ -147,6 +147,7 @@ class ServerStore:
     near = False
     scopes_max: int | None = SCOPES_MAX
     skew_s = 0
+    _calendar: postgres_batch.SeenCalendar
 
     def __init__(self, server: ServerAddress, timeout_s: float, state: Path) -> None:
         self._server = server
@@ -159,7 +160,6 @@ class ServerStore:
         self._reader = threading.local()
         self._readers: set[ServerConnection] = set()
         self._closed = False
-        self._calendar = ""
         self._batches = False
 
     def __str__(self) -> str:
@@ -183,7 +183,7 @@ class ServerStore:
             _must_fit(self._server, db)
             if self._name is None:
                 self._enrol(db)
-            self._look_at_calendar(db)
+            self._calendar = postgres_batch.calendar_now(db)
             self._batches = self._bring_function(db)
         except BaseException:
             db.close()
@@ -244,19 +244,19 @@ class ServerStore:
         except psycopg.DatabaseError as error:
             if error.diag.sqlstate not in (postgres_batch.FENCED, postgres_batch.MOVED):
                 raise
-            db.execute("ROLLBACK")
             if error.diag.sqlstate == postgres_batch.FENCED:
                 self._fenced(db)
-            self._look_at_calendar(db)
+            self._calendar = postgres_batch.calendar_now(db)
             return None
         except LedgerUnavailable:  # a window that the calendar lacks, or lacked when it was looked at
-            self._look_at_calendar(db)
+            self._calendar = postgres_batch.calendar_now(db)
             return None
+        self._lease_ends = self._lease_from + LEASE_S
         self._renewed(lease_until, asked_at)
         return answers
 
-    def _look_at_calendar(self, db: Connection) -> None:
-        self._calendar = postgres_batch.calendar_text(db.execute(reservations.CALENDAR).fetchall())
+    def found(self, db: Connection, asked: Sequence[Asked]) -> list[object]:
+        return postgres_batch.found(db, self.owner, asked)
 
     def _fenced(self, db: Connection) -> NoReturn:
         _must_fit(self._server, db)
@@ -273,9 +273,11 @@ class ServerStore:
         db.execute("COMMIT")
         self._lease_ends = self._lease_from + LEASE_S
 
-    def commits(self, db: Connection) -> int | None:
-        rows = db.execute("SELECT commits FROM owners WHERE id = $1", (self._name,)).fetchall()
-        return rows[0][0] if rows else None
+    def took_place(self, db: Connection, number: int) -> bool:
+        """Look up a commit. If the server is still at it, this waits, or it is too late for it: `RENEW` takes no number twice."""
+        if db.execute("UPDATE owners SET commits = $2 WHERE id = $1 AND commits < $2", (self._name, number)).rowcount:
+            return False
+        return bool(db.execute("SELECT 1 FROM owners WHERE id = $1", (self._name,)).fetchall())
 
     def sweep(self, db: Connection, now: float) -> int:
         return orphans.settle_orphans(db, self.dead(db), now=now)

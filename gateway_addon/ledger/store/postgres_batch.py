@@ -1,40 +1,41 @@
-"""Take a batch of reservations and settlements to a PostgreSQL server in one statement, by a function that each writer brings along.
+"""Take a batch of reservations and settlements to a PostgreSQL server in one round trip, by a function that each writer brings along.
 
 Promises the ledger's own rule: the function's body is made from the statements of `reservations.py`, in their order and one after the
 other, so each of them sees what those before it wrote, and a cap is judged by the same text as on a file. What is added here is only
 what Python does between two of them; `tests/ledger/store/test_postgres_batch.py` holds both ways against each other. The function lives as
 long as the connection (`pg_temp`), so gateways of two versions side by side each judge by their own rule.
+
+Its call is a transaction of its own: the answer says that it is durable. Where the answer is lost, `found` reads it from what was written.
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import tzinfo
 from string import Template
 from typing import Any, NamedTuple
 
-from psycopg import sql
-
-from gateway_addon.ledger import reservations, state
-from gateway_addon.ledger.parts import CountedCall
-from gateway_addon.ledger.sql import Engine, Row, Statement
+from gateway_addon.ledger import parts, reservations, state
+from gateway_addon.ledger.sql import Connection, Engine, Row, Statement
 from gateway_addon.ledger.store import engines
 from gateway_addon.ledger.store.interface import Asked
 from gateway_addon.ledger.store.postgres_session import ServerConnection
-from gateway_addon.ledger.types import Denied, Reservation, Reserved, Resolution
+from gateway_addon.ledger.types import CapShape, Denied, LedgerUnavailable, Reservation, Reserved, Resolution, part_of, part_scope
 from gateway_addon.windows import starts
 
 FENCED = "GW001"
-"""The lease of the owner has run out, or a newer gateway has changed the tables."""
+"""The lease of the owner has run out, its commit was given up as lost, or a newer gateway has changed the tables."""
 MOVED = "GW002"
 """The ledger's calendar is another than the one by which the windows were computed."""
 
 RENEW = """
 UPDATE owners SET commits = $1, lease_until = extract(epoch FROM clock_timestamp()) + $2
-WHERE id = $3 AND lease_until > extract(epoch FROM clock_timestamp()) AND (SELECT count(*) FROM migrations) <= $4
+WHERE id = $3 AND commits < $1 AND lease_until > extract(epoch FROM clock_timestamp()) AND (SELECT count(*) FROM migrations) <= $4
 RETURNING lease_until
 """
 PAUSABLE = "scope = ANY (ARRAY(SELECT json_array_elements_text(item.pausable)))"
-CAPS = "json_to_recordset(item.caps) AS asked (column1 text, column2 text, column3 bigint, column4 bigint)"
+_CAP = "column1 text, column2 text, column3 bigint, column4 bigint"
+CAPS = f"json_to_recordset(item.caps) AS asked ({_CAP})"
+"""The caps of a reservation. Those of parts have a `kind` too."""
 
 _PART = (
     "part bigint, kind text, model text, input_tokens bigint, output_tokens bigint, cache_read_tokens bigint, cache_write_5m_tokens bigint,"
@@ -49,11 +50,11 @@ _TIMES = ("now", "first_byte_at")
 _WHOLES = (
     "token_id", "stream", "max_tokens", "day_start", "week_start", "month_start", "quote_nano", "input_tokens", "grant_nano",
     "own_quantum_nano", "minute", "second", "requests_per_minute", "input_tokens_per_minute", "concurrent", "call_id", "spent_nano",
-    "parts_nano", "parts_count", "status", "complete",
+    "parts_nano", "parts_count", "status", "complete", "names_max",
 )  # fmt: skip
 _ITEM = ", ".join(
     [f'"{name}" {kind}' for kind, names in (("text", _TEXTS), ("double precision", _TIMES), ("bigint", _WHOLES)) for name in names]
-    + ["caps json", "pausable json", "parts json"]
+    + ["caps json", "pausable json", "parts json", "named json"]
 )
 
 
@@ -80,13 +81,36 @@ def _rows(text: str) -> str:
 
 
 _ITEM_APP = 'item."app"'
+# What `parts.counted` does, for a call with caps on its parts: `names_max` and, in order, the `named` ones whose names clients choose.
+COUNTED = f"""
+        IF EXISTS (SELECT 1 FROM json_to_recordset(item.caps) AS asked (kind text, column2 text)
+            WHERE asked.kind IS NOT NULL AND NOT EXISTS (SELECT 1 FROM kept_parts
+              WHERE kept_parts.app = item.app AND kept_parts.kind = asked.kind AND kept_parts."window" = asked.column2)) THEN
+          answers := answers || json_build_object('kept', {{kept}});
+          CONTINUE;
+        END IF;
+        its_room := greatest(0, item.names_max - coalesce((
+          SELECT names FROM part_names WHERE part_names.app = item.app AND part_names.day_start = item.day_start), 0));
+        SELECT least(count(*), its_room), array_agg(kind) FILTER (WHERE nth > its_room) INTO its_new, its_shared
+          FROM (SELECT kind, row_number() OVER (ORDER BY place) AS nth
+                FROM json_to_recordset(item.named) AS named (place bigint, kind text, scope text)
+                WHERE NOT EXISTS (SELECT 1 FROM part_balances WHERE part_balances.scope = named.scope)) AS new_name;
+        IF its_shared IS NOT NULL THEN
+          item.app_parts := (SELECT json_object_agg(key, CASE WHEN key = ANY (its_shared) THEN '{parts.OTHERS}' ELSE value END)
+            FROM json_each_text(item.app_parts::json));
+          item.caps := (SELECT json_agg(json_build_object('column2', column2, 'column3', column3, 'column4', column4, 'column1',
+              CASE WHEN kind = ANY (its_shared) THEN item.app_scope || ' ' || kind || ':{parts.OTHERS}' ELSE column1 END))
+            FROM json_to_recordset(item.caps) AS asked ({_CAP}, kind text));
+        END IF;
+""".strip().format(kept=_rows(_numbered(parts.KEPT, _ITEM_APP)))
 # A generic plan, by key, whatever the statistics say: the planner takes json for a hundred rows, and a table that was empty when the
 # function was first called for one that is to be read from end to end.
 FUNCTION = f"""
-CREATE OR REPLACE FUNCTION pg_temp.gateway_batch(batch json) RETURNS json LANGUAGE plpgsql
+CREATE OR REPLACE FUNCTION pg_temp.gateway_batch(asked_scopes json, its_owner text, its_number bigint, its_lease_s double precision,
+  its_tables bigint, its_calendar text, its_items json) RETURNS json LANGUAGE plpgsql
 SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $batch$
 DECLARE
-  its_scopes text[] := ARRAY(SELECT json_array_elements_text(batch->'scopes'));
+  its_scopes text[] := ARRAY(SELECT json_array_elements_text(asked_scopes));
   its_turns bigint;
   its_lease double precision;
   item record;
@@ -94,6 +118,9 @@ DECLARE
   its_held bigint;
   its_spent bigint;
   its_flags text;
+  its_room bigint;
+  its_new bigint;
+  its_shared text[];
   answers json[] := '{{}}';
 BEGIN
   PERFORM 1 FROM turns WHERE scope = ANY(its_scopes) ORDER BY scope FOR UPDATE;
@@ -102,22 +129,26 @@ BEGIN
     INSERT INTO turns SELECT unnest(its_scopes) ON CONFLICT DO NOTHING;
     PERFORM 1 FROM turns WHERE scope = ANY(its_scopes) ORDER BY scope FOR UPDATE;
   END IF;
-  {_numbered(RENEW, "(batch->>'number')::bigint", "(batch->>'lease_s')::double precision", "batch->>'owner'", "(batch->>'tables')::bigint")}
+  {_numbered(RENEW, "its_number", "its_lease_s", "its_owner", "its_tables")}
     INTO its_lease;
   IF its_lease IS NULL THEN RAISE EXCEPTION 'fenced' USING ERRCODE = '{FENCED}'; END IF;
-  IF batch->>'calendar' IS DISTINCT FROM (
+  IF its_calendar IS DISTINCT FROM (
       SELECT string_agg(what || ' ' || value, ',' ORDER BY (what || ' ' || value) COLLATE "C")
       FROM ({reservations.CALENDAR}) AS kept_calendar (what, value)) THEN
     RAISE EXCEPTION 'moved' USING ERRCODE = '{MOVED}';
   END IF;
-  FOR item IN SELECT * FROM json_to_recordset(batch->'items') AS asked_item ({_ITEM}) LOOP
-    its_id := NULL; its_held := NULL; its_flags := item.flags;
+  FOR item IN SELECT * FROM json_to_recordset(its_items) AS asked_item ({_ITEM}) LOOP
+    its_id := NULL; its_held := NULL; its_flags := item.flags; its_new := 0; its_shared := NULL;
     IF item.what = 'reserve' THEN
+      IF item.names_max IS NOT NULL THEN
+        {COUNTED}
+      END IF;
       {_of_item(reservations.RESERVE)} INTO its_id;
       IF its_id IS NOT NULL THEN
-        answers := answers || json_build_object('id', its_id, 'standings', {_rows(_of_item(reservations.STANDINGS))});
+        IF its_new > 0 THEN {_of_item(parts.NAMED.text, names="its_new")}; END IF;
+        answers := answers || json_build_object('id', its_id, 'shared', its_shared, 'standings', {_rows(_of_item(reservations.STANDINGS))});
       ELSE
-        answers := answers || json_build_object('standings', {_rows(_of_item(reservations.STANDINGS))},
+        answers := answers || json_build_object('shared', its_shared, 'standings', {_rows(_of_item(reservations.STANDINGS))},
           'token', {_rows(_numbered(reservations.ITS_TOKEN, "item.token_id", _ITEM_APP))},
           'pauses', {_rows(_numbered(state.PAUSES, 'item."now"'))},
           'open', {_rows(_numbered(reservations.IN_FLIGHT, "item.app_scope"))},
@@ -190,6 +221,13 @@ class _ToldRows:
         return iter(self._rows)
 
 
+class SeenCalendar(NamedTuple):
+    """The ledger's calendar as it was last seen: to compute windows by, and as the function compares it."""
+
+    of_windows: reservations.Calendar
+    text: str
+
+
 class Sender(NamedTuple):
     """The process that sends a batch: its name, the number of its commit, its lease, its version's tables, the calendar as it knows it."""
 
@@ -197,52 +235,69 @@ class Sender(NamedTuple):
     number: int
     lease_s: float
     tables: int
-    calendar: str
+    calendar: SeenCalendar
 
 
-def calendar_text(rows: Iterable[tuple[str, str]]) -> str:
-    """Return the rows of a calendar as the function compares them."""
-    return ",".join(sorted(f"{what} {value}" for what, value in rows))
+def calendar_now(db: Connection) -> SeenCalendar:
+    rows = db.execute(reservations.CALENDAR).fetchall()
+    return SeenCalendar(reservations.calendar_of(rows), ",".join(sorted(f"{what} {value}" for what, value in rows)))
+
+
+CALL = b"SELECT pg_temp.gateway_batch($1, $2, $3, $4, $5, $6, $7)"
 
 
 def send(db: ServerConnection, scopes: Collection[str], asked: Sequence[Asked], sender: Sender) -> tuple[float, list[object]]:
-    """Begin a transaction, take the turns, renew the lease and do all that is asked, in order; the caller commits.
+    """Take the turns, renew the lease and do all that is asked, in order and in one transaction, which is durable on return.
 
-    Returns the lease's end by the server's clock, and the answers. Raises psycopg.Error: nothing of the batch stays.
+    Returns the lease's end by the server's clock, and the answers. Raises psycopg.Error: nothing of the batch stays, or `db.in_doubt`.
     """
-    calendar = reservations.calendar_of([(what, value) for what, _, value in (row.partition(" ") for row in sender.calendar.split(","))])
-    items = [_item(each, sender.owner, calendar) for each in asked]
-    batch = {"scopes": sorted(scopes), "items": items, **sender._asdict()}
-    text = sql.Literal(json.dumps(batch)).as_string(db.raw)
-    cursor = db.raw.execute(f"BEGIN; SELECT pg_temp.gateway_batch({text})".encode(), prepare=False)
-    cursor.nextset()
-    [(said,)] = cursor.fetchall()
-    return said["lease_until"], [_answer(*pair, sender.owner, calendar[0]) for pair in zip(asked, said["answers"], strict=True)]
+    owner, number, lease_s, tables, calendar = sender
+    items = [_item(each, owner, calendar.of_windows) for each in asked]
+    values = (json.dumps(sorted(scopes)), owner, number, lease_s, tables, calendar.text, json.dumps(items))
+    [(said,)] = db.raw.execute(CALL, values, prepare=True).fetchall()
+    return said["lease_until"], [_answer(*pair, owner, calendar.of_windows[0]) for pair in zip(asked, said["answers"], strict=True)]
 
 
 def _item(asked: Asked, owner: str, calendar: reservations.Calendar) -> dict[str, object]:
     if isinstance(asked, Reservation):
-        counted, windows = CountedCall(asked.call.parts, asked.caps), starts(asked.now, *calendar)
-        values, caps = reservations.reserving(asked, counted, owner, windows)
-        named = [dict(zip(("column1", "column2", "column3", "column4"), cap, strict=True)) for cap in caps]
-        return _plain(values) | {"what": "reserve", "caps": named, "pausable": asked.call.pause_scopes}
-    cost_nano, parts, outcome = asked.settlement.cost_nano, asked.settlement.parts, asked.settlement.outcome
+        return _reservation(asked, owner, calendar)
+    cost_nano, billed_parts, outcome = asked.settlement.cost_nano, asked.settlement.parts, asked.settlement.outcome
     is_settled = asked.kind == "settle"
+    parts_nano = sum(part.nano for part in billed_parts)
     values = {
         "call_id": asked.call_id,
         "kind": asked.kind,
         "state": "settled" if is_settled else "voided",
         "now": asked.at,
         "spent_nano": cost_nano if is_settled else 0,
-        "parts_count": len(parts),
-        "parts_nano": sum(part.nano for part in parts),
+        "parts_count": len(billed_parts),
+        "parts_nano": parts_nano,
     }
-    explained = reservations.usage_rows(asked.call_id, parts, sum(part.nano for part in parts))
+    explained = reservations.usage_rows(asked.call_id, billed_parts, parts_nano)
     billed = [_plain(dict(zip(_PART_NAMES, row[1:], strict=True))) for row in explained]
     return _plain(values | reservations.outcome_values(outcome, outcome.flags)) | {"what": "end", "parts": billed}
 
 
+_CAP_NAMES = tuple(column.split()[0] for column in _CAP.split(", "))
 _PART_NAMES = tuple(column.split()[0] for column in _PART.split(", "))
+
+
+def _reservation(asked: Reservation, owner: str, calendar: reservations.Calendar) -> dict[str, object]:
+    call = asked.call
+    counted, windows = parts.CountedCall(call.parts, asked.caps), starts(asked.now, *calendar)
+    values, frames = reservations.reserving(asked, counted, owner, windows)
+    item = _plain(values) | {"what": "reserve", "pausable": call.pause_scopes}
+    item["caps"] = caps = [dict(zip(_CAP_NAMES, frame, strict=True)) for frame in frames]
+    of_parts = {cap["column1"]: part[0] for cap in caps if (part := part_of(str(cap["column1"]))) is not None}
+    if of_parts:
+        for cap in caps:
+            cap |= {"kind": of_parts[cap["column1"]]} if cap["column1"] in of_parts else {}
+        chosen = [(kind, scope) for kind, value in call.parts if (scope := part_scope(call.app, (kind, value))) in of_parts]
+        item["names_max"] = call.names.new_max
+        item["named"] = [
+            {"place": place, "kind": kind, "scope": scope} for place, (kind, scope) in enumerate(chosen) if kind not in call.names.bounded
+        ]
+    return item
 
 
 def _plain(values: Mapping[str, object]) -> dict[str, object]:
@@ -250,14 +305,71 @@ def _plain(values: Mapping[str, object]) -> dict[str, object]:
     return {name: int(value) if isinstance(value, bool) else value for name, value in values.items() if value is not None}
 
 
-def _answer(asked: Asked, said: Any, owner: str, zone: tzinfo) -> Reserved | Denied | Resolution:
+def _answer(asked: Asked, said: Any, owner: str, zone: tzinfo) -> Reserved | Denied | Resolution | LedgerUnavailable:
     if isinstance(asked, Reservation):
-        if "id" not in said:
-            return reservations.denied(_Told(said), asked, asked.caps, zone)
-        return Reserved(said["id"], reservations.capped(_Told(said), asked.caps, now=asked.now, calendar=zone), owner)
+        return _answered(asked, said, owner, zone)
     if said is None:
         return Resolution(first=False)
     held_nano, spent_nano = said
     if asked.kind == "void":
         return Resolution(True, 0, held_nano)
     return Resolution(True, spent_nano, held_nano, spent_nano > held_nano)
+
+
+def _answered(asked: Reservation, said: Any, owner: str, zone: tzinfo) -> Reserved | Denied | LedgerUnavailable:
+    if "kept" in said:
+        try:
+            parts.must_be_kept(asked.caps, {(kept["kind"], kept["window"]) for kept in said["kept"]})
+        except LedgerUnavailable as error:
+            return error
+    shared = dict.fromkeys(said["shared"] or (), parts.OTHERS)
+    caps = parts.placed(asked.call.app, asked.caps, dict(asked.call.parts) | shared)
+    if "id" not in said:
+        return reservations.denied(_Told(said), asked, caps, zone)
+    return _reserved(_Told(said), asked, caps, owner, zone, said["id"])
+
+
+def _reserved(db: Connection, asked: Reservation, caps: Sequence[CapShape], owner: str, zone: tzinfo, call_id: int) -> Reserved:
+    return Reserved(call_id, reservations.capped(db, caps, now=asked.now, calendar=zone), owner)
+
+
+# What the transaction that wrote the owner's row wrote besides. No other one touches these rows: nobody knew their calls yet.
+_ITS_ROWS = "xmin = (SELECT xmin FROM owners WHERE owners.id = $1)"
+WRITTEN_CALLS = f"""
+SELECT id, app_parts, app, token_id, endpoint, model_asked, session_id, agent_id, user_id, stream, max_tokens, started_at, quote_nano,
+  grant_nano, quantum_nano, input_tokens_quoted FROM calls WHERE owner = $1 AND state = 'open' AND calls.{_ITS_ROWS} ORDER BY id
+"""
+WRITTEN_ENDS = f"""
+SELECT call_id, -reserved_nano, spent_nano FROM entries
+WHERE call_id = ANY ($2) AND kind IN ('settle', 'void') AND entries.{_ITS_ROWS}
+"""
+
+
+def found(db: Connection, owner: str, asked: Sequence[Asked]) -> list[object]:
+    """Return the answers to the last batch of an owner that took place; None for a reservation that was not written.
+
+    Reservations are written in the order in which they were asked for, so a row that fits the next one is that one's.
+    """
+    calls = db.execute(WRITTEN_CALLS, (owner,)).fetchall()
+    ids = [each.call_id for each in asked if not isinstance(each, Reservation)]
+    ends = {call_id: (held, spent) for call_id, held, spent in db.execute(WRITTEN_ENDS, (owner, ids)).fetchall()}
+    zone = reservations.zone(db)
+    answers: list[object] = []
+    for each in asked:
+        if not isinstance(each, Reservation):
+            answers.append(_answer(each, ends.pop(each.call_id, None), owner, zone))
+        elif calls and tuple(calls[0][2:]) == _written(each):
+            call_id, app_parts, *_ = calls.pop(0)
+            caps = parts.placed(each.call.app, each.caps, json.loads(app_parts or "{}"))
+            answers.append(_reserved(db, each, caps, owner, zone, call_id))
+        else:
+            answers.append(None)
+    return answers
+
+
+def _written(asked: Reservation) -> tuple[object, ...]:
+    """Return what `WRITTEN_CALLS` says of a reservation that was written."""
+    call = asked.call
+    named = (call.app, call.token_id, call.endpoint, call.model_asked, call.session_id, call.agent_id, call.user_id)
+    amounts = (call.quote_nano, asked.grant_nano, asked.quantum_nano, call.input_tokens)
+    return (*named, int(call.stream), call.max_tokens, asked.now, *amounts)

@@ -124,6 +124,10 @@ class ServerConnection:
     def in_transaction(self) -> bool:
         return self.raw.info.transaction_status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 
+    @property
+    def in_doubt(self) -> bool:
+        return self.raw.info.transaction_status in (pq.TransactionStatus.ACTIVE, pq.TransactionStatus.UNKNOWN)
+
     def close(self) -> None:
         self.raw.close()
 

@@ -81,6 +81,9 @@ class FileStore:
     def batch(self, db: Connection, scopes: Collection[str], asked: Sequence[Asked], number: int) -> None:
         """Leave a batch to its statements: each of them takes microseconds."""
 
+    def found(self, db: Connection, asked: Sequence[Asked]) -> list[object]:
+        return []
+
     def stamp(self, db: Connection, number: int) -> None:
         if db.execute(STAMP, (number, self.owner, len(migrations.known()))).rowcount == 0:
             sqlite_files.must_be_a_ledger(self.path, db)
@@ -88,9 +91,8 @@ class FileStore:
     def commit(self, db: Connection) -> None:
         db.execute("COMMIT")
 
-    def commits(self, db: Connection) -> int | None:
-        rows = db.execute("SELECT commits FROM owners WHERE id = $1", (self.owner,)).fetchall()
-        return rows[0][0] if rows else None
+    def took_place(self, db: Connection, number: int) -> bool:
+        return bool(db.execute("SELECT 1 FROM owners WHERE id = $1 AND commits >= $2", (self.owner, number)).fetchall())
 
     def dead(self, db: Connection) -> list[str]:
         return [owner for owner in orphans.known(db) if is_dead(self.path, owner)]

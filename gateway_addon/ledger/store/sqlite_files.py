@@ -58,6 +58,7 @@ class FileConnection:
 
     __slots__ = ("raw",)
     engine = engines.SQLITE
+    in_doubt = False
 
     def __init__(self, raw: sqlite3.Connection) -> None:
         self.raw = raw

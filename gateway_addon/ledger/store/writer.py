@@ -3,7 +3,7 @@
 Promises: operations that wait together share one durable commit; the event loop never waits for a disk; an operation marked `lasting`
 (a settlement, a void, a release) is retried until it is written, every other one fails as soon as the store does; while the store
 fails, the ends of calls are in its journal (a server's has one), so that they outlive this process; the answer given is the truth even
-when a commit ended in doubt (the owner's row counts commits, so the next connection can look it up).
+when a commit ended in doubt (the owner's row counts commits, so the next connection can look it up, and keep it from coming later).
 Knows nothing of what the operations mean, nor of what kind the store is.
 """
 
@@ -59,6 +59,14 @@ class Written(NamedTuple):
     value: object
 
 
+class _Doubt(NamedTuple):
+    """A commit of which nobody said whether it took place. `answers` None: the store has to find them."""
+
+    number: int
+    operations: Sequence[Operation]
+    answers: list[Written] | None
+
+
 type Deliver = Callable[[Sequence[Written]], None]
 """Take answers, on the writer's thread."""
 
@@ -74,7 +82,7 @@ class Writer:
         self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
         self._db: WriterConnection | None = None
         self._commits = 0
-        self._doubt: tuple[int, list[Written]] | None = None
+        self._doubt: _Doubt | None = None
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
 
@@ -203,21 +211,37 @@ class Writer:
         return self._transaction(db, operations)
 
     def _commit(self, db: WriterConnection, operations: Sequence[Operation]) -> list[Written]:
-        answers = self._statements(db, operations)
-        self._make_durable(db, answers)
+        scopes = frozenset[str]().union(*(operation.scopes for operation in operations))
+        answers = self._in_one_statement(db, operations, scopes)
+        if answers is None:
+            answers = self._statements(db, operations, scopes)
+            try:
+                self._store.commit(db)
+            except BaseException:
+                self._doubt = _Doubt(self._commits, operations, answers)
+                raise
         return answers
 
-    def _statements(self, db: WriterConnection, operations: Sequence[Operation]) -> list[Written]:
-        scopes = frozenset[str]().union(*(operation.scopes for operation in operations))
+    def _in_one_statement(self, db: WriterConnection, operations: Sequence[Operation], scopes: frozenset[str]) -> list[Written] | None:
         asked = [operation.asked for operation in operations if operation.asked is not None]
+        if not asked or len(asked) < len(operations):
+            return None
         try:
-            said = self._store.batch(db, scopes, asked, self._commits + 1) if asked and len(asked) == len(operations) else None
-            if said is not None:
-                answers = [Written(*pair) for pair in zip(operations, said, strict=True)]
-            else:
-                self._store.begin(db, scopes)
-                answers = [Written(operation, operation.apply(db)) for operation in operations]
-                self._store.stamp(db, self._commits + 1)
+            said = self._store.batch(db, scopes, asked, self._commits + 1)
+        except BaseException:
+            if db.in_doubt:
+                self._doubt = _Doubt(self._commits + 1, operations, None)
+            raise
+        if said is None:
+            return None
+        self._commits += 1
+        return [Written(*pair) for pair in zip(operations, said, strict=True)]
+
+    def _statements(self, db: WriterConnection, operations: Sequence[Operation], scopes: frozenset[str]) -> list[Written]:
+        try:
+            self._store.begin(db, scopes)
+            answers = [Written(operation, operation.apply(db)) for operation in operations]
+            self._store.stamp(db, self._commits + 1)
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
@@ -225,22 +249,18 @@ class Writer:
         self._commits += 1
         return answers
 
-    def _make_durable(self, db: WriterConnection, answers: list[Written]) -> None:
-        try:
-            self._store.commit(db)
-        except BaseException:
-            self._doubt = (self._commits, answers)
-            raise
-
     def _resolve_doubt(self, db: WriterConnection, operations: list[Operation]) -> list[Operation]:
         """Look up a commit that ended in an error: if it took place, its answers hold and nothing is done again."""
         if self._doubt is None:
             return operations
-        number, answers = self._doubt
-        commits = self._store.commits(db)
+        number, doubted, answers = self._doubt
+        if not self._store.took_place(db, number):
+            answers = []
+        elif answers is None:
+            found = self._store.found(db, [operation.asked for operation in doubted if operation.asked is not None])
+            answers = [Written(operation, answer) for operation, answer in zip(doubted, found, strict=True) if answer is not None]
         self._doubt = None
-        if commits is None or commits < number:
-            return operations
+        self._commits = number
         self._deliver(answers)
         written = {id(answer.operation) for answer in answers}
         return [each for each in operations if id(each) not in written]

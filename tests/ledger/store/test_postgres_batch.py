@@ -1,6 +1,7 @@
 """The function that takes a batch to a server: it does what the statements do one by one, all of it or nothing, each by key."""
 
 import asyncio
+import json
 import random
 from contextlib import closing
 from dataclasses import replace
@@ -12,6 +13,7 @@ from ledgers import CALL, DAY_CAP, NOON, Cap, Part, balance, new_ledger, rows, u
 from gateway_addon.ledger import (
     Ledger,
     LedgerUnavailable,
+    NameLimit,
     NewCall,
     Outcome,
     RateLimits,
@@ -19,6 +21,7 @@ from gateway_addon.ledger import (
     Settlement,
     admin,
     connect,
+    part_scope,
     reservations,
 )
 from gateway_addon.ledger.maintenance import invariants
@@ -26,11 +29,15 @@ from gateway_addon.ledger.store import postgres, postgres_batch
 from gateway_addon.ledger.types import RecordedEnd, Reservation
 
 SEARCH = NewCall("search", None, 2, model_asked="claude-sonnet-5", stream=True, input_tokens=40, session_id="s", labels=(("client", "acme"),))
+CYCLE = "cycle:17"
+KEPT = [("reports", "session", "ever"), ("reports", "session", CYCLE), ("reports", "model", "day"), ("search", "label.client", "week")]
 WRITTEN = {
     "calls": "id, state, app, team, token_id, flags, status, ended_at, model_served, complete, labels, day_start, week_start, month_start",
     "entries": "call_id, at, kind, reserved_nano, spent_nano, quantum_nano, open, note",
     "usage": "*",
     "balances": 'scope, "window", window_start, spent_nano, reserved_nano, quantum_nano, open',
+    "part_balances": 'scope, "window", window_start, spent_nano, reserved_nano, quantum_nano, open',
+    "part_names": "*",
     "minutes": "*",
     "overruns": "*",
 }
@@ -49,12 +56,6 @@ def store(server, tmp_path):
     db.close()
 
 
-def batch(store, db, scopes, asked, number=1):
-    answers = store.batch(db, scopes, asked, number)
-    db.execute("COMMIT")
-    return answers
-
-
 def prepare(place):
     """A ledger in which a call may meet any obstacle."""
     with connect.changing(place) as db:
@@ -65,6 +66,7 @@ def prepare(place):
         admin.limit_cap(db, "app:search", "month", 2_500, who="test", now=NOON)
         admin.pause(db, "app:search", until=NOON + 40, who="test", why="loops", now=NOON)
         admin.pause(db, "total session:s", until=NOON + 90, who="test", now=NOON)
+        admin.align(db, "UTC", {"reports": "batch"}, [CYCLE], KEPT, who="test", now=NOON)
 
 
 def an_ending(chance, known, now):
@@ -77,10 +79,34 @@ def an_ending(chance, known, now):
 
 def a_reservation(chance, now):
     caps = [Cap("total", "day", 2_000), Cap("app:reports", "day", 900), Cap("team:batch", "ever", 4_000), Cap("app:search", "month", 9_000)]
-    call = chance.choice((CALL, SEARCH, replace(SEARCH, token_id=9), NewCall("old", None, 3), replace(CALL, input_tokens=70)))
+    caps += [Cap("total", CYCLE, 6_000), Cap("app:reports", CYCLE, 3_000)]
+    ours = replace(CALL, session_id=chance.choice(("s1", "s2", "s3", "s4")), model="claude-haiku-4-5", names=NameLimit(new_max=1))
+    call = chance.choice((ours, ours, CALL, SEARCH, replace(SEARCH, token_id=9), NewCall("old", None, 3), replace(CALL, input_tokens=70)))
     rates = chance.choice((RateLimits(), RateLimits(12, 300, 4)))
     mine = [cap for cap in caps if cap.scope in call.scopes]
+    mine += [Cap(part_scope(app, part), window, 700) for part in call.parts for app, kind, window in KEPT if (app, kind) == (call.app, part[0])]
+    mine += [Cap("app:reports session:s1", "week", 50)] * (chance.random() < 0.02 and call.session_id == "s1")  # which nobody keeps
     return Reservation(call, chance.choice((0, 90, 300, 5_000)), chance.sample(mine, len(mine)), chance.choice((0, 50)), rates, now)
+
+
+def under_a_new_name(now, session):
+    call = replace(CALL, session_id=session, names=NameLimit(new_max=1))
+    return Reservation(call, 10, [Cap(part_scope("reports", ("session", session)), "ever", 700)], now=now)
+
+
+def one_by_one(db, asked):
+    try:
+        return reservations.write(db, "me", asked) if isinstance(asked, Reservation) else reservations.end(db, asked)
+    except LedgerUnavailable as error:
+        return str(error)
+
+
+def plain(answer):
+    return replace(answer, owner="me") if isinstance(answer, Reserved) else str(answer) if isinstance(answer, Exception) else answer
+
+
+def parts_written(place):
+    return [json.loads(written or "null") for (written,) in rows(place, "SELECT app_parts FROM calls ORDER BY id")]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -89,26 +115,26 @@ def test_a_batch_does_what_its_statements_do_one_by_one(server, store, tmp_path,
     file, chance = new_ledger(tmp_path), random.Random(seed)
     for place in (file, server):
         prepare(place)
-    with closing(writing(file)) as one_by_one:
+    store[0]._calendar = postgres_batch.calendar_now(store[1])
+    with closing(writing(file)) as of_file:
         known, now = [999], NOON
         for number in range(1, 20):
             now += chance.choice((0, 1, 25))
             asked = [an_ending(chance, known, now) for _ in range(chance.randrange(4))]
-            asked += [a_reservation(chance, now) for _ in range(chance.randrange(5))]
+            asked += [a_reservation(chance, now) for _ in range(chance.randrange(5))] if known != [999] else [under_a_new_name(now, "x"), under_a_new_name(now, "y")]
             if number % 5 == 0 and known:  # as a sweep leaves it: a bill that comes late only adds
                 for place in (file, server):
                     with connect.changing(place) as db:
                         db.execute("UPDATE calls SET flags = 'estimated orphan' WHERE id = $1 AND state = 'settled'", (known[-1],))
-            expected = [
-                reservations.write(one_by_one, "me", each) if isinstance(each, Reservation) else reservations.end(one_by_one, each)
-                for each in asked
-            ]
-            found = batch(*store, {"total", "app:reports", "app:search"}, asked, number) if asked else []
-            assert [replace(each, owner="me") if isinstance(each, Reserved) else each for each in found] == expected
+            expected = [one_by_one(of_file, each) for each in asked]
+            found = store[0].batch(store[1], {"total", "app:reports", "app:search"}, asked, number) if asked else []
+            assert [plain(each) for each in found] == expected
             known += [each.call_id for each in expected if isinstance(each, Reserved)]
     for table, columns in WRITTEN.items():
         of_server, of_file = (sorted(rows(place, f"SELECT {columns} FROM {table}"), key=repr) for place in (server, file))
         assert of_server == of_file, table
+    assert parts_written(server) == parts_written(file)
+    assert rows(server, "SELECT count(*) > 0 FROM part_balances WHERE scope LIKE '%:others'") == [(True,)]
     assert len(known) > 5
     with connect.reading(server) as db:
         assert invariants.findings(db) == []
@@ -118,9 +144,10 @@ def test_no_statement_of_a_batch_reads_a_table_from_end_to_end(store):
     """However few rows there are and whatever the planner takes json for."""
     store, db = store
     caps = [Cap("total", "day", 900), Cap("app:reports", "month", 900)]
-    held = batch(store, db, {"app:reports", "total"}, [Reservation(CALL, 100, caps, rates=RateLimits(9, 9, 9), now=NOON)] * 3)
+    held = store.batch(db, {"app:reports", "total"}, [Reservation(CALL, 100, caps, rates=RateLimits(9, 9, 9), now=NOON)] * 3, 1)
     db.execute("ANALYZE")  # a planner that knows how small the tables are would read each as a whole
     ends = [RecordedEnd("settle", each.call_id, store.owner, Settlement(300, (Part(300),)), NOON) for each in held]
+    db.execute("BEGIN")
     assert store.batch(db, {"app:reports", "total"}, [*ends, *ends, Reservation(CALL, 1_000, caps, now=NOON)], 2)
     scanned = "SELECT relname FROM pg_stat_xact_user_tables WHERE seq_tup_read > 0 AND relname NOT IN ('settings', 'migrations', 'kept_cycles')"
     assert db.execute(scanned).fetchall() == []
@@ -161,11 +188,12 @@ async def test_a_batch_looks_at_balances_after_it_has_its_turn(server, store, tm
     """It waits for another gateway's commit, and judges by what that one wrote."""
     store, db = store
     other = postgres.ServerStore(server, 2, tmp_path)
-    batch(store, db, {"app:reports"}, [Reservation(CALL, 0, DAY_CAP, now=NOON)])  # the scope's first call makes its turn
+    store.batch(db, {"app:reports"}, [Reservation(CALL, 0, DAY_CAP, now=NOON)], 1)  # the scope's first call makes its turn
     with closing(other.connect()) as waiting:
+        db.execute("BEGIN")
         [first] = store.batch(db, {"app:reports"}, [Reservation(CALL, 600, DAY_CAP, now=NOON)], 2)
         second = asyncio.create_task(
-            asyncio.to_thread(batch, other, waiting, {"app:reports"}, [Reservation(CALL, 600, DAY_CAP, now=NOON)])
+            asyncio.to_thread(other.batch, waiting, {"app:reports"}, [Reservation(CALL, 600, DAY_CAP, now=NOON)], 1)
         )
         await until(lambda: rows(server, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"))
         db.execute("COMMIT")
