@@ -4,42 +4,35 @@ Promises bounded label sets: scopes and codes of the policy, models that have a 
 dollars. All are gauges: what a window holds falls back to nothing when the next one begins. Knows nothing of HTTP.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from gateway_addon import __version__
-from gateway_addon.console.desk import Account, Desk
+from gateway_addon.console.desk import Desk
+from gateway_addon.console.sums import Sum
 from gateway_addon.money import NANO_PER_DOLLAR
 from gateway_addon.names import PROGRAM
-from gateway_addon.operations.metrics import Gauges, Sample, gauge
+from gateway_addon.operations.metrics import Gauges, Sample, bounded, gauge, standing_gauges
+from gateway_addon.pricing import Prices
 
-WINDOW = ("scope", "window")
 
-
-def exposition(seen: Desk, *, policy_broken: bool) -> bytes:
+def exposition(seen: Desk, prices: Prices, *, policy_broken: bool) -> bytes:
     """Return the text that a scraper reads."""
     registry = CollectorRegistry()
-    registry.register(Gauges(_metrics(seen, policy_broken)))
+    registry.register(Gauges(_metrics(seen, prices, policy_broken)))
     return generate_latest(registry)
 
 
-def _metrics(seen: Desk, policy_broken: bool) -> Iterator[Any]:
+def _metrics(seen: Desk, prices: Prices, policy_broken: bool) -> Iterator[Any]:
     owners = (seen.total, *seen.teams, *seen.apps)
-    accounts = [account for owner in owners for account in (owner.today, owner.month)]
     ages_s = [call.age_s for call in seen.live]
-    yield gauge("build_info", "The version that answers.", [((__version__,), 1)], ("version",))
-    yield gauge("spent_dollars", "Spent in the window so far.", [_of(each, each.spent_nano) for each in accounts], WINDOW)
-    yield gauge("held_dollars", "Held for calls in flight and open batches.", [_of(each, each.held_nano) for each in accounts], WINDOW)
-    capped = [_of(each, each.cap_nano) for each in accounts if each.cap_nano is not None]
-    yield gauge("cap_dollars", "The window's cap, raises included. Scopes without a cap have no sample.", capped, WINDOW)
+    standings = [each for owner in owners for each in owner.standings if each.window in ("day", "month")]
+    yield from standing_gauges(standings, policy_broken)
     paused = [((each.scope,), float(bool(each.pause))) for each in owners]
     yield gauge("paused", f"1 while {PROGRAM} pause refuses the scope's calls.", paused, ("scope",))
-    spent = [((each.name,), each.figures.spent_nano / NANO_PER_DOLLAR) for each in seen.sheet.models]
-    yield gauge("model_spent_dollars", "Spent this month, by the model asked for.", spent, ("model",))
-    calls = [((each.name,), float(each.figures.calls)) for each in seen.sheet.models]
-    yield gauge("model_calls", "Admitted calls of this month, by the model asked for.", calls, ("model",))
+    yield gauge("model_spent_dollars", "Spent this month, by the model asked for.", _by_model(seen, prices, _spent_dollars), ("model",))
+    yield gauge("model_calls", "Admitted calls of this month, by the model asked for.", _by_model(seen, prices, _calls), ("model",))
     refused = [((code,), float(count)) for code, count in seen.sheet.refusals]
     yield gauge("refused_calls", "Calls refused this month, by reason.", refused, ("reason",))
     drifted = sum(each.calls for each in seen.sheet.drift)
@@ -51,8 +44,20 @@ def _metrics(seen: Desk, policy_broken: bool) -> Iterator[Any]:
     orphans = sum(not each.alive for each in seen.live)
     yield gauge("orphaned_calls", "Calls in flight whose process is gone: the next start settles them.", [((), orphans)])
     yield gauge("open_batches", "Message batches that are not settled yet.", [((), len(seen.batches))])
-    yield gauge("policy_broken", "1 while the policy files on disk cannot be used.", [((), float(policy_broken))])
 
 
-def _of(account: Account, amount_nano: int) -> Sample:
-    return (account.scope, account.window), amount_nano / NANO_PER_DOLLAR
+def _by_model(seen: Desk, prices: Prices, amount: Callable[[Sum], float]) -> list[Sample]:
+    """Sum the models under the names that are series: those of the price table, and one for all others."""
+    found: dict[str, float] = {}
+    for each in seen.sheet.models:
+        name = bounded(each.name, prices)
+        found[name] = found.get(name, 0) + amount(each)
+    return [((name,), value) for name, value in found.items()]
+
+
+def _spent_dollars(each: Sum) -> float:
+    return each.figures.spent_nano / NANO_PER_DOLLAR
+
+
+def _calls(each: Sum) -> float:
+    return each.figures.calls

@@ -251,7 +251,7 @@ def call(console: Console, call_id: int) -> Response:
 
 
 def exposition(console: Console) -> Response:
-    text = metrics.exposition(console.look(), policy_broken=console.policies.problem is not None)
+    text = metrics.exposition(console.look(), console.policies().prices, policy_broken=console.policies.problem is not None)
     return Response(text, content_type=METRICS_TYPE)
 
 

@@ -57,7 +57,7 @@ def start(folder: Path, prices: Callable[[], Prices], *, fresh: bool) -> tuple[O
     in_flight = Gauge("gateway_calls_in_flight", "Calls in flight.", registry=own, multiprocess_mode="livesum")
 
     def on_call(call: CallRecord) -> None:
-        app, model = call["app"], _bounded(call["model"], prices())
+        app, model = call["app"], bounded(call["model"], prices())
         calls.labels(app, model, call["state"]).inc()
         if call["refusal"] is not None:
             refusals.labels(app, call["refusal"]).inc()
@@ -85,12 +85,12 @@ def _exposition(folder: Path, standings: Sequence[Standing], policy_broken: bool
             path.unlink(missing_ok=True)
     shown = CollectorRegistry()
     MultiProcessCollector(shown, str(folder))  # type: ignore[no-untyped-call]
-    shown.register(Gauges(_fixed(standings, policy_broken)))
+    shown.register(Gauges(standing_gauges(standings, policy_broken)))
     return generate_latest(shown)
 
 
-def _fixed(standings: Sequence[Standing], policy_broken: bool) -> Iterator[Any]:
-    """Yield what is the same in each process: the version, the policy's state, the ledger's standings."""
+def standing_gauges(standings: Sequence[Standing], policy_broken: bool) -> Iterator[Any]:
+    """Yield what is the same in each process, and in the console: the version, the policy's state, the ledger's standings."""
     yield gauge("build_info", "The version that answers.", [((__version__,), 1)], ("version",))
     yield gauge("policy_broken", "1 while the policy's files cannot be used.", [((), policy_broken)])
     for name, text, amount_nano in AMOUNTS:
@@ -119,7 +119,7 @@ class Gauges:
         return self._gauges
 
 
-def _bounded(model: str | None, prices: Prices) -> str:
+def bounded(model: str | None, prices: Prices) -> str:
     """Return a model's name in the price table: each that clients invent, a date behind a known one too, would be a series of its own."""
     return (None if model is None else prices.canonical(model)) or OTHER_MODEL
 

@@ -170,7 +170,7 @@ async def test_console_metrics_and_report_count_one_drift(tmp_path, asked, serve
     client = build(desk).test_client()
     client.get(f"/login/{desk.login.link}")
     assert [each.calls for each in desk.look().sheet.drift] == [calls] * calls
-    assert f"\ngateway_drifted_calls {calls}.0\n".encode() in exposition(desk.look(), policy_broken=False)
+    assert f"\ngateway_drifted_calls {calls}.0\n".encode() in exposition(desk.look(), desk.policies().prices, policy_broken=False)
     assert [each["calls"] for each in reported(desk, "served")["drifts"]] == [calls] * calls
     marked = ("served claude-sonnet-5" in client.get("/calls").text, "not the one asked for" in client.get("/calls/1").text)
     assert marked == (calls == 1, calls == 1)
@@ -386,7 +386,11 @@ def scrape(desk, token="scraper", sent="Bearer scraper"):
 def samples(desk):
     answer = scrape(desk)
     assert answer.status_code == 200
-    families = text_string_to_metric_families(answer.text)
+    return parsed(answer.text)
+
+
+def parsed(text):
+    families = text_string_to_metric_families(text)
     return {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
 
 
@@ -403,6 +407,15 @@ def test_no_label_grows_with_the_calls(desk):
     assert {name for name, *labels in samples(desk) if len(labels) > 2} == set()
     scopes = 1 + len(month.APPS)
     assert len(samples(desk)) <= 10 + 7 * scopes + 2 * len(month.MODELS) + 3
+
+
+def test_names_that_clients_invent_make_no_series_here(desk):
+    seen = desk.look()
+    haiku = next(each for each in seen.sheet.models if each.name == "claude-haiku-4-5")
+    invented = [replace(haiku, name=name) for name in (*(f"claude-haiku-4-5-2099{day:04}" for day in range(50)), "claude-mine", "(none)")]
+    told = parsed(exposition(replace(seen, sheet=replace(seen.sheet, models=(*seen.sheet.models, *invented))), desk.policies().prices, policy_broken=False).decode())
+    assert {name for what, *labels in told for name in labels if what == "gateway_model_calls"} == {*month.MODELS, "other"}
+    assert (told["gateway_model_calls", "claude-haiku-4-5"], told["gateway_model_calls", "other"]) == (51 * haiku.figures.calls, 2 * haiku.figures.calls)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_the_dashboard_is_json_with_a_question_in_each_panel():
     [("claude-haiku-4-5", "claude-haiku-4-5"), ("claude-haiku-4-5-20991231", "claude-haiku-4-5"), ("claude-mine", "other"), (None, "other")],
 )
 def test_names_that_clients_invent_make_no_series(model, label):
-    assert metrics._bounded(model, load_prices()) == label
+    assert metrics.bounded(model, load_prices()) == label
 
 
 async def test_without_a_token_in_the_policy_there_is_no_page(tmp_path):
