@@ -18,7 +18,7 @@ from gateway_addon.money import dollars, parse_nano
 from gateway_addon.operations import changes
 from gateway_addon.operations.changes import scope_of
 from gateway_addon.policy import outline
-from gateway_addon.windows import WINDOWS, shown
+from gateway_addon.windows import WINDOWS, per, shown
 
 HOURS = (1, 4, 8, 24, 72, 168)
 
@@ -69,12 +69,12 @@ def _pause(form: ChangeForm, db: Connection, policies: Path, now: float) -> Aske
     scope, hours, cut, why = _paused_scope(form, db, policies), form["hours"], form.flag("cut"), form["why"]
     until = None if hours == "" else _until(hours, now)
     ending = "until it is resumed" if until is None else f"until {shown(until, zone(db))}"
-    sentence = f"Refuse every further call of {_named(scope)} {ending}. Calls in flight {'are cut' if cut else 'may finish'}."
+    sentence = f"Refuse every further call of {named(scope)} {ending}. Calls in flight {'are cut' if cut else 'may finish'}."
 
     def run(db: Connection, who: str, now: float) -> None:
         admin.pause(db, scope, until=until, cut=cut, who=who, why=why, now=now)
 
-    return AskedChange("pause", sentence, f"Pause {_named(scope)}", scope, run, is_grave=True)
+    return AskedChange("pause", sentence, f"Pause {named(scope)}", scope, run, is_grave=True)
 
 
 def _resume(form: ChangeForm, db: Connection, policies: Path, _now: float) -> AskedChange:
@@ -82,9 +82,9 @@ def _resume(form: ChangeForm, db: Connection, policies: Path, _now: float) -> As
 
     def run(db: Connection, who: str, now: float) -> None:
         if not admin.resume(db, scope, who=who, why=why, now=now):
-            raise ValueError(f"{_named(scope)} is not paused.")
+            raise ValueError(f"{named(scope)} is not paused.")
 
-    return AskedChange("resume", f"Let {_named(scope)} call again.", f"Resume {_named(scope)}", scope, run)
+    return AskedChange("resume", f"Let {named(scope)} call again.", f"Resume {named(scope)}", scope, run)
 
 
 def _paused_scope(form: ChangeForm, db: Connection, policies: Path) -> str:
@@ -100,7 +100,7 @@ def _raise(form: ChangeForm, db: Connection, policies: Path, now: float) -> Aske
     scope, amount_nano, until = scope_of(form["scope"], db, found), parse_nano(form["amount"]), _until(form["hours"], now)
     base_nano = changes.base_nano(db, found, scope, window)
     above = "its cap" if base_nano is None else f"its {dollars(base_nano)}"
-    sentence = f"Let {_named(scope)} spend {dollars(amount_nano)} above {above} a {window}, until {shown(until, zone(db))}."
+    sentence = f"Let {named(scope)} spend {dollars(amount_nano)} above {above} {per(window)}, until {shown(until, zone(db))}."
     beside = [each for each in admin.raises(db, now=now) if (each.scope, each.window) == (scope, window)]
     if beside:
         sentence += f" It adds to {dollars(sum(each.amount_nano for each in beside))} of earlier raises."
@@ -119,7 +119,8 @@ def _limit(form: ChangeForm, db: Connection, policies: Path, _now: float) -> Ask
     def run(db: Connection, who: str, now: float) -> None:
         changes.limit_cap(db, found, scope, window, amount_nano, who=who, why=why, now=now)
 
-    sentence = f"Let {_named(scope)} spend no more than {dollars(amount_nano)} a {window}, whatever its raises, until the limit is lifted."
+    most = f"{dollars(amount_nano)} {per(window)}"
+    sentence = f"Let {named(scope)} spend no more than {most}, whatever its raises, until the limit is lifted."
     return AskedChange("limit", sentence, f"Limit to {dollars(amount_nano)}", scope, run, is_grave=True)
 
 
@@ -128,9 +129,10 @@ def _lift(form: ChangeForm, db: Connection, policies: Path, _now: float) -> Aske
 
     def run(db: Connection, who: str, now: float) -> None:
         if admin.lift_limit(db, scope, window, who=who, why=why, now=now) is None:
-            raise ValueError(f"{_named(scope)} has no limit for a {window}.")
+            raise ValueError(f"{named(scope)} has no limit {per(window)}.")
 
-    return AskedChange("lift", f"Take the limit of {_named(scope)} for a {window} away.", "Lift the limit", scope, run)
+    sentence = f"Lift the limit of {named(scope)} {per(window)}: its cap and its raises hold again."
+    return AskedChange("lift", sentence, "Lift the limit", scope, run)
 
 
 def _withdraw(form: ChangeForm, db: Connection, _policies: Path, now: float) -> AskedChange:
@@ -142,8 +144,8 @@ def _withdraw(form: ChangeForm, db: Connection, _policies: Path, now: float) -> 
     def run(db: Connection, who: str, now: float) -> None:
         admin.withdraw_raise(db, number, who=who, why=why, now=now)
 
-    more = f"{dollars(found.amount_nano)} above its cap a {found.window}"
-    sentence = f"Take raise {number} back: {_named(found.scope)} may no longer spend {more}."
+    more = f"{dollars(found.amount_nano)} above its cap {per(found.window)}"
+    sentence = f"Take raise {number} back: {named(found.scope)} may no longer spend {more}."
     return AskedChange("withdraw", sentence, "Withdraw the raise", found.scope, run, is_grave=True)
 
 
@@ -173,9 +175,10 @@ ACTIONS: dict[str, Callable[[ChangeForm, Connection, Path, float], AskedChange]]
 }
 
 
-def _named(scope: str) -> str:
+def named(scope: str) -> str:
+    """Return a scope as sentences call it."""
     if (part := part_of(scope)) is not None:
-        return f"{part[0]} {part[1]} of {_named(enclosing(scope))}"
+        return f"{part[0]} {part[1]} of {named(enclosing(scope))}"
     return "all apps" if scope == "total" else typed(scope)
 
 

@@ -134,12 +134,12 @@ def _say(error: HTTPException) -> Response:
         ways_out = {401: "Send the token of --metrics-token as a bearer.", 403: f"Start {PROGRAM} console with --metrics-token FILE."}
         return Response(ways_out.get(error.code or 500, error.description), error.code, content_type="text/plain; charset=utf-8")
     sentences = {
-        401: ("Open the link again", f"This page opens by the link that {PROGRAM} console printed. It works once, for ten minutes. "
-              f"{PROGRAM} console --link prints a new one."),
-        403: ("Not from here", "A change is taken from a page of this console alone. Nothing was changed."),
-        429: ("Too many tries", "Wait a minute. Nothing was changed."),
-        404: ("Nothing here", "There is no such page, or no call of this number in the ledger."),
-        405: ("Only to look at", f"This console changes nothing. Use the command, or start it as {PROGRAM} console --write."),
+        401: ("Open it by its link", f"The console opens by the link that {PROGRAM} console printed. A link works once, for ten minutes. "
+              f"For a new one, run {PROGRAM} console --link."),
+        403: ("Not from there", "This console takes a change from its own pages alone. Nothing was changed."),
+        429: ("Too many tries in a minute", "Wait a minute, then try again. Nothing was changed."),
+        404: ("Nothing here", "There is no such page, or the ledger has no such app, session or call."),
+        405: ("This console only reads", f"Nothing was changed. Use the command, or start the console as {PROGRAM} console --write."),
         421: ("Another name", "The console answers only as 127.0.0.1 or localhost. For another machine, forward the port by ssh -L."),
     }  # fmt: skip
     other = ("This did not work", error.description or "The console failed; its terminal says why.")

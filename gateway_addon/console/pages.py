@@ -26,11 +26,16 @@ from gateway_addon.operations.reload import files_now
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.refusals import in_words
+from gateway_addon.windows import per
 
 NEWEST_CALLS = 10
 ALERTS_PAGE = 100
 SESSIONS_PAGE = 100
 WARM_DAYS = 60
+SMALLEST_NANO = 50_000
+"""From here on an amount is more than nothing with four decimals."""
+NAMES_MAX = 50
+"""Names that a table or a list to choose from shows: a client can make names of models up without end."""
 FORMS = {
     "day": "%-d %b",
     "date": "%Y-%m-%d",
@@ -100,12 +105,13 @@ def prepare(app: Flask, *, may_write: bool) -> None:
     """Teach the templates how amounts, counts and times are written."""
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters.update(
-        zip=zip, cents=cents, dollars=dollars, percent=lambda share: f"{share:.0%}", age=age, words=in_words, amount=_amount, axis=_axis,
+        zip=zip, cents=_cents, dollars=dollars, percent=lambda share: f"{100 * share:.0f}\u00a0%",
+        age=age, words=in_words, amount=_amount, axis=_axis,
         number=lambda count: f"{count:,}", change=change, path=lambda text: quote(str(text), safe=""),
     )  # fmt: skip
     app.jinja_env.globals.update(
         PROGRAM=PROGRAM, BAR=charts.BAR, WIDTH=charts.WIDTH, HEIGHT=charts.HEIGHT, RANGES=ranges.NAMES, SORTS=listing.SORTS,
-        WRITE=may_write, HOURS=actions.HOURS, address_of=address_of,
+        WRITE=may_write, NAMES_MAX=NAMES_MAX, HOURS=actions.HOURS, address_of=address_of, named=actions.named, per=per,
     )
 
 
@@ -217,9 +223,10 @@ def calls(console: Console) -> Response:
         lines = [line for day in days.days for line in day.lines]
         return page(
             "calls.html", db, within, calls=listed[start : start + listing.PAGE], wanted=wanted, totals=listing.totals(found.calls),
-            whole=whole, more=len(listed) > start + listing.PAGE, rest=found.rest, looked=found.looked, before=request.args.get("before"),
-            apps=sorted({*console.policies().apps, *admin.apps(db)}), models=sorted({line.asked for line in lines}), states=STATES,
-            refusals=sorted({each.code for day in days.days for each in day.refused if each.app}),
+            whole=whole, more=len(listed) > start + listing.PAGE, rest=found.rest, looked=found.looked,
+            is_cut=len(found.calls) >= call_detail.FOUND_MAX, before=request.args.get("before"),
+            apps=sorted({*console.policies().apps, *admin.apps(db)}), models=sorted({line.asked for line in lines})[:NAMES_MAX],
+            states=STATES, refusals=sorted({each.code for day in days.days for each in day.refused if each.app}),
         )  # fmt: skip
 
 
@@ -309,18 +316,23 @@ def age(seconds: float) -> str:
 
 
 def change(now: int, before: int) -> str:
-    """Return by how much an amount is more or less than before."""
+    """Return by how much an amount is more or less than in the range before."""
     if not before:
-        return "nothing before" if now else "nothing before either"
+        return "nothing in the range before" if now else "nothing, and nothing before"
     share = (now - before) / before
     if abs(share) < 0.005:
         return "as before"
-    return f"{'+' if share > 0 else '−'}{abs(share):.0%}" if share < 10 else f"{now / before:.0f} times as much"
+    return f"{'+' if share > 0 else '−'}{abs(100 * share):.0f}\u00a0%" if share < 10 else f"{now / before:.0f} times as much"
+
+
+def _cents(nano: int) -> str:
+    """Return an amount for a table; one too small for its decimals is not shown as nothing."""
+    return "< $0.0001" if 0 < nano < SMALLEST_NANO else cents(nano)
 
 
 def _amount(value: int, kind: str) -> str:
     if kind == "money":
-        return cents(value)
+        return _cents(value)
     return f"{value / 10:g} %" if kind == "share" else f"{value:,}"
 
 

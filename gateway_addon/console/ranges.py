@@ -107,5 +107,5 @@ def _end(day: date, zone: tzinfo) -> int:
 def _words(first: date, last: date) -> str:
     if first == last:
         return f"{first:%a %-d %b %Y}"
-    form = "%-d %b" if first.year == last.year else "%-d %b %Y"
+    form = "%-d" if (first.year, first.month) == (last.year, last.month) else "%-d %b" if first.year == last.year else "%-d %b %Y"
     return f"{first.strftime(form)} to {last:%-d %b %Y}"

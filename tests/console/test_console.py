@@ -269,8 +269,8 @@ def test_every_reason_of_a_refusal_has_words():
 @pytest.mark.parametrize(
     ("address", "status", "words"),
     [
-        (f"/calls/{2**62 + 1}", 404, "no call of this number"),
-        (f"/calls/{10**30}", 404, "no call of this number"),
+        (f"/calls/{2**62 + 1}", 404, "the ledger has no such app"),
+        (f"/calls/{10**30}", 404, "the ledger has no such app"),
         (f"/calls?before={10**30}-{10**30}", 400, "is no number of a call"),
         ("/calls?before=nan", 400, "is no time"),
         (f"/calls?text={10**30}", 200, "No call matches"),
@@ -316,7 +316,7 @@ async def test_a_refused_call_tells_quote_cap_room_and_reset(tmp_path):
 @pytest.mark.parametrize("path", ["/", "/calls", "/calls/1", "/calls.csv", "/apps/reviews", "/models/claude-haiku-4-5", "/alerts", "/login/wrong"])
 def test_nobody_sees_a_page_without_the_link(stranger, path):
     answer = stranger.get(path)
-    assert (answer.status_code, "Open the link again" in answer.text) == (401, True)
+    assert (answer.status_code, "Open it by its link" in answer.text) == (401, True)
 
 
 def test_the_link_works_once(client, desk):

@@ -38,8 +38,8 @@ SELECT id, iif(refused, 'refused', 'settled'), 'month', json_extract(:apps, '$['
   iif(refused, CASE b % 3 WHEN 0 THEN 'cap_spent' WHEN 1 THEN 'model' ELSE 'rate' END, NULL),
   iif(refused, NULL, started + 0.6), iif(refused, NULL, 200), iif(refused, NULL, 1), iif(refused, NULL, 'end_turn'),
   iif(refused, NULL, iif(id % 5000 = 11, 'claude-sonnet-5', asked)), iif(refused, NULL, 'req_month' || id),
-  CASE app WHEN 0 THEN 'endless' WHEN 1 THEN 'run-' || i / 2000 END, iif(app = 0 AND b % 4, 'agent-' || b % 4, NULL),
-  iif(app = 0 AND b % 4 > 1, 'agent-1', NULL), iif(app = 1, 'user-' || b % 3, NULL)
+  CASE app WHEN 0 THEN 'endless' WHEN 1 THEN 'run-' || (i / 2000) END, iif(app = 0 AND b % 4, 'agent-' || (b % 4), NULL),
+  iif(app = 0 AND b % 4 > 1, 'agent-1', NULL), iif(app = 1, 'user-' || (b % 3), NULL)
 FROM priced
 """
 
