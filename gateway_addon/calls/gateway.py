@@ -342,7 +342,7 @@ class Gateway:
     def batch_closed(self, batch: Batch, end: SettledBatch, resolution: Resolution) -> None:
         """Report a batch that this process has settled. Another process may have admitted it."""
         logger.info("Batch %s of app %s is settled at %s.", batch.id, batch.app, dollars(resolution.spent_nano))
-        self._queue.settled((*end.call.scopes, *end.call.part_scopes))
+        self._queue.settled(end.call)
         if self.on_call is not None:
             self.on_call(record(
                 end.call, "settled", started_at=end.started_at, ended_at=self._clocks.now(), call_id=batch.call_id, outcome=end.outcome,
@@ -373,7 +373,7 @@ class Gateway:
         """Wake the calls that wait in this one's scopes, once its settlement or a release is written."""
         if not written.cancelled() and written.exception() is not None:
             logger.error("The ledger could not write a settlement: %s", written.exception())
-        self._queue.settled((*call.scopes, *call.part_scopes))
+        self._queue.settled(call)
 
     # -- refusals, and answers of the gateway's own
 

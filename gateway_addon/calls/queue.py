@@ -7,7 +7,7 @@ Knows the ledger; no policy.
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -60,7 +60,7 @@ class BudgetQueue:
         async def attempt() -> Attempt | Refusal:
             return await self._attempt(call, plan, now + loop.time() - began_s)
 
-        place = _Place(self._lines, (*call.scopes[1:], TOTAL), call.part_scopes, began_s, concurrency_wait_s)
+        place = _Place(self._lines, call, began_s, concurrency_wait_s)
         lines = place.occupied()
         if not lines:
             found = await attempt()
@@ -105,12 +105,12 @@ class BudgetQueue:
                 break
         return result, option
 
-    def settled(self, scopes: Iterable[str]) -> None:
-        """Wake the first calls in these scopes' lines: a settlement of this process is written.
+    def settled(self, call: NewCall) -> None:
+        """Wake the first calls in the lines of a call's scopes: its settlement, or a release, is written.
 
         The lines of other parts stay asleep: of a hundred sessions that wait, one has got something back.
         """
-        for scope in scopes:
+        for scope in (*call.scopes, *call.part_scopes) if self._lines else ():
             if (line := self._lines.get(scope)) is not None:
                 line.freed.set()
 
@@ -137,16 +137,21 @@ class _Place:
     """
 
     lines: dict[str, _Line]
-    scopes: tuple[str, ...]
-    parts: tuple[str, ...]
+    call: NewCall
     began_s: float
     concurrency_wait_s: float
     joined: list[str] = field(default_factory=list)
 
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        return (*self.call.scopes[1:], TOTAL)
+
     def occupied(self) -> tuple[str, ...]:
         """Return the lines that a new call joins, so as to overtake nobody: at most one of a part, and then none beside it."""
+        if not self.lines:  # nearly always
+            return ()
         depth = max((number for number, scope in enumerate(self.scopes, 1) if scope in self.lines), default=0)
-        return self.scopes[:depth] or tuple(scope for scope in self.parts if scope in self.lines)[:1]
+        return self.scopes[:depth] or tuple(scope for scope in self.call.part_scopes if scope in self.lines)[:1]
 
     def hindrance(self, found: Attempt | Refusal) -> Denied | None:
         """Return the denial that waiting may turn into a reservation, if it is one."""

@@ -262,6 +262,8 @@ def input_bound(reading: ParsedRequest, row: PriceRow) -> int:
 def _turns(terms: _Terms, row: PriceRow, max_tokens: int) -> Turns:
     """Return the turns of one attempt at the request, by the model of a price row."""
     prompt = input_bound(terms.reading, row)
+    if not terms.reading.found.uses:  # nearly every call
+        return Turns(1, prompt, max_tokens, row.context_tokens)
     listed = sum(_brought_tokens(terms, use, row) for use in terms.reading.found.uses if use.feature == "mcp")
     prompt = max(prompt, min(prompt + listed, row.context_tokens))  # the tools that an MCP server has are in no body
     loops = [use for use in terms.reading.found.uses if _loops(use)]

@@ -113,7 +113,7 @@ async def test_whoever_waits_gets_what_a_settlement_frees():
     queue = BudgetQueue(ledger)
     waiting = asyncio.ensure_future(come(queue))
     await asyncio.sleep(0.005)
-    queue.settled(CALL.scopes)
+    queue.settled(CALL)
     assert (await waiting)[0] == reserved(1)
 
 
@@ -189,7 +189,7 @@ class Places:
 
     def end(self, queue, app="reports"):
         self.places[app] += 1
-        queue.settled((f"app:{app}", "total"))
+        queue.settled(replace(asking_for("ended"), app=app))
 
 
 async def waiting(queue, *names, wait_s=5.0):
@@ -248,9 +248,9 @@ async def test_a_session_that_waits_for_its_cap_is_in_no_others_way():
         assert (await asyncio.wait_for(come(queue, call=call), 0.05)).result == reserved(1)
     assert list(queue._lines) == ["app:reports session:s1"]
     ledger.held = False
-    queue.settled(["total", "app:reports", "app:reports session:s2"])
+    queue.settled(replace(asking_for("ended"), session_id="s2"))
     assert not queue._lines["app:reports session:s1"].freed.is_set(), "another session's settlement brings it nothing"
-    queue.settled(["app:reports session:s1"])
+    queue.settled(replace(asking_for("ended"), session_id="s1"))
     await asyncio.gather(*first)
     assert admitted == ["c", "c", "a", "b"]
     assert not queue._lines

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 BATCH_MAX = 256
 LINGER_S = 0.01  # how long what nobody waits for (a settlement, a row) waits for a reservation to share its commit
-CROWD = 3  # operations found waiting at once: a sign of load, under which a commit is worth sharing with those to come
+CROWD = 3  # operations in one batch: a sign of load, under which this commit and the next are worth sharing with those to come
 GATHER_S = 0.004  # how long a crowd waits for company; one commit costs as much processor time as several operations
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -84,6 +84,7 @@ class Writer:
         self._commits = 0
         self._doubt: _Doubt | None = None
         self._failures = 0
+        self._crowded = False
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
 
     def start(self) -> None:
@@ -128,9 +129,10 @@ class Writer:
         linger_until = time.monotonic() + LINGER_S
         while taken and not stop and all(each.may_linger for each in taken) and (left_s := linger_until - time.monotonic()) > 0:
             stop = self._drain(taken, left_s)
-        if len(taken) >= CROWD and not stop:
+        if (self._crowded or len(taken) >= CROWD) and not stop:
             time.sleep(GATHER_S)
             stop = self._drain(taken, 0)
+        self._crowded = len(taken) >= CROWD
         return taken, stop
 
     def _drain(self, taken: list[Operation], wait_s: float | None) -> bool:

@@ -84,6 +84,29 @@ async def test_operations_that_wait_together_share_one_commit():
     assert await stopped(queue)
 
 
+async def test_after_a_crowd_the_first_to_come_waits_for_company(monkeypatch):
+    """Its answers bring the crowd back one by one: the first of it takes the others along. Alone, it waits for nobody."""
+    monkeypatch.setattr(writer_module, "GATHER_S", 0.3)
+    store, commit, began, held = Store(scopes_max=None), Store.commit, threading.Event(), threading.Event()
+    store.commit = lambda db: (began.set(), held.wait(20), commit(store, db))
+    queue = started(store)
+    queue.put(Asked(store, "first").operation)
+    await until(began.is_set)
+    crowd = [Asked(store, name) for name in "abc"]
+    for asked in crowd:
+        queue.put(asked.operation)
+    held.set()
+    await asyncio.gather(*(asked.answer() for asked in crowd))
+    for pair, commits in (("de", 1), ("fg", 2)):
+        before, every = queue._commits, [Asked(store, name) for name in pair]
+        for asked in every:
+            queue.put(asked.operation)
+            await asyncio.sleep(0.02)
+        await asyncio.gather(*(asked.answer() for asked in every))
+        assert queue._commits - before == commits, pair
+    assert await stopped(queue)
+
+
 async def test_what_nobody_waits_for_shares_the_next_commit(monkeypatch):
     """It lingers for a moment, and is written by itself if no other comes."""
     monkeypatch.setattr(writer_module, "LINGER_S", 20.0)
