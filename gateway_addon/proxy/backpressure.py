@@ -32,8 +32,8 @@ class SteadyWatchdog(TimeoutWatchdog):
 
     @property
     def last_activity(self) -> float:  # type: ignore[override]
-        """Return the last activity in wall-clock time, corrected by the monotonic clock."""
-        return time.time() - (monotonic_s() - self.active_monotonic_s)
+        """Return the last activity in wall-clock time, corrected by the monotonic clock; now, while it is disarmed."""
+        return time.time() - (0 if self.blocker else monotonic_s() - self.active_monotonic_s)
 
     def register_activity(self) -> None:
         self.active_monotonic_s = monotonic_s()
@@ -43,14 +43,11 @@ class SteadyWatchdog(TimeoutWatchdog):
         return self
 
     def __enter__(self) -> None:
-        self.can_timeout.clear()
         self.blocker += 1
 
     def __exit__(self, *error: object) -> None:
         self.blocker -= 1
-        if self.blocker == 0:
-            self.register_activity()
-            self.can_timeout.set()
+        self.register_activity()
 
 
 class TimedHandler(ProxyConnectionHandler):
@@ -62,7 +59,7 @@ class TimedHandler(ProxyConnectionHandler):
     """The waiting time since the connection began. Two sides that wait at once count twice."""
 
     async def drain_writers(self) -> None:
-        if self._is_drained():
+        if self.is_drained():
             return
         began_monotonic_s = monotonic_s()
         try:
@@ -70,7 +67,7 @@ class TimedHandler(ProxyConnectionHandler):
         finally:
             self.undrained_s += monotonic_s() - began_monotonic_s
 
-    def _is_drained(self) -> bool:
+    def is_drained(self) -> bool:
         """Tell whether nothing waits in any writer, so that there is nothing to wait for."""
         for io in self.transports.values():
             if io.writer is None:

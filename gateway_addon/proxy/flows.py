@@ -7,7 +7,6 @@ that a call which is cut closes its upstream socket at once. Knows mitmproxy's c
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 from mitmproxy import connection, http
@@ -26,10 +25,6 @@ CUT_GRACE_S = 0.1  # for a cut stream to complete its current event
 LOOK_AGAIN_S = 3600.0
 HALF_CLOSED_S = 0.25  # a client that closed its side may still wait so long to be admitted: longer than it takes where there is budget
 UNREAD_ANSWER_S = 1.0  # for a client to read the answer to a body that was refused
-
-type Deadline = tuple[float, Callable[[], None]]
-"""A moment by the monotonic clock, and the function to call then."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SendPermission:
@@ -173,11 +168,16 @@ class FlowState:
         """
         if self.ended:
             return
-        monotonic_s, loop = self.clocks.monotonic_s(), asyncio.get_running_loop()
-        due, expire = min(self._deadlines(), key=lambda deadline: deadline[0])
+        monotonic_s, loop, running = self.clocks.monotonic_s(), asyncio.get_running_loop(), self.running
+        since, what, limit_s = self._waits_for()
+        granted_until = min(running.covered_until(), self.cut_by) if running is not None and self.sent else math.inf
+        due = min(since + limit_s, granted_until)
         if monotonic_s >= due:
             self.stop_watching()
-            expire()
+            if running is not None and granted_until < since + limit_s:
+                self.cut(running.cut or "budget")
+            else:
+                self._time_out(what, limit_s)
             return
         look_at = loop.time() + min(due - monotonic_s, LOOK_AGAIN_S)
         if self.watchdog is None or self.watchdog.when() > look_at:
@@ -224,34 +224,22 @@ class FlowState:
             self.on_end = asyncio.get_running_loop().create_future()
             await self.on_end
 
-    def _deadlines(self) -> list[Deadline]:
+    def _waits_for(self) -> tuple[float, str, float]:
+        """Return since when the upstream is waited for, what it did not do if that lasts too long, and how long it may last."""
         assert self.caller is not None
         timeouts, running = self.caller.policy.timeouts, self.running
         if not self.sent:
-            return [self._timeout(self.began_monotonic_s, "could not be reached", timeouts.connect_s)]
+            return self.began_monotonic_s, "could not be reached", timeouts.connect_s
         if running is None and self.last_byte_monotonic_s:
-            return [self._timeout(self.last_byte_monotonic_s, "sent nothing", timeouts.silence_s)]
+            return self.last_byte_monotonic_s, "sent nothing", timeouts.silence_s
         if running is None or running.status is None:
-            return [self._timeout(self.began_monotonic_s, "began no answer", timeouts.first_byte_s), self._grant_end()]
-        return [self._timeout(running.last_byte_monotonic_s, "sent nothing", timeouts.silence_s), self._grant_end()]
+            return self.began_monotonic_s, "began no answer", timeouts.first_byte_s
+        return running.last_byte_monotonic_s, "sent nothing", timeouts.silence_s
 
-    def _timeout(self, since: float, what: str, limit_s: float) -> Deadline:
-        def expire() -> None:
-            sentence = f"The Claude API {what} within {limit_s:g} s, so the gateway gave up on this call. Try again."
-            self.refusal = Refusal("upstream_timeout", sentence)
-            self.close_upstream()
-
-        return since + limit_s, expire
-
-    def _grant_end(self) -> Deadline:
-        running = self.running
-        if running is None:
-            return math.inf, lambda: None
-
-        def expire() -> None:
-            self.cut(running.cut or "budget")
-
-        return min(running.covered_until(), self.cut_by), expire
+    def _time_out(self, what: str, limit_s: float) -> None:
+        sentence = f"The Claude API {what} within {limit_s:g} s, so the gateway gave up on this call. Try again."
+        self.refusal = Refusal("upstream_timeout", sentence)
+        self.close_upstream()
 
     # -- an early end
 

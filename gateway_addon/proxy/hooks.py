@@ -188,13 +188,14 @@ class GatewayAddon:
     @guarded("request")
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Take the credential off the flow before anything can show it, and labels off its path, and authenticate the caller."""
-        headers = _lowered(flow.request.headers)
-        kept = [field for field in flow.request.headers.fields if field[0].lower() not in REPLACED]
+        shown = flow.request.headers
+        headers = _lowered(shown)
+        kept = [field for field in shown.fields if field[0].lower() not in REPLACED]
         in_path, path = labels.split_path(flow.request.path)
         if in_path:
             flow.request.path = path
             kept.append((PATH_LABELS, in_path.encode()))
-        flow.request.headers.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
+        shown.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
         flow.request.stream = False
         flow_state = self.flow_states.get(flow.id)
         caller = await self._authenticate(flow, headers)
@@ -212,7 +213,7 @@ class GatewayAddon:
         assert flow_state is not None
         flow_state.caller, flow_state.hold_open = caller, caller.app.abandoned == "finish"
         label = (b"x-api-key", f"app:{caller.app.name}".encode())  # for people; the wire copy gets the key
-        flow.request.headers.fields = (*flow.request.headers.fields, label)
+        shown.fields = (*shown.fields, label)
         return None
 
     def begin(self, flow: http.HTTPFlow) -> FlowState:
@@ -283,8 +284,8 @@ class GatewayAddon:
         if flow_state.exchange is not None:
             return await self._exchange(flow, flow_state.exchange)
         assert flow_state.caller is not None
-        flow_state.body_bytes = len(flow.request.raw_content or b"")
         request, as_judged = request_of(flow), (flow.request.headers.fields, flow.request.raw_content)
+        flow_state.body_bytes = len(request.body)
         task = flow_state.admitting = asyncio.current_task()
         assert task is not None
         try:
@@ -344,14 +345,14 @@ class GatewayAddon:
         flow_state, response = self.flow_states.get(flow.id), flow.response
         if flow_state is None or response is None or flow_state.caller is None or flow_state.admission is None:
             return
-        running = flow_state.running
-        flow_state.status, lowered = response.status_code, _lowered(response.headers)
-        self.gateway.upstream_headers(flow_state.caller, response.status_code, lowered, self.clocks.now())
-        if response.status_code == 401:
+        running, status, shown = flow_state.running, response.status_code, response.headers
+        flow_state.status, lowered = status, _lowered(shown)
+        self.gateway.upstream_headers(flow_state.caller, status, lowered, self.clocks.now())
+        if status == 401:
             self.key_refused()
-        if (refusal := not_handed_on(response.status_code)) is not None:
+        if (refusal := not_handed_on(status)) is not None:
             if running is not None:
-                running.status = response.status_code
+                running.status = status
             flow_state.refusal = refusal
             flow.kill()
             return
@@ -361,18 +362,18 @@ class GatewayAddon:
             known = dict(lowered)
             content_type = known.get("content-type", "")
             running.answered(
-                response.status_code, content_type, known.get("content-encoding"), known.get("request-id"),
+                status, content_type, known.get("content-encoding"), known.get("request-id"),
                 now=self.clocks.now(), monotonic_s=self.clocks.monotonic_s(),
             )  # fmt: skip
-            streamed = response.status_code == 200 and "json" not in content_type
+            streamed = status == 200 and "json" not in content_type
             flow_state.watch()
             own += [*note_header(running.refused_as_retired()), *cap_headers(flow_state.caller.app, running.hold.standings)]
-        elif (streamed := flow_state.admission.response_hook.streamed and response.status_code == 200):
+        elif (streamed := flow_state.admission.response_hook.streamed and status == 200):
             flow_state.last_byte_monotonic_s = self.clocks.monotonic_s()
             flow_state.watch()
         if streamed:
             response.stream = functools.partial(self._chunk, weakref.ref(flow_state))
-        response.headers.fields = header_filter.coming_in(response.headers.fields) + _encoded(own)
+        shown.fields = header_filter.coming_in(shown.fields) + _encoded(own)
 
     def _chunk(self, state_ref: weakref.ref[FlowState], chunk: bytes) -> bytes:
         """Meter one chunk of a stream. Must not raise: mitmproxy would drop the chunk.

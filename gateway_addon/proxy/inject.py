@@ -16,7 +16,6 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from mitmproxy import connection, flow, http
-from mitmproxy.net.http import url
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.layers.http import (
     DropStream,
@@ -135,7 +134,8 @@ class InjectLayer(relay.DirectLayer):
         own.layers = [*own.layers]
         stream = self.streams[stream_id] = InjectStream(own, stream_id)
         stream.top = self
-        yield from self.event_to_child(stream, events.Start())
+        if not whole.FITS:  # else it is made as one that has started
+            yield from self.event_to_child(stream, events.Start())
 
 
 class InjectStream(whole.WholeStream):
@@ -202,8 +202,8 @@ class InjectStream(whole.WholeStream):
             return None
         if grant.tls and not (server.tls and server.tls_established):
             return None
-        as_admitted = (grant.method, grant.path, grant.fields) == (request.method, request.path, request.headers.fields)
-        if not as_admitted or request.raw_content != grant.body:
+        as_it_is = request.method, request.path, request.data.headers.fields, request.data.content
+        if as_it_is != (grant.method, grant.path, grant.fields, grant.body):
             return None
         state.went_out()
         return _wire_copy(request, grant)
@@ -287,7 +287,8 @@ class ApiHttp1Server(whole.WholeServer):
         return self._handle_event(event) if relay.FITS else super().handle_event(event)
 
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
-        if not self.conn.state & connection.ConnectionState.CAN_WRITE:
+        state = self.conn.state
+        if state is not connection.ConnectionState.OPEN and not state & connection.ConnectionState.CAN_WRITE:
             return  # one answer was given and the connection closed behind it: a second one would be taken for the next request's
         if isinstance(event, ResponseData) and not event.data:
             return  # an empty chunk would end the body, as if it were whole
@@ -352,9 +353,9 @@ def _wire_copy(request: http.Request, grant: SendPermission) -> http.Request:
     sent = _shallow_copy(request)
     sent.data = _shallow_copy(request.data)
     name, secret = grant.credential
-    host = url.hostport("https" if grant.tls else "http", *grant.address)
+    host = b"host", whole.host_of(grant.address, grant.tls)
     framing = ((b"content-length", b"%d" % len(grant.body or b"")),) if grant.body or grant.method in BODY_METHODS else ()
-    sent.data.headers = whole.headers(((b"host", host.encode()), *grant.leaving, *framing, (name.encode(), secret.encode())))
+    sent.data.headers = whole.headers((host, *grant.leaving, *framing, (name.encode(), secret.encode())))
     return sent
 
 

@@ -56,8 +56,7 @@ class Dispatch(AddonManager):
 
     def __init__(self, master: Any):
         super().__init__(master)  # type: ignore[no-untyped-call]
-        self._found: dict[str, list[Callable[..., Any]]] = {}
-        self._fields: dict[str, list[str]] = {}
+        self._found: dict[type, tuple[list[Callable[..., Any]], list[str]]] = {}
 
     def register(self, addon: Any) -> Any:
         self._found.clear()
@@ -67,45 +66,41 @@ class Dispatch(AddonManager):
         self._found.clear()
         super().remove(addon)  # type: ignore[no-untyped-call]
 
-    def _hooks(self, event: hooks.Hook) -> list[Callable[..., Any]]:
-        found = self._found.get(event.name)
-        if found is None:
-            found = [function for addon in self.chain for _, function in self._iter_hooks(addon, event)]
-            self._found[event.name] = found
+    def _look_up(self, event: hooks.Hook) -> tuple[list[Callable[..., Any]], list[str]]:
+        """Return the addons' functions for a hook, and the names of its arguments, as mitmproxy's own `args` has them."""
+        functions = [function for addon in self.chain for _, function in self._iter_hooks(addon, event)]
+        names = [field.name for field in dataclasses.fields(event)]  # type: ignore[arg-type]
+        found = self._found[type(event)] = functions, names
         return found
-
-    def _arguments(self, event: hooks.Hook) -> list[Any]:
-        """Return a hook's arguments, as mitmproxy's own `args` does, without inspecting the dataclass each time."""
-        names = self._fields.get(event.name)
-        if names is None:
-            names = self._fields[event.name] = [field.name for field in dataclasses.fields(event)]  # type: ignore[arg-type]
-        return [getattr(event, name) for name in names]
 
     async def handle_lifecycle(self, event: hooks.Hook) -> None:
         if (rest := self.begin(event)) is not None:
             await rest
 
     async def trigger_event(self, event: hooks.Hook) -> None:
-        if (rest := self._call(event, self._arguments(event))) is not None:
+        functions, names = self._found.get(type(event)) or self._look_up(event)
+        if (rest := self._call(event, functions, [getattr(event, name) for name in names])) is not None:
             await rest
 
     def begin(self, event: hooks.Hook) -> Awaitable[None] | None:
         """Start a hook of a connection or flow; None where every addon is done with it already, else what is left to await."""
-        arguments = self._arguments(event)
-        rest = self._call(event, arguments)
-        if self._found.get(hooks.UpdateHook.name) == [] or not isinstance(arguments[0], flow.Flow):
+        functions, names = self._found.get(type(event)) or self._look_up(event)
+        arguments = [getattr(event, name) for name in names]
+        rest = self._call(event, functions, arguments)
+        updated = self._found.get(hooks.UpdateHook)
+        if (updated is not None and not updated[0]) or not isinstance(arguments[0], flow.Flow):
             return rest
         update = hooks.UpdateHook([arguments[0]])
-        return self._and_update(rest, update) if self._hooks(update) else rest
+        return self._and_update(rest, update) if self._look_up(update)[0] else rest
 
     async def _and_update(self, rest: Awaitable[None] | None, update: hooks.UpdateHook) -> None:
         if rest is not None:
             await rest
         await self.trigger_event(update)
 
-    def _call(self, event: hooks.Hook, arguments: list[Any]) -> Awaitable[None] | None:
+    def _call(self, event: hooks.Hook, found: list[Callable[..., Any]], arguments: list[Any]) -> Awaitable[None] | None:
         """Call each addon in turn, without a coroutine as long as none of them has to be awaited."""
-        functions = iter(self._hooks(event))
+        functions = iter(found)
         for function in functions:
             try:
                 result = function(*arguments)

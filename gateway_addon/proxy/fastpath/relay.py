@@ -8,7 +8,7 @@ same end of a body, in the releases that it was written beside; in any other mit
 gateway.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import h11
@@ -22,6 +22,7 @@ from mitmproxy.proxy.layers.http import (
     Http1Client,
     Http1Server,
     HttpClient,
+    HttpEvent,
     HttpLayer,
     HttpStream,
     ReceiveHttp,
@@ -151,33 +152,42 @@ class DirectLayer(HttpLayer):
     Also without the bookkeeping of a layer that waits for answers: those below it wait, this one does not.
     """
 
+    connections: dict[connection.Connection, Any]
+
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if not FITS:
             return super().handle_event(event)
         if type(event) is events.DataReceived and (own := self.connections.get(event.connection)):
             if type(own) is RelayClient and (sent := own.at_once(event.data)) is not None:
                 return _each(sent)
-            return self.event_to_child(own, event)
+            if (read_whole := getattr(own, "read_whole", None)) is None:
+                return self.event_to_child(own, event)
+            message = read_whole(event.data)
+            return self._relayed(own, own.in_parts(event)) if message is None else self._received(message)
         if isinstance(event, events.CommandCompleted):
-            return self._to_child(self.command_sources.pop(event.command), event)
+            return self.event_to_child(self.command_sources.pop(event.command), event)
         return self._handle_event(event)  # type: ignore[no-any-return]
 
     def event_to_child(self, child: Any, event: events.Event) -> layer.CommandGenerator[None]:
-        return self._to_child(child, event) if FITS else super().event_to_child(child, event)
+        return self._relayed(child, child.handle_event(event)) if FITS else super().event_to_child(child, event)
 
-    def _to_child(self, child: Any, event: events.Event) -> layer.CommandGenerator[None]:
+    def _received(self, message: HttpEvent) -> layer.CommandGenerator[None]:
+        if isinstance(message, RequestHeaders):
+            yield from self.make_stream(message.stream_id)
+        if (stream := self.streams.get(message.stream_id)) is not None:  # else it is over already
+            yield from self._relayed(stream, stream.handle_event(message))
+
+    def _relayed(self, child: Any, said: layer.CommandGenerator[None]) -> layer.CommandGenerator[None]:
         """Handle a child's commands as mitmproxy does, with the frequent ones tested first."""
-        for command in child.handle_event(event):
+        command: Any
+        for command in said:
             kind = type(command)
             if kind is not commands.SendData and (command.blocking or kind is commands.RequestWakeup):
                 self.command_sources[command] = child
-            if kind is ReceiveHttp:
-                if isinstance(command.event, RequestHeaders):
-                    yield from self.make_stream(command.event.stream_id)
-                if (stream := self.streams.get(command.event.stream_id)) is not None:  # else it is over already
-                    yield from self._to_child(stream, command.event)
-            elif kind is SendHttp:
-                yield from self._to_child(self.connections[command.connection], command.event)
+            if kind is SendHttp:
+                yield from self._send(self.connections[command.connection], command.event)
+            elif kind is ReceiveHttp:
+                yield from self._received(command.event)
             elif kind is DropStream:
                 self.streams.pop(command.stream_id, None)
             elif kind is GetHttpConnection:
@@ -188,6 +198,11 @@ class DirectLayer(HttpLayer):
                 if isinstance(command, commands.OpenConnection):
                     self.connections[command.connection] = child
                 yield command
+
+    def _send(self, way: Any, message: HttpEvent) -> Iterable[commands.Command]:
+        if type(message) in whole.MESSAGES and (write := getattr(way, "send_at_once", None)) and (data := write(message)):
+            return (commands.SendData(way.conn, data),)
+        return self._relayed(way, way.handle_event(message))
 
     def register_connection(self, command: RegisterHttpConnection) -> layer.CommandGenerator[None]:
         install(self, command.connection)

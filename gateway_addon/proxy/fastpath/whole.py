@@ -10,18 +10,21 @@ Knows nothing of the gateway.
 
 import re
 import time
+import uuid
+from collections import deque
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import count
 from typing import Any
 
-from mitmproxy import connection, http
-from mitmproxy.net.http import http1, url
+from mitmproxy import connection, flow, http
+from mitmproxy.hooks import Hook
+from mitmproxy.net.http import url
 from mitmproxy.options import Options
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers.http import (
     DropStream,
-    GetHttpConnection,
     Http1Client,
     Http1Server,
     HttpEvent,
@@ -41,6 +44,7 @@ from mitmproxy.proxy.layers.http import (
     SendHttp,
 )
 from mitmproxy.proxy.mode_specs import ReverseMode
+from mitmproxy.proxy.utils import ReceiveBuffer
 from mitmproxy.utils import human
 
 from gateway_addon.proxy import bounded_http1
@@ -51,7 +55,9 @@ _EVENT = ["self", "event"]
 PARTS: dict[type, dict[str, list[str]]] = {
     Http1Server: dict.fromkeys(("_handle_event", "send", "wait", "read_headers"), _EVENT),
     Http1Client: dict.fromkeys(("_handle_event", "send", "read_headers"), _EVENT),
+    flow.Flow: {"__init__": ["self", "client_conn", "server_conn", "live"]},
     HttpStream: {
+        "__init__": ["self", "context", "stream_id"],
         **dict.fromkeys(("_handle_event", "state_wait_for_response_headers"), _EVENT),
         **dict.fromkeys(("state_consume_response_body", "state_stream_response_body"), _EVENT),
         "state_done": ["self", "_"],
@@ -61,7 +67,7 @@ PARTS: dict[type, dict[str, list[str]]] = {
         "start_response_stream": ["self"],
         "send_response": ["self", "already_streamed"],
     },
-    layer.Layer: {"handle_event": _EVENT},
+    layer.Layer: {"__init__": ["self", "context"], "handle_event": _EVENT},
     HttpLayer: {"event_to_child": ["self", "child", "event"], "get_connection": ["self", "event", "reuse"]},
 }
 """The methods that this module overrides or relies on, with their parameters."""
@@ -81,6 +87,10 @@ _BODILESS = (b"204", b"304")
 _TELLING = frozenset({b"content-length", b"transfer-encoding", b"connection", b"expect", b"upgrade", b"trailer"})
 """Headers that say where a message ends, or that it is not a plain one."""
 _KEPT = (b"connection", b"keep-alive")
+_FLOW = vars(http.HTTPFlow(None, None))  # type: ignore[arg-type]
+"""A new flow's attributes."""
+_FLOW_ID = str(uuid.uuid4())[:24]
+_FLOW_NUMBER = count()
 
 
 def fits() -> bool:
@@ -120,6 +130,31 @@ def headers(fields: RawFields) -> http.Headers:
     return made
 
 
+def new_flow(client: connection.Client, server: connection.Server) -> http.HTTPFlow:
+    """Return a flow, as mitmproxy's constructor does, but for its id: random once in a process, then counted."""
+    made = http.HTTPFlow.__new__(http.HTTPFlow)
+    fresh = {"id": f"{_FLOW_ID}{next(_FLOW_NUMBER):012x}", "timestamp_created": time.time(), "metadata": {}}
+    made.__dict__.update(_FLOW, client_conn=client, server_conn=server, live=True, **fresh)
+    return made
+
+
+def hook[T: Hook](kind: type[T], about: http.HTTPFlow) -> T:
+    """Return a hook whose layer goes on as soon as no addon waits for anything (connection.py)."""
+    made: Any = object.__new__(kind)
+    made.flow, made.goes_on = about, True
+    return made  # type: ignore[no-any-return]
+
+
+@lru_cache(16)
+def host_of(address: tuple[str, int], tls: bool) -> bytes:
+    """Return the Host header of an upstream."""
+    return url.hostport("https" if tls else "http", *address).encode()
+
+
+def _head(first_line: bytes, fields: RawFields) -> bytes:
+    return b"%b\r\n%b\r\n" % (first_line, b"".join([b"%b: %b\r\n" % field for field in fields]))
+
+
 def _fields(block: bytes) -> RawFields:
     parted = [line.partition(b":") for line in block.split(b"\r\n")[:-1]]
     return tuple([(name, value.strip()) for name, _, value in parted])
@@ -155,7 +190,7 @@ def chunks(data: bytes, at: int) -> tuple[bytes, int]:
 
 def _is_plain(request: http.Request | None) -> bool:
     """Tell whether a request, as it is now, can be passed on whole, and its connection stays open behind it."""
-    framing = _framing_of(request) if request is not None and request.data.method == b"POST" else None
+    framing = _framing_of(request) if request is not None and request.data.method == b"POST" and not request.data.authority else None
     return framing is not None and framing != _CHUNKED
 
 
@@ -170,7 +205,7 @@ def _with_host(fields: RawFields, host: bytes) -> RawFields:
 
 
 def _framing_of(message: http.Message) -> tuple[bytes, bytes] | None:
-    return _framing(message.headers.fields) if message.data.http_version == b"HTTP/1.1" else None
+    return _framing(message.data.headers.fields) if message.data.http_version == b"HTTP/1.1" else None
 
 
 @dataclass
@@ -183,6 +218,9 @@ class WholeAnswer(ResponseHeaders):
     content: bytes = b""
 
 
+MESSAGES = (WholeRequest, WholeAnswer)
+
+
 def body_bytes_max(context: Context) -> int:
     """Return the largest body that is taken whole; 0 where mitmproxy's options ask for more than forwarding."""
     options: Options = context.options
@@ -193,6 +231,11 @@ def body_bytes_max(context: Context) -> int:
     return 1 << 30 if limit is None else limit
 
 
+def _no() -> layer.CommandGenerator[bool]:
+    yield from ()
+    return False
+
+
 def _nothing() -> layer.CommandGenerator[None]:
     yield from ()
 
@@ -200,26 +243,54 @@ def _nothing() -> layer.CommandGenerator[None]:
 class WholeServer(bounded_http1.Body, Http1Server):
     """mitmproxy's HTTP/1 server, towards the client, which takes and sends whole messages."""
 
+    answers_whole = True
+
     def __init__(self, context: Context):
         super().__init__(context)
         self.whole_bytes_max = body_bytes_max(context)
 
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        if type(event) is events.DataReceived and self.whole_bytes_max and not self.buf and self.state == self.read_headers:
-            found = request(event.data)
-            if found is not None and len(found[1]) <= self.whole_bytes_max:
-                return self._received(*found)
+        if type(event) is events.DataReceived and (found := self.read_whole(event.data)) is not None:
+            return _received(found)
+        return self.in_parts(event)
+
+    def in_parts(self, event: events.Event) -> layer.CommandGenerator[None]:
+        """Handle an event that is no whole message, as mitmproxy does."""
         return super()._handle_event(event)
 
-    def _received(self, request: http.Request, content: bytes) -> layer.CommandGenerator[None]:
+    def read_whole(self, data: bytes) -> WholeRequest | None:
+        """Read a whole request; None: let mitmproxy look, and nothing was consumed."""
+        if not self.whole_bytes_max or self.buf or self.state != self.read_headers:
+            return None
+        found = request(data)
+        return None if found is None or len(found[1]) > self.whole_bytes_max else self._received(*found)
+
+    def _received(self, request: http.Request, content: bytes) -> WholeRequest:
         self.request, self.request_done, self.state = request, True, self.wait
-        yield ReceiveHttp(WholeRequest(self.stream_id, request, end_stream=False, content=content))
+        return WholeRequest(self.stream_id, request, end_stream=False, content=content)
 
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
         if type(event) is not WholeAnswer:
             return super().send(event)
+        said = self.send_whole(event)
+        return self._in_parts(event) if said is None else self._sent(said)
+
+    def send_whole(self, event: WholeAnswer) -> bytes | None:
+        """Write a whole answer; None: it goes in parts, and nothing was done."""
         framing = _framing_of(event.response) if self.request_done and _is_plain(self.request) else None
-        return self._in_parts(event) if framing is None else self._sent(event, framing == _CHUNKED)
+        if framing is None:
+            return None
+        data, content = event.response.data, event.content
+        if framing == _CHUNKED:
+            content = (b"%x\r\n%b\r\n" % (len(content), content) if content else b"") + _LAST_CHUNK
+        self.request_done, self.request = False, None
+        self.stream_id += 2
+        self.state = self.read_headers
+        return _head(b"%b %d %b" % (data.http_version, data.status_code, data.reason), data.headers.fields) + content
+
+    def send_at_once(self, event: WholeAnswer) -> bytes | None:
+        """Write a whole answer, where nothing has to be done behind it."""
+        return None if self.buf or self.conn.state is not OPEN else self.send_whole(event)
 
     def _in_parts(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
         yield from super().send(ResponseHeaders(event.stream_id, event.response))
@@ -227,14 +298,8 @@ class WholeServer(bounded_http1.Body, Http1Server):
             yield from super().send(ResponseData(event.stream_id, event.content))
         yield from super().send(ResponseEndOfMessage(event.stream_id))
 
-    def _sent(self, event: WholeAnswer, chunked: bool) -> layer.CommandGenerator[None]:
-        content = event.content
-        if chunked:
-            content = (b"%x\r\n%b\r\n" % (len(content), content) if content else b"") + _LAST_CHUNK
-        yield commands.SendData(self.conn, http1.assemble_response_head(event.response) + content)
-        self.request_done, self.request = False, None
-        self.stream_id += 2
-        self.state = self.read_headers
+    def _sent(self, said: bytes) -> layer.CommandGenerator[None]:
+        yield commands.SendData(self.conn, said)
         if self.buf:  # a client that did not wait
             yield from self.state(events.DataReceived(self.conn, b""))
 
@@ -242,37 +307,70 @@ class WholeServer(bounded_http1.Body, Http1Server):
 class WholeClient(bounded_http1.Client):
     """mitmproxy's HTTP/1 client, towards the upstream, which takes and sends whole messages."""
 
+    takes_whole = True
+
     @cached_property
     def whole_bytes_max(self) -> int:
         return body_bytes_max(self.context)
 
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
-        if type(event) is events.DataReceived and self.request_done and not self.buf and self.state == self.read_headers:
-            found = answer(event.data)
-            if found is not None and len(found[1]) <= self.whole_bytes_max and _is_plain(self.request):
-                return self._received(*found)
+        if type(event) is events.DataReceived and (found := self.read_whole(event.data)) is not None:
+            return _received(found)
+        return self.in_parts(event)
+
+    def in_parts(self, event: events.Event) -> layer.CommandGenerator[None]:
+        """Handle an event that is no whole message, as mitmproxy does."""
         return super()._handle_event(event)
 
-    def _received(self, response: http.Response, content: bytes) -> layer.CommandGenerator[None]:
+    def read_whole(self, data: bytes) -> WholeAnswer | None:
+        """Read a whole answer; None: let mitmproxy look, and nothing was consumed."""
+        if not self.request_done or self.buf or self.state != self.read_headers:
+            return None
+        found = answer(data)
+        whole = found is not None and len(found[1]) <= self.whole_bytes_max and _is_plain(self.request)
+        return self._received(*found) if found is not None and whole else None
+
+    def _received(self, response: http.Response, content: bytes) -> WholeAnswer:
         assert self.stream_id is not None
-        self.response = response
-        yield ReceiveHttp(WholeAnswer(self.stream_id, response, content=content))
+        found = WholeAnswer(self.stream_id, response, content=content)
         self.request_done, self.request, self.response, self.stream_id = False, None, None, None
+        return found
 
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
-        if type(event) is not WholeRequest:
-            return super().send(event)
-        return self._sent(event)
+        return self._sent(event) if type(event) is WholeRequest else super().send(event)
+
+    def send_whole(self, event: WholeRequest) -> bytes:
+        """Write a whole request."""
+        self.stream_id, self.request, self.request_done = event.stream_id, event.request, True
+        data = event.request.data
+        return _head(b"%b %b %b" % (data.method, data.path, data.http_version), data.headers.fields) + event.content
+
+    send_at_once = send_whole
 
     def _sent(self, event: WholeRequest) -> layer.CommandGenerator[None]:
-        self.stream_id, self.request, self.request_done = event.stream_id, event.request, True
-        yield commands.SendData(self.conn, http1.assemble_request_head(event.request) + event.content)
+        yield commands.SendData(self.conn, self.send_whole(event))
+
+
+def _received(event: HttpEvent) -> layer.CommandGenerator[None]:
+    yield ReceiveHttp(event)
 
 
 class WholeStream(HttpStream):
     """mitmproxy's HTTP stream between the two, which runs the hooks of a whole message."""
 
     top: HttpLayer
+
+    def __init__(self, context: Context, stream_id: int):
+        if not FITS:
+            super().__init__(context, stream_id)
+            return
+        context.layers.append(self)
+        self.context, self.stream_id = context, stream_id
+        self._paused, self._paused_event_queue = None, deque()
+        self.client_state, self.server_state = self.state_wait_for_request_headers, self.state_uninitialized  # as after its start
+
+    request_body_buf = cached_property(lambda self: ReceiveBuffer())
+    response_body_buf = cached_property(lambda self: ReceiveBuffer())
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         """Handle an event as every layer does (a blocking command pauses it, later events wait), in one generator instead of three."""
@@ -298,11 +396,14 @@ class WholeStream(HttpStream):
                 if self._paused or not self._paused_event_queue:
                     return
                 generator, reply = self._handle_event(self._paused_event_queue.popleft()), None
-            else:
-                command.blocking = self
-                self._paused = layer.Paused(command, generator)
-                yield command
+                continue
+            command.blocking = self
+            self._paused = layer.Paused(command, generator)
+            yield command
+            if command.blocking:
                 return
+            self._paused, reply = None, None  # a hook that was done at once (connection.py)
+            self.top.command_sources.pop(command, None)
 
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if type(event) is WholeRequest:
@@ -321,33 +422,33 @@ class WholeStream(HttpStream):
     def _request(self, event: WholeRequest) -> layer.CommandGenerator[None]:
         address, tls = self.context.server.address, self.context.server.tls
         assert address is not None
-        self.flow = flow = http.HTTPFlow(self.context.client, self.context.server)
-        flow.request, flow.live = event.request, True
-        flow.request.data.host, flow.request.data.port = address
-        flow.request.scheme = "https" if tls else "http"
-        flow.request.headers.fields = _with_host(flow.request.headers.fields, url.hostport(flow.request.scheme, *address).encode())
-        yield HttpRequestHeadersHook(flow)
-        if (yield from self.check_killed(True)):
+        self.flow = flow = new_flow(self.context.client, self.context.server)
+        request, data = event.request, event.request.data
+        flow.request, data.scheme = request, b"https" if tls else b"http"
+        data.host, data.port = address
+        data.headers.fields = _with_host(data.headers.fields, host_of(address, tls))
+        yield hook(HttpRequestHeadersHook, flow)
+        if (yield from self._killed()):
             return
         if flow.request.stream:  # an addon wants it sent before it is judged
             yield from self._as_it_comes(event.content)
             return
         self.server_state = self.state_wait_for_response_headers
-        flow.request.timestamp_end = time.time()
-        flow.request.data.content = event.content
+        data = flow.request.data
+        data.timestamp_end, data.content = time.time(), event.content
         self.client_state = self.state_done
-        yield HttpRequestHook(flow)
-        if (yield from self.check_killed(True)):
+        yield hook(HttpRequestHook, flow)
+        if (yield from self._killed()):
             return
         if flow.response:
             flow.response.timestamp_start = time.time()
-            yield HttpResponseHeadersHook(flow)
-            if not (yield from self.check_killed(True)):
+            yield hook(HttpResponseHeadersHook, flow)
+            if not (yield from self._killed()):
                 yield from self.send_response()
             return
         if not self._connected() and not (yield from self.make_server_connection()):
             return
-        content, server = flow.request.raw_content or b"", self.context.server
+        content, server = flow.request.data.content or b"", self.context.server
         if self._takes_whole(server) and _is_plain(flow.request):
             yield SendHttp(WholeRequest(self.stream_id, flow.request, False, content=content), server)
             return
@@ -362,15 +463,17 @@ class WholeStream(HttpStream):
         for part in (RequestData(self.stream_id, content), RequestEndOfMessage(self.stream_id)):
             yield from self.client_state(part)
 
+    def _killed(self) -> layer.CommandGenerator[bool]:
+        return self.check_killed(True) if self.flow.error or self._paused_event_queue else _no()
+
     def _connected(self) -> bool:
         """Take an open, idle connection to the upstream, if there is one."""
-        request, own = self.flow.request, self.flow.server_conn
-        wanted = GetHttpConnection((request.host, request.port), request.scheme == "https", own.via, own.transport_protocol)
+        wanted, own = self.flow.request.data, self.flow.server_conn
+        spec = (wanted.host, wanted.port), wanted.scheme == b"https", own.via, own.transport_protocol
         for server in self.top.connections:
-            if wanted.connection_spec_matches(server):
+            if type(server) is connection.Server and (server.address, server.tls, server.via, server.transport_protocol) == spec:
                 if server in self.top.waiting_for_establishment or server.error or server.state is not OPEN:
                     return False
-                assert isinstance(server, connection.Server)
                 self.context.server = self.flow.server_conn = server
                 return True
         return False
@@ -379,16 +482,16 @@ class WholeStream(HttpStream):
         below: Any = self.top.connections[server]
         while (child := getattr(below, "child_layer", None)) is not None:
             below = child
-        return isinstance(below, WholeClient)
+        return getattr(below, "takes_whole", False)
 
     def _answers_whole(self) -> bool:
-        return isinstance(self.top.connections.get(self.context.client), WholeServer)
+        return getattr(self.top.connections.get(self.context.client), "answers_whole", False)
 
     def _answer(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
         flow: Any = self.flow
         flow.response = event.response
-        yield HttpResponseHeadersHook(flow)
-        if (yield from self.check_killed(True)):
+        yield hook(HttpResponseHeadersHook, flow)
+        if (yield from self._killed()):
             return
         if flow.response.stream:
             yield from self.start_response_stream()
@@ -397,20 +500,28 @@ class WholeStream(HttpStream):
             return
         self.server_state = self.state_consume_response_body
         flow.response.data.content = event.content
-        yield from self.send_response()
+        if self._sends_whole():
+            yield from self._send_whole(hook(HttpResponseHook, flow))
+        else:
+            yield from super().send_response()
 
     def send_response(self, already_streamed: bool = False) -> layer.CommandGenerator[None]:
         """Send a complete answer in one event, where mitmproxy makes three of it."""
+        if already_streamed or not FITS or not self._sends_whole():
+            return super().send_response(already_streamed)  # type: ignore[no-any-return]
+        return self._send_whole(HttpResponseHook(self.flow))
+
+    def _sends_whole(self) -> bool:
+        response: Any = self.flow.response
+        return response.data.status_code != 101 and self.client_state == self.state_done and self._answers_whole()
+
+    def _send_whole(self, response_hook: HttpResponseHook) -> layer.CommandGenerator[None]:
         flow: Any = self.flow
-        more_follows = already_streamed or flow.response.status_code == 101
-        if not FITS or more_follows or self.client_state != self.state_done or not self._answers_whole():
-            yield from super().send_response(already_streamed)
-            return
-        flow.response.timestamp_end = time.time()
-        yield HttpResponseHook(flow)
+        flow.response.data.timestamp_end = time.time()
+        yield response_hook
         self.server_state = self.state_done
-        if (yield from self.check_killed(False)):
+        if (flow.error or self._paused_event_queue) and (yield from self.check_killed(False)):
             return
         flow.live = False
         yield DropStream(self.stream_id)
-        yield SendHttp(WholeAnswer(self.stream_id, flow.response, content=flow.response.raw_content or b""), self.context.client)
+        yield SendHttp(WholeAnswer(self.stream_id, flow.response, content=flow.response.data.content or b""), self.context.client)

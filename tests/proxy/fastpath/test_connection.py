@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -14,7 +15,7 @@ from gateway_addon.cli import main, worker
 from gateway_addon.proxy import server
 from gateway_addon.proxy.backpressure import SteadyWatchdog, TimedHandler
 from gateway_addon.proxy.fastpath import connection
-from gateway_addon.proxy.fastpath.connection import QuickHandler
+from gateway_addon.proxy.fastpath.connection import QuickHandler, QuickReader
 from gateway_addon.proxy.inject import InjectLayer
 from gateway_addon.proxy.settings import FAST_PATH, WORKER
 from gateway_addon.simulator import Simulator
@@ -34,6 +35,35 @@ async def test_a_connection_is_taken_to_the_layer_that_does_something(tmp_path, 
         await writer.wait_closed()
         assert (type(handler), type(handler.layer)) == ((QuickHandler, InjectLayer) if known else (TimedHandler, ReverseProxy))
         assert type(handler.timeout_watchdog) is SteadyWatchdog
+
+
+def test_only_known_readers_and_handlers_are_taken_over():
+    assert connection.fits()
+    assert not connection.fits(handler=object)
+    assert not connection.fits(reader=object)
+
+
+async def test_neither_side_is_read_while_one_takes_no_bytes():
+    """A piece is taken where it arrives; behind it, both readers wait for room, whichever of them wrote what is not taken."""
+    taken, room = [], asyncio.Event()
+    handler = SimpleNamespace(take=lambda event: taken.append(event.data), wrote=False, is_drained=room.is_set, drain_writers=room.wait)
+    readers = [asyncio.StreamReader(), asyncio.StreamReader()]
+    for reader in readers:
+        QuickReader.take_over(reader, handler, None)
+    tasks = [asyncio.create_task(reader.read(9)) for reader in readers]
+    await asyncio.sleep(0)
+    readers[0].feed_data(b"1")
+    assert taken == [b"1"], "nothing was written, so nobody waits"
+    handler.wrote = True
+    for reader in readers:
+        reader.feed_data(b"2")
+        await asyncio.sleep(0)
+        reader.feed_data(b"3")
+    await asyncio.sleep(0.01)
+    assert taken == [b"1", b"2", b"2"]
+    assert not any(task.done() for task in tasks)
+    room.set()
+    assert await asyncio.gather(*tasks) == [b"3", b"3"]
 
 
 @pytest.mark.parametrize("said", ["all", *FAST_PATH])

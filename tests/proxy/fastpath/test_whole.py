@@ -19,7 +19,6 @@ from mitmproxy import http
 from mitmproxy.connection import ConnectionState, Server
 from mitmproxy.net.http import http1
 from mitmproxy.net.http.validate import validate_headers
-from mitmproxy.proxy import events
 from mitmproxy.proxy.layers.http import Http1Client, Http1Server, HTTPMode, validate_request
 from mitmproxy.proxy.mode_specs import ProxyMode
 from sealed import certificate
@@ -439,8 +438,7 @@ def test_answer_is_whole_only_behind_a_plain_request_sent(monkeypatch, change, t
     client = bare(whole.WholeClient, request=asked, request_done=True, whole_bytes_max=2, buf=bytearray())
     vars(client).update({"state": client.read_headers} | change)
     monkeypatch.setattr(whole.WholeClient, "_received", lambda self, *found: "whole")
-    monkeypatch.setattr(Http1Client, "_handle_event", lambda self, event: "in parts")
-    assert client._handle_event(events.DataReceived(None, OK + LENGTH + b"\r\nhi")) == ("whole" if taken else "in parts")
+    assert client.read_whole(OK + LENGTH + b"\r\nhi") == ("whole" if taken else None)
 
 
 @pytest.mark.parametrize(
@@ -452,12 +450,10 @@ def test_answer_is_whole_only_behind_a_plain_request_sent(monkeypatch, change, t
         ({"request": http.Request.make("POST", "http://x/", headers={"connection": "close", "content-length": "2"})}, False),
     ],
 )
-def test_answer_is_sent_whole_only_to_a_client_that_stays(monkeypatch, change, plain):
+def test_answer_is_sent_whole_only_to_a_client_that_stays(change, plain):
     """An answer is sent whole only to a client that has sent its whole request and stays."""
-    server = bare(whole.WholeServer, **({"request": http.Request.make("POST", "http://x/", b"hi"), "request_done": True} | change))
-    monkeypatch.setattr(whole.WholeServer, "_sent", lambda self, event, chunked: "whole")
-    monkeypatch.setattr(whole.WholeServer, "_in_parts", lambda self, event: "in parts")
-    assert server.send(whole.WholeAnswer(1, http.Response.make(200, b"hi"), content=b"hi")) == ("whole" if plain else "in parts")
+    server = bare(whole.WholeServer, stream_id=1, **({"request": http.Request.make("POST", "http://x/", b"hi"), "request_done": True} | change))
+    assert (server.send_whole(whole.WholeAnswer(1, http.Response.make(200, b"hi"), content=b"hi")) is not None) is plain
 
 
 @pytest.mark.parametrize(("change", "taken"), [({}, True), ({"error": "broken"}, False), ({"state": ConnectionState.CLOSED}, False), ({"waits": True}, False)])
