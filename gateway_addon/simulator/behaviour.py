@@ -61,6 +61,8 @@ class Behaviour:
     """The tool to call, of those that the request has. None: the first."""
     tool_input: dict[str, Any] | None = None
     """The input of that tool. None: a note, as long as its tokens are."""
+    tool_calls: int = 1
+    """How often that tool is called in one answer."""
     served_model: str | None = None
     stop_reason: str | None = None
     service_tier: str = "standard"

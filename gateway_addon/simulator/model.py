@@ -121,7 +121,10 @@ def _blocks(message_id: str, body: dict[str, Any], output_tokens: int, behaviour
         spoken = left // 2
         if spoken:
             yield messages.text(spoken, bytes_per_token)
-        yield messages.tool_use(f"toolu_{message_id[4:]}", name, left - spoken, bytes_per_token, behaviour.tool_input)
+        for call in range(behaviour.tool_calls):
+            tokens = (left - spoken) // behaviour.tool_calls + ((left - spoken) % behaviour.tool_calls if call == 0 else 0)
+            tool_id = f"toolu_{message_id[4:]}{call or ''}"
+            yield messages.tool_use(tool_id, name, tokens, bytes_per_token, behaviour.tool_input)
 
 
 def _display(body: dict[str, Any]) -> str:

@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 from authority import ready_authority
 from claude_code import ask, session
+from click.testing import CliRunner
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from gateway import gateway
+from ledgers import rows
 from mitmproxy.certs import CertStore
 
+from gateway_addon.cli import main
 from gateway_addon.ledger import admin
+from gateway_addon.ledger.maintenance.invariants import findings
 from gateway_addon.money import NANO_PER_DOLLAR
 from gateway_addon.onboarding.claude_code import LOST
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -114,6 +118,43 @@ async def test_it_warns_shows_dollars_and_says_a_reached_cap(tmp_path):
         code, printed = await ask(tmp_path / "home", "Say hello.", **here)
         assert code == 1
         assert printed.startswith("The cap for today of the app 'app'"), printed
+
+
+def agent(prompt, **wish):
+    """The input of the tool that starts an agent; the simulated model behaves for it as wished."""
+    return {"description": "look around", "prompt": f"{prompt} simulate: {json.dumps(wish)}", "subagent_type": "general-purpose"}
+
+
+async def test_a_sessions_cap_stops_all_its_agents(tmp_path):
+    """The main agent starts two, and each of them one: refused by one cap, summed in one session, a tree below the main one."""
+    starts = {"tool_name": "Agent", "output_tokens": 1000}
+    two = agent("Look.", **starts, tool_input=agent("Look deeper.", output_tokens=1000))
+    prompt = agent("Start two agents.", **starts, tool_calls=2, tool_input=two)["prompt"]
+    policy = DAY + "each: {session: {ever: $0.55}}\n"
+    async with Simulator(behaviour=Behaviour(output_tokens=400, tokens_per_s=150)) as api, gateway(tmp_path, api, {"app": policy}) as gw:
+        here = {"ANTHROPIC_BASE_URL": gw.url, "ANTHROPIC_AUTH_TOKEN": gw.tokens["app"]}
+        _, printed = await ask(
+            tmp_path / "home", prompt, "--allowedTools", "Agent", "--verbose", "--output-format", "stream-json", **here
+        )
+        await gw.quiet()
+        billed_nano = (await api.settled()).billed_nano
+        assert "has spent $" in printed, printed[-2000:]
+        refused = rows(tmp_path / "gateway.db", "SELECT agent_id FROM calls WHERE refusal = 'cap_spent'")
+        where = ["--policies", str(tmp_path / "policies"), "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"]
+        [story] = json.loads(CliRunner().invoke(main, ["sessions", json.loads(printed.splitlines()[0])["session_id"], "--json", *where]).stdout)
+        assert await gw.spent_nano() == await gw.spent_nano("app:app") == billed_nano
+        assert await gw.gateway.ledger.look(findings) == []
+    parents = {line["agent"]: line["parent"] for line in story["by_agent"]}
+    first = {name for name, parent in parents.items() if parent is None} - {None}
+    assert len(first) == 2, parents
+    assert {parent for parent in parents.values() if parent} <= first
+    assert set(parents) - first - {None}, "an agent of an agent"
+    assert {None, *first} & {name for (name,) in refused}, refused
+    assert len({name for (name,) in refused}) >= 2, refused
+    assert sum(line["spent_nano"] for line in story["by_agent"]) == story["spent_nano"] == billed_nano
+    [cap] = story["caps"]
+    assert (cap["spent_nano"], cap["held_nano"], cap["in_force_nano"]) == (billed_nano, 0, 550_000_000)
+    assert 0 < billed_nano <= 550_000_000
 
 
 async def test_a_refused_quota_probe_does_not_spoil_the_start(tmp_path):
