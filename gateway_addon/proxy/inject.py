@@ -227,7 +227,10 @@ class InjectStream(whole.WholeStream):
         return event
 
     def _answer_and_close(self, response: http.Response) -> layer.CommandGenerator[None]:
+        """Answer, and close the connection behind it; say so, or the client's next request comes to its end."""
         client = self.context.client
+        if not self.flow.request.is_http2:
+            response.headers["connection"] = "close"
         yield SendHttp(ResponseHeaders(self.stream_id, response, end_stream=False), client)
         yield SendHttp(ResponseData(self.stream_id, response.raw_content or b""), client)
         yield SendHttp(ResponseProtocolError(self.stream_id, "answered without reading the body", ErrorCode.KILL), client)
