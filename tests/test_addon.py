@@ -52,7 +52,7 @@ async def mitmdump(folder: Path, gateways, mode: str, *arguments: str, script: P
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(process.wait(), 20)
+        await asyncio.wait_for(process.wait(), 60)
         process._transport.close()
 
 
@@ -139,7 +139,7 @@ async def test_a_mitmdump_that_would_not_be_safe_does_not_start(tmp_path, mode, 
     (tmp_path / "script.py").write_text(SCRIPT)
     port = ["--listen-port", str(free_port())]
     async with mitmdump(tmp_path, gateways, mode.format(upstream="http://127.0.0.1:9"), *arguments, *port) as process:
-        assert await asyncio.wait_for(process.wait(), 20) == 1
+        assert await asyncio.wait_for(process.wait(), 60) == 1
     assert said in (tmp_path / "printed").read_text()
 
 
@@ -148,5 +148,5 @@ async def test_a_policy_with_a_mistake_is_said_with_file_and_line(tmp_path):
     (tmp_path / "policies/apps/app.yaml").write_text("models: {allow: [claude-haiku-4-5]}\ncaps: {mnth: $1}\n")
     (tmp_path / "script.py").write_text(SCRIPT)
     async with mitmdump(tmp_path, gateways, "reverse:http://127.0.0.1:9", "--listen-host", "127.0.0.1", "--listen-port", str(free_port())) as process:
-        assert await asyncio.wait_for(process.wait(), 20) == 1
+        assert await asyncio.wait_for(process.wait(), 60) == 1
     assert "app.yaml:2: caps.mnth" in (tmp_path / "printed").read_text()

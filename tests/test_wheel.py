@@ -153,5 +153,5 @@ async def test_its_commands_work_where_there_is_no_clone(machine):
         for process in (demo, serve, own):
             if process.returncode is None:
                 process.terminate()
-        ended = [await asyncio.wait_for(process.communicate(), 30) for process in (serve, own)]
+        ended = [await asyncio.wait_for(process.communicate(), 60) for process in (serve, own)]
     assert (demo.returncode, serve.returncode, own.returncode) == (0, 0, 0), (told, ended)

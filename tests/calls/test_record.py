@@ -115,7 +115,7 @@ async def test_serve_logs_a_line_and_sends_a_span_without_a_secret(tmp_path):
             labels = {"x-claude-code-session-id": token, "traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
             await client.messages.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO, extra_headers=labels)
         process.terminate()
-        await asyncio.wait_for(process.wait(), 20)
+        await asyncio.wait_for(process.wait(), 60)
         process._transport.close()
     collector.close()
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]

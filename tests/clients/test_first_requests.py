@@ -29,7 +29,7 @@ def as_sent(request, token):
 async def answered(gw, request):
     reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
     writer.write(as_sent(request, gw.tokens["app"]))
-    answer = await asyncio.wait_for(reader.read(-1), 30)
+    answer = await asyncio.wait_for(reader.read(-1), 60)
     writer.close()
     return split_answer(answer)
 

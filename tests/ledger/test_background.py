@@ -44,7 +44,7 @@ def long(monkeypatch):
 
     def waiting(db):
         began.set()
-        assert may_end.wait(20)
+        assert may_end.wait(60)
         rebuild(db)
 
     monkeypatch.setattr(balances, "rebuild", waiting)

@@ -74,6 +74,18 @@ async def caller(url, token, chance, said: Counter, **named):
             said["broken"] += 1
 
 
+CAPPED = ("cap_spent", "cap_held", "quote_over_cap")
+
+
+async def until_refused(call, said: Counter, count: int):
+    """Call on until so many were refused by a cap: on a slow machine fewer of a crowd's calls are answered, and more given up."""
+    for _ in range(20 * count):
+        if sum(said[code] for code in CAPPED) > count:
+            return
+        await call()
+    raise AssertionError(said)
+
+
 def crowds(seeds):
     """The seed and the callers: 200 in the soak, by default as many as want half as much again as the cap allows."""
     return pytest.mark.parametrize(("seed", "callers"), [(0, 80), *(pytest.param(seed, 200, marks=pytest.mark.soak) for seed in range(seeds))])
@@ -96,8 +108,13 @@ async def crowd(tmp_path, seed, callers, *, gateway_count, ledger=None):
         gateways = ledgered(tmp_path, api.url, {"app": f"models: {{allow: [{MODEL}]}}\ncaps: {{day: {dollars(cap_nano)}}}\n"}, ledger=ledger)
         said: Counter = Counter()
         async with gateways.serving(gateway_count) as urls:
-            await asyncio.gather(*(caller(chance.choice(urls), gateways.tokens["app"], chance, said) for _ in range(callers)))
-            async with asyncio.timeout(20):
+
+            async def one():
+                await caller(chance.choice(urls), gateways.tokens["app"], chance, said)
+
+            await asyncio.gather(*(one() for _ in range(callers)))
+            await until_refused(one, said, callers // 10)
+            async with asyncio.timeout(60):
                 book = await api.settled()
         rows = {row.request_id: row for row in book.messages()}
         with connect.reading(gateways.ledger) as db:
@@ -123,7 +140,6 @@ async def crowd(tmp_path, seed, callers, *, gateway_count, ledger=None):
     assert all(quote_nano > cap_nano - peak_nano for refusal, quote_nano in refused if refusal == "cap_held")
     assert all(quote_nano > cap_nano - spent_nano for refusal, quote_nano in refused if refusal == "cap_spent")
     assert said["answered"] > 5, said
-    assert said["cap_spent"] + said["cap_held"] + said["quote_over_cap"] > callers // 10, said
 
 
 PARTED = f"""
@@ -212,6 +228,7 @@ async def test_a_crowd_of_sessions_users_and_labels_passes_no_cap(tmp_path, flee
 
             await some(callers // 2, *range(kills)[:1])
             await some(callers // 2, *range(kills)[1:])
+            await until_refused(one, said, callers // 10)
             async with asyncio.timeout(60):
                 await api.settled()
                 while rows(gateways.ledger, "SELECT 1 FROM calls WHERE state = 'open'"):  # a server's lease of the dead has to end
@@ -232,7 +249,6 @@ async def test_a_crowd_of_sessions_users_and_labels_passes_no_cap(tmp_path, flee
     assert all(sum(nano for scope, nano in sums.items() if part_of(scope)[0] == kind) == spent_nano for kind, _ in caps)
     assert misjudged == []
     assert said["answered"] > 5, said
-    assert said["cap_spent"] + said["cap_held"] + said["quote_over_cap"] > callers // 10, said
     print(f"{fleet.__name__}, seed {seed}: {len(calls)} calls, {len(levels)} levels of {len(sums)} parts; {dict(said)}")
 
 

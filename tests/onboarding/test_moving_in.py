@@ -219,7 +219,7 @@ async def rotated(village: Village, names: list[str], tokens: dict[str, str]) ->
     await asyncio.sleep(0.3)
     village.api.also, village.api.behaviour = {NEW_KEY}, Behaviour(delay_headers_s=0.3)
     working = [asyncio.ensure_future(five_calls(village, name, tokens[name])) for name in names[:4]]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await until(lambda: len(village.api.book.messages()) >= 1 + 12 + 4)  # four calls under way, with the old key
     (village.gateway.folder / "key.new").write_text(NEW_KEY)
     os.replace(village.gateway.folder / "key.new", village.gateway.folder / "key")

@@ -44,7 +44,7 @@ async def deployed(folder, api, apps=None, ledger=None):
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
         for process, _ in running:
-            await asyncio.wait_for(process.wait(), 30)
+            await asyncio.wait_for(process.wait(), 60)
             process._transport.close()
 
 
@@ -99,7 +99,7 @@ async def a_gateway_is_replaced_under_load_and_no_call_is_dropped_or_billed_twic
         if announced:
             nginx.reload(place)
         old.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(old.wait(), 20) == 0
+        assert await asyncio.wait_for(old.wait(), 60) == 0
         old._transport.close()
         running[0] = await gateways.serve("--listen", place)
         if announced:

@@ -72,7 +72,7 @@ async def test_one_scrape_answers_for_three_workers_one_killed(tmp_path):
                 wrong = [(await scrape(bearer)).status_code for bearer in ("another", "a-scrapers-own-tokens", place.tokens["app"])]
         finally:
             process.send_signal(signal.SIGTERM)
-            await asyncio.wait_for(process.wait(), 30)
+            await asyncio.wait_for(process.wait(), 60)
             process._transport.close()
     spent_nano = rows(place.ledger, settled)[0][1]
     assert found["gateway_calls_total", "app", "claude-haiku-4-5", "settled"] == 16

@@ -349,7 +349,7 @@ async def test_progress_goes_to_a_terminal_only_the_answer_to_a_pipe(tmp_path):
         where = ["--policies", str(tmp_path / "policies"), "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}", "--since", "1d", "--json"]
         command_line = [sys.executable, "-m", "gateway_addon", "reconcile", *where]
         process = await asyncio.create_subprocess_exec(*command_line, stdout=asyncio.subprocess.PIPE, stderr=its_end)
-        answered, _ = await asyncio.wait_for(process.communicate(), 30)
+        answered, _ = await asyncio.wait_for(process.communicate(), 60)
     shown = os.read(terminal, 4096).decode()
     os.close(terminal), os.close(its_end)
     assert "page 1 of the provider's reports\r\x1b[Kpage 2" in shown

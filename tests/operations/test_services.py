@@ -81,7 +81,7 @@ async def test_units_commands_make_a_ledger_and_serve_until_stopped(tmp_path):
         async with httpx2.AsyncClient() as client:
             assert (await client.get(f"http://127.0.0.1:{port}/gateway/healthz")).json()["status"] == "ok"
         running.terminate()
-        _, log = await asyncio.wait_for(running.communicate(), 20)
+        _, log = await asyncio.wait_for(running.communicate(), 60)
     assert running.returncode == 0
     assert all(json.loads(line)["event"] == "log" for line in log.splitlines())
 

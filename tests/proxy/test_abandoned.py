@@ -136,7 +136,7 @@ async def test_half_closed_client_gets_its_answer(tmp_path, either_way):
         for sent, field in ((request(gw), "usage"), (count, "input_tokens")):
             async with caller(gw, sent) as (reader, writer):
                 writer.write_eof()
-                status, _, body = split_answer(await asyncio.wait_for(reader.read(-1), 10))
+                status, _, body = split_answer(await asyncio.wait_for(reader.read(-1), 60))
                 assert (status, field in json.loads(body)) == (200, True)
         await gw.quiet()
         assert [call.flags for call in calls(tmp_path) if call.state == "settled"] == [[]]
@@ -147,7 +147,7 @@ async def test_two_requests_before_the_end_get_two_answers(tmp_path):
     async with Simulator(behaviour=BRIEF) as api, gateway(tmp_path, api, FINISH) as gw:
         async with caller(gw, request(gw) + request(gw)) as (reader, writer):
             writer.write_eof()
-            assert (await asyncio.wait_for(reader.read(-1), 10)).count(b"HTTP/1.1 200") == 2
+            assert (await asyncio.wait_for(reader.read(-1), 60)).count(b"HTTP/1.1 200") == 2
         await gw.quiet()
         assert [call.flags for call in calls(tmp_path)] == [[], []]
 
@@ -157,7 +157,7 @@ async def test_half_a_request_before_the_end_is_forgotten(tmp_path):
         for sent in (request(gw)[:-5], request(gw) + request(gw)[:-5], request(gw) + b"POST /v1/mess"):
             async with caller(gw, sent) as (reader, writer):
                 writer.write_eof()
-                await asyncio.wait_for(reader.read(-1), 10)
+                await asyncio.wait_for(reader.read(-1), 60)
             await gw.quiet()
         assert len((await api.settled()).messages()) == 2
 
@@ -167,7 +167,7 @@ async def test_a_stream_whose_client_closed_its_side_is_not_begun(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api, FINISH) as gw:
         async with caller(gw, request(gw, stream=True)) as (reader, writer):
             writer.write_eof()
-            await asyncio.wait_for(reader.read(-1), 10)
+            await asyncio.wait_for(reader.read(-1), 60)
         await gw.quiet()
         assert (api.book.requests, await gw.spent_nano(), await gw.held_nano()) == (0, 0, 0)
 

@@ -435,7 +435,7 @@ async def test_proxy_without_command_says_how_to_use_it_ends_on_ctrl_c(tmp_path)
         async with started(tmp_path, far, "--listen", "127.0.0.1:0") as process:
             lines = [(await asyncio.wait_for(process.stdout.readline(), START_S)).decode() for _ in range(4)]
             process.send_signal(signal.SIGINT)
-            _, errors = await asyncio.wait_for(process.communicate(), 30)
+            _, errors = await asyncio.wait_for(process.communicate(), 60)
         assert process.returncode == 0
         assert "Traceback" not in errors.decode()
         assert lines[0].startswith("local    http://127.0.0.1:")
@@ -457,7 +457,7 @@ async def test_ctrl_c_reaches_the_command_which_decides(tmp_path):
             assert await asyncio.wait_for(process.stdout.readline(), START_S) == b"up\n"
             for each in (process.pid, child_of(process.pid)):  # a terminal sends it to the whole group
                 os.kill(each, signal.SIGINT)
-            await asyncio.wait_for(process.communicate(), 30)
+            await asyncio.wait_for(process.communicate(), 60)
         assert process.returncode == 5
 
 

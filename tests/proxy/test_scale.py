@@ -104,7 +104,7 @@ async def test_a_body_that_outgrows_the_room_is_refused_then(tmp_path, says):
         first.write(large[:1_900_000])
         await arrived(gw, 1_899_000)
         second.write(growing[500:])
-        status, headers, _ = split_answer(await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20))
+        status, headers, _ = split_answer(await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60))
         assert (status, headers["x-gateway-refusal"]) == (503, "crowded")
         assert sum(each.body_bytes for each in gw.addon.flow_states.values()) < 3_000_000
         first.close()
@@ -172,7 +172,7 @@ async def test_idle_stream_costs_little_memory_under_a_low_ulimit(tmp_path, stre
         for _, writer in opened:
             writer.close()
         process.terminate()
-        await asyncio.wait_for(process.wait(), 30)
+        await asyncio.wait_for(process.wait(), 60)
         process._transport.close()
 
 
@@ -189,7 +189,7 @@ async def test_memory_is_flat_over_many_streamed_calls(tmp_path, calls):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             for _ in range(count):
                 writer.write(data)
-                await asyncio.wait_for(reader.readuntil(b"message_stop"), 20)
+                await asyncio.wait_for(reader.readuntil(b"message_stop"), 60)
                 await reader.readuntil(b"0\r\n\r\n")
             writer.close()
 
@@ -202,7 +202,7 @@ async def test_memory_is_flat_over_many_streamed_calls(tmp_path, calls):
         print(f"{warm / 1e6:.1f} MB, and after {calls} more streams {after / 1e6:.1f} MB", file=sys.stderr)
         assert after - warm < 15_000_000  # a flow that is kept, or waits for the garbage collector, is more than 100 KB
         process.terminate()
-        await asyncio.wait_for(process.wait(), 30)
+        await asyncio.wait_for(process.wait(), 60)
         process._transport.close()
 
 

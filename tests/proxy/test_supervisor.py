@@ -47,7 +47,7 @@ def serving(folder: Path, upstream: str, *options: str):
     finally:
         process.stdout.close()
         process.terminate()
-        process.wait(15)
+        process.wait(60)
 
 
 def workers(process) -> list[int]:

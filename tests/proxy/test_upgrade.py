@@ -54,6 +54,6 @@ async def test_curl_with_http2_is_served(tmp_path):
         options = [option for header in headers for option in ("-H", header)]
         command = ("curl", "-sS", "--http2", "-v", *options, "-d", BODY.decode(), f"{gw.url}/v1/messages")
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
-        printed, told = await asyncio.wait_for(process.communicate(), 30)
+        printed, told = await asyncio.wait_for(process.communicate(), 60)
         assert b"Upgrade: h2c" in told, "it does offer it"
         assert json.loads(printed)["type"] == "message", printed

@@ -38,7 +38,7 @@ async def ask(gw) -> bytes:
     writer.write(request(gw))
     got = b""
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not is_whole(got) and (piece := await reader.read(65_536)):
                 got += piece
     finally:
@@ -130,7 +130,7 @@ async def test_an_interim_answer_is_skipped_wherever_it_is_split(tmp_path, path)
             reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
             for at in range(len(HINTS + CONTINUE) + 12):
                 writer.write(request(gw))
-                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
                 assert head.startswith(b"HTTP/1.1 200 "), at
                 await reader.readexactly(len(message()))
             writer.close()

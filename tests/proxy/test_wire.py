@@ -150,7 +150,7 @@ async def test_expect_100_continue_goes_on_and_the_body_is_judged(tmp_path, know
         with contextlib.closing(writer):
             writer.write(raw("POST /v1/messages HTTP/1.1", "host: x", f"x-api-key: {token}", "anthropic-version: 2023-06-01", "content-type: application/json", LENGTH, "expect: 100-continue"))
             for answer in answers:
-                status = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).split()[1]
+                status = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)).split()[1]
                 assert status == answer
                 if status == b"100":
                     writer.write(BODY)

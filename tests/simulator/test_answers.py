@@ -22,7 +22,7 @@ PACKAGE = Path(simulator.__file__).parent
 
 @pytest.fixture
 async def api() -> AsyncIterator[Simulator]:
-    async with asyncio.timeout(10), Simulator() as running:
+    async with asyncio.timeout(60), Simulator() as running:
         yield running
 
 

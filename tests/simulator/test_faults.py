@@ -27,7 +27,7 @@ from gateway_addon.simulator.errors import STATUS
 
 @pytest.fixture
 async def api() -> AsyncIterator[Simulator]:
-    async with asyncio.timeout(10), Simulator() as running:
+    async with asyncio.timeout(60), Simulator() as running:
         yield running
 
 
@@ -393,7 +393,7 @@ class TestProcess:
         assert [row["usage"]["output_tokens"] for row in book["rows"]] == [message.usage.output_tokens] == [17]
         assert (book["requests"], book["in_flight"], book["billed_nano"]) == (1, 0, book["rows"][0]["billed_nano"])
         process.terminate()
-        assert process.wait(5) == 0
+        assert process.wait(60) == 0
 
     @pytest.mark.parametrize(
         ("options", "code", "said"),

@@ -166,7 +166,7 @@ def answers(url: str, process: subprocess.Popen[str]) -> None:
 def stop(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
-    process.wait(30)
+    process.wait(60)
 
 
 def marks() -> Iterator[str]:

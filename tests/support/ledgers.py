@@ -149,7 +149,7 @@ def reconnect(ledger):
         weakref.finalize(ledger, left.close)
 
 
-async def until(condition, seconds=20):
+async def until(condition, seconds=60):
     """Wait until the condition holds: what it returns, or what it returns is awaited to.
 
     The limit only ends a test that would never end. It is no measure: a machine may be twenty times too busy.

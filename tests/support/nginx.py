@@ -82,7 +82,7 @@ def front(folder: Path, *gateways: str) -> Iterator[Front]:
         yield Front(f"https://127.0.0.1:{port}", ssl.create_default_context(cafile=cert), process, file, text)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def _reachable(port: int, log: Path, process: subprocess.Popen[bytes]) -> None:

@@ -43,7 +43,7 @@ async def provider(folder: Path, port: int, key_id: str, audience: str) -> Async
     )
     try:
         assert process.stdout is not None
-        assert await asyncio.wait_for(process.stdout.readline(), 30) == b"listening\n"
+        assert await asyncio.wait_for(process.stdout.readline(), 60) == b"listening\n"
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()

@@ -65,7 +65,7 @@ class Ledgered:
             for process in started:
                 process.send_signal(signal.SIGTERM)
             for process in started:
-                await asyncio.wait_for(process.wait(), 30)
+                await asyncio.wait_for(process.wait(), 60)
                 process._transport.close()
 
 
@@ -121,5 +121,5 @@ async def kill_in_mid_call(ledger: Path | ServerAddress, pid: int) -> None:
 
 async def buried(process: asyncio.subprocess.Process) -> None:
     """Wait for the end of a process that was killed or told to stop."""
-    await asyncio.wait_for(process.wait(), 30)
+    await asyncio.wait_for(process.wait(), 60)
     process._transport.close()

@@ -116,7 +116,7 @@ class Stage:
         self.other.at, self.other.do, self.other.noted = hook, do, []
         calls_before, usual = len(calls(self.gw.folder)), {name: getattr(self.gw.master.options, name) for name in options or {}}
         self.gw.master.options.update(**options or {})
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             received, closed = await talk(self)
             await self.gw.quiet()
             await beat()

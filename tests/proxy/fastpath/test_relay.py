@@ -61,7 +61,7 @@ async def call(gw, body: bytes = ASK) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
     writer.write(request(gw, body))
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await reader.read(-1)
     finally:
         writer.close()
@@ -104,7 +104,7 @@ async def test_what_has_arrived_is_not_held_back_for_what_has_not(tmp_path, monk
 
     async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        async with gateway(tmp_path, None, upstream=url) as gw, asyncio.timeout(10):
+        async with gateway(tmp_path, None, upstream=url) as gw, asyncio.timeout(60):
             reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
             writer.write(request(gw))
             await reader.readuntil(b"\r\n\r\n")
@@ -248,7 +248,7 @@ async def test_a_client_that_stops_reading_stops_the_upstream(tmp_path, monkeypa
 
     async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        async with gateway(tmp_path, None, upstream=url) as gw, asyncio.timeout(20):
+        async with gateway(tmp_path, None, upstream=url) as gw, asyncio.timeout(60):
             reader, writer = await asyncio.open_connection("127.0.0.1", gw.port, limit=1024)
             with contextlib.closing(writer):
                 writer.write(request(gw))

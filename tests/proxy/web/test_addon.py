@@ -274,7 +274,7 @@ async def test_a_replay_can_be_cut_like_any_call(desk):
 
 
 async def intercepted(seen):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             for flow in (await seen.page.get("/flows")).json():
                 if flow["intercepted"]:

@@ -44,7 +44,7 @@ async def web(folder: Path, gateways, *options: str):
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(process.wait(), 20)
+        await asyncio.wait_for(process.wait(), 60)
         process._transport.close()
 
 
@@ -93,7 +93,7 @@ async def test_flow_file_and_har_hold_no_secret_if_stopped_mid_flight(tmp_path):
                 process.send_signal(signal.SIGTERM)
                 with suppress(anthropic.APIError):
                     await calls
-                await asyncio.wait_for(process.wait(), 20)
+                await asyncio.wait_for(process.wait(), 60)
         await api.settled()
     files = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert b"/v1/messages" in files["flows"]
