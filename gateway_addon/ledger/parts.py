@@ -63,17 +63,23 @@ class _Cap(NamedTuple):
     amount_nano: int
 
 
+def looked_at(call: NewCall, caps: Iterable[CapShape]) -> dict[AppPart, str]:
+    """Return the parts of a call whose names are looked at, with their scopes: those under one of these caps, and those with a balance."""
+    asked = {cap.scope for cap in caps}
+    scopes = ((part, part_scope(call.app, part)) for part in call.parts)
+    return {part: scope for part, scope in scopes if scope in asked or part[0] in call.names.kept}
+
+
 def counted(db: Connection, call: NewCall, caps: Sequence[CapShape], day_start: int) -> CountedCall:
     """Return the parts in which a call is to be counted today. Raises LedgerUnavailable where a part has a cap and no balance is kept."""
-    asked = {cap.scope for cap in caps}
-    capped = {part: scope for part in call.parts if (scope := part_scope(call.app, part)) in asked}
-    if not capped:
+    found = looked_at(call, caps)
+    if not found:
         return CountedCall(call.parts, caps)
-    rows = db.execute(_look(len(capped)), (call.app, day_start, *capped.values())).fetchall()
+    rows = db.execute(_look(len(found)), (call.app, day_start, *found.values())).fetchall()
     must_be_kept(caps, {(kind, window) for what, kind, window, _ in rows if what == "kept"})
     known = {scope for what, scope, *_ in rows if what == "known"}
     room = call.names.new_max - sum(names for what, _, _, names in rows if what == "names")
-    new = [part for part, scope in capped.items() if part[0] not in call.names.bounded and scope not in known]
+    new = [part for part, scope in found.items() if part[0] not in call.names.bounded and scope not in known]
     shared = {kind for kind, _ in new[max(0, room) :]}
     parts = tuple((kind, OTHERS if kind in shared else value) for kind, value in call.parts)
     return CountedCall(parts, placed(call.app, caps, dict(parts)), len(new) - len(shared))

@@ -132,6 +132,8 @@ class NameLimit:
 
     new_max: int = 10_000
     bounded: frozenset[str] = frozenset(("model", "token"))
+    kept: frozenset[str] = frozenset()
+    """Kinds whose parts have balances, also where a call is not held to their caps because these are only observed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,7 +279,8 @@ def name_limit(app: AppPolicy) -> NameLimit:
     """Return how many names of parts an app's clients may bring, and the kinds of parts whose names are the operator's own."""
     free = {name for name, rule in app.labels.items() if rule.sources != ("token",) and re.search(r"[*?[]", "".join(rule.values))}
     bounded = {kind for kind in app.each if kind.startswith("label.") and kind.removeprefix("label.") not in free}
-    return NameLimit(app.parts_max, frozenset({"model", "token", *bounded}))
+    kept = frozenset(kind for kind, each in app.each.items() if each.caps)
+    return NameLimit(app.parts_max, frozenset({"model", "token", *bounded}), kept)
 
 
 def token_cap(call: NewCall) -> tuple[Cap, ...]:

@@ -273,6 +273,16 @@ def test_names_beyond_a_days_number_share_one_part(db, path):
     assert findings(db) == []
 
 
+def test_names_are_bounded_where_their_caps_are_only_observed(db, path):
+    """An app in observe mode asks for no cap of its own; its clients' names have balances all the same."""
+    names = NameLimit(3, frozenset(("model", "token", "label.client")), frozenset(("session",)))
+    for number in range(5):
+        assert isinstance(hold(db, 60, [], replace(CALL, session_id=f"s{number}", agent_id=None, names=names)), Reserved)
+    assert part(path, "app:reports session:others") == (0, 120, 2)
+    assert len(rows(path, "SELECT 1 FROM part_balances WHERE scope LIKE 'app:reports session:%'")) == 4
+    assert findings(db) == []
+
+
 @pytest.mark.parametrize("path", ["sqlite"], indirect=True)
 def test_a_reservation_costs_the_same_beside_many_parts(db):
     """Counted in the work of its statements: the trees of ten thousand names are one page deeper, no more."""

@@ -19,7 +19,7 @@ from gateway_addon.ledger.sql import Connection, Engine, Row, Statement
 from gateway_addon.ledger.store import engines
 from gateway_addon.ledger.store.interface import Asked
 from gateway_addon.ledger.store.postgres_session import ServerConnection
-from gateway_addon.ledger.types import CapShape, Denied, LedgerUnavailable, Reservation, Reserved, Resolution, part_of, part_scope
+from gateway_addon.ledger.types import CapShape, Denied, LedgerUnavailable, Reservation, Reserved, Resolution, part_of
 from gateway_addon.windows import starts
 
 FENCED = "GW001"
@@ -289,13 +289,15 @@ def _reservation(asked: Reservation, owner: str, calendar: reservations.Calendar
     item = _plain(values) | {"what": "reserve", "pausable": call.pause_scopes}
     item["caps"] = caps = [dict(zip(_CAP_NAMES, frame, strict=True)) for frame in frames]
     of_parts = {cap["column1"]: part[0] for cap in caps if (part := part_of(str(cap["column1"]))) is not None}
-    if of_parts:
+    found = parts.looked_at(call, asked.caps)
+    if of_parts or found:
         for cap in caps:
             cap |= {"kind": of_parts[cap["column1"]]} if cap["column1"] in of_parts else {}
-        chosen = [(kind, scope) for kind, value in call.parts if (scope := part_scope(call.app, (kind, value))) in of_parts]
         item["names_max"] = call.names.new_max
         item["named"] = [
-            {"place": place, "kind": kind, "scope": scope} for place, (kind, scope) in enumerate(chosen) if kind not in call.names.bounded
+            {"place": place, "kind": kind, "scope": scope}
+            for place, ((kind, _), scope) in enumerate(found.items())
+            if kind not in call.names.bounded
         ]
     return item
 

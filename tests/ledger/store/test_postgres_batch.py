@@ -21,6 +21,7 @@ from gateway_addon.ledger import (
     Settlement,
     admin,
     connect,
+    part_of,
     part_scope,
     reservations,
 )
@@ -64,6 +65,8 @@ def prepare(place):
         admin.revoke_tokens(db, "old", who="test", now=NOON)
         admin.raise_cap(db, "total", "day", 300, until=NOON + 900, who="test", now=NOON)
         admin.limit_cap(db, "app:search", "month", 2_500, who="test", now=NOON)
+        admin.raise_cap(db, "app:reports session:s2", "ever", 200, until=NOON + 900, who="test", now=NOON)
+        admin.limit_cap(db, "app:reports session:others", "ever", 300, who="test", now=NOON)
         admin.pause(db, "app:search", until=NOON + 40, who="test", why="loops", now=NOON)
         admin.pause(db, "total session:s", until=NOON + 90, who="test", now=NOON)
         admin.align(db, "UTC", {"reports": "batch"}, [CYCLE], KEPT, who="test", now=NOON)
@@ -80,11 +83,13 @@ def an_ending(chance, known, now):
 def a_reservation(chance, now):
     caps = [Cap("total", "day", 2_000), Cap("app:reports", "day", 900), Cap("team:batch", "ever", 4_000), Cap("app:search", "month", 9_000)]
     caps += [Cap("total", CYCLE, 6_000), Cap("app:reports", CYCLE, 3_000)]
-    ours = replace(CALL, session_id=chance.choice(("s1", "s2", "s3", "s4")), model="claude-haiku-4-5", names=NameLimit(new_max=1))
+    few = NameLimit(new_max=1, kept=frozenset(("session",)) if chance.random() < 0.5 else frozenset())
+    ours = replace(CALL, session_id=chance.choice(("s1", "s2", "s3", "s4")), model="claude-haiku-4-5", names=few)
     call = chance.choice((ours, ours, CALL, SEARCH, replace(SEARCH, token_id=9), NewCall("old", None, 3), replace(CALL, input_tokens=70)))
     rates = chance.choice((RateLimits(), RateLimits(12, 300, 4)))
     mine = [cap for cap in caps if cap.scope in call.scopes]
     mine += [Cap(part_scope(app, part), window, 700) for part in call.parts for app, kind, window in KEPT if (app, kind) == (call.app, part[0])]
+    mine = [cap for cap in mine if part_of(cap.scope) is None] if chance.random() < 0.2 else mine  # as of an app that observes its caps
     mine += [Cap("app:reports session:s1", "week", 50)] * (chance.random() < 0.02 and call.session_id == "s1")  # which nobody keeps
     return Reservation(call, chance.choice((0, 90, 300, 5_000)), chance.sample(mine, len(mine)), chance.choice((0, 50)), rates, now)
 
