@@ -23,7 +23,7 @@ class ConnectingLoop(asyncio.SelectorEventLoop):
 
     async def create_connection(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
         """Connect as asyncio does, with a short time for each address."""
-        if host is None or options.get("ssl") is not None:
+        if host is None or options.get("ssl") is not None or _is_address(host):
             return await super().create_connection(protocol_factory, host, port, **options)
         found = await self.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
@@ -34,4 +34,13 @@ class ConnectingLoop(asyncio.SelectorEventLoop):
                     made = await super().create_connection(protocol_factory, address, port, **options)
                 self._answered[host, port] = address
                 return made
-        return await super().create_connection(protocol_factory, host, port, **options)
+        only = addresses[0] if len(addresses) == 1 else host  # else asyncio would look the name up once more
+        return await super().create_connection(protocol_factory, only, port, **options)
+
+
+def _is_address(host: str) -> bool:
+    """Tell whether a host is an address already: looking one up would take a thread and two turns of the loop."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):
+            return bool(socket.inet_pton(family, host))
+    return False

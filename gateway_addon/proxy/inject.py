@@ -23,6 +23,7 @@ from mitmproxy.proxy.layers.http import (
     HttpErrorHook,
     HttpEvent,
     HttpLayer,
+    HTTPMode,
     HttpRequestHeadersHook,
     ReceiveHttp,
     RequestData,
@@ -94,6 +95,7 @@ class InjectLayer(relay.DirectLayer):
     @classmethod
     def take_over(cls, top: Any, flows: Flows) -> None:
         top.__class__, top.flows = cls, flows
+        whole.LightContext.take_over(top.context)
 
     def handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if self.broken:
@@ -126,13 +128,14 @@ class InjectLayer(relay.DirectLayer):
         if isinstance(event, events.Start) and self.context.client.alpn != b"h2":  # none, none in common, or HTTP/1
             server = ApiHttp1Server(self.context.fork())
             server.top = self
-            self.connections.setdefault(self.context.client, server)
+            first = self.connections.setdefault(self.context.client, server)
+            if whole.FITS and self.mode is not HTTPMode.upstream:  # mitmproxy would make a server of its own, and drop it
+                yield from self.event_to_child(first, event)
+                return
         yield from super()._handle_event(event)
 
     def make_stream(self, stream_id: int) -> layer.CommandGenerator[None]:
-        own = _shallow_copy(self.context)  # like its `fork`, which first makes a server connection, and drops it
-        own.layers = [*own.layers]
-        stream = self.streams[stream_id] = InjectStream(own, stream_id)
+        stream = self.streams[stream_id] = InjectStream(self.context.fork(), stream_id)
         stream.top = self
         if not whole.FITS:  # else it is made as one that has started
             yield from self.event_to_child(stream, events.Start())

@@ -266,7 +266,7 @@ def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Mas
 
     Raises ValueError for an option that mitmproxy does not have, or that would let calls bypass the gateway.
     """
-    opts = options.Options()
+    opts: options.Options = connection.QuickOptions()
     own = {
         "confdir": str(state_folder(ledger_path(settings.ledger))),  # where it keeps its certificate authority
         "mode": [reverse(policy.upstream)],

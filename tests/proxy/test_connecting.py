@@ -80,3 +80,26 @@ def test_a_name_whose_addresses_are_all_gone_says_so(named):
     named((ONE, port), (TWO, port))
     with asyncio.Runner(loop_factory=Watched) as runner, pytest.raises(OSError, match=rf"{ONE}.*{TWO}"):
         runner.run(connected(port))
+
+
+def test_an_address_is_not_looked_up_and_a_name_once(monkeypatch):
+    """A look-up takes a thread."""
+    true, asked = socket.getaddrinfo, []
+
+    def look_up(host, *more, **named):
+        asked.append(host)
+        return true("127.0.0.1" if host == "api.example" else host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+    async def connect(host):
+        _, writer = await asyncio.open_connection(host, port)
+        writer.close()
+        await writer.wait_closed()
+
+    with socket.create_server((ONE, 0)) as server, asyncio.Runner(loop_factory=Watched) as runner:
+        port = server.getsockname()[1]
+        runner.run(connect(ONE))
+        assert asked == []
+        runner.run(connect("api.example"))
+        assert asked == ["api.example"]

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Awaitable
 from typing import Any
 
-from mitmproxy import connection
+from mitmproxy import connection, optmanager
+from mitmproxy.options import Options
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.commands import ConnectionCommand, OpenConnection, RequestWakeup, SendData, StartHook
 from mitmproxy.proxy.layers import modes
@@ -36,13 +37,16 @@ PARTS = {
 """The methods that this module overrides or relies on, with their parameters."""
 READER = {"feed_data": ["self", "data"], "read": ["self", "n"], "_wakeup_waiter": ["self"], "_wait_for_data": ["self", "func_name"]}
 """Those of asyncio's reader."""
+OPTION = {"current": ["self"], "reset": ["self"]}
+"""Those of one of mitmproxy's options."""
 PIECE_BYTES_MAX = 65_535  # as mitmproxy reads: a side that takes no bytes leaves no more than some such pieces here
 CHOOSERS = (layer.NextLayer, modes.ReverseProxy)
 
 
 def fits(handler: type = ConnectionHandler, reader: type = asyncio.StreamReader) -> bool:
-    """Tell whether mitmproxy's handler and addon manager, and asyncio's reader, are those that this module was written for."""
-    return dispatch.fits() and dispatch.has(handler, PARTS) and dispatch.has(reader, READER)
+    """Tell whether mitmproxy's handler and options, and asyncio's reader, are those that this module was written for."""
+    parts = (handler, PARTS), (reader, READER), (optmanager._Option, OPTION)
+    return dispatch.fits() and all(dispatch.has(owner, methods) for owner, methods in parts)
 
 
 FITS = fits()
@@ -56,6 +60,18 @@ def _chosen(top: Any) -> Any:
             break
         top = choice
     return top
+
+
+class QuickOptions(Options):
+    """mitmproxy's options, which copies no values that cannot change: a new connection reads twenty of them."""
+
+    def __getattr__(self, attr: str) -> Any:
+        option = self._options.get(attr) if FITS else None
+        if option is not None:
+            value = option._default if option.value is optmanager.unset else option.value
+            if value is None or type(value) in (bool, int, str):
+                return value
+        return super().__getattr__(attr)  # type: ignore[no-untyped-call]
 
 
 class QuickHandlers:

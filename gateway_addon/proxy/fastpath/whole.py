@@ -67,6 +67,7 @@ PARTS: dict[type, dict[str, list[str]]] = {
         "start_response_stream": ["self"],
         "send_response": ["self", "already_streamed"],
     },
+    Context: {"__init__": ["self", "client", "options"], "fork": ["self"]},
     layer.Layer: {"__init__": ["self", "context"], "handle_event": _EVENT},
     HttpLayer: {"event_to_child": ["self", "child", "event"], "get_connection": ["self", "event", "reuse"]},
 }
@@ -206,6 +207,20 @@ def _with_host(fields: RawFields, host: bytes) -> RawFields:
 
 def _framing_of(message: http.Message) -> tuple[bytes, bytes] | None:
     return _framing(message.data.headers.fields) if message.data.http_version == b"HTTP/1.1" else None
+
+
+class LightContext(Context):
+    """mitmproxy's context of a layer, which forks without making a server connection that is dropped at once."""
+
+    @classmethod
+    def take_over(cls, context: Any) -> None:
+        if FITS:
+            context.__class__ = cls
+
+    def fork(self) -> Context:
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, layers=[*self.layers])
+        return made
 
 
 @dataclass
