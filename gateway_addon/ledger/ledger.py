@@ -51,6 +51,7 @@ CUT_AHEAD_S = 2.0  # before the lease ends: time for a cut stream to end, and fo
 # On a server the writer's thread lets go of the interpreter at each statement, and must ask a busy event loop to get it back. A file's
 # ledger leaves it to Python (5 ms): each time that the loop is made to let go costs more than it gains (16 callers: a fifth more calls).
 SWITCH_INTERVAL_S = 0.0001
+LINGER_S = 0.01  # how long what nobody waits for (a settlement, a row) waits for a reservation to share its commit
 BACKLOG_MAX = 10_000  # rows that only record (refusals, free calls) are let go beyond it; nothing that moves money is
 UNSTORABLE = Settlement(cost_nano=None, outcome=Outcome(flags=("estimated", "unstorable")))
 FRESH_S = 0.5  # a look at a token: for so long a model that passed a grant in another process may still be held progressively
@@ -88,6 +89,9 @@ class Ledger:
         self._looked_up: dict[str, _LookedUp] = {}
         self._writer = Writer(store, self._deliver)
         self._letting_go = False
+        self._lingering: list[Operation] = []
+        self._lingers_until_s = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
         self._heartbeat: asyncio.Future[None] | None = None
 
     @classmethod
@@ -117,6 +121,7 @@ class Ledger:
         """Write the waiting operations, then close. The next sweep settles the calls that are open then."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
+        self._put_lingering()
         ended = await asyncio.to_thread(self._writer.stop, timeout_s)
         await asyncio.sleep(0)  # the last batch's answers
         if not ended:
@@ -373,6 +378,7 @@ class Ledger:
     ) -> object:
         future: asyncio.Future[object] = self._loop.create_future()
         emit = partial(self._set_answer, future)
+        self._put_lingering()
         self._writer.put(Operation(apply, rank, scopes, asked, instead=instead, wanted=lambda: not future.done(), emit=emit))
         too_late = self._loop.call_later(self._timeout_s, self._give_up, future)
         try:
@@ -397,9 +403,7 @@ class Ledger:
         future: asyncio.Future[object] = self._loop.create_future()
         instead = partial(_end_unstorable, ending=record) if record and record.kind == "settle" else None
         emit = partial(self._set_answer, future)
-        self._writer.put(
-            Operation(apply, RESOLVE, scopes, record, lasting=True, may_linger=True, instead=instead, record=record, emit=emit)
-        )
+        self._put_soon(Operation(apply, RESOLVE, scopes, record, lasting=True, instead=instead, record=record, emit=emit))
         return future
 
     def _record(self, apply: Change, *scopes: str) -> None:
@@ -408,7 +412,31 @@ class Ledger:
             log.error("the ledger %s is behind: refused and free calls are not recorded until it catches up", self._store)
         self._letting_go = full
         if not full:
-            self._writer.put(Operation(apply, RECORD, frozenset(scopes), may_linger=True))
+            self._put_soon(Operation(apply, RECORD, frozenset(scopes)))
+
+    def _put_soon(self, operation: Operation) -> None:
+        """Hand over what nobody waits for together with the next operation that somebody does: the thread wakes and commits once for both.
+
+        Where none comes, it goes by itself when it has lingered for `LINGER_S`.
+        """
+        if not self._lingering:
+            self._lingers_until_s = self._loop.time() + LINGER_S
+        self._lingering.append(operation)
+        if self._alarm is None:
+            self._alarm = self._loop.call_at(self._lingers_until_s, self._on_alarm)
+
+    def _on_alarm(self) -> None:
+        """Hand over what has lingered. Calls in quick succession keep one alarm going, and each of them none of its own."""
+        self._alarm = None
+        if self._lingering and self._loop.time() < self._lingers_until_s:
+            self._alarm = self._loop.call_at(self._lingers_until_s, self._on_alarm)
+        else:
+            self._put_lingering()
+
+    def _put_lingering(self) -> None:
+        for operation in self._lingering:
+            self._writer.put(operation)
+        self._lingering.clear()
 
     def _deliver(self, answers: Sequence[Written]) -> None:
         """Bring a batch's answers to the loop, on the writer's thread."""

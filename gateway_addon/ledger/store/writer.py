@@ -24,7 +24,6 @@ from gateway_addon.ledger.types import LedgerUnavailable, RecordedEnd
 log = logging.getLogger(__name__)
 
 BATCH_MAX = 256
-LINGER_S = 0.01  # how long what nobody waits for (a settlement, a row) waits for a reservation to share its commit
 CROWD = 3  # operations in one batch: a sign of load, under which this commit and the next are worth sharing with those to come
 GATHER_S = 0.004  # how long a crowd waits for company; one commit costs as much processor time as several operations
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -48,8 +47,6 @@ class Operation:
     recorded: bool = False
     wanted: Callable[[], bool] = lambda: True
     """Return False once nobody waits for the answer: the operation is then left out."""
-    may_linger: bool = False
-    """True if nobody waits for the answer: it may linger for a moment, to share another operation's commit."""
     emit: Callable[[object], None] = lambda answer: None
     """Take the answer or the exception, on the thread that `deliver` chose."""
 
@@ -120,15 +117,12 @@ class Writer:
         self._store.close_writer()
 
     def _take(self, wait_s: float | None) -> tuple[list[Operation], bool]:
-        """Take the waiting operations, at most a batch; wait for the first, then a moment for others to share its commit.
+        """Take the waiting operations, at most a batch; wait for the first, and in a crowd for others to share its commit.
 
         The flag says that the end was asked for.
         """
         taken: list[Operation] = []
         stop = self._drain(taken, wait_s)
-        linger_until = time.monotonic() + LINGER_S
-        while taken and not stop and all(each.may_linger for each in taken) and (left_s := linger_until - time.monotonic()) > 0:
-            stop = self._drain(taken, left_s)
         if (self._crowded or len(taken) >= CROWD) and not stop:
             time.sleep(GATHER_S)
             stop = self._drain(taken, 0)

@@ -9,10 +9,10 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from ledgers import until
+from ledgers import CALL, DAY_CAP, NOON, Part, balance, new_ledger, until, url
 from stores import Store
 
-from gateway_addon.ledger import LedgerUnavailable
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store import writer as writer_module
 from gateway_addon.ledger.store.locks import folder
@@ -23,9 +23,9 @@ from gateway_addon.ledger.store.writer import Operation, Writer
 class Asked:
     """An operation that notes on which thread it ran, and its answers."""
 
-    def __init__(self, store, name="row", *, lasting=False, wanted=lambda: True, may_linger=False):
+    def __init__(self, store, name="row", *, lasting=False, wanted=lambda: True):
         self.answers, self.threads, self.name, self._store = [], [], name, store
-        self.operation = Operation(self._apply, 0, lasting=lasting, may_linger=may_linger, wanted=wanted, emit=self.answers.append)
+        self.operation = Operation(self._apply, 0, lasting=lasting, wanted=wanted, emit=self.answers.append)
 
     def _apply(self, db):
         self.threads.append(threading.current_thread())
@@ -107,24 +107,25 @@ async def test_after_a_crowd_the_first_to_come_waits_for_company(monkeypatch):
     assert await stopped(queue)
 
 
-async def test_what_nobody_waits_for_shares_the_next_commit(monkeypatch):
-    """It lingers for a moment, and is written by itself if no other comes."""
-    monkeypatch.setattr(writer_module, "LINGER_S", 20.0)
-    store = Store(scopes_max=None)
-    queue = await ready(store)
-    before = queue._commits
-    settled, reserved = Asked(store, "settled", lasting=True, may_linger=True), Asked(store, "reserved")
-    queue.put(settled.operation)
+async def test_what_nobody_waits_for_shares_the_next_commit(tmp_path, monkeypatch):
+    """It lingers for a moment, and is written by itself if no other comes, and before the end."""
+    monkeypatch.setattr("gateway_addon.ledger.ledger.LINGER_S", 20.0)
+    path = new_ledger(tmp_path, "sqlite")
+    ledger = await Ledger.open(url(path), now=NOON)
+    held = [await ledger.reserve(CALL, 10, DAY_CAP, now=NOON) for _ in range(3)]
+    before = ledger._writer._commits
+    settled = ledger.settle(held[0].call_id, Settlement(1, (Part(1),)), now=NOON)
     await asyncio.sleep(0.02)
-    queue.put(reserved.operation)
-    await asyncio.gather(settled.answer(), reserved.answer())
-    assert queue._commits - before == 1
-    monkeypatch.setattr(writer_module, "LINGER_S", 0.001)
-    queue.put((alone := Asked(store, "alone", lasting=True, may_linger=True)).operation)
-    assert await alone.answer() == "written"
-    queue.put(Asked(store, "last", lasting=True, may_linger=True).operation)
-    assert await stopped(queue)
-    assert store.rows == ["first", "settled", "reserved", "alone", "last"]
+    assert not settled.done()
+    await ledger.reserve(CALL, 10, DAY_CAP, now=NOON)
+    assert (settled.done(), ledger._writer._commits - before) == (True, 1)
+    monkeypatch.setattr("gateway_addon.ledger.ledger.LINGER_S", 0.01)
+    ledger._alarm.cancel()
+    ledger._on_alarm()
+    assert (await ledger.settle(held[1].call_id, Settlement(2, (Part(2),)), now=NOON)).first
+    ledger.settle(held[2].call_id, Settlement(4, (Part(4),)), now=NOON)
+    await ledger.close()
+    assert balance(path) == (7, 10, 1)
 
 
 async def test_what_its_caller_has_left_before_it_began_is_not_written():
@@ -166,7 +167,7 @@ async def test_every_operation_gets_one_true_answer_whatever_fails(seed):
     fails = [chance.choice(["", "", "", "down", "carried out"]) for _ in range(40)]
     store = Store(*fails, scopes_max=None)
     queue = started(store)
-    every = [Asked(store, f"{number}", lasting=chance.random() < 0.5, may_linger=chance.random() < 0.3) for number in range(40)]
+    every = [Asked(store, f"{number}", lasting=chance.random() < 0.5) for number in range(40)]
     for asked in every:
         queue.put(asked.operation)
         await asyncio.sleep(chance.choice([0, 0, 0.001, 0.012]))
