@@ -1,7 +1,6 @@
 """Many callers, several gateways, one cap: it is never passed, and what it allows can be used."""
 
 import asyncio
-import gc
 import json
 import random
 from collections import Counter
@@ -22,19 +21,10 @@ from gateway_addon.ledger.reports import entry_history
 from gateway_addon.money import dollars
 from gateway_addon.simulator import Behaviour, Simulator
 
-# The callers' own library drops its socket when it is cancelled in the middle of connecting. That is no news about the gateways, which are
-# processes of their own here.
-pytestmark = [pytest.mark.longest, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+pytestmark = [pytest.mark.longest, pytest.mark.usefixtures("dropped_sockets"), pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 DOLLAR = 1_000_000_000
 MODEL = "claude-haiku-4-5"
-
-
-@pytest.fixture(autouse=True)
-def collected():
-    """Once nothing of the test is left, its loop neither, those sockets go here, where they are passed over: not in the middle of another."""
-    yield
-    gc.collect()
 
 
 ODD = [
