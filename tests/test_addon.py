@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ledgers import until
 from processes import START_S, free_port, ledgered
 from secret_hunt import found_in
 
+from gateway_addon.ledger import background
+from gateway_addon.proxy.server import assembled
 from gateway_addon.simulator import KEY, Simulator
 
 APPS = {
@@ -150,3 +153,19 @@ async def test_a_policy_with_a_mistake_is_said_with_file_and_line(tmp_path):
     async with mitmdump(tmp_path, gateways, "reverse:http://127.0.0.1:9", "--listen-host", "127.0.0.1", "--listen-port", str(free_port())) as process:
         assert await asyncio.wait_for(process.wait(), 60) == 1
     assert "app.yaml:2: caps.mnth" in (tmp_path / "printed").read_text()
+
+
+async def test_no_read_is_under_way_when_a_gateway_has_ended(tmp_path, monkeypatch):
+    """A thread that the interpreter's end meets in SQLite's code can end a user's mitmdump with a segmentation fault."""
+    monkeypatch.setenv("SIMULATED_KEY", KEY)
+    gateways = ledgered(tmp_path, "http://127.0.0.1:9", APPS)
+    forever = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+    def under_way():
+        return [thread for thread in threading.enumerate() if thread.name == background.NAME]
+
+    async with assembled(tmp_path / "policies", f"sqlite:///{gateways.ledger}"):
+        reading = asyncio.ensure_future(background.read(gateways.ledger, lambda db: db.execute(forever).fetchone()))
+        await until(under_way)
+        reading.cancel()
+    assert not under_way()

@@ -1,12 +1,14 @@
 """Run long reads or changes of an open ledger in a daemon thread with its own connection.
 
-Promises that the event loop, the writer's thread and the end of the process never wait for this work. A caller that is cancelled while
-it waits goes at once, and a file's long statement ends with it. A change that is not committed when the process ends is undone.
+Promises that the event loop and the writer's thread never wait for this work, and the end of the process for a moment only (`ended`). A
+caller that is cancelled while it waits goes at once, and a file's long statement ends with it. A change that is not committed when the
+process ends is undone.
 """
 
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,9 @@ from pathlib import Path
 from gateway_addon.ledger import connect
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.types import ServerAddress
+
+NAME = "ledger-background"
+MOMENT_S = 1.0
 
 type IsStopped = Callable[[], bool]
 """Return whether nobody waits for the answer any more."""
@@ -63,5 +68,16 @@ async def _in_thread[T](work: Callable[[IsStopped], T]) -> T:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(emit, answer)
 
-    threading.Thread(target=run, name="ledger-background", daemon=True).start()
+    threading.Thread(target=run, name=NAME, daemon=True).start()
     return await future
+
+
+async def ended() -> None:
+    """Wait until no work is under way in this process, for a moment at most.
+
+    A thread in the middle of SQLite's or the driver's code when the interpreter ends can end the process with a segmentation fault.
+    """
+    until_s = time.monotonic() + MOMENT_S
+    for thread in threading.enumerate():
+        if thread.name == NAME:
+            await asyncio.to_thread(thread.join, max(0.0, until_s - time.monotonic()))

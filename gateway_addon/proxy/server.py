@@ -29,7 +29,7 @@ from gateway_addon.calls.record import CallRecord, OnCall, Scrape
 from gateway_addon.clocks import SYSTEM
 from gateway_addon.http_client import STRAIGHT, Egress
 from gateway_addon.identity.key_cache import IssuerKeys
-from gateway_addon.ledger import Ledger, ServerAddress
+from gateway_addon.ledger import Ledger, ServerAddress, background
 from gateway_addon.ledger.store.sqlite_files import ledger_path, state_folder
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations import batch_poller, daily_totals_job, issuer_keys, jobs, reload, tracing, webhooks
@@ -258,6 +258,7 @@ async def assembled(
         ):
             yield policy, key, addon
     finally:
+        await background.ended()
         await ledger.close()
 
 

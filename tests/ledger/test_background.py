@@ -114,7 +114,7 @@ async def test_a_files_long_statement_ends_with_its_caller(path):
     forever = asyncio.ensure_future(background.read(path, lambda db: db.execute(FOREVER).fetchone()))
     await asyncio.sleep(0.1)
     forever.cancel()
-    await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "ledger-background"])
+    await until(lambda: not [thread for thread in threading.enumerate() if thread.name == background.NAME])
 
 
 async def test_an_error_of_the_work_is_raised_and_undoes_it(path):
