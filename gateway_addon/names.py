@@ -1,5 +1,5 @@
 """Names that somebody else chose (a client's model, session and agent; an answer's model, stop reason, tier and request id), as they
-are kept and shown; and the one by which this program was called. Pure, but for the environment that says that one.
+are kept and shown; and the one by which this program was called. Pure, but for the environment that says how it was called and installed.
 
 Promises one rule for all of them: at most `NAME_CHARS_MAX` characters, with a visible end where more was cut off; nothing that a
 terminal obeys, a line cannot hold or a database refuses; and no token that was pasted in the wrong place. The work is bounded by
@@ -9,6 +9,7 @@ that length, however long a name came.
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 PROGRAM = os.environ.get("GATEWAY_COMMAND", "gateway")
@@ -41,6 +42,17 @@ def safe_name(text: str) -> str:
 def argument(value: str | Path) -> str:
     """Return a name or a path as a hint's command holds it: a person pastes that into a shell, and clients choose names."""
     return shlex.quote(str(value))
+
+
+def install(*packages: str) -> str:
+    """Return the command that puts packages beside this program: by what it was installed with itself."""
+    names = " ".join(argument(each) for each in packages)
+    if Path(sys.prefix, "pipx_metadata.json").exists():
+        return f"pipx inject gateway-addon {names}"
+    if Path(sys.prefix, "uv-receipt.toml").exists():
+        return f"uv pip install --python {argument(sys.prefix)} {names}"
+    pip = ".venv/bin/pip" if PROGRAM != "gateway" else f"{argument(sys.executable)} -m pip"
+    return f"{pip} install {names}"
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sqlite3
+import sys
 from contextlib import closing
 
 import pytest
@@ -11,6 +12,7 @@ from gateway import gateway
 from ledgers import new_ledger, rows, spend, writing
 from upstreams import message, upstream
 
+from gateway_addon import names
 from gateway_addon.cli.report import report
 from gateway_addon.names import NAME_CHARS_MAX, safe_name
 
@@ -114,3 +116,19 @@ def test_a_report_shows_no_name_of_an_old_ledger_as_it_came(tmp_path, by, form):
     assert "nnn" in shown.output
     assert len(shown.output) < 5000
     assert all(line.isprintable() for line in shown.output.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("left", "program", "command"),
+    [
+        ("pipx_metadata.json", "gateway", "pipx inject gateway-addon 'psycopg[binary]' keyring"),
+        ("uv-receipt.toml", "gateway", "uv pip install --python {prefix} 'psycopg[binary]' keyring"),
+        ("pyvenv.cfg", "gateway", "{python} -m pip install 'psycopg[binary]' keyring"),
+        ("pyvenv.cfg", "./run.sh", ".venv/bin/pip install 'psycopg[binary]' keyring"),
+    ],
+)
+def test_a_package_is_installed_as_the_gateway_was(tmp_path, monkeypatch, left, program, command):
+    (tmp_path / left).touch()
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    monkeypatch.setattr(names, "PROGRAM", program)
+    assert names.install("psycopg[binary]", "keyring") == command.format(prefix=tmp_path, python=sys.executable)

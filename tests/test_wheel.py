@@ -23,6 +23,7 @@ from processes import START_S, free_port
 from gateway_addon.operations import deploy
 
 pytestmark = pytest.mark.longest
+QUIET = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT, "start_new_session": True}
 
 LIBRARIES = sysconfig.get_path("purelib")  # the suite's own environment, in the place of the registry
 
@@ -141,17 +142,58 @@ async def test_its_commands_work_where_there_is_no_clone(machine):
     image = json.loads(next(words for name, words in instructions() if name == "CMD"))
     mitmdump = ["python", "-c", "from mitmproxy.tools.main import mitmdump; mitmdump()", "--mode", "reverse:https://api.anthropic.com"]
     mitmdump += ["--listen-host", "127.0.0.1", "--listen-port", str(other), "--set", f"confdir={machine.folder / 'mitmproxy'}", "-s", script]
-    started = [["gateway", "demo", "--json"], image, mitmdump]
+    started = [["gateway", "demo", "--json"], image, mitmdump, ["gateway", "console", "--listen", "127.0.0.1:0"]]
     environment = machine.environment | {"GATEWAY_LISTEN": f"127.0.0.1:{port}"}
-    quiet = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT, "start_new_session": True}
-    demo, serve, own = [await asyncio.create_subprocess_exec(*command, cwd=machine.folder, env=environment, **quiet) for command in started]
+    demo, serve, own, console = [await asyncio.create_subprocess_exec(*command, cwd=machine.folder, env=environment, **QUIET) for command in started]
     try:
         assert (await answers(serve, port, "/gateway/healthz"))["status"] == "ok"
         assert (await answers(own, other, "/gateway/readyz"))["status"] == "ready"
+        assert b"/login/" in await asyncio.wait_for(console.stdout.readline(), START_S)
         told = json.loads((await asyncio.wait_for(demo.communicate(), 120))[0])
     finally:
-        for process in (demo, serve, own):
+        for process in (demo, serve, own, console):
             if process.returncode is None:
                 process.terminate()
-        ended = [await asyncio.wait_for(process.communicate(), 60) for process in (serve, own)]
+        ended = [await asyncio.wait_for(process.communicate(), 60) for process in (serve, own, console)]
     assert (demo.returncode, serve.returncode, own.returncode) == (0, 0, 0), (told, ended)
+
+
+INSTALLED_BY = re.findall(r"^((pipx|uv) .*install .*\.whl)$", (ROOT / "gateway_addon/docs/running.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("line", "tool"), INSTALLED_BY, ids=[tool for _, tool in INSTALLED_BY])
+async def test_the_handbooks_line_installs_the_wheel(machine, tmp_path, line, tool):
+    """Typed as it stands there, in a home of its own, with packages from the registry; then each command, in another folder."""
+    found = shutil.which(tool)
+    if found is None:
+        pytest.skip(f"{tool} is not installed here: pip install {tool}")
+    home, elsewhere, port = tmp_path / "home", tmp_path / "another folder", free_port()
+    home.mkdir()
+    elsewhere.mkdir()
+    shutil.copy(machine.wheel, tmp_path)
+    path = f"{home}/.local/bin:{Path(found).parent}:/usr/bin:/bin"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GATEWAY_", "XDG_", "PYTHON"))}
+    environment |= {"HOME": str(home), "PATH": path, "LANG": "C.UTF-8", "ANTHROPIC_API_KEY": "sk-ant-none", "GATEWAY_LISTEN": f"127.0.0.1:{port}"}
+    typed = line.replace("python3.13", sys.executable)
+    await asyncio.to_thread(subprocess.run, ["sh", "-ec", typed], cwd=tmp_path, env=environment, check=True, timeout=300)
+
+    def says(*arguments):
+        done = subprocess.run(["gateway", *arguments], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+        return done.stdout
+
+    assert "gateway token issue app" in says("init", "--yes")
+    assert json.loads(says("where", "--json"))["policies"]["place"] == str(home / ".config/gateway/policies")
+    assert says("docs", "running") == (ROOT / "gateway_addon/docs/running.md").read_text()
+    says("demo", "--json")
+    serve = await asyncio.create_subprocess_exec("gateway", "serve", cwd=elsewhere, env=environment, **QUIET)
+    console = await asyncio.create_subprocess_exec("gateway", "console", "--listen", "127.0.0.1:0", cwd=elsewhere, env=environment, **QUIET)
+    try:
+        assert (await answers(serve, port, "/gateway/healthz"))["status"] == "ok"
+        assert b"/login/" in await asyncio.wait_for(console.stdout.readline(), START_S)
+        assert b"gateway console --link" in await console.stdout.readline()
+    finally:
+        for process in (serve, console):
+            process.terminate()
+            await asyncio.wait_for(process.communicate(), 30)
+    assert [each.name for each in elsewhere.iterdir()] == []

@@ -12,7 +12,9 @@ from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.interface import Place, Store
 from gateway_addon.ledger.store.sqlite import FileLedger
 from gateway_addon.ledger.types import LedgerUnavailable, ServerAddress
+from gateway_addon.names import install
 
+DRIVER = "psycopg[binary]"
 type ReadConnection = Connection
 """One moment of a ledger, as `reading` yields it, for rooms that only pass it on."""
 
@@ -24,7 +26,7 @@ def at(place: Path | ServerAddress) -> Place:
     try:
         from gateway_addon.ledger.store.postgres import ServerLedger
     except ImportError as error:
-        raise LedgerUnavailable(f"a ledger on PostgreSQL needs its driver: pip install 'gateway-addon[postgres]' ({error})") from error
+        raise LedgerUnavailable(f"a ledger on PostgreSQL needs its driver: {install(DRIVER)} ({error})") from error
     return ServerLedger(place)
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway_addon.calls.record import CallRecord, OnCall
+from gateway_addon.names import install
 
-PACKAGES = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
-MISSING = f"--otel needs OpenTelemetry, which is not installed: .venv/bin/pip install {PACKAGES}"
+PACKAGES = ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http")
+MISSING = f"--otel needs OpenTelemetry, which is not installed: {install(*PACKAGES)}"
 
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)

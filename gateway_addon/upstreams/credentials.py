@@ -20,6 +20,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from gateway_addon.names import install
 from gateway_addon.policy import Source
 
 COMMAND_TIMEOUT_S = 10
@@ -27,7 +28,7 @@ ASK_AGAIN_S = 60  # at most one command a minute, however often the upstream say
 SECRET_BYTES_MAX = 10_000  # a key has some hundred; what has more, or no end, is the wrong file
 ASK_EVERY_S = 300  # so that a new key is in use before the old one is disabled, and no call meets the 401
 NO_KEYRING = (
-    "The keyring cannot be asked: its package is not installed. Install it beside the gateway (.venv/bin/pip install keyring), or name "
+    f"The keyring cannot be asked: its package is not installed. Install it beside the gateway ({install('keyring')}), or name "
     "your password manager's own program: {command: [...]}."
 )
 

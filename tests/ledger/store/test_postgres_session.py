@@ -83,7 +83,7 @@ def test_without_the_driver_the_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     result = CliRunner().invoke(main, ["doctor", "--offline", "--ledger", "postgresql://db.internal/gateway"])
     assert result.exit_code == 2
-    assert "pip install 'gateway-addon[postgres]'" in result.output
+    assert "pip install 'psycopg[binary]'" in result.output
 
 
 # --- limits and failures
