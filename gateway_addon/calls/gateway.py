@@ -63,7 +63,8 @@ from gateway_addon.messages import wrong_paths
 from gateway_addon.messages.request import ParsedRequest, Request, endpoint_of
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
-from gateway_addon.policy import AppPolicy, GatewayPolicy, all_caps, caps, part_caps, token_cap
+from gateway_addon.policy import AppPolicy, GatewayPolicy, all_caps, caps, name_limit, part_caps, token_cap
+from gateway_addon.pricing import Prices
 from gateway_addon.refusals import ABOUT_LIMITS, Refusal
 
 logger = logging.getLogger(__name__)
@@ -431,13 +432,14 @@ class Gateway:
     async def _standing(self, app: AppPolicy, token: Token, endpoint: str, target: str, now: float) -> OwnResponse | Refusal:
         """Tell an app how its own caps stand: in this gateway's words (`me`) or in those of Claude Code (`usage`).
 
-        `me` shows those of its token too, and of the parts that the query names (`?session=3f2a&user=u1`).
+        `me` shows those of its token too, and of the parts that the query names (`?session=3f2a&user=u1`), where a call of theirs would
+        count now: too many new names share one part.
         """
         limits = tuple(cap for cap in caps(self.policy, app) if cap.scope == app_scope(app.name))
-        call = NewCall(app.name, app.team, token.id, token_cap_nano=token.cap_nano)
-        named = [(kind, safe_name(values[-1])) for kind, values in parse_qs(target.partition("?")[2]).items() if kind != "token"]
-        of_parts = (*part_caps(app, (*named, *call.parts), last_call=True), *token_cap(call))
+        call = _named_call(app, token, target, self.policy.prices)
         try:
+            call = await self.ledger.counted_now(call, tuple(part_caps(app, call.parts, last_call=True)), now=now)
+            of_parts = (*part_caps(app, call.parts, last_call=True), *token_cap(call))
             standings = await self.ledger.standing([app_scope(app.name)], limits, now=now)
             if endpoint == "usage":
                 return OwnResponse(usage(app.name, standings))
@@ -458,6 +460,17 @@ class Gateway:
             self.emit(alerts.key_refused(caller.policy.key, now))
         elif 300 <= status < 400:
             self.emit(alerts.redirected(caller.policy.upstream, status, now))
+
+
+def _named_call(app: AppPolicy, token: Token, target: str, prices: Prices) -> NewCall:
+    """Return a call of the parts that a query names: `?session=3f2a&model=fast&label.client=acme`."""
+    named = {kind: safe_name(values[-1]) for kind, values in parse_qs(target.partition("?")[2]).items()}
+    labels = tuple((kind.removeprefix("label."), value) for kind, value in sorted(named.items()) if kind.startswith("label."))
+    asked = app.models.aliases.get(model, model) if (model := named.get("model")) else None
+    return NewCall(
+        app.name, app.team, token.id, session_id=named.get("session"), agent_id=named.get("agent"), user_id=named.get("user"),
+        labels=labels, model=asked and (prices.canonical(asked) or asked), names=name_limit(app), token_cap_nano=token.cap_nano,
+    )  # fmt: skip
 
 
 async def _visible(caller: Caller, status: int, body: bytes) -> bytes:

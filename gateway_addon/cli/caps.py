@@ -13,7 +13,7 @@ import click
 from gateway_addon.cli.common import PROBLEM, ROW_NUMBER, json_option, ledger_option, policies_option, says_errors, stop, why_option
 from gateway_addon.cli.parts import meant, part_option
 from gateway_addon.cli.times import to_come
-from gateway_addon.ledger import LedgerUnavailable, admin, connect
+from gateway_addon.ledger import LedgerUnavailable, admin, app_scope, connect
 from gateway_addon.ledger.reports import sessions
 from gateway_addon.ledger.reports.forecast import CLOSED_DAYS_MIN, Forecast, forecasts, too_young
 from gateway_addon.ledger.reservations import capped, zone
@@ -120,6 +120,7 @@ def raise_cap(
     part, known = meant(part, place, policies)
     with connect.changing(place) as db:
         scope, calendar = _scope(name, part, db, found), zone(db)
+        _must_stand_alone(db, name, part)
         ends_at = to_come(until, now, calendar)
         _say_unread(name, window, found, scope)
         try:
@@ -182,6 +183,7 @@ def limit(
         if amount_nano is None:
             before = admin.lift_limit(db, scope, window, who=who, why=why, now=now)
         else:
+            _must_stand_alone(db, name, part)
             _say_unread(name, window, found, scope)
             before = changes.limit_cap(db, found, scope, window, amount_nano, who=who, why=why, now=now)
     if lift and before is None:
@@ -209,6 +211,16 @@ def _scope(name: str, part: AppPart | None, db: Connection, found: Outline) -> s
     if part[0] == "token" and all(str(each.id) != part[1] for each in admin.tokens(db, name)):
         raise ValueError(f"token {part[1]} is not one of {name}: {PROGRAM} token list {name}")
     return part_within(scope, part)
+
+
+def _must_stand_alone(db: Connection, name: str, part: AppPart | None) -> None:
+    """Refuse to change the cap of a part whose calls count in another one. Raises ValueError."""
+    if part is not None and (shared := sessions.counted_as(db, name, part)) != part:
+        whose = part_within(app_scope(name), shared)
+        raise ValueError(
+            f"the calls of {named(part_within(app_scope(name), part))} count in {shared[1]!r}, which all names share that came beyond the"
+            f" parts_max of a day: change {typed(whose)}, or raise parts_max in the policy file"
+        )
 
 
 def _is_within(scope: str, wanted: str | None) -> bool:

@@ -16,10 +16,11 @@ from gateway_addon.cli.caps import standing_rows
 from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
 from gateway_addon.cli.scopes import must_know
 from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservations, state
+from gateway_addon.ledger.parts import OTHERS
 from gateway_addon.ledger.reports import sessions as found_in
 from gateway_addon.ledger.reports.sessions import AgentLine, Session, SessionStory
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.ledger.types import TOTAL, part_scope, part_within
+from gateway_addon.ledger.types import TOTAL, part_of, part_scope, part_within
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, safe_name
 from gateway_addon.operations.tables import table
@@ -31,8 +32,8 @@ AGENT_HEADINGS = ("agent", "model", "calls", "refused", "input", "cache read", "
 CAPS_A_LOOK = 100
 """Caps in one statement."""
 
-type CapRows = Mapping[str, Sequence[dict[str, Any]]]
-"""By the scope of a session the rows of its caps (caps.standing_rows)."""
+type CapRows = Mapping[Session, Sequence[dict[str, Any]]]
+"""The rows of each session's caps (caps.standing_rows)."""
 
 
 @click.command(epilog=f"Example: {PROGRAM} sessions --since 15m")
@@ -73,22 +74,19 @@ def sessions(session: str | None, since: str, app: str | None, as_json: bool, po
         click.echo(table(cells, HEADINGS, right=right, drop_empty=empty, spare=("user", "refused")))
 
 
-def _scope(each: Session) -> str:
-    return part_scope(each.app, ("session", each.session))
-
-
 def _caps(db: connect.ReadConnection, policy: Outline, found: Iterable[Session], now: float) -> CapRows:
-    """Return how the sessions stand at their caps; nothing of apps whose policy files cannot be read."""
-    asked = [Cap(scope, *cap) for scope in map(_scope, found) for cap in (policy.caps_of(scope) or {}).items()]
+    """Return how the sessions stand at their caps, or at those that they share; nothing of apps whose policies cannot be read."""
+    scopes = {each: part_scope(each.app, found_in.counted_as(db, each.app, ("session", each.session))) for each in found}
+    asked = [Cap(scope, *cap) for scope in dict.fromkeys(scopes.values()) for cap in (policy.caps_of(scope) or {}).items()]
     rows: dict[str, list[dict[str, Any]]] = {}
     for some in batched(asked, CAPS_A_LOOK):
         for row in standing_rows(db, some, now):
             left_nano = max(0, row["in_force_nano"] - row["spent_nano"] - row["held_nano"])
             rows.setdefault(row["scope"], []).append({name: row[name] for name in CAP_FACTS} | {"left_nano": left_nano})
-    return rows
+    return {each: rows.get(scope, []) for each, scope in scopes.items()}
 
 
-CAP_FACTS = ("window", "policy_nano", "raised_nano", "limit_nano", "in_force_nano", "spent_nano", "held_nano")
+CAP_FACTS = ("scope", "window", "policy_nano", "raised_nano", "limit_nano", "in_force_nano", "spent_nano", "held_nano")
 
 
 def _is_paused(each: Session, paused: Collection[str]) -> bool:
@@ -96,20 +94,21 @@ def _is_paused(each: Session, paused: Collection[str]) -> bool:
 
 
 def _row(each: Session, caps: CapRows, paused: Collection[str]) -> dict[str, object]:
-    own = caps.get(_scope(each), ())
+    own = caps[each]
     return asdict(each) | {"rate_nano": each.rate_nano, "caps": own, "paused": _is_paused(each, paused)}
 
 
 def _cap_text(row: Mapping[str, Any]) -> str:
-    """A cap in force with its window, and by how much it is raised or that it is limited: `$3.00 (+$1.00)`."""
+    """A cap in force with its window, by how much it is raised or that it is limited, and whether other new names share it."""
     when = "" if row["window"] == "ever" else f" {per(row['window'].partition(':')[0])}"
+    shared = ", shared" if (part_of(row["scope"]) or ("", ""))[1] == OTHERS else ""
     is_limited = row["limit_nano"] is not None and row["in_force_nano"] == row["limit_nano"]
     changed = " (limit)" if is_limited else f" (+{dollars(row['raised_nano'])})" if row["raised_nano"] else ""
-    return f"{dollars(row['in_force_nano'])}{when}{changed}"
+    return f"{dollars(row['in_force_nano'])}{when}{changed}{shared}"
 
 
 def _cells(each: Session, caps: CapRows, paused: Collection[str], calendar: tzinfo) -> list[str]:
-    own = caps.get(_scope(each), ())
+    own = caps[each]
     cap, left = ", ".join(map(_cap_text, own)), cents(min(row["left_nano"] for row in own)) if own else ""
     counts = [f"{count:,}" if count else "" for count in (each.agents, each.calls, each.open, each.refused)]
     held = cents(each.held_nano) if each.held_nano else ""
@@ -128,7 +127,7 @@ def _story(each: Session, lines: Sequence[AgentLine], caps: CapRows, calendar: t
     head.append(f"from     {shown(each.started_at, calendar)} to {shown(each.last_at, calendar)}")
     rate = f", {cents(each.rate_nano)} an hour at the pace of the last ten minutes" if each.rate_nano else ""
     head.append(f"spent    {cents(each.spent_nano)} in {each.calls:,} call{'s' * (each.calls != 1)}{rate}")
-    head += [f"cap      {_cap_text(row)}, {cents(row['left_nano'])} left" for row in caps.get(_scope(each), ())]
+    head += [f"cap      {_cap_text(row)}, {cents(row['left_nano'])} left" for row in caps[each]]
     rows = agent_rows(lines)
     empty = ("refused", "cache read", "cache write", "held")
     return "\n".join(head) + "\n\n" + table(rows, AGENT_HEADINGS, right=AGENT_HEADINGS[2:], drop_empty=empty, spare=empty)

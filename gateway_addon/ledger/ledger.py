@@ -325,6 +325,10 @@ class Ledger:
         """Return the standing of each of these caps. Raises LedgerUnavailable."""
         return await self.look(partial(reservations.capped, caps=caps, now=self._at(now)))
 
+    async def counted_now(self, call: NewCall, caps: Sequence[CapShape], *, now: float) -> NewCall:
+        """Return a call with the names under which its parts would count if it came now. Raises LedgerUnavailable."""
+        return await self.look(partial(reservations.counted_now, call=call, caps=caps, now=self._at(now)))
+
     async def forecasts(self, standings: Sequence[Standing], *, now: float) -> tuple[Forecast, ...]:
         """Return the forecast of each standing. Raises LedgerUnavailable."""
         return await self.look(partial(forecasts, standings=standings, now=self._at(now)))

@@ -210,6 +210,11 @@ def write(db: Connection, owner: str, asked: Reservation) -> Reserved | Denied:
     return Reserved(written[0][0], _standings(db, frames, asked.now, calendar[0]), owner)
 
 
+def counted_now(db: Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> NewCall:
+    """Return a call with the names under which its parts would count if it came now. Raises LedgerUnavailable as a reservation does."""
+    return call.counted_in(parts.counted(db, call, caps, starts(now, zone(db)).day).parts)
+
+
 def reserving(asked: Reservation, counted: parts.CountedCall, owner: str, windows: Starts) -> tuple[dict[str, Any], list[CapWindow]]:
     """Return the values of a reservation's statement, and the caps that judge it."""
     call, now = asked.call, asked.now

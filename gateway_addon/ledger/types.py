@@ -6,7 +6,7 @@ Amounts are whole nano-dollars, times are unix seconds (UTC), a scope is `total`
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
@@ -176,6 +176,14 @@ class NewCall:
             ("token", str(self.token_id)), *((f"label.{name}", value) for name, value in self.labels),
         )  # fmt: skip
         object.__setattr__(self, "parts", tuple([(kind, value) for kind, value in known if value]))
+
+    def counted_in(self, parts: Sequence[AppPart]) -> "NewCall":
+        """Return the call with the names of these parts in the place of its own: some of them may be shared with other calls."""
+        named = dict(parts)
+        labels = tuple((name, named.get(f"label.{name}", value)) for name, value in self.labels)
+        return replace(
+            self, session_id=named.get("session"), agent_id=named.get("agent"), user_id=named.get("user"), labels=labels
+        )  # fmt: skip
 
     @property
     def part_scopes(self) -> tuple[str, ...]:

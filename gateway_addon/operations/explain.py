@@ -6,6 +6,8 @@ none of them ended during the wait, and how long that is), by the gateway's own 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +76,8 @@ def explain(
     asked = reading.read("messages", request)
     files = set(asked.found.files) if isinstance(asked, ParsedRequest) else set()
     known = _known(policy, app, request, ledger, files, find_token, now)
-    limits = known.limits
+    request = _sent_with(known.lookup.token, request)
+    asked, limits = reading.read("messages", request), known.limits
     caller = judge_caller(known.lookup, address, request.headers, "messages", policy, now)
     refused = caller.refusal if isinstance(caller, Rejected) else None
     explanation: dict[str, Any] = {
@@ -143,23 +146,36 @@ def _known(
 
     def call_of(token: Token | None) -> tuple[NewCall, tuple[Cap, ...]]:
         token = token or assumed
-        judged = judge_request(app, policy.prices, "messages", request, frozenset(), now)
+        sent = _sent_with(token, request)
+        judged = judge_request(app, policy.prices, "messages", sent, frozenset(), now)
         if isinstance(judged, Refusal):
             return NewCall(app.name, app.team, token.id), caps(policy, app)
-        call = new_call(Caller(app, token, "messages", policy, frozenset(), now), judged, request, "")
-        return call, (*caps(policy, app, call.parts, last_call=call.last_call), *token_cap(call))
+        call = new_call(Caller(app, token, "messages", policy, frozenset(), now), judged, sent, "")
+        return call, caps_of(call)
+
+    def caps_of(call: NewCall) -> tuple[Cap, ...]:
+        return (*caps(policy, app, call.parts, last_call=call.last_call), *token_cap(call))
 
     try:
         with connect.reading(ledger) as db:
             token = assumed if find_token is None else find_token(db)
             call, limits = call_of(token)
-            facts = reservations.facts(db, call, limits, now=now)._replace(token=token)
+            pauses = reservations.facts(db, call, (), now=now).pauses
+            with suppress(LedgerUnavailable):  # the policy is not in force yet, and no balance is kept of what it caps
+                call = reservations.counted_now(db, call, limits, now=now)
+                limits = caps_of(call)
+            facts = reservations.facts(db, call, limits, now=now)._replace(token=token, pauses=pauses)
             lookup = TokenLookup(token, state.pauses(db, now), state.overruns(db))
             return Known(lookup, facts, state.ratelimits(db), ownership.owners(db, files), call, limits)
     except LedgerUnavailable as error:
         call, limits = call_of(assumed)
         untouched = [Standing(cap.scope, cap.window, 0, None, cap.amount_nano, 0, 0, 0, 0, 0) for cap in limits if cap.window != "request"]
         return Known(TokenLookup(assumed), CallFacts(assumed, (), tuple(untouched)), {}, {}, call, limits, str(error))
+
+
+def _sent_with(token: Token | None, request: Request) -> Request:
+    """Return a request with the labels of the token that it is sent with."""
+    return request if token is None or not token.labels else replace(request, fixed_labels=token.labels)
 
 
 def _assumed(app: AppPolicy, known: Known, address: str | None) -> list[str]:

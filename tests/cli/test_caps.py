@@ -14,7 +14,7 @@ from ledgers import CALL, Cap, spend
 
 from gateway_addon.calls.responses import me
 from gateway_addon.cli import main
-from gateway_addon.ledger import Alert, Reserved, admin, connect, reservations, state
+from gateway_addon.ledger import Alert, NameLimit, Reserved, admin, connect, reservations, state
 from gateway_addon.ledger.reports.forecast import forecasts
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.operations import tables
@@ -214,6 +214,21 @@ def test_each_parts_cap_is_raised_limited_listed_and_undone(parted):
 )
 def test_a_parts_cap_that_is_not_there_is_not_changed(parted, line, sentence):
     assert sentence in refused(line)
+
+
+def test_a_session_beyond_a_days_names_is_shown_where_it_counts(parted):
+    """Its own cap would change nothing: the command says whose cap would."""
+    names = NameLimit(0, frozenset(), frozenset(("session",)))
+    with connect.changing(parted / "gateway.db") as db:
+        spend(db, time.time(), DOLLAR, replace(CALL, app="coder", team=None, token_id=2, session_id="late", names=names))
+    said = refused("cap raise coder ever 1 --session late --until 1h")
+    assert "the calls of session late of coder count in 'others'" in said
+    assert "change coder --session others, or raise parts_max" in said
+    with connect.changing(parted / "gateway.db") as db:
+        admin.raise_cap(db, "app:coder session:others", "ever", DOLLAR, until=time.time() + 60, who="test", now=time.time())
+    [cap] = next(each for each in told("sessions") if each["session"] == "late")["caps"]
+    assert (cap["scope"], cap["in_force_nano"], cap["left_nano"]) == ("app:coder session:others", 3 * DOLLAR, 2 * DOLLAR)
+    assert "$3.00 (+$1.00), shared" in gateway("sessions").output
 
 
 def test_sessions_and_tokens_show_their_cap_and_what_is_left(parted):

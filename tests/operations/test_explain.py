@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from ledgers import new_file
 
 from gateway_addon.cli.explain import explain
-from gateway_addon.ledger import Ledger, NewCall, Reserved, admin, connect
+from gateway_addon.ledger import Ledger, NameLimit, NewCall, Reserved, admin, connect, reservations
 
 PLAIN: dict[str, Any] = {"model": "claude-haiku-4-5", "max_tokens": 1000, "messages": [{"role": "user", "content": "hello"}]}
 
@@ -117,6 +117,24 @@ def test_a_request_is_judged_as_its_sessions_too(folder: Path):
     assert "app_paused: Session 3f2a of app reports is paused until it is resumed" in paused.replace("session 3f2a of", "Session 3f2a of")
     of_a_user = explained(folder, PLAIN | {"metadata": {"user_id": "u"}}).output
     assert "user u of any app is paused until it is resumed. The operator can end it: gateway resume --user u." in of_a_user
+
+
+def test_a_request_has_its_tokens_labels_and_counts_with_others(folder: Path):
+    """A required label is the token's; a session beyond a day's new names stands under the cap that these share."""
+    file = folder / "apps" / "reports.yaml"
+    file.write_text(file.read_text() + "parts_max: 1\neach: {session: {ever: $1}}\nlabels: {client: {values: [acme], required: true}}\n")
+    with connect.changing(new_file(folder)) as db:
+        labelled = admin.issue_token(db, "reports", "01" * 32, labels=(("client", "acme"),), who="test", now=time.time())
+        admin.align(db, "UTC", {"reports": None}, (), {("reports", "session", "ever")}, who="test", now=time.time())
+        names = NameLimit(1, frozenset(), frozenset(("session",)))
+        for number in range(2):
+            call = NewCall("reports", None, labelled.id, session_id=f"s{number}", names=names)
+            assert isinstance(reservations.reserve(db, "me", call, 999_999_999, (), now=time.time()), Reserved)
+    session = ("--header", "x-claude-code-session-id: s1")
+    assert "label: " in explained(folder, PLAIN, *session).output
+    found = explained(folder, PLAIN, *session, "--token", str(labelled.id))
+    assert "app:reports session:others ever" in found.output
+    assert "refused: cap_held: Of the cap of session others of app reports" in found.output, found.output
 
 
 def test_an_alias_shows_as_rewritten(folder: Path):

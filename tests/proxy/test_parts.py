@@ -85,6 +85,7 @@ async def test_each_part_of_an_app_meets_its_own_cap(tmp_path):
         await call(client, x_gateway_label_client="beta")
 
         async with httpx2.AsyncClient(base_url=gw.url, headers={"x-api-key": gw.tokens["coder"]}) as http:
+            assert (await http.get("/gateway/me?model=fast")).json()["parts"][0]["value"] == HAIKU, "an alias is its model"
             me = (await http.get("/gateway/me?session=s1&model=claude-sonnet-5")).json()
             assert [(each["part"], each["value"], each["window"], each["cap"]) for each in me["parts"]] == [
                 ("session", "s1", "ever", "$0.004"), ("model", SONNET, "day", "$9.00")

@@ -226,11 +226,27 @@ def named(db: Connection, text: str) -> str:
 
 def seen(db: Connection, part: AppPart) -> bool:
     """Return whether one of the latest calls belongs to a part of an app: an agent, a user, a label."""
+    latest = f"SELECT 1 FROM calls WHERE id > (SELECT max(id) FROM calls) - {LATEST} AND {_column(db, part[0])} = $1 LIMIT 1"
+    return bool(db.execute(latest, (part[1],)).fetchall())
+
+
+def counted_as(db: Connection, app: str, part: AppPart) -> AppPart:
+    """Return the part in which the latest call of this part was counted: itself, or the one that it shares with other new names."""
     kind, value = part
+    if kind in ("model", "token"):
+        return part
+    since = "" if kind == "session" else f"AND id > (SELECT max(id) FROM calls) - {LATEST}"
+    found = db.execute(f"""
+    SELECT {db.engine.json_value.format("app_parts", f"'{kind}'")} FROM calls
+    WHERE {_column(db, kind)} = $1 AND app = $2 AND app_parts IS NOT NULL {since} ORDER BY id DESC LIMIT 1
+    """, (value, app)).fetchone()  # fmt: skip
+    return kind, found[0] if found and found[0] else value
+
+
+def _column(db: Connection, kind: str) -> str:
+    """Return the column of the name of a part. Raises ValueError for a label that is no name."""
     columns = {"agent": "agent_id", "user": "user_id", "session": "session_id"}
-    column = columns[kind] if kind in columns else label_column(db.engine, kind.removeprefix("label."))
-    latest = f"SELECT 1 FROM calls WHERE id > (SELECT max(id) FROM calls) - {LATEST} AND {column} = $1 LIMIT 1"
-    return bool(db.execute(latest, (value,)).fetchall())
+    return columns[kind] if kind in columns else label_column(db.engine, kind.removeprefix("label."))
 
 
 def tree(lines: Sequence[AgentLine]) -> Iterator[tuple[int, str | None, list[AgentLine]]]:
