@@ -32,7 +32,7 @@ UPDATE owners SET commits = $1, lease_until = extract(epoch FROM clock_timestamp
 WHERE id = $3 AND commits < $1 AND lease_until > extract(epoch FROM clock_timestamp()) AND (SELECT count(*) FROM migrations) <= $4
 RETURNING lease_until
 """
-PAUSABLE = "scope = ANY (ARRAY(SELECT json_array_elements_text(item.pausable)))"
+PAUSABLE = "scope = ANY (item.pausable)"
 _CAP = "column1 text, column2 text, column3 bigint, column4 bigint"
 CAPS = f"json_to_recordset(item.caps) AS asked ({_CAP})"
 """The caps of a reservation. Those of parts have a `kind` too."""
@@ -54,7 +54,7 @@ _WHOLES = (
 )  # fmt: skip
 _ITEM = ", ".join(
     [f'"{name}" {kind}' for kind, names in (("text", _TEXTS), ("double precision", _TIMES), ("bigint", _WHOLES)) for name in names]
-    + ["caps json", "pausable json", "parts json", "named json"]
+    + ["caps json", "pausable text[]", "parts json", "named json"]
 )
 
 
@@ -77,10 +77,19 @@ def _numbered(text: str, *values: str) -> str:
 
 
 def _rows(text: str) -> str:
+    """Return an expression for all rows of a statement, each as a JSON object."""
     return f"(SELECT coalesce(json_agg(row_to_json(its_row)), '[]') FROM ({text.strip()}) AS its_row)"
 
 
 _ITEM_APP = 'item."app"'
+_JUDGED = f"({reservations.STANDINGS}) AS standing"
+# The standings by which a reservation is judged are read once, and come back with its number: as they are with it.
+RESERVE = f"""
+WITH judged AS MATERIALIZED ({reservations.STANDINGS})
+{reservations.RESERVE.replace(_JUDGED, "judged AS standing").strip()},
+  (SELECT json_agg(json_build_array(scope, "window", window_start, cap_nano, raised_nano, spent_nano, reserved_nano + $grant_nano,
+    quantum_nano + $own_quantum_nano, open + 1, limit_nano)) FROM judged)
+"""
 # What `parts.counted` does, for a call with caps on its parts: `names_max` and, in order, the `named` ones whose names clients choose.
 COUNTED = f"""
         IF EXISTS (SELECT 1 FROM json_to_recordset(item.caps) AS asked (kind text, column2 text)
@@ -115,6 +124,7 @@ DECLARE
   its_lease double precision;
   item record;
   its_id bigint;
+  its_standings json;
   its_held bigint;
   its_spent bigint;
   its_flags text;
@@ -143,10 +153,10 @@ BEGIN
       IF item.names_max IS NOT NULL THEN
         {COUNTED}
       END IF;
-      {_of_item(reservations.RESERVE)} INTO its_id;
+      {_of_item(RESERVE)} INTO its_id, its_standings;
       IF its_id IS NOT NULL THEN
         IF its_new > 0 THEN {_of_item(parts.NAMED.text, names="its_new")}; END IF;
-        answers := answers || json_build_object('id', its_id, 'shared', its_shared, 'standings', {_rows(_of_item(reservations.STANDINGS))});
+        answers := answers || json_build_object('id', its_id, 'shared', its_shared, 'standings', coalesce(its_standings, '[]'));
       ELSE
         answers := answers || json_build_object('shared', its_shared, 'standings', {_rows(_of_item(reservations.STANDINGS))},
           'token', {_rows(_numbered(reservations.ITS_TOKEN, "item.token_id", _ITEM_APP))},
@@ -173,8 +183,10 @@ BEGIN
             END IF;
           END IF;
           INSERT INTO usage SELECT item.call_id, billed.* FROM json_to_recordset(item.parts) AS billed ({_PART});
-          INSERT INTO usage SELECT item.call_id, item.parts_count, 'estimate', NULL, 0, 0, 0, 0, 0, 0, 0, its_spent - item.parts_nano, NULL
-            WHERE its_spent <> item.parts_nano;
+          IF its_spent <> item.parts_nano THEN
+            INSERT INTO usage VALUES
+              (item.call_id, item.parts_count, 'estimate', NULL, 0, 0, 0, 0, 0, 0, 0, its_spent - item.parts_nano, NULL);
+          END IF;
         END IF;
         {_of_item(reservations.FINISH.text, flags="its_flags")};
         answers := answers || json_build_array(its_held, its_spent);
@@ -187,17 +199,17 @@ END $batch$
 
 
 class _Told:
-    """Rows that came with a batch's answer, as a connection gives them."""
+    """Rows that came with a batch's answer, by name or by position, as a connection gives them."""
 
     engine: Engine = engines.POSTGRESQL
 
-    def __init__(self, rows: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
+    def __init__(self, rows: Mapping[str, Sequence[Mapping[str, object] | Sequence[object]]]) -> None:
         self._rows = rows
 
     def execute(self, statement: str | Statement, values: object = ()) -> "_ToldRows":
         names = {reservations.ITS_TOKEN: "token", state.PAUSES: "pauses", reservations.IN_FLIGHT: "open", reservations.COUNTED: "counted"}
         name = names[statement] if isinstance(statement, str) else "standings"
-        return _ToldRows([tuple(row.values()) for row in self._rows[name]])
+        return _ToldRows([tuple(row.values() if isinstance(row, dict) else row) for row in self._rows[name]])
 
     def executemany(self, statement: str, rows: object) -> None:
         raise TypeError("what came with an answer can only be read")
