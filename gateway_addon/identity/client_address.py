@@ -17,9 +17,11 @@ type IpNetwork = IPv4Network | IPv6Network
 
 def origin(peer: str, headers: tuple[tuple[str, str], ...], trusted: Collection[IpNetwork]) -> str:
     """Return the caller's address. Each proxy adds its peer at the right: read from there while the writer is trusted."""
+    if not trusted:
+        return _shown(peer)
     at = _parsed(peer)
-    if not trusted or at is None:
-        return peer if at is None else str(at)
+    if at is None:
+        return peer
     hops = [hop.strip() for name, value in headers if name == FORWARDED_FOR for hop in value.split(",")]
     while hops and within(at, trusted) and (before := _parsed(hops.pop())) is not None:
         at = before
@@ -33,6 +35,11 @@ def within(address: str | IpAddress, networks: Collection[IpNetwork]) -> bool:
 
 
 @lru_cache(1024)  # the few that call, again and again
+def _shown(text: str) -> str:
+    return str(_parsed(text) or text)
+
+
+@lru_cache(1024)
 def _parsed(text: str) -> IpAddress | None:
     """Return an address, or None. An IPv4-mapped IPv6 address (a listener on `::` sees them) becomes IPv4."""
     try:

@@ -258,7 +258,7 @@ def caps(policy: GatewayPolicy, app: AppPolicy, parts: Iterable[AppPart] = (), *
 
 def part_caps(app: AppPolicy, parts: Iterable[AppPart], *, last_call: bool) -> Iterator[Cap]:
     """Yield the caps of parts of an app, without the shares that are kept for last calls unless this is one."""
-    for kind, value in parts:
+    for kind, value in parts if app.each or app.models.caps else ():
         found = caps_of_part(app, kind, value)
         for window, whole_nano in found.caps.items():
             kept_nano = 0 if last_call else last_call_share(whole_nano, found)
@@ -277,6 +277,8 @@ def caps_by_model(app: AppPolicy) -> bool:
 
 def name_limit(app: AppPolicy) -> NameLimit:
     """Return how many names of parts an app's clients may bring, and the kinds of parts whose names are the operator's own."""
+    if not app.each:
+        return NameLimit(app.parts_max)
     free = {name for name, rule in app.labels.items() if rule.sources != ("token",) and re.search(r"[*?[]", "".join(rule.values))}
     bounded = {kind for kind in app.each if kind.startswith("label.") and kind.removeprefix("label.") not in free}
     kept = frozenset(kind for kind, each in app.each.items() if each.caps)

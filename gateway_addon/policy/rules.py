@@ -146,21 +146,24 @@ def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> RuleVerdic
     """Judge a model by its canonical id: no spelling makes it another model, and a denied name is denied in each."""
     shown = asked if where == "model" else f"{asked} ({where})"
     canonical = prices.canonical(asked)
-    allowed = f"allowed: {_listed(app.models.allow)} ({app.file} models.allow)"
     if canonical is None:
-        return RuleVerdict("models", f"{app} asks for {asked[:100]!r} ({where}), which is no known model; {allowed}", "model")
+        return RuleVerdict("models", f"{app} asks for {asked[:100]!r} ({where}), which is no known model; {_models_of(app)}", "model")
     for pattern in app.models.deny:
         if fnmatchcase(asked, pattern) or fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern):
             denied = f"{app} may not use {shown}, denied by {pattern} ({app.file} models.deny)"
-            return RuleVerdict("models", f"{denied}; {allowed}", "model")
+            return RuleVerdict("models", f"{denied}; {_models_of(app)}", "model")
     if not any(fnmatchcase(canonical, pattern) or canonical == prices.canonical(pattern) for pattern in app.models.allow):
-        return RuleVerdict("models", f"{app} may not use {shown}; {allowed}", "model")
+        return RuleVerdict("models", f"{app} may not use {shown}; {_models_of(app)}", "model")
     if app.models.moving != "pass" and prices.moves(asked):
         known = prices.snapshot(asked)
         instead = f"ask for {known}" if known else "ask for a dated id"
         sentence = f"{app} may not use {shown}, a name that the provider may move to another model; {instead}"
         return RuleVerdict("models", f"{sentence} ({app.file} models.moving)", "model")
     return RuleVerdict("models", f"{shown} is {canonical}, which {app} may use")
+
+
+def _models_of(app: AppPolicy) -> str:
+    return f"allowed: {_listed(app.models.allow)} ({app.file} models.allow)"
 
 
 def _reachable(app: AppPolicy, reading: ParsedRequest) -> Iterator[tuple[str, str]]:
