@@ -15,6 +15,7 @@ from gateway_addon.cli.report import csv_text
 from gateway_addon.cli.scopes import must_know
 from gateway_addon.ledger import LedgerUnavailable, connect, reservations
 from gateway_addon.ledger.reports import sessions, spending
+from gateway_addon.ledger.reports.call_sums import Only
 from gateway_addon.ledger.reports.invoice import InvoiceLine
 from gateway_addon.ledger.reports.invoice import invoice as invoice_lines
 from gateway_addon.ledger.store import sqlite_files
@@ -60,7 +61,7 @@ def invoice(
         calendar = reservations.zone(db)
         since, until = _span(month, time.time(), calendar)
         wanted = None if app is None else must_know(app, db, policies)
-        only = spending.Only(wanted, session=session and sessions.named(db, session), user=user, labels=labels)
+        only = Only(wanted, session=session and sessions.named(db, session), user=user, labels=labels)
         found = invoice_lines(db, since=since, until=until, by=by, only=only)
         lines = [each._replace(key=safe_name(spending.shown(db, by, each.key)), model=safe_name(each.model)) for each in found]
     rows = [_row(each, by, markup_parts) for each in lines]

@@ -21,8 +21,9 @@ from gateway_addon.cli.labels import label_option
 from gateway_addon.cli.scopes import must_know
 from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservations
 from gateway_addon.ledger.reports import daily_totals, sessions, spending
+from gateway_addon.ledger.reports.call_sums import EVERY, REPORTED, Key, Only
 from gateway_addon.ledger.reports.forecast import CLOSED_DAYS_MIN, Forecast, forecasts, too_young
-from gateway_addon.ledger.reports.spending import DriftLine, Key, Notable, Only, Report, ReportLine
+from gateway_addon.ledger.reports.spending import DriftLine, Notable, Report, ReportLine
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.types import TOTAL, Labels
 from gateway_addon.money import cents, dollars
@@ -103,20 +104,20 @@ def report(
             app and must_know(app, db, policies), team and scope_of(f"team:{team}", db, outline(policies)).removeprefix("team:"), model,
             session and sessions.named(db, session), user, labels,
         )  # fmt: skip
-    if (alerts or notable) and only != spending.EVERY:
+    if (alerts or notable) and only != EVERY:
         raise click.UsageError("--notable and --alerts are about all calls: leave --app and what else chooses calls out.")
-    if not alerts and not notable and then is None and only == spending.EVERY and key in spending.GROUPINGS:
+    if not alerts and not notable and spending.reads_days(key, then, only):
         with contextlib.suppress(LedgerUnavailable):  # where nothing can be written, every call is read
-            daily_totals.keep(path, key, since=start, until=end, now=now)
+            daily_totals.keep(path, since=start, until=end, now=now)
     with connect.reading(path) as db:
         if alerts:
             _show_alerts(spending.alerts(db, since=start, until=end), calendar, as_json, as_csv)
         elif notable:
             found = _notable(spending.notable(db, since=start, until=end))
-            click.echo(json.dumps(found and asdict(found)) if as_json else _sentences(found, start, calendar))
+            click.echo(json.dumps(found and _facts(found)) if as_json else _sentences(found, start, calendar))
         else:
             drifts = (
-                [_named(each) for each in spending.drifts(db, since=start, until=end)] if key == "served" and only == spending.EVERY else []
+                [_named(each) for each in spending.drifts(db, since=start, until=end)] if key == "served" and only == EVERY else []
             )
             found_report = _report(spending.report(db, key, since=start, until=end, then=then, only=only))
             is_this_month = key == "app" and then is None and not (since or until or last) and only == Only(only.app)
@@ -166,7 +167,7 @@ def _at_end_nano(key: str, coming: Coming) -> int | None:
 
 def _report(found: Report) -> Report:
     before = {_safe(key): spent_nano for key, spent_nano in found.before.items()}
-    return replace(found, lines=tuple(replace(line, key=_safe(line.key)) for line in found.lines), before=before)
+    return replace(found, lines=tuple(line._replace(key=_safe(line.key)) for line in found.lines), before=before)
 
 
 def _safe(key: str) -> str:
@@ -179,7 +180,7 @@ def _named(drift: DriftLine) -> DriftLine:
 
 
 def _notable(found: Notable | None) -> Notable | None:
-    return found and replace(found, model=safe_name(found.model), line=replace(found.line, key=safe_name(found.line.key)))
+    return found and replace(found, model=safe_name(found.model), line=found.line._replace(key=safe_name(found.line.key)))
 
 
 def _show(found: Report, coming: Coming, drifts: list[DriftLine], calendar: tzinfo, as_json: bool, as_csv: bool) -> None:
@@ -238,7 +239,7 @@ def _cells(line: ReportLine, before: dict[str, int], coming: Coming) -> list[str
         "" if at_end_nano is None else cents(at_end_nano),
         cents(line.held_nano) if line.held_nano else "",
         "" if line.mean_nano is None else cents(line.mean_nano),
-        _percent(line.cache_hit_share),
+        _percent(line.cache_share),
         _percent(line.output_share),
         f"{line.refused:,}" if line.refused else "",
         _change(line.spent_nano, before.get(line.key, 0)),
@@ -257,10 +258,19 @@ def _change(spent_nano: int, before_nano: int) -> str:
     return f"{(spent_nano - before_nano) / before_nano:+.0%}"
 
 
+def _reported(line: ReportLine) -> dict[str, object]:
+    return {name: getattr(line, name) for name in REPORTED}
+
+
+def _facts(found: Notable) -> dict[str, object]:
+    said = {"app": found.app, "model": found.model, "asked_tokens": found.asked_tokens}
+    return said | {"line": _reported(found.line), "rest": _reported(found.rest)}
+
+
 def _figures(line: ReportLine, before: dict[str, int], coming: Coming) -> dict[str, object]:
-    shares = {"mean_nano": line.mean_nano, "cache_hit_share": line.cache_hit_share, "output_share": line.output_share}
+    shares = {"mean_nano": line.mean_nano, "cache_hit_share": line.cache_share, "output_share": line.output_share}
     later = {"forecast_nano": _at_end_nano(line.key, coming)} if coming else {}
-    return asdict(line) | shares | {"spent_before_nano": before.get(line.key, 0)} | later
+    return _reported(line) | shares | {"spent_before_nano": before.get(line.key, 0)} | later
 
 
 def _document(found: Report, coming: Coming) -> dict[str, object]:
@@ -318,14 +328,13 @@ def _reasons(line: ReportLine, rest: ReportLine) -> list[str]:
     if line.mean_nano and rest.mean_nano and line.mean_nano > rest.mean_nano:
         ratio = line.mean_nano / rest.mean_nano
         reasons.append(f"A call costs {dollars(line.mean_nano)}, {ratio:.1f} times the mean of all others ({dollars(rest.mean_nano)}).")
-    if line.settled and line.cache_hit_share is not None and line.cache_hit_share < 0.1:
-        prompt_tokens = line.input_tokens + line.cache_read_tokens + line.cache_write_tokens
-        if prompt_tokens >= 2048 * line.settled:  # below it hardly any model caches
-            reasons.append(
-                f"Its prompts are {prompt_tokens // line.settled:,} tokens on average and {line.cache_hit_share:.0%} come from the cache:"
-                " if they begin alike, caching that part cuts its price to a tenth."
-            )
-    if line.output_tokens and line.output_tokens > line.input_tokens + line.cache_read_tokens + line.cache_write_tokens:
+    long_prompts = line.settled and line.prompt_tokens >= 2048 * line.settled  # below it hardly any model caches
+    if long_prompts and line.cache_share is not None and line.cache_share < 0.1:
+        reasons.append(
+            f"Its prompts are {line.prompt_tokens // line.settled:,} tokens on average and {line.cache_share:.0%} come from the cache:"
+            " if they begin alike, caching that part cuts its price to a tenth."
+        )
+    if line.output_tokens and line.output_tokens > line.prompt_tokens:
         reasons.append(f"It writes more than it reads: {line.output_tokens // max(1, line.settled):,} output tokens a call.")
     if line.estimated:
         reasons.append(f"{line.estimated:,} of its calls are estimates, booked at what was reserved.")

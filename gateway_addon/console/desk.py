@@ -10,11 +10,12 @@ from typing import Any
 
 from gateway_addon.console import charts, sums
 from gateway_addon.console.ranges import Range
-from gateway_addon.ledger import Pause, ServerAddress, Standing, app_scope, connect, reservations, state, team_scope
+from gateway_addon.ledger import Pause, ServerAddress, Standing, admin, app_scope, connect, reservations, state, team_scope
 from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.maintenance import invariants
-from gateway_addon.ledger.reports import call_detail, day_cache, forecast, spending
-from gateway_addon.ledger.reports.day_cache import Cached, CachedDay, DayCache
+from gateway_addon.ledger.reports import call_detail, forecast, spending
+from gateway_addon.ledger.reports.call_sums import EVERY, Billed, Day, Only
+from gateway_addon.ledger.reports.day_reader import DayReader
 from gateway_addon.ledger.reports.forecast import Forecast
 from gateway_addon.ledger.types import part_of
 from gateway_addon.policy import GatewayPolicy, caps, part_caps
@@ -131,21 +132,21 @@ class Days:
     """The days of a range, and of the range before."""
 
     zone: tzinfo
-    days: tuple[CachedDay, ...]
-    before: tuple[CachedDay, ...]
+    days: tuple[Day, ...]
+    before: tuple[Day, ...]
 
-    def sheet(self, only: sums.About = sums.About(), stacked: str = "asked") -> sums.Sheet:  # noqa: B008
+    def sheet(self, only: Only = EVERY, stacked: str = "asked") -> sums.Sheet:
         return sums.sheet(self.days, self.before, self.zone, only, stacked)
 
 
-def days_of(db: connect.ReadConnection, memory: DayCache, asked: Range, now: float) -> Days:
+def days_of(db: connect.ReadConnection, memory: DayReader, asked: Range, now: float) -> Days:
     found = memory.between(db, min(asked.before_since, asked.since), asked.until, now)
     before = tuple(day for day in found if asked.before_since <= day.start < asked.before_until)
     return Days(reservations.zone(db), tuple(day for day in found if day.start >= asked.since), before)
 
 
 def look(
-    db: connect.ReadConnection, policy: GatewayPolicy, memory: DayCache, ledger: Path | ServerAddress, asked: Range, now: float
+    db: connect.ReadConnection, policy: GatewayPolicy, memory: DayReader, ledger: Path | ServerAddress, asked: Range, now: float
 ) -> Desk:
     """Return the whole desk at `now`. `ledger`: where it lies, to tell which processes are alive."""
     days = days_of(db, memory, asked, now)
@@ -162,7 +163,7 @@ def look(
         tuple(each for each in dearest if each.scope.startswith("app:")),
         forecast.forecasts(db, [each for each in owned[0].standings if each.window == "month"], now=now)[0],
         days.sheet(),
-        cache_savings([cached for day in days.days for cached in day.cached], policy.prices, now),
+        cache_savings([billed for day in days.days for billed in day.billed], policy.prices, now),
         tuple(each for each in state.pauses(db, now) if part_of(each.scope)),
         tuple(call_detail.refused_lately(db, since=now - LATELY_S)),
         tuple(call for call in invariants.open_calls(db, connect.death_check(ledger, db), now=now) if call.call_id not in held_by_batches),
@@ -181,13 +182,13 @@ def grouped(alerts: Sequence[dict[str, Any]]) -> tuple[AlertGroup, ...]:
     return tuple(sorted(groups, key=lambda each: (-each.newest["at"], -each.newest["id"])))
 
 
-def cache_savings(cached: Iterable[Cached], prices: Prices, now: float) -> int:
+def cache_savings(billed: Iterable[Billed], prices: Prices, now: float) -> int:
     """Return the money that the prompt cache saved, less the extra cost of its writes.
 
     At list prices, without the modifiers of single calls.
     """
     saved = 0
-    for each in cached:
+    for each in billed:
         row = prices.row(each.model, now)
         if row is not None:
             rate = row.rates
@@ -200,7 +201,7 @@ def cache_savings(cached: Iterable[Cached], prices: Prices, now: float) -> int:
 
 def owners(db: connect.ReadConnection, policy: GatewayPolicy, now: float) -> tuple[Owner, ...]:
     """Return the total, then every team of the policy, then every app of the policy and every one that the ledger still knows."""
-    names = sorted({*policy.apps, *day_cache.apps(db)})
+    names = sorted({*policy.apps, *admin.booked_apps(db)})
     scopes = ["total", *(team_scope(team) for team in sorted(policy.teams)), *(app_scope(app) for app in names)]
     limits = {cap for app in policy.apps.values() for cap in caps(policy, app)}
     standings = reservations.standing(db, scopes, sorted(limits), now=now)

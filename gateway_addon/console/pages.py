@@ -13,11 +13,11 @@ from flask import Flask, Response, abort, make_response, render_template, reques
 from gateway_addon.calls.record import METRICS_TYPE
 from gateway_addon.console import actions, charts, desk, listing, metrics, ranges
 from gateway_addon.console.login import Login
-from gateway_addon.console.sums import About
 from gateway_addon.ledger import ServerAddress, admin, connect, reservations, state
 from gateway_addon.ledger.reports import call_detail, sessions, spending
 from gateway_addon.ledger.reports.call_detail import NEWEST, STATES, CallFilter
-from gateway_addon.ledger.reports.day_cache import DayCache
+from gateway_addon.ledger.reports.call_sums import Only
+from gateway_addon.ledger.reports.day_reader import DayReader
 from gateway_addon.ledger.reports.forecast import forecasts
 from gateway_addon.ledger.types import app_scope, enclosing, part_of, part_scope
 from gateway_addon.money import cents, dollars
@@ -79,7 +79,7 @@ class Console:
     policies: Policies
     login: Login
     clock: Callable[[], float] = time.time
-    memory: DayCache = field(default_factory=DayCache)
+    memory: DayReader = field(default_factory=DayReader)
     metrics_token: str | None = field(default=None, repr=False)
     """The bearer token of a scraper; None: there are no metrics."""
     may_write: bool = False
@@ -128,7 +128,7 @@ def app(console: Console, name: str) -> Response:
         owner = next((each for each in desk.owners(db, console.policies(), now) if each.scope == scope), None)
         if owner is None and name not in admin.apps(db):
             abort(404)
-        sheet = desk.days_of(db, console.memory, within, now).sheet(About(app=name))
+        sheet = desk.days_of(db, console.memory, within, now).sheet(Only(app=name))
         newest = call_detail.search(db, CallFilter(app=name, since=within.since, until=within.until), most=NEWEST_CALLS)
         return page(
             "app.html", db, within, name=name, owner=owner, sheet=sheet, calls=newest.calls,
@@ -143,7 +143,7 @@ def model(console: Console, name: str) -> Response:
     now = console.clock()
     with connect.reading(console.ledger) as db:
         within = range_of(db, request.args, now)
-        sheet = desk.days_of(db, console.memory, within, now).sheet(About(model=name), stacked="app")
+        sheet = desk.days_of(db, console.memory, within, now).sheet(Only(model=name), stacked="app")
         newest = call_detail.search(db, CallFilter(model=name, since=within.since, until=within.until), most=NEWEST_CALLS)
         row = console.policies().prices.row(name, now)
         return page("model.html", db, within, name=name, sheet=sheet, calls=newest.calls, row=row)
@@ -219,14 +219,15 @@ def calls(console: Console) -> Response:
         found = call_detail.search(db, wanted.filter)
         listed = listing.ordered(found.calls, wanted)
         start = (wanted.page - 1) * listing.PAGE
-        whole = days.sheet(About(wanted.filter.app, wanted.filter.model)) if wanted.given.keys() <= {"app", "model"} else None
+        whole = days.sheet(_chosen(wanted.filter)) if wanted.given.keys() <= {"app", "model"} else None
         lines = [line for day in days.days for line in day.lines]
         return page(
             "calls.html", db, within, calls=listed[start : start + listing.PAGE], wanted=wanted, totals=listing.totals(found.calls),
             whole=whole, more=len(listed) > start + listing.PAGE, rest=found.rest, looked=found.looked,
             is_cut=len(found.calls) >= call_detail.FOUND_MAX, before=request.args.get("before"),
-            apps=sorted({*console.policies().apps, *admin.apps(db)}), models=sorted({line.asked for line in lines})[:NAMES_MAX],
-            states=STATES, refusals=sorted({each.code for day in days.days for each in day.refused if each.app}),
+            apps=sorted({*console.policies().apps, *admin.apps(db)}), states=STATES,
+            models=sorted({line.key.asked for line in lines if line.calls})[:NAMES_MAX],
+            refusals=sorted({line.key.refusal for line in lines if line.refused}),
         )  # fmt: skip
 
 
@@ -289,14 +290,19 @@ def range_of(db: connect.ReadConnection, asked: Mapping[str, str], now: float) -
 
 def _where_there_are_calls(wanted: CallFilter, days: desk.Days) -> CallFilter:
     """Begin the look at the newest day that has calls of this app, model and token: the days' sums tell which ones have none."""
-    only = About(wanted.app, wanted.model)
+    only = _chosen(wanted)
     for index in reversed(range(len(days.days))):
         each = days.days[index]
         end = days.days[index + 1].start if index + 1 < len(days.days) else wanted.until
-        has_lines = any(only.line(line) and wanted.token in (None, line.token_id) for line in each.lines)
-        if each.start <= wanted.until and (has_lines or any(only.refused(one) for one in each.refused)):
+        any_token = wanted.token is None or "token_id" in each.folded
+        lines = (line.key for line in each.lines if only.takes(line.key))
+        if each.start <= wanted.until and any(any_token or key.token_id == wanted.token for key in lines):
             return wanted if end >= wanted.until else replace(wanted, until=float(end), below=0)
     return wanted
+
+
+def _chosen(wanted: CallFilter) -> Only:
+    return Only(wanted.app or None, model=wanted.model or None)
 
 
 def address_of(scope: str) -> str:

@@ -1,26 +1,12 @@
 """Sum a range of days by app, model, token and day, beside the range before, with the drawings of them. Pure; knows nothing of HTML."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 
 from gateway_addon.console import charts
-from gateway_addon.ledger.reports.day_cache import FIRST_BYTE_S, WHOLE_S, CachedDay, CallSums, DayLine, Refused, added
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """The calls that a page is about; empty: all."""
-
-    app: str = ""
-    model: str = ""
-
-    def line(self, each: DayLine) -> bool:
-        return self.app in ("", each.app) and self.model in ("", each.asked, each.served)
-
-    def refused(self, each: Refused) -> bool:
-        return self.app in ("", each.app) and self.model in ("", each.asked)
+from gateway_addon.ledger.reports.call_sums import EVERY, FIRST_BYTE_S, WHOLE_S, CallSums, Day, Line, Only, added, chosen, merged, refusals
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +14,7 @@ class Sum:
     """One row of a table: a name's figures in the range, and its spending in the range before."""
 
     name: str
-    figures: CallSums
+    figures: CallSums[str]
     before_nano: int
     share: float
 
@@ -41,7 +27,7 @@ class Drift:
     asked: str
     served: str
     calls: int
-    last_day: int
+    last_day: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,88 +43,80 @@ class Drawings:
 class Sheet:
     """All sums of a page. `days`: the first instant of each, and its figures, the newest first."""
 
-    total: CallSums
-    before: CallSums
+    total: CallSums[str]
+    before: CallSums[str]
     refused: int
     refused_before: int
     apps: tuple[Sum, ...]
     models: tuple[Sum, ...]
     tokens: tuple[Sum, ...]
-    days: tuple[tuple[int, CallSums, int], ...]
+    days: tuple[tuple[float, CallSums[str], int], ...]
     """With the number of refused calls."""
     refusals: tuple[tuple[str, int], ...]
     drift: tuple[Drift, ...]
     drawings: Drawings
 
 
-def sheet(days: Sequence[CachedDay], before: Sequence[CachedDay], zone: tzinfo, only: About = About(), stacked: str = "asked") -> Sheet:
-    """Sum the days. `stacked`: the field of a line by which the spending is drawn, `asked` or `app`."""
-    lines = [each for day in days for each in day.lines if only.line(each)]
-    lines_before = [each for day in before for each in day.lines if only.line(each)]
-    refused: Counter[str] = Counter()
-    for each in _refused(days, only):
-        refused[each.code] += each.calls
-    by_day = [(day.start, [each for each in day.lines if only.line(each)]) for day in days]
+def sheet(days: Sequence[Day], before: Sequence[Day], zone: tzinfo, only: Only = EVERY, stacked: str = "asked") -> Sheet:
+    """Sum the days. `stacked`: the field of a line's key by which the spending is drawn, `asked` or `app`."""
+    days, before = [chosen(day, only) for day in days], [chosen(day, only) for day in before]
+    lines_before = _admitted(before)
+    by_day = [(day.start, _admitted([day])) for day in days]
+    lines = [line for _, found in by_day for line in found]
 
-    def by(name: Callable[[DayLine], str]) -> tuple[Sum, ...]:
+    def by(name: Callable[[Line], str]) -> tuple[Sum, ...]:
         return _by(name, lines, lines_before)
 
+    refused = refusals(days)
     return Sheet(
-        _total(lines),
-        _total(lines_before),
-        sum(refused.values()),
-        sum(each.calls for each in _refused(before, only)),
-        by(lambda each: each.app),
-        by(lambda each: each.asked),
-        by(lambda each: str(each.token_id)),
+        added("", lines),
+        added("", lines_before),
+        refused.total(),
+        refusals(before).total(),
+        by(lambda line: line.key.app),
+        by(lambda line: line.key.asked),
+        by(lambda line: str(line.key.token_id)),
         tuple(
-            (day.start, _total(found), sum(each.calls for each in _refused([day], only)))
+            (day.start, added("", found), refusals([day]).total())
             for day, (_, found) in zip(reversed(days), reversed(by_day), strict=True)
         ),
-        tuple(sorted(refused.items(), key=lambda item: (-item[1], item[0]))),
+        tuple(refused.items()),
         _drift(by_day),
         _drawings(by_day, zone, stacked),
     )
 
 
-def _total(lines: Iterable[DayLine]) -> CallSums:
-    found = [each.figures for each in lines]
-    return added(found) if found else CallSums()
+def _admitted(days: Iterable[Day]) -> list[Line]:
+    """Return the lines with admitted calls."""
+    return [line for day in days for line in day.lines if line.calls]
 
 
-def _refused(days: Iterable[CachedDay], only: About) -> list[Refused]:
-    return [each for day in days for each in day.refused if only.refused(each)]
-
-
-def _by(name: Callable[[DayLine], str], lines: list[DayLine], before: list[DayLine]) -> tuple[Sum, ...]:
+def _by(name: Callable[[Line], str], lines: list[Line], before: list[Line]) -> tuple[Sum, ...]:
     """Group by a name, the dearest first."""
-    grouped: dict[str, list[CallSums]] = defaultdict(list)
-    for each in lines:
-        grouped[name(each)].append(each.figures)
+    sums = merged(CallSums(name(line), *line[1:]) for line in lines)
     earlier: Counter[str] = Counter()
-    for each in before:
-        earlier[name(each)] += each.figures.spent_nano
-    sums = {key: added(found) for key, found in grouped.items()}
-    all_nano = sum(each.spent_nano for each in sums.values())
-    keys = sorted(sums, key=lambda key: (-sums[key].spent_nano, key))
-    return tuple(Sum(key, sums[key], earlier[key], sums[key].spent_nano / all_nano if all_nano else 0.0) for key in keys)
+    for line in before:
+        earlier[name(line)] += line.spent_nano
+    all_nano = sum(each.spent_nano for each in sums)
+    dearest = sorted(sums, key=lambda each: (-each.spent_nano, each.key))
+    return tuple(Sum(each.key, each, earlier[each.key], each.spent_nano / all_nano if all_nano else 0.0) for each in dearest)
 
 
-def _drift(by_day: Sequence[tuple[int, list[DayLine]]]) -> tuple[Drift, ...]:
+def _drift(by_day: Sequence[tuple[float, list[Line]]]) -> tuple[Drift, ...]:
     """Return where another model answered than was asked for, the latest first."""
-    found: dict[tuple[str, str, str], tuple[int, int]] = {}
+    found: dict[tuple[str, str, str], tuple[int, float]] = {}
     for start, lines in by_day:
-        for each in (each for each in lines if each.drifted and each.served):
-            key = (each.app, each.asked, each.served)
-            found[key] = (found.get(key, (0, 0))[0] + each.figures.calls, start)
+        for line in (line for line in lines if line.key.drifted and line.key.served):
+            key = (line.key.app, line.key.asked, line.key.served)
+            found[key] = (found.get(key, (0, 0))[0] + line.calls, start)
     return tuple(Drift(*key, *facts) for key, facts in sorted(found.items(), key=lambda item: (-item[1][1], item[0])))
 
 
-def _drawings(by_day: Sequence[tuple[int, list[DayLine]]], zone: tzinfo, stacked: str) -> Drawings:
+def _drawings(by_day: Sequence[tuple[float, list[Line]]], zone: tzinfo, stacked: str) -> Drawings:
     dates = [datetime.fromtimestamp(start, zone).strftime("%-d %b") for start, _ in by_day]
-    totals = [_total(lines) for _, lines in by_day]
+    totals = [added("", lines) for _, lines in by_day]
 
-    def columns(of: Callable[[CallSums], Mapping[str, int]]) -> list[tuple[str, Mapping[str, int]]]:
+    def columns(of: Callable[[CallSums[str]], Mapping[str, int]]) -> list[tuple[str, Mapping[str, int]]]:
         return [(date, of(each)) for date, each in zip(dates, totals, strict=True)]
 
     def classes(name: str, limits: tuple[float, ...]) -> charts.Stack:
@@ -156,8 +134,8 @@ def _drawings(by_day: Sequence[tuple[int, list[DayLine]]], zone: tzinfo, stacked
     )
 
 
-def _spent(lines: Iterable[DayLine], name: str) -> Counter[str]:
+def _spent(lines: Iterable[Line], name: str) -> Counter[str]:
     amounts: Counter[str] = Counter()
-    for each in lines:
-        amounts[getattr(each, name)] += each.figures.spent_nano
+    for line in lines:
+        amounts[getattr(line.key, name)] += line.spent_nano
     return amounts

@@ -106,6 +106,12 @@ def apps(db: Connection) -> list[str]:
     return sorted(app for (app,) in rows)
 
 
+def booked_apps(db: Connection) -> list[str]:
+    """Return every app that ever had a call reserved."""
+    rows = db.execute("""SELECT substr(scope, 5) FROM balances WHERE scope LIKE 'app:%' AND "window" = 'ever' ORDER BY scope""").fetchall()
+    return [app for (app,) in rows]
+
+
 def team_of(db: Connection, app: str) -> str | None:
     """Return the team of an app under the policy last in force."""
     return _settings(db).get(f"team:{app}") or None
@@ -270,6 +276,7 @@ def align(
         keep_setting(db, f"team:{app}", team or "")
         if app in booked or db.execute(EVER_CALLED, (app,)).fetchall():
             db.execute("UPDATE calls SET team = $1 WHERE app = $2 AND team IS DISTINCT FROM $3", (team, app, team))
+            db.execute("DELETE FROM kept_days")  # they were sums of the other team
     db.execute("DELETE FROM kept_cycles")
     db.executemany("INSERT INTO kept_cycles VALUES ($1)", [(cycle,) for cycle in cycles])
     if zone_before != zone:

@@ -1,7 +1,7 @@
 """Keeps the reports of closed days without being asked, so that a person's first report of a month is as quick as the second.
 
 Promises that of all processes on a ledger one sums at a time (the ledger says whose turn it is), that calls do not feel it (a day is summed
-in a thread that only reads; the writer takes a claim and a day's few lines), that it leaves nine tenths of a processor to others, and that
+in a thread that only reads; the writer takes a claim and a day's sums), that it leaves nine tenths of a processor to others, and that
 it ends at once when it is cancelled. What a kept day is, and when one is closed, is the ledger's to say (daily_totals.py).
 """
 
@@ -11,9 +11,7 @@ from functools import partial
 
 from gateway_addon.ledger import Ledger, background
 from gateway_addon.ledger.reports import daily_totals
-from gateway_addon.ledger.reports.spending import By
 
-BY: By = "app"  # what `gateway report` is grouped by where nothing else is said; with it come the refusals of every report
 LOOK_EVERY_S = 60.0
 PAUSE_S = 1.0  # after each day, at least
 REST = 9  # times as long as the day has taken
@@ -36,9 +34,9 @@ class DailyTotalsJob:
     async def keep(self) -> bool:
         """Keep the newest closed day that nobody has kept; False where there is none, or another is at work. Raises LedgerUnavailable."""
         now = self._clock()
-        span = await background.read(self._ledger.place, lambda db: next(daily_totals.missing(db, BY, 0, now, now), None))
+        span = await background.read(self._ledger.place, lambda db: next(daily_totals.missing(db, 0, now, now), None))
         if span is None or not await self._ledger.change(partial(daily_totals.claim, spans=[span], now=now, alone=True)):
             return False
-        found = await background.read(self._ledger.place, partial(daily_totals.lines, span=span))
-        await self._ledger.write(partial(daily_totals.put, span=span, found=found, claimed_at=now), "days")
+        found = await background.read(self._ledger.place, partial(daily_totals.of_calls, span=span))
+        await self._ledger.write(partial(daily_totals.put, span=span, day=found, claimed_at=now), "days")
         return True

@@ -42,10 +42,10 @@ def test_a_call_and_a_kept_month_cost_the_same_in_a_large_ledger(tmp_path):
         db.raw.row_factory = sqlite3.Row
         steps, period = Steps(db), {"since": now - 25 * DAY_S, "until": now}
         by_calls = steps.of(lambda: spending.report(db, "app", **period))
-        daily_totals.keep(path, "app", **period, now=now)
+        daily_totals.keep(path, **period, now=now)
         assert steps.of(lambda: spending.report(db, "app", **period)) < by_calls / 5
     with connect.reading(path) as db:
-        assert Steps(db).of(lambda: list(daily_totals.missing(db, "app", **period, now=now))) < 500, "it does not look for the days call by call"
+        assert Steps(db).of(lambda: list(daily_totals.missing(db, **period, now=now))) < 500, "it does not look for the days call by call"
 
 
 def test_a_new_app_comes_into_force_without_a_scan_of_the_ledger(tmp_path):
@@ -96,7 +96,7 @@ async def test_admission_a_months_report_and_start_up_by_the_clock(tmp_path, cal
     median, slow = (statistics.median(each[part] for each in rounds[large]) / statistics.median(each[part] for each in rounds[empty]) for part in (0, 1))
     gateways = ledgered(tmp_path, "http://127.0.0.1:9", {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: unlimited\n"})
     started_s = min([await start_s(gateways) for _ in range(3)])
-    daily_totals.keep(large, "app", since=now - 30 * DAY_S, until=now, now=now)
+    daily_totals.keep(large, since=now - 30 * DAY_S, until=now, now=now)
     began = time.perf_counter()
     with connect.reading(large) as db:
         spending.report(db, "app", since=now - 30 * DAY_S, until=now)

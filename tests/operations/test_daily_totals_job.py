@@ -15,6 +15,7 @@ from processes import ledgered
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement, background, connect, reservations
 from gateway_addon.ledger.reports import daily_totals, spending
+from gateway_addon.ledger.reports.call_sums import Day
 from gateway_addon.operations import daily_totals_job, jobs
 from gateway_addon.operations.daily_totals_job import DailyTotalsJob
 from gateway_addon.proxy.server import assembled
@@ -50,9 +51,8 @@ async def kept_by(path, now=NOON):
 
 
 def kept(path):
-    """Groupings by day, the oldest first."""
-    found = rows(path, "SELECT day_start, grouping FROM kept_days WHERE ready = 1 ORDER BY 1, 2")
-    return [int((NOON - start) // DAY_S) for start, grouping in found if grouping == "app" and (start, "refusal") in found]
+    """The kept days, the oldest first."""
+    return [int((NOON - start) // DAY_S) for (start,) in rows(path, "SELECT day_start FROM kept_days WHERE ready = 1 ORDER BY 1")]
 
 
 def told(path):
@@ -71,7 +71,7 @@ async def test_each_closed_day_is_kept_without_a_report_being_asked(path):
 
 async def test_the_newest_day_is_kept_first(path):
     async with kept_by(path) as days:
-        for _ in range(2 * 3):
+        for _ in range(3):
             assert await days.keep()
     assert kept(path) == [3, 2, 1]
 
@@ -103,20 +103,20 @@ async def test_a_day_that_is_struck_off_is_kept_anew(path):
 async def test_of_several_gateways_one_sums_at_a_time_and_no_day_twice(path, monkeypatch):
     summed, at_work, together = Counter(), [], []
 
-    def slowly(db, span, lines=daily_totals.lines):
+    def slowly(db, span, of_calls=daily_totals.of_calls):
         at_work.append(span)
         together.append(len(at_work))
         time.sleep(0.02)
         at_work.remove(span)
         summed[span] += 1
-        return lines(db, span)
+        return of_calls(db, span)
 
-    monkeypatch.setattr(daily_totals, "lines", slowly)
+    monkeypatch.setattr(daily_totals, "of_calls", slowly)
     async with kept_by(path) as one, kept_by(path) as two, kept_by(path) as three:
         async with jobs.running(*((0.01, "closed days", each.catch_up) for each in (one, two, three))):
             await until(lambda: kept(path) == [6, 5, 4, 3, 2, 1])
     assert set(summed.values()) == {1}
-    assert (len(summed), max(together)) == (12, 1)
+    assert (len(summed), max(together)) == (6, 1)
 
 
 @contextlib.contextmanager
@@ -127,10 +127,10 @@ def hanging(monkeypatch):
     def hang(db, span):
         began.set()
         may_end.wait(60)
-        return []
+        return Day(*span)
 
     with monkeypatch.context() as patched:
-        patched.setattr(daily_totals, "lines", hang)
+        patched.setattr(daily_totals, "of_calls", hang)
         yield began
         may_end.set()
 
@@ -196,7 +196,7 @@ async def test_a_day_takes_two_short_turns_however_many_calls_it_had(tmp_path, m
             monkeypatch.setattr(writer, "put", lambda work, put=writer.put, given=given: (given.append(work), put(work)))
             await days.catch_up()
             operations = len(given)
-        assert len(turns[-1]) == 2 * 2 * 3 == operations, "a claim and its lines, for each day's apps and its refusals"
+        assert len(turns[-1]) == 2 * 3 == operations, "a claim and its sums, for each day"
     assert max(turns[1]) <= max(turns[0]) * 1.05 < 300, "of ten instructions: some hundredths of a millisecond"
 
 
@@ -209,7 +209,7 @@ async def test_a_first_report_reads_the_days_that_were_kept_for_it(tmp_path):
     async with kept_by(path) as days:
         await days.catch_up()
     with connect.reading(path) as db:
-        assert list(daily_totals.missing(db, "app", 0, NOON, NOON)) == [], "nothing is left for the first report to sum"
+        assert list(daily_totals.missing(db, 0, NOON, NOON)) == [], "nothing is left for the first report to sum"
         assert Steps(db).of(lambda: spending.report(db, "app", **period)) < by_calls / 5
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from gateway_addon.ledger.store import sqlite_files
 
-TABLES = ("calls", "entries", "usage", "audit", "alerts", "noise", "balances", "tokens", "raises", "minutes", "kept_lines")
+TABLES = ("calls", "entries", "usage", "audit", "alerts", "noise", "balances", "tokens", "raises", "minutes", "kept_days")
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

@@ -61,7 +61,7 @@ def fill(path: Path | ServerAddress) -> None:
             _ordinary_day(db, FEBRUARY + day * DAY_S)
             _ordinary_day(db, MARCH + day * DAY_S)
     _prune(path, FEBRUARY)
-    daily_totals.keep(path, "app", since=FEBRUARY, until=MARCH, now=NOON)
+    daily_totals.keep(path, since=FEBRUARY, until=MARCH, now=NOON)
     with connect.changing(path) as db:
         _odd_calls(db, NOON - 3 * DAY_S)
         _batches(db, NOON - 2 * DAY_S)
@@ -171,9 +171,9 @@ def said(path: Path | ServerAddress) -> dict[str, object]:
         document = {
             "findings": invariants.findings(db),
             "reports": {
-                f"{month} by {by}": asdict(spending.report(db, by, since=since, until=until))
+                f"{month} by {by}": _report(spending.report(db, by, since=since, until=until))
                 for month, (since, until) in spans.items()
-                for by in spending.GROUPINGS
+                for by in spending.KEYS[:6]
             },
             "notable": {month: _plain(spending.notable(db, since=since, until=until)) for month, (since, until) in spans.items()},
             "drifts": [asdict(each) for each in spending.drifts(db, since=JANUARY, until=NOON)],
@@ -194,8 +194,12 @@ def said(path: Path | ServerAddress) -> dict[str, object]:
     return plain
 
 
+def _report(found: spending.Report) -> object:
+    return asdict(found) | {"lines": [line._asdict() for line in found.lines]}
+
+
 def _plain(found: spending.Notable | None) -> object:
-    return found and asdict(found)
+    return found and asdict(found) | {"line": found.line._asdict(), "rest": found.rest._asdict()}
 
 
 def kept(name: str, engine: str, folder: Path) -> Path | ServerAddress:

@@ -123,6 +123,7 @@ def begin(db: Connection, before: float, found: Prunable, *, who: str, now: floa
     # An alert of another kind is what keeps a person from being told the same again.
     db.execute("DELETE FROM alerts WHERE at < $1 AND kind = 'threshold' AND try_at IS NULL", (before,))
     parts.forget_idle(db, before)
+    db.execute("DELETE FROM kept_days WHERE day_start < $1", (before,))
     for (day,) in db.execute(_NOISY, (before,)).fetchall():
         _sum_noise(db, day)
 

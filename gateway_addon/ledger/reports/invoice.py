@@ -6,8 +6,7 @@ calls in flight hold is not charged.
 
 from typing import NamedTuple
 
-from gateway_addon.ledger.reports import spending
-from gateway_addon.ledger.reports.spending import EVERY, Key, Only
+from gateway_addon.ledger.reports.call_sums import EVERY, Key, Only, column
 from gateway_addon.ledger.sql import Connection, named
 
 CORRECTIONS = "(corrections)"
@@ -45,6 +44,6 @@ ORDER BY 1, spent_nano DESC, 2
 
 def invoice(db: Connection, *, since: float, until: float, by: Key = "app", only: Only = EVERY) -> list[InvoiceLine]:
     """Return the lines of the calls admitted from `since` to before `until`, the dearest model of each app or other key first."""
-    query = named(_LINES.format(key=spending.column(db.engine, by), only=only.text(db.engine)))
+    query = named(_LINES.format(key=column(db.engine, by), only=only.text(db.engine)))
     rows = db.execute(query, only.values | {"since": since, "until": until}).fetchall()
     return [InvoiceLine(*row) for row in rows if row["spent_nano"] or any(row[name] for name in _KINDS)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gateway_addon.ledger import sql
-from gateway_addon.ledger.reports.spending import label_column
+from gateway_addon.ledger.reports.call_sums import label_column
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.types import AppPart
 

@@ -4,164 +4,48 @@ Knows nothing of tables on a terminal. The connection yields rows by name (`conn
 """
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
-from typing import Literal, NamedTuple, cast, get_args
+from functools import cache
+from typing import Any, cast
 
+from gateway_addon.ledger.reports import call_sums, daily_totals
+from gateway_addon.ledger.reports.call_sums import (
+    DRIFTED,
+    EVERY,
+    FIELDS,
+    REPORTED,
+    CallSums,
+    Day,
+    Key,
+    Line,
+    LineKey,
+    Only,
+    added,
+    merged,
+    refusals,
+)
 from gateway_addon.ledger.reservations import zone
-from gateway_addon.ledger.sql import Connection, Engine, Row, named
-from gateway_addon.ledger.types import Labels
-from gateway_addon.names import LABEL_NAME
+from gateway_addon.ledger.sql import Connection, named
 
-By = Literal["app", "model", "served", "day", "token", "agent"]
-GROUPINGS: tuple[By, ...] = get_args(By)
-"""Those by which the sums of closed days are kept."""
-Key = str
-"""One of KEYS, or `label.NAME`."""
-KEYS: tuple[Key, ...] = (*GROUPINGS, "team", "session", "user", "month")
-_LABEL_KEY = re.compile(rf"label\.({LABEL_NAME})")
+KEYS: tuple[Key, ...] = ("app", "model", "served", "day", "token", "agent", "team", "session", "user", "month")
 UNIT = "\x1f"
 """Between the two parts of a line's key where a report has two groupings."""
 
-REFUSAL: Literal["refusal"] = "refusal"
-Grouping = Key
-"""A grouping of a report, or the refusals that each report ends with."""
-
-_KEY: dict[Grouping, str] = {
-    "app": "calls.app",
-    "model": "coalesce(model_asked, '(none)')",
-    # beside the model, whatever else makes its price another than the standard one
-    "served": """coalesce(model_served, '(no answer)') || CASE speed WHEN 'fast' THEN ' fast' ELSE '' END
-      || CASE inference_geo WHEN 'us' THEN ' us' ELSE '' END
-      || CASE WHEN service_tier IN ('batch', 'priority') THEN ' ' || service_tier ELSE '' END""",
-    "day": "day_start",
-    "token": "token_id",
-    "agent": "coalesce(agent_id, session_id, '(none)')",
-    "team": "coalesce(team, '(none)')",
-    "session": "coalesce(session_id, '(none)')",
-    "user": "coalesce(user_id, '(none)')",
-    "month": "month_start",
-    "refusal": "coalesce(refusal, '')",
-}
-
-# Each table is summed by key on its own: a row per call would have to be kept for the whole period. CROSS JOIN keeps SQLite from
-# turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
-_CHOSEN = "started_at >= $since AND started_at < $until {only} GROUP BY 1"
-_REFUSED = "AND state = 'refused'"  # they have no entries: what they are grouped by needs no look at those of the other calls
-_COUNT = "coalesce(sum(coalesce(carried, 1)) FILTER (WHERE {}), 0)"  # a carry stands for many calls (prune.py)
-_LINES = f"""
-WITH seen AS (
-  SELECT {{key}} AS key, {_COUNT.format("state IN ('open', 'settled', 'voided')")} AS calls,
-    {_COUNT.format("state = 'settled'")} AS settled, {_COUNT.format("state = 'refused'")} AS refused,
-    {_COUNT.format("' ' || flags LIKE '% estimated%'")} AS estimated, {_COUNT.format("status = 429")} AS upstream_429
-  FROM calls WHERE {_CHOSEN}),
-money AS (
-  SELECT {{key}} AS key, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
-  FROM calls CROSS JOIN entries WHERE entries.call_id = calls.id AND {_CHOSEN}),
-metered AS (
-  SELECT {{key}} AS key, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens,
-    sum(cache_read_tokens) AS cache_read_tokens,
-    sum(cache_write_5m_tokens + cache_write_1h_tokens + cache_write_unsplit_tokens) AS cache_write_tokens,
-    sum(web_search_requests) AS web_searches, sum(max_tokens) FILTER (WHERE part = 0) AS max_tokens,
-    sum(output_tokens) FILTER (WHERE max_tokens IS NOT NULL) AS limited_output_tokens
-  FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND {_CHOSEN})
-SELECT key, calls, settled, refused, estimated, upstream_429, coalesce(spent_nano, 0) AS spent_nano, coalesce(held_nano, 0) AS held_nano,
-  coalesce(input_tokens, 0) AS input_tokens, coalesce(output_tokens, 0) AS output_tokens,
-  coalesce(cache_read_tokens, 0) AS cache_read_tokens, coalesce(cache_write_tokens, 0) AS cache_write_tokens,
-  coalesce(web_searches, 0) AS web_searches, coalesce(max_tokens, 0) AS max_tokens,
-  coalesce(limited_output_tokens, 0) AS limited_output_tokens
-FROM seen LEFT JOIN money USING (key) LEFT JOIN metered USING (key) ORDER BY {{order}}
-"""
+type ReportLine = CallSums[str]
+"""One row of a report, without classes of times."""
 
 
 def is_key(name: str) -> bool:
     """Return whether a report can be grouped by this."""
-    return name in KEYS or _LABEL_KEY.fullmatch(name) is not None
+    return name in KEYS or call_sums.LABEL_KEY.fullmatch(name) is not None
 
 
-def label_column(engine: Engine, name: str) -> str:
-    """Return the expression for a call's value of a label; NULL where it has none. Raises ValueError for what is no label's name."""
-    if re.fullmatch(LABEL_NAME, name) is None:
-        raise ValueError(f"{name!r} is not the name of a label; write one like client")
-    return f"({engine.labels} ->> '{name}')"
-
-
-def column(engine: Engine, by: Grouping) -> str:
-    """Return the expression of a grouping's key."""
-    label = _LABEL_KEY.fullmatch(by)
-    return f"coalesce({label_column(engine, label[1])}, '(none)')" if label else _KEY[by]
-
-
-class Only(NamedTuple):
-    """The calls that a report is about; None, or no labels, asks for nothing. `model`: asked for or served."""
-
-    app: str | None = None
-    team: str | None = None
-    model: str | None = None
-    session: str | None = None
-    user: str | None = None
-    labels: Labels = ()
-
-    def text(self, engine: Engine) -> str:
-        """Return them as conditions of a statement. Raises ValueError for what is no label's name."""
-        said = {
-            "app": "calls.app = $app", "team": "team = $team", "model": "$model IN (model_asked, model_served)",
-            "session": "session_id = $session", "user": "user_id = $user",
-        }  # fmt: skip
-        conditions = [said[name] for name in said if getattr(self, name) is not None]
-        conditions += [f"{label_column(engine, name)} = $label_{number}" for number, (name, _) in enumerate(self.labels)]
-        return "".join(f" AND {condition}" for condition in conditions)
-
-    @property
-    def values(self) -> dict[str, object]:
-        """Return the values of those conditions."""
-        fields: dict[str, object] = {name: value for name, value in self._asdict().items() if name != "labels"}
-        return fields | {f"label_{number}": value for number, (_, value) in enumerate(self.labels)}
-
-
-EVERY = Only()
-
-
-@dataclass(frozen=True, slots=True)
-class ReportLine:
-    """One row of a report. Shares are None where there is nothing to divide by."""
-
-    key: str
-    calls: int
-    settled: int
-    refused: int
-    estimated: int
-    upstream_429: int
-    """Calls that the provider refused because the shared key was at one of its limits."""
-    spent_nano: int
-    held_nano: int
-    input_tokens: int
-    output_tokens: int
-    cache_read_tokens: int
-    cache_write_tokens: int
-    web_searches: int
-    max_tokens: int
-    limited_output_tokens: int
-
-    @property
-    def mean_nano(self) -> int | None:
-        """Return the mean cost of a settled call, to the nearest nano-dollar."""
-        return (self.spent_nano + self.settled // 2) // self.settled if self.settled else None
-
-    @property
-    def cache_hit_share(self) -> float | None:
-        """Return the share of the prompt tokens that were read from the cache."""
-        prompt_tokens = self.input_tokens + self.cache_read_tokens + self.cache_write_tokens
-        return self.cache_read_tokens / prompt_tokens if prompt_tokens else None
-
-    @property
-    def output_share(self) -> float | None:
-        """Return the output tokens' share of the `max_tokens` asked for: a low one means that reservations hold too much."""
-        return self.limited_output_tokens / self.max_tokens if self.max_tokens else None
+def reads_days(by: Key, then: Key | None, only: Only) -> bool:
+    """Return whether a report reads days, which can be kept, and not each call."""
+    return not only.is_told_by_calls_alone and all(key in FIELDS for key in (by, then) if key is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,25 +71,51 @@ class Report:
     @property
     def total(self) -> ReportLine:
         """Return the sum of all lines."""
-        return _sum("total", self.lines) if self.lines else ReportLine("total", *(0 for _ in _FIGURES))
+        return added("total", self.lines)
 
 
 def report(db: Connection, by: Key, *, since: float, until: float, then: Key | None = None, only: Only = EVERY) -> Report:
     """Sum the calls admitted from `since` to before `until`, by one grouping or two."""
+    keys = [by] if then is None else [by, then]
+    more = tuple(key for key in keys if key not in FIELDS)
+    fields = [field for key in keys for field in FIELDS.get(key, ())]
+    name = _naming(db, keys, more)
 
-    def found(start: float, end: float) -> list[ReportLine]:
-        if then is None and only == EVERY and by in GROUPINGS:
-            return _lines(db, by, start, end)
-        return of_calls(db, by, start, end, then=then, only=only)
+    def read(start: float, end: float) -> list[Day]:
+        return list(daily_totals.days(db, start, end, by=fields, more=more, only=only))
 
-    in_time = by in ("day", "month")
-    lines = sorted(found(since, until), key=lambda line: (line.key,) if in_time else (-line.spent_nano, -line.calls, line.key))
-    spent_before = {line.key: line.spent_nano for line in found(since - (until - since), since)}
-    refusals, observed = _refusals(db, since, until, only), _observed(db, since, until, only)
-    return Report(by, since, until, tuple(lines), spent_before, refusals, observed, then)
+    def grouped(days: list[Day]) -> tuple[ReportLine, ...]:
+        return merged(_under(name(line.key), line) for day in days for line in day.lines)
+
+    days, in_time = read(since, until), by in ("day", "month")
+    before = {line.key: line.spent_nano for line in grouped(read(since - (until - since), since))}
+    lines = sorted(grouped(days), key=lambda line: (line.key,) if in_time else (-line.spent_nano, -line.calls, line.key))
+    return Report(by, since, until, tuple(lines), before, tuple(refusals(days).items()), _observed(db, since, until, only), then)
 
 
-_NOISE = named("SELECT reason, sum(calls) FROM noise WHERE minute >= $since AND minute < $until GROUP BY reason")
+def _under(name: str, line: Line) -> ReportLine:
+    figures: Sequence[Any] = line[1 : len(REPORTED)]
+    return CallSums(name, *figures)
+
+
+def _naming(db: Connection, keys: Sequence[Key], more: tuple[Key, ...]) -> Callable[[LineKey], str]:
+    """Return a function that names a line's group for people; each name is made once, since the lines are many."""
+
+    @cache
+    def name(*values: object) -> str:
+        return UNIT.join(shown(db, by, value) for by, value in zip(keys, values, strict=True))
+
+    def value(key: LineKey, by: Key) -> object:
+        if by == "served":
+            return (key.served or "(no answer)") + key.variant
+        return getattr(key, FIELDS[by][0]) if by in FIELDS else key.more[more.index(by)]
+
+    def of(key: LineKey) -> str:
+        return name(*(value(key, by) for by in keys))
+
+    return of
+
+
 _OBSERVED = """
 SELECT flags, sum(coalesce(carried, 1)) AS calls FROM calls
 WHERE started_at >= $since AND started_at < $until AND {instr}(flags, 'observed:') > 0 {only} GROUP BY flags
@@ -221,22 +131,9 @@ def _observed(db: Connection, since: float, until: float, only: Only) -> tuple[t
     return tuple(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
 
 
-def _refusals(db: Connection, since: float, until: float, only: Only) -> tuple[tuple[str, int], ...]:
-    """Count the refusals by code, the most frequent first."""
-    lines = _lines(db, REFUSAL, since, until) if only == EVERY else of_calls(db, REFUSAL, since, until, only=only)
-    counted = Counter({line.key: line.refused for line in lines if line.refused})
-    if only == EVERY:  # a call without a valid token is nobody's
-        counted.update(dict(db.execute(_NOISE, {"since": since, "until": until}).fetchall()))
-    return tuple(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
-
-
 def refused_of(db: Connection, app: str, *, since: float, until: float) -> dict[str, int]:
     """Return how many calls of an app were refused, by code, the most frequent first."""
-    counted = """
-    SELECT refusal, count(*) AS calls FROM calls WHERE app = $1 AND state = 'refused' AND started_at >= $2 AND started_at < $3
-    GROUP BY refusal ORDER BY calls DESC, refusal
-    """
-    return {row[0]: row[1] for row in db.execute(counted, (app, since, until)).fetchall()}
+    return refusals(daily_totals.days(db, since, until, only=Only(app=app)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +148,6 @@ class DriftLine:
     last_at: float
 
 
-DRIFTED = "{instr}(' ' || flags || ' ', ' drift ') > 0"
-"""Settlement's word that another model answered, as the index `calls_drifted` spells it."""
 _DRIFTS = f"""
 SELECT app, model_asked AS asked, model_served AS served,
   sum(coalesce(carried, 1)) FILTER (WHERE started_at >= $since AND started_at < $until) AS calls,
@@ -283,15 +178,16 @@ class Notable:
 
 def notable(db: Connection, *, since: float, until: float) -> Notable | None:
     """Return the configuration that cost most; None where nothing was spent."""
-    asked = "CASE WHEN carried IS NULL THEN max_tokens END"  # of a carry it is a sum
-    key = f"calls.app || ' ' || coalesce(CAST({asked} AS TEXT), '-') || ' ' || coalesce(model_asked, '(none)')"
-    query = named(_LINES.format(key=key, order="spent_nano DESC", only=""))
-    lines = [_line(row, row["key"]) for row in db.execute(query, {"since": since, "until": until}).fetchall()]
-    if not lines or lines[0].spent_nano == 0:
+    found = call_sums.lines(db, since, until, ("app", "asked"), ("asked_tokens",))
+    groups = merged(CallSums((line.key.app, line.key.asked, cast(int, line.key.more[0])), *line[1:]) for line in found)
+    dearest = max(groups, key=lambda group: group.spent_nano, default=None)
+    if dearest is None or dearest.spent_nano == 0:
         return None
-    app, asked_tokens, model = lines[0].key.split(" ", 2)
-    rest = Report("app", since, until, tuple(lines[1:]), {}, ()).total
-    return Notable(app, model, None if asked_tokens == "-" else int(asked_tokens), lines[0], rest)
+    rest = added("total", (group for group in groups if group is not dearest))
+    app, model, asked_tokens = dearest.key
+    is_known = asked_tokens >= 0
+    name = f"{app} {asked_tokens if is_known else '-'} {model}"
+    return Notable(app, model, asked_tokens if is_known else None, added(name, [dearest]), rest)
 
 
 def alerts(db: Connection, *, since: float, until: float, most: int = 2**62) -> list[dict[str, object]]:
@@ -301,54 +197,8 @@ def alerts(db: Connection, *, since: float, until: float, most: int = 2**62) -> 
     return [{name: value for name, value in dict(row).items() if name != "facts"} | json.loads(row["facts"]) for row in rows]
 
 
-_KEPT_DAYS = named("""
-SELECT day_start, day_end FROM kept_days
-WHERE grouping = $by AND ready = 1 AND day_start >= $since AND day_end <= $until ORDER BY day_start
-""")
-_FIGURES = tuple(name for name in ReportLine.__slots__ if name != "key")
-_KEPT_LINES = named(f"""
-SELECT key, {", ".join(f"sum({name}) AS {name}" for name in _FIGURES)} FROM kept_days JOIN kept_lines USING (day_start, grouping)
-WHERE grouping = $by AND ready = 1 AND day_start >= $since AND day_end <= $until GROUP BY key
-""")
-
-
-def _lines(db: Connection, by: Grouping, since: float, until: float) -> list[ReportLine]:
-    """Return the lines of a period: kept days (daily_totals.py) as they were summed, the rest from the calls."""
-    period = {"by": by, "since": since, "until": until}
-    parts = [[_line(row, row["key"]) for row in db.execute(_KEPT_LINES, period).fetchall()]]
-    at = since
-    for start, end in [tuple(row) for row in db.execute(_KEPT_DAYS, period).fetchall()] + [(until, until)]:
-        if at < start:
-            parts.append(of_calls(db, by, at, start))
-        at = end
-    merged: dict[str, list[ReportLine]] = {}
-    for line in chain.from_iterable(parts):
-        merged.setdefault(line.key, []).append(line)
-    return [lines[0] if len(lines) == 1 else _sum(key, lines) for key, lines in merged.items()]
-
-
-def of_calls(db: Connection, by: Grouping, since: float, until: float, *, then: Key | None = None, only: Only = EVERY) -> list[ReportLine]:
-    """Sum the calls admitted in a span, each of them read."""
-    keys = [column(db.engine, each) for each in (by, then) if each is not None]
-    key = keys[0] if len(keys) == 1 else f"CAST({keys[0]} AS TEXT) || '{UNIT}' || CAST({keys[1]} AS TEXT)"
-    query = named(_LINES.format(key=key, order="key", only=only.text(db.engine) + (f" {_REFUSED}" if by == REFUSAL else "")))
-    rows = db.execute(query, only.values | {"since": since, "until": until}).fetchall()
-    return [_line(row, _named(db, by, then, row["key"])) for row in rows]
-
-
-def _named(db: Connection, by: Grouping, then: Key | None, key: object) -> str:
-    if then is None:
-        return shown(db, by, key)
-    first, _, second = str(key).rpartition(UNIT)
-    return f"{shown(db, by, first)}{UNIT}{shown(db, then, second)}"
-
-
-def _sum(key: str, lines: Iterable[ReportLine]) -> ReportLine:
-    return ReportLine(key, *map(sum, zip(*([getattr(line, name) for name in _FIGURES] for line in lines), strict=True)))
-
-
-def shown(db: Connection, by: Grouping, key: object) -> str:
-    """Return a group's name for people. Called once a group: the rows are many."""
+def shown(db: Connection, by: Key, key: object) -> str:
+    """Return a group's name for people."""
     match by:
         case "day":
             return datetime.fromtimestamp(int(cast(int, key)), zone(db)).strftime("%Y-%m-%d")
@@ -361,7 +211,3 @@ def shown(db: Connection, by: Grouping, key: object) -> str:
 
 
 _TOKEN = "SELECT app || ' #' || id || coalesce(nullif(' ' || label, ' '), '') FROM tokens WHERE id = $1"
-
-
-def _line(row: Row, key: str) -> ReportLine:
-    return ReportLine(key, **{name: row[name] for name in _FIGURES})

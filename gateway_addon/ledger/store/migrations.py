@@ -120,6 +120,7 @@ MIGRATIONS = (
     each("m012_recorded", "RECORDED"),
     both("m013_workloads", WORKLOADS),
     both("m014_refusal_said", REFUSAL_SAID),
+    each("m016_whole_days", "WHOLE_DAYS"),
 )
 """In the order in which they run."""
 ON_SERVER = tuple((each.name, each.postgresql) for each in MIGRATIONS if each.postgresql is not None)

@@ -360,3 +360,17 @@ CREATE OR REPLACE FUNCTION book_entry() RETURNS trigger LANGUAGE plpgsql SET sea
   RETURN NULL;
 END $$;
 """
+
+WHOLE_DAYS = """
+SET LOCAL search_path = gateway;
+
+DROP TABLE kept_lines;
+DROP TABLE kept_days;
+CREATE TABLE kept_days (day_start BIGINT PRIMARY KEY, day_end BIGINT NOT NULL, ready BIGINT NOT NULL, sums TEXT);
+
+CREATE FUNCTION strike_by_noise() RETURNS trigger LANGUAGE plpgsql SET search_path = gateway AS $$ BEGIN
+  DELETE FROM kept_days WHERE day_start BETWEEN NEW.minute - 90000 AND NEW.minute AND day_end > NEW.minute;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER noise_strike AFTER INSERT OR UPDATE ON noise FOR EACH ROW EXECUTE FUNCTION strike_by_noise();
+"""

@@ -328,3 +328,19 @@ CREATE TRIGGER entries_part_balance AFTER INSERT ON entries WHEN NEW.kind <> 'ca
       open = open + excluded.open;
 END;
 """
+
+# One row a day, with all its lines (call_sums.py) as JSON: reports and pages group them. Calls without a token count in a day too.
+WHOLE_DAYS = """
+DROP TABLE kept_lines;
+DROP TABLE kept_days;
+CREATE TABLE kept_days (    -- `ready` 1, or less: being summed (daily_totals.py)
+  day_start INTEGER PRIMARY KEY, day_end INTEGER NOT NULL, ready INTEGER NOT NULL, sums TEXT
+) STRICT;
+
+CREATE TRIGGER noise_strike AFTER INSERT ON noise BEGIN
+  DELETE FROM kept_days WHERE day_start BETWEEN NEW.minute - 90000 AND NEW.minute AND day_end > NEW.minute;
+END;
+CREATE TRIGGER noise_strike_again AFTER UPDATE ON noise BEGIN
+  DELETE FROM kept_days WHERE day_start BETWEEN NEW.minute - 90000 AND NEW.minute AND day_end > NEW.minute;
+END;
+"""

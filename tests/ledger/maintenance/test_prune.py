@@ -18,7 +18,9 @@ from gateway_addon.ledger import Outcome, Settlement, admin, batches, connect, r
 from gateway_addon.ledger.batches import NewBatch, ResultRow
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.maintenance import prune as ledger_prune
-from gateway_addon.ledger.reports import day_cache, provider_comparison, spending
+from gateway_addon.ledger.reports import daily_totals, provider_comparison, spending
+from gateway_addon.ledger.reports.call_sums import REPORTED
+from gateway_addon.ledger.reports.day_reader import DayReader
 from gateway_addon.ledger.store import engines
 
 NOON = 1_773_144_000.0  # Tuesday 2026-03-10 12:00 UTC
@@ -27,6 +29,7 @@ OLD = NOON - 120 * DAY_S
 UNTIL = NOON - 60 * DAY_S - DAY_S / 2
 PART = Part(40, tokens=Tokens(7, 3, 2, 1, 1, 1), web_searches=1)
 ANSWER = Outcome(status=200, model_served="claude-haiku-4-5", stop_reason="end_turn", complete=True)
+GROUPINGS = ("app", "model", "served", "day", "token")
 REFUSED = (sqlite3.IntegrityError, psycopg.errors.IntegrityConstraintViolation)
 
 
@@ -74,18 +77,12 @@ def figures(path):
     """All that a person or a cap can see of the past."""
     spans = [(OLD - DAY_S, NOON), (OLD - DAY_S, UNTIL), (UNTIL, NOON)]
     with connect.reading(path) as db:
-        groupings = [by for by in spending.GROUPINGS if by != "agent"]
-        seen = [spending.report(db, by, since=since, until=until) for by in groupings for since, until in spans]
+        seen = [spending.report(db, by, since=since, until=until) for by in GROUPINGS for since, until in spans]
         told = [spending.drifts(db, since=since, until=until) for since, until in spans]
         metered = [sorted(map(repr, provider_comparison.metered(db, since=since, until=until))) for since, until in spans]
-        memory = [(day.start, untimed(day.lines), sorted(day.cached), sorted(day.refused)) for day in day_cache.DayCache().between(db, OLD, NOON, NOON)]
+        days = [(day.start, sorted(line[: len(REPORTED)] for line in day.lines), sorted(day.billed), sorted(day.noise)) for day in DayReader().between(db, OLD, NOON, NOON)]
         balances = [tuple(row) for row in db.execute("SELECT * FROM balances ORDER BY 1, 2, 3").fetchall()]
-        return seen, told, metered, memory, balances
-
-
-def untimed(lines):
-    """Sums without their classes of times, which go with the single calls."""
-    return sorted((*line[:-1], line.figures[: day_cache.CallSums._fields.index("first_0")]) for line in lines)
+        return seen, told, metered, days, balances
 
 
 def pruned(path, until=UNTIL, calls_max=7):
@@ -109,6 +106,7 @@ def sound(path):
 
 def test_nothing_that_is_reported_or_judged_changes(path):
     before = figures(path)
+    daily_totals.keep(path, since=OLD, until=NOON, now=NOON)
     carries = pruned(path)
     assert figures(path) == before
     assert sound(path)

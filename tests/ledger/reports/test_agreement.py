@@ -15,7 +15,8 @@ from gateway_addon.console import desk, ranges
 from gateway_addon.ledger import Denied, Outcome, Settlement, admin, app_scope, connect, reservations
 from gateway_addon.ledger.maintenance.invariants import findings
 from gateway_addon.ledger.reports import daily_totals, spending
-from gateway_addon.ledger.reports.day_cache import DayCache
+from gateway_addon.ledger.reports.call_sums import Only
+from gateway_addon.ledger.reports.day_reader import DayReader
 from gateway_addon.ledger.reports.forecast import forecasts
 from gateway_addon.ledger.reports.invoice import invoice
 from gateway_addon.policy.loading import parse_app
@@ -68,13 +69,13 @@ def test_all_agree_to_the_nano_after_a_bad_month(tmp_path, calls):
     """In UTC first, with its days kept for reports; then the policy's zone changes, and with it where each day and month begins."""
     path, chance = tmp_path / "gateway.db", random.Random(calls)
     month.make(path, calls, until=NOW, days=40)
-    daily_totals.keep(path, "app", since=NOW - 20 * 86_400, until=NOW, now=NOW)
+    daily_totals.keep(path, since=NOW - 20 * 86_400, until=NOW, now=NOW)
     with closing(writing(path)) as db:
         assert a_bad_month(db, chance, calls // 20) > 0, "the limit binds"
     asked = {app: agreed(path, app) for app in month.APPS}
     with connect.changing(path) as db:
         admin.align(db, "Europe/Berlin", TEAMS | {"search": "content"}, who="ops", now=NOW)
-    daily_totals.keep(path, "app", since=starts(NOW, BERLIN).month, until=NOW, now=NOW)
+    daily_totals.keep(path, since=starts(NOW, BERLIN).month, until=NOW, now=NOW)
     moved = {app: agreed(path, app) for app in month.APPS}
     assert 0 < sum(moved.values()) != sum(asked.values()), "an hour of October became November's"
     with connect.reading(path) as db:
@@ -90,14 +91,14 @@ def agreed(path, app):
         said = {"entries": dict(map(tuple, db.execute(ENTRIES, (since, NOW)).fetchall()))[app]}
         report = spending.report(db, "app", since=since, until=NOW)
         said["report"] = next(line.spent_nano for line in report.lines if line.key == app)
-        by_day = spending.report(db, "day", since=since, until=NOW, only=spending.Only(app=app))
+        by_day = spending.report(db, "day", since=since, until=NOW, only=Only(app=app))
         said["report by day"] = by_day.spent_nano
         said["invoice"] = sum(line.spent_nano for line in invoice(db, since=since, until=NOW) if line.key == app)
         standings = reservations.standing(db, [app_scope(app)], [Cap(app_scope(app), "month", 100 * DOLLAR)], now=NOW)
         windows = me(policy, standings, forecasts(db, standings, now=NOW)).body["windows"]
         said["/gateway/me"] = next(each["spent_nano"] for each in windows if each["window"] == "month")
         seen = ranges.of_days(date(2026, 11, 1), date(2026, 11, 30), NOW, zone)
-        found = desk.days_of(db, DayCache(), seen, NOW).sheet().apps
+        found = desk.days_of(db, DayReader(), seen, NOW).sheet().apps
         said["console"] = next(each.figures.spent_nano for each in found if each.name == app)
     assert len(set(said.values())) == 1, (app, said)
     return said["entries"]

@@ -11,8 +11,8 @@ from ledgers import CALL, ENGINES, NOON, Cap, Part, Tokens, new_ledger, url, wri
 from gateway_addon.cli import main
 from gateway_addon.ledger import Settlement, admin, connect, reservations
 from gateway_addon.ledger.reports import invoice, sessions, spending
+from gateway_addon.ledger.reports.call_sums import Only
 from gateway_addon.ledger.reports.sessions import AgentLine, tree
-from gateway_addon.ledger.reports.spending import Only
 
 CENT, DOLLAR, MINUTE_S = 10**7, 10**9, 60
 CAPS = [Cap("total", "ever", 10**12)]
