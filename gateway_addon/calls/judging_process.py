@@ -42,7 +42,10 @@ def is_large(endpoint: str, body: bytes) -> bool:
     """Tell whether judging a body may take longer than the other calls can wait. An upload is not parsed."""
     if endpoint not in ("messages", "count_tokens"):
         return endpoint == "batches.create" and len(body) > HERE_BATCH_BYTES_MAX
-    return len(body) > HERE_BYTES_MAX or body.count(b"{") + body.count(b"[") > HERE_BRACKETS_MAX
+    if not HERE_BRACKETS_MAX < len(body) <= HERE_BYTES_MAX:
+        return len(body) > HERE_BYTES_MAX
+    # To take them out is ten times as fast as to count them where they are few, as in prose; it stops where they are too many.
+    return sum(len(body) - len(body.replace(bracket, b"", HERE_BRACKETS_MAX + 1)) for bracket in (b"{", b"[")) > HERE_BRACKETS_MAX
 
 
 class JudgingProcess:
