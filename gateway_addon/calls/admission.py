@@ -52,6 +52,8 @@ class ResponseHook:
     """Called with each piece of a streamed answer."""
     ended: Callable[[bool, EndedBy, int | None], None] | None = None
     """Called at the end: whether any of the call was handed to the upstream's socket, who ended it, and the answer's status."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """Headers of the answer beside the API's."""
 
 
 class Hold(NamedTuple):

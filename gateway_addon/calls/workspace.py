@@ -25,7 +25,7 @@ from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.refusal_messages import BatchQuote, denied
 from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan, planned
-from gateway_addon.calls.responses import OwnResponse
+from gateway_addon.calls.responses import OwnResponse, cap_headers
 from gateway_addon.ledger import Denied, Ledger, NewCall, Outcome, RateLimits, Reserved, Settlement, ownership
 from gateway_addon.ledger import batches as book
 from gateway_addon.ledger.batches import Batch, NewBatch
@@ -124,7 +124,8 @@ class Workspace:
         if isinstance(result, Denied):
             return denied(result, app, BatchQuote(asked.requests, asked.quote_nano), option, policy.zone)
         creation = _Creation(self, caller, call, asked, result, now)
-        response_hook = ResponseHook(whole=creation.answered, ended=creation.ended)
+        stands = tuple(cap_headers(app, result.standings))
+        response_hook = ResponseHook(whole=creation.answered, ended=creation.ended, headers=stands)
         return Admission(
             caller, call, judged.reading, now, judged.flags, asked.body, ", ".join(asked.edited), response_hook=response_hook,
             settled_by_hook=True,

@@ -31,6 +31,12 @@ def refusal(method: str, target: str, address: str) -> Refusal | None:
     if found is None:
         return None
     served, appended = found
+    if path.startswith("/l/"):
+        return stated(
+            "endpoint",
+            f"{shown} is not served here, since its labels cannot be read: write them once, as /l/client=acme,branch=main{served}, and "
+            "characters other than letters, digits and ._~@:+- like %2F",
+        )
     base = f"{address}/v1" if address else "the gateway's address followed by /v1"
     if appended == served:
         base = f"{address or "the gateway's address"} ({base} for a client that appends only {served.removeprefix('/v1')})"

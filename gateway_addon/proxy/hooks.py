@@ -356,7 +356,7 @@ class GatewayAddon:
             flow_state.refusal = refusal
             flow.kill()
             return
-        own = edited_header(flow_state.admission.edited)
+        own = [*edited_header(flow_state.admission.edited), *flow_state.admission.response_hook.headers]
         response.data.reason = header_filter.plain_reason(response.data.reason)
         if running is not None:
             known = dict(lowered)

@@ -45,6 +45,14 @@ def test_a_wrong_base_url_is_answered_with_the_right_one(method, target, served,
     assert refusal.startswith(f"{method} {target.partition('?')[0]} ")
 
 
+@pytest.mark.parametrize(
+    "labels", ["/l/branch=", "/l/", "/l/branch=%zz", "/l/branch%3Da", "/l/branch=a%2Cclient=beta", "/l/branch=a/l/client=acme", "/l/Branch=a", "/l"]
+)
+def test_labels_in_a_path_that_cannot_be_read_are_said_so(labels):
+    refusal = sentence("POST", f"{labels}/v1/messages")
+    assert "its labels cannot be read: write them once, as /l/client=acme,branch=main/v1/messages" in refusal
+
+
 def test_a_client_that_appends_less_gets_its_base_url_too():
     assert sentence("POST", "/v1/v1/messages").endswith("http://127.0.0.1:8080 (http://127.0.0.1:8080/v1 for a client that appends only /messages).")
 

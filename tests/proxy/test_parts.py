@@ -149,6 +149,9 @@ async def test_a_model_is_a_wall_by_whatever_name_it_is_asked(tmp_path):
         asked = [{"custom_id": name, "params": BODY | {"model": name}} for name in (HAIKU, SONNET)]
         with pytest.raises(anthropic.PermissionDeniedError, match="a batch counts under one: send one batch for each model"):
             await client.messages.batches.create(requests=asked)
+        headers = {"x-claude-code-session-id": "s1"}
+        made = await client.messages.batches.with_raw_response.create(requests=asked[1:], extra_headers=headers)
+        assert made.headers["x-gateway-cap-session"].endswith("cap=$0.003; window=ever; last_call=$0.001"), "a batch's answer says it too"
         await call(client, BODY | {"model": SONNET})
 
 
