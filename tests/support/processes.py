@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway import write_policies
-from ledgers import new_file, until, url
+from ledgers import new_file, rows, until, url, writing
 
 from gateway_addon.identity import tokens as identity
 from gateway_addon.ledger import ServerAddress, admin, connect
@@ -96,27 +96,33 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def calls_open(ledger: Path | ServerAddress, pid: int) -> int:
-    """How many calls of one process hold a reservation."""
-    with connect.reading(ledger) as db:
-        query = "SELECT count(*) AS open FROM calls WHERE state = 'open' AND owner LIKE $1"
-        return db.execute(query, (f"%-{pid}-%",)).fetchone()["open"]
+OPEN_CALLS = "SELECT count(*) FROM calls WHERE state = 'open' AND owner LIKE $1"
+"""How many calls of a process hold a reservation."""
 
 
 async def in_flight(ledger: Path | ServerAddress, count: int, pid: int) -> None:
     """Wait until `count` calls of this process hold a reservation: on a busy machine no delay is long enough to promise it."""
-    await until(lambda: calls_open(ledger, pid) >= count, 60)
+    await until(lambda: rows(ledger, OPEN_CALLS, f"%-{pid}-%")[0][0] >= count, 60)
 
 
 async def kill_in_mid_call(ledger: Path | ServerAddress, pid: int) -> None:
-    """Stop a process wherever it is, and kill it there if it holds a call: a kill that hits nothing proves nothing."""
-    async with asyncio.timeout(60):
-        while True:
-            os.kill(pid, signal.SIGSTOP)
-            if calls_open(ledger, pid):
-                return os.kill(pid, signal.SIGKILL)
-            os.kill(pid, signal.SIGCONT)
-            await asyncio.sleep(0.02)
+    """Stop a process wherever it is, and kill it there if it holds a call: a kill that hits nothing proves nothing.
+
+    It is stopped for one look only: it may hold what others wait for.
+    """
+    with contextlib.closing(writing(ledger)) as db:
+
+        def holds_a_call() -> bool:
+            return db.execute(OPEN_CALLS, (f"%-{pid}-%",)).fetchall()[0][0] > 0
+
+        async with asyncio.timeout(60):
+            while True:
+                if holds_a_call():
+                    os.kill(pid, signal.SIGSTOP)
+                    if holds_a_call():
+                        return os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, signal.SIGCONT)
+                await asyncio.sleep(0.02)
 
 
 async def buried(process: asyncio.subprocess.Process) -> None:
