@@ -3,12 +3,15 @@
     python load.py '{"port": 8080, "credential": "x-api-key: ...", "body": "json", "callers": 64, "seconds": 3, "connections": "kept"}'
 
 Connections are `kept`, or made anew for `each` call, or all made `at once`: each makes one call, and when all were answered the next begin.
+Of several credentials the calls take one after the other.
 """
 
 import asyncio
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 
 _TURN = "The quick brown fox jumps over the lazy dog while forty-two engineers measure what that costs. "
 
@@ -31,8 +34,8 @@ BODIES = {
 class Caller(asyncio.Protocol):
     """One connection; its answers' times go to `seen` as (whole, first byte of the body), in seconds."""
 
-    def __init__(self, request: bytes, until: float, seen: list[tuple[float, float]], faults: list[str], kept: bool) -> None:
-        self.request, self.until, self.seen, self.faults, self.kept = request, until, seen, faults, kept
+    def __init__(self, requests: Iterator[bytes], until: float, seen: list[tuple[float, float]], faults: list[str], kept: bool) -> None:
+        self.requests, self.until, self.seen, self.faults, self.kept = requests, until, seen, faults, kept
         self.done = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -47,7 +50,7 @@ class Caller(asyncio.Protocol):
     def send(self) -> None:
         self.answer, self.whole, self.first = bytearray(), -1, 0.0
         self.began = time.perf_counter()
-        self.transport.write(self.request)
+        self.transport.write(next(self.requests))
 
     def data_received(self, data: bytes) -> None:
         self.answer += data
@@ -78,11 +81,12 @@ class Caller(asyncio.Protocol):
             self.transport.close()
 
 
-async def main(port: int, credential: str, body: str, callers: int, seconds: float, connections: str) -> dict[str, object]:
+async def main(port: int, credential: str | list[str], body: str, callers: int, seconds: float, connections: str) -> dict[str, object]:
     loop = asyncio.get_running_loop()
     content = BODIES[body]
-    head = f"POST /v1/messages HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\nanthropic-version: 2023-06-01\r\n{credential}\r\n"
-    request = f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
+    head = "POST /v1/messages HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\nanthropic-version: 2023-06-01\r\n"
+    credentials = [credential] if isinstance(credential, str) else credential
+    requests = itertools.cycle([f"{head}{each}\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content for each in credentials])
     seen: list[tuple[float, float]] = []
     faults: list[str] = []
     began = time.perf_counter()
@@ -90,7 +94,7 @@ async def main(port: int, credential: str, body: str, callers: int, seconds: flo
 
     async def call() -> None:
         while True:
-            _, caller = await loop.create_connection(lambda: Caller(request, until, seen, faults, connections == "kept"), "127.0.0.1", port)
+            _, caller = await loop.create_connection(lambda: Caller(requests, until, seen, faults, connections == "kept"), "127.0.0.1", port)
             await caller.done
             if time.perf_counter() >= until or connections != "each":
                 return
