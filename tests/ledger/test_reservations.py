@@ -529,6 +529,22 @@ async def test_the_answers_of_the_facade_are_those_of_the_book(ledger, path):
     assert rows(path, "SELECT state, status, model_served, complete FROM calls") == [("settled", 200, "claude-haiku-4-5-20251001", 1)]
 
 
+async def test_top_ups_go_before_admissions_that_waited_longer(ledger):
+    """In one commit, and behind the money that comes back: of 1,000 a stream holds 600 and another call 300."""
+    stream, other = [(await ledger.reserve(CALL, nano, DAY_CAP, now=NOON)).call_id for nano in (600, 300)]
+    begun, go_on = threading.Event(), threading.Event()
+    writing = asyncio.ensure_future(ledger.write(lambda db: begun.set() or go_on.wait(1.5)))
+    await until(begun.is_set)
+    asked = asyncio.gather(ledger.reserve(CALL, 400, DAY_CAP, now=NOON), ledger.extend([(stream, 350)], now=NOON))
+    await asyncio.sleep(0)
+    voided = ledger.void(other, now=NOON)
+    go_on.set()
+    admission, top_up = await asked
+    assert (top_up, getattr(admission, "reason", None)) == ([True], "cap_held")
+    assert (await voided).first
+    await writing
+
+
 async def test_what_only_records_never_waits_and_is_kept(ledger, path):
     ledger.refused(CALL, "cap_spent", now=NOON)
     ledger.free(replace(CALL, endpoint="count_tokens"), Outcome(status=200), now=NOON)

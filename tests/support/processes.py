@@ -19,7 +19,7 @@ from gateway_addon.identity import tokens as identity
 from gateway_addon.ledger import ServerAddress, admin, connect
 from gateway_addon.simulator import KEY
 
-START_S = 60  # a start takes one; machines that are twenty times too busy have been seen
+START_S = 180  # a start takes one; machines that are a hundred times too busy have been seen
 
 
 @dataclass(slots=True)
