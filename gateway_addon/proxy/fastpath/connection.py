@@ -122,6 +122,8 @@ class QuickHandler(TimedHandler):
     """Hooks that wait for something: held here, since the loop holds its tasks weakly."""
     at_work: bool
     """Whether an event is being handled. (There is one thread, but an eager task can start in the middle of an event.)"""
+    said: list[SendData]
+    """Words for one side, said in the event that is being handled, and not written yet."""
     wrote = False
     """Whether bytes were written since it was last known that all sides took theirs."""
 
@@ -130,6 +132,7 @@ class QuickHandler(TimedHandler):
         """Turn the handler of a connection that has had no event yet into this one."""
         handler.__class__ = cls
         handler.arrived, handler.at_work, handler.hooks, handler.hooking = deque(), False, handler.master.addons, set()
+        handler.said = []
 
     async def handle_connection(self, connection: connection.Connection) -> None:
         if type(reader := self.transports[connection].reader) is asyncio.StreamReader:
@@ -151,6 +154,8 @@ class QuickHandler(TimedHandler):
                 self._take(self.arrived.popleft())
         finally:
             self.at_work = False
+            if self.said:
+                self._write()
 
     def _take(self, event: events.Event) -> None:
         if type(self.layer) in CHOOSERS:
@@ -158,10 +163,9 @@ class QuickHandler(TimedHandler):
         try:
             for command in self.layer.handle_event(event):
                 if type(command) is SendData:
-                    io = self.transports.get(command.connection)
-                    if io is not None and io.writer is not None and not io.writer.is_closing():
-                        io.writer.write(command.data)
-                        self.wrote = True
+                    if self.said and self.said[-1].connection is not command.connection:
+                        self._write()
+                    self.said.append(command)
                 elif isinstance(command, StartHook):
                     self._hook(command)
                 else:
@@ -169,8 +173,21 @@ class QuickHandler(TimedHandler):
         except Exception:
             self.log("mitmproxy has crashed!", logging.ERROR, exc_info=True)
 
+    def _write(self) -> None:
+        """Write what was said to one side, in one piece: each write is a call of the system, and wakes the reader."""
+        said, self.said = self.said, []
+        io = self.transports.get(said[0].connection)
+        if io is not None and io.writer is not None and not io.writer.is_closing():
+            io.writer.write(said[0].data if len(said) == 1 else b"".join([each.data for each in said]))
+            self.wrote = True
+
     def _command(self, command: commands.Command) -> None:
         """Handle the rare commands: connections and timers."""
+        if isinstance(command, commands.Log):
+            self.log(command.message, command.level)
+            return
+        if self.said:
+            self._write()
         if isinstance(command, OpenConnection):
             name = f"server connection handler {command.connection.address}"
             task = asyncio_utils.create_task(self.open_connection(command), name=name, keep_ref=False, client=self.client.peername)
@@ -182,8 +199,6 @@ class QuickHandler(TimedHandler):
             if command.connection in self.transports:
                 half = isinstance(command, commands.CloseTcpConnection) and command.half_close
                 self.close_connection(command.connection, half)
-        elif isinstance(command, commands.Log):
-            self.log(command.message, command.level)
         else:
             raise RuntimeError(f"Unexpected command: {command}")
 

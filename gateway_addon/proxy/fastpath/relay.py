@@ -134,7 +134,7 @@ class RelayClient(whole.WholeClient):
         """Send the app the bytes that the stream's tap returns."""
         response: Any = stream.flow.response
         if self.framed[0] != stream.stream_id:
-            self.framed = stream.stream_id, "chunked" in response.headers.get("transfer-encoding", "").lower()
+            self.framed = stream.stream_id, whole.comes_in_chunks(response)
         said = response.stream(data)
         piece = said if isinstance(said, bytes) else b"".join(said)
         if not piece:

@@ -2,7 +2,8 @@
 
 mitmproxy takes a message apart (head, body, end), passes each part through four layers, up and down again, and puts it together at the
 other side: without this a JSON call costs 15 to 40 % more processor time. Here a request or an answer that is there in one piece, and
-framed as clients and the API frame theirs, is read, judged and sent on as one. Promises the same hooks in the same order, the same bytes
+framed as clients and the API frame theirs, is read, judged and sent on as one; of an answer in chunks that comes in pieces, the head and
+the end are read and written so. Promises the same hooks in the same order, the same bytes
 and the same states of mitmproxy's own layers at each moment at which anything else can happen, so that whatever does happen then is
 theirs to deal with. Everything that is not plain to the byte, and any release that is not known (`fits`), goes mitmproxy's own way.
 Knows nothing of the gateway.
@@ -17,6 +18,7 @@ from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any
 
+from h11._readers import ChunkedReader
 from mitmproxy import connection, flow, http
 from mitmproxy.hooks import Hook
 from mitmproxy.net.http import url
@@ -43,6 +45,7 @@ from mitmproxy.proxy.layers.http import (
     ResponseHeaders,
     SendHttp,
 )
+from mitmproxy.proxy.layers.http._http1 import Http1Connection
 from mitmproxy.proxy.mode_specs import ReverseMode
 from mitmproxy.proxy.utils import ReceiveBuffer
 from mitmproxy.utils import human
@@ -53,8 +56,8 @@ from gateway_addon.proxy.fastpath import dispatch
 
 _EVENT = ["self", "event"]
 PARTS: dict[type, dict[str, list[str]]] = {
-    Http1Server: dict.fromkeys(("_handle_event", "send", "wait", "read_headers"), _EVENT),
-    Http1Client: dict.fromkeys(("_handle_event", "send", "read_headers"), _EVENT),
+    Http1Server: {**dict.fromkeys(("_handle_event", "send", "wait", "read_headers"), _EVENT), "mark_done": ["self", "request", "response"]},
+    Http1Client: {**dict.fromkeys(("_handle_event", "send", "read_headers"), _EVENT), "mark_done": ["self", "request", "response"]},
     flow.Flow: {"__init__": ["self", "client_conn", "server_conn", "live"]},
     HttpStream: {
         "__init__": ["self", "context", "stream_id"],
@@ -115,13 +118,21 @@ def request(data: bytes) -> tuple[http.Request, bytes] | None:
 
 def answer(data: bytes) -> tuple[http.Response, bytes] | None:
     """Read an answer that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
+    head = answer_head(data)
+    content = None if head is None else _content(head[1], data, head[2])
+    return None if head is None or content is None else (head[0], content)
+
+
+def answer_head(data: bytes) -> tuple[http.Response, tuple[bytes, bytes], int] | None:
+    """Read the plain head of an answer that these bytes begin with, how it is framed, and where it ends; None: let mitmproxy look."""
     head = _ANSWER.match(data)
     if head is None or head.end() > HEAD_BYTES_MAX or head[1] in _BODILESS:
         return None
-    content = _content(_framing(fields := _fields(head[3])), data, head.end())
-    if content is None:
+    framing = _framing(fields := _fields(head[3]))
+    if framing is None:
         return None
-    return http.Response(b"HTTP/1.1", int(head[1]), head[2], headers(fields), None, None, time.time(), None), content
+    made = http.Response(b"HTTP/1.1", int(head[1]), head[2], headers(fields), None, None, time.time(), None)
+    return made, framing, head.end()
 
 
 def headers(fields: RawFields) -> http.Headers:
@@ -154,6 +165,10 @@ def host_of(address: tuple[str, int], tls: bool) -> bytes:
 
 def _head(first_line: bytes, fields: RawFields) -> bytes:
     return b"%b\r\n%b\r\n" % (first_line, b"".join([b"%b: %b\r\n" % field for field in fields]))
+
+
+def _status_line_and_headers(data: http.ResponseData) -> bytes:
+    return _head(b"%b %d %b" % (data.http_version, data.status_code, data.reason), data.headers.fields)
 
 
 def _fields(block: bytes) -> RawFields:
@@ -193,6 +208,12 @@ def _is_plain(request: http.Request | None) -> bool:
     """Tell whether a request, as it is now, can be passed on whole, and its connection stays open behind it."""
     framing = _framing_of(request) if request is not None and request.data.method == b"POST" and not request.data.authority else None
     return framing is not None and framing != _CHUNKED
+
+
+def comes_in_chunks(message: http.Message) -> bool:
+    """Tell whether mitmproxy frames a message's body in chunks."""
+    fields = message.data.headers.fields
+    return any(b"chunked" in value.lower() for name, value in fields if name.lower() == b"transfer-encoding")
 
 
 def _with_host(fields: RawFields, host: bytes) -> RawFields:
@@ -236,6 +257,10 @@ class WholeAnswer(ResponseHeaders):
 MESSAGES = (WholeRequest, WholeAnswer)
 
 
+class PlainHead(ResponseHeaders):
+    """The head of an answer that is plain, and whose body is framed in chunks."""
+
+
 def body_bytes_max(context: Context) -> int:
     """Return the largest body that is taken whole; 0 where mitmproxy's options ask for more than forwarding."""
     options: Options = context.options
@@ -259,6 +284,8 @@ class WholeServer(bounded_http1.Body, Http1Server):
     """mitmproxy's HTTP/1 server, towards the client, which takes and sends whole messages."""
 
     answers_whole = True
+    in_chunks: RawFields | None = None
+    """The headers of the last answer that was begun in chunks."""
 
     def __init__(self, context: Context):
         super().__init__(context)
@@ -286,9 +313,32 @@ class WholeServer(bounded_http1.Body, Http1Server):
 
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
         if type(event) is not WholeAnswer:
-            return super().send(event)
+            said = self._part(event) if self.whole_bytes_max else None
+            return super().send(event) if said is None else self._said(said, type(event) is ResponseEndOfMessage)
         said = self.send_whole(event)
         return self._in_parts(event) if said is None else self._sent(said)
+
+    def _part(self, event: HttpEvent) -> bytes | None:
+        """Write the head of a plain answer in chunks, a chunk of it or its end; None: let mitmproxy write."""
+        if type(event) is ResponseHeaders and _framing_of(event.response) == _CHUNKED:
+            self.response, data = event.response, event.response.data
+            self.in_chunks = data.headers.fields
+            return _status_line_and_headers(data)
+        if self.response is None or self.response.data.headers.fields is not self.in_chunks:
+            return None
+        if type(event) is ResponseData and event.data:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        return _LAST_CHUNK if type(event) is ResponseEndOfMessage and _is_plain(self.request) else None
+
+    def _said(self, part: bytes, at_end: bool) -> layer.CommandGenerator[None]:
+        yield commands.SendData(self.conn, part)
+        if at_end:
+            yield from self.mark_done(response=True)
+
+    def mark_done(self, *, request: bool = False, response: bool = False) -> layer.CommandGenerator[None]:
+        if response and self.request_done and self.whole_bytes_max and _ends_plainly(self):
+            return _next_message(self, self.stream_id + 2)
+        return super().mark_done(request=request, response=response)
 
     def send_whole(self, event: WholeAnswer) -> bytes | None:
         """Write a whole answer; None: it goes in parts, and nothing was done."""
@@ -301,7 +351,7 @@ class WholeServer(bounded_http1.Body, Http1Server):
         self.request_done, self.request = False, None
         self.stream_id += 2
         self.state = self.read_headers
-        return _head(b"%b %d %b" % (data.http_version, data.status_code, data.reason), data.headers.fields) + content
+        return _status_line_and_headers(data) + content
 
     def send_at_once(self, event: WholeAnswer) -> bytes | None:
         """Write a whole answer, where nothing has to be done behind it."""
@@ -351,6 +401,26 @@ class WholeClient(bounded_http1.Client):
         self.request_done, self.request, self.response, self.stream_id = False, None, None, None
         return found
 
+    def read_headers(self, event: events.ConnectionEvent) -> layer.CommandGenerator[None]:
+        plain = type(event) is events.DataReceived and self.request_done and self.whole_bytes_max and self._read[0] != self.stream_id
+        head = answer_head(bytes(self.buf)) if plain else None
+        if head is None or head[1] != _CHUNKED or not _is_plain(self.request):
+            return super().read_headers(event)
+        return self._head_read(event, head[0], head[2])
+
+    def _head_read(self, event: events.ConnectionEvent, response: http.Response, end: int) -> layer.CommandGenerator[None]:
+        assert self.stream_id is not None
+        self.buf.maybe_extract_at_most(end)
+        self.response, self.body_reader, self._read = response, ChunkedReader(), (self.stream_id, end)
+        yield ReceiveHttp(PlainHead(self.stream_id, response, end_stream=False))
+        self.state = self.read_body
+        yield from self.read_body(event)
+
+    def mark_done(self, *, request: bool = False, response: bool = False) -> layer.CommandGenerator[None]:
+        if response and self.request_done and self.whole_bytes_max and _ends_plainly(self):
+            return _next_message(self, None)
+        return super().mark_done(request=request, response=response)
+
     def send(self, event: HttpEvent) -> layer.CommandGenerator[None]:
         return self._sent(event) if type(event) is WholeRequest else super().send(event)
 
@@ -368,6 +438,21 @@ class WholeClient(bounded_http1.Client):
 
 def _received(event: HttpEvent) -> layer.CommandGenerator[None]:
     yield ReceiveHttp(event)
+
+
+def _ends_plainly(end: Http1Connection) -> bool:
+    """Tell whether a connection stays open behind the exchange that ends, by the headers of both messages."""
+    response = end.response
+    return response is not None and response.status_code != 101 and _framing_of(response) is not None and _is_plain(end.request)
+
+
+def _next_message(end: Http1Connection, stream_id: Any) -> layer.CommandGenerator[None]:
+    """Make ready for the next message, as mitmproxy does."""
+    end.request_done = end.response_done = False
+    end.request = end.response = None
+    end.stream_id, end.state = stream_id, end.read_headers
+    if end.buf:
+        yield from end.state(events.DataReceived(end.conn, b""))
 
 
 class WholeStream(HttpStream):
@@ -426,7 +511,19 @@ class WholeStream(HttpStream):
         if type(event) is WholeAnswer:
             waits = self.server_state == self.state_wait_for_response_headers
             return self._answer(event) if waits and self._answers_whole() else self._in_parts(event)
+        if type(event) is PlainHead and self.server_state == self.state_wait_for_response_headers:
+            return self._answer_head(event)
         return super()._handle_event(event)  # type: ignore[no-any-return]
+
+    def _answer_head(self, event: PlainHead) -> layer.CommandGenerator[None]:
+        self.flow.response = event.response
+        yield HttpResponseHeadersHook(self.flow)
+        if (yield from self._killed()):
+            return
+        if self.flow.response.stream:
+            yield from self.start_response_stream()
+        else:
+            self.server_state = self.state_consume_response_body
 
     def _in_parts(self, event: WholeAnswer) -> layer.CommandGenerator[None]:
         """Send an answer in parts, to a side that knows no whole messages."""

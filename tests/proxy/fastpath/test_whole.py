@@ -302,6 +302,17 @@ async def test_nobody_can_tell_the_difference(stage, taken, monkeypatch, said, a
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_what_arrives_at_once_leaves_in_one_write(stage, monkeypatch):
+    """The head of a stream, its events and its end: one call of the system, not one for each."""
+    written, write = [], asyncio.StreamWriter.write
+    monkeypatch.setattr(asyncio.StreamWriter, "write", lambda self, data: written.append(data) or write(self, data))
+    await stage.outcome(talk(asked(ASK[:-1] + b', "stream": true}')), [chunked(STREAM)])
+    by_the_api, by_the_gateway = [data for data in written if b"message_stop" in data]
+    assert by_the_api == chunked(STREAM)
+    assert (by_the_gateway[:12], by_the_gateway[-5:]) == (b"HTTP/1.1 200", b"0\r\n\r\n")
+
+
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("where", ["admission", "upstream", *HOOKS[:4]])
 async def test_a_client_that_leaves_is_dealt_with_as_mitmproxy_does(stage, taken, monkeypatch, where):
     reached, over, admit = asyncio.Event(), asyncio.Event(), stage.gw.gateway.admit
