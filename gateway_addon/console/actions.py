@@ -66,7 +66,7 @@ def run(ledger: Path | ServerAddress, change: AskedChange, who: str, now: float)
 
 
 def _pause(form: ChangeForm, db: Connection, policies: Path, now: float) -> AskedChange:
-    scope, hours, cut, why = _paused_scope(form, db, policies), form["hours"], form.flag("cut"), form["why"]
+    scope, hours, cut, why = _scope(form, db, policies), form["hours"], form.flag("cut"), form["why"]
     until = None if hours == "" else _until(hours, now)
     ending = "until it is resumed" if until is None else f"until {shown(until, zone(db))}"
     sentence = f"Refuse every further call of {named(scope)} {ending}. Calls in flight {'are cut' if cut else 'may finish'}."
@@ -78,7 +78,7 @@ def _pause(form: ChangeForm, db: Connection, policies: Path, now: float) -> Aske
 
 
 def _resume(form: ChangeForm, db: Connection, policies: Path, _now: float) -> AskedChange:
-    scope, why = _paused_scope(form, db, policies), form["why"]
+    scope, why = _scope(form, db, policies), form["why"]
 
     def run(db: Connection, who: str, now: float) -> None:
         if not admin.resume(db, scope, who=who, why=why, now=now):
@@ -87,7 +87,7 @@ def _resume(form: ChangeForm, db: Connection, policies: Path, _now: float) -> As
     return AskedChange("resume", f"Let {named(scope)} call again.", f"Resume {named(scope)}", scope, run)
 
 
-def _paused_scope(form: ChangeForm, db: Connection, policies: Path) -> str:
+def _scope(form: ChangeForm, db: Connection, policies: Path) -> str:
     """Return the scope of the form, or of a session within it."""
     scope, session = scope_of(form["scope"], db, outline(policies)), form["session"]
     if session and not sessions.is_known(db, session):
@@ -97,7 +97,7 @@ def _paused_scope(form: ChangeForm, db: Connection, policies: Path) -> str:
 
 def _raise(form: ChangeForm, db: Connection, policies: Path, now: float) -> AskedChange:
     found, window, lift, why = outline(policies), _window(form), form.flag("lift"), form["why"]
-    scope, amount_nano, until = scope_of(form["scope"], db, found), parse_nano(form["amount"]), _until(form["hours"], now)
+    scope, amount_nano, until = _scope(form, db, policies), parse_nano(form["amount"]), _until(form["hours"], now)
     base_nano = changes.base_nano(db, found, scope, window)
     above = "its cap" if base_nano is None else f"its {dollars(base_nano)}"
     sentence = f"Let {named(scope)} spend {dollars(amount_nano)} above {above} {per(window)}, until {shown(until, zone(db))}."
@@ -113,7 +113,7 @@ def _raise(form: ChangeForm, db: Connection, policies: Path, now: float) -> Aske
 
 def _limit(form: ChangeForm, db: Connection, policies: Path, _now: float) -> AskedChange:
     found, window = outline(policies), _window(form)
-    scope, amount_nano, why = scope_of(form["scope"], db, found), parse_nano(form["amount"]), form["why"]
+    scope, amount_nano, why = _scope(form, db, policies), parse_nano(form["amount"]), form["why"]
     changes.base_nano(db, found, scope, window)
 
     def run(db: Connection, who: str, now: float) -> None:
@@ -125,7 +125,7 @@ def _limit(form: ChangeForm, db: Connection, policies: Path, _now: float) -> Ask
 
 
 def _lift(form: ChangeForm, db: Connection, policies: Path, _now: float) -> AskedChange:
-    scope, window, why = scope_of(form["scope"], db, outline(policies)), _window(form), form["why"]
+    scope, window, why = _scope(form, db, policies), _window(form), form["why"]
 
     def run(db: Connection, who: str, now: float) -> None:
         if admin.lift_limit(db, scope, window, who=who, why=why, now=now) is None:

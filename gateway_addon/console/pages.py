@@ -190,7 +190,9 @@ def session(console: Console, name: str, session: str) -> Response:
         pause = next((each for each in state.pauses(db, now) if each.scope == scope), None)
         return page(
             "session.html", db, range_of(db, request.args, now), session=found.session, story=found, pause=pause, below=below < NEWEST,
-            caps=desk.session_accounts(db, console.policies(), name, session, now), tree=list(sessions.tree(found.agents)),
+            caps=desk.session_accounts(db, console.policies(), name, session, now),
+            raises=[each for each in admin.raises(db, now=now) if each.scope == scope],
+            limits=[each for each in admin.limits(db) if each.scope == scope], tree=list(sessions.tree(found.agents)),
             calls=call_detail.some(db, found.calls[:NEWEST_CALLS]),
         )  # fmt: skip
 

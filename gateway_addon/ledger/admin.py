@@ -125,7 +125,8 @@ def teams(db: Connection) -> list[str]:
 
 _AUDIT = named("""
 SELECT id, at, who, action, subject, before, after, why FROM audit
-WHERE at >= $since AND (CAST($app AS TEXT) IS NULL OR subject = 'app:' || $app OR subject LIKE 'app:' || $app || ' %'
+WHERE at >= $since AND (CAST($app AS TEXT) IS NULL OR subject = 'app:' || $app
+  OR substr(subject, 1, length('app:' || $app) + 1) = 'app:' || $app || ' '
   OR CASE WHEN subject LIKE 'call:%' THEN (SELECT app FROM calls WHERE id = CAST(substr(subject, 6) AS BIGINT)) END = $app)
 ORDER BY id
 """)

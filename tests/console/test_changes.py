@@ -312,6 +312,17 @@ def test_a_session_is_shown_with_its_agents_and_paused_alone(console, client):
     assert all("loop" in client.get(path).text for path in ("/", "/sessions/reports/run-1"))
     confirm(client, "/change/resume?scope=reports&session=run-1")
     assert changed(console) == NOTHING
+    for address in ("raise?hours=8&amount=1&", "limit?amount=0.5&"):
+        answer = confirm(client, f"/change/{address}scope=reports&session=run-1&window=ever")
+        assert answer.headers["Location"] == "/sessions/reports/run-1"
+    page = client.get("/sessions/reports/run-1").text
+    assert "Raise 1: $1.00 more for ever until" in page
+    assert "Limit: $0.5000 for ever since" in page
+    assert "$0.4890 free of $0.5" in page
+    confirm(client, "/change/lift?scope=reports&session=run-1&window=ever")
+    assert "$2.99 free of $3.00" in client.get("/sessions/reports/run-1").text
+    confirm(client, "/change/withdraw?id=1")
+    assert changed(console) == NOTHING
     assert (client.get("/sessions/other/run-1").status_code, client.get("/change/pause?scope=reports&session=no&hours=1").status_code) == (404, 400)
 
 

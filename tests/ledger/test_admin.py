@@ -116,6 +116,13 @@ def test_a_raise_is_withdrawn_once_and_others_stay(db):
             admin.withdraw_raise(db, gone, who="bob", now=at)
 
 
+def test_the_audit_of_an_app_is_not_that_of_another_like_it(db):
+    """An underscore in a name stands for itself."""
+    for scope in ("app:a_b", "app:a_b session:s1", "app:axb", "app:a_bc", "app:axb session:s1"):
+        admin.pause(db, scope, who="test", now=NOON)
+    assert [row["subject"] for row in admin.audit_trail(db, "a_b", since=0)] == ["app:a_b", "app:a_b session:s1"]
+
+
 def test_a_limit_is_audited_replaced_and_lifted(db):
     assert admin.limit_cap(db, "total", "day", 500, who="ann", why="quiet", now=NOON) is None
     [first] = admin.limits(db)
