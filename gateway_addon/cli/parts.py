@@ -12,6 +12,7 @@ from gateway_addon.cli.labels import label_option
 from gateway_addon.ledger import ServerAddress, connect
 from gateway_addon.ledger.reports import sessions
 from gateway_addon.ledger.types import AppPart
+from gateway_addon.names import safe_name
 from gateway_addon.policy import PolicyError, load_prices
 
 _OPTIONS = (
@@ -34,7 +35,10 @@ def part_option[F: Callable[..., Any]](*, capped: bool = False) -> Callable[[F],
         def with_part(*args: Any, session: str | None, agent: str | None, user: str | None, labels: Any, **others: Any) -> Any:
             model, token = others.pop("model", None), others.pop("token", None)
             texts = {"session": session, "agent": agent, "user": user, "model": model, "token": token and str(token)}
-            found = [(kind, text) for kind, text in texts.items() if text] + [(f"label.{name}", text) for name, text in labels]
+            found = [(kind, safe_name(text.strip())) for kind, text in texts.items() if text is not None]
+            found += [(f"label.{name}", text) for name, text in labels]
+            if not all(text for _, text in found):  # an empty variable of a shell must not mean the whole app
+                stop("The name of a session, an agent, a user or a model is empty.")
             if len(found) > 1:
                 stop(f"Name one part of an app: a session, an agent, a user{', a model, a token' * capped} or a label.")
             return command(*args, part=found[0] if found else None, **others)

@@ -45,7 +45,7 @@ async def test_a_call_is_recorded_with_its_parts(tmp_path):
         await marked.messages.create(**ASKED, extra_headers=header)
         with pytest.raises(anthropic.PermissionDeniedError, match="may not say client=nobody; allowed: acme, beta"):
             await gw.client().messages.create(**ASKED, extra_headers={"x-gateway-label-client": "nobody", "x-claude-code-session-id": "s-2"})
-        with pytest.raises(anthropic.PermissionDeniedError, match="set the client's base URL"):
+        with pytest.raises(anthropic.PermissionDeniedError, match="its labels cannot be read"):
             await gw.client(base_url=f"{gw.url}/l/nonsense").messages.create(**ASKED)
         await in_path.messages.count_tokens(model=ASKED["model"], messages=ASKED["messages"])
         await marked.messages.batches.create(requests=[{"custom_id": "1", "params": ASKED}])
@@ -142,6 +142,8 @@ async def test_what_cannot_be_paused_is_said_in_a_sentence(tmp_path):
             (["--session", "a", "--user", "b"], "Name one part of an app"),
             (["--label", "a=1", "--label", "b=2"], "Name one part of an app"),
             (["--label", "client"], "write NAME=VALUE like client=acme"),
+            (["app", "--session", ""], "is empty"),
+            (["app", "--user", " "], "is empty"),
             (["app", "--all"], "Say which: an APP, team:NAME, --all, or --session"),
             ([], "Say which: an APP, team:NAME, --all, or --session"),
         ):

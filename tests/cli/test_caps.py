@@ -216,6 +216,13 @@ def test_a_parts_cap_that_is_not_there_is_not_changed(parted, line, sentence):
     assert sentence in refused(line)
 
 
+def test_an_empty_name_of_a_part_does_not_mean_the_app(parted):
+    done = CliRunner().invoke(main, ["cap", "raise", "coder", "day", "1", "--until", "1h", "--session", ""])
+    assert (done.exit_code, "is empty" in done.output) == (2, True)
+    long = "u" * 300
+    assert gateway(f"cap raise coder ever 1 --until 1h --user {long}").output.startswith(f"user {'u' * 199}… of coder may"), "as calls are kept"
+
+
 def test_a_session_beyond_a_days_names_is_shown_where_it_counts(parted):
     """Its own cap would change nothing: the command says whose cap would."""
     names = NameLimit(0, frozenset(), frozenset(("session",)))
