@@ -9,7 +9,7 @@ from gateway_addon.calls.judging import Judgement
 from gateway_addon.calls.quote import Quote
 from gateway_addon.calls.reservation_options import ReservationOption
 from gateway_addon.identity.parts import parts_of
-from gateway_addon.ledger import NewCall, Standing, Token
+from gateway_addon.ledger import NewCall, Reserved, Token
 from gateway_addon.messages.request import ParsedRequest, Request
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, GatewayPolicy, name_limit
@@ -59,12 +59,10 @@ class ResponseHook:
 class Hold(NamedTuple):
     """The reservation of one call in the ledger."""
 
-    call_id: int
+    reserved: Reserved
     quote: Quote
     option: ReservationOption
     """How much of the quote it covers, and for how long."""
-    standings: tuple[Standing, ...] = ()
-    """How each of the call's caps stands, its own reservation included."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ from gateway_addon.ledger import (
     LedgerUnavailable,
     NewCall,
     Outcome,
+    Reserved,
     Resolution,
     Settlement,
     Token,
@@ -269,7 +270,7 @@ class Gateway:
         result, option, observed = attempt
         if isinstance(result, Denied):
             return denied(result, app, quote, option, caller.policy.zone)
-        return Hold(result.call_id, quote, option, result.standings), tuple(f"observed:{code}" for code in observed)
+        return Hold(result, quote, option), tuple(f"observed:{code}" for code in observed)
 
     async def _plan(self, caller: Caller, call: NewCall, parsed: ParsedRequest, quote: Quote, now: float) -> ReservationPlan | Refusal:
         """Plan a quoted call by what the ledger knows at this moment. Raises LedgerUnavailable."""
@@ -290,7 +291,7 @@ class Gateway:
         """Take note of a running answer's progress: release what the input turned out not to need, request output before it runs out."""
         back_nano = running.release_nano()
         if back_nano:
-            written = self.ledger.release(running.hold.call_id, back_nano, now=self._clocks.now())
+            written = self.ledger.release(running.hold.reserved, back_nano, now=self._clocks.now())
             written.add_done_callback(partial(self._wake, running.admission.call))
         self.streams.hurry_if_short(running, monotonic_s)
 
@@ -306,24 +307,24 @@ class Gateway:
         self.measures.on_in_flight(-1)
         monotonic_s = self._clocks.monotonic_s()
         running.ended(monotonic_s, self.streams.stalled_s(monotonic_s))
-        end, admission, call_id = settle(running, sent=sent, ended_by=ended_by), running.admission, running.hold.call_id
+        end, admission, held = settle(running, sent=sent, ended_by=ended_by), running.admission, running.hold.reserved
         app, model, outcome = admission.app, admission.reading.model, end.outcome if isinstance(end, Settlement) else end
-        self._resolve(call_id, admission.call, admission.admitted_at, end, now, partial(self._alert_of_overrun, running, outcome, now))
+        self._resolve(held, admission.call, admission.admitted_at, end, now, partial(self._alert_of_overrun, running, outcome, now))
         if (why := running.refused_as_retired()) is not None:
-            self.emit(alerts.refused_as_retired(app.name, model, why, call_id, now))
+            self.emit(alerts.refused_as_retired(app.name, model, why, held.call_id, now))
         served = outcome.model_served if isinstance(end, Settlement) else None
         if app.served == "exact" and served is not None and drifted(running, served):
-            self.emit(alerts.drift(app.name, model, served, call_id, now))
+            self.emit(alerts.drift(app.name, model, served, held.call_id, now))
 
     def _resolve(
-        self, call_id: int, call: NewCall, started_at: float, end: Settlement | Outcome, now: float,
+        self, held: Reserved, call: NewCall, started_at: float, end: Settlement | Outcome, now: float,
         on_resolution: Callable[[Resolution], None] = lambda resolution: None,
     ) -> "asyncio.Future[Resolution]":  # fmt: skip
         """Settle a call, or void it where `end` is an outcome alone. Once that is written: wake the queue, and report the call."""
         if isinstance(end, Settlement):
-            written, state, outcome, parts = self.ledger.settle(call_id, end, now=now), "settled", end.outcome, end.parts
+            written, state, outcome, parts = self.ledger.settle(held, end, now=now), "settled", end.outcome, end.parts
         else:
-            written, state, outcome, parts = self.ledger.void(call_id, end, now=now), "voided", end, ()
+            written, state, outcome, parts = self.ledger.void(held, end, now=now), "voided", end, ()
 
         def on_written(written: "asyncio.Future[Resolution]") -> None:
             self._wake(call, written)
@@ -332,7 +333,7 @@ class Gateway:
             resolution = written.result()
             if self.on_call is not None and resolution.first:
                 self.on_call(record(
-                    call, state, started_at=started_at, ended_at=now, call_id=call_id, outcome=outcome, parts=parts,
+                    call, state, started_at=started_at, ended_at=now, call_id=held.call_id, outcome=outcome, parts=parts,
                     spent_nano=resolution.spent_nano,
                 ))  # fmt: skip
             on_resolution(resolution)
@@ -353,7 +354,7 @@ class Gateway:
             self.emit(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clocks.now()))
 
     def _alert_of_overrun(self, running: InFlightCall, outcome: Outcome, now: float, resolution: Resolution) -> None:
-        app_name, model, call_id = running.admission.app.name, running.admission.reading.model, running.hold.call_id
+        app_name, model, call_id = running.admission.app.name, running.admission.reading.model, running.hold.reserved.call_id
         if resolution.overrun and "late" in outcome.flags:
             self.emit(alerts.late(app_name, model, call_id, resolution, running.stalled_s, now))
         elif resolution.overrun:

@@ -96,7 +96,7 @@ class RunningStreams:
         ]
         if not wanted:
             return
-        granted = await self._ledger.extend([(running.hold.call_id, nano) for running, _, _, nano in wanted], now=self._clocks.now())
+        granted = await self._ledger.extend([(running.hold.reserved, nano) for running, _, _, nano in wanted], now=self._clocks.now())
         for (running, tokens, turn, _), ok in zip(wanted, granted, strict=True):
             self.on_top_up(ok)
             if ok:
@@ -120,9 +120,8 @@ class RunningStreams:
 
         A call that does not stream runs to its end: the provider bills it in any case, within what it holds.
         """
-        lease_expiring = self._ledger.lease_expiring()
-        for flow in list(self.flows.values()) if lease_expiring else ():
-            if flow.running is not None and flow.running.hold.call_id in lease_expiring and flow.running.admission.call.stream:
+        for flow in list(self.flows.values()):
+            if (running := flow.running) and running.admission.call.stream and self._ledger.lease_expires(running.hold.reserved):
                 flow.cut("lease_expiring")
 
 

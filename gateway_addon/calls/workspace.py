@@ -45,7 +45,7 @@ IDS_MAX = 100
 LIST_QUERY = {"after_id", "before_id", "beta", "ids", "ids[]", "limit", "page"}
 NAMES: dict[str, tuple[Kind, str]] = {"batches": ("batch", "message batch"), "files": ("file", "file")}
 
-type Resolve = Callable[[int, NewCall, float, Settlement | Outcome, float], object]
+type Resolve = Callable[[Reserved, NewCall, float, Settlement | Outcome, float], object]
 """Settles a call, or voids it (given an outcome alone), and reports it."""
 
 
@@ -243,7 +243,7 @@ class _Creation:
         self, workspace: Workspace, caller: Caller, call: NewCall, asked: batches.AskedBatch, reserved: Reserved, now: float
     ):
         self._workspace, self._arrived, self._call, self._asked = workspace, caller, call, asked
-        self._call_id, self._now = reserved.call_id, now
+        self._held, self._now = reserved, now
         self._handed_over = False
         self._unbilled: str | None = None
 
@@ -255,12 +255,11 @@ class _Creation:
             return body
         app, policy, asked = self._arrived.app, self._arrived.policy, self._asked
         new = NewBatch(
-            shown.id, self._call_id, app.name, self._now, asked.requests, asked.hour_ttl, policy.prices.digest, kept(policy.prices),
+            shown.id, self._held.call_id, app.name, self._now, asked.requests, asked.hour_ttl, policy.prices.digest, kept(policy.prices),
             shown.content, shown.status, self._now + min(policy.timeouts.batch_poll_s, book.PAUSE_MAX_S), flags=asked.flags,
             custom_ids=asked.custom_ids,
         )  # fmt: skip
         self._handed_over = True
-        self._workspace.ledger.hand_over(self._call_id)
         if await self._workspace._kept(partial(book.adopt, new=new)) is False:
             logger.error("The provider gave a new batch the id %s, which it gave before.", shown.id)
             self._handed_over = False
@@ -281,7 +280,7 @@ class _Creation:
         else:
             lost = "no_status" if status is None else "error_unreadable" if status >= 400 else "batch_unknown"
             end = Settlement(None, (), Outcome(status, flags=(*flags, f"estimated:{lost}")))
-        self._workspace.resolve(self._call_id, self._call, self._now, end, self._workspace.clock())
+        self._workspace.resolve(self._held, self._call, self._now, end, self._workspace.clock())
 
 
 def _unbilled(status: int, body: bytes) -> str | None:

@@ -62,14 +62,6 @@ RESOLVE, EXTEND, RESERVE, RECORD = range(4)  # in a batch, money that comes back
 type Change = Callable[[Connection], object]
 
 
-class _Held(NamedTuple):
-    """A running call as admitted. `owner`: this process's name at its admission."""
-
-    app: str
-    caps: tuple[CapShape, ...]
-    owner: str
-
-
 class _LookedUp(NamedTuple):
     """A look at a token, and when it began (`monotonic_s`)."""
 
@@ -85,7 +77,6 @@ class Ledger:
         self._store = store
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
-        self._running: dict[int, _Held] = {}
         self._looked_up: dict[str, _LookedUp] = {}
         self._writer = Writer(store, self._deliver)
         self._letting_go = False
@@ -157,56 +148,45 @@ class Ledger:
         def write(db: Connection) -> Reserved | Denied:  # the owner's name is read when it is written: a fenced node has a new one
             return reservations.write(db, self.owner, asked)
 
-        answer = cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held), asked=asked))
-        if isinstance(answer, Reserved):
-            self._running[answer.call_id] = _Held(call.app, held, answer.owner)
-        return answer
+        return cast(Reserved | Denied, await self._ask(RESERVE, write, _touched(call.app, held), asked=asked))
 
     async def admit_request(self, name: str, per_minute: int, *, now: float) -> Denied | None:
         """Count a request that costs nothing against a rate, over all processes, or return why not. Raises LedgerUnavailable."""
         count = partial(reservations.admit_request, name=name, per_minute=per_minute, now=self._at(now))
         return cast(Denied | None, await self._ask(RECORD, count, frozenset((name,))))
 
-    async def extend(self, top_ups: Sequence[tuple[int, int]], *, now: float) -> list[bool]:
-        """Hold more for running calls, [(call_id, more_nano)], in one write. Raises LedgerUnavailable."""
-        running = {call_id: self._running[call_id] for call_id, _ in top_ups if call_id in self._running}
+    async def extend(self, top_ups: Sequence[tuple[Reserved, int]], *, now: float) -> list[bool]:
+        """Hold so much more for each of these running calls, in one write. Raises LedgerUnavailable."""
 
         def write(db: Connection) -> list[bool]:
-            return [
-                call_id in running and reservations.extend(db, call_id, more_nano, running[call_id].caps, now=self._at(now))
-                for call_id, more_nano in top_ups
-            ]
+            return [reservations.extend(db, held.call_id, more_nano, held.caps, now=self._at(now)) for held, more_nano in top_ups]
 
-        touched = frozenset[str]().union(*(_touched(held.app, held.caps) for held in running.values()))
+        touched = frozenset[str]().union(*(_touched(held.app, held.caps) for held, _ in top_ups))
         return cast(list[bool], await self._ask(EXTEND, write, touched))
 
-    def release(self, call_id: int, back_nano: int, *, now: float) -> asyncio.Future[bool]:
+    def release(self, held: Reserved, back_nano: int, *, now: float) -> asyncio.Future[bool]:
         """Give back a part of what a call holds. Count on the smaller amount from here on: the write may follow later."""
-        write = partial(reservations.release, call_id=call_id, back_nano=back_nano, now=self._at(now))
-        return cast("asyncio.Future[bool]", self._lasting(write, self._scopes(call_id)))
+        write = partial(reservations.release, call_id=held.call_id, back_nano=back_nano, now=self._at(now))
+        return cast("asyncio.Future[bool]", self._lasting(write, _touched(held.app)))
 
-    def settle(self, call_id: int, settlement: Settlement, *, now: float) -> asyncio.Future[Resolution]:
+    def settle(self, held: Reserved, settlement: Settlement, *, now: float) -> asyncio.Future[Resolution]:
         """Book what a call cost. Written for certain, though perhaps later; a second resolution of a call changes nothing."""
-        return self._end("settle", call_id, settlement, now)
+        return self._end("settle", held, settlement, now)
 
-    def void(self, call_id: int, outcome: Outcome | None = None, *, now: float) -> asyncio.Future[Resolution]:
+    def void(self, held: Reserved, outcome: Outcome | None = None, *, now: float) -> asyncio.Future[Resolution]:
         """Give back all that a call holds: the provider did no work. As certain as `settle`."""
-        return self._end("void", call_id, Settlement(0, (), outcome or Outcome()), now)
+        return self._end("void", held, Settlement(0, (), outcome or Outcome()), now)
 
-    def _end(self, kind: Literal["settle", "void"], call_id: int, settlement: Settlement, now: float) -> asyncio.Future[Resolution]:
-        scopes, held = self._scopes(call_id), self._running.pop(call_id, None)
-        ending = RecordedEnd(kind, call_id, held.owner if held else self.owner, settlement, self._at(now))
-        return cast("asyncio.Future[Resolution]", self._lasting(partial(reservations.end, ending=ending), scopes, ending))
+    def _end(self, kind: Literal["settle", "void"], held: Reserved, settlement: Settlement, now: float) -> asyncio.Future[Resolution]:
+        ending = RecordedEnd(kind, held.call_id, held.owner, settlement, self._at(now))
+        return cast("asyncio.Future[Resolution]", self._lasting(partial(reservations.end, ending=ending), _touched(held.app), ending))
 
-    def lease_expiring(self) -> frozenset[int]:
-        """Return the running calls that another gateway may soon settle, or has settled. Never waits for the ledger.
+    def lease_expires(self, held: Reserved) -> bool:
+        """Return whether another gateway may soon settle a running call, or has settled it. Never waits for the ledger.
 
-        These are all of them when this gateway's lease is about to end, and the older ones when it is back under a new name.
+        It may where this gateway's lease is about to end, and did where this gateway is back under a new name.
         """
-        if self._store.heartbeat_s is None:
-            return frozenset()
-        ends = self._store.lease_left_s < CUT_AHEAD_S
-        return frozenset(call_id for call_id, held in self._running.items() if ends or held.owner != self.owner)
+        return self._store.heartbeat_s is not None and (self._store.lease_left_s < CUT_AHEAD_S or held.owner != self.owner)
 
     # records
 
@@ -290,10 +270,6 @@ class Ledger:
         """Run a small change like `write`, but as certain as a settlement: perhaps later, never dropped."""
         return cast("asyncio.Future[T]", self._lasting(write, frozenset(scopes)))
 
-    def hand_over(self, call_id: int) -> None:
-        """Forget a running call: its reservation is no longer this process's."""
-        self._running.pop(call_id, None)
-
     async def ready(self) -> None:
         """Return once the ledger has taken a write. Raises LedgerUnavailable."""
         await self._ask(RECORD, lambda db: None)
@@ -356,10 +332,6 @@ class Ledger:
             return sorted({*orphans.known(db)} - {*self._store.dead(db), self.owner})
 
         return await self.look(living)
-
-    def _scopes(self, call_id: int) -> frozenset[str]:
-        """Return the scopes that a resolution of this call changes: it judges nothing, so the app's balance is enough."""
-        return frozenset((app_scope(self._running[call_id].app) if call_id in self._running else EVERYTHING,))
 
     def _at(self, now: float) -> float:
         """Return the ledger's time: the server's clock, not each machine's, decides which day a call belongs to."""
@@ -462,10 +434,11 @@ class Ledger:
     def _give_back(self, answer: object) -> None:
         """Void a reservation that no caller received: its request was never forwarded."""
         if isinstance(answer, Reserved):
-            self.void(answer.call_id, Outcome(flags=("abandoned",)), now=time.time())
+            self.void(answer, Outcome(flags=("abandoned",)), now=time.time())
 
 
-def _touched(app: str, caps: Sequence[CapShape]) -> frozenset[str]:
+def _touched(app: str, caps: Sequence[CapShape] = ()) -> frozenset[str]:
+    """Return the scopes that a write changes. A resolution judges nothing, so the app's balance is enough."""
     return frozenset((app_scope(app), *(enclosing(cap.scope) for cap in caps)))
 
 

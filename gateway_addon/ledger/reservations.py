@@ -207,7 +207,7 @@ def write(db: Connection, owner: str, asked: Reservation) -> Reserved | Denied:
     if not written:
         return denied(db, asked, counted.caps, calendar[0])
     parts.named_today(db, asked.call, counted.new_names, windows.day)
-    return Reserved(written[0][0], _standings(db, frames, asked.now, calendar[0]), owner)
+    return Reserved(written[0][0], _standings(db, frames, asked.now, calendar[0]), asked.call.app, asked.caps, owner)
 
 
 def counted_now(db: Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> NewCall:

@@ -274,8 +274,11 @@ class Reserved:
     call_id: int
     standings: tuple[Standing, ...]
     """One for each cap checked, this call's own reservation included."""
-    owner: str = ""
-    """The name under which it is held."""
+    app: str
+    caps: Sequence[CapShape]
+    """Those that its top-ups are judged by."""
+    owner: str
+    """The name of the process that holds it."""
 
 
 Reason = Literal[

@@ -367,7 +367,7 @@ class GatewayAddon:
             )  # fmt: skip
             streamed = status == 200 and "json" not in content_type
             flow_state.watch()
-            own += [*note_header(running.refused_as_retired()), *cap_headers(flow_state.caller.app, running.hold.standings)]
+            own += [*note_header(running.refused_as_retired()), *cap_headers(flow_state.caller.app, running.hold.reserved.standings)]
         elif (streamed := flow_state.admission.response_hook.streamed and status == 200):
             flow_state.last_byte_monotonic_s = self.clocks.monotonic_s()
             flow_state.watch()

@@ -43,7 +43,7 @@ async def gateway(ledger_url: str, apps: int, total: bool, seconds: float) -> di
             caps = [Cap(f"app:app{app}", "day", HUGE_NANO), *([Cap("total", "day", HUGE_NANO)] if total else [])]
             try:
                 held = await ledger.reserve(NewCall(f"app{app}", None, app + 1), 1000, caps, now=time.time())
-                await ledger.settle(held.call_id, Settlement(700), now=time.time())
+                await ledger.settle(held, Settlement(700), now=time.time())
                 took.append(time.monotonic() - began)
             except LedgerUnavailable:
                 refused += 1

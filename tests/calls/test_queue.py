@@ -53,7 +53,7 @@ def come(queue, *reservation_options, call=CALL, plan=None, wait_s=0.0):
 
 
 def reserved(number):
-    return Reserved(number, ())
+    return Reserved(number, (), "app", (), "me")
 
 
 async def test_the_first_offer_that_fits_is_taken():
@@ -82,7 +82,7 @@ async def test_own_caps_in_observe_mode_are_reported_and_hold_nothing(spent_nano
     ledger = Told(reserved(1), own=(own,))
     rates = RateLimits(requests_per_minute=1)
     attempt = await come(BudgetQueue(ledger), plan=ReservationPlan((WHOLE,), (TOTAL,), rates, (OWN,)))
-    assert attempt == (Reserved(1, (own,)), WHOLE, codes)
+    assert attempt == (Reserved(1, (own,), "app", (), "me"), WHOLE, codes)
     assert (ledger.limits, ledger.rates) == ([TOTAL], rates)
 
 

@@ -16,7 +16,7 @@ from gateway_addon.calls.reservation_options import ReservationOption
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.calls.settlement import settle
 from gateway_addon.cli.meter import meter
-from gateway_addon.ledger import Outcome, Settlement
+from gateway_addon.ledger import Outcome, Reserved, Settlement
 
 GRANTED = 1000
 ENVELOPE = b'{"type":"error","error":{"type":"overloaded_error","message":"x"}}'
@@ -42,7 +42,7 @@ def in_flight(asked, granted, pace=None):
     """An admitted call of which so many tokens of output are held."""
     policy = SimpleNamespace(prices=PRICES)
     caller = Caller(app(), None, "messages", policy, frozenset(), NOW)
-    hold = Hold(1, quoted(asked), ReservationOption(granted, 0, pace))
+    hold = Hold(Reserved(1, (), "reports", (), "me"), quoted(asked), ReservationOption(granted, 0, pace))
     return InFlightCall(Admission(caller, CALL, asked, NOW, hold=hold), hold, 0.0)
 
 

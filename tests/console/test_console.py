@@ -126,7 +126,7 @@ async def test_a_ledger_on_either_engine_has_its_pages(tmp_path, engine):
     ledger = await Ledger.open(url(place))
     for _ in range(2):
         held = await ledger.reserve(CALL, 5_000_000, [], now=now)
-    await ledger.settle(held.call_id, Settlement(3_000_000, (Part(3_000_000),), Outcome(model_served="claude-sonnet-5", flags=("drift",))), now=now)
+    await ledger.settle(held, Settlement(3_000_000, (Part(3_000_000),), Outcome(model_served="claude-sonnet-5", flags=("drift",))), now=now)
     ledger.refused(CALL, "model", now=now)
     ledger.failed_authentication("token_unknown", now=now)
     (tmp_path / "policies" / "apps").mkdir(parents=True)

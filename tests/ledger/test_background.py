@@ -60,7 +60,7 @@ async def test_while_past_calls_move_the_loop_serves_and_settles_later(ledger, p
     assert (await ledger.look_up_token("d1", now=NOON)).token is not None
     with pytest.raises(LedgerUnavailable):
         await ledger.reserve(CALL, 30, DAY_CAP, now=NOON)
-    settled = ledger.settle(held.call_id, Settlement(10, (Part(10),)), now=NOON)
+    settled = ledger.settle(held, Settlement(10, (Part(10),)), now=NOON)
     await asyncio.sleep(2 * TIMEOUT_S)
     assert (moving.done(), settled.done()) == (False, False), "neither is given up for taking longer than a call may wait"
     may_end.set()
@@ -79,7 +79,7 @@ async def test_a_look_at_a_token_is_new_once_a_bill_passes_its_grant(ledger, mon
     monkeypatch.setattr(ledger, "look", lambda read: looks.append(read) or look(read))
     for cost_nano, seen in ((30, 1), (40, 2)):
         held = await ledger.reserve(CALL, 30, DAY_CAP, now=NOON)
-        await ledger.settle(held.call_id, Settlement(cost_nano, (Part(cost_nano),)), now=NOON)
+        await ledger.settle(held, Settlement(cost_nano, (Part(cost_nano),)), now=NOON)
         found = [(await ledger.look_up_token("d1", now=NOON, judged_again=True)).overruns for _ in range(3)]
         assert len(looks) == seen
     assert found == [{CALL.model_asked}] * 3

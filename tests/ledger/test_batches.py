@@ -39,7 +39,6 @@ async def opened(path, **options):
 async def a_batch(ledger, hold_nano=1000, **more):
     """A reserved and adopted batch; its call's id."""
     reserved = await ledger.reserve(CALL, hold_nano, CAPS, now=NOON)
-    ledger.hand_over(reserved.call_id)
     assert await ledger.keep(partial(batches.adopt, new=new(reserved.call_id, **more)), "workspace")
     return reserved.call_id
 

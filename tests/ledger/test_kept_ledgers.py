@@ -150,7 +150,7 @@ async def test_an_older_gateway_refuses_a_newer_ones_ledger(engine, tmp_path):
         before = balance(ledger)
         with pytest.raises(LedgerUnavailable, match=NEWER):
             await running.reserve(MINE, 300, [], now=NOON)
-        settled = running.settle(held.call_id, Settlement(500), now=NOON)
+        settled = running.settle(held, Settlement(500), now=NOON)
         with pytest.raises(LedgerUnavailable, match=NEWER):
             await running.change(lambda db: admin.resume(db, "app:search", who="test", now=NOON))
         assert not settled.done()

@@ -70,7 +70,7 @@ async def latencies(path) -> tuple[float, float]:
             began = time.perf_counter()
             held = await ledger.reserve(CALL, 300, CAPS, now=time.time())
             taken.append(time.perf_counter() - began)
-            ledger.settle(held.call_id, Settlement(200, (Part(200),)), now=time.time())
+            ledger.settle(held, Settlement(200, (Part(200),)), now=time.time())
 
     await asyncio.gather(*(caller() for _ in range(8)))
     await ledger.close()

@@ -189,7 +189,7 @@ async def test_callers_at_once_never_pass_a_parts_cap(path, db):
         answers = [await ledger.reserve(replace(CALL, session_id=f"s{n % 2}"), 30, [cap("session", 100, value=f"s{n % 2}")], now=NOON) for n in range(12)]
         held = [answer for answer in answers if isinstance(answer, Reserved)]
         assert len(held) == 6
-        assert await ledger.extend([(each.call_id, 6) for each in held], now=NOON) == [True, True, False, False, False, False]
+        assert await ledger.extend([(each, 6) for each in held], now=NOON) == [True, True, False, False, False, False]
         assert [standing.scope for standing in held[0].standings] == ["app:reports session:s0"]
     finally:
         await ledger.close()

@@ -493,7 +493,7 @@ async def test_many_callers_never_pass_a_cap_and_use_it_up(ledger, path):
     admitted = [answer for answer in answers if isinstance(answer, Reserved)]
     assert len(admitted) == 33
     assert balance(path) == (0, 990, 33)
-    await asyncio.gather(*(ledger.settle(each.call_id, Settlement(10, (Part(10),)), now=NOON) for each in admitted))
+    await asyncio.gather(*(ledger.settle(each, Settlement(10, (Part(10),)), now=NOON) for each in admitted))
     assert balance(path) == (330, 0, 0)
 
 
@@ -519,11 +519,11 @@ async def test_threads_with_ledgers_of_their_own_share_one_cap(path):
 
 async def test_the_answers_of_the_facade_are_those_of_the_book(ledger, path):
     held = await ledger.reserve(CALL, 500, DAY_CAP, now=NOON)
-    assert await ledger.extend([(held.call_id, 500), (held.call_id, 1)], now=NOON) == [True, False]
-    assert await ledger.release(held.call_id, 700, now=NOON)
+    assert await ledger.extend([(held, 500), (held, 1)], now=NOON) == [True, False]
+    assert await ledger.release(held, 700, now=NOON)
     settlement = Settlement(250, (Part(250),), Outcome(status=200, model_served="claude-haiku-4-5-20251001", complete=True))
-    assert (await ledger.settle(held.call_id, settlement, now=NOON)).held_nano == 300
-    assert not (await ledger.void(held.call_id, now=NOON)).first
+    assert (await ledger.settle(held, settlement, now=NOON)).held_nano == 300
+    assert not (await ledger.void(held, now=NOON)).first
     [standing] = [each for each in await ledger.standing(["app:reports"], DAY_CAP, now=NOON) if each.window == "day"]
     assert (standing.spent_nano, standing.reserved_nano, standing.cap_nano, standing.resets_at) == (250, 0, 1000, NOON + 12 * 3600)
     assert rows(path, "SELECT state, status, model_served, complete FROM calls") == [("settled", 200, "claude-haiku-4-5-20251001", 1)]
@@ -531,7 +531,7 @@ async def test_the_answers_of_the_facade_are_those_of_the_book(ledger, path):
 
 async def test_top_ups_go_before_admissions_that_waited_longer(ledger):
     """In one commit, and behind the money that comes back: of 1,000 a stream holds 600 and another call 300."""
-    stream, other = [(await ledger.reserve(CALL, nano, DAY_CAP, now=NOON)).call_id for nano in (600, 300)]
+    stream, other = [await ledger.reserve(CALL, nano, DAY_CAP, now=NOON) for nano in (600, 300)]
     begun, go_on = threading.Event(), threading.Event()
     writing = asyncio.ensure_future(ledger.write(lambda db: begun.set() or go_on.wait(1.5)))
     await until(begun.is_set)
@@ -587,7 +587,7 @@ async def test_a_caller_that_leaves_while_it_waits_leaves_nothing_held(ledger, p
         waiting.cancel()
         answer = (await asyncio.gather(waiting, return_exceptions=True))[0]
         if isinstance(answer, Reserved):
-            ledger.void(answer.call_id, now=NOON)
+            ledger.void(answer, now=NOON)
     await ledger.change(lambda db: None)  # behind whatever was on its way
     await until(lambda: balance(path) == (0, 0, 0))
 
@@ -614,9 +614,9 @@ async def test_one_bad_operation_fails_alone(ledger, caplog):
 
 
 async def test_an_unstorable_settlement_books_the_held_amount(ledger, path):
-    call_id = (await ledger.reserve(CALL, 400, DAY_CAP, now=NOON)).call_id
+    held = await ledger.reserve(CALL, 400, DAY_CAP, now=NOON)
     monstrous = Part(100, tokens=Tokens(output_tokens=2**70))
-    await ledger.settle(call_id, Settlement(100, (monstrous,)), now=NOON)
+    await ledger.settle(held, Settlement(100, (monstrous,)), now=NOON)
     assert balance(path) == (400, 0, 0)
     assert rows(path, "SELECT flags FROM calls") == [("estimated unstorable",)]
 
@@ -625,7 +625,7 @@ async def test_close_writes_what_is_waiting(path):
     ledger = await Ledger.open(url(path), now=NOON)
     held = [await ledger.reserve(CALL, 10, DAY_CAP, now=NOON) for _ in range(5)]
     for each in held:
-        ledger.settle(each.call_id, Settlement(7), now=NOON)
+        ledger.settle(each, Settlement(7), now=NOON)
     await ledger.close()
     assert balance(path) == (35, 0, 0)
     assert rows(path, "SELECT count(*) FROM calls WHERE state = 'open'") == [(0,)]

@@ -105,7 +105,7 @@ async def called(folder: Path, status: int = 200, endpoint: str = "messages", at
     ledger = await Ledger.open(f"sqlite:///{folder / 'gateway.db'}")
     held = await ledger.reserve(NewCall("reports", None, 1, endpoint, "claude-haiku-4-5"), 100, (), now=at)
     outcome = Outcome(status=status)
-    await (ledger.settle(held.call_id, Settlement(9, (Part(9),), outcome), now=at) if status == 200 else ledger.void(held.call_id, outcome, now=at))
+    await (ledger.settle(held, Settlement(9, (Part(9),), outcome), now=at) if status == 200 else ledger.void(held, outcome, now=at))
     await ledger.close()
 
 
@@ -180,7 +180,7 @@ async def test_what_the_ledger_knows_of_who_has_come(tmp_path, engine):
     ledger = await Ledger.open(url(path))
     for at, endpoint in ((NOW - 50, "messages"), (NOW - 20, "local/messages"), (NOW - 30, "messages")):
         held = await ledger.reserve(NewCall("reports", None, 1, endpoint, "claude-haiku-4-5"), 100, (), now=at)
-        await ledger.void(held.call_id, Outcome(status=401), now=at)
+        await ledger.void(held, Outcome(status=401), now=at)
     await ledger.close()
     with connect.reading(path) as db:
         [seen] = token_usage.arrivals(db, now=NOW)

@@ -142,7 +142,7 @@ async def test_calls_are_admitted_and_settled_while_a_day_is_summed(path, monkey
             await until(began.is_set)
             for _ in range(3):
                 held = await days._ledger.reserve(CALL, 30, DAY_CAP, now=NOON)
-                assert (await days._ledger.settle(held.call_id, Settlement(10, (Part(10),)), now=NOON)).first
+                assert (await days._ledger.settle(held, Settlement(10, (Part(10),)), now=NOON)).first
             summing.cancel()
 
 

@@ -330,7 +330,7 @@ async def test_the_ledger_s_evidence_is_by_day_model_and_certainty(tmp_path, eng
     for number, (cost, parts, ended) in enumerate([(10, (Part(10),), at), (None, (), at), (0, (Part(0),), at), (7, (Part(7),), at + DAY_S)]):
         held = await ledger.reserve(CALL, 100, (), now=at)
         flags = ("estimated:no_status",) if cost is None else ()
-        await ledger.settle(held.call_id, Settlement(cost, parts, Outcome(model_served=f"m{number}", flags=flags)), now=ended)
+        await ledger.settle(held, Settlement(cost, parts, Outcome(model_served=f"m{number}", flags=flags)), now=ended)
     await ledger.close()
     with connect.reading(path) as db:
         found = provider_comparison.metered(db, since=at - 1, until=at + 1)

@@ -40,16 +40,16 @@ async def call(ledger: Ledger, chance: random.Random, caps) -> None:
     held_nano = asked.quote_nano
     if quantum_nano:
         for more_nano in (3, 12):  # the first is kept free for it, the second is not
-            [grown] = await ledger.extend([(answer.call_id, more_nano)], now=time.time())
+            [grown] = await ledger.extend([(answer, more_nano)], now=time.time())
             held_nano += more_nano * grown
     if chance.random() < 0.2:
-        ledger.release(answer.call_id, 2, now=time.time())
+        ledger.release(answer, 2, now=time.time())
         held_nano -= 2
     await asyncio.sleep(chance.uniform(0, 0.02))
     if chance.random() < 0.15:
-        await ledger.void(answer.call_id, now=time.time())
+        await ledger.void(answer, now=time.time())
     else:
-        await ledger.settle(answer.call_id, Settlement(chance.choice((None, chance.randint(0, held_nano)))), now=time.time())
+        await ledger.settle(answer, Settlement(chance.choice((None, chance.randint(0, held_nano)))), now=time.time())
 
 
 async def crowd(ledger: Ledger, chance: random.Random, caps, callers: int, calls: int) -> None:

@@ -344,7 +344,7 @@ def _answered(asked: Reservation, said: Any, owner: str, zone: tzinfo) -> Reserv
 
 
 def _reserved(db: Connection, asked: Reservation, caps: Sequence[CapShape], owner: str, zone: tzinfo, call_id: int) -> Reserved:
-    return Reserved(call_id, reservations.capped(db, caps, now=asked.now, calendar=zone), owner)
+    return Reserved(call_id, reservations.capped(db, caps, now=asked.now, calendar=zone), asked.call.app, asked.caps, owner)
 
 
 # What the transaction that wrote the owner's row wrote besides. No other one touches these rows: nobody knew their calls yet.

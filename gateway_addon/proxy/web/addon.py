@@ -155,7 +155,7 @@ class DebugAddon(GatewayAddon):
             admission, hold = flow_state.running.admission, flow_state.running.hold
             if flow.is_replay:
                 flow_state.running.admission = replace(admission, flags=(*admission.flags, "replayed"))
-            self._awaited[hold.call_id] = flow
+            self._awaited[hold.reserved.call_id] = flow
             flow.comment = _line(caller.app.name, f"{cents(hold.quote.total_nano)} at most", admission.reading.model)
 
     # -- what became of it

@@ -29,7 +29,7 @@ def run(command, file, ledger):
 async def spend(ledger, calls):
     for _ in range(calls):
         held = await ledger.reserve(CALL, 100, [], now=time.time())
-        await ledger.settle(held.call_id, Settlement(10, (Part(10),)), now=time.time())
+        await ledger.settle(held, Settlement(10, (Part(10),)), now=time.time())
 
 
 async def test_a_backup_under_load_is_a_sound_ledger_and_stops_nobody(tmp_path):

@@ -43,7 +43,7 @@ async def test_a_batch_that_is_cut_anywhere_takes_place_once_or_never(server, ev
         for direction, count in places(every):
             held = await ledger.reserve(CALL, 300, [], now=NOON)
             relay.cut_after(direction, count)
-            ending = ledger.settle(held.call_id, Settlement(2, (Part(2),), Outcome(status=200)), now=NOON)
+            ending = ledger.settle(held, Settlement(2, (Part(2),), Outcome(status=200)), now=NOON)
             answers = await asyncio.gather(*(reserve(ledger, nano) for nano in (400, 450, 470)))
             relay.left[direction] = None
             bill = await ending
@@ -54,7 +54,7 @@ async def test_a_batch_that_is_cut_anywhere_takes_place_once_or_never(server, ev
             booked = (spent_nano, sum(each.standings[0].reserved_nano for each in reserved[-1:]), len(reserved))
             await until(lambda expected=booked: balance(server) == expected)
             assert {number for (number,) in rows(server, "SELECT id FROM calls WHERE state = 'open'")} == {each.call_id for each in reserved}
-            await asyncio.gather(*(ledger.void(each.call_id, now=NOON) for each in reserved))
+            await asyncio.gather(*(ledger.void(each, now=NOON) for each in reserved))
         await ledger.close()
     assert seen >= {Reserved, LedgerUnavailable}
     assert balance(server) == (spent_nano, 0, 0)
@@ -67,7 +67,7 @@ async def test_a_lost_batch_that_still_waits_for_its_turn_is_too_late(server):
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     async with postgresql.Relay(postgresql.shared()) as relay:
         ledger = await Ledger.open(relay.url(server), now=NOON)
-        await ledger.void((await ledger.reserve(CALL, 1, CAP, now=NOON)).call_id, now=NOON)
+        await ledger.void(await ledger.reserve(CALL, 1, CAP, now=NOON), now=NOON)
         before = rows(server, "SELECT commits FROM owners")
         with closing(psycopg.connect(url(server))) as shell:
             shell.execute("SELECT 1 FROM gateway.turns FOR UPDATE")

@@ -64,7 +64,7 @@ async def test_a_failing_disk_refuses_at_once_and_keeps_settlements(ledger, path
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     reconnect(ledger)
     broken_disk.update(statement=statement.strip(), error=disk_error(code))
-    settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
+    settled = ledger.settle(held, Settlement(200), now=NOON)
     assert await refused(ledger, text) < 0.4
     assert not settled.done()
     broken_disk.clear()
@@ -80,7 +80,7 @@ async def test_after_a_commit_in_doubt_the_truth_is_looked_up(ledger, path, brok
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     reconnect(ledger)
     broken_disk.update(statement="COMMIT", error=disk_error(), after=carried_out)
-    settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
+    settled = ledger.settle(held, Settlement(200), now=NOON)
     await refused(ledger, "reports an error")
     broken_disk.clear()
     assert (await asyncio.wait_for(settled, 3)).first
@@ -97,11 +97,11 @@ async def test_a_full_disk_is_survived(ledger, path):
     async def fill():
         for _ in range(500):
             call = await ledger.reserve(CALL, 0, DAY_CAP, now=NOON)
-            await ledger.settle(call.call_id, Settlement(0), now=NOON)
+            await ledger.settle(call, Settlement(0), now=NOON)
 
     with pytest.raises(LedgerUnavailable, match="is full"):
         await fill()
-    settled = await asyncio.wait_for(ledger.settle(held.call_id, Settlement(60), now=NOON), 3)  # the new connection has no such limit
+    settled = await asyncio.wait_for(ledger.settle(held, Settlement(60), now=NOON), 3)  # the new connection has no such limit
     assert settled.first
     assert balance(path)[:2] == (60, 0)
 
@@ -110,7 +110,7 @@ async def test_a_foreign_lock_delays_then_refuses_and_loses_nothing(ledger, path
     held = await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
     with closing(sqlite3.connect(path, isolation_level=None)) as shell:
         shell.execute("BEGIN IMMEDIATE")
-        settled = ledger.settle(held.call_id, Settlement(60), now=NOON)
+        settled = ledger.settle(held, Settlement(60), now=NOON)
         assert 0.5 < await refused(ledger, "did not answer within 0.6 s") < 1.5
         shell.execute("ROLLBACK")
     assert (await asyncio.wait_for(settled, 3)).first
@@ -141,7 +141,7 @@ async def test_a_removed_file_refuses_calls_until_it_is_put_back(ledger, path):
     await refused(ledger, "was removed while the gateway runs")
     with pytest.raises(LedgerUnavailable, match="was removed"):
         await ledger.look_up_token("d1", now=NOON)
-    settled = ledger.settle(held.call_id, Settlement(60), now=NOON)
+    settled = ledger.settle(held, Settlement(60), now=NOON)
     assert not path.exists(), "nothing makes a new ledger"
     path.with_name("away.db").rename(path)
     assert (await asyncio.wait_for(settled, 3)).first
@@ -190,7 +190,7 @@ async def test_a_backlog_lets_records_go_but_never_money(ledger, path, monkeypat
     fcntl.flock(turn, fcntl.LOCK_EX)
     for _ in range(100):
         ledger.refused(CALL, "rate", now=NOON)
-    settled = ledger.settle(held.call_id, Settlement(60), now=NOON)
+    settled = ledger.settle(held, Settlement(60), now=NOON)
     os.close(turn)
     assert (await settled).first
     kept = rows(path, "SELECT count(*) FROM calls WHERE state = 'refused'")[0][0]

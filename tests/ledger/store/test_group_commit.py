@@ -114,7 +114,7 @@ async def test_what_nobody_waits_for_shares_the_next_commit(tmp_path, monkeypatc
     ledger = await Ledger.open(url(path), now=NOON)
     held = [await ledger.reserve(CALL, 10, DAY_CAP, now=NOON) for _ in range(3)]
     before = ledger._writer._commits
-    settled = ledger.settle(held[0].call_id, Settlement(1, (Part(1),)), now=NOON)
+    settled = ledger.settle(held[0], Settlement(1, (Part(1),)), now=NOON)
     await asyncio.sleep(0.02)
     assert not settled.done()
     await ledger.reserve(CALL, 10, DAY_CAP, now=NOON)
@@ -122,8 +122,8 @@ async def test_what_nobody_waits_for_shares_the_next_commit(tmp_path, monkeypatc
     monkeypatch.setattr("gateway_addon.ledger.ledger.LINGER_S", 0.01)
     ledger._alarm.cancel()
     ledger._on_alarm()
-    assert (await ledger.settle(held[1].call_id, Settlement(2, (Part(2),)), now=NOON)).first
-    ledger.settle(held[2].call_id, Settlement(4, (Part(4),)), now=NOON)
+    assert (await ledger.settle(held[1], Settlement(2, (Part(2),)), now=NOON)).first
+    ledger.settle(held[2], Settlement(4, (Part(4),)), now=NOON)
     await ledger.close()
     assert balance(path) == (7, 10, 1)
 

@@ -37,7 +37,7 @@ SPEND = """
         while getattr(answer := await ledger.reserve(CALL, 10, DAY_CAP, now=NOON), "reason", "") == "cap_held":
             await asyncio.sleep(0.02)
         if isinstance(answer, Reserved):
-            await ledger.settle(answer.call_id, Settlement(7), now=NOON)
+            await ledger.settle(answer, Settlement(7), now=NOON)
         return isinstance(answer, Reserved)
     for _ in range(4):
         print(json.dumps(sum(await asyncio.gather(*(call() for _ in range(25))))), flush=True)
@@ -49,7 +49,7 @@ CRASH_UNDER_LOAD = """
         while True:
             answer = await ledger.reserve(CALL, 10, [Cap("app:reports", "day", 100_000)], now=NOON)
             print(json.dumps(answer.call_id), flush=True)
-            await ledger.settle(answer.call_id, Settlement(10), now=NOON)
+            await ledger.settle(answer, Settlement(10), now=NOON)
     await asyncio.gather(*(call() for _ in range(8)))
 """
 
@@ -162,4 +162,4 @@ async def _reserve_and_vanish(path):
     answer = await ledger.reserve(CALL, 250, DAY_CAP, now=NOON)
     assert isinstance(answer, Reserved)
     await ledger.close()
-    return answer.call_id
+    return answer

@@ -72,7 +72,7 @@ async def test_a_crashed_server_refuses_at_once_and_settles_once_later(server, p
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     assert (await ledger.look_up_token("d1", now=NOON)).token.app == "reports"
     await asyncio.to_thread(server.stop)
-    settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
+    settled = ledger.settle(held, Settlement(200), now=NOON)
     assert await refused(ledger, "gives no connection|shutting down") < 2.5
     with pytest.raises(LedgerUnavailable, match=r"gives no connection|shutting down"):
         await ledger.look_up_token("d1", now=NOON)
@@ -97,9 +97,9 @@ async def main():
     held = [await ledger.reserve(CALL, 100, DAY_CAP, now=NOON) for _ in range(4)]
     print(json.dumps([each.call_id for each in held]), flush=True)
     await asyncio.to_thread(sys.stdin.readline)
-    ledger.settle(held[0].call_id, Settlement(30, (Part(30),), Outcome(200, request_id="req_1")), now=NOON)
-    ledger.settle(held[1].call_id, Settlement(170, (Part(170),)), now=NOON)
-    ledger.void(held[2].call_id, now=NOON)
+    ledger.settle(held[0], Settlement(30, (Part(30),), Outcome(200, request_id="req_1")), now=NOON)
+    ledger.settle(held[1], Settlement(170, (Part(170),)), now=NOON)
+    ledger.void(held[2], now=NOON)
     await asyncio.sleep(60)
 
 asyncio.run(main())

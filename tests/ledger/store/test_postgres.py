@@ -65,7 +65,7 @@ async def test_a_slow_server_refuses_in_time_and_leaves_nothing_open(server, led
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     with closing(psycopg.connect(url(server))) as shell:
         shell.execute("SELECT 1 FROM gateway.app_balances FOR UPDATE")
-        settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
+        settled = ledger.settle(held, Settlement(200), now=NOON)
         assert await refused(ledger, "did not answer within 2 s") < 2.6
         shell.rollback()
     assert (await asyncio.wait_for(settled, 10)).first
@@ -80,7 +80,7 @@ async def test_a_silent_server_is_given_up_and_found_again(server, monkeypatch):
         held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
         assert (await ledger.look_up_token("d1", now=NOON)).token.app == "reports"
         relay.silent = True
-        settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
+        settled = ledger.settle(held, Settlement(200), now=NOON)
         assert await refused(ledger, "did not answer within 0.6 s") < 1
         with pytest.raises(LedgerUnavailable, match="did not answer within"):
             await ledger.look_up_token("d1", now=NOON)
@@ -160,7 +160,7 @@ async def test_a_node_without_a_lease_is_fenced_and_gets_a_new_name(server, ledg
     await refused(ledger, "out of touch")
     assert isinstance(await ledger.reserve(CALL, 100, DAY_CAP, now=NOON), Reserved)
     assert ledger.owner != before
-    assert await ledger.extend([(held.call_id, 1)], now=NOON) == [False]
+    assert await ledger.extend([(held, 1)], now=NOON) == [False]
     await other.close()
 
 
@@ -172,7 +172,7 @@ async def test_a_late_settlement_only_ever_adds_and_adds_once(server, ledger, co
         shell.execute("UPDATE gateway.owners SET lease_until = 0 WHERE id = %s", (ledger.owner,))
     await other.sweep(now=NOON)
     for _ in range(2):
-        assert not (await asyncio.wait_for(ledger.settle(held.call_id, Settlement(cost_nano), now=NOON), 5)).first
+        assert not (await asyncio.wait_for(ledger.settle(held, Settlement(cost_nano), now=NOON), 5)).first
     assert balance(server) == (booked_nano, 0, 0)
     await other.close()
     with connect.reading(server) as db:
@@ -256,7 +256,7 @@ async def test_the_servers_clock_decides_which_day_a_call_belongs_to(server, mon
     cap = [Cap("app:reports", "day", 500)]
     held = await ledger.reserve(CALL, 300, cap, now=wrong.time())
     assert (await ledger.reserve(CALL, 300, cap, now=wrong.time())).reason == "cap_held"
-    await ledger.settle(held.call_id, Settlement(300), now=wrong.time())
+    await ledger.settle(held, Settlement(300), now=wrong.time())
     [(started_at, day_start, ended_at)] = rows(server, "SELECT started_at, day_start, ended_at FROM calls WHERE id = $1", held.call_id)
     assert abs(started_at - time.time()) < 10
     assert abs(ended_at - time.time()) < 10

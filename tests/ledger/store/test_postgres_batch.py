@@ -172,7 +172,7 @@ async def test_one_value_that_cannot_be_stored_spoils_no_other_call(server):
     """PostgreSQL's text holds no NUL: that call is settled at what it held, its neighbours at their bills."""
     ledger = await Ledger.open(url(server), now=NOON)
     held = [await ledger.reserve(CALL, 100, DAY_CAP, now=NOON) for _ in range(3)]
-    ends = [ledger.settle(each.call_id, Settlement(10, (), Outcome(stop_reason=said)), now=NOON) for each, said in zip(held, "a\0c", strict=True)]
+    ends = [ledger.settle(each, Settlement(10, (), Outcome(stop_reason=said)), now=NOON) for each, said in zip(held, "a\0c", strict=True)]
     assert [(await each).spent_nano for each in ends] == [10, 100, 10]
     await ledger.close()
     assert balance(server) == (120, 0, 0)
@@ -211,7 +211,7 @@ async def test_a_user_who_may_make_no_function_writes_one_by_one(server, monkeyp
     monkeypatch.setattr(postgres_batch, "FUNCTION", "DO $$ BEGIN RAISE insufficient_privilege; END $$")
     ledger = await Ledger.open(url(server), now=NOON)
     held = await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
-    assert (await ledger.settle(held.call_id, Settlement(10), now=NOON)).first
+    assert (await ledger.settle(held, Settlement(10), now=NOON)).first
     await ledger.close()
     assert "may make no temporary function" in caplog.text
     assert balance(server) == (10, 0, 0)

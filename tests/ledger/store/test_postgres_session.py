@@ -57,7 +57,7 @@ async def test_another_host_of_the_address_takes_over_in_running(server):
         held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
         assert (first.joined > 0, second.joined) == (True, 0)
         await first.close()
-        settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
+        settled = ledger.settle(held, Settlement(200), now=NOON)
         assert (await asyncio.wait_for(settled, 5)).first
         assert isinstance(await ledger.reserve(CALL, 100, DAY_CAP, now=NOON), Reserved)
         assert second.joined > 0
@@ -117,7 +117,7 @@ async def test_a_conflict_is_retried_without_the_callers_notice(server, code):
         shell.execute(FAILS.format(times=2, code=code).encode())
     ledger = await Ledger.open(url(server), now=NOON)
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
-    assert (await ledger.settle(held.call_id, Settlement(200), now=NOON)).first
+    assert (await ledger.settle(held, Settlement(200), now=NOON)).first
     await ledger.close()
     assert balance(server) == (200, 0, 0)
     assert rows(server, "SELECT last_value FROM tries")[0][0] > 2
@@ -130,7 +130,7 @@ async def test_a_full_server_disk_is_named_and_settled_on_later(server, tmp_path
     held = await ledger.reserve(CALL, 300, DAY_CAP, now=NOON)
     with closing(psycopg.connect(url(server), autocommit=True)) as shell:
         shell.execute(FAILS.format(times=10**9, code="53100").encode())
-        settled = ledger.settle(held.call_id, Settlement(200), now=NOON)
+        settled = ledger.settle(held, Settlement(200), now=NOON)
         with pytest.raises(LedgerUnavailable, match="the disk of the ledger's server"):
             await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
         shell.execute("DROP TRIGGER fail ON gateway.entries")
