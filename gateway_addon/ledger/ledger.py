@@ -383,7 +383,7 @@ class Ledger:
         return future
 
     def _record(self, apply: Change, *scopes: str) -> None:
-        full = self._writer.waiting >= BACKLOG_MAX
+        full = self._writer.waiting + len(self._lingering) >= BACKLOG_MAX
         if full and not self._letting_go:
             log.error("the ledger %s is behind: refused and free calls are not recorded until it catches up", self._store)
         self._letting_go = full
