@@ -538,6 +538,7 @@ async def test_top_ups_go_before_admissions_that_waited_longer(ledger):
     asked = asyncio.gather(ledger.reserve(CALL, 400, DAY_CAP, now=NOON), ledger.extend([(stream, 350)], now=NOON))
     await asyncio.sleep(0)
     voided = ledger.void(other, now=NOON)
+    await until(lambda: not ledger._lingering)
     go_on.set()
     admission, top_up = await asked
     assert (top_up, getattr(admission, "reason", None)) == ([True], "cap_held")
