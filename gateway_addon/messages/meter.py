@@ -219,7 +219,7 @@ def json_object(data: bytes) -> dict[str, object] | None:
 
     The larger value of a doubled key holds: other readers may bill by either, and no less than the bill may be booked."""
     try:
-        value = json.loads(data, object_pairs_hook=_object)
+        value = _DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -233,6 +233,10 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     for name, value in pairs:
         made[name] = _larger(made[name], value) if name in made else value
     return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+"""Made once: `json.loads` makes one for each text."""
 
 
 def _larger(one: object, other: object) -> object:

@@ -266,7 +266,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise Unreadable(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from None
     try:
-        body = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        body = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise Unreadable(f"the body is not JSON: {error.msg} at character {error.pos}; send one JSON object") from None
     if not isinstance(body, dict):
@@ -298,6 +298,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> Never:
     raise Unreadable(f"{name} is not JSON; send a number, a string or null")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+"""Made once: `json.loads` makes one for each text."""
 
 
 def _readable_fields(endpoint: str, body: dict[str, Any], found: RequestScan) -> None:
