@@ -47,6 +47,10 @@ def ledger_option[F: Callable[..., Any]](command: F) -> F:
     )(command)
 
 
+def set_option[F: Callable[..., Any]](command: F) -> F:
+    return click.option("--set", "options", multiple=True, metavar="K=V", help="An option for mitmproxy.")(command)
+
+
 def json_option[F: Callable[..., Any]](command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
 

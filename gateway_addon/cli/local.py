@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gateway_addon.cli.common import ListenAddress, ledger_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import ListenAddress, ledger_option, policies_option, says_errors, set_option, stop
 from gateway_addon.cli.run_token import RunToken, token_of_a_run
 from gateway_addon.cli.serve import NO_KEY
 from gateway_addon.ledger import LedgerUnavailable
@@ -32,7 +32,7 @@ IN_CLEAR = "The proxy listens on this machine alone: credentials travel to it in
 @click.option("--capture", metavar="PROGRAM", help="Capture a running program's connections, by its name or process id.")
 @click.option("--listen", type=ListenAddress(), help=f"Where to listen [default: 127.0.0.1:{PORT}; with a command, a free port].")
 @click.option("--allow-none", is_flag=True, help="It is no failure when COMMAND makes no call.")
-@click.option("--set", "options", multiple=True, metavar="K=V", help="An option for mitmproxy.")
+@set_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
 @policies_option
 @ledger_option

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 import click
 from argon2 import PasswordHasher
 
-from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, set_option, stop
 from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.names import PROGRAM
@@ -48,7 +48,7 @@ def _common[F: Callable[..., Any]](command: F) -> F:
         command(settings=Settings(*listen, policies, ledger, options, log_json=log == "json", otel=otel), **own)
 
     for option in (
-        click.option("--set", "options", multiple=True, metavar="K=V", help="An option for mitmproxy."),
+        set_option,
         click.option("--log", type=click.Choice(("plain", "json")), default="plain", show_default=True, help="json: a line for each call."),
         click.option("--otel", is_flag=True, help="Send a span for each call to OTEL_EXPORTER_OTLP_ENDPOINT."),
         click.option("--insecure-listen", is_flag=True, help="Listen on a network address without TLS."),
