@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 from click.testing import CliRunner
-from ledgers import CALL, ENGINES, NOON, balance, new_ledger, rows, url, writing
+from ledgers import CALL, NOON, balance, new_ledger, rows, url, writing
 
 from gateway_addon.cli.batches import batches as batches_command
 from gateway_addon.ledger import Ledger, batches, connect, ownership
@@ -17,11 +17,6 @@ from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.ownership import OwnedObject
 
 CAPS = []
-
-
-@pytest.fixture(params=ENGINES)
-def path(tmp_path, request):
-    return new_ledger(tmp_path, request.param)
 
 
 def new(call_id, id="msgbatch_1", requests=2, **more):

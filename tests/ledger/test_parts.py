@@ -63,11 +63,6 @@ def folder(parent, name):
     return parent / name
 
 
-@pytest.fixture(params=ENGINES)
-def path(tmp_path, request):
-    return new_ledger(tmp_path, request.param)
-
-
 @pytest.fixture
 def db(path):
     with closing(writing(path)) as connection:

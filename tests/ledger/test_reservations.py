@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ledgers import CALL, DAY_CAP, ENGINES, NOON, Cap, Part, Tokens, balance, new_ledger, rows, until, url, writing
+from ledgers import CALL, DAY_CAP, NOON, Cap, Part, Tokens, balance, new_ledger, rows, until, url, writing
 
 from gateway_addon.ledger import (
     Alert,
@@ -35,17 +35,6 @@ from gateway_addon.ledger import (
 from gateway_addon.ledger.denials import judge
 from gateway_addon.ledger.store import balances
 from gateway_addon.windows import WINDOWS
-
-
-@pytest.fixture(params=ENGINES)
-def path(tmp_path, request):
-    return new_ledger(tmp_path, request.param)
-
-
-@pytest.fixture
-def db(path):
-    with closing(writing(path)) as connection:
-        yield connection
 
 
 @pytest.fixture

@@ -1,25 +1,13 @@
 """Workloads in the ledger: one token row each, sessions that end, revocations that hold for both; on both engines."""
 
-from contextlib import closing
 from functools import partial
 
 import pytest
-from ledgers import ENGINES, NOON, Steps, new_ledger, rows, writing
+from ledgers import NOON, Steps, new_ledger, rows
 
 from gateway_addon.ledger import NewCall, Reserved, admin, connect, reservations, state, workloads
 
 NIGHTLY = ("reports", "https://issuer.test", "repo:o/r", "w1")
-
-
-@pytest.fixture(params=ENGINES)
-def path(request, tmp_path):
-    return new_ledger(tmp_path, request.param)
-
-
-@pytest.fixture
-def db(path):
-    with closing(writing(path)) as connection:
-        yield connection
 
 
 def opened(db, session="s1", of=NIGHTLY, now=NOON, life_s=300, rule="r1"):
