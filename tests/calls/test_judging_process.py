@@ -139,6 +139,9 @@ async def test_a_large_body_leaves_as_it_was_judged(tmp_path):
     [
         ("messages", b" " * HERE_BYTES_MAX, False),
         ("messages", b" " * (HERE_BYTES_MAX + 1), True),
+        ("messages", b"{[ " * (HERE_BRACKETS_MAX // 2), False),
+        ("messages", b"{[ " * (HERE_BRACKETS_MAX // 2) + b"[", True),
+        ("messages", b"{" * (HERE_BRACKETS_MAX + 1), True),
         ("count_tokens", b"{[" * HERE_BRACKETS_MAX, True),
         ("batches.create", b" " * (HERE_BATCH_BYTES_MAX + 1), True),
         ("files.upload", b"[" * 10 * HERE_BYTES_MAX, False),  # nobody looks into it

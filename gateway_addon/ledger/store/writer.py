@@ -24,7 +24,7 @@ from gateway_addon.ledger.types import LedgerUnavailable, RecordedEnd
 log = logging.getLogger(__name__)
 
 BATCH_MAX = 256
-CROWD = 3  # operations in one batch: a sign of load, under which this commit and the next are worth sharing with those to come
+CROWD = 3  # operations found waiting at once: a sign of load, under which a commit is worth sharing with those to come
 GATHER_S = 0.004  # how long a crowd waits for company; one commit costs as much processor time as several operations
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -81,7 +81,6 @@ class Writer:
         self._commits = 0
         self._doubt: _Doubt | None = None
         self._failures = 0
-        self._crowded = False
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
 
     def start(self) -> None:
@@ -123,10 +122,9 @@ class Writer:
         """
         taken: list[Operation] = []
         stop = self._drain(taken, wait_s)
-        if (self._crowded or len(taken) >= CROWD) and not stop:
+        if len(taken) >= CROWD and not stop:
             time.sleep(GATHER_S)
             stop = self._drain(taken, 0)
-        self._crowded = len(taken) >= CROWD
         return taken, stop
 
     def _drain(self, taken: list[Operation], wait_s: float | None) -> bool:

@@ -14,7 +14,6 @@ from stores import Store
 
 from gateway_addon.ledger import Ledger, LedgerUnavailable, Settlement
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.ledger.store import writer as writer_module
 from gateway_addon.ledger.store.locks import folder
 from gateway_addon.ledger.store.sqlite import FileStore
 from gateway_addon.ledger.store.writer import Operation, Writer
@@ -81,29 +80,6 @@ async def test_operations_that_wait_together_share_one_commit():
     assert await asyncio.gather(*(asked.answer() for asked in every)) == ["written"] * (count + 1)
     assert queue._commits - before == 2
     assert not {threading.main_thread()} & {thread for asked in every for thread in asked.threads}, "the loop ran statements"
-    assert await stopped(queue)
-
-
-async def test_after_a_crowd_the_first_to_come_waits_for_company(monkeypatch):
-    """Its answers bring the crowd back one by one: the first of it takes the others along. Alone, it waits for nobody."""
-    monkeypatch.setattr(writer_module, "GATHER_S", 0.3)
-    store, commit, began, held = Store(scopes_max=None), Store.commit, threading.Event(), threading.Event()
-    store.commit = lambda db: (began.set(), held.wait(20), commit(store, db))
-    queue = started(store)
-    queue.put(Asked(store, "first").operation)
-    await until(began.is_set)
-    crowd = [Asked(store, name) for name in "abc"]
-    for asked in crowd:
-        queue.put(asked.operation)
-    held.set()
-    await asyncio.gather(*(asked.answer() for asked in crowd))
-    for pair, commits in (("de", 1), ("fg", 2)):
-        before, every = queue._commits, [Asked(store, name) for name in pair]
-        for asked in every:
-            queue.put(asked.operation)
-            await asyncio.sleep(0.02)
-        await asyncio.gather(*(asked.answer() for asked in every))
-        assert queue._commits - before == commits, pair
     assert await stopped(queue)
 
 
