@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from gateway_addon.calls.planning import RATES, observed_denials
 from gateway_addon.calls.reservation_options import ReservationOption, ReservationPlan
-from gateway_addon.ledger import TOTAL, Denied, Ledger, NewCall, RateLimits, Reserved
+from gateway_addon.ledger import TOTAL, Denied, Ledger, NewCall, RateLimits, Reserved, part_scope
+from gateway_addon.ledger.parts import OTHERS
 from gateway_addon.refusals import Refusal
 
 HELD_WAIT_S = 2.0  # for budget that calls in flight hold
@@ -83,7 +84,7 @@ class BudgetQueue:
         asked = await plan()
         if isinstance(asked, Refusal):
             return asked
-        own = await self._ledger.capped(asked.observed_caps, now=now) if asked.observed_caps else ()
+        own = await self._ledger.observed(call, asked.observed_caps, now=now) if asked.observed_caps else ()
         observed = dict.fromkeys([note.code for note in asked.notes])
         observed |= dict.fromkeys([denied.reason for denied in observed_denials(own, asked.options[-1], now)])
         result, option = await self._first_that_fits(call, asked, asked.rates, now)
@@ -110,7 +111,8 @@ class BudgetQueue:
 
         The lines of other parts stay asleep: of a hundred sessions that wait, one has got something back.
         """
-        for scope in (*call.scopes, *call.part_scopes) if self._lines else ():
+        shared = (part_scope(call.app, (kind, OTHERS)) for kind, _ in call.parts)
+        for scope in (*call.scopes, *call.part_scopes, *shared) if self._lines else ():
             if (line := self._lines.get(scope)) is not None:
                 line.freed.set()
 

@@ -301,6 +301,10 @@ class Ledger:
         """Return the standing of each of these caps. Raises LedgerUnavailable."""
         return await self.look(partial(reservations.capped, caps=caps, now=self._at(now)))
 
+    async def observed(self, call: NewCall, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
+        """Return the standing of each cap that a call is only observed by, where it would count now. Raises LedgerUnavailable."""
+        return await self.look(partial(reservations.observed, call=call, caps=caps, now=self._at(now)))
+
     async def counted_now(self, call: NewCall, caps: Sequence[CapShape], *, now: float) -> NewCall:
         """Return a call with the names under which its parts would count if it came now. Raises LedgerUnavailable."""
         return await self.look(partial(reservations.counted_now, call=call, caps=caps, now=self._at(now)))

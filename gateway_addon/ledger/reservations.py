@@ -7,6 +7,7 @@ all searches by key: their cost does not grow with the ledger. Knows nothing of 
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import tzinfo
 from functools import lru_cache
@@ -213,6 +214,13 @@ def write(db: Connection, owner: str, asked: Reservation) -> Reserved | Denied:
 def counted_now(db: Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> NewCall:
     """Return a call with the names under which its parts would count if it came now. Raises LedgerUnavailable as a reservation does."""
     return call.counted_in(parts.counted(db, call, caps, starts(now, zone(db)).day).parts)
+
+
+def observed(db: Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> tuple[Standing, ...]:
+    """Return the standing of each cap that a call is only observed by, where it would count if it came now."""
+    with suppress(LedgerUnavailable):  # no balance is kept of what they cap: nothing is spent there
+        caps = parts.counted(db, call, caps, starts(now, zone(db)).day).caps
+    return capped(db, caps, now=now)
 
 
 def reserving(asked: Reservation, counted: parts.CountedCall, owner: str, windows: Starts) -> tuple[dict[str, Any], list[CapWindow]]:

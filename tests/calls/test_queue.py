@@ -26,7 +26,7 @@ class Told:
     def __init__(self, *answers, own=()):
         self.answers, self.asked, self.own = deque(answers), [], own
 
-    async def capped(self, caps, *, now):
+    async def observed(self, call, caps, *, now):
         assert list(caps) == [OWN]
         return self.own
 

@@ -6,6 +6,7 @@ import anthropic
 import httpx2
 import pytest
 from gateway import gateway
+from ledgers import rows
 
 from gateway_addon.identity import tokens as identity
 from gateway_addon.ledger import admin
@@ -173,6 +174,18 @@ async def test_a_token_has_a_cap_of_its_own_without_any_policy(tmp_path):
         async with httpx2.AsyncClient(base_url=gw.url, headers={"x-api-key": token}) as http:
             [mine] = (await http.get("/gateway/me")).json()["parts"]
         assert (mine["part"], mine["cap_nano"]) == ("token", 3_000_000)
+
+
+async def test_an_observed_cap_is_looked_at_where_a_call_counts(tmp_path):
+    """A session beyond a day's new names counts with the others in observe mode too: the second of them is told so."""
+    apps = {"coder": f"models: {{allow: [{HAIKU}]}}\ncaps: unlimited\nmode: observe\nparts_max: 1\neach: {{session: {{ever: $0.003}}}}\n"}
+    async with Simulator(behaviour=Behaviour(output_tokens=250)) as api, gateway(tmp_path, api, apps) as gw:
+        for name in ("s1", "s2", "s3"):
+            answer = await call(gw.client("coder"), **session(name))
+            await gw.quiet()
+        assert answer.headers["x-gateway-cap-session"].startswith("spent=$0.0012"), "what s2 has spent"
+        found = rows(tmp_path / "gateway.db", "SELECT session_id, flags FROM calls ORDER BY id")
+        assert found == [("s1", ""), ("s2", ""), ("s3", "observed:cap_spent")]
 
 
 async def test_a_streams_top_ups_are_judged_by_its_sessions_cap(tmp_path):
