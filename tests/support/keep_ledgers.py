@@ -3,7 +3,7 @@
 A kept ledger is never made again: it is what an operator's disk holds, and later versions have to open it (test_kept_ledgers.py). A
 version that changes the tables adds one under a new name, for example that of its last migration.
 
-NAME.db.xz is SQLite's file, NAME.sql.xz a plain pg_dump with INSERTs (no psql is needed to load it), NAME.json what the version that
+NAME.db.xz is SQLite's file, NAME.sql.xz a plain pg_dump with INSERTs (no psql is needed to load it), NAME.json.xz what the version that
 made them said of them. Both hold the same calls under the same numbers, so one document is right for both.
 """
 
@@ -29,7 +29,7 @@ from gateway_addon.ledger.sql import Connection
 from gateway_addon.windows import cycle, starts
 
 FOLDER = Path(__file__).parents[1] / "ledger" / "kept_ledgers"
-NAMES = sorted(path.name.removesuffix(".json") for path in FOLDER.glob("*.json"))
+NAMES = sorted(path.name.removesuffix(".json.xz") for path in FOLDER.glob("*.json.xz"))
 
 ZONE = "Europe/Berlin"
 DAY_S = 86_400.0
@@ -215,7 +215,7 @@ def kept(name: str, engine: str, folder: Path) -> Path | ServerAddress:
 
 
 def expected(name: str) -> dict[str, object]:
-    document: dict[str, object] = json.loads((FOLDER / f"{name}.json").read_text())
+    document: dict[str, object] = json.loads(lzma.decompress((FOLDER / f"{name}.json.xz").read_bytes()))
     return document
 
 
@@ -228,7 +228,7 @@ def _dump(server: ServerAddress) -> bytes:
 
 def main(name: str) -> None:
     if name in NAMES:
-        sys.exit(f"{FOLDER / name}.json is there already, and what was kept is not made again: choose another name")
+        sys.exit(f"{FOLDER / name}.json.xz is there already, and what was kept is not made again: choose another name")
     with tempfile.TemporaryDirectory() as folder:
         path, server = Path(folder) / "gateway.db", ServerAddress(postgresql.shared().database())
         for ledger in (path, server):
@@ -240,7 +240,7 @@ def main(name: str) -> None:
             db.execute("VACUUM")
         (FOLDER / f"{name}.db.xz").write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
         (FOLDER / f"{name}.sql.xz").write_bytes(lzma.compress(_dump(server), preset=9 | lzma.PRESET_EXTREME))
-        (FOLDER / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+        (FOLDER / f"{name}.json.xz").write_bytes(lzma.compress(json.dumps(document, indent=1).encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 if __name__ == "__main__":
