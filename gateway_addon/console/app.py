@@ -66,7 +66,8 @@ def build(console: Console) -> Flask:
 def _admit(console: Console) -> None:
     if urlsplit(f"//{request.host}").hostname not in ("127.0.0.1", "localhost", "::1"):
         abort(421)
-    if request.method not in ("GET", "HEAD") and not (console.may_write and request.endpoint == "confirm"):
+    is_change = console.may_write and (request.method, request.endpoint) == ("POST", "confirm")
+    if request.method not in ("GET", "HEAD") and not is_change:
         abort(405)
     if request.endpoint == "metrics":
         if console.metrics_token is None:
@@ -96,12 +97,15 @@ def _with_headers(response: Response) -> Response:
 
 
 def _enter(console: Console, link: str) -> AnyResponse:
-    offered = "" if console.link_file is None else links.offered(console.link_file, console.clock())
-    cookie = console.login.enter(link, monotonic_s(), offered)
+    if request.method == "HEAD":  # of a preview: the link is for whoever opens it
+        abort(405)
+    with console.login.one_by_one:
+        offered = "" if console.link_file is None else links.offered(console.link_file, console.clock())
+        cookie = console.login.enter(link, monotonic_s(), offered)
+        if cookie is not None and offered and console.link_file is not None:
+            links.taken(console.link_file)
     if cookie is None:
         abort(429 if console.login.wrong.too_many(monotonic_s()) else 401)
-    if offered and console.link_file is not None:
-        links.taken(console.link_file)
     response = redirect("/", 303)
     response.set_cookie(COOKIE, cookie, max_age=SESSION_S, httponly=True, samesite="Strict")
     return response
@@ -147,7 +151,10 @@ def _say(error: HTTPException) -> Response:
     return pages.problem(title, sentence, error.code or 500)
 
 
-class _Quiet(WSGIRequestHandler):
+class QuietHandler(WSGIRequestHandler):
+    timeout = 20
+    """Seconds for which a client may send nothing of a request that it began, or of the next one."""
+
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Say nothing of pages served: the login link is one of their addresses."""
 
@@ -155,4 +162,4 @@ class _Quiet(WSGIRequestHandler):
 def server(console: Console, listener: socket.socket) -> BaseWSGIServer:
     """A server on a bound socket; `serve_forever` runs it."""
     host, port = listener.getsockname()[:2]
-    return make_server(host, port, build(console), threaded=True, request_handler=_Quiet, fd=listener.fileno())
+    return make_server(host, port, build(console), threaded=True, request_handler=QuietHandler, fd=listener.fileno())

@@ -9,6 +9,7 @@ import hmac
 import secrets
 from collections import deque
 from dataclasses import dataclass, field
+from threading import Lock
 
 from gateway_addon.console.actions import AskedChange
 
@@ -47,6 +48,8 @@ class Login:
     link: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     wrong: Tries = field(default_factory=Tries)
     changes: Tries = field(default_factory=Tries)
+    one_by_one: Lock = field(default_factory=Lock, repr=False)
+    """Held while a link is looked at and taken: two requests at once would both find it unused."""
     _sessions: dict[str, LoginSession] = field(default_factory=dict, repr=False)
 
     def enter(self, link: str, monotonic_s: float, other_digest: str = "") -> str | None:
@@ -63,7 +66,7 @@ class Login:
 
     def session(self, cookie: str, monotonic_s: float) -> LoginSession | None:
         """Return the session of a cookie; None where it has none, or it has ended."""
-        found = [each for known, each in self._sessions.items() if hmac.compare_digest(cookie.encode(), known.encode())]
+        found = [each for known, each in [*self._sessions.items()] if hmac.compare_digest(cookie.encode(), known.encode())]
         return found[0] if found and monotonic_s <= found[0].ends_monotonic_s else None
 
 
@@ -78,8 +81,8 @@ def ask(session: LoginSession, change: AskedChange, monotonic_s: float) -> str:
 
 def confirmed(session: LoginSession, word: str, monotonic_s: float) -> AskedChange | None:
     """Return the change that a word confirms, once; None for a word that is wrong, used or too old."""
-    key = next((known for known in session.asked if hmac.compare_digest(word.encode(), known.encode())), None)
-    change, until = session.asked.pop(key) if key is not None else (None, 0.0)
+    key = next((known for known in [*session.asked] if hmac.compare_digest(word.encode(), known.encode())), None)
+    change, until = session.asked.pop(key, (None, 0.0)) if key is not None else (None, 0.0)
     return change if monotonic_s <= until else None
 
 

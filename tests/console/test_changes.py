@@ -1,8 +1,12 @@
 """The console's buttons: they do what the commands do, for the person who has confirmed it, and for nobody else."""
 
+import json
 import os
 import re
+import socket
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC
 from pathlib import Path
@@ -14,8 +18,8 @@ from desks import served
 from ledgers import new_file, spend
 
 from gateway_addon.clocks import monotonic_s
-from gateway_addon.console import links
-from gateway_addon.console.app import COOKIE, build
+from gateway_addon.console import links, login
+from gateway_addon.console.app import COOKIE, QuietHandler, build
 from gateway_addon.console.login import ASKED_MAX, LINK_S, TRIES_PER_MINUTE, Login, ask
 from gateway_addon.console.pages import Console, Policies
 from gateway_addon.ledger import Alert, NewCall, admin, connect, parts, state
@@ -258,6 +262,108 @@ def test_a_console_that_only_reads_has_no_buttons(console, method, address):
 def test_a_body_that_is_too_long_is_refused(console, client):
     answer = client.post("/change", data={"word": word(client, PAUSE), "why": "x" * 10_000}, headers=HOME)
     assert (answer.status_code, changed(console)) == (413, NOTHING)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www-form-urlencoded; charset=utf-7", "multipart/form-data", ""])
+def test_a_body_of_another_kind_confirms_nothing(console, client, kind):
+    """A page of another site can send text without asking first. The word stays good for the form itself."""
+    good = word(client, PAUSE)
+    body = json.dumps({"word": good}) if kind == "application/json" else f"word={good}\r\n"
+    assert client.post("/change", data=body, content_type=kind, headers=HOME).status_code in (400, 409)
+    assert changed(console) == NOTHING
+    assert client.post("/change", data={"word": good}, headers=HOME).status_code == 303
+
+
+@pytest.mark.parametrize(
+    ("method", "address", "headers", "status"),
+    [
+        ("OPTIONS", "/change", HOME, 405),
+        ("OPTIONS", "/", {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}, 405),
+        ("PUT", "/change", HOME, 405),
+        ("TRACE", "/", HOME, 405),
+        ("GET", "/change", HOME | {"X-HTTP-Method-Override": "POST"}, 405),
+        ("POST", "/apps/reports", HOME, 405),
+        ("POST", "/login/x", HOME, 405),
+        ("POST", "/change", HOME | {"Host": "evil.example"}, 421),
+        ("POST", "/change", {"Origin": "https://localhost", "X-Forwarded-Proto": "https"}, 403),
+        ("GET", "/change/pause?scope=reports%0d%0aSet-Cookie:x=1", HOME, 400),
+    ],
+)
+def test_no_other_method_or_header_leads_in(console, client, method, address, headers, status):
+    """Nor does any answer let another origin read it, or keep it, or show it in a frame."""
+    answer = client.open(address, method=method, headers=headers, data={"word": word(client, PAUSE)} if method != "GET" else None)
+    assert (answer.status_code, changed(console)) == (status, NOTHING)
+    assert_guarded(answer)
+
+
+def assert_guarded(answer):
+    headers = dict(answer.headers)
+    assert not [name for name in headers if name.lower().startswith("access-control-")]
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert "form-action 'self'" in headers["Content-Security-Policy"]
+    assert (headers["Cache-Control"], headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == ("no-store", "nosniff", "same-origin")
+    assert headers["Cross-Origin-Opener-Policy"] == headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+def test_pages_with_secrets_are_kept_by_nobody(console):
+    """The answer to the link, the page with a word, its confirmation, and every refusal."""
+    client = build(console).test_client()
+    entered = client.get(f"/login/{console.login.link}")
+    cookie = entered.headers["Set-Cookie"]
+    assert all(flag in cookie for flag in ("HttpOnly", "SameSite=Strict", "Path=/"))
+    assert "Domain" not in cookie
+    answers = [entered, client.get(PAUSE), confirm(client, PAUSE), client.get("/login/x"), client.get("/nothing"), client.get("/calls.csv"), client.post("/change", headers=HOME)]
+    assert [answer.status_code for answer in answers] == [303, 200, 303, 401, 404, 200, 409]
+    for answer in answers:
+        assert_guarded(answer)
+    assert console.login.link == ""
+    assert not [each for each in answers if cookie.partition("=")[2].partition(";")[0] in each.text]
+
+
+def test_a_look_at_the_link_does_not_use_it(console):
+    """A preview of a chat asks for the head alone; a page of another site cannot use a link that it does not know."""
+    client = build(console).test_client()
+    assert client.head(f"/login/{console.login.link}").status_code == 405
+    assert client.get(f"/login/{console.login.link}").status_code == 303
+
+
+@pytest.mark.parametrize("offered", [False, True])
+def test_a_link_opened_twice_at_once_lets_in_one(console, tmp_path, monkeypatch, offered):
+    console.link_file = tmp_path / "console.link"
+    with links.open_for_links(console.link_file):
+        link = links.offer(console.link_file) if offered else console.login.link
+        compared = login.hmac.compare_digest
+
+        def slowly(*both):
+            found = compared(*both)
+            time.sleep(0.02)
+            return found
+
+        monkeypatch.setattr(login.hmac, "compare_digest", slowly)
+        apps = [build(console).test_client() for _ in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            answers = [*pool.map(lambda client: client.get(f"/login/{link}").status_code, apps)]
+    assert sorted(answers) == [303, 401, 401, 401]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: loc",
+        b"POST /change HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\nCookie: %b\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 60\r\n\r\nword=",
+    ],
+)
+def test_a_client_that_sends_slowly_is_left(console, client, monkeypatch, sent):
+    """It holds a thread no longer than that; others are answered meanwhile."""
+    monkeypatch.setattr(QuietHandler, "timeout", 0.2)
+    with served(console) as address, socket.create_connection(address.removeprefix("http://").split(":"), timeout=10) as slow:
+        cookie = f"{COOKIE}={console.login.enter(console.login.link, monotonic_s())}"
+        slow.sendall(sent.replace(b"%b", cookie.encode()))
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/alerts", headers={"Cookie": cookie}), timeout=10) as answer:
+            assert answer.status == 200
+        assert b"303" not in b"".join(iter(lambda: slow.recv(4096), b"")).partition(b"\r\n")[0]
+    assert changed(console) == NOTHING
 
 
 # a new link
