@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from uuid import uuid4
 
@@ -123,8 +123,9 @@ async def test_killed_gateways_and_a_killed_server_pass_no_cap(tmp_path, monkeyp
             await asyncio.to_thread(WAYS[chance.choice(list(WAYS))], server)
             await asyncio.sleep(chance.uniform(0, 1))
 
-        async with Simulator() as api:
+        async with Simulator() as api, AsyncExitStack() as at_end:
             gateways = ledgered(tmp_path, api.url, {"app": app}, ledger=server.ledger())
+            at_end.push_async_callback(gateways.kill)
             stop = asyncio.Event()
             running = list(await asyncio.gather(*(gateways.serve() for _ in range(2))))
             urls = [[url] for _, url in running]

@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import anthropic
 import httpx2
@@ -159,13 +159,11 @@ async def two_gateways(gateways: Ledgered):
         running[number] = await gateways.serve()
         urls.append(running[number][1])
 
-    try:
-        yield urls, kill
-    finally:
-        for process, _ in running:
-            process.terminate()
-        for process, _ in running:
-            await buried(process)
+    yield urls, kill
+    for process, _ in running:
+        process.terminate()
+    for process, _ in running:
+        await buried(process)
 
 
 @asynccontextmanager
@@ -177,11 +175,9 @@ async def two_workers(gateways: Ledgered):
         await until(lambda: len(children(process.pid)) == 2, 60)
         await kill_in_mid_call(gateways.ledger, children(process.pid)[0])
 
-    try:
-        yield [url], kill
-    finally:
-        process.terminate()
-        await buried(process)
+    yield [url], kill
+    process.terminate()
+    await buried(process)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +193,10 @@ async def test_a_crowd_of_sessions_users_and_labels_passes_no_cap(tmp_path, flee
     chance, said, at_once, kills = random.Random(seed), Counter(), asyncio.Semaphore(50), 0 if callers < 200 else 2
     caps = caps_of_parts(callers)
     app = PARTED + json.dumps({kind: {window: dollars(nano)} for (kind, window), nano in caps.items()})
-    async with Simulator(behaviour=Behaviour(hostile=True)) as api:
+    async with Simulator(behaviour=Behaviour(hostile=True)) as api, AsyncExitStack() as at_end:
         server = postgresql.shared().ledger() if fleet is two_gateways else None
         gateways = ledgered(tmp_path, api.url, {"app": app}, ledger=server)
+        at_end.push_async_callback(gateways.kill)
         async with fleet(gateways) as (urls, kill):
 
             async def one():

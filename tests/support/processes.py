@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gateway import write_policies
@@ -30,6 +30,7 @@ class Ledgered:
     tokens: dict[str, str]
     server: ServerAddress | None = None
     """Where the ledger is, if not in the folder."""
+    started: list[asyncio.subprocess.Process] = field(default_factory=list)
 
     @property
     def ledger(self) -> Path | ServerAddress:
@@ -43,6 +44,7 @@ class Ledgered:
         environment = os.environ | {"SIMULATED_KEY": KEY} | variables
         process = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment)
         os.close(log)
+        self.started.append(process)
         try:
             line = await asyncio.wait_for(process.stdout.readline(), START_S)
             assert line.startswith(b"gateway"), (self.folder / "log").read_text()
@@ -52,6 +54,13 @@ class Ledgered:
             process._transport.close()
             raise
         return process, line.split()[1].decode()
+
+    async def kill(self) -> None:
+        """Kill what still runs of it: what a test that failed has left."""
+        for process in self.started:
+            if process.returncode is None:
+                process.kill()
+                await buried(process)
 
     @asynccontextmanager
     async def serving(self, count: int) -> AsyncIterator[list[str]]:
