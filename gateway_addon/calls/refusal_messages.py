@@ -38,13 +38,18 @@ class BatchQuote(NamedTuple):
 def in_force(token: Token | None, now: float) -> Token | Refusal:
     """Return the token if it is in force, else the refusal that says why it is not."""
     if token is None:
-        return Refusal("token_unknown", f"No app has this token: it was issued for another gateway or ledger. {ISSUE}.")
-    if (code := token.refusal(now)) and token.issuer is not None:
+        return _out_of_force(None, "token_unknown")
+    code = token.refusal(now)
+    return token if code is None else _out_of_force(token, code)
+
+
+def _out_of_force(token: Token | None, code: str) -> Refusal:
+    if token is None:
+        return Refusal(code, f"No app has this token: it was issued for another gateway or ledger. {ISSUE}.")
+    if token.issuer is not None:
         return _workload_out(token, code)
-    if code:
-        word = "revoked" if code == "token_revoked" else "expired"
-        return Refusal(code, f"Token {token.label or token.id} of {app_named(token.app)} is {word}. {ISSUE}.")
-    return token
+    word = "revoked" if code == "token_revoked" else "expired"
+    return Refusal(code, f"Token {token.label or token.id} of {app_named(token.app)} is {word}. {ISSUE}.")
 
 
 def _workload_out(token: Token, code: str) -> Refusal:
@@ -75,7 +80,7 @@ def _denied(denial: Denied, app: AppPolicy, quote: Quote | BatchQuote, option: R
     if denial.pause is not None:
         return paused(denial.pause, zone)
     if denial.reason in ("token_unknown", "token_revoked", "token_expired"):
-        return Refusal(denial.reason, f"The token of {app} has just been revoked or expired. Ask the operator for a new one.")
+        return _out_of_force(denial.token, denial.reason)
     if denial.reason == "concurrency":
         return _too_many_in_flight(denial, app)
     return rate_reached(denial, app)

@@ -18,7 +18,7 @@ def judge(facts: CallFacts, limits: RateLimits, grant_nano: int, quantum_nano: i
     if facts.token is None:
         return Denied("token_unknown")
     if (code := facts.token.refusal(now)) is not None:
-        return Denied(code)
+        return Denied(code, token=facts.token)
     if facts.pauses:
         return Denied("paused", pause=facts.pauses[0])
     if (by_cap := judge_caps(facts.standings, grant_nano, quantum_nano, now)) is not None:

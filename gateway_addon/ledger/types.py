@@ -303,6 +303,8 @@ class Denied:
     used: int | None = None
     pause: "Pause | None" = None
     retry_after_s: int | None = None
+    token: "Token | None" = field(default=None, compare=False, repr=False)
+    """The token that is not in force; None where there is none."""
     standings: tuple[Standing, ...] = field(default=(), compare=False, repr=False)
     """How each cap stands that the call is under: no part of the reason."""
 
