@@ -101,11 +101,11 @@ class QuickReader(asyncio.StreamReader):
         if waiter is None or waiter.done() or len(data) > PIECE_BYTES_MAX:
             return super().feed_data(data)  # its task takes it piece by piece, when it has finished what it is at
         self.handler.take(events.DataReceived(self.read_from, data))
-        if self.handler.wrote and not self.handler.is_drained():
+        if self.handler.full and not self.handler.is_drained():
             self.full = True
             self._wakeup_waiter()  # type: ignore[attr-defined]
         else:
-            self.handler.wrote = False
+            self.handler.full = False
 
     async def read(self, n: int = -1) -> bytes:
         while not (data := await super().read(n)) and self.full:
@@ -124,8 +124,8 @@ class QuickHandler(TimedHandler):
     """Whether an event is being handled. (There is one thread, but an eager task can start in the middle of an event.)"""
     said: list[SendData]
     """Words for one side, said in the event that is being handled, and not written yet."""
-    wrote = False
-    """Whether bytes were written since it was last known that all sides took theirs."""
+    full = False
+    """Whether a side may have bytes that it has not taken."""
 
     @classmethod
     def take_over(cls, handler: Any) -> None:
@@ -177,9 +177,12 @@ class QuickHandler(TimedHandler):
         """Write what was said to one side, in one piece: each write is a call of the system, and wakes the reader."""
         said, self.said = self.said, []
         io = self.transports.get(said[0].connection)
-        if io is not None and io.writer is not None and not io.writer.is_closing():
-            io.writer.write(said[0].data if len(said) == 1 else b"".join([each.data for each in said]))
-            self.wrote = True
+        if io is None or io.writer is None:
+            return
+        way = io.writer.transport if isinstance(io.writer, asyncio.StreamWriter) else io.writer
+        if not way.is_closing():
+            way.write(said[0].data if len(said) == 1 else b"".join([each.data for each in said]))
+            self.full = self.full or not isinstance(way, asyncio.WriteTransport) or way.get_write_buffer_size() > 0
 
     def _command(self, command: commands.Command) -> None:
         """Handle the rare commands: connections and timers."""

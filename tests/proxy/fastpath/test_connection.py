@@ -44,17 +44,17 @@ def test_only_known_readers_and_handlers_are_taken_over():
 
 
 async def test_neither_side_is_read_while_one_takes_no_bytes():
-    """A piece is taken where it arrives; behind it, both readers wait for room, whichever of them wrote what is not taken."""
+    """A piece is taken where it arrives; behind it, both readers wait for room, whichever side it is that takes nothing."""
     taken, room = [], asyncio.Event()
-    handler = SimpleNamespace(take=lambda event: taken.append(event.data), wrote=False, is_drained=room.is_set, drain_writers=room.wait)
+    handler = SimpleNamespace(take=lambda event: taken.append(event.data), full=False, is_drained=room.is_set, drain_writers=room.wait)
     readers = [asyncio.StreamReader(), asyncio.StreamReader()]
     for reader in readers:
         QuickReader.take_over(reader, handler, None)
     tasks = [asyncio.create_task(reader.read(9)) for reader in readers]
     await asyncio.sleep(0)
     readers[0].feed_data(b"1")
-    assert taken == [b"1"], "nothing was written, so nobody waits"
-    handler.wrote = True
+    assert taken == [b"1"], "all is taken, so nobody waits"
+    handler.full = True
     for reader in readers:
         reader.feed_data(b"2")
         await asyncio.sleep(0)

@@ -4,6 +4,7 @@ import asyncio
 import ssl
 import time
 import timeit
+from asyncio.selector_events import _SelectorSocketTransport
 from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
@@ -304,8 +305,8 @@ async def test_nobody_can_tell_the_difference(stage, taken, monkeypatch, said, a
 @pytest.mark.asyncio(loop_scope="module")
 async def test_what_arrives_at_once_leaves_in_one_write(stage, monkeypatch):
     """The head of a stream, its events and its end: one call of the system, not one for each."""
-    written, write = [], asyncio.StreamWriter.write
-    monkeypatch.setattr(asyncio.StreamWriter, "write", lambda self, data: written.append(data) or write(self, data))
+    written, write = [], _SelectorSocketTransport.write
+    monkeypatch.setattr(_SelectorSocketTransport, "write", lambda self, data: written.append(data) or write(self, data))
     await stage.outcome(talk(asked(ASK[:-1] + b', "stream": true}')), [chunked(STREAM)])
     by_the_api, by_the_gateway = [data for data in written if b"message_stop" in data]
     assert by_the_api == chunked(STREAM)
