@@ -164,8 +164,8 @@ class DebugAddon(GatewayAddon):
         caller = self.caller(flow)
         if isinstance(said, Refusal):
             flow.marked = REFUSED
-            refused = f"refused, {said.code}: {said.sentence}"
-            flow.comment = _line(caller and caller.app, pretty.model(flow.request.raw_content or b""), refused)
+            model = pretty.model(flow.request.raw_content or b"")
+            flow.comment = _line(caller and caller.app, f"refused, {said.code}", model, said.sentence)
         super().answer(flow, said)
 
     def finish(self, flow_id: str, ended_by: EndedBy) -> None:
@@ -260,5 +260,5 @@ def _standing(standing: Standing) -> str:
 
 
 def _line(*parts: str | None) -> str:
-    """Return `app · cost · model · ...`, without the parts that are not known."""
+    """Return `app · cost or refusal · model · ...`, as the list has room for the beginning, without the parts that are not known."""
     return " · ".join(part for part in parts if part)

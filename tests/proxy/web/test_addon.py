@@ -114,9 +114,9 @@ async def test_a_flow_says_whose_it_is_what_it_cost_and_what_is_left(desk, caps,
 
 async def test_a_refused_flow_is_marked_with_its_refusal(desk):
     table = [
-        (ASK | {"model": "claude-opus-5-5"}, {}, "app · claude-opus-5-5 · refused, model: "),
-        (ASK | {"extra_body": {"inference_geo": "us"}}, {}, "app · claude-haiku-4-5 · refused, feature: "),
-        (ASK, {"api_key": "gwt_nobodys"}, "refused, token_malformed: "),
+        (ASK | {"model": "claude-opus-5-5"}, {}, "app · refused, model · claude-opus-5-5 · "),
+        (ASK | {"extra_body": {"inference_geo": "us"}}, {}, "app · refused, feature · claude-haiku-4-5 · "),
+        (ASK, {"api_key": "gwt_nobodys"}, "refused, token_malformed · "),
     ]
     async with Simulator() as api, desk(api) as seen:
         for ask, client, comment in table:
@@ -235,7 +235,7 @@ async def test_replay_needs_a_token_in_force_and_room_under_the_cap(desk):
         for flow, code in ((mine, "token_revoked"), (other, "app_paused")):
             await seen.replay(flow)
             found = next(each for each in (await seen.page.get("/flows")).json() if each["id"] == flow["id"])
-            assert (f" refused, {code}: " in found["comment"], found["marked"]) == (True, "⛔")
+            assert (f"refused, {code} · " in found["comment"], found["marked"]) == (True, "⛔")
             assert code in (await seen.text(found, "response"))["text"] or found["response"]["status_code"] in (401, 403)
         assert len((await api.settled()).messages()) == 2
 
@@ -253,7 +253,7 @@ async def test_a_flow_that_came_from_elsewhere_is_nobodys(desk):
         (found,) = (await seen.page.get("/flows")).json()
         explained = (await seen.command("gateway.explain", f"@{flow['id']}"))["value"]
         assert len((await api.settled()).messages()) == 1
-    assert found["comment"].startswith("claude-haiku-4-5 · refused, replay: A replayed flow carries no token.")
+    assert found["comment"].startswith("refused, replay · claude-haiku-4-5 · A replayed flow carries no token.")
     assert explained[0].startswith("No app's token came with this flow")
 
 
@@ -288,9 +288,9 @@ async def test_request_edited_while_held_is_judged_as_it_is_released(desk):
     table = [
         (paid, {}, 1, "app · $"),
         (paid, {"content": json.dumps(ASK | {"max_tokens": 9})}, 1, "app · $"),
-        (paid, {"content": json.dumps(ASK | {"model": "claude-opus-5-5"})}, 0, "app · claude-opus-5-5 · refused, model: "),
+        (paid, {"content": json.dumps(ASK | {"model": "claude-opus-5-5"})}, 0, "app · refused, model · claude-opus-5-5 · "),
         (free, {"path": paid}, 1, "app · $"),
-        (paid, {"path": "/v1/files"}, 0, "app · claude-haiku-4-5 · refused, endpoint: "),
+        (paid, {"path": "/v1/files"}, 0, "app · refused, endpoint · claude-haiku-4-5 · "),
         (paid, {"host": "127.0.0.9"}, 0, "app · $0.00 (not_sent) · claude-haiku-4-5"),
     ]
     async with Simulator() as api, desk(api) as seen:
