@@ -207,6 +207,14 @@ class TestMessages:
         message = await client.messages.create(**ask(tools=tools, tool_choice={"type": "tool", "name": "two"}))
         assert (message.content[-1].name, message.stop_reason) == ("two", "tool_use")
 
+    async def test_a_tool_is_called_several_times_in_one_answer(self, client):
+        given = {"tool_name": "two", "tool_calls": 3, "tool_input": {"note": "x"}, "output_tokens": 40}
+        message = await client.messages.create(**ask(simulate=given, tools=[{"name": "two", "input_schema": {"type": "object"}}]))
+        called = [block for block in message.content if block.type == "tool_use"]
+        assert [block.input for block in called] == [{"note": "x"}] * 3
+        assert len({block.id for block in called}) == 3
+        assert message.usage.output_tokens == 40
+
     async def test_a_cached_prefix_is_written_once_and_read_after(self, api, client):
         def body(text):
             return ask(text, system=[{"type": "text", "text": "s" * 4000, "cache_control": {"type": "ephemeral", "ttl": "1h"}}])
