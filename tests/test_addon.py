@@ -12,7 +12,7 @@ import anthropic
 import httpx2
 import pytest
 from ledgers import until
-from processes import START_S, free_port, ledgered
+from processes import START_S, buried, free_port, ledgered
 from secret_hunt import found_in
 
 from gateway_addon.ledger import background
@@ -55,8 +55,7 @@ async def mitmdump(folder: Path, gateways, mode: str, *arguments: str, script: P
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(process.wait(), 60)
-        process._transport.close()
+        await buried(process)
 
 
 async def listens(process, folder: Path) -> None:

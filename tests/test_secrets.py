@@ -12,7 +12,7 @@ import httpx2
 import pytest
 from gateway import APP, gateway
 from issuers import AUDIENCE, ISSUER, claims, jwks, token
-from processes import ledgered
+from processes import buried, ledgered
 from secret_hunt import found_in, of_family
 
 from gateway_addon.calls.exchange import GRANT_TYPE
@@ -117,8 +117,7 @@ async def test_no_secret_is_in_the_process_table_or_in_serves_output(tmp_path):
         lines = [*of_family("cmdline", process.pid), *(around := of_family("environ", process.pid))]
         process.terminate()
         printed = await process.stdout.read()
-        await process.wait()
-        process._transport.close()
+        await buried(process)
     for secret in (KEY, gateways.tokens["app"]):
         assert not any(found_in(where, secret) for where in [*lines, printed, (tmp_path / "log").read_bytes()])
     assert len(around) > 1, "a supervisor and its workers"

@@ -14,7 +14,7 @@ from handbook import page, section
 from ledgers import CALL, Part
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from processes import ledgered
+from processes import buried, ledgered
 
 from gateway_addon.calls.record import record
 from gateway_addon.ledger import Outcome
@@ -115,8 +115,7 @@ async def test_serve_logs_a_line_and_sends_a_span_without_a_secret(tmp_path):
             labels = {"x-claude-code-session-id": token, "traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
             await client.messages.create(model="claude-haiku-4-5", max_tokens=50, messages=HELLO, extra_headers=labels)
         process.terminate()
-        await asyncio.wait_for(process.wait(), 60)
-        process._transport.close()
+        await buried(process)
     collector.close()
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     [call] = [line for line in lines if line["event"] == "call"]

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from handbook import FOLDER
 from ledgers import until
 from pasting import claude_code, cron, dotenv, systemd
-from processes import Ledgered
+from processes import Ledgered, buried
 from village import KEY, VILLAGE, build_village
 
 from gateway_addon.cli import main
@@ -176,8 +176,7 @@ async def test_a_village_moves_in_and_the_handbook_tells_how(tmp_path, monkeypat
             await moved(village)
         finally:
             process.terminate()
-            await process.wait()
-            process._transport.close()
+            await buried(process)
     compare_with_chapter(written(village))
 
 

@@ -12,7 +12,7 @@ import pytest
 import upstreams
 from gateway import gateway
 from ledgers import rows, until
-from processes import ledgered
+from processes import buried, ledgered
 
 from gateway_addon.clocks import Clocks
 from gateway_addon.http_client import Unanswered
@@ -325,8 +325,7 @@ async def test_killed_gateways_batch_is_settled_once_by_the_next(tmp_path, engin
         async with anthropic.AsyncAnthropic(base_url=url, api_key=place.tokens["app"], max_retries=0) as client:
             made = await client.messages.batches.create(requests=REQUESTS)
         process.kill()
-        await process.wait()
-        process._transport.close()
+        await buried(process)
         [before], _ = await open_batches(place.ledger)
         async with place.serving(1) as [url]:
             [after], _ = await open_batches(place.ledger)

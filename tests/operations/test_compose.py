@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from gateway import APP
 from ledgers import rows, until
 from nginx import WAYS, front
-from processes import ledgered
+from processes import buried, ledgered
 
 from gateway_addon.cli import main
 from gateway_addon.cli.init import init
@@ -44,8 +44,7 @@ async def deployed(folder, api, apps=None, ledger=None):
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
         for process, _ in running:
-            await asyncio.wait_for(process.wait(), 60)
-            process._transport.close()
+            await buried(process)
 
 
 def client(nginx, token, **options):

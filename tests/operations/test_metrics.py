@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from gateway import gateway
 from ledgers import rows, until
-from processes import ledgered
+from processes import buried, ledgered
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway_addon.money import NANO_PER_DOLLAR
@@ -72,8 +72,7 @@ async def test_one_scrape_answers_for_three_workers_one_killed(tmp_path):
                 wrong = [(await scrape(bearer)).status_code for bearer in ("another", "a-scrapers-own-tokens", place.tokens["app"])]
         finally:
             process.send_signal(signal.SIGTERM)
-            await asyncio.wait_for(process.wait(), 60)
-            process._transport.close()
+            await buried(process)
     spent_nano = rows(place.ledger, settled)[0][1]
     assert found["gateway_calls_total", "app", "claude-haiku-4-5", "settled"] == 16
     assert found["gateway_spend_dollars_total", "app", "claude-haiku-4-5"] == pytest.approx(spent_nano / NANO_PER_DOLLAR)

@@ -231,8 +231,7 @@ async def test_memory_is_flat_over_many_streamed_calls(tmp_path, calls):
         print(f"{warm / 1e6:.1f} MB, and after {calls} more streams {after / 1e6:.1f} MB", file=sys.stderr)
         assert after - warm < 15_000_000  # a flow that is kept, or waits for the garbage collector, is more than 100 KB
         process.terminate()
-        await asyncio.wait_for(process.wait(), 60)
-        process._transport.close()
+        await buried(process)
 
 
 async def test_nothing_leads_to_a_flow_that_has_ended(tmp_path):

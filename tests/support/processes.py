@@ -74,8 +74,7 @@ class Ledgered:
             for process in started:
                 process.send_signal(signal.SIGTERM)
             for process in started:
-                await asyncio.wait_for(process.wait(), 60)
-                process._transport.close()
+                await buried(process)
 
 
 def ledgered(

@@ -13,7 +13,7 @@ from pathlib import Path
 import anthropic
 import httpx2
 from ledgers import until
-from processes import START_S, free_port, ledgered
+from processes import START_S, buried, free_port, ledgered
 from secret_hunt import found_in, of_family
 
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -44,8 +44,7 @@ async def web(folder: Path, gateways, *options: str):
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(process.wait(), 60)
-        process._transport.close()
+        await buried(process)
 
 
 async def in_flight(api, count: int) -> None:
