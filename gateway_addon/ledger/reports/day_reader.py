@@ -1,8 +1,8 @@
 """Read the sums of days again and again: kept ones as they are kept, the others from what was summed of them before. Read-only.
 
-Promises the same figures as `daily_totals.days`, which sums each call of such a day anew, by all that a line tells; of a kept day with very
-many tokens, by all but the token. While a day is young, quarters of an hour that
-may still change are summed again, and no others; all are when a person has corrected, pruned or moved calls.
+Promises the same figures as `daily_totals.days`, which sums each call of such a day anew; of a kept day with very many tokens, by all
+that a line tells but the token. While a day is young, quarters of an hour that may still change are summed again, and no others, once
+anything has happened; all are when a person has corrected, pruned or moved calls.
 """
 
 from collections import defaultdict
