@@ -12,8 +12,8 @@ from gateway_addon.ledger.sql import Connection, Row, named
 
 State = Literal["open", "settled", "voided", "refused", "free"]
 STATES: tuple[State, ...] = get_args(State)
-LOOKED_MAX = 2000
-FOUND_MAX = 500
+LOOKED_MAX = 1500
+FOUND_MAX = 250
 """At most so many calls are looked at, and so many matching ones priced, in one search."""
 NEWEST = 2**62
 """Above every call's number."""

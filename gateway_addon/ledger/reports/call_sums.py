@@ -208,31 +208,36 @@ def _classes(name: str, seconds: str, limits: tuple[float, ...]) -> Iterator[str
     """Yield a column for each class of a time."""
     for number, (low, high) in enumerate(zip((None, *limits), (*limits, None), strict=True)):
         bounds = [f"{seconds} >= {low}"] * (low is not None) + [f"{seconds} < {high}"] * (high is not None)
-        yield f", count(*) FILTER (WHERE state = 'settled' AND carried IS NULL AND {' AND '.join(bounds)}) AS {name}_{number}"
+        yield f", count(*) FILTER (WHERE state = 'settled' AND {' AND '.join(bounds)}) AS {name}_{number}"
 
 
-_TIMES = "".join(
-    (*_classes("first", "(first_byte_at - started_at)", FIRST_BYTE_S), *_classes("whole", "(ended_at - started_at)", WHOLE_S))
-)
+_SECONDS = """,
+    CASE WHEN carried IS NULL THEN first_byte_at - started_at END AS first_byte_s,
+    CASE WHEN carried IS NULL THEN ended_at - started_at END AS whole_s"""
+_TIMES = "".join((*_classes("first", "first_byte_s", FIRST_BYTE_S), *_classes("whole", "whole_s", WHOLE_S)))
 _PERIOD = "started_at >= $since AND started_at < $until"
-_COUNT = "coalesce(sum(coalesce(carried, 1)) FILTER (WHERE {}), 0)"  # a carry stands for many calls (prune.py)
-# Each table is summed by key on its own: a row per call would have to be kept for the whole period. CROSS JOIN keeps SQLite from
-# turning the joins round: from the chosen calls to their entries, by key, never through the whole ledger.
+_COUNT = "coalesce(sum(stands_for) FILTER (WHERE {}), 0)"  # a carry stands for many calls (prune.py)
+# The calls are read once, then each table is summed by key on its own. CROSS JOIN keeps SQLite from turning the joins round: from the
+# chosen calls to their entries, by key, never through the whole ledger.
 _LINES = f"""
-WITH seen AS (
-  SELECT {{columns}}, {_COUNT.format("state IN ('open', 'settled', 'voided')")} AS calls,
+WITH chosen AS MATERIALIZED (
+  SELECT id, {{columns}}, state, coalesce(carried, 1) AS stands_for, status, max_tokens, ' ' || flags LIKE '% estimated%' AS is_estimated
+    {{seconds}}
+  FROM calls WHERE {_PERIOD} {{only}}),
+seen AS (
+  SELECT {{keys}}, {_COUNT.format("state IN ('open', 'settled', 'voided')")} AS calls,
     {_COUNT.format("state = 'settled'")} AS settled, {_COUNT.format("state = 'refused'")} AS refused,
-    {_COUNT.format("' ' || flags LIKE '% estimated%'")} AS estimated, {_COUNT.format("status = 429")} AS upstream_429 {{times}}
-  FROM calls WHERE {_PERIOD} {{only}} GROUP BY {{keys}}),
+    {_COUNT.format("is_estimated")} AS estimated, {_COUNT.format("status = 429")} AS upstream_429 {{times}}
+  FROM chosen GROUP BY {{keys}}),
 money AS (
-  SELECT {{columns}}, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
-  FROM calls CROSS JOIN entries WHERE entries.call_id = calls.id AND {_PERIOD} {{only}} GROUP BY {{keys}}),
+  SELECT {{keys}}, sum(spent_nano) AS spent_nano, sum(entries.reserved_nano) AS held_nano
+  FROM chosen CROSS JOIN entries WHERE entries.call_id = chosen.id GROUP BY {{keys}}),
 metered AS (
-  SELECT {{columns}}, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens, sum(cache_read_tokens) AS cache_read_tokens,
+  SELECT {{keys}}, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens, sum(cache_read_tokens) AS cache_read_tokens,
     sum(cache_write_5m_tokens + cache_write_1h_tokens + cache_write_unsplit_tokens) AS cache_write_tokens,
     sum(web_search_requests) AS web_searches, sum(max_tokens) FILTER (WHERE part = 0) AS max_tokens,
     sum(output_tokens) FILTER (WHERE max_tokens IS NOT NULL) AS limited_output_tokens
-  FROM calls CROSS JOIN usage WHERE usage.call_id = calls.id AND {_PERIOD} {{only}} GROUP BY {{keys}})
+  FROM chosen CROSS JOIN usage WHERE usage.call_id = chosen.id GROUP BY {{keys}})
 SELECT {{keys}}, {{figures}}
 FROM seen LEFT JOIN money USING ({{keys}}) LEFT JOIN metered USING ({{keys}})
 """
@@ -261,9 +266,9 @@ def column(engine: Engine, by: Key) -> str:
 def _statement(engine: Engine, by: tuple[Key, ...], only: str) -> Statement:
     found = [f"{column(engine, each)} AS k{number}" for number, each in enumerate(by)]
     keys = ", ".join(f"k{number}" for number in range(len(found)))
-    names, times = (CallSums._fields, _TIMES) if by == LINE else (REPORTED, "")
+    names, times, seconds = (CallSums._fields, _TIMES, _SECONDS) if by == LINE else (REPORTED, "", "")
     figures = ", ".join(f"coalesce({name}, 0)" for name in names[1:])
-    return named(_LINES.format(columns=", ".join(found), keys=keys, only=only, times=times, figures=figures))
+    return named(_LINES.format(columns=", ".join(found), keys=keys, only=only, times=times, seconds=seconds, figures=figures))
 
 
 def lines(
