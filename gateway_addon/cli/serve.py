@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import click
-from argon2 import PasswordHasher
 
 from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, set_option, stop
 from gateway_addon.cli.scopes import must_have_policies
@@ -30,10 +29,6 @@ IN_CLEAR = (
     "Listening on {0} would send the apps' tokens across the network in clear. Give the listener a certificate (tls: in "
     "policies/gateway.yaml), listen on 127.0.0.1, or say --insecure-listen if a proxy in front of it does TLS."
 )
-
-
-FAST = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
-"""mitmweb takes argon2 hashes and checks one at each request; a slow one would protect a random password no better."""
 
 
 def _common[F: Callable[..., Any]](command: F) -> F:
@@ -91,11 +86,15 @@ def web(settings: Settings, insecure_listen: bool, web_port: int) -> None:
     Each flow says whose it is, what it cost and what is left; the view `Claude` shows requests by name and streams as their
     message. It keeps every flow in memory, prompts and answers too: not for production.
     """
+    from argon2 import PasswordHasher  # here: no other gateway has a page
+
+    # mitmweb takes argon2 hashes and checks one at each request; a slow one would protect a random password no better.
+    fast = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
     settings, listener = listening(settings, insecure_listen)
     with listener:
         password = secrets.token_urlsafe(24)
         link = f"http://127.0.0.1:{web_port}/?token={password}"
-        serve_here(replace(settings, web_port=web_port, web_password=FAST.hash(password), web_link=link), listener)
+        serve_here(replace(settings, web_port=web_port, web_password=fast.hash(password), web_link=link), listener)
 
 
 SAY = says_errors(PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, OtelMissing, ValueError, OSError)
