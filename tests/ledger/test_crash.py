@@ -137,6 +137,7 @@ async def test_killed_gateways_and_a_killed_server_pass_no_cap(tmp_path, monkeyp
                     await in_flight(gateways.ledger, 2, process.pid)
                 if scene == "a gateway, then the server":
                     await kill_in_mid_call(gateways.ledger, processes[0].pid)
+                    kept += journal_of(processes[0])  # after an earlier outage it may know how all of its calls ended
                 if scene == "all at once":
                     for process in processes:
                         await kill_in_mid_call(gateways.ledger, process.pid)
@@ -184,6 +185,6 @@ async def test_killed_gateways_and_a_killed_server_pass_no_cap(tmp_path, monkeyp
     assert set(seen) <= set(sessions), "no client has seen an answer without a row"
     request_ids = {call.call_id: call.request_id for call in calls if not {"orphan", "unstorable"} & set(call.flags)}
     assert all(request_ids.get(sessions[session], told) == told for session, told in seen.items())
-    assert sum("orphan" in call.flags for call in calls) >= sum(scene in (SCENES[0], SCENES[3]) for scene in scenes)
+    assert sum("orphan" in call.flags for call in calls) + len(kept) >= sum(scene in (SCENES[0], SCENES[3]) for scene in scenes)
     assert list(journals.glob("*/*")) == []
     print(f"seed {seed}: {', '.join(scenes)}; {len(calls)} calls, {len(seen)} answers seen, {len(kept)} journals left behind")
