@@ -131,4 +131,4 @@ def test_a_package_is_installed_as_the_gateway_was(tmp_path, monkeypatch, left, 
     (tmp_path / left).touch()
     monkeypatch.setattr("sys.prefix", str(tmp_path))
     monkeypatch.setattr(names, "PROGRAM", program)
-    assert names.install("psycopg[binary]", "keyring") == command.format(prefix=tmp_path, python=sys.executable)
+    assert names.install("psycopg[binary]", "keyring") == command.format(prefix=names.argument(tmp_path), python=names.argument(sys.executable))

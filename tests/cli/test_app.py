@@ -90,7 +90,8 @@ def test_an_upgrade_of_a_clone_says_how_its_policies_come_back(tmp_path):
     for path in tracked:
         shutil.copy(upstream / "policies" / "examples" / path.relative_to(upstream / "policies"), path)
     git(upstream, "init", "-q")
-    git(upstream, "add", "--all", "--force")
+    git(upstream, "add", "--all")
+    git(upstream, "add", "--force", *map(str, tracked))
     git(upstream, "commit", "-qm", "before")
     unedited, edited = tmp_path / "unedited", tmp_path / "edited"
     for copy in (unedited, edited):

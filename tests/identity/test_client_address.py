@@ -83,10 +83,10 @@ async def test_an_untrusted_forwarded_for_is_ignored_with_a_way_out(tmp_path):
 async def test_noise_behind_a_proxy_is_counted_by_caller(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api, policy=TRUSTING) as gw, httpx2.AsyncClient(base_url=gw.url) as http:
         wrong = {"x-api-key": tokens.mint()}
-        throttled = [
+        refused = [
             await http.get("/v1/models", headers=wrong | {"x-forwarded-for": "198.51.100.4"}) for _ in range(2 * FAILURES_PER_MINUTE + 2)
         ]
-        assert throttled[-1].headers["x-gateway-refusal"] == "token_noise"
+        throttled = [each for each in refused if each.headers["x-gateway-refusal"] == "token_noise"]  # a minute may end in between
         assert "198.51.100.4 has sent more than" in throttled[-1].json()["error"]["message"]
         other = await http.get("/v1/models", headers=wrong | {"x-forwarded-for": "198.51.100.5"})
         assert other.headers["x-gateway-refusal"] == "token_unknown"

