@@ -162,7 +162,8 @@ def test_each_algorithm_is_checked_by_a_key_of_its_own_type():
         kid = "ES384" if name == "ES384" else name[:2]
         signed = parse(token(good(), key("P-384") if kid == "ES384" else private[kid], algorithm=name, kid=kid))
         assert keys.is_signed(signed), name
-        assert not keys.is_signed(parse(token(good(), algorithm=name, kid=kid, signature=signed.signature[:-1] + b"\0"))), name
+        forged = bytes([signed.signature[0] ^ 1]) + signed.signature[1:]
+        assert not keys.is_signed(parse(token(good(), algorithm=name, kid=kid, signature=forged))), name
     assert not keys.is_signed(parse(token(good(), key(), algorithm="RS256", kid="ES")))
 
 
