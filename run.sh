@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prepares the project's own environment (.venv, from the lock with its hashes) and runs `gateway COMMAND`.
 #   ./run.sh demo             any gateway command; with none, `serve`
-#   ./run.sh test [ARGS]      the tests, in six processes whatever pytest is asked for (`-n 0`: in one)
+#   ./run.sh test [ARGS]      the tests, in five processes whatever pytest is asked for (`-n 0`: in one)
 #   ./run.sh test fast        those that start no process and no gateway
 #   ./run.sh bench [ARGS]     the gateway's speed beside bare mitmdump's (--help says what can be chosen)
 #   ./run.sh lint             ruff and mypy
@@ -96,8 +96,8 @@ case "${1:-serve}" in
     prepare requirements.lock tests/requirements.lock
     cd "$root"
     if [ "${2:-}" = fast ]; then set -- test --fast "${@:3}"; fi
-    # The suite mostly waits for clocks and sockets: six processes of it share two cores well.
-    exec "$venv/bin/python" -m pytest -n 6 --dist worksteal "${@:2}"
+    # The suite mostly waits for clocks and sockets: five processes of it share two cores well.
+    exec "$venv/bin/python" -m pytest -n 5 --dist worksteal "${@:2}"
     ;;
   bench)
     prepare requirements.lock tests/requirements.lock
