@@ -12,8 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import official
 import peers
 import table
+from api import api
 
 HERE = Path(__file__).parent
 
@@ -55,29 +55,6 @@ CASES = {
     "https upstream, JSON small, 16 connections": Case("json", 16, https=True, peers=OWN[:3]),
     "JSON small, 64 connections, nothing pinned": Case("json", 64, peers=("mitmdump", "gateway", "gatewayx2"), pinned=False),
 }
-
-
-@contextmanager
-def api(folder: Path, core: int | None, port: int = 0, *, https: bool = False) -> Iterator[str]:
-    certificate = folder / "upstream.pem"
-    if https and not certificate.exists():
-        _certificate(certificate)
-    process = subprocess.Popen([sys.executable, HERE / "upstream.py", str(certificate) if https else "", str(port)], stdout=subprocess.PIPE, text=True)
-    if core is not None:
-        os.sched_setaffinity(process.pid, {core})
-    try:
-        assert process.stdout is not None
-        yield f"{'https' if https else 'http'}://{'localhost' if https else '127.0.0.1'}:{process.stdout.readline().strip()}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _certificate(path: Path) -> None:
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    files = ["-keyout", str(path), "-out", f"{path}.crt"]
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, *files], check=True, capture_output=True)
-    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
 
 
 def measure(peer: peers.Peer, case: Case, seconds: float, core: int | None) -> dict[str, Any]:

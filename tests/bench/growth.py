@@ -23,6 +23,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import table
+from api import api
 from peers import Peer
 from postgresql import Postgres, binaries
 
@@ -85,17 +86,6 @@ def measure(fleet: list[Peer], server: Peer, credentials: list[str], callers: in
     }
 
 
-@contextmanager
-def api() -> Iterator[str]:
-    process = subprocess.Popen([sys.executable, HERE / "upstream.py", "", "0"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
 @click.command()
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 20))
 @click.option("--seconds", default=3.0, show_default=True, type=click.FloatRange(0.2, 60), help="Of each run.")
@@ -107,7 +97,7 @@ def main(rounds: int, seconds: float, callers: int) -> None:
     seen: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     server = Postgres(bin_folder, fsync=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="gateway-bench-") as name, api() as upstream:
+        with tempfile.TemporaryDirectory(prefix="gateway-bench-") as name, api(Path(name)) as upstream:
             for turn in range(rounds):
                 for apps in APPS:
                     for count in GATEWAYS:
