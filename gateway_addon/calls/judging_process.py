@@ -42,8 +42,10 @@ def is_large(endpoint: str, body: bytes) -> bool:
     """Tell whether judging a body may take longer than the other calls can wait. An upload is not parsed."""
     if endpoint not in ("messages", "count_tokens"):
         return endpoint == "batches.create" and len(body) > HERE_BATCH_BYTES_MAX
-    if not HERE_BRACKETS_MAX < len(body) <= HERE_BYTES_MAX:
-        return len(body) > HERE_BYTES_MAX
+    if len(body) > HERE_BYTES_MAX:
+        return True
+    if len(body) <= HERE_BRACKETS_MAX:  # no room for so many
+        return False
     # To take them out is ten times as fast as to count them where they are few, as in prose; it stops where they are too many.
     return sum(len(body) - len(body.replace(bracket, b"", HERE_BRACKETS_MAX + 1)) for bracket in (b"{", b"[")) > HERE_BRACKETS_MAX
 

@@ -1,10 +1,10 @@
 """Take a connection's bytes where they arrive, and run its hooks inline where no addon awaits, without a task woken for each.
 
 mitmproxy wakes a task for every piece that arrives, and makes one for every hook, which waits for a lock that the event itself still
-holds: six turns of the loop a call; without that, a call costs a tenth less processor time. Here the running handler also takes the
-events that arrive meanwhile, in the same order. Promises the same commands, hooks and order as mitmproxy's own handler, and that it
-reads no more while a side is slow to take its bytes (backpressure.py), in the releases that it was written beside; in any other that
-one stays (`fits`). Knows nothing of the gateway.
+holds: six turns of the loop a call; without that there are 5 % more calls a second (64 connections). Here the running handler also takes
+the events that arrive meanwhile, in the same order. Promises the same commands, hooks and order as mitmproxy's own handler, and that it
+reads no more while a side is slow to take its bytes (backpressure.py), in the releases that it was written beside; in any other that one
+stays (`fits`). Knows nothing of the gateway.
 """
 
 import asyncio
