@@ -81,17 +81,6 @@ def longest_first(items, workers):
     return [*ordered, *rest]
 
 
-@pytest.fixture
-def dropped_sockets():
-    """Let go of the sockets that the callers' own library drops when it is cancelled in the middle of connecting.
-
-    That is no news about the gateways. They go once nothing of the test is left, its loop neither, where they are passed over: not in the
-    middle of another test.
-    """
-    yield
-    gc.collect()
-
-
 @pytest.fixture(params=[True, False], ids=["dispatch", "walk"])
 def either_dispatch(request, monkeypatch):
     """Run a test with the gateway's own hook dispatch, and with mitmproxy's, as in a release where that has moved."""

@@ -211,8 +211,6 @@ async def search_once(gw, app, chance, said, *, least=False):
 
 
 @pytest.mark.longest
-@pytest.mark.usefixtures("dropped_sockets")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("seeds", [pytest.param(range(i, i + 3), marks=[pytest.mark.soak] if i else []) for i in range(0, 30, 3)])
 async def test_a_crowd_that_searches_never_passes_its_cap(tmp_path, monkeypatch, seeds):
     """Held by turns, in steps and whole, answered at once and late, a seventh of the streams left: until nothing more fits.

@@ -24,11 +24,7 @@ APP = "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $1}\n"
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 40, "messages": [{"role": "user", "content": "say hi"}]}
 PASSWORD = "x" * 32
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pyparsing.warnings.PyparsingDeprecationWarning"),  # in mitmproxy's own filters
-    # A socket that an earlier test of this process left is sometimes let go in one of these, which make most garbage.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pyparsing.warnings.PyparsingDeprecationWarning")  # in mitmproxy's own filters
 
 
 @dataclass
