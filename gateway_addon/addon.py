@@ -5,12 +5,13 @@ options which would open a way around it; and that from then on the script's fil
 *without* a script that it was told to reload and cannot. An edge: it reads the environment, files and the clock.
 """
 
+import asyncio
 import logging
 import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from mitmproxy import ctx, exceptions
+from mitmproxy import connection, ctx, exceptions
 from mitmproxy.addonmanager import Loader
 from mitmproxy.proxy import server_hooks
 
@@ -54,6 +55,7 @@ class Shim:
 
     async def running(self) -> None:
         """Put the addon ahead of all others, for good. (mitmdump calls this once, before it says that it is ready.)"""
+        close_udp()
         for script in ctx.master.addons.get("scriptloader").addons:
             if script.reloadtask is not None:
                 script.reloadtask.cancel()
@@ -76,12 +78,29 @@ class Shim:
         if not policy.tls and not is_loopback(ctx.options.listen_host):
             raise exceptions.OptionsError(IN_CLEAR)
 
+    def client_connected(self, client: connection.Client) -> None:
+        """Close a connection that came too early: one that lasted would never be governed, and each call on it would be refused."""
+        if not self.in_place:
+            client.error = "the gateway is not in place yet"
+
     def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
         if not self.in_place:
             data.server.error = "the gateway is not in place"
 
     async def done(self) -> None:
         await self._open.aclose()
+
+
+def close_udp() -> None:
+    """Close the UDP port that mitmproxy's reverse mode opens for QUIC: nobody asked for it.
+
+    And closed by mitmproxy as its last act, it ends the process by a segmentation fault: the port's thread lets Python objects
+    go when Python is no more.
+    """
+    for instance in ctx.master.addons.get("proxyserver").servers:
+        for server in [each for each in instance._servers if not isinstance(each, asyncio.Server)]:
+            instance._servers.remove(server)
+            server.close()
 
 
 addons = [Shim()]

@@ -3,9 +3,10 @@
 import asyncio
 import os
 import signal
+import socket
 import sys
 import threading
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 
 import anthropic
@@ -64,11 +65,13 @@ async def listens(process, folder: Path) -> None:
 
 
 async def in_place(port: int) -> None:
-    """mitmdump listens a moment before the gateway is in it; what comes then is refused."""
+    """mitmdump listens a moment before the gateway is in it; a connection that comes then is closed."""
     async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
 
         async def ready() -> bool:
-            return (await client.get("/gateway/readyz")).status_code == 200
+            with suppress(httpx2.TransportError):
+                return (await client.get("/gateway/readyz")).status_code == 200
+            return False
 
         await until(ready, START_S)
 
@@ -143,6 +146,42 @@ async def test_a_mitmdump_that_would_not_be_safe_does_not_start(tmp_path, mode, 
     async with mitmdump(tmp_path, gateways, mode.format(upstream="http://127.0.0.1:9"), *arguments, *port) as process:
         assert await asyncio.wait_for(process.wait(), 60) == 1
     assert said in (tmp_path / "printed").read_text()
+
+
+LATE = """
+import asyncio, contextlib, pathlib
+from gateway_addon import addon
+assembled = addon.assembled
+
+@contextlib.asynccontextmanager
+async def late(*arguments):
+    while not pathlib.Path(__file__).with_name("go").exists():
+        await asyncio.sleep(0.01)
+    async with assembled(*arguments) as made:
+        yield made
+
+addon.assembled = late
+addons = addon.addons
+"""
+
+
+async def test_a_connection_that_comes_too_early_spoils_nothing(tmp_path):
+    """A health check polls while mitmdump starts: it is let go, at once, and the gateway starts. Of QUIC no port is left open."""
+    gateways, port = ledgered(tmp_path, "https://127.0.0.1:9", APPS), free_port()
+    (tmp_path / "script.py").write_text(LATE)
+    listen = ["--listen-host", "127.0.0.1", "--listen-port", str(port)]
+    async with mitmdump(tmp_path, gateways, "reverse:https://127.0.0.1:9", *listen) as process:
+        await listens(process, tmp_path)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /gateway/readyz HTTP/1.1\r\nhost: gateway\r\n\r\n")
+        with suppress(ConnectionResetError):
+            assert await asyncio.wait_for(reader.read(), START_S) == b""
+        writer.close()
+        (tmp_path / "go").touch()
+        await in_place(port)
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as udp:
+            udp.bind(("127.0.0.1", port))
+    assert (process.returncode, "Traceback" in (tmp_path / "printed").read_text()) == (0, False)
 
 
 async def test_a_policy_with_a_mistake_is_said_with_file_and_line(tmp_path):
