@@ -21,9 +21,7 @@ from gateway_addon.ledger.reports import entry_history
 from gateway_addon.money import dollars
 from gateway_addon.simulator import Behaviour, Simulator
 
-# The callers' own library drops its socket when it is cancelled in the middle of connecting. That is no news about the gateways, which are
-# processes of their own here.
-pytestmark = [pytest.mark.longest, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+pytestmark = pytest.mark.longest
 
 DOLLAR = 1_000_000_000
 MODEL = "claude-haiku-4-5"
