@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 from gateway_addon.ledger import Alert, Facts, Resolution, Standing, app_scope, enclosing, part_scope
-from gateway_addon.ledger.reports.forecast import Forecast, named
+from gateway_addon.ledger.reports.forecast import Forecast
+from gateway_addon.ledger.scope import named_in_full
 from gateway_addon.money import cents
 from gateway_addon.names import PROGRAM, app_named, argument, safe_name
 from gateway_addon.policy import Alerts, GatewayPolicy, Retiring, Source
@@ -48,7 +49,7 @@ def _threshold(standing: Standing, percent: int) -> Alert:
         "threshold",
         standing.scope,
         f"{standing.window} {standing.starts_at} {percent}",
-        f"{named(standing.scope)} spent {cents(standing.spent_nano)} of {cents(cap_nano)} {when} ({percent} % of the cap reached)",
+        f"{named_in_full(standing.scope)} spent {cents(standing.spent_nano)} of {cents(cap_nano)} {when} ({percent} % of the cap reached)",
         {
             "window": standing.window,
             "window_start": standing.starts_at,

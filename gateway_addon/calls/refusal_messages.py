@@ -15,8 +15,8 @@ from gateway_addon.calls.spend_limit import rejected_headers
 from gateway_addon.identity.client_address import FORWARDED_FOR
 from gateway_addon.identity.throttle import FAILURES_PER_MINUTE
 from gateway_addon.identity.tokens import ISSUE
-from gateway_addon.ledger import TOTAL, Denied, Pause, Standing, Token, enclosing, part_of
-from gateway_addon.ledger.scope_names import cap_command, paused_as
+from gateway_addon.ledger import TOTAL, Denied, Pause, Standing, Token, part_of
+from gateway_addon.ledger.scope import cap_command, named_in_full, paused_as
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, app_named
 from gateway_addon.policy import AppPolicy
@@ -131,7 +131,7 @@ def _spent(cap: Standing, option: ReservationOption) -> str:
     if part_of(cap.scope) is not None:
         spent = f"{cents(cap.spent_nano)} of its {dollars(amount_nano)} {_WHEN[cap.window.partition(':')[0]]}"
         needs = "" if cap.spent_nano >= amount_nano else f"; {_needs(option)}"
-        return f"{_scope(cap.scope)} has spent {spent}{needs}."
+        return f"{named_in_full(cap.scope)} has spent {spent}{needs}."
     spent = f"{cents(cap.spent_nano)} spent of {dollars(amount_nano)}"
     if cap.spent_nano >= amount_nano:
         return f"The {_cap_name(cap)} is used up: {spent}."
@@ -172,7 +172,7 @@ def paused(pause: Pause, zone: tzinfo) -> Refusal:
     """Return the refusal for a scope that the operator has paused."""
     until = "until it is resumed" if pause.until is None else f"until {shown(pause.until, zone)}"
     why = f" ({pause.why})" if pause.why else ""
-    what = "Every app is" if pause.scope == TOTAL else f"{capitalised(_scope(pause.scope))} is"
+    what = "Every app is" if pause.scope == TOTAL else f"{capitalised(named_in_full(pause.scope))} is"
     return Refusal("app_paused", f"{what} paused {until}{why}. The operator can end it: {PROGRAM} resume {paused_as(pause.scope)}.")
 
 
@@ -239,16 +239,7 @@ def _too_large(app: AppPolicy, quote: Quote | BatchQuote, cap_nano: int, cap_nam
 
 def _cap_name(standing: Standing) -> str:
     when = "" if standing.window == "ever" else f" {_WHEN[standing.window.partition(':')[0]]}"
-    return f"cap{when} of {_scope(standing.scope)}"
-
-
-def _scope(scope: str) -> str:
-    if (part := part_of(scope)) is not None:
-        kind, value = part
-        within = enclosing(scope)
-        return f"{kind.removeprefix('label.')} {value} of {'any app' if within == TOTAL else _scope(within)}"
-    kind, _, name = scope.partition(":")
-    return app_named(name) if kind == "app" else f"{kind} {name}" if name else "all apps together"
+    return f"cap{when} of {named_in_full(standing.scope)}"
 
 
 def _place(app: AppPolicy, cap: Standing) -> str:

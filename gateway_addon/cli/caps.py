@@ -17,10 +17,10 @@ from gateway_addon.ledger import LedgerUnavailable, admin, app_scope, connect
 from gateway_addon.ledger.reports import sessions
 from gateway_addon.ledger.reports.forecast import CLOSED_DAYS_MIN, Forecast, forecasts, too_young
 from gateway_addon.ledger.reservations import capped, zone
-from gateway_addon.ledger.scope_names import cap_command, named, typed
+from gateway_addon.ledger.scope import AppPart, cap_command, enclosing, named, part_of, part_within, typed
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.ledger.types import AppPart, Limit, Raise, enclosing, part_of, part_within
+from gateway_addon.ledger.types import Limit, Raise
 from gateway_addon.money import cents, dollars, parse_nano
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations import changes

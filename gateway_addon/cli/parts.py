@@ -11,7 +11,7 @@ from gateway_addon.cli.common import ROW_NUMBER, stop
 from gateway_addon.cli.labels import label_option
 from gateway_addon.ledger import ServerAddress, connect
 from gateway_addon.ledger.reports import sessions
-from gateway_addon.ledger.types import AppPart
+from gateway_addon.ledger.scope import AppPart
 from gateway_addon.names import safe_name
 from gateway_addon.policy import PolicyError, load_prices
 

@@ -13,10 +13,9 @@ from gateway_addon.cli.times import to_come
 from gateway_addon.ledger import LedgerUnavailable, admin, connect, state
 from gateway_addon.ledger.reports import sessions
 from gateway_addon.ledger.reservations import zone
-from gateway_addon.ledger.scope_names import named
+from gateway_addon.ledger.scope import TOTAL, AppPart, named, part_within
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.ledger.types import TOTAL, AppPart, part_within
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations.changes import scope_of

@@ -24,8 +24,9 @@ from gateway_addon.ledger.reports import daily_totals, sessions, spending
 from gateway_addon.ledger.reports.call_sums import EVERY, REPORTED, Key, Only
 from gateway_addon.ledger.reports.forecast import CLOSED_DAYS_MIN, Forecast, forecasts, too_young
 from gateway_addon.ledger.reports.spending import DriftLine, Notable, Report, ReportLine
+from gateway_addon.ledger.scope import TOTAL
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.ledger.types import TOTAL, Labels
+from gateway_addon.ledger.types import Labels
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, safe_name
 from gateway_addon.operations.changes import scope_of

@@ -19,8 +19,8 @@ from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservat
 from gateway_addon.ledger.parts import OTHERS
 from gateway_addon.ledger.reports import sessions as found_in
 from gateway_addon.ledger.reports.sessions import AgentLine, Session, SessionStory
+from gateway_addon.ledger.scope import TOTAL, part_of, part_scope, part_within
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.ledger.types import TOTAL, part_of, part_scope, part_within
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, safe_name
 from gateway_addon.operations.tables import table

@@ -30,9 +30,10 @@ from gateway_addon.identity import tokens
 from gateway_addon.identity.workloads import workload_digest
 from gateway_addon.ledger import LedgerUnavailable, Token, admin, connect, workloads
 from gateway_addon.ledger.reservations import capped, zone
+from gateway_addon.ledger.scope import part_scope
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.ledger.types import Labels, Standing, part_scope
+from gateway_addon.ledger.types import Labels, Standing
 from gateway_addon.money import dollars
 from gateway_addon.names import PROGRAM, app_named
 from gateway_addon.onboarding import snippets, workload_forms

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway_addon.ledger import TOTAL, ServerAddress, admin, connect, scope_names
+from gateway_addon.ledger import TOTAL, ServerAddress, admin, connect
 from gateway_addon.ledger.reports import sessions
 from gateway_addon.ledger.reservations import zone
-from gateway_addon.ledger.scope_names import typed
+from gateway_addon.ledger.scope import named as named_by_commands
+from gateway_addon.ledger.scope import part_within, typed
 from gateway_addon.ledger.sql import Connection
-from gateway_addon.ledger.types import part_within
 from gateway_addon.money import dollars, parse_nano
 from gateway_addon.operations import changes
 from gateway_addon.operations.changes import scope_of
@@ -177,7 +177,7 @@ ACTIONS: dict[str, Callable[[ChangeForm, Connection, Path, float], AskedChange]]
 
 def named(scope: str) -> str:
     """Return a scope as the console's sentences call it."""
-    return "all apps" if scope == TOTAL else scope_names.named(scope)
+    return "all apps" if scope == TOTAL else named_by_commands(scope)
 
 
 def _window(form: ChangeForm) -> str:

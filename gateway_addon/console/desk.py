@@ -17,7 +17,7 @@ from gateway_addon.ledger.reports import call_detail, forecast, spending
 from gateway_addon.ledger.reports.call_sums import EVERY, Billed, Day, Only
 from gateway_addon.ledger.reports.day_reader import DayReader
 from gateway_addon.ledger.reports.forecast import Forecast
-from gateway_addon.ledger.types import part_of
+from gateway_addon.ledger.scope import part_of
 from gateway_addon.policy import GatewayPolicy, caps, part_caps
 from gateway_addon.pricing import Prices
 from gateway_addon.windows import Window

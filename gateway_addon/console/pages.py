@@ -19,7 +19,7 @@ from gateway_addon.ledger.reports.call_detail import NEWEST, STATES, CallFilter
 from gateway_addon.ledger.reports.call_sums import Only
 from gateway_addon.ledger.reports.day_reader import DayReader
 from gateway_addon.ledger.reports.forecast import forecasts
-from gateway_addon.ledger.types import app_scope, enclosing, part_of, part_scope
+from gateway_addon.ledger.scope import app_scope, enclosing, part_of, part_scope
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations.reload import files_now

@@ -1,10 +1,9 @@
 """The ledger: who spent what, and who may spend more. Only this package has SQL."""
 
 from gateway_addon.ledger.ledger import Ledger
+from gateway_addon.ledger.scope import TOTAL, AppPart, app_scope, enclosing, part_of, part_scope, scopes, team_scope
 from gateway_addon.ledger.types import (
-    TOTAL,
     Alert,
-    AppPart,
     CallFacts,
     CapShape,
     Denied,
@@ -24,12 +23,6 @@ from gateway_addon.ledger.types import (
     Standing,
     Token,
     TokenLookup,
-    app_scope,
-    enclosing,
-    part_of,
-    part_scope,
-    scopes,
-    team_scope,
 )
 
 __all__ = [

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger import parts, reservations, state
+from gateway_addon.ledger.scope import TOTAL, app_scope
 from gateway_addon.ledger.sql import Connection, named
 from gateway_addon.ledger.store import balances, sqlite_files
-from gateway_addon.ledger.types import TOTAL, Labels, Limit, Raise, Token, app_scope, labels_text
+from gateway_addon.ledger.types import Labels, Limit, Raise, Token, labels_text
 from gateway_addon.money import AMOUNT_NANO_MAX, dollars
 from gateway_addon.names import PROGRAM
 from gateway_addon.windows import Window, next_start, shown, starts

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, Self, cast
 from gateway_addon.clocks import monotonic_s
 from gateway_addon.ledger import connect, orphans, reservations, state
 from gateway_addon.ledger.reports.forecast import Forecast, forecasts
+from gateway_addon.ledger.scope import app_scope, enclosing
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.ledger.store.interface import EVERYTHING, Asked, Store
@@ -40,8 +41,6 @@ from gateway_addon.ledger.types import (
     Settlement,
     Standing,
     TokenLookup,
-    app_scope,
-    enclosing,
 )
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,10 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from gateway_addon.ledger.scope import AppPart, app_scope, enclosing, part_of, part_scope
 from gateway_addon.ledger.sql import Connection, named, numbers
 from gateway_addon.ledger.store import balances
-from gateway_addon.ledger.types import AppPart, CapShape, LedgerUnavailable, NewCall, app_scope, enclosing, part_of, part_scope
+from gateway_addon.ledger.types import CapShape, LedgerUnavailable, NewCall
 from gateway_addon.windows import Starts, Window
 
 OTHERS = "others"

@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 
 from gateway_addon.ledger import parts, state
 from gateway_addon.ledger.denials import judge, judge_rate
+from gateway_addon.ledger.scope import app_scope
 from gateway_addon.ledger.sql import Connection, Engine, Statement, named
 from gateway_addon.ledger.types import (
     CallFacts,
@@ -35,7 +36,6 @@ from gateway_addon.ledger.types import (
     Settlement,
     Standing,
     Token,
-    app_scope,
     labels_text,
 )
 from gateway_addon.names import PROGRAM

@@ -1,7 +1,7 @@
 """The types of the ledger's interface.
 
-Amounts are whole nano-dollars, times are unix seconds (UTC), a scope is `total`, `team:NAME`, `app:NAME` or a part of an app,
-`app:NAME KIND:VALUE`. Knows nothing of SQL; caps and priced parts come from other packages and are described here by their shape only.
+Amounts are whole nano-dollars, times are unix seconds (UTC), scopes are those of scope.py. Knows nothing of SQL; caps and priced parts
+come from other packages and are described here by their shape only.
 """
 
 import json
@@ -10,18 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
+from gateway_addon.ledger.scope import AppPart, part_scope, part_within, scopes
 from gateway_addon.windows import Window
-
-TOTAL = "total"
-
-
-def app_scope(app: str) -> str:
-    return f"app:{app}"
-
-
-type AppPart = tuple[str, str]
-"""A part of an app that a call belongs to: its kind (session, agent, user, model, token, label.NAME) and its value."""
-
 
 type Labels = tuple[tuple[str, str], ...]
 """Labels of a call or of a token, name and value, by name."""
@@ -35,35 +25,6 @@ def labels_text(labels: Labels) -> str | None:
 def labels_of(text: str | None) -> Labels:
     """Return the labels that a row holds."""
     return tuple(json.loads(text).items()) if text else ()
-
-
-def part_scope(app: str, part: AppPart) -> str:
-    return part_within(app_scope(app), part)
-
-
-def part_within(scope: str, part: AppPart) -> str:
-    """Return the scope of a part within an app's, or within `total`: a pause of a session may be one of any app."""
-    return f"{scope} {part[0]}:{part[1]}"
-
-
-def enclosing(scope: str) -> str:
-    """Return the scope of the app that a part belongs to; any other scope as it is."""
-    return scope.partition(" ")[0]
-
-
-def part_of(scope: str) -> AppPart | None:
-    """Return the part that a scope names, None for one that is no part of an app."""
-    kind, _, value = scope.partition(" ")[2].partition(":")
-    return (kind, value) if kind else None
-
-
-def team_scope(team: str) -> str:
-    return f"team:{team}"
-
-
-def scopes(app: str, team: str | None) -> tuple[str, ...]:
-    """Return every scope in which an app's calls count."""
-    return (TOTAL, app_scope(app), *((team_scope(team),) if team else ()))
 
 
 class LedgerUnavailable(Exception):

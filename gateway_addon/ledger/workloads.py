@@ -6,9 +6,10 @@ their number is that of an hour's jobs. Each function runs in a transaction of t
 """
 
 from gateway_addon.ledger.admin import TOKENS, audit, token_facts
+from gateway_addon.ledger.scope import app_scope
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.state import token_of
-from gateway_addon.ledger.types import Token, app_scope
+from gateway_addon.ledger.types import Token
 from gateway_addon.names import PROGRAM, app_named, safe_name
 
 KEPT_S = 3600.0

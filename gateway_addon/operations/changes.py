@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from gateway_addon.ledger import admin, app_scope, team_scope
 from gateway_addon.ledger.reservations import zone
-from gateway_addon.ledger.scope_names import cap_command, named, typed
+from gateway_addon.ledger.scope import TOTAL, cap_command, enclosing, named, part_of, typed
 from gateway_addon.ledger.sql import Connection
-from gateway_addon.ledger.types import TOTAL, Limit, Raise, enclosing, part_of
+from gateway_addon.ledger.types import Limit, Raise
 from gateway_addon.money import dollars
 from gateway_addon.policy import Outline
 from gateway_addon.windows import Window, during, per, shown

@@ -48,6 +48,7 @@ def test_an_alert_names_who_how_much_and_of_what():
     assert says("app:reports") == "app reports spent $0.8000 of $1.00 today (80 % of the cap reached)"
     assert says("team:batch").startswith("team batch spent")
     assert says("total").startswith("all apps together spent")
+    assert says("app:reports label.client:acme").startswith("client acme of app reports spent")
 
 
 NEWS = Alert("drift", "app:reports", "x", "a < b & c", {"asked": "a"})

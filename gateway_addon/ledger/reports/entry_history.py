@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gateway_addon.ledger.scope import AppPart
 from gateway_addon.ledger.sql import Connection, named
-from gateway_addon.ledger.types import AppPart
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from datetime import date, datetime, timedelta, tzinfo
 from typing import NamedTuple
 
 from gateway_addon.ledger.reservations import zone
+from gateway_addon.ledger.scope import named_in_full
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.types import Standing
 from gateway_addon.money import cents
-from gateway_addon.names import app_named
 from gateway_addon.windows import Window, starts
 
 CLOSED_DAYS_MAX = 28
@@ -49,21 +49,13 @@ class Forecast(NamedTuple):
     def sentence(self) -> str:
         """Say who would reach which cap when. For a forecast with such a day."""
         within = "in all" if self.window == "ever" else f"of the {self.window.partition(':')[0]}"
-        return (
-            f"{named(self.scope)} would reach the cap {within}, {cents(self.cap_nano or 0)}, on {self.reached_on:%A}, {self.reached_on}, "
-            f"at the pace of the last {self.closed_days} days"
-        )
+        would = f"{named_in_full(self.scope)} would reach the cap {within}, {cents(self.cap_nano or 0)}"
+        return f"{would}, on {self.reached_on:%A}, {self.reached_on}, at the pace of the last {self.closed_days} days"
 
 
 def too_young(names: Iterable[str]) -> str:
     """Say for which apps, teams or total there is no forecast."""
     return f"No forecast yet for {', '.join(names)}: it takes {CLOSED_DAYS_MIN} days that are over since the first call."
-
-
-def named(scope: str) -> str:
-    """Return a scope as a sentence names it."""
-    kind, _, name = scope.partition(":")
-    return app_named(name) if kind == "app" else "all apps together" if scope == "total" else scope.replace(":", " ")
 
 
 def project(closed_nano: Sequence[int], today_nano: int, spent_nano: int, days_left: int | None, cap_nano: int | None) -> Projection:

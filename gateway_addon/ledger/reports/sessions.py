@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from gateway_addon.ledger import sql
 from gateway_addon.ledger.reports.call_sums import label_column
+from gateway_addon.ledger.scope import AppPart
 from gateway_addon.ledger.sql import Connection
-from gateway_addon.ledger.types import AppPart
 
 RATE_S = 600
 """The time by whose bookings a session's rate is told."""

@@ -15,11 +15,12 @@ from string import Template
 from typing import Any, NamedTuple
 
 from gateway_addon.ledger import parts, reservations, state
+from gateway_addon.ledger.scope import part_of
 from gateway_addon.ledger.sql import Connection, Engine, Row, Statement
 from gateway_addon.ledger.store import engines
 from gateway_addon.ledger.store.interface import Asked
 from gateway_addon.ledger.store.postgres_session import ServerConnection
-from gateway_addon.ledger.types import CapShape, Denied, LedgerUnavailable, Reservation, Reserved, Resolution, part_of
+from gateway_addon.ledger.types import CapShape, Denied, LedgerUnavailable, Reservation, Reserved, Resolution
 from gateway_addon.windows import starts
 
 FENCED = "GW001"
