@@ -11,7 +11,7 @@ import pytest
 import spenders
 from ledgers import ENGINES, new_ledger, rows, url
 from part_levels import part_levels, passed, refused_though_they_fit
-from processes import kill_in_mid_call
+from processes import in_flight, kill_in_mid_call
 
 from gateway_addon.ledger import Ledger, ServerAddress, admin, connect, part_of
 from gateway_addon.ledger.maintenance.invariants import findings
@@ -48,6 +48,7 @@ async def test_no_parts_cap_is_passed_by_a_crowd_with_a_kill(place, seed, calls)
     process = subprocess.Popen([sys.executable, spenders.__file__, url(place), str(seed)])
     ledgers = [await Ledger.open(url(place)) for _ in range(2)]
     try:
+        await in_flight(place, 1, process.pid)  # before the others fill the caps
         await asyncio.gather(*(spenders.crowd(ledger, chance, spenders.EVER, 6, calls) for ledger in ledgers), kill_in_mid_call(place, process.pid))
         process.wait()
         bury(place, process.pid)

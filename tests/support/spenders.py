@@ -22,14 +22,20 @@ def kept(caps):
     return frozenset(("reports", kind, window) for kind, window in caps)
 
 
+def asking(session: str, user: str, client: str, quote_nano: int) -> NewCall:
+    named = NewCall("reports", None, 1, session_id=session, user_id=user, labels=(("client", client),), names=NAMES)
+    return replace(named, model_asked=MODEL, model=MODEL, quote_nano=quote_nano)
+
+
+def judging(asked: NewCall, caps) -> list[Cap]:
+    values = dict(asked.parts)
+    return [Cap(part_scope("reports", (kind, values[kind])), window, nano) for (kind, window), nano in caps.items()]
+
+
 async def call(ledger: Ledger, chance: random.Random, caps) -> None:
     """One call, which waits a moment for what others hold, grows, gives back, and ends in one of the ways."""
-    asked = NewCall(
-        "reports", None, 1, model_asked=MODEL, model=MODEL, session_id=f"s{chance.randrange(8)}", user_id=f"u{chance.randrange(3)}",
-        labels=(("client", chance.choice("abc")),), names=NAMES, quote_nano=chance.randint(4, 30),
-    )  # fmt: skip
-    values, quantum_nano = dict(asked.parts), chance.choice((0, 0, 3))
-    mine = [Cap(part_scope("reports", (kind, values[kind])), window, nano) for (kind, window), nano in caps.items()]
+    asked = asking(f"s{chance.randrange(8)}", f"u{chance.randrange(3)}", chance.choice("abc"), chance.randint(4, 30))
+    mine, quantum_nano = judging(asked, caps), chance.choice((0, 0, 3))
     for wait_s in (0.02, 0.04, 0.08, None):
         answer = await ledger.reserve(asked, asked.quote_nano, mine, quantum_nano=quantum_nano, now=time.time())
         if not isinstance(answer, Denied):
@@ -64,7 +70,10 @@ async def crowd(ledger: Ledger, chance: random.Random, caps, callers: int, calls
 
 
 async def main(url: str, seed: str) -> None:
-    await crowd(await Ledger.open(url), random.Random(seed), EVER, 6, 1_000_000)
+    ledger = await Ledger.open(url)
+    held = asking("s0", "u0", "a", 4)  # never ended, so that a kill finds it when all caps are full
+    await ledger.reserve(held, held.quote_nano, judging(held, EVER), now=time.time())
+    await crowd(ledger, random.Random(seed), EVER, 6, 1_000_000)
 
 
 if __name__ == "__main__":
