@@ -71,7 +71,7 @@ class Admission:
 
     caller: Caller
     call: NewCall
-    reading: ParsedRequest
+    parsed: ParsedRequest
     admitted_at: float
     flags: tuple[str, ...] = ()
     """Flags for the call's row: `edited:FIELD` and `observed:CODE` by the policy, `replayed` by a person."""
@@ -96,7 +96,7 @@ class Admission:
     @property
     def streams(self) -> bool:
         """Tell whether the answer passes piece by piece: it is then never read to its end without a client."""
-        return self.reading.stream if self.hold is not None else self.response_hook.streamed
+        return self.parsed.stream if self.hold is not None else self.response_hook.streamed
 
 
 def new_call(caller: Caller, judged: Judgement, request: Request, endpoint_prefix: str) -> NewCall:
@@ -115,7 +115,7 @@ def new_call(caller: Caller, judged: Judgement, request: Request, endpoint_prefi
         asked.max_tokens or None,
         0 if quote is None else quote.input_tokens,
         0 if quote is None else quote.total_nano,
-        model=None if quote is None else caller.policy.prices.canonical(judged.reading.model),
+        model=None if quote is None else caller.policy.prices.canonical(judged.parsed.model),
         session_id=said.session,
         agent_id=said.agent,
         parent_agent_id=said.parent_agent,

@@ -18,7 +18,7 @@ from gateway_addon.calls.quote import quote
 from gateway_addon.calls.refusal_messages import over_request_cap
 from gateway_addon.ledger.batches import ResultRow
 from gateway_addon.messages import BatchMeter, BatchResult, json_object
-from gateway_addon.messages.request import DEEP, ParsedRequest, Request, Unreadable, few_files, message, parsed
+from gateway_addon.messages.request import DEEP, ParsedRequest, Request, Unreadable, few_files, json_body, message
 from gateway_addon.names import safe_name
 from gateway_addon.policy import AppPolicy, edits, judge, observed
 from gateway_addon.pricing import Prices, cost
@@ -70,7 +70,7 @@ class BatchObject:
 class _One:
     """One request of a batch, judged and quoted."""
 
-    reading: ParsedRequest
+    parsed: ParsedRequest
     quote_nano: int
     changes: dict[str, Any]
     """The parameters that the policy rewrites."""
@@ -85,16 +85,16 @@ def judge_batch(app: AppPolicy, prices: Prices, request: Request, now: float) ->
     files: set[str] = set()
     flags: dict[str, None] = {}
     try:
-        entries = _entries(parsed(request))
+        entries = _entries(json_body(request))
         for where, entry in _named(entries):  # nothing is kept of a request but what adds up: there may be a hundred thousand
             one = _judge_entry(app, prices, where, entry["params"], request, now)
             if isinstance(one, Refusal):
                 return one
             entry["params"] |= one.changes
             ids.append(entry["custom_id"])
-            quote_nano, hour_ttl, rewritten = quote_nano + one.quote_nano, hour_ttl or one.reading.hour_ttl, rewritten or bool(one.changes)
-            models.add(one.reading.model)
-            files.update(one.reading.found.files)
+            quote_nano, hour_ttl, rewritten = quote_nano + one.quote_nano, hour_ttl or one.parsed.hour_ttl, rewritten or bool(one.changes)
+            models.add(one.parsed.model)
+            files.update(one.parsed.found.files)
             few_files(len(files))
             flags |= dict.fromkeys((*(f"edited:{name}" for name in one.changes), *one.observed))
     except (Unreadable, ValueError) as error:
@@ -205,34 +205,34 @@ def _named(entries: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _judge_entry(app: AppPolicy, prices: Prices, where: str, params: dict[str, Any], request: Request, now: float) -> _One | Refusal:
     """Judge one request as if it came alone. Raises Unreadable, which names its place."""
-    read = _read(where, params, request)
-    if changes := edits(app, read, prices):
-        read = _read(where, params | changes, request)
-    refusal = judge(app, read, prices)
+    parsed = _read(where, params, request)
+    if changes := edits(app, parsed, prices):
+        parsed = _read(where, params | changes, request)
+    refusal = judge(app, parsed, prices)
     if refusal is not None:
         return _at(where, refusal)
-    bound = quote(read, app, prices, now, batch=True)
+    bound = quote(parsed, app, prices, now, batch=True)
     if isinstance(bound, Refusal):
         return _at(where, bound)
-    passed = observed(app, read, prices)
+    passed = observed(app, parsed, prices)
     cap_nano = app.caps.get("request")
     if cap_nano is not None and bound.total_nano > cap_nano:
         if not app.observes("caps"):
             return _at(where, over_request_cap(app, bound, cap_nano))
         passed += ("quote_over_cap",)
-    return _One(read, bound.total_nano, changes, tuple(f"observed:{code}" for code in passed))
+    return _One(parsed, bound.total_nano, changes, tuple(f"observed:{code}" for code in passed))
 
 
 def _read(where: str, params: dict[str, Any], request: Request) -> ParsedRequest:
     try:
-        read = message("batch_request", params, json.dumps(params, ensure_ascii=False).encode(), request)
+        parsed = message("batch_request", params, json.dumps(params, ensure_ascii=False).encode(), request)
     except UnicodeEncodeError:
         raise Unreadable(f"{where}.params holds half of a surrogate pair; send whole characters") from None
     except (Unreadable, ValueError) as error:
         raise Unreadable(f"{where}.params: {error}") from None
-    if read.stream:
+    if parsed.stream:
         raise Unreadable(f"{where}.params.stream must not be true: a batch is not streamed")
-    return read
+    return parsed
 
 
 def _at(where: str, refusal: Refusal) -> Refusal:

@@ -13,18 +13,16 @@ Batches and files are admitted by workspace.py.
 """
 
 import asyncio
-import hmac
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from urllib.parse import parse_qs
 
-from gateway_addon.calls import alerts, exchange
+from gateway_addon.calls import alerts, exchange, own_endpoints
 from gateway_addon.calls.admission import Admission, Caller, EndedBy, Hold, ResponseHook, new_call
-from gateway_addon.calls.authentication import Rejected, authenticate
+from gateway_addon.calls.authentication import Headers, Rejected, authenticate
 from gateway_addon.calls.exchange import ExchangeRequest, assertion_of
 from gateway_addon.calls.identities import WorkloadIdentities
 from gateway_addon.calls.judging import Judgement, judge_request
@@ -32,13 +30,12 @@ from gateway_addon.calls.judging_process import JudgingProcess
 from gateway_addon.calls.planning import plan
 from gateway_addon.calls.queue import BudgetQueue
 from gateway_addon.calls.quote import Quote
-from gateway_addon.calls.record import METRICS_TYPE, Measures, OnCall, Scrape, record
+from gateway_addon.calls.record import Measures, OnCall, Scrape, record
 from gateway_addon.calls.refusal_messages import denied, rate_reached, throttled
 from gateway_addon.calls.reservation_options import ReservationPlan
-from gateway_addon.calls.responses import OwnResponse, me, visible_models
+from gateway_addon.calls.responses import OwnResponse, visible_models
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.calls.settlement import drifted, settle
-from gateway_addon.calls.spend_limit import usage
 from gateway_addon.calls.top_ups import RunningStreams
 from gateway_addon.calls.workspace import Workspace
 from gateway_addon.clocks import SYSTEM, Clocks
@@ -56,16 +53,13 @@ from gateway_addon.ledger import (
     Resolution,
     Settlement,
     Token,
-    app_scope,
-    team_scope,
 )
 from gateway_addon.ledger.batches import Batch, SettledBatch
 from gateway_addon.messages import wrong_paths
 from gateway_addon.messages.request import ParsedRequest, Request, endpoint_of
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
-from gateway_addon.policy import AppPolicy, GatewayPolicy, all_caps, caps, name_limit, part_caps, token_cap
-from gateway_addon.pricing import Prices
+from gateway_addon.policy import AppPolicy, GatewayPolicy
 from gateway_addon.refusals import ABOUT_LIMITS, Refusal
 
 logger = logging.getLogger(__name__)
@@ -76,15 +70,8 @@ READY_FOR_S = 1.0
 OVERRUNS_FRESH_S = 0.5
 BROWSER = Refusal(
     "browser",
-    "OPTIONS is how a browser asks whether a page may call this gateway, and it may not: whoever opens a page can read the token in it and "
-    "spend this app's money. Call the gateway from a server of your own, and let the page call that.",
-)
-NO_METRICS = Refusal(
-    "not_found", "This gateway serves no metrics: name a token for them in gateway.yaml (metrics_token: {file: ...}), and restart it."
-)
-NOT_THE_SCRAPER = Refusal(
-    "token_unknown",
-    "The metrics have a token of their own (gateway.yaml: metrics_token). Send it as a bearer; an app's token does not open them.",
+    "OPTIONS is how a browser asks whether a page may call this gateway, and it may not: anybody who opens a page can read the token in "
+    "it and spend this app's money. Call the gateway from a server of your own, and let the page call that.",
 )
 SMALL_BODY = 1_000_000  # bytes; a body up to this is always taken: most are smaller, and a thousand of them fit
 
@@ -138,15 +125,9 @@ class Gateway:
     # -- authenticate
 
     async def authenticate(
-        self,
-        method: str,
-        target: str,
-        headers: tuple[tuple[str, str], ...],
-        peer: str,
-        now: float,
-        digest: str | None = None,
+        self, method: str, target: str, headers: Headers, peer: str, now: float, digest: str | None = None,
         base_url: Callable[[], str] = str,
-    ) -> Caller | ExchangeRequest | OwnResponse | Refusal:
+    ) -> Caller | ExchangeRequest | OwnResponse | Refusal:  # fmt: skip
         """Find out who calls which endpoint, from the headers alone. `headers` have lower-case names; `peer` is an IP address.
 
         `digest`: the digest of the token that a replayed request first came with; that token must be in force now.
@@ -156,7 +137,8 @@ class Gateway:
         if endpoint == "hello":
             return OwnResponse(None)
         if endpoint == "healthz":
-            return OwnResponse(self._health())
+            problems = {"policy_problem": self.policy_problem, "key_problem": self.key_problem, "issuer_problem": self.issuer_problem}
+            return own_endpoints.health(self.policy, problems)
         address = origin(peer, headers, self.policy.trusted_proxies)
         if endpoint == "exchange":
             return ExchangeRequest(address, self.policy)
@@ -166,12 +148,17 @@ class Gateway:
             if endpoint == "readyz":
                 return await self._readiness()
             if endpoint == "metrics":
-                return await self._metrics(headers, address, now)
+                page = await own_endpoints.metrics(
+                    self.scrape, self.ledger, self.policy, self.policy_problem is not None, headers, now
+                )  # fmt: skip
+                return self._rejected(page, address, named, now) if isinstance(page, Rejected) else page
             caller = (
                 Rejected(BROWSER)
                 if method == "OPTIONS"
                 else await authenticate(headers, digest, address, named, self.policy, look_up, self.identities.digest, now)
             )
+            if named in ("me", "usage") and isinstance(caller, Caller):
+                return await own_endpoints.standing(self.ledger, self.policy, caller.app, caller.token, named, target, now)
         except LedgerUnavailable as error:
             return _ledger_refusal(error)
         if isinstance(caller, Rejected):
@@ -179,8 +166,6 @@ class Gateway:
         if isinstance(endpoint, Refusal):
             better = wrong_paths.refusal(method, target, base_url())
             return self._refused(caller.app, caller.token, named, better or endpoint, now)
-        if endpoint in ("me", "usage"):
-            return await self._standing(caller.app, caller.token, endpoint, target, now)
         return caller
 
     def _rejected(self, caller: Rejected, address: str, endpoint: str, now: float) -> Refusal:
@@ -232,24 +217,24 @@ class Gateway:
         self, caller: Caller, judged: Judgement, request: Request, call: NewCall, quote: Quote | None, now: float
     ) -> Admission | OwnResponse | Refusal:
         """Reserve for a request that the policy allows, or let it pass as one that costs nothing. Raises LedgerUnavailable."""
-        app, reading, flags, hold, response_hook = caller.app, judged.reading, judged.flags, None, ResponseHook()
-        if reading.shared:
+        app, parsed, flags, hold, response_hook = caller.app, judged.parsed, judged.flags, None, ResponseHook()
+        if parsed.shared:
             return await self.workspace.admit(caller, judged, request, call, now)
-        if (foreign := await self.workspace.foreign_file(app, reading.found.files)) is not None:
+        if (foreign := await self.workspace.foreign_file(app, parsed.found.files)) is not None:
             return foreign
         if quote is not None:
-            reserved = await self._reserve(caller, reading, call, quote, now)
+            reserved = await self._reserve(caller, parsed, call, quote, now)
             if isinstance(reserved, Refusal):
                 return reserved
             hold, passed = reserved
             flags += passed
-        elif reading.endpoint == "models":
+        elif parsed.endpoint == "models":
             response_hook = ResponseHook(whole=partial(_visible, caller))
-        elif reading.endpoint == "count_tokens" and (denial := await self._too_many_counts(app, now)) is not None:
+        elif parsed.endpoint == "count_tokens" and (denial := await self._too_many_counts(app, now)) is not None:
             if not app.observes("rates"):
                 return rate_reached(denial, app)
             flags += ("observed:rate",)
-        return Admission(caller, call, reading, now, flags, judged.body, judged.edited, hold, response_hook)
+        return Admission(caller, call, parsed, now, flags, judged.body, judged.edited, hold, response_hook)
 
     async def _too_many_counts(self, app: AppPolicy, now: float) -> Denied | None:
         """Count a request to count_tokens against a rate of its own, as large as the app's: the API also counts these apart."""
@@ -308,7 +293,7 @@ class Gateway:
         monotonic_s = self._clocks.monotonic_s()
         running.ended(monotonic_s, self.streams.stalled_s(monotonic_s))
         end, admission, held = settle(running, sent=sent, ended_by=ended_by), running.admission, running.hold.reserved
-        app, model, outcome = admission.app, admission.reading.model, end.outcome if isinstance(end, Settlement) else end
+        app, model, outcome = admission.app, admission.parsed.model, end.outcome if isinstance(end, Settlement) else end
         self._resolve(held, admission.call, admission.admitted_at, end, now, partial(self._alert_of_overrun, running, outcome, now))
         if (why := running.refused_as_retired()) is not None:
             self.emit(alerts.refused_as_retired(app.name, model, why, held.call_id, now))
@@ -354,7 +339,7 @@ class Gateway:
             self.emit(alerts.batch_overrun(batch.app, batch.id, batch.call_id, resolution, self._clocks.now()))
 
     def _alert_of_overrun(self, running: InFlightCall, outcome: Outcome, now: float, resolution: Resolution) -> None:
-        app_name, model, call_id = running.admission.app.name, running.admission.reading.model, running.hold.reserved.call_id
+        app_name, model, call_id = running.admission.app.name, running.admission.parsed.model, running.hold.reserved.call_id
         if resolution.overrun and "late" in outcome.flags:
             self.emit(alerts.late(app_name, model, call_id, resolution, running.stalled_s, now))
         elif resolution.overrun:
@@ -413,43 +398,7 @@ class Gateway:
             self._ready_monotonic_s = self._clocks.monotonic_s()
         return OwnResponse({"status": "ready"})
 
-    async def _metrics(self, headers: tuple[tuple[str, str], ...], address: str, now: float) -> OwnResponse | Refusal:
-        """Answer a scraper that has the page's own token; an app's token does not open it. Raises LedgerUnavailable."""
-        if self.scrape is None:
-            return NO_METRICS
-        given = next((value for name, value in headers if name == "authorization"), "")
-        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), f"Bearer {self.scrape.token()}".encode()):
-            return self._rejected(Rejected(NOT_THE_SCRAPER), address, "metrics", now)
-        scopes = ("total", *map(team_scope, self.policy.teams), *map(app_scope, self.policy.apps))
-        standings = await self.ledger.standing(scopes, all_caps(self.policy), now=now)
-        text = await asyncio.to_thread(self.scrape.exposition, standings, self.policy_problem is not None)
-        return OwnResponse(text, content_type=METRICS_TYPE)
-
-    def _health(self) -> dict[str, Any]:
-        health: dict[str, Any] = {"status": "ok", "policy": self.policy.digest[:12], "apps": len(self.policy.apps)}
-        problems = {"policy_problem": self.policy_problem, "key_problem": self.key_problem, "issuer_problem": self.issuer_problem}
-        return health | {name: problem for name, problem in problems.items() if problem is not None}
-
-    async def _standing(self, app: AppPolicy, token: Token, endpoint: str, target: str, now: float) -> OwnResponse | Refusal:
-        """Tell an app how its own caps stand: in this gateway's words (`me`) or in those of Claude Code (`usage`).
-
-        `me` shows those of its token too, and of the parts that the query names (`?session=3f2a&user=u1`), where a call of theirs would
-        count now: too many new names share one part.
-        """
-        limits = tuple(cap for cap in caps(self.policy, app) if cap.scope == app_scope(app.name))
-        call = _named_call(app, token, target, self.policy.prices)
-        try:
-            call = await self.ledger.counted_now(call, tuple(part_caps(app, call.parts, last_call=True)), now=now)
-            of_parts = (*part_caps(app, call.parts, last_call=True), *token_cap(call))
-            standings = await self.ledger.standing([app_scope(app.name)], limits, now=now)
-            if endpoint == "usage":
-                return OwnResponse(usage(app.name, standings))
-            coming = await self.ledger.forecasts(standings, now=now)
-            return me(app, standings, coming, await self.ledger.capped(of_parts, now=now))
-        except LedgerUnavailable as error:
-            return _ledger_refusal(error)
-
-    def upstream_headers(self, caller: Caller, status: int, headers: tuple[tuple[str, str], ...], now: float) -> None:
+    def upstream_headers(self, caller: Caller, status: int, headers: Headers, now: float) -> None:
         """Record the shared key's limits; emit an alert where the upstream refuses the key, or redirects."""
         monotonic_s = self._clocks.monotonic_s()
         if status == 429 or monotonic_s - self._limits_monotonic_s >= LIMITS_EVERY_S:
@@ -461,17 +410,6 @@ class Gateway:
             self.emit(alerts.key_refused(caller.policy.key, now))
         elif 300 <= status < 400:
             self.emit(alerts.redirected(caller.policy.upstream, status, now))
-
-
-def _named_call(app: AppPolicy, token: Token, target: str, prices: Prices) -> NewCall:
-    """Return a call of the parts that a query names: `?session=3f2a&model=fast&label.client=acme`."""
-    named = {kind: safe_name(values[-1]) for kind, values in parse_qs(target.partition("?")[2]).items()}
-    labels = tuple((kind.removeprefix("label."), value) for kind, value in sorted(named.items()) if kind.startswith("label."))
-    asked = app.models.aliases.get(model, model) if (model := named.get("model")) else None
-    return NewCall(
-        app.name, app.team, token.id, session_id=named.get("session"), agent_id=named.get("agent"), user_id=named.get("user"),
-        labels=labels, model=asked and (prices.canonical(asked) or asked), names=name_limit(app), token_cap_nano=token.cap_nano,
-    )  # fmt: skip
 
 
 async def _visible(caller: Caller, status: int, body: bytes) -> bytes:

@@ -28,7 +28,7 @@ class Judgement:
 
     asked: ParsedRequest
     """The request as received, without its prompt."""
-    reading: ParsedRequest
+    parsed: ParsedRequest
     """The request as it is to be sent, without its prompt."""
     verdict: Quote | Refusal | None
     """The quote of a call that generates, or why the policy refuses it; None for what costs nothing."""

@@ -24,8 +24,8 @@ def plan(
     app: AppPolicy,
     policy: GatewayPolicy,
     call: NewCall,
-    read: ParsedRequest,
-    bound: Quote,
+    parsed: ParsedRequest,
+    quote: Quote,
     upstream_limits: Mapping[str, tuple[str, float]],
     overruns: frozenset[str],
     now: float,
@@ -43,10 +43,10 @@ def plan(
     if short is not None:
         notes.append(headroom(app, short))
     limits = caps(policy, app, call.parts, last_call=call.last_call)
-    options = reservation_options(bound, app, policy, read, (*limits, *token_cap(call)), overrun=read.model in overruns, now=now)
+    options = reservation_options(quote, app, policy, parsed, (*limits, *token_cap(call)), overrun=parsed.model in overruns, now=now)
     fitting = [option for option in options if fits_request_cap(app, option.hold_nano)]
     if not fitting:
-        too_large = over_request_cap(app, bound, app.caps["request"])
+        too_large = over_request_cap(app, quote, app.caps["request"])
         if not app.observes("caps"):
             return too_large
         notes.append(too_large)

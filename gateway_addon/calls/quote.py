@@ -142,15 +142,15 @@ class Quote:
     @property
     def by_itself(self) -> tuple[str, ...]:
         """Return the features by which the provider may spend more than the input and one `max_tokens`."""
-        return tuple(dict.fromkeys(use.feature for use in self.terms.reading.found.uses if use.feature in UNRELEASABLE))
+        return tuple(dict.fromkeys(use.feature for use in self.terms.parsed.found.uses if use.feature in UNRELEASABLE))
 
     def for_output(self, tokens: int, turns: int | None = None) -> int:
         """Return nano-dollars, rounded up, for the extras, `tokens` of output in all, and the prompts of so many turns (None: all)."""
         return rounded_up(self.input_rate, self.turns.input_tokens(tokens, turns)) + self.extra_nano + rounded_up(self.output_rate, tokens)
 
-    def keep(self, reading: ParsedRequest) -> None:
+    def keep(self, parsed: ParsedRequest) -> None:
         """Keep only so much of the request: what an answer about the quote may name."""
-        self.terms.reading = reading
+        self.terms.parsed = parsed
 
     def output_within(self, amount_nano: int) -> int:
         """Return the largest `max_tokens` with which this request would fit an amount; 0 where none does."""
@@ -162,7 +162,7 @@ class _Terms:
     """The terms under which every line of one quote is priced."""
 
     app: AppPolicy
-    reading: ParsedRequest
+    parsed: ParsedRequest
     """Without its prompt, once the quote is made (`Quote.keep`)."""
     prices: Prices
     now: float
@@ -179,44 +179,44 @@ class _Terms:
 
     def rates(self, row: PriceRow, prompt_tokens: int, *, fast: bool) -> Rates:
         default = "us" if self.app.workspace_geo == "unknown" and row.geo else self.app.workspace_geo
-        geo = self.reading.body.get("inference_geo") or (default if row.geo else None)
+        geo = self.parsed.body.get("inference_geo") or (default if row.geo else None)
         return rates(row, prompt_tokens=prompt_tokens, speed="fast" if fast else None, inference_geo=geo, batch=self.batch)
 
     def input_rate(self, priced: Rates, *, loops: bool) -> tuple[str, Fraction]:
         """Return the highest price of one token of input. The provider's own loops cache the prompt between two turns unasked."""
-        if self.reading.hour_ttl:
+        if self.parsed.hour_ttl:
             return "1h cache write", priced.cache_write_1h
-        if self.reading.cache_control or loops:
+        if self.parsed.cache_control or loops:
             return "5m cache write", priced.cache_write_5m
         return "input", priced.input
 
 
-def quote(reading: ParsedRequest, app: AppPolicy, prices: Prices, now: float, *, batch: bool = False) -> Quote | Refusal:
+def quote(parsed: ParsedRequest, app: AppPolicy, prices: Prices, now: float, *, batch: bool = False) -> Quote | Refusal:
     """Bound the cost of a request that `policy.judge` has seen, at the prices of `now` (unix seconds), in a `batch` at half of them.
 
     Refuses (`model_unpriced`) where a model that the request can reach has no price: what has no price is never free; and in a batch
     (`feature`) a tool at the provider that does not say how often it may be used: there no pause of the turn bounds it.
     """
-    terms = _Terms(app, reading, prices, now, batch, reading.max_tokens)
-    if batch and (endless := next((use for use in reading.found.uses if _loops(use) and not _bounded(use)), None)):
+    terms = _Terms(app, parsed, prices, now, batch, parsed.max_tokens)
+    if batch and (endless := next((use for use in parsed.found.uses if _loops(use) and not _bounded(use)), None)):
         counted = 'a max_uses and allowed_callers: ["direct"]' if _runs_code(endless) else "a max_uses"
         way_out = f"give it {counted}, or send this request as a call of its own"
         return stated("feature", f"in a batch nothing bounds the turns of {endless.feature} ({endless.where}); {way_out}")
     for model, fast in _priced_models(terms):
         if (refusal := _unpriced(terms, model, fast=fast)) is not None:
             return refusal
-    return _bound(terms, reading.max_tokens)
+    return _bound(terms, parsed.max_tokens)
 
 
 def _bound(terms: _Terms, max_tokens: int) -> Quote:
     """Quote a request whose models all have a price, as if it asked for `max_tokens`."""
     terms = terms if terms.max_tokens == max_tokens else replace(terms, max_tokens=max_tokens)
-    reading = terms.reading
-    row = terms.row(reading.model)
+    parsed = terms.parsed
+    row = terms.row(parsed.model)
     assert row is not None, "the request's own model is the first of those that were looked up"
     turns = _turns(terms, row, max_tokens)
     input_tokens = turns.input_tokens(turns.output_tokens)
-    priced = terms.rates(row, input_tokens, fast=is_fast(reading.body))
+    priced = terms.rates(row, input_tokens, fast=is_fast(parsed.body))
     label, rate = terms.input_rate(priced, loops=turns.count > 1)
     extras = tuple(_extras(terms, row, turns))
     parts = (
@@ -234,7 +234,7 @@ def _bound(terms: _Terms, max_tokens: int) -> Quote:
         extra_nano=sum(part.nano for part, _ in extras),
         parts=parts,
         price_rows=tuple(dict.fromkeys([row.name, *(name for _, name in extras)])),
-        releasable=not reading.found.unknown and not any(use.feature in UNRELEASABLE for use in reading.found.uses),
+        releasable=not parsed.found.unknown and not any(use.feature in UNRELEASABLE for use in parsed.found.uses),
         input_tokens=input_tokens,
         output_tokens=turns.output_tokens,
         total_nano=sum(part.nano for part in parts),
@@ -242,12 +242,12 @@ def _bound(terms: _Terms, max_tokens: int) -> Quote:
     )
 
 
-def input_bound(reading: ParsedRequest, row: PriceRow) -> int:
+def input_bound(parsed: ParsedRequest, row: PriceRow) -> int:
     """Return the most tokens that this prompt can have when it is read once, on the model of a price row."""
-    found = reading.found
+    found = parsed.found
     image_tokens = IMAGE_TOKENS_HIGH_RESOLUTION if row.high_resolution else IMAGE_TOKENS
     tokens = (
-        reading.text_bytes
+        parsed.text_bytes
         + REQUEST_TOKENS
         + MESSAGE_TOKENS * found.messages
         + BLOCK_TOKENS * found.blocks
@@ -261,12 +261,12 @@ def input_bound(reading: ParsedRequest, row: PriceRow) -> int:
 
 def _turns(terms: _Terms, row: PriceRow, max_tokens: int) -> Turns:
     """Return the turns of one attempt at the request, by the model of a price row."""
-    prompt = input_bound(terms.reading, row)
-    if not terms.reading.found.uses:  # nearly every call
+    prompt = input_bound(terms.parsed, row)
+    if not terms.parsed.found.uses:  # nearly every call
         return Turns(1, prompt, max_tokens, row.context_tokens)
-    listed = sum(_brought_tokens(terms, use, row) for use in terms.reading.found.uses if use.feature == "mcp")
+    listed = sum(_brought_tokens(terms, use, row) for use in terms.parsed.found.uses if use.feature == "mcp")
     prompt = max(prompt, min(prompt + listed, row.context_tokens))  # the tools that an MCP server has are in no body
-    loops = [use for use in terms.reading.found.uses if _loops(use)]
+    loops = [use for use in terms.parsed.found.uses if _loops(use)]
     uses = sum(map(_uses, loops)) if all(map(_bounded, loops)) else SERVER_LOOP_MAX
     brought = sorted(((_brought_tokens(terms, use, row), _uses(use)) for use in loops), reverse=True)
     return Turns(
@@ -275,14 +275,14 @@ def _turns(terms: _Terms, row: PriceRow, max_tokens: int) -> Turns:
         max_tokens=max_tokens,
         context_tokens=row.context_tokens,
         brought=tuple(brought),
-        uncounted=comes_whole(terms.reading),
-        shown=bool(loops) and {use.feature for use in terms.reading.found.uses} & UNRELEASABLE <= SHOWN and all(map(_bounded, loops)),
+        uncounted=comes_whole(terms.parsed),
+        shown=bool(loops) and {use.feature for use in terms.parsed.found.uses} & UNRELEASABLE <= SHOWN and all(map(_bounded, loops)),
     )
 
 
-def comes_whole(reading: ParsedRequest) -> bool:
+def comes_whole(parsed: ParsedRequest) -> bool:
     """Tell whether the provider may run turns that a stream does not show before its end: code that uses tools, MCP servers."""
-    return any(_loops(use) and _runs_code(use) for use in reading.found.uses)
+    return any(_loops(use) and _runs_code(use) for use in parsed.found.uses)
 
 
 def _loops(use: FeatureUse) -> bool:
@@ -319,7 +319,7 @@ def _stated_uses(use: FeatureUse) -> int | None:
 def _brought_tokens(terms: _Terms, use: FeatureUse, row: PriceRow) -> int:
     """Return the tokens that one use brings into later prompts: as the operator declares, else a whole context window."""
     if use.feature == "tool_search":
-        tools = (tool for same in terms.reading.found.definitions.values() for tool in same)
+        tools = (tool for same in terms.parsed.found.definitions.values() for tool in same)
         return sum(nlargest(TOOLS_FOUND_MAX, (definition_bytes(tool) + BLOCK_TOKENS for tool in tools)))
     if use.feature == "advisor":
         return _advice_tokens(terms, use)
@@ -329,15 +329,15 @@ def _brought_tokens(terms: _Terms, use: FeatureUse, row: PriceRow) -> int:
 
 def _extras(terms: _Terms, row: PriceRow, turns: Turns) -> Iterator[tuple[QuotePart, str]]:
     """Yield the lines billed besides the answer itself, each with its price row."""
-    yield from _beside(terms, row, turns, fast=is_fast(terms.reading.body))
-    for use in terms.reading.found.uses:
+    yield from _beside(terms, row, turns, fast=is_fast(terms.parsed.body))
+    for use in terms.parsed.found.uses:
         if use.feature == "fallbacks":
             yield from _fallbacks(terms, use)
 
 
 def _beside(terms: _Terms, row: PriceRow, turns: Turns, *, fast: bool, whose: str = "") -> Iterator[tuple[QuotePart, str]]:
     """Yield the lines billed besides the turns of one attempt: its searches, a compaction before each turn, its advisor's calls."""
-    for use in terms.reading.found.uses:
+    for use in terms.parsed.found.uses:
         if use.feature == "web_search" and use.is_tool:
             searches = SERVER_LOOP_MAX if (stated := _stated_uses(use)) is None else stated
             nano = rounded_up(row.web_search_nano * row.multiplier, searches)
@@ -370,7 +370,7 @@ def _fallbacks(terms: _Terms, use: FeatureUse) -> Iterator[tuple[QuotePart, str]
         if row is not None:
             stated = attempt.get("max_tokens")
             turns = _turns(terms, row, stated if type(stated) is int else terms.max_tokens)
-            fast = is_fast({**terms.reading.body, **attempt})
+            fast = is_fast({**terms.parsed.body, **attempt})
             input_tokens = turns.input_tokens(turns.output_tokens)
             yield from _call(terms, f"fallback to {attempt['model']}", row, input_tokens, turns.output_tokens, fast=fast)
             yield from _beside(terms, row, turns, fast=fast, whose=f" of the fallback to {attempt['model']}")
@@ -399,9 +399,9 @@ def _part(name: str, tokens: int, label: str, rate: Fraction) -> QuotePart:
 
 def _priced_models(terms: _Terms) -> Iterator[tuple[str, bool]]:
     """Yield every model that the request can reach, and whether it must have a price for fast mode."""
-    yield terms.reading.model, is_fast(terms.reading.body)
-    yield from ((model, False) for _, model in terms.reading.found.models)
-    for use in terms.reading.found.uses:
+    yield terms.parsed.model, is_fast(terms.parsed.body)
+    yield from ((model, False) for _, model in terms.parsed.found.models)
+    for use in terms.parsed.found.uses:
         if use.feature == "fallbacks":
             yield from ((attempt["model"], attempt.get("speed") not in (None, "standard")) for attempt in _attempts(terms, use))
 

@@ -58,7 +58,7 @@ class InFlightCall:
         self.granted_turns = bound.turns.count if option.granted_turns is None else option.granted_turns
         self.last_byte_monotonic_s = self.began_monotonic_s
         if option.pace is not None:
-            thinking = self.admission.reading.body.get("thinking")
+            thinking = self.admission.parsed.body.get("thinking")
             may_think = not (isinstance(thinking, dict) and thinking.get("type") == "disabled")
             self.progress = Progress(option.pace, bound.output_tokens, may_think, self.began_monotonic_s)
             self.turns = TurnProgress(option.pace, bound.turns.count, self.began_monotonic_s) if bound.turns.shown else None
@@ -144,8 +144,8 @@ class InFlightCall:
         """Return why the provider refused this call, where its model, or its fast mode, is no more."""
         if self.status not in (400, 404):
             return None
-        reading, admitted_at = self.admission.reading, self.admission.admitted_at
-        return retired(self.admission.prices, reading.model, admitted_at, fast=is_fast(reading.body))
+        parsed, admitted_at = self.admission.parsed, self.admission.admitted_at
+        return retired(self.admission.prices, parsed.model, admitted_at, fast=is_fast(parsed.body))
 
     @property
     def elapsed_s(self) -> float:
@@ -154,7 +154,7 @@ class InFlightCall:
 
     def declared(self) -> Pace | None:
         """Return the declared constants of the model that was asked for; None where the price table no longer has it."""
-        row = self.admission.prices.row(self.admission.reading.model, self.admission.admitted_at)
+        row = self.admission.prices.row(self.admission.parsed.model, self.admission.admitted_at)
         return None if row is None else Pace(row.output_tokens_per_second_max, row.lag_s, row.turn_s_min)
 
     def unseen_nano(self) -> int | None:
@@ -219,5 +219,5 @@ class InFlightCall:
     def _input_cost_nano(self, usage: Usage) -> int | None:
         """Return the exact price of the input that an answer reported."""
         bare = replace(usage, tokens=replace(usage.tokens, output_tokens=0), iterations=())
-        hour_ttl = self.admission.reading.hour_ttl
+        hour_ttl = self.admission.parsed.hour_ttl
         return cost(self.admission.prices, bare, at=self.admission.admitted_at, hour_ttl_requested=hour_ttl).nano

@@ -46,7 +46,7 @@ EDGE_UNBILLED_S = 2.0
 def drifted(running: InFlightCall, served: str) -> bool:
     """Tell whether another model answered than the one asked for. (A dated id of a model is that model.)"""
     canonical = running.admission.prices.canonical
-    return (canonical(served) or served) != canonical(running.admission.reading.model)
+    return (canonical(served) or served) != canonical(running.admission.parsed.model)
 
 
 def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlement | Outcome:
@@ -86,7 +86,7 @@ def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlemen
         return ("late",) if running.held_nano < nano <= running.bound_nano(running.output_tokens_max(), running.turns_max) else ()
 
     def priced(used: Usage) -> Cost:
-        return cost(admission.prices, used, at=admission.admitted_at, hour_ttl_requested=admission.reading.hour_ttl)
+        return cost(admission.prices, used, at=admission.admitted_at, hour_ttl_requested=admission.parsed.hour_ttl)
 
     if not sent:
         return outcome("not_sent")

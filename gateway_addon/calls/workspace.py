@@ -64,7 +64,7 @@ class Workspace:
         self, caller: Caller, judged: Judgement, request: Request, call: NewCall, now: float
     ) -> Admission | OwnResponse | Refusal:
         """Decide about a request that the app's policy lets through. Raises LedgerUnavailable."""
-        parsed = judged.reading
+        parsed = judged.parsed
         match parsed.endpoint:
             case "batches.create":
                 return await self._create_batch(caller, judged, request, call, now)
@@ -127,7 +127,7 @@ class Workspace:
         stands = tuple(cap_headers(app, result.standings))
         response_hook = ResponseHook(whole=creation.answered, ended=creation.ended, headers=stands)
         return Admission(
-            caller, call, judged.reading, now, judged.flags, asked.body, ", ".join(asked.edited), response_hook=response_hook,
+            caller, call, judged.parsed, now, judged.flags, asked.body, ", ".join(asked.edited), response_hook=response_hook,
             settled_by_hook=True,
         )  # fmt: skip
 
@@ -170,12 +170,12 @@ class Workspace:
         if shown is None or shown.id != batch.id:
             return body
         if shown.content != batch.content:
-            await self._kept(partial(ownership.seen, id=batch.id, content=shown.content))
+            await self.keep(partial(ownership.seen, id=batch.id, content=shown.content))
         return shown.content.encode()
 
     async def _deleted(self, item: str, now: float, status: int, body: bytes) -> bytes:
         if status == 200:
-            await self._kept(partial(ownership.gone, id=item, now=now))
+            await self.keep(partial(ownership.gone, id=item, now=now))
         return body
 
     # -- files
@@ -183,7 +183,7 @@ class Workspace:
     async def _uploaded(self, app: str, now: float, status: int, body: bytes) -> bytes:
         made = file_of(body) if status == 200 else None
         if made is not None:
-            await self._kept(partial(ownership.own, belonging=OwnedObject(made.id, "file", app, now, made.content)))
+            await self.keep(partial(ownership.own, belonging=OwnedObject(made.id, "file", app, now, made.content)))
         return body
 
     # -- lists
@@ -217,7 +217,7 @@ class Workspace:
         ends = {"first_id": page.items[0].id, "last_id": page.items[-1].id} if page.items else {"first_id": None, "last_id": None}
         return OwnResponse({"data": data, "has_more": page.more, **ends})
 
-    async def _kept(self, write: Callable[[Any], Any]) -> Any:
+    async def keep(self, write: Callable[[Any], Any]) -> Any:
         """Write to the ledger before the app is answered; a ledger that does not answer in time gets it later."""
         try:
             return await asyncio.wait_for(asyncio.shield(self.ledger.keep(write, "workspace")), ANSWER_WITHIN_S)
@@ -242,8 +242,8 @@ class _Creation:
     def __init__(
         self, workspace: Workspace, caller: Caller, call: NewCall, asked: batches.AskedBatch, reserved: Reserved, now: float
     ):
-        self._workspace, self._arrived, self._call, self._asked = workspace, caller, call, asked
-        self._held, self._now = reserved, now
+        self._workspace, self._caller, self._call, self._asked = workspace, caller, call, asked
+        self._held, self._admitted_at = reserved, now
         self._handed_over = False
         self._unbilled: str | None = None
 
@@ -253,14 +253,14 @@ class _Creation:
         if shown is None:
             self._unbilled = _unbilled(status, body)
             return body
-        app, policy, asked = self._arrived.app, self._arrived.policy, self._asked
+        policy, asked, admitted_at = self._caller.policy, self._asked, self._admitted_at
+        look_at = admitted_at + min(policy.timeouts.batch_poll_s, book.PAUSE_MAX_S)
         new = NewBatch(
-            shown.id, self._held.call_id, app.name, self._now, asked.requests, asked.hour_ttl, policy.prices.digest, kept(policy.prices),
-            shown.content, shown.status, self._now + min(policy.timeouts.batch_poll_s, book.PAUSE_MAX_S), flags=asked.flags,
-            custom_ids=asked.custom_ids,
+            shown.id, self._held.call_id, self._caller.app.name, admitted_at, asked.requests, asked.hour_ttl, policy.prices.digest,
+            kept(policy.prices), shown.content, shown.status, look_at, flags=asked.flags, custom_ids=asked.custom_ids,
         )  # fmt: skip
         self._handed_over = True
-        if await self._workspace._kept(partial(book.adopt, new=new)) is False:
+        if await self._workspace.keep(partial(book.adopt, new=new)) is False:
             logger.error("The provider gave a new batch the id %s, which it gave before.", shown.id)
             self._handed_over = False
         return shown.content.encode()
@@ -280,7 +280,7 @@ class _Creation:
         else:
             lost = "no_status" if status is None else "error_unreadable" if status >= 400 else "batch_unknown"
             end = Settlement(None, (), Outcome(status, flags=(*flags, f"estimated:{lost}")))
-        self._workspace.resolve(self._held, self._call, self._now, end, self._workspace.clock())
+        self._workspace.resolve(self._held, self._call, self._admitted_at, end, self._workspace.clock())
 
 
 def _unbilled(status: int, body: bytes) -> str | None:

@@ -165,17 +165,17 @@ def read(endpoint: str, request: Request) -> ParsedRequest | Refusal:
     if endpoint not in ("messages", "count_tokens"):
         return _read_head(endpoint, request)
     try:
-        return message(endpoint, parsed(request), request.body, request)
+        return message(endpoint, json_body(request), request.body, request)
     except (Unreadable, ValueError) as error:
         return stated("body", f"{error}")
     except RecursionError:
         return stated("body", DEEP)
 
 
-def parsed(request: Request) -> dict[str, Any]:
+def json_body(request: Request) -> dict[str, Any]:
     """Parse a body as one JSON object. Raises Unreadable, RecursionError."""
     _plain_json_headers(request)
-    return _parsed(request.body)
+    return _json_object(request.body)
 
 
 def message(endpoint: str, body: dict[str, Any], raw: bytes, request: Request) -> ParsedRequest:
@@ -255,7 +255,7 @@ def _plain_json_headers(request: Request) -> None:
         raise Unreadable(f"content-type is {types[0][:80]!r}; send application/json in UTF-8")
 
 
-def _parsed(raw: bytes) -> dict[str, Any]:
+def _json_object(raw: bytes) -> dict[str, Any]:
     if (values := value_count(raw)) > VALUES_MAX:
         limits = f"the body holds {values:,} JSON values, the gateway reads {VALUES_MAX:,}"
         raise Unreadable(f"{limits}; put data into the prompt as text, or send several requests")

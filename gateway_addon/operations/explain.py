@@ -35,8 +35,7 @@ from gateway_addon.ledger import (
     state,
 )
 from gateway_addon.ledger.denials import judge_caps
-from gateway_addon.messages import request as reading
-from gateway_addon.messages.request import ParsedRequest, Request, is_fast
+from gateway_addon.messages.request import ParsedRequest, Request, edited, is_fast, read
 from gateway_addon.money import dollars
 from gateway_addon.operations.tables import table
 from gateway_addon.policy import AppPolicy, Cap, GatewayPolicy, RuleVerdict, caps, token_cap, trail
@@ -73,11 +72,11 @@ def explain(
 
     `find_token` None: a token in force is assumed. `address` None: where it comes from is not judged.
     """
-    asked = reading.read("messages", request)
+    asked = read("messages", request)
     files = set(asked.found.files) if isinstance(asked, ParsedRequest) else set()
     known = _known(policy, app, request, ledger, files, find_token, now)
     request = _sent_with(known.lookup.token, request)
-    asked, limits = reading.read("messages", request), known.limits
+    asked, limits = read("messages", request), known.limits
     caller = judge_caller(known.lookup, address, request.headers, "messages", policy, now)
     refused = caller.refusal if isinstance(caller, Rejected) else None
     explanation: dict[str, Any] = {
@@ -89,23 +88,23 @@ def explain(
     if isinstance(judged, Refusal) or isinstance(asked, Refusal):
         return explanation | {"refused": _refusal(refused or _first_refusal(judged, asked))}
     changes = rewritten(app, policy.prices, asked, overrun=asked.model in overruns, now=now)
-    _, read = reading.edited("messages", request, changes) if changes else (request, asked)
-    assert isinstance(read, ParsedRequest)
-    verdicts = list(trail(app, read, policy.prices))
+    _, parsed = edited("messages", request, changes) if changes else (request, asked)
+    assert isinstance(parsed, ParsedRequest)
+    verdicts = list(trail(app, parsed, policy.prices))
     observed: list[RuleVerdict | Refusal] = [verdict for verdict in verdicts if verdict.code and app.observes(verdict.rule)]
-    bound = judged.verdict if isinstance(judged.verdict, Quote) else quote(read, app, policy.prices, now)
+    quoted = judged.verdict if isinstance(judged.verdict, Quote) else quote(parsed, app, policy.prices, now)
     refused = refused or (judged.verdict if isinstance(judged.verdict, Refusal) else None) or foreign_file(app, files, known.owners)
     explanation |= {
         "rewritten": changes,
         "rules": [verdict._asdict() for verdict in verdicts],
-        "note": retired(policy.prices, read.model, now, fast=is_fast(read.body)),
+        "note": retired(policy.prices, parsed.model, now, fast=is_fast(parsed.body)),
     }
-    if isinstance(bound, Quote):
-        least = reservation_options(bound, app, policy, read, limits, overrun=read.model in overruns, now=now)[-1]
+    if isinstance(quoted, Quote):
+        least = reservation_options(quoted, app, policy, parsed, limits, overrun=parsed.model in overruns, now=now)[-1]
         standings: dict[tuple[str, str], Standing] = {(standing.scope, standing.window): standing for standing in known.facts.standings}
-        explanation["quote"] = _quote(bound) | {"held_at_first": dollars(least.hold_nano) if least.hold_nano < bound.total_nano else None}
-        explanation["caps"] = [_cap(app, cap, bound, least, standings.get((cap.scope, cap.window)), known.problem, now) for cap in limits]
-        by_money, waits_s, seen = _judge_money(policy, app, read, bound, known, now)
+        explanation["quote"] = _quote(quoted) | {"held_at_first": dollars(least.hold_nano) if least.hold_nano < quoted.total_nano else None}
+        explanation["caps"] = [_cap(app, cap, quoted, least, standings.get((cap.scope, cap.window)), known.problem, now) for cap in limits]
+        by_money, waits_s, seen = _judge_money(policy, app, parsed, quoted, known, now)
         explanation["waits_s"] = 0.0 if refused else waits_s
         refused, observed = refused or by_money, [*observed, *seen]
     return explanation | {"observed": [_refusal(each) for each in observed], "refused": refused and _refusal(refused)}
@@ -116,16 +115,16 @@ def _first_refusal(*found: object) -> Refusal:
 
 
 def _judge_money(
-    policy: GatewayPolicy, app: AppPolicy, read: ParsedRequest, bound: Quote, known: Known, now: float
+    policy: GatewayPolicy, app: AppPolicy, parsed: ParsedRequest, quoted: Quote, known: Known, now: float
 ) -> tuple[Refusal | None, float, list[Refusal]]:
     """Return the refusal of a quoted call by caps, rates and concurrency, the wait before it, and what observed ones would have said."""
-    asked = plan(app, policy, known.call, read, bound, known.upstream_limits, known.lookup.overruns, now)
+    asked = plan(app, policy, known.call, parsed, quoted, known.upstream_limits, known.lookup.overruns, now)
     if isinstance(asked, Refusal):
         return asked, 0.0, []
-    verdict = judge_plan(asked, known.facts, bound.input_tokens, now)
+    verdict = judge_plan(asked, known.facts, quoted.input_tokens, now)
 
     def said(denial: Denied) -> Refusal:
-        return denied(denial, app, bound, verdict.option, policy.zone)
+        return denied(denial, app, quoted, verdict.option, policy.zone)
 
     refused = None if verdict.denied is None else said(verdict.denied)
     waits_s = 0.0 if verdict.denied is None else wait_s(verdict.denied, app.rates.wait_s)

@@ -16,31 +16,31 @@ SPENDING = (*MESSAGES, "batches.create")
 """The endpoints whose requests need the labels that an app's policy requires."""
 
 
-def labels_in_force(app: AppPolicy, reading: ParsedRequest) -> tuple[tuple[str, str], ...]:
+def labels_in_force(app: AppPolicy, parsed: ParsedRequest) -> tuple[tuple[str, str], ...]:
     """Return the labels by which a request is booked, by name: its token's, and those that it says and may say."""
-    if not reading.labels:
-        return reading.fixed_labels
-    fixed = dict(reading.fixed_labels)
-    said = {label.name: label.value for label in reversed(reading.labels) if _problem(app, reading, label) is None}
+    if not parsed.labels:
+        return parsed.fixed_labels
+    fixed = dict(parsed.fixed_labels)
+    said = {label.name: label.value for label in reversed(parsed.labels) if _problem(app, parsed, label) is None}
     return tuple(sorted((said | fixed).items()))
 
 
-def verdicts(app: AppPolicy, reading: ParsedRequest) -> Iterator[tuple[str, bool]]:
+def verdicts(app: AppPolicy, parsed: ParsedRequest) -> Iterator[tuple[str, bool]]:
     """Yield a sentence for each label that is said, fixed or required, and whether it refuses the request."""
-    for label in reading.labels:
-        problem = _problem(app, reading, label)
+    for label in parsed.labels:
+        problem = _problem(app, parsed, label)
         dropped = problem is not None and label.name not in app.labels and app.undeclared_labels == "drop"
         yield problem or f"{label.name} is {label.value}", problem is not None and not dropped
-    yield from ((f"{name} is {value}, by the token", False) for name, value in reading.fixed_labels)
-    carried = {label.name for label in reading.labels} | {name for name, _ in reading.fixed_labels}
-    for name, rule in app.labels.items() if reading.endpoint in SPENDING else ():
+    yield from ((f"{name} is {value}, by the token", False) for name, value in parsed.fixed_labels)
+    carried = {label.name for label in parsed.labels} | {name for name, _ in parsed.fixed_labels}
+    for name, rule in app.labels.items() if parsed.endpoint in SPENDING else ():
         if rule.required and name not in carried:
             yield f"{app} must say its label {name} with each call, {_places(name, rule)} ({app.file} labels.{name})", True
 
 
-def _problem(app: AppPolicy, reading: ParsedRequest, label: SaidLabel) -> str | None:
+def _problem(app: AppPolicy, parsed: ParsedRequest, label: SaidLabel) -> str | None:
     """Return why a label may not be said so, None where it may, or where the token's own value stands in any case."""
-    if label.name in dict(reading.fixed_labels):
+    if label.name in dict(parsed.fixed_labels):
         return None
     rule = app.labels.get(label.name)
     if rule is None:
@@ -53,7 +53,7 @@ def _problem(app: AppPolicy, reading: ParsedRequest, label: SaidLabel) -> str | 
     if not any(fnmatchcase(label.value, pattern) for pattern in rule.values):
         allowed = ", ".join(rule.values)
         return f"{app} may not say {label.name}={label.value}; allowed: {allowed} ({app.file} labels.{label.name}.values)"
-    others = {other.value for other in reading.labels if other.name == label.name}
+    others = {other.value for other in parsed.labels if other.name == label.name}
     if len(others) > 1:
         return f"{app} says its label {label.name} twice, as {' and '.join(sorted(others))}; say it once"
     return None

@@ -32,61 +32,61 @@ CLAMPED = ("max_tokens", "thinking", "fallbacks")
 _ALWAYS = ("hello", "healthz", "me", "usage")
 
 
-def judge(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Refusal | None:
+def judge(app: AppPolicy, parsed: ParsedRequest, prices: Prices) -> Refusal | None:
     """Return the refusal of the first rule that refuses, or None. Observed rules refuse nothing."""
-    for verdict in trail(app, reading, prices):
+    for verdict in trail(app, parsed, prices):
         if verdict.code is not None and not app.observes(verdict.rule):
             return stated(verdict.code, verdict.sentence)
     return None
 
 
-def observed(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> tuple[str, ...]:
+def observed(app: AppPolicy, parsed: ParsedRequest, prices: Prices) -> tuple[str, ...]:
     """Return the refusal codes that the observed rules would have given, once each."""
     if app.mode == "enforce" and not app.observe:
         return ()
-    verdicts = trail(app, reading, prices)
+    verdicts = trail(app, parsed, prices)
     return tuple(dict.fromkeys(verdict.code for verdict in verdicts if verdict.code is not None and app.observes(verdict.rule)))
 
 
-def trail(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> Iterator[RuleVerdict]:
+def trail(app: AppPolicy, parsed: ParsedRequest, prices: Prices) -> Iterator[RuleVerdict]:
     """Yield every rule's verdict, in order. Rules after a refusal are judged too: `explain` shows them all."""
-    yield _endpoint(app, reading)
-    if reading.endpoint in (*PROMPTS, "model"):
-        yield _model(app, reading.model, "model", prices)
-    yield from _labels(app, reading)
-    if reading.endpoint not in PROMPTS:  # they bring features along in their headers
-        yield from _features(app, reading)
-        yield from _betas(app, reading)
+    yield _endpoint(app, parsed)
+    if parsed.endpoint in (*PROMPTS, "model"):
+        yield _model(app, parsed.model, "model", prices)
+    yield from _labels(app, parsed)
+    if parsed.endpoint not in PROMPTS:  # they bring features along in their headers
+        yield from _features(app, parsed)
+        yield from _betas(app, parsed)
         return
-    for where, model in _reachable(app, reading):
+    for where, model in _reachable(app, parsed):
         yield _model(app, model, where, prices)
-        yield from _counted_under_one(app, reading, where, model, prices)
-    yield from _unknown(app, reading)
-    yield from _features(app, reading)
-    yield from _betas(app, reading)
-    if reading.endpoint in MESSAGES:
-        yield from _max_tokens(app, reading)
-        yield from _too_little_thinking(app, reading)
-    yield from _thinking(app, reading)
-    yield from _requirements(app, reading)
+        yield from _counted_under_one(app, parsed, where, model, prices)
+    yield from _unknown(app, parsed)
+    yield from _features(app, parsed)
+    yield from _betas(app, parsed)
+    if parsed.endpoint in MESSAGES:
+        yield from _max_tokens(app, parsed)
+        yield from _too_little_thinking(app, parsed)
+    yield from _thinking(app, parsed)
+    yield from _requirements(app, parsed)
 
 
-def edits(app: AppPolicy, reading: ParsedRequest, prices: Prices) -> dict[str, Any]:
+def edits(app: AppPolicy, parsed: ParsedRequest, prices: Prices) -> dict[str, Any]:
     """Return the top-level fields that the policy rewrites: opt-in, recorded.
 
     An alias or a moving name becomes its model; a clamped `max_tokens` takes a thinking budget down with it.
     """
     changes: dict[str, Any] = {}
-    model = model_sent(app, reading.model, prices)
-    if model != reading.model:
+    model = model_sent(app, parsed.model, prices)
+    if model != parsed.model:
         changes["model"] = model
     ceiling = app.max_tokens
-    if reading.endpoint in MESSAGES and ceiling and ceiling.over == "clamp" and reading.max_tokens > ceiling.limit:
-        changes |= {"max_tokens": ceiling.limit, **_less_thinking(reading, ceiling.limit)}
+    if parsed.endpoint in MESSAGES and ceiling and ceiling.over == "clamp" and parsed.max_tokens > ceiling.limit:
+        changes |= {"max_tokens": ceiling.limit, **_less_thinking(parsed, ceiling.limit)}
     return changes
 
 
-def _less_thinking(reading: ParsedRequest, limit: int) -> dict[str, Any]:
+def _less_thinking(parsed: ParsedRequest, limit: int) -> dict[str, Any]:
     """Return the fields whose thinking budget no longer fits below the clamped `max_tokens`, with a smaller budget.
 
     A budget that was above before (interleaved thinking) is left alone.
@@ -95,14 +95,14 @@ def _less_thinking(reading: ParsedRequest, limit: int) -> dict[str, Any]:
     def lowered(holder: Any) -> Any:
         thinking = holder.get("thinking") if isinstance(holder, Mapping) else None
         budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
-        if thinking is None or type(budget) is not int or not limit <= budget < reading.max_tokens:
+        if thinking is None or type(budget) is not int or not limit <= budget < parsed.max_tokens:
             return holder
         return {**holder, "thinking": {**thinking, "budget_tokens": limit - 1}}
 
     changes = {}
-    if (body := lowered(reading.body)) is not reading.body:
+    if (body := lowered(parsed.body)) is not parsed.body:
         changes["thinking"] = body["thinking"]
-    fallbacks = reading.body.get("fallbacks")
+    fallbacks = parsed.body.get("fallbacks")
     if isinstance(fallbacks, list):
         fitting = [entry if isinstance(entry, dict) and "max_tokens" in entry else lowered(entry) for entry in fallbacks]
         changes |= {"fallbacks": fitting} if fitting != fallbacks else {}
@@ -127,8 +127,8 @@ def model_sent(app: AppPolicy, model: str, prices: Prices) -> str:
     return pinned or model
 
 
-def _endpoint(app: AppPolicy, reading: ParsedRequest) -> RuleVerdict:
-    name = {"model": "models", "batch_request": "batches"}.get(reading.endpoint, reading.endpoint.partition(".")[0])
+def _endpoint(app: AppPolicy, parsed: ParsedRequest) -> RuleVerdict:
+    name = {"model": "models", "batch_request": "batches"}.get(parsed.endpoint, parsed.endpoint.partition(".")[0])
     if name in app.endpoints or name in _ALWAYS:
         return RuleVerdict("endpoints", f"{name} is open to {app}")
     return RuleVerdict(
@@ -136,9 +136,9 @@ def _endpoint(app: AppPolicy, reading: ParsedRequest) -> RuleVerdict:
     )
 
 
-def _labels(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
-    if reading.labels or reading.fixed_labels or app.labels:
-        for sentence, refused in labels.verdicts(app, reading):
+def _labels(app: AppPolicy, parsed: ParsedRequest) -> Iterator[RuleVerdict]:
+    if parsed.labels or parsed.fixed_labels or app.labels:
+        for sentence, refused in labels.verdicts(app, parsed):
             yield RuleVerdict("labels", sentence, "label" if refused else None)
 
 
@@ -166,24 +166,24 @@ def _models_of(app: AppPolicy) -> str:
     return f"allowed: {_listed(app.models.allow)} ({app.file} models.allow)"
 
 
-def _reachable(app: AppPolicy, reading: ParsedRequest) -> Iterator[tuple[str, str]]:
+def _reachable(app: AppPolicy, parsed: ParsedRequest) -> Iterator[tuple[str, str]]:
     """Yield the other models that a request can reach. The policy says which ones `fallbacks: "default"` reaches."""
-    yield from reading.found.models
+    yield from parsed.found.models
     fallbacks = app.features.get("fallbacks")
-    if fallbacks and reading.body.get("fallbacks") == "default":
+    if fallbacks and parsed.body.get("fallbacks") == "default":
         yield from (("fallbacks default", model) for model in fallbacks.default)
 
 
-def _counted_under_one(app: AppPolicy, reading: ParsedRequest, where: str, model: str, prices: Prices) -> Iterator[RuleVerdict]:
+def _counted_under_one(app: AppPolicy, parsed: ParsedRequest, where: str, model: str, prices: Prices) -> Iterator[RuleVerdict]:
     """Refuse another model beside the one asked for where models have caps: what it spends would count under the wrong one."""
-    asked = model_sent(app, reading.model, prices)
+    asked = model_sent(app, parsed.model, prices)
     if caps_by_model(app) and prices.canonical(model) != prices.canonical(asked):
         sentence = f"app {app.name} has caps on each model, and a call counts under one: {where} asks for {model} beside {asked}"
         yield RuleVerdict("models", f"{sentence}; leave it out ({app.file} each.model, models.caps)", "model")
 
 
-def _unknown(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
-    unknown = reading.found.unknown
+def _unknown(app: AppPolicy, parsed: ParsedRequest) -> Iterator[RuleVerdict]:
+    unknown = parsed.found.unknown
     if not unknown:
         yield RuleVerdict("unknown_fields", "every field and type is known")
     elif app.unknown_fields == "pass":
@@ -193,15 +193,15 @@ def _unknown(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
         yield RuleVerdict("unknown_fields", f"{sentence} unknown_fields: pass in {app.file}", "unknown_field")
 
 
-def _features(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
+def _features(app: AppPolicy, parsed: ParsedRequest) -> Iterator[RuleVerdict]:
     uses: dict[str, int] = {}
-    for use in reading.found.uses:
+    for use in parsed.found.uses:
         refused = _feature_refused(app, use)
         if refused is None and use.is_tool and app.features[use.feature].max_uses is not None:
             refused = _too_many(app, use, uses)
         code = "thread" if use.feature == "thread" else "feature"
         yield RuleVerdict("features", refused or f"{use.feature} ({use.where}) is named by the policy", code if refused else None)
-    if reading.hour_ttl and "hour_ttl" not in app.features:
+    if parsed.hour_ttl and "hour_ttl" not in app.features:
         sentence = f"{app} may not write caches of an hour; leave out ttl, or set hour_ttl: true ({app.file} features)"
         yield RuleVerdict("features", sentence, "feature")
 
@@ -237,21 +237,21 @@ def _too_many(app: AppPolicy, use: FeatureUse, uses: dict[str, int]) -> str | No
     return None
 
 
-def _betas(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
-    for beta in reading.betas:
+def _betas(app: AppPolicy, parsed: ParsedRequest) -> Iterator[RuleVerdict]:
+    for beta in parsed.betas:
         denied = any(fnmatchcase(beta, pattern) for pattern in app.betas.deny)
         if denied or not any(fnmatchcase(beta, pattern) for pattern in app.betas.allow):
             allowed = f"allowed: {_listed(app.betas.allow)}" + (f" without {_listed(app.betas.deny)}" if app.betas.deny else "")
             yield RuleVerdict("betas", f"{app} may not send anthropic-beta {beta[:100]}; {allowed} ({app.file} betas)", "feature")
 
 
-def _max_tokens(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
+def _max_tokens(app: AppPolicy, parsed: ParsedRequest) -> Iterator[RuleVerdict]:
     if app.max_tokens is None:
-        yield RuleVerdict("max_tokens", f"{reading.max_tokens:,}; {app} has no ceiling")
+        yield RuleVerdict("max_tokens", f"{parsed.max_tokens:,}; {app} has no ceiling")
         return
     limit = app.max_tokens.limit
-    for where, asked in (("max_tokens", reading.max_tokens), *_fallback_values(reading, "max_tokens")):
-        if where == "max_tokens" and app.max_tokens.over == "clamp" and reading.max_tokens > limit:
+    for where, asked in (("max_tokens", parsed.max_tokens), *_fallback_values(parsed, "max_tokens")):
+        if where == "max_tokens" and app.max_tokens.over == "clamp" and parsed.max_tokens > limit:
             yield RuleVerdict("max_tokens", f"{asked:,} is above {limit:,}, and passes: a stream that is held in steps is not clamped")
         elif asked is not None and (type(asked) is not int or asked > limit):
             sentence = f"{app} may ask for at most {limit:,} tokens of output, not {asked!r:.40} ({where}); lower it"
@@ -262,12 +262,12 @@ def _max_tokens(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]
             yield RuleVerdict("max_tokens", f"{where} is within {limit:,}")
 
 
-def _too_little_thinking(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
+def _too_little_thinking(app: AppPolicy, parsed: ParsedRequest) -> Iterator[RuleVerdict]:
     """Refuse a clamp that leaves less thinking than the API takes: a sentence is better than the API's 400."""
     ceiling = app.max_tokens
     if ceiling is None or ceiling.over != "clamp" or ceiling.limit > THINKING_TOKENS_MIN:
         return
-    for where, thinking in (("thinking", reading.body.get("thinking")), *_fallback_values(reading, "thinking")):
+    for where, thinking in (("thinking", parsed.body.get("thinking")), *_fallback_values(parsed, "thinking")):
         budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
         if type(budget) is int and budget < THINKING_TOKENS_MIN:
             sentence = f"{app} is held to {ceiling.limit:,} tokens of output, which leaves {where}.budget_tokens less than"
@@ -275,40 +275,40 @@ def _too_little_thinking(app: AppPolicy, reading: ParsedRequest) -> Iterator[Rul
             yield RuleVerdict("max_tokens", sentence, "max_tokens")
 
 
-def _thinking(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
+def _thinking(app: AppPolicy, parsed: ParsedRequest) -> Iterator[RuleVerdict]:
     limit, levels = app.thinking.budget_tokens, app.thinking.effort
-    for where, thinking in (("thinking", reading.body.get("thinking")), *_fallback_values(reading, "thinking")):
+    for where, thinking in (("thinking", parsed.body.get("thinking")), *_fallback_values(parsed, "thinking")):
         budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
         if limit is not None and budget is not None and (type(budget) is not int or budget > limit):
             sentence = f"{app} may think with at most {limit:,} tokens, not {budget!r:.40} ({where}.budget_tokens); lower it"
             yield RuleVerdict("thinking", f"{sentence} ({app.file} thinking)", "feature")
-    for where, config in _output_configs(reading) if levels else ():
+    for where, config in _output_configs(parsed) if levels else ():
         effort = config.get("effort")
         if effort is not None and effort not in levels:
             sentence = f"{app} may not ask for effort {effort!r:.40} ({where}); allowed: {_listed(levels)}"
             yield RuleVerdict("thinking", f"{sentence} ({app.file} thinking.effort)", "feature")
 
 
-def _output_configs(reading: ParsedRequest) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _output_configs(parsed: ParsedRequest) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield every place where a request can set its effort: at the top, in a system message, for a fallback."""
-    places = [("output_config", reading.body.get("output_config")), *_fallback_values(reading, "output_config")]
-    for i, message in enumerate(reading.body["messages"]):
+    places = [("output_config", parsed.body.get("output_config")), *_fallback_values(parsed, "output_config")]
+    for i, message in enumerate(parsed.body["messages"]):
         if isinstance(message, dict) and "output_config" in message:
             places.append((f"messages[{i}].output_config", message["output_config"]))
     return ((where, config) for where, config in places if isinstance(config, dict))
 
 
-def _fallback_values(reading: ParsedRequest, name: str) -> list[tuple[str, Any]]:
-    fallbacks = reading.body.get("fallbacks")
+def _fallback_values(parsed: ParsedRequest, name: str) -> list[tuple[str, Any]]:
+    fallbacks = parsed.body.get("fallbacks")
     entries = fallbacks if isinstance(fallbacks, list) else []
     return [(f"fallbacks[{i}].{name}", entry[name]) for i, entry in enumerate(entries) if isinstance(entry, dict) and name in entry]
 
 
-def _requirements(app: AppPolicy, reading: ParsedRequest) -> Iterator[RuleVerdict]:
-    metadata = reading.body.get("metadata")
+def _requirements(app: AppPolicy, parsed: ParsedRequest) -> Iterator[RuleVerdict]:
+    metadata = parsed.body.get("metadata")
     carried = {
         "metadata.user_id": metadata.get("user_id") if isinstance(metadata, dict) else None,
-        "system": reading.body.get("system"),
+        "system": parsed.body.get("system"),
     }
     for name in app.require:
         value = carried[name]

@@ -188,7 +188,7 @@ def test_a_call_in_flight_keeps_nothing_of_its_prompt():
     found = judge_request(*judged(PLAIN | {"system": "x" * 9_000, "tools": [SEARCH], "metadata": {"user_id": "u" * 9_000}}))
     assert isinstance(found, Judgement)
     assert len(repr(found)) < 10_000
-    assert set(found.reading.body) == {"model", "max_tokens", "metadata"}
+    assert set(found.parsed.body) == {"model", "max_tokens", "metadata"}
 
 
 @pytest.mark.parametrize("more", [{}, {"tools": [SEARCH]}, {"fallbacks": [{"model": "claude-haiku-4-5"}]}, {"cache_control": {"type": "ephemeral"}}])

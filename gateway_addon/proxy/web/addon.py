@@ -156,7 +156,7 @@ class DebugAddon(GatewayAddon):
             if flow.is_replay:
                 flow_state.running.admission = replace(admission, flags=(*admission.flags, "replayed"))
             self._awaited[hold.reserved.call_id] = flow
-            flow.comment = _line(caller.app.name, f"{cents(hold.quote.total_nano)} at most", admission.reading.model)
+            flow.comment = _line(caller.app.name, f"{cents(hold.quote.total_nano)} at most", admission.parsed.model)
 
     # -- what became of it
 
