@@ -31,6 +31,7 @@ OF_CALLS = {"calls": "id", "entries": "call_id", "usage": "call_id"}
 STAYS = {"owners", "balances", "part_balances"}
 """Owners live on one engine; balances are computed there from the entries, which proves them once more."""
 DIFFERENCES_MAX = 5
+LAST_MOVE_MS = "2000"  # how long a server may take to notice that the connection of the last move has ended, and to let its lock go
 
 ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r", "\0": "?"})
 """Text in COPY's format. PostgreSQL stores no NUL, which a refused call's model name may have."""
@@ -102,9 +103,13 @@ def _held(source: Path) -> Iterator[Connection]:
 
 @contextlib.contextmanager
 def _alone(target: ServerAddress) -> Iterator[postgres_session.ServerConnection]:
-    with contextlib.closing(postgres_session.connect(target, postgres_session.PATIENT | {"search_path": UNFINISHED})) as db:
-        if not db.execute("SELECT pg_try_advisory_lock(hashtext('gateway migrate'))").fetchall()[0][0]:
-            raise LedgerUnavailable(f"another ledger is being moved to {target} now: let that end first")
+    patient = postgres_session.PATIENT | {"search_path": UNFINISHED}
+    with contextlib.closing(postgres_session.connect(target, patient | {"lock_timeout": LAST_MOVE_MS})) as db:
+        try:
+            db.execute("SELECT pg_advisory_lock(hashtext('gateway migrate'))")
+        except psycopg.errors.LockNotAvailable:
+            raise LedgerUnavailable(f"another ledger is being moved to {target} now: let that end first") from None
+        postgres_session.settle_in(db.raw, patient)
         yield db
 
 

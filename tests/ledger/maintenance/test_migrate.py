@@ -6,6 +6,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -190,11 +192,23 @@ def test_a_move_takes_an_empty_ledger_and_refuses_one_with_rows(source, target):
     assert move(source, target) is not None
 
 
-def test_two_moves_to_one_server_do_not_meet(source, target):
-    with psycopg.connect(target.url) as other:
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_move_waits_for_the_last_ones_session_to_end(source, target, monkeypatch, ends):
+    """A session ends, and its lock goes, some time after its client has closed it. One that goes on is another move."""
+    monkeypatch.setattr(migrate, "LAST_MOVE_MS", "30000" if ends else "10")
+    waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    with psycopg.connect(target.url, autocommit=True) as other, ThreadPoolExecutor(1) as thread:
         other.execute("SELECT pg_advisory_lock(hashtext('gateway migrate'))")
-        with pytest.raises(LedgerUnavailable, match="another ledger is being moved"):
-            move(source, target)
+        moved = thread.submit(move, source, target)
+        if not ends:
+            with pytest.raises(LedgerUnavailable, match="another ledger is being moved"):
+                moved.result()
+            return
+        while other.execute(waits).fetchone() == (0,):
+            assert not moved.done(), moved.result()
+            time.sleep(0.01)
+        other.execute("SELECT pg_advisory_unlock_all()")
+        assert moved.result() is not None
 
 
 def test_a_ledger_begun_there_meanwhile_is_kept(source, target):
