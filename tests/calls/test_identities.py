@@ -272,6 +272,7 @@ async def test_an_issuer_without_keys_is_503_and_never_open(tmp_path):
             for answer in (await call(http, of(issuer)), await exchanged(http, of(issuer))):
                 assert (answer.status_code, answer.headers["x-gateway-refusal"], answer.headers["retry-after"]) == (503, "identity_unavailable", "5")
             assert "answers with status 500" in answer.json()["error_description"]
+            assert not gw.gateway._throttle._failures, "the issuer's fault is not counted against the caller's address"
             assert (await call(http, gw.tokens["app"])).status_code == 200
             assert len(issuer.asked) == 1, "one question in the cooldown"
             [cache] = gw.gateway.identities.keys._caches.values()

@@ -82,6 +82,7 @@ def streamed(body):
         (streamed(event("ping")), "upstream", ALL, "estimated:usage_unreadable"),
         (streamed(START), "upstream", BOUND, "estimated:cut"),
         (streamed(START), "client", BOUND, "estimated:cut"),
+        (streamed(event("message_start", message=OPENING | {"model": "claude-opus-4-5"})), "client", ALL, "estimated:cut"),  # dearer
         (streamed(START), "gateway", BOUND, "estimated:gateway_error"),
         (streamed(START + ERROR), "whole", BOUND, "estimated:stream_error"),
         (streamed(START + ENDING), "whole", EXACT, None),

@@ -48,8 +48,13 @@ async def ask(gw, app):
     return await gw.client(app).messages.create(model="claude-haiku-4-5", max_tokens=20, messages=[{"role": "user", "content": "hi"}])
 
 
-async def test_a_background_app_leaves_room_for_the_interactive_one(tmp_path):
+async def test_a_background_app_leaves_room_for_the_interactive_one(tmp_path, monkeypatch):
+    """The limits are written once in a while, however many answers tell them."""
+    monkeypatch.setattr("gateway_addon.calls.gateway.LIMITS_EVERY_S", 60.0)
     async with Simulator(behaviour=Behaviour(ratelimit_remaining_percent=10)) as api, gateway(tmp_path, api, APPS) as gw:
+        written = []
+        keep = gw.gateway.ledger.ratelimits
+        monkeypatch.setattr(gw.gateway.ledger, "ratelimits", lambda limits, now: (written.append(limits), keep(limits, now=now)))
         await ask(gw, "interactive")
         await gw.quiet()
         with pytest.raises(anthropic.RateLimitError) as refused:
@@ -58,6 +63,8 @@ async def test_a_background_app_leaves_room_for_the_interactive_one(tmp_path):
         assert 0 < int(refused.value.response.headers["retry-after"]) <= 61
         assert "keeps 20 % of them free for the others" in refused.value.message
         await ask(gw, "interactive")
+        await gw.quiet()
+        assert len(written) == 1
 
 
 async def test_requests_a_minute_hold_and_say_when_to_come_back(tmp_path):
