@@ -136,7 +136,7 @@ def in_words(code: str) -> str:
     return WORDS.get(code, code.replace("_", " "))
 
 
-_FIRST_WORDS = frozenset({"a", "all", "an", "app", "batch", "in", "no", "team", "the", "this"})
+_FIRST_WORDS = frozenset({"a", "all", "an", "app", "batch", "call", "in", "no", "only", "team", "the", "there", "this"})
 """The words of English that begin a clause."""
 
 

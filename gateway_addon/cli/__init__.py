@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from gateway_addon import __version__
+from gateway_addon.refusals import capitalised
 
 INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
 
@@ -101,7 +102,7 @@ def _say(error: click.UsageError) -> NoReturn:
     """End the command as every other error does: with its sentence first. Below it stands how the command is used."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         raise error
-    sentence = " ".join(error.format_message().split())
+    sentence = capitalised(" ".join(error.format_message().split()))
     click.echo(f"{sentence}\n{error.ctx.get_usage()}" if error.ctx else sentence, err=True)
     sys.exit(error.exit_code)
 

@@ -3,6 +3,7 @@
 import getpass
 import json
 import time
+from datetime import tzinfo
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gateway_addon.identity import tokens
 from gateway_addon.ledger import LedgerUnavailable, Standing, admin, app_scope, connect, scopes, state
 from gateway_addon.ledger.reports import call_detail, spending
 from gateway_addon.ledger.reservations import standing, zone
+from gateway_addon.ledger.scope import paused_as
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents
 from gateway_addon.names import PROGRAM, safe_name
@@ -79,7 +81,10 @@ def list_apps(as_json: bool, policies: Path, ledger: str) -> None:
 @ledger_option
 @SAY
 def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
-    """Show APP on one screen: policy, caps with what stands against them, tokens, what was refused this month, last calls."""
+    """Show APP on one screen: policy, caps, tokens, last calls.
+
+    Beside the caps stands what is spent and held; refusals are counted for this month.
+    """
     now, found = time.time(), outline(policies)
     with connect.reading(ledger_path(ledger)) as db:
         calendar = zone(db)
@@ -93,7 +98,7 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
     policy = _policy(name, policies)
     if as_json:
         facts = {"app": name, "team": team, "policy": policy, "caps": caps, "refused": refusals, "pauses": [each.scope for each in pauses]}
-        listed = [{"id": each.id, "name": each.label, "issued": each.created_at, "last_used": each.last_used_at} for each in good]
+        listed = [{"id": each.id, "name": each.label, "issued_at": each.created_at, "last_used_at": each.last_used_at} for each in good]
         last = [
             {"id": each.id, "at": each.started_at, "model": each.model_asked, "state": each.state, "spent_nano": each.spent_nano}
             for each in calls
@@ -102,11 +107,11 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
         return
     click.echo(f"{name}{f', team {team}' if team else ''}\n{policy}")
     for each in pauses:
-        until = f"until {PROGRAM} resume" if each.until is None else f"until {shown(each.until, calendar)}"
-        click.echo(f"paused ({each.scope}) {until}{f': {each.why}' if each.why else ''}")
+        until = f"{PROGRAM} resume {paused_as(each.scope)}" if each.until is None else shown(each.until, calendar)
+        click.echo(f"paused ({each.scope}) until {until}{f': {each.why}' if each.why else ''}")
     click.echo(f"\n{caps_table(caps)}" if caps else "\nNo caps.")
     named = ", ".join(
-        f"{each.id}{f' ({each.label})' if each.label else ''} last used {shown_or_never(each.last_used_at, calendar)}" for each in good
+        f"{each.id}{f' ({each.label})' if each.label else ''} {_use(each.last_used_at, calendar)}" for each in good
     )
     click.echo(f"\nTokens: {named or f'none in force; {PROGRAM} token issue {name}'}")
     if refusals:
@@ -117,7 +122,7 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
                 each.id,
                 shown(each.started_at, calendar),
                 safe_name(each.model_asked or ""),
-                each.refusal or each.state,
+                f"refused: {each.refusal}" if each.refusal else each.state,
                 cents(each.spent_nano),
             )
             for each in calls
@@ -133,7 +138,7 @@ def show(name: str, as_json: bool, policies: Path, ledger: str) -> None:
 @listen_option
 @says_errors(PolicyError, PriceError, LedgerUnavailable, OSError)
 def add(name: str, example: str, policies: Path, ledger: str, listen: tuple[str, int]) -> None:
-    """Write policies/apps/APP.yaml from an example and print a token for it, alone on stdout, once.
+    """Write policies/apps/APP.yaml from an example. Print a token for it, alone on stdout, once.
 
     A file that exists is kept, and no token is made. What does not come into force is not left there. A gateway that runs at --listen has
     the app in force when this ends.
@@ -156,6 +161,10 @@ def add(name: str, example: str, policies: Path, ledger: str, listen: tuple[str,
     _until_in_force(listen, policy.digest[:12])
     click.echo(f"Token for app {name}, shown this once (only its SHA-256 is kept):", err=True)
     click.echo(secret)
+
+
+def _use(last_used_at: float | None, calendar: tzinfo) -> str:
+    return "never used" if last_used_at is None else f"last used {shown(last_used_at, calendar)}"
 
 
 def _until_in_force(listen: tuple[str, int], digest: str) -> None:
@@ -197,4 +206,4 @@ def _policy(name: str, policies: Path) -> str:
     if found is None:
         return f"No policy: all its calls are refused until {policies}/apps/{name}.yaml is there."
     features = f"; features {', '.join(found.features)}" if found.features else ""
-    return f"may use {', '.join(found.models.allow)}{features}; {found.mode}, reserve {found.reserve} ({found.file})"
+    return f"may use {', '.join(found.models.allow)}{features}; mode {found.mode}, reserve {found.reserve} ({found.file})"

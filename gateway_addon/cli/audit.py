@@ -43,7 +43,7 @@ def audit(app: str | None, since: str, as_json: bool, policies: Path, ledger: st
     if as_json:
         click.echo(json.dumps(found, indent=2))
     elif not found:
-        click.echo(f"No change since {since}.")
+        click.echo(f"No change {times.spell(since)}.")
     else:
         rows = [
             (shown(row["at"], calendar), row["who"], row["action"], row["subject"], _change(row, calendar), row["why"]) for row in found
@@ -52,15 +52,18 @@ def audit(app: str | None, since: str, as_json: bool, policies: Path, ledger: st
 
 
 def _change(row: dict[str, Any], calendar: tzinfo) -> str:
-    """Return before and after in short; a policy's diff is `gateway check --changes`."""
-    before, after = ("" if row[side] is None else _short(row[side], calendar) for side in ("before", "after"))
-    return " > ".join(part for part in (before, after) if part)[:CHANGE_CHARS_MAX]
+    """Return before and after in short, of after what differs; a policy's diff is `gateway check --changes`."""
+    before, after = row["before"], row["after"]
+    if isinstance(before, dict) and isinstance(after, dict):
+        after = {name: "none" if value is None else value for name, value in after.items() if before.get(name) != value}
+    texts = ["" if value is None else _short(value, calendar) for value in (before, after)]
+    return " > ".join(filter(None, texts))[:CHANGE_CHARS_MAX]
 
 
 def _short(value: Any, calendar: tzinfo) -> str:
     if not isinstance(value, dict):
         return str(value)
-    return ", ".join(_fact(name, each, calendar) for name, each in value.items() if name != "diff" and each not in (None, ""))
+    return ", ".join(_fact(name, each, calendar) for name, each in value.items() if name != "diff" and each not in (None, "", {}))
 
 
 def _fact(name: str, value: Any, calendar: tzinfo) -> str:
@@ -69,4 +72,8 @@ def _fact(name: str, value: Any, calendar: tzinfo) -> str:
         return f"{name.removesuffix('_nano')} {dollars(value)}"
     if name in TIMES and isinstance(value, int | float):
         return f"{name.removesuffix('_at')} {shown(value, calendar)}"
-    return f"{name} {str(value)[:40]}"
+    if isinstance(value, dict):
+        return f"{name} {' '.join(f'{each}={text or "none"}' for each, text in value.items())}"
+    if name == "cut":
+        return "running streams cut" if value else "running streams go on"
+    return f"{'name' if name == 'label' else name} {str(value)[:40]}"

@@ -19,7 +19,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError, OSError)
 def backup(file: Path, ledger: str) -> None:
-    """Copy the ledger to FILE: one consistent moment of it, while gateways go on, proved as gateway doctor does."""
+    """Copy the ledger to FILE: one consistent moment of it, while gateways go on, proved as `doctor` does."""
     calls = ledger_backup.backup(sqlite_files.file_path(ledger), file)
     click.echo(f"{file}: {calls:,} calls, {file.stat().st_size / 2**20:.1f} MB, proved.  Back again: {PROGRAM} restore {argument(file)}")
 

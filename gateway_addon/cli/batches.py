@@ -5,7 +5,7 @@ import time
 
 import click
 
-from gateway_addon.cli.common import ledger_option, says_errors
+from gateway_addon.cli.common import json_option, ledger_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, connect
 from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.store.sqlite_files import ledger_path
@@ -15,7 +15,7 @@ from gateway_addon.operations.tables import table
 
 
 @click.command(epilog=f"Example: {PROGRAM} batches")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError)
 def batches(as_json: bool, ledger: str) -> None:

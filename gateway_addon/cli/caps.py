@@ -57,9 +57,9 @@ def cap() -> None:
 @ledger_option
 @SAY
 def list_caps(name: str | None, part: AppPart | None, as_json: bool, policies: Path, ledger: str) -> None:
-    """List the caps of APP (or team:NAME, total; all without it), and the raises and limits in force: until when, by whom, why.
+    """List caps, and the raises and limits in force.
 
-    Of its parts those are listed whose caps are changed, or the one that is named.
+    APP, team:NAME or total: its caps; without it all. Of an app's parts those are listed whose caps are changed, or the one that is named.
     """
     now, found, place = time.time(), outline(policies), ledger_path(ledger)
     part, _ = meant(part, place, policies)
@@ -114,7 +114,10 @@ def raise_cap(
     policies: Path,
     ledger: str,
 ) -> None:
-    """Add AMOUNT on top of the cap of APP (or team:NAME, or total), or of one part of APP, in each WINDOW, until a date."""
+    """Add AMOUNT on top of a cap in each window, until a date.
+
+    The cap is that of APP, of team:NAME, of the total, or of one part of APP.
+    """
     now, who, found, place = time.time(), getpass.getuser(), outline(policies), ledger_path(ledger)
     amount_nano = _amount(amount, f"{PROGRAM} cap limit {name} {window}")
     part, known = meant(part, place, policies)
@@ -149,7 +152,10 @@ def raise_cap(
 @ledger_option
 @SAY
 def withdraw(number: int, as_json: bool, why: str, ledger: str) -> None:
-    """Take the raise ID back, from the next call on. gateway cap list shows the raises in force."""
+    """Take the raise ID back, from the next call on.
+
+    `cap list` shows the raises in force.
+    """
     with connect.changing(ledger_path(ledger)) as db:
         gone = admin.withdraw_raise(db, number, who=getpass.getuser(), why=why, now=time.time())
     if as_json:
@@ -172,7 +178,10 @@ def withdraw(number: int, as_json: bool, why: str, ledger: str) -> None:
 def limit(
     name: str, window: str, amount: str | None, part: AppPart | None, lift: bool, as_json: bool, why: str, policies: Path, ledger: str
 ) -> None:
-    """Lower the cap of APP (or team:NAME, or total), or of one part of APP, to AMOUNT in each WINDOW, raises or not, until --lift."""
+    """Lower a cap to AMOUNT in each window, until --lift.
+
+    The cap is that of APP, of team:NAME, of the total, or of one part of APP. A limit holds whatever the raises are.
+    """
     if lift == (amount is not None):
         stop("Say to what: an AMOUNT, or --lift to take the limit away.")
     now, who, found, place = time.time(), getpass.getuser(), outline(policies), ledger_path(ledger)
@@ -309,5 +318,5 @@ def changes_table(raises: list[Raise], limits: list[Limit], calendar: tzinfo) ->
         )
         for each in raises
     ]
-    cells += [("limit", typed(each.scope), each.window, dollars(each.amount_nano), "--lift", each.who, each.why) for each in limits]
+    cells += [("limit", typed(each.scope), each.window, dollars(each.amount_nano), "lifted", each.who, each.why) for each in limits]
     return table(cells, ("change", "of", "window", "amount", "until", "by", "why"), right=("amount",))

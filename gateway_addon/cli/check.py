@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gateway_addon.cli.caps import changes_table
-from gateway_addon.cli.common import PROBLEM, ledger_option, listen_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import PROBLEM, json_option, ledger_option, listen_option, policies_option, says_errors, stop
 from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.http_client import Egress, Unanswered, ask, whole
 from gateway_addon.identity.workloads import described
@@ -31,7 +31,7 @@ ANYONE = Egress(trusts_anyone=True)
 @click.command(epilog=f"Example: {PROGRAM} check --running && echo what I saved is what holds")
 @click.argument("directory", required=False, type=click.Path(path_type=Path, file_okay=False))
 @policies_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.option("--running", is_flag=True, help="Ask the gateway at --listen whether it has these files in force.")
 @click.option("--changes", type=click.IntRange(min=1), metavar="N", help="Show the last N changes that came into force, as diffs.")
 @listen_option
@@ -103,7 +103,7 @@ def _compare(folder: Path, listen: tuple[str, int], *, as_json: bool) -> None:
         return
     if problem is None:
         problem = f"{folder} is {saved}: it was saved a moment ago (look again), or that gateway reads another folder."
-    stop(f"Not in force: {where} keeps policy {running['policy']}. {problem}", PROBLEM)
+    stop(f"Not in force: {where} keeps policy {running['policy']}.\n{problem}", PROBLEM)
 
 
 def health(listen: tuple[str, int]) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ def statusline() -> None:
     """Print what the app of this Claude Code has spent and has left, for its status line.
 
     In ~/.claude/settings.json: "statusLine": {"type": "command", "command": "gateway statusline"}.
+    In a clone, write the path of its run.sh in place of `gateway`.
 
     Asks the gateway that Claude Code calls: the one at ANTHROPIC_BASE_URL, or `gateway local` around it. Without an answer in two
     seconds the line says so, and the exit code stays 0: a status line is no reason to stop.

@@ -11,6 +11,7 @@ import click
 
 from gateway_addon.names import PROGRAM, printable
 from gateway_addon.operations.places import Places, PlacesUnclear, places
+from gateway_addon.refusals import capitalised
 
 FINE, PROBLEM, WRONG_USAGE = 0, 1, 2
 ROW_NUMBER = click.IntRange(1, 2**63 - 1)
@@ -100,7 +101,7 @@ def says_errors[**P, R](*known: type[Exception]) -> Callable[[Callable[P, R]], C
 
 def stop(sentence: str, code: int = WRONG_USAGE) -> NoReturn:
     """End the command with a sentence on stderr."""
-    click.echo(sentence, err=True)
+    click.echo(capitalised(sentence), err=True)
     sys.exit(code)
 
 

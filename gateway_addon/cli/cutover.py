@@ -15,6 +15,7 @@ import click
 from gateway_addon.cli.common import (
     FINE,
     PROBLEM,
+    json_option,
     ledger_option,
     policies_option,
     record_path,
@@ -60,7 +61,7 @@ WATCH_EVERY_S = 1.0
 )
 @click.option("--accept", multiple=True, metavar="PATH", help="Count this file, or all in this folder, as accounted for; remembered.")
 @click.option("--watch", metavar="DURATION", help="Afterwards: say for this long (10m) whether the provider takes the new key.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError, OSError)

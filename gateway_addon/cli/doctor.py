@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from gateway_addon.cli.claude_code import claude_code_check
-from gateway_addon.cli.common import PROBLEM, ledger_option, policies_option, says_errors, status
+from gateway_addon.cli.common import PROBLEM, json_option, ledger_option, policies_option, says_errors, status
 from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, connect
 from gateway_addon.ledger.maintenance import invariants
@@ -21,7 +21,7 @@ from gateway_addon.operations.doctor import Check, check_all, check_disk, check_
 @click.command(epilog=f"Example: {PROGRAM} doctor")
 @click.argument("part", required=False, type=click.Choice(["claude-code"]), metavar="[claude-code]")
 @click.option("--offline", is_flag=True, help="Send nothing: the key is only read, upstream and clock are not asked.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, ValueError)
@@ -72,6 +72,5 @@ def _lines(checks: list[Check]) -> list[str]:
     lines = []
     for check in checks:
         lines.append(f"{'ok ' if not check.findings else 'BAD'} {check.name}: {check.seen[0]}")
-        lines += [f"    {line}" for line in check.seen[1:]]
-        lines += [f"    {finding}" for finding in check.findings]
+        lines += [f"    {line}" for said in (*check.seen[1:], *check.findings) for line in said.splitlines()]
     return lines

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import FINE, PROBLEM, json_option, ledger_option, policies_option, says_errors, stop
 from gateway_addon.identity.trust import Issuer
 from gateway_addon.ledger import reservations
 from gateway_addon.ledger.store import sqlite_files
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--header", "more", metavar="'NAME: VALUE'", multiple=True, help="A header sent with it: a session, an agent, a label.")
 @click.option("--token", "token_id", type=int, metavar="NUMBER", help=f"Judge it as sent with this token ({PROGRAM} token list).")
 @click.option("--from", "address", metavar="ADDRESS", help="Judge it as sent from this IP address.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @policies_option
 @ledger_option
 @says_errors(PolicyError, ValueError)

@@ -58,7 +58,7 @@ TEXTS = {
 
 @click.command(epilog=f"Example: {PROGRAM} init --yes")
 @click.option("--yes", is_flag=True, help="Take the defaults instead of asking.")
-@click.option("--app", default=None, metavar="NAME", help="Name of the first app.  [default: asked, or app]")
+@click.option("--app", default=None, metavar="NAME", help="Name of the first app. Without it: asked for, or with --yes: app.")
 @click.option("--systemd", is_flag=True, help="Only print a systemd unit that runs this gateway as an unprivileged service.")
 @click.option("--container", is_flag=True, help="Only print a Containerfile for the same in a container.")
 @click.option("--compose", is_flag=True, help="Only print a compose file: two gateways, PostgreSQL, nginx with TLS.")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from gateway_addon.cli.common import ledger_option, record_path, shown_path, status, write_privately
+from gateway_addon.cli.common import json_option, ledger_option, record_path, shown_path, status, write_privately
 from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding.inventory import Consumer, Inventory, Skip, document, inspect, read, shared_keys
 from gateway_addon.onboarding.inventory.tree import REASONS
@@ -33,13 +33,13 @@ _ISSUE = f"{PROGRAM} token issue APP "
     type=click.Path(dir_okay=False, path_type=Path),
     help=f"Keep the JSON for `{PROGRAM} cutover` [default: inventory.json, beside the ledger].",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @ledger_option
 def inventory(paths: tuple[Path, ...], no_ignore: bool, history: bool, save: Path | None, as_json: bool, ledger: str) -> None:
     """Find who uses the Claude API: sources, .env files, crontabs, systemd units, CI, compose files, notebooks.
 
     Keys are shown as fingerprints only; the same key has the same fingerprint everywhere. Nothing is stored unless
-    --save says so. A good first call: gateway inventory ~ /etc /var/spool/cron --save
+    --save says so.
     """
     save = record_path(ledger) if save == Path(BESIDE) else save
     if save and not save.absolute().parent.is_dir():

@@ -62,6 +62,8 @@ def local(
     policy = load(policies)
     if not policy.upstream.startswith("https://"):
         stop(f"The policy's upstream {policy.upstream} is plain http; only calls over https are intercepted.")
+    if command and not app and len(policy.apps) == 1:
+        [app] = policy.apps
     if (command or capture) and app not in policy.apps:
         stop(f"Say whose calls these are by --app, one of: {', '.join(sorted(policy.apps)) or f'none yet ({PROGRAM} init)'}.")
     if capture and (problem := capture_problem()):

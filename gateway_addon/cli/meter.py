@@ -19,11 +19,11 @@ from gateway_addon.pricing import Cost, PriceError, Prices, cost, load
 
 @click.command(epilog=f"Example: {PROGRAM} meter answer.sse")
 @click.argument("recording", type=click.File("rb"), default="-", metavar="[FILE]")
-@click.option("--jsonl", is_flag=True, help="read rows of JSON, one recorded response each, and print one row for each")
-@click.option("--content-type", default="application/json", show_default=True, help="of a single body; a stream is recognised anyway")
-@click.option("--content-encoding", help="of a single body; compression is mostly recognised anyway")
-@click.option("--at", metavar="DATE", help="prices of that day (YYYY-MM-DD) instead of today's")
-@click.option("--prices", "override", type=click.Path(exists=True, dir_okay=False), help="an operator's own prices.yaml")
+@click.option("--jsonl", is_flag=True, help="Read rows of JSON, one recorded response each; print one row for each.")
+@click.option("--content-type", default="application/json", show_default=True, help="Of a single body; a stream is recognised anyway.")
+@click.option("--content-encoding", help="Of a single body; compression is mostly recognised anyway.")
+@click.option("--at", metavar="DATE", help="Prices of that day (YYYY-MM-DD) instead of today's.")
+@click.option("--prices", "override", type=click.Path(exists=True, dir_okay=False), help="A prices.yaml of your own.")
 def meter(recording: BinaryIO, jsonl: bool, content_type: str, content_encoding: str | None, at: str | None, override: str | None) -> None:
     """Read a recorded response (FILE or stdin) and print its usage and cost as JSON."""
     try:

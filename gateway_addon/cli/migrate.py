@@ -27,7 +27,7 @@ def migrate(source: str, target: str) -> None:
     """Move the ledger of a file to a PostgreSQL server: with every id, and with proof that both sides say the same before it counts.
 
     The gateway must be stopped. A move that was cut off is finished by running it again. Afterwards the file is kept
-    as it is, and every command refuses it and names the server. Take a gateway backup first: it is the way back.
+    as it is, and every command refuses it and names the server. Take a backup first: it is the way back.
     """
     file, server = _ends(source, target)
     connect.at(server)  # says what to install where there is no driver

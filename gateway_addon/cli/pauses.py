@@ -13,7 +13,7 @@ from gateway_addon.cli.times import to_come
 from gateway_addon.ledger import LedgerUnavailable, admin, connect, state
 from gateway_addon.ledger.reports import sessions
 from gateway_addon.ledger.reservations import zone
-from gateway_addon.ledger.scope import TOTAL, AppPart, named, part_within
+from gateway_addon.ledger.scope import TOTAL, AppPart, named, part_within, paused_as
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import dollars, parse_nano
@@ -58,8 +58,8 @@ def pause(
     if as_json:
         click.echo(json.dumps({"scope": scope, "until": ends_at, "cut": cut, "why": why}))
         return
-    ending = f"until {PROGRAM} resume" if ends_at is None else f"until {shown(ends_at, calendar)}"
-    click.echo(f"{named(scope)} is paused {ending}. Calls in flight {'are cut' if cut else 'may finish'}.")
+    ending = f"{PROGRAM} resume {paused_as(scope)}" if ends_at is None else shown(ends_at, calendar)
+    click.echo(f"{_whose(scope)} is paused until {ending}. Calls in flight {'are cut' if cut else 'may finish'}.")
     if not known:
         click.echo(f"None of the last {sessions.LATEST:,} calls had it: is it spelled so?", err=True)
 
@@ -85,8 +85,8 @@ def resume(
             scope = paused[0] if len(paused) == 1 else scope
         ended = admin.resume(db, scope, who=getpass.getuser(), why=why, now=time.time())
     if not ended:
-        stop(f"{named(scope)} was not paused.", PROBLEM)
-    click.echo(json.dumps({"scope": scope}) if as_json else f"{named(scope)} may call again.")
+        stop(f"No pause of {_whose(scope).replace('Every', 'every')} is in force.", PROBLEM)
+    click.echo(json.dumps({"scope": scope}) if as_json else f"{_whose(scope)} may call again.")
 
 
 @click.command(
@@ -125,6 +125,10 @@ def clear(model: str, as_json: bool, why: str, ledger: str) -> None:
     if not cleared:
         stop(f"{model} was not held back.", PROBLEM)
     click.echo(json.dumps({"model": model}) if as_json else f"{model} reserves in steps again.")
+
+
+def _whose(scope: str) -> str:
+    return "Every app" if scope == TOTAL else named(scope)
 
 
 def _scope(name: str | None, everything: bool, part: AppPart | None, db: Connection, found: Outline) -> str:

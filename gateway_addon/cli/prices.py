@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from gateway_addon.cli.common import policies_option, says_errors
+from gateway_addon.cli.common import json_option, policies_option, says_errors
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations.tables import table
 from gateway_addon.policy import PolicyError, load_prices
@@ -19,9 +19,9 @@ _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since",
 
 
 @click.command(epilog=f"Example: {PROGRAM} prices")
-@click.option("--at", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="prices of that day (YYYY-MM-DD) instead of today's")
-@click.option("--all", "retired", is_flag=True, help="retired models too")
-@click.option("--json", "as_json", is_flag=True, help="print JSON")
+@click.option("--at", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Prices of that day (YYYY-MM-DD) instead of today's.")
+@click.option("--all", "retired", is_flag=True, help="Retired models too.")
+@json_option
 @policies_option
 @says_errors(PolicyError)
 def prices(at: datetime | None, retired: bool, as_json: bool, policies: Path) -> None:

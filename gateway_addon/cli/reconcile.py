@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from gateway_addon.cli import times
-from gateway_addon.cli.common import FINE, PROBLEM, ledger_option, policies_option, says_errors, status, stop
+from gateway_addon.cli.common import FINE, PROBLEM, json_option, ledger_option, policies_option, says_errors, status, stop
 from gateway_addon.ledger import LedgerUnavailable, ServerAddress, admin, connect
 from gateway_addon.ledger.reports import provider_comparison
 from gateway_addon.ledger.reports.provider_comparison import DAY_S, Estimate, Metered
@@ -62,7 +62,7 @@ class BothSides:
 @click.option("--until", metavar="DATE", help="The day to stop before; default: with today.")
 @click.option("--workspace", "workspaces", multiple=True, metavar="ID", help="Only this workspace of the organisation (wrkspc_...).")
 @click.option("--adjust", is_flag=True, help="Take off estimated calls what the provider's report proves was never spent.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @policies_option
 @ledger_option
 @says_errors(LedgerUnavailable, PolicyError, PriceError, ReportUnavailable, SecretUnavailable, ValueError)

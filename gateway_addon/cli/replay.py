@@ -11,7 +11,7 @@ import click
 
 from gateway_addon import windows
 from gateway_addon.cli import times
-from gateway_addon.cli.common import ledger_option, says_errors, status
+from gateway_addon.cli.common import json_option, ledger_option, says_errors, status
 from gateway_addon.ledger import LedgerUnavailable, connect, reservations
 from gateway_addon.ledger.reports.entry_history import recorded
 from gateway_addon.ledger.store import sqlite_files
@@ -37,7 +37,7 @@ NOT_JUDGED = "Not judged, because the ledger keeps no bodies: features, betas, t
     help="Folder of the new policy files.",
 )
 @click.option("--since", metavar="WHEN", help=f"{times.WHEN}; default: this month.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON (amounts in nano-dollars).")
+@json_option
 @ledger_option
 @says_errors(LedgerUnavailable, PolicyError, PriceError, ValueError)
 def replay(folder: Path, since: str | None, as_json: bool, ledger: str) -> None:

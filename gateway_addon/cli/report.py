@@ -16,7 +16,7 @@ import click
 
 from gateway_addon import windows
 from gateway_addon.cli import times
-from gateway_addon.cli.common import ledger_option, policies_option, says_errors
+from gateway_addon.cli.common import json_option, ledger_option, policies_option, says_errors
 from gateway_addon.cli.labels import label_option
 from gateway_addon.cli.scopes import must_know
 from gateway_addon.ledger import LedgerUnavailable, app_scope, connect, reservations
@@ -66,7 +66,7 @@ CHANGE_MAX = 10
 @label_option("Calls with this label alone.")
 @click.option("--notable", is_flag=True, help="Name the configuration that costs most, and why.")
 @click.option("--alerts", is_flag=True, help="List what people were told: thresholds, overruns, other models than asked.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON (amounts in nano-dollars).")
+@json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV (amounts in dollars and in nano-dollars).")
 @policies_option
 @ledger_option

@@ -11,12 +11,12 @@ from gateway_addon.policy.kinds import record
 _FILES = {"app": ("policies/apps/*.yaml", APP), "gateway": ("policies/gateway.yaml", GATEWAY)}
 
 
-@click.command(epilog=f"Example: {PROGRAM} schema > policies.schema.json")
+@click.command(epilog=f"Example: {PROGRAM} schema app > policies/app.schema.json")
 @click.argument("file", type=click.Choice(list(_FILES)), default="app")
 def schema(file: str) -> None:
     """Print the JSON Schema of an app's policy file, or of gateway.yaml.
 
-    An editor completes and checks with it: gateway schema app > app.schema.json, and as the first line of a policy file
+    An editor completes and checks with it, where the first line of a policy file is
     `# yaml-language-server: $schema=../app.schema.json`.
     """
     title, keys = _FILES[file]

@@ -66,7 +66,7 @@ def sessions(session: str | None, since: str, app: str | None, as_json: bool, po
     elif session is not None:
         click.echo("\n\n".join(_story(each.session, each.agents, caps, calendar) for each in stories))
     elif not found:
-        click.echo(f"No session has called since {since} ago." if since[0].isdigit() and "-" not in since else f"No session since {since}.")
+        click.echo(f"No session has called {times.spell(since)}.")
     else:
         cells = [_cells(each, caps, paused, calendar) for each in found]
         right = ("agents", "calls", "open", "refused", "spent", "held", "$/h", "left")

@@ -62,6 +62,15 @@ def since(text: str, now: float, zone: tzinfo) -> float:
         return moment(text, now, zone)
 
 
+def spell(text: str) -> str:
+    """Return what `since` read as a sentence ends with it: `since 2026-12-01`, `in the last 7d`."""
+    try:
+        duration_s(text)
+    except ValueError:
+        return f"since {text}"
+    return f"in the last {text}"
+
+
 def shown_or_never(at: float | None, zone: tzinfo) -> str:
     """Return a time for people; "never" where there was none."""
     return "never" if at is None else shown(at, zone)

@@ -124,7 +124,7 @@ def rotate(
     ledger: str,
     listen: tuple[str, int],
 ) -> None:
-    """Print a new token for APP and revoke its others, now or after an overlap."""
+    """Print a new token for APP; revoke its others, now or later."""
     found, keep_old_s, now = _with_policy(app, policies), duration_s(overlap), time.time()
     write = partial(admin.rotate_token, app=app, label=name, keep_old_s=keep_old_s, who=getpass.getuser(), now=now)
     _show_new(app, write, kind, file, ledger, _address(found, listen), policies, as_json=as_json)
@@ -186,7 +186,10 @@ def restore(app: str, token_id: int, policies: Path, ledger: str) -> None:
 @listen_option
 @SAY
 def show_forms(kind: str | None, app: str, policies: Path, listen: tuple[str, int]) -> None:
-    """List the forms of --for, or print the lines of one, without a token: nothing is issued."""
+    """List the forms of --for, or print the lines of one.
+
+    The lines have no token in them: nothing is issued.
+    """
     if kind is None:
         click.echo(table([(each, snippets.where(each, app=app)) for each in snippets.KINDS]))
         return
@@ -203,7 +206,10 @@ def show_forms(kind: str | None, app: str, policies: Path, listen: tuple[str, in
 @ledger_option
 @SAY
 def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path, ledger: str) -> None:
-    """List tokens: when each was issued and last used, and whether it is in force. The tokens themselves are not kept."""
+    """List tokens: issued when, last used when, in force or not.
+
+    The tokens themselves are not kept.
+    """
     now = time.time()
     with connect.reading(ledger_path(ledger)) as db:
         found, calendar = admin.tokens(db, None if app is None else must_know(app, db, policies)), zone(db)
@@ -220,9 +226,9 @@ def list_tokens(app: str | None, idle: str | None, as_json: bool, policies: Path
     else:
         if not any(row["issuer"] for row in rows):  # of workloads alone
             rows = [{name: value for name, value in row.items() if name != "issuer"} for row in rows]
-        rows = [row | {"last used": row["last used"] or "never"} for row in rows]
+        rows = [row | {"last_used_at": row["last_used_at"] or "never"} for row in rows]
         cells = [[_cell(name, value, calendar) for name, value in row.items()] for row in rows]
-        names = [name.removesuffix("_nano") for name in rows[0]]
+        names = [name.removesuffix("_nano").removesuffix("_at").replace("_", " ") for name in rows[0]]
         click.echo(table(cells, names, right=("cap", "left"), drop_empty=("cap", "left")))
 
 
@@ -294,7 +300,7 @@ def _show_new(
         made = write(db, digest=tokens.digest(secret))
     click.echo(f"Token for app {app}, shown this once (only its SHA-256 is kept):", err=True)
     click.echo(
-        json.dumps({"id": made.id, "app": app, "name": made.label, "token": secret, "expires": made.expires_at}) if as_json else secret
+        json.dumps({"id": made.id, "app": app, "name": made.label, "token": secret, "expires_at": made.expires_at}) if as_json else secret
     )
     if kind is None:
         return
@@ -350,9 +356,9 @@ def _row(each: Token, now: float) -> dict[str, object]:
         "app": each.app,
         "name": each.label,
         "state": "in force" if state is None else state.removeprefix("token_"),
-        "issued": each.created_at,
-        "expires": each.expires_at,
+        "issued_at": each.created_at,
+        "expires_at": each.expires_at,
         "labels": dict(each.labels),
         "issuer": each.issuer,
-        "last used": each.last_used_at,
+        "last_used_at": each.last_used_at,
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from gateway_addon.cli.common import default_places, ledger_option, policies_option, says_errors
+from gateway_addon.cli.common import default_places, json_option, ledger_option, policies_option, says_errors
 from gateway_addon.ledger.store.sqlite_files import ledger_path, state_folder
 from gateway_addon.names import PROGRAM
 
@@ -14,7 +14,7 @@ from gateway_addon.names import PROGRAM
 @click.command(epilog=f"Example: {PROGRAM} where")
 @policies_option
 @ledger_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 @says_errors(ValueError)
 def where(ctx: click.Context, policies: Path, ledger: str, as_json: bool) -> None:

@@ -108,7 +108,7 @@ async def ten_at_once(stage: Stage, say: Say) -> None:
     say("experiments sends ten calls in one moment. Its cap of the day has room for what three of them can cost at most.")
     through = codes.pop("let through")
     refused = ", ".join(f"{calls} {code}" for code, calls in codes.items())
-    say(f"{through} were let through. {10 - through} waited at the door for what those might give back, and were refused: {refused}.")
+    say(f"{through} were let through. {10 - through} waited for what those might give back, and were refused: {refused}.")
     say(quoted(next(reply for reply in came if reply.refusal)))
 
 

@@ -149,7 +149,8 @@ def endpoint_of(method: str, target: str) -> str | Refusal:
         name = ITEMS.get((method, f"{item[1]}{{}}{item[3] or ''}"))
     if name is None:
         shown = target[:100].encode("ascii", "backslashreplace").decode()
-        return stated("endpoint", f"{method[:20]} {shown} is not served here; this gateway forwards POST /v1/messages and a few more")
+        served = "POST /v1/messages, GET /gateway/me and what `endpoints` in the policy opens"
+        return stated("endpoint", f"{method[:20]} {shown} is not served here; this gateway serves {served}")
     known = query and any(part.partition("=")[0].casefold() in _KNOWN_FIELDS for part in query.split("&"))
     if query and name != "me" and (known or not _QUERY.match(query)):
         return stated("endpoint", f"the query {query[:100]!r} is not served here; {path} takes its fields from the body alone")
@@ -342,7 +343,8 @@ def _taken_for(name: str) -> str | None:
 
 def _whole_number(name: str, value: object) -> None:
     if type(value) is not int or not 0 <= value <= MAX_TOKENS_MAX:  # bool is an int to Python, not to the API
-        raise Unreadable(f"{name} must be a whole number from 0 to {MAX_TOKENS_MAX:,}")
+        what = "is missing: it must be" if value is None else "must be"
+        raise Unreadable(f"{name} {what} a whole number from 0 to {MAX_TOKENS_MAX:,}")
 
 
 def _text_bytes(raw: bytes, body: dict[str, Any], found: RequestScan) -> int:

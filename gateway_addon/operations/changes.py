@@ -35,7 +35,7 @@ class HeldDown(ValueError):
         why = f" ({limit.why})" if limit.why else ""
         super().__init__(
             f"{named(limit.scope)} is limited to {dollars(limit.amount_nano)} {per(limit.window)} by {limit.who} since "
-            f"{shown(limit.since, calendar)}{why}, so a raise would have no effect or not its whole one."
+            f"{shown(limit.since, calendar)}{why}, so a raise would add nothing, or less than its amount."
         )
 
 

@@ -50,13 +50,14 @@ def check_all(policies: Path, *, offline: bool, clock: Callable[[], float] = tim
         policy = load(policies)
     except (PolicyError, PriceError) as error:
         return [Check("policy", [str(policies)], [f"{error}"])]
-    checks = [Check("policy", [f"{policies}: {len(policy.apps)} apps ({policy.digest[:12]})"], []), check_models(policy, clock())]
+    apps = f"{len(policy.apps)} app{'s' * (len(policy.apps) != 1)}"
+    checks = [Check("policy", [f"{policies}: {apps} ({policy.digest[:12]})"], []), check_models(policy, clock())]
     checks += check_issuers(policy, offline=offline)
     secret = WatchedSecret(policy.key, withheld=policy.secret_variables)
     try:
         key = secret()
     except SecretUnavailable as error:
-        return [*checks, Check("key", [_source(policy)], [f"{error} Ask where the gateway runs, with its environment."])]
+        return [*checks, Check("key", [_source(policy)], [f"{error} Run doctor where the gateway runs, with its environment."])]
     if offline:
         return [*checks, Check("key", [f"{_source(policy)}; not tried (--offline)"], [])]
     return [*checks, *_asked(policy, key, clock)]

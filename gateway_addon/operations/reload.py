@@ -105,7 +105,7 @@ class PolicyWatcher:
 
     def _problem(self, sentence: str) -> None:
         if sentence != self._gateway.policy_problem:
-            logger.error("%s The policy in force stays %s.", sentence, self._gateway.policy.digest[:12])
+            logger.error("The policy in force stays %s. What was saved is wrong:\n%s", self._gateway.policy.digest[:12], sentence)
             self._gateway.emit(policy_broken(sentence, self._gateway.policy.digest, time.time()))
         self._gateway.policy_problem = sentence
 

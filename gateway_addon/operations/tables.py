@@ -65,7 +65,8 @@ def _sizes(names: list[str], texts: list[list[str]], width: int) -> tuple[list[i
 
 
 def _lines(row: list[str], names: list[str], sizes: list[int], right: Collection[str]) -> Iterator[str]:
-    cells = [textwrap.wrap(text, size) if len(text) > size else [text] for text, size in zip(row, sizes, strict=True)]
+    sized = zip(row, sizes, strict=True)
+    cells = [textwrap.wrap(text, size, break_on_hyphens=False) if len(text) > size else [text] for text, size in sized]
     for parts in zip_longest(*cells, fillvalue=""):
         padded = [
             part.rjust(size) if at < len(names) and names[at] in right else part.ljust(size)
@@ -78,5 +79,5 @@ def _records(names: list[str], texts: list[list[str]], width: int) -> str:
     blocks = []
     for row in texts:
         lines = [f"{name}: {text}" for name, text in zip(names, row, strict=True) if text] if names else row
-        blocks.append("\n".join(textwrap.fill(line, width, subsequent_indent="  ") for line in lines))
+        blocks.append("\n".join(textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in lines))
     return "\n\n".join(blocks)

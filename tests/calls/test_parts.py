@@ -138,7 +138,7 @@ async def test_a_paused_part_refuses_its_calls_at_once(tmp_path, option, value, 
 async def test_what_cannot_be_paused_is_said_in_a_sentence(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api, {"app": LABELLED}) as gw:
         for arguments, said in (
-            (["--session", "nobody"], "no session 'nobody' in this ledger"),
+            (["--session", "nobody"], "No session 'nobody' in this ledger"),
             (["--session", "a", "--user", "b"], "Name one part of an app"),
             (["--label", "a=1", "--label", "b=2"], "Name one part of an app"),
             (["--label", "client"], "write NAME=VALUE like client=acme"),

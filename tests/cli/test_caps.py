@@ -82,7 +82,7 @@ def test_a_mistyped_raise_is_replaced_or_withdrawn(here):
     assert "It adds to raise 2 of $5.00: $7.00 above in all." in second.output
     assert hold(here, 17 * DOLLAR)
     assert gateway("cap withdraw 2").output == "reports may no longer spend $5.00 above its cap a day.\n"
-    assert "no raise 2 is in force" in refused("cap withdraw 2")
+    assert "No raise 2 is in force" in refused("cap withdraw 2")
     assert not hold(here, 1)
 
 
@@ -118,22 +118,22 @@ def test_a_raise_can_take_the_limit_away_with_it(here):
     [
         ("cap raise reports day -5 --until 12h", "-5 is below zero; to lower a cap: gateway cap limit reports day"),
         ("cap limit reports day -5", "-5 is below zero"),
-        ("cap limit reports day 11", "a limit lowers a cap, and reports has $10.00 a day: to raise it, gateway cap raise"),
+        ("cap limit reports day 11", "A limit lowers a cap, and reports has $10.00 a day: to raise it, gateway cap raise"),
         ("cap limit reports week 1", "reports has no cap for a week to change; its caps: request, day"),
         ("cap limit reports day", "Say to what: an AMOUNT, or --lift"),
         ("cap limit reports day 1 --lift", "Say to what: an AMOUNT, or --lift"),
         ("cap raise reports day 5 --until 2020-01-01", "2020-01-01 is past, so it would have no effect (it is 20"),
         ("pause reports --until 2020-01-01", "did you mean 20"),
         ("pause reports --until 0s", "is past"),
-        ("pause reprots", "no app 'reprots': did you mean reports?"),
-        ("pause team:bach", "no team 'bach': did you mean batch?"),
-        ("cap list nothing-like-it", "no app 'nothing-like-it'; known: app, reports"),
-        ("token list nope", "no app 'nope'"),
-        ("token revoke nope", "no app 'nope'"),
-        ("audit --app nope", "no app 'nope'"),
-        ("app show nope", "no app 'nope'"),
-        ("invoice --app nope", "no app 'nope'"),
-        ("explain /dev/null --app reprots", "no app 'reprots': did you mean reports?"),
+        ("pause reprots", "No app 'reprots': did you mean reports?"),
+        ("pause team:bach", "No team 'bach': did you mean batch?"),
+        ("cap list nothing-like-it", "No app 'nothing-like-it'; known: app, reports"),
+        ("token list nope", "No app 'nope'"),
+        ("token revoke nope", "No app 'nope'"),
+        ("audit --app nope", "No app 'nope'"),
+        ("app show nope", "No app 'nope'"),
+        ("invoice --app nope", "No app 'nope'"),
+        ("explain /dev/null --app reprots", "No app 'reprots': did you mean reports?"),
         ("token issue nope", "No policy for app nope: write "),
     ],
 )
@@ -201,9 +201,9 @@ def test_each_parts_cap_is_raised_limited_listed_and_undone(parted):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("cap raise coder ever 1 --until 1h --session nope", "no session 'nope' in this ledger"),
+        ("cap raise coder ever 1 --until 1h --session nope", "No session 'nope' in this ledger"),
         ("cap raise coder ever 1 --until 1h --token 1", "token 1 is not one of coder"),
-        ("cap raise coder ever 1 --until 1h --model gpt", "no model 'gpt' has a price"),
+        ("cap raise coder ever 1 --until 1h --model gpt", "No model 'gpt' has a price"),
         ("cap raise coder day 1 --until 1h --user u1", "user u1 of coder has no cap for a day to change; its caps: ever. Write one in"),
         ("cap raise reports ever 1 --until 1h --user u1", "user u1 of reports has no cap for ever to change; its caps: none"),
         ("cap raise coder ever 1 --until 1h --user u1 --agent a1", "Name one part of an app"),
@@ -229,7 +229,7 @@ def test_a_session_beyond_a_days_names_is_shown_where_it_counts(parted):
     with connect.changing(parted / "gateway.db") as db:
         spend(db, time.time(), DOLLAR, replace(CALL, app="coder", team=None, token_id=2, session_id="late", names=names))
     said = refused("cap raise coder ever 1 --session late --until 1h")
-    assert "the calls of session late of coder count in 'others'" in said
+    assert "The calls of session late of coder count in 'others'" in said
     assert "change coder --session others, or raise parts_max" in said
     with connect.changing(parted / "gateway.db") as db:
         admin.raise_cap(db, "app:coder session:others", "ever", DOLLAR, until=time.time() + 60, who="test", now=time.time())
@@ -290,6 +290,10 @@ def test_the_bad_nights_commands_work_beside_a_broken_file(here, broken):
 def test_a_pauses_end_is_read_and_said_in_the_gateways_zone(here):
     assert gateway("pause reports --until 2099-07-01").output.startswith("reports is paused until 2099-07-01 00:00 CEST.")
     assert told("audit --app reports")[-1]["after"] == {"until": 4086540000.0, "cut": False}
+    assert "is paused until gateway resume reports." in gateway("pause reports").output, "the command that ends it"
+    assert re.search(r"running streams go on > until none\n", gateway("audit --app reports").output)
+    assert gateway("pause --all").output.startswith("Every app is paused until gateway resume --all.")
+    assert [gateway("resume --all").output, refused("resume --all", 1)] == ["Every app may call again.\n", "No pause of every app is in force.\n"]
 
 
 def test_of_several_tokens_all_are_revoked_only_when_said(here):
@@ -408,4 +412,4 @@ def test_a_date_is_the_zones_wherever_it_is_read(here):
     assert f"App reports is paused until {ending}." in refused("explain request.json --app reports", 1)
     assert gateway("replay --policy policies --since 2026-07-01").output.startswith("2026-07-01 00:00 CEST to ")
     assert "0 calls before 2026-01-09 00:00 CET would" in gateway("prune --before 2026-01-09 --dry-run").output
-    assert "the period runs backwards: it begins 2026-07-02 00:00 CEST" in refused("report --since 2026-07-02 --until 2026-07-01")
+    assert "The period runs backwards: it begins 2026-07-02 00:00 CEST" in refused("report --since 2026-07-02 --until 2026-07-01")

@@ -52,6 +52,22 @@ def test_its_help_ends_with_an_example_that_its_options_take(name, tmp_path, mon
         pass
 
 
+OF_ANOTHER_PROGRAM = ("statusline", "completion")
+"""Their help quotes what another program's settings hold: it names the installed command."""
+
+
+def test_help_is_written_in_one_way():
+    """Options are sentences, --json is said once, no line of a list is cut short, and no hint names a command that a clone has not."""
+    for name, command in ALL.items():
+        assert name in OF_ANOTHER_PROGRAM or not re.search(rf"(?<!\.)\bgateway ({'|'.join(COMMANDS)})\b", command.help or ""), name
+        for each in command.params:
+            text = getattr(each, "help", None) or "Sentence."
+            assert (text[0].isupper() or text.startswith("json:"), text[-1]) == (True, "."), (name, text)
+            assert each.name != "as_json" or text in ("Print JSON, for programs.", "Print the outcome as JSON instead of telling the story."), name
+        if isinstance(command, click.Group):
+            assert "..." not in CliRunner().invoke(main, [*name.split(), "--help"]).output.partition("Commands:")[2], name
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_handbook_shows_how_it_is_called(name):
     assert re.search(rf"(\./run\.sh|gateway) {name}\b", PAGES)
@@ -168,7 +184,7 @@ def test_a_number_that_no_ledger_counts_to_is_refused(arguments):
         ("doctor --nope", "No such option '--nope'."),
         ("cap raise app", "Missing argument '{day|week|month"),
         ("app add x --from nope", "There is no example 'nope'; the examples: "),
-        ("pause --all", "there is no ledger at "),
+        ("pause --all", "There is no ledger at "),
         ("report --by ap", "--by ap: did you mean app?"),
     ],
 )

@@ -163,14 +163,14 @@ def test_an_empty_ledger_reports_nothing_and_does_not_fail(tmp_path, option):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--ledger", "sqlite:////nowhere/gateway.db"], "there is no ledger at /nowhere/gateway.db"),
+        (["--ledger", "sqlite:////nowhere/gateway.db"], "There is no ledger at /nowhere/gateway.db"),
         (["--since", "yesterday"], "neither a date like"),
-        (["--since", "2026-03-02", "--until", "2026-03-01"], "the period runs backwards: it begins 2026-03-02 00:00 UTC and ends 2026-03-01"),
+        (["--since", "2026-03-02", "--until", "2026-03-01"], "The period runs backwards: it begins 2026-03-02 00:00 UTC and ends 2026-03-01"),
         (["--last", "month", "--since", "7d"], "leave --since and --until out"),
         (["--by", "modle"], "--by modle: did you mean model?"),
         (["--by", "app,day,model"], "name one grouping, or two that differ"),
         (["--by", "app,app"], "name one grouping, or two that differ"),
-        (["--app", "reprots"], "no app 'reprots': did you mean reports?"),
+        (["--app", "reprots"], "No app 'reprots': did you mean reports?"),
         (["--app", "reports", "--notable"], "leave --app and what else chooses calls out"),
     ],
 )

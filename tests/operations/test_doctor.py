@@ -145,7 +145,7 @@ def test_long_work_says_how_far_it_is(path, monkeypatch):
 def test_no_ledger_is_a_wrong_use(tmp_path):
     code, output = examine(tmp_path / "none.db")
     assert code == 2
-    assert "there is no ledger at" in output
+    assert "There is no ledger at" in output
     assert not (tmp_path / "none.db").exists()
 
 
@@ -238,7 +238,7 @@ async def test_upstream_with_an_untrusted_certificate_gets_no_key(path, policies
 
 @pytest.mark.parametrize(
     ("text", "finding"),
-    [("key: {env: NOT_SET}\n", "The environment variable NOT_SET is not set. Ask where the gateway runs"), ("caps: {dya: $1}\n", "gateway.yaml:")],
+    [("key: {env: NOT_SET}\n", "The environment variable NOT_SET is not set. Run doctor where the gateway runs"), ("caps: {dya: $1}\n", "gateway.yaml:")],
 )
 def test_unreadable_key_and_broken_policy_are_findings(path, policies, text, finding):
     """A key that cannot be read and a broken policy are findings."""

@@ -168,7 +168,7 @@ def test_an_unreadable_request_is_refused_as_at_the_door(folder: Path, body: byt
 def test_an_app_that_is_not_there_ends_with_2(folder: Path):
     result = explained(folder, PLAIN, app="report")
     assert result.exit_code == 2
-    assert "no app 'report': did you mean reports?" in result.stderr
+    assert "No app 'report': did you mean reports?" in result.stderr
 
 
 def test_a_beta_is_judged_like_a_sent_one(folder: Path):

@@ -72,13 +72,17 @@ def test_slack_gets_its_own_form_and_everybody_else_the_facts(address, form, sla
 
 @pytest.mark.parametrize(
     "problem",
-    ["policies/gateway.yaml:3: key: 'sk-ant-api03-oops' is not the name of an environment variable", "The policies cannot be read (sk-ant-api03-oops)."],
+    [
+        "policies/gateway.yaml:3: key: 'sk-ant-api03-oops' is not the name of an environment variable",
+        "policies/apps/Shop.yaml: an app's file is named APP.yaml, not sk-ant-api03-oops",
+        "The policies cannot be read (sk-ant-api03-oops).",
+    ],
 )
 def test_what_is_wrong_with_a_policy_is_told_without_quoting_it(problem):
     alert = alerts.policy_broken(problem, "0123456789abcdef", NOON)
     assert "sk-ant" not in repr(alert)
     assert "gateway check" in alert.sentence
-    assert ("policies/gateway.yaml:3" in alert.sentence) == problem.startswith("policies/")
+    assert f"({problem.split(': ')[0] if problem.startswith('policies/') else 'policies'});" in alert.sentence
 
 
 def policy(tmp_path, common="", app=""):
