@@ -157,11 +157,12 @@ async def test_a_replaced_file_refuses(ledger, path):
         await ledger.look_up_token("d1", now=NOON)
 
 
-async def test_a_damaged_file_says_what_to_do(tmp_path):
+async def test_a_damaged_file_says_what_to_do(tmp_path, caplog):
     path = tmp_path / "gateway.db"
     path.write_bytes(b"not a ledger at all" * 500)
     with pytest.raises(LedgerUnavailable, match="not a ledger or is damaged: stop the gateway, keep the file"):
         await Ledger.open(f"sqlite:///{path}")
+    assert not caplog.records, "who opens it says why it cannot be opened"
     with pytest.raises(LedgerUnavailable, match="not a ledger or is damaged"), connect.changing(path):
         pass
 
