@@ -22,7 +22,8 @@ from gateway_addon.policy import GatewayPolicy, PolicyError
 from gateway_addon.policy import load as load_policy  # `load` would be a hook of this script: mitmproxy calls it
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
-from gateway_addon.proxy.server import assembled, hardened
+from gateway_addon.proxy.hooks import REQUIRED_OPTIONS, GatewayAddon
+from gateway_addon.proxy.server import DECIDED, assembled, hardened
 from gateway_addon.proxy.supervisor import is_loopback
 from gateway_addon.upstreams.credentials import SecretUnavailable
 from gateway_addon.upstreams.egress import egress
@@ -31,7 +32,18 @@ logger = logging.getLogger(__name__)
 
 MODE = "The policy's upstream is {0}: start mitmdump with --mode reverse:{0} and nothing else there."
 IN_CLEAR = "Tokens would cross the network in clear: start mitmdump with --listen-host 127.0.0.1, or set tls: in policies/gateway.yaml."
+PAST = "{0} would keep calls away from the gateway, so that it serves none: leave it out."
+FIXED = "{0} cannot be changed while the gateway runs: that could open a way around it. Start again with the value that you want."
 SAID = (PolicyError, PriceError, LedgerUnavailable, TlsUnavailable, SecretUnavailable, PlacesUnclear, OSError, ValueError)
+
+
+class ScriptAddon(GatewayAddon):
+    """The gateway's addon in a proxy whose other addons, and a page or a console, may change options."""
+
+    def configure(self, updated: set[str]) -> None:
+        super().configure(updated)
+        for name in sorted(updated & (DECIDED | {"scripts"})):
+            raise exceptions.OptionsError(FIXED.format(name))
 
 
 class Shim:
@@ -60,8 +72,9 @@ class Shim:
             if script.reloadtask is not None:
                 script.reloadtask.cancel()
         try:
-            policy, key, addon = await self._open.enter_async_context(assembled(self.policies, self.ledger))
+            policy, key, addon = await self._open.enter_async_context(assembled(self.policies, self.ledger, ScriptAddon))
             self._safe(policy)
+            addon.configure(set(REQUIRED_OPTIONS))  # a script beside this one may have changed them since they were hardened
         except (*SAID, exceptions.OptionsError) as error:
             logger.error("%s", error)
             return
@@ -77,6 +90,9 @@ class Shim:
             raise exceptions.OptionsError(MODE.format(policy.upstream))
         if not policy.tls and not is_loopback(ctx.options.listen_host):
             raise exceptions.OptionsError(IN_CLEAR)
+        for name in sorted(DECIDED - {"mode", "listen_host", "listen_port"}):
+            if ctx.options.has_changed(name):
+                raise exceptions.OptionsError(PAST.format(name))
 
     def client_connected(self, client: connection.Client) -> None:
         """Close a connection that came too early: one that lasted would never be governed, and each call on it would be refused."""

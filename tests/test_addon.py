@@ -13,9 +13,13 @@ import anthropic
 import httpx2
 import pytest
 from ledgers import until
+from mitmproxy.exceptions import OptionsError
+from mitmproxy.options import Options
+from mitmproxy.tools.dump import DumpMaster
 from processes import START_S, buried, free_port, ledgered
 from secret_hunt import found_in
 
+from gateway_addon.addon import Shim
 from gateway_addon.ledger import background
 from gateway_addon.proxy.server import assembled
 from gateway_addon.simulator import KEY, Simulator
@@ -37,7 +41,11 @@ async def failing(self, arrived, request, now):
     return await admit(self, arrived, request, now)
 
 Gateway.admit = failing
+
+def requestheaders(flow):
+    flow.request.stream = True
 """
+"""A script with a bug, and a hook that would send bodies on before they are judged."""
 
 
 @asynccontextmanager
@@ -146,6 +154,38 @@ async def test_a_mitmdump_that_would_not_be_safe_does_not_start(tmp_path, mode, 
     async with mitmdump(tmp_path, gateways, mode.format(upstream="http://127.0.0.1:9"), *arguments, *port) as process:
         assert await asyncio.wait_for(process.wait(), 60) == 1
     assert said in (tmp_path / "printed").read_text()
+
+
+AROUND = {
+    "ssl_insecure": (True, "The gateway needs ssl_insecure=false"),
+    "connection_strategy": ("eager", 'The gateway needs connection_strategy="lazy"'),
+    "ignore_hosts": ([".*"], "ignore_hosts would keep calls away from the gateway"),
+    "server": (False, "server would keep calls away from the gateway"),
+}
+MOVED = {"mode": ["regular"], "listen_host": "0.0.0.0", "ignore_hosts": [".*"], "scripts": [], "ssl_insecure": True}
+
+
+@pytest.mark.parametrize("name", [*AROUND, ""])
+async def test_another_scripts_options_open_no_way_around(tmp_path, monkeypatch, caplog, name):
+    """A script beside this one changes an option as it is loaded, or later: the proxy does not start, or keeps its value."""
+    gateways = ledgered(tmp_path, "http://127.0.0.1:9", APPS)
+    for variable, value in {"POLICIES": str(tmp_path / "policies"), "LEDGER": f"sqlite:///{gateways.ledger}"}.items():
+        monkeypatch.setenv(f"GATEWAY_{variable}", value)
+    monkeypatch.setenv("SIMULATED_KEY", KEY)
+    options, shim = Options(listen_host="127.0.0.1", mode=["reverse:http://127.0.0.1:9"]), Shim()
+    master = DumpMaster(options, with_termlog=False, with_dumper=False)
+    master.addons.add(shim)
+    value, said = AROUND.get(name, (None, ""))
+    options.update(**{name: value} if name else {})
+    await shim.running()
+    try:
+        assert (shim.in_place, said in caplog.text) == (not name, True)
+        for each in MOVED if shim.in_place else ():
+            with pytest.raises(OptionsError, match=f"{each} cannot be changed while"):
+                options.update(**{each: MOVED[each]})
+    finally:
+        await shim.done()
+        master.addons.get("errorcheck").finish()
 
 
 LATE = """

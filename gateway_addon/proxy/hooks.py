@@ -196,7 +196,6 @@ class GatewayAddon:
             flow.request.path = path
             kept.append((PATH_LABELS, in_path.encode()))
         shown.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
-        flow.request.stream = False
         flow_state = self.flow_states.get(flow.id)
         caller = await self._authenticate(flow, headers)
         announced_bytes = _announced(headers)

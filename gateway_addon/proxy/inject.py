@@ -184,10 +184,12 @@ class InjectStream(whole.WholeStream):
             reply = yield command
             if type(command) is DropStream:
                 self._break_cycles()
-            elif type(command) is HttpRequestHeadersHook and state is not None and state.close_unread and self.flow.response:
-                generator.close()
-                yield from self._answer_and_close(self.flow.response)
-                return
+            elif type(command) is HttpRequestHeadersHook:
+                self.flow.request.stream = False  # whatever another addon wants: a body is judged before any of it leaves
+                if state is not None and state.close_unread and self.flow.response:
+                    generator.close()
+                    yield from self._answer_and_close(self.flow.response)
+                    return
 
     def _break_cycles(self) -> None:
         """Break the reference cycles of an ended stream (its states are its own methods, its context lists it).
