@@ -29,7 +29,7 @@ def parse_nano(text: str | int) -> int:
 
 
 def rounded_up(rate_nano: Fraction, count: int) -> int:
-    """So many at an exact rate, rounded up to a whole nano-dollar. (Without a fraction for the product: they are slow to make.)"""
+    """Return `count` times an exact rate, rounded up to a whole nano-dollar. (The product is never a Fraction: they are slow to make.)"""
     return -(-rate_nano.numerator * count // rate_nano.denominator)
 
 

@@ -167,7 +167,7 @@ class Refusal:
         return headers | dict(self.more_headers)
 
     def body(self, request_id: str) -> bytes:
-        """The API's error envelope (platform documentation, "Errors")."""
+        """Return the API's error envelope (platform documentation, "Errors")."""
         error: dict[str, Any] = {"type": self.error_type, "message": self.sentence}
         if (details := TABLE[self.code].details) is not None:
             error["details"] = details
@@ -175,7 +175,7 @@ class Refusal:
 
 
 def stated(code: str, clause: str) -> Refusal:
-    """The refusal for a rule's clause: what `explain` lists under its rule in small letters is said to a caller as a full sentence.
+    """Return the refusal for a rule's clause: `explain` lists the clause under its rule, a caller gets it as a full sentence.
 
     A field name (`max_tokens`, `tools`) keeps its spelling at the beginning, too.
     """
@@ -188,5 +188,5 @@ def capitalised(clause: str) -> str:
 
 
 def new_request_id() -> str:
-    """An id for an answer that the gateway makes itself: told apart at sight from the API's own `req_...`."""
+    """Make an id for an answer of the gateway's own, which nobody mistakes for one of the API's (`req_...`)."""
     return f"req_gateway_{secrets.token_hex(10)}"

@@ -54,13 +54,13 @@ def is_cycle(window: Window) -> bool:
 
 
 def starts(at: float, zone: tzinfo = UTC, cycles: Iterable[Window] = ()) -> Starts:
-    """The windows to which the instant `at` (unix seconds) belongs."""
+    """Return the windows to which the instant `at` (unix seconds) belongs."""
     return _starts(datetime.fromtimestamp(at, zone).date(), zone, tuple(cycles))
 
 
 @lru_cache(maxsize=256)
 def next_start(window: Window, at: float, zone: tzinfo = UTC) -> int | None:
-    """The unix second at which the window holding `at` gives way to the next one; None for `ever`.
+    """Return the unix second at which the window holding `at` ends and the next begins; None for `ever`.
 
     Nearly all who ask do so by the window's start, so the answer is remembered.
     """
@@ -107,6 +107,6 @@ def _begins(window: Window, month: date) -> date:
 
 
 def _midnight(day: date, zone: tzinfo) -> int:
-    """The first instant of a day. Where daylight saving skips midnight, `fold=0` reads it with the offset before the jump: the jump
+    """Return the first instant of a day. Where daylight saving skips midnight, `fold=0` reads it with the offset before the jump: the jump
     itself. Where midnight comes twice, `fold=0` is the first of the two."""
     return int(datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())

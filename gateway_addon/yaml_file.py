@@ -73,7 +73,7 @@ def compose(file: str, text: str) -> Node:
 
 
 def _at_a_tab(text: str, mark: yaml.Mark | None) -> bool:
-    """Whether the parser stopped at a tab, or in a line that is indented with one."""
+    """Tell whether the parser stopped at a tab, or in a line that is indented with one."""
     line = text.splitlines()[mark.line : mark.line + 1] if mark else []
     indent = line[0][: len(line[0]) - len(line[0].lstrip())] if line else ""
     return mark is not None and bool(line) and ("\t" in indent or line[0][mark.column : mark.column + 1] == "\t")
@@ -82,7 +82,7 @@ def _at_a_tab(text: str, mark: yaml.Mark | None) -> bool:
 def entries(
     node: Node, spot: Spot, known: Iterable[str] | None = None, problems: Problems | None = None
 ) -> dict[str, tuple[Node, Node]]:
-    """A mapping as {name: (key node, value node)}. Raises FileError for anything else.
+    """Return a mapping as {name: (key node, value node)}. Raises FileError for anything else.
 
     A key given twice, or one that is not `known`, is left out and noted in `problems`; without them it raises, too.
     """
@@ -110,14 +110,14 @@ def items(node: Node, spot: Spot) -> list[Node]:
 
 
 def scalar(node: Node, spot: Spot) -> str:
-    """The text of a scalar as it was written."""
+    """Return the text of a scalar as it was written."""
     if not isinstance(node, ScalarNode) or node.tag == "tag:yaml.org,2002:null":
         raise spot.error(node, "expected one value, found " + ("nothing" if isinstance(node, ScalarNode) else "a list or keys"))
     return str(node.value)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """`, did you mean month?`, or the known names where none is near."""
+    """Return `, did you mean month?`, or the known names where none is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {near[0]}?" if near else f"; known: {', '.join(known) or 'none'}"

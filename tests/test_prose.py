@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGINNING = re.compile(r"(Of|What|Whoever|The same|Its)\b")
+OF_A_NOUN = re.compile(r"(A|An|All|Each|Every|How|One|Raises|The|These|True|Where|Whether)\b")
 NAME_MAX = 60
 
 Scope = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -38,6 +39,17 @@ def test_no_docstring_begins_with_a_genitive_or_pronoun():
         for path, node in parsed("gateway_addon")
         for line, text in docstrings(node)
         if BEGINNING.match(text.strip())
+    ]
+    assert found == []
+
+
+def test_the_docstring_of_a_function_begins_with_a_verb():
+    """Those of commands are their help, and say what there is."""
+    found = [
+        f"{path}:{node.lineno}: {text.splitlines()[0]}"
+        for path, node in parsed("gateway_addon")
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not any("click" in ast.unparse(each) or "main." in ast.unparse(each) for each in node.decorator_list)
+        if OF_A_NOUN.match(text := ast.get_docstring(node) or "")
     ]
     assert found == []
 

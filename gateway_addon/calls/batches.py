@@ -126,7 +126,9 @@ class PricedResults:
     def __init__(
         self, prices: Prices, at: float, *, hour_ttl: bool, custom_ids: str | None = None, content_encoding: str | None = None
     ):  # fmt: skip
-        """`custom_ids`: the packed ids of the batch's own requests; None: unknown, for a batch that an older gateway made."""
+        """Take the price table and the moment of admission.
+
+        `custom_ids`: the packed ids of the batch's own requests; None: unknown, for a batch that an older gateway made."""
         self._prices, self._at, self._hour_ttl = prices, at, hour_ttl
         self._own = None if custom_ids is None else _unpacked(custom_ids)
         self.flags: tuple[str, ...] = ()

@@ -244,7 +244,7 @@ def _say_unknown(known: bool) -> None:
 
 
 def _amount(text: str, instead: str) -> int:
-    """An amount as typed. Raises ValueError for one below zero too, with the command that was probably meant."""
+    """Parse an amount as typed. Raises ValueError for one below zero too, with the command that was probably meant."""
     if text.lstrip().startswith("-"):
         raise ValueError(f"{text} is below zero; to lower a cap: {instead}")
     return parse_nano(text)

@@ -187,7 +187,7 @@ def _amounts(caps: Any) -> Any:
 
 
 def _cell(value: Any) -> str:
-    """A value on one line of a table."""
+    """Return a value as one line of a table holds it."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items()) or "none"
     if isinstance(value, list | tuple):

@@ -106,20 +106,20 @@ def stop(sentence: str, code: int = WRONG_USAGE) -> NoReturn:
 
 
 def status(line: str = "") -> None:
-    """On a terminal, the one line that says how far long work is; empty: it goes away. Elsewhere nothing."""
+    """Show on a terminal, in one line, how far long work is; an empty text removes the line. Elsewhere do nothing."""
     if sys.stderr.isatty():
         click.echo(f"\r\033[K{line}", nl=False, err=True)
 
 
 def record_path(ledger: str) -> Path:
-    """Where the last inventory is kept: beside the ledger's file, or where that would lie by default if the ledger is elsewhere."""
+    """Return where the last inventory is kept: beside the ledger's file, or where that would lie by default if the ledger is elsewhere."""
     on_this_machine = ledger.startswith("sqlite:///") or "://" not in ledger
     folder = Path(ledger.removeprefix("sqlite:///")).absolute().parent if on_this_machine else default_places().ledger.parent
     return folder / "inventory.json"
 
 
 def write_privately(path: Path, text: str) -> None:
-    """Whole or not at all, for this user's eyes: an inventory says where every key lies."""
+    """Write a file whole or not at all, readable by this user alone: an inventory says where every key lies."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
@@ -131,6 +131,6 @@ def write_privately(path: Path, text: str) -> None:
 
 
 def shown_path(path: str) -> str:
-    """As short as it can be typed here; a file's name is not trusted to move the terminal's cursor."""
+    """Return a path as short as it can be typed here; a file's name is not trusted to move the terminal's cursor."""
     below = os.path.relpath(path)
     return printable(path if below.startswith("..") else below)

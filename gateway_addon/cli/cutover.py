@@ -90,7 +90,7 @@ def cutover(record: Path | None, accept: tuple[str, ...], watch: str | None, as_
 
 
 def _record(path: Path, accept: Sequence[str]) -> dict[str, Any]:
-    """The saved inventory; what is accepted now is written into it."""
+    """Return the saved inventory; sightings that are accepted now are written into it."""
     try:
         known = json.loads(path.read_text())
         if "gateway_inventory" not in known:

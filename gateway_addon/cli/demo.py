@@ -58,7 +58,7 @@ def demo(ctx: click.Context, as_json: bool, keep: bool) -> None:
 
 
 async def _play(folder: Path, story: "_Story") -> tuple[list[Pair], list[Finding]]:
-    """Everything, and then the proof."""
+    """Play every scene, and then the proof."""
     story.title("The stage")
     async with staged(folder) as stage:
         story.line(f"A simulated Claude API, with a book of its own, at {stage.api.url}.")
@@ -129,7 +129,7 @@ class _Story:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str], None]]:
-        """Gives a function that moves the bar on to the scene of a title."""
+        """Yield a function that moves the bar on to the scene of a title."""
         with click.progressbar(length=len(SCENES), hidden=not self.live, show_eta=False, show_pos=True, show_percent=False) as bar:
             done = 0
 

@@ -134,7 +134,7 @@ def _amount(text: str) -> int:
 
 
 def _source(text: str) -> str:
-    """`file /run/key` as the key of a policy file: `file: "/run/key"` (a JSON string is a YAML string, whatever is in it)."""
+    """Return `file /run/key` as the key of a policy file, `file: "/run/key"`: any JSON string is a YAML string."""
     kind, _, where = text.strip().partition(" ")
     where = where.strip()
     if kind == "env" and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", where):

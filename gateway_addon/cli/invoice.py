@@ -75,7 +75,7 @@ def invoice(
 
 
 def _markup(text: str) -> int:
-    """The markup in hundredths of a percent. Raises ValueError."""
+    """Parse the markup, in hundredths of a percent. Raises ValueError."""
     match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,2}))?\s*%", text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a markup; write a percentage like 25% or 12.5%")
@@ -94,7 +94,7 @@ def _sums(lines: list[InvoiceLine], markup_parts: int) -> dict[str, int | float]
 
 
 def _span(month: str | None, now: float, calendar: tzinfo) -> tuple[int, int]:
-    """The first moments of a month and of the next. Raises ValueError for what is no month, or one to come."""
+    """Return the first moments of a month and of the next. Raises ValueError for what is no month, or one to come."""
     if month is None:
         until = starts(now, calendar).month
         return starts(until - 1, calendar).month, until

@@ -41,7 +41,7 @@ def meter(recording: BinaryIO, jsonl: bool, content_type: str, content_encoding:
 
 
 def _rows(lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of the input. Raises ValueError with the number of the line that is not one."""
+    """Yield the rows of the input. Raises ValueError with the number of the line that is not one."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -71,7 +71,7 @@ def _read(body: bytes, content_type: str, content_encoding: str | None) -> Usage
 
 
 def _cost(usage: Usage, request: object, prices: Prices, at: float, status: int | None = None) -> Cost:
-    """The exact cost of a whole answer; of one that broke off, the most it can have cost where the request says that.
+    """Return the exact cost of a whole answer; the most that one which broke off can have cost, where the request tells.
 
     As settlement has it: an answer behind an error's status is none that is whole, and one that told no prompt bounds nothing.
     """
@@ -86,7 +86,7 @@ def _cost(usage: Usage, request: object, prices: Prices, at: float, status: int 
 
 
 def _asks_for_an_hour(value: object) -> bool:
-    """True if any `cache_control` in the request asks for a ttl of 1h."""
+    """Tell whether any `cache_control` in the request asks for a ttl of 1h."""
     if isinstance(value, dict):
         control = value.get("cache_control")
         return (isinstance(control, dict) and control.get("ttl") == "1h") or any(map(_asks_for_an_hour, value.values()))
@@ -94,7 +94,7 @@ def _asks_for_an_hour(value: object) -> bool:
 
 
 def _printed(usage: Usage, known: Cost) -> dict[str, Any]:
-    """The output that stays put: keys are added, never renamed."""
+    """Return the output for programs: keys are added, never renamed."""
     return {
         "model": usage.model,
         "usage": {

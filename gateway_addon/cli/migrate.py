@@ -49,7 +49,7 @@ def migrate(source: str, target: str) -> None:
 
 
 def _ends(source: str, target: str) -> tuple[Path, ServerAddress]:
-    """Raises ValueError with the way to what this command does not do."""
+    """Return the file and the server. Raises ValueError for any other pair, with the way to move that."""
     one, other = sqlite_files.ledger_path(source), sqlite_files.ledger_path(target)
     if isinstance(one, Path) and isinstance(other, ServerAddress):
         return one, other
@@ -63,7 +63,10 @@ def _ends(source: str, target: str) -> tuple[Path, ServerAddress]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Gives a function that is told of the calls that are there and of all: a bar on a terminal, else a line now and then; on stderr."""
+    """Yield a function that takes how many calls are copied, and of how many, and shows it on stderr.
+
+    On a terminal as a bar, else as a line now and then.
+    """
     live, said = sys.stderr.isatty(), 0
     bar: Any = None
     with ExitStack() as shown:

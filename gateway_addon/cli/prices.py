@@ -94,13 +94,13 @@ def _row(row: PriceRow, day: float) -> dict[str, Any]:
 
 
 def _dollars(rates: Rates) -> dict[str, str]:
-    """Dollars per million tokens, as text: an amount of money is never a float."""
+    """Return dollars per million tokens as text: an amount of money is never a float."""
     kinds = ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")
     return {kind: _exact(getattr(rates, kind) / 1000) for kind in kinds}
 
 
 def _exact(number: Fraction) -> str:
-    """A decimal fraction written out: prices and multipliers have a few decimals, never a recurring one."""
+    """Write a decimal fraction out: prices and multipliers have a few decimals, never a recurring one."""
     text = f"{number:.12f}".rstrip("0")
     whole, _, fraction = text.partition(".")
     return f"{whole}.{fraction.ljust(2, '0')}" if fraction else whole

@@ -50,7 +50,7 @@ def prune(before: str, dry_run: bool, ledger: str) -> None:
 
 
 def _carry_all(path: Path | ServerAddress, until: float, emit: Callable[[int], None]) -> int:
-    """Small transactions, and between them as much time for the gateways as each of them took. Returns the number of carries."""
+    """Carry in small transactions, with a rest as long as each between them for the gateways; return the number of carries."""
     carries, calls_max = 0, 50
     day = _next_day(path, 0, until)
     while day is not None:
@@ -71,6 +71,6 @@ def _carry_all(path: Path | ServerAddress, until: float, emit: Callable[[int], N
 
 
 def _next_day(path: Path | ServerAddress, since: float, until: float) -> ledger_prune.PrunedDay | None:
-    """Each day is read in a moment of its own: a reader that stays keeps SQLite's log from being emptied."""
+    """Read one day in a transaction of its own: a reader that stays keeps SQLite's log from being emptied."""
     with connect.reading(path) as db:
         return ledger_prune.next_day(db, since, until)

@@ -127,7 +127,7 @@ def report(
 
 
 def _groupings(text: str) -> tuple[Key, Key | None]:
-    """One grouping or two. Raises ValueError, with the nearest name, for what is none."""
+    """Parse one grouping or two. Raises ValueError, with the nearest name, for what is none."""
     names = [each.strip() for each in text.split(",")]
     for name in names:
         if not spending.is_key(name):
@@ -139,7 +139,7 @@ def _groupings(text: str) -> tuple[Key, Key | None]:
 
 
 def _period(since: str | None, until: str | None, last: str | None, now: float, calendar: tzinfo) -> tuple[float, float]:
-    """Where the period begins and ends. Raises ValueError for one that runs backwards."""
+    """Return where the period begins and ends. Raises ValueError for one that runs backwards."""
     if last is not None:
         if since or until:
             raise ValueError("--last is a whole period: leave --since and --until out")
@@ -172,7 +172,7 @@ def _report(found: Report) -> Report:
 
 
 def _safe(key: str) -> str:
-    """Each part of a key on its own, parted as the report says it."""
+    """Return a key with each of its parts made safe on its own, parted as the report writes it."""
     return " / ".join(safe_name(part) for part in key.split(spending.UNIT))
 
 
@@ -292,7 +292,7 @@ def _forecast(found: Forecast) -> dict[str, object]:
 
 
 def _with_dollars(figures: dict[str, object]) -> dict[str, object]:
-    """Each amount in dollars, exact, beside its nano-dollars."""
+    """Return a row with each amount in dollars, exact, beside its nano-dollars."""
     both: dict[str, object] = {}
     for name, value in figures.items():
         if name.endswith("_nano"):

@@ -99,7 +99,7 @@ def _row(each: Session, caps: CapRows, paused: Collection[str]) -> dict[str, obj
 
 
 def _cap_text(row: Mapping[str, Any]) -> str:
-    """A cap in force with its window, by how much it is raised or that it is limited, and whether other new names share it."""
+    """Return a cap in force with its window, by how much it is raised or that it is limited, and whether other new names share it."""
     when = "" if row["window"] == "ever" else f" {per(row['window'].partition(':')[0])}"
     shared = ", shared" if (part_of(row["scope"]) or ("", ""))[1] == OTHERS else ""
     is_limited = row["limit_nano"] is not None and row["in_force_nano"] == row["limit_nano"]
@@ -120,7 +120,7 @@ def _cells(each: Session, caps: CapRows, paused: Collection[str], calendar: tzin
 
 
 def _story(each: Session, lines: Sequence[AgentLine], caps: CapRows, calendar: tzinfo) -> str:
-    """One session: whose it is, how long it has run, and what each agent did on each model, below the agent that started it."""
+    """Print one session: whose it is, how long it has run, and what each agent did on each model, below the agent that started it."""
     head = [f"session  {safe_name(each.session)}", f"app      {each.app}"]
     if each.user_id:
         head.append(f"user     {safe_name(each.user_id)}")

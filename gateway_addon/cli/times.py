@@ -12,7 +12,7 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def duration_s(text: str) -> float:
-    """Seconds of `90s`, `15m`, `12h`, `30d`, `2w`. Raises ValueError for anything else."""
+    """Return the seconds of `90s`, `15m`, `12h`, `30d`, `2w`. Raises ValueError for anything else."""
     match = re.fullmatch(r"([0-9]{1,6})\s*([smhdw])", text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a duration; write one like 15m, 12h or 30d")
@@ -20,7 +20,7 @@ def duration_s(text: str) -> float:
 
 
 def moment(text: str, now: float, zone: tzinfo) -> float:
-    """Unix seconds of a date (`2026-12-01`, its first instant in the zone), a time (`2026-12-01T18:00`), or a duration from now.
+    """Return the unix seconds of a date (`2026-12-01`, its first instant in the zone), a time (`2026-12-01T18:00`), or a duration from now.
 
     Raises ValueError for anything else.
     """
@@ -35,7 +35,7 @@ def moment(text: str, now: float, zone: tzinfo) -> float:
 
 
 def to_come(text: str, now: float, zone: tzinfo) -> float:
-    """Unix seconds of an end that lies ahead. Raises ValueError for one that has passed, with what was probably meant."""
+    """Return the unix seconds of an end that lies ahead. Raises ValueError for one that has passed, with what was probably meant."""
     at = moment(text, now, zone)
     if at > now:
         return at
@@ -55,7 +55,7 @@ def _refuse(text: str, today: str, meant: str) -> float:
 
 
 def since(text: str, now: float, zone: tzinfo) -> float:
-    """Unix seconds of a date, or of a while ago (`7d`). Raises ValueError for anything else."""
+    """Return the unix seconds of a date, or of a while ago (`7d`). Raises ValueError for anything else."""
     try:
         return now - duration_s(text)
     except ValueError:

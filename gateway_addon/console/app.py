@@ -133,7 +133,7 @@ def _do_change(console: Console) -> AnyResponse:
 
 
 def _say(error: HTTPException) -> Response:
-    """A problem as a page of its own, or for a scraper as a line, with the way out."""
+    """Return a problem, with the way out, as a page of its own, or for a scraper as a line."""
     if request.endpoint == "metrics":
         ways_out = {401: "Send the token of --metrics-token as a bearer.", 403: f"Start {PROGRAM} console with --metrics-token FILE."}
         return Response(ways_out.get(error.code or 500, error.description), error.code, content_type="text/plain; charset=utf-8")
@@ -160,6 +160,6 @@ class QuietHandler(WSGIRequestHandler):
 
 
 def server(console: Console, listener: socket.socket) -> BaseWSGIServer:
-    """A server on a bound socket; `serve_forever` runs it."""
+    """Return a server on a bound socket; `serve_forever` runs it."""
     host, port = listener.getsockname()[:2]
     return make_server(host, port, build(console), threaded=True, request_handler=QuietHandler, fd=listener.fileno())

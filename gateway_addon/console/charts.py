@@ -32,7 +32,7 @@ class Bar:
 
 
 def bar(spent_nano: int, held_nano: int, of_nano: int) -> Bar:
-    """Widths in parts of BAR; whatever is more than nothing shows."""
+    """Return widths in parts of BAR; an amount above nothing has a width that shows."""
     if of_nano <= 0:
         return Bar(BAR if spent_nano else 0, 0)
     spent = min(BAR, max(spent_nano * BAR // of_nano, 4 if spent_nano > 0 else 0))

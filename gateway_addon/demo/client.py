@@ -40,7 +40,7 @@ class Reply:
 
     @property
     def refusal(self) -> str | None:
-        """The gateway's code for its own refusals; None for what the API answered."""
+        """Return the gateway's code for its own refusals; None for what the API answered."""
         return self.headers.get("x-gateway-refusal")
 
     @property
@@ -58,7 +58,7 @@ class Answer:
     chunks: AsyncIterator[bytes]
 
     async def events(self) -> AsyncIterator[tuple[str, Any]]:
-        """A stream's events as (name, data)."""
+        """Return a stream's events as (name, data)."""
         framer = sse.Framer()
         async for chunk in self.chunks:
             for name, data in sse.events(framer.feed(chunk)):
@@ -105,7 +105,7 @@ class App:
 
 
 async def _incoming(http: h11.Connection, reader: asyncio.StreamReader) -> AsyncGenerator[h11.Event]:
-    """The events of one response, as its bytes arrive."""
+    """Yield the events of one response as its bytes arrive."""
     while not isinstance(event := http.next_event(), h11.EndOfMessage):
         if event is h11.NEED_DATA:
             http.receive_data(await reader.read(65536))

@@ -36,7 +36,7 @@ class Pair:
 
 
 def pairs(calls: Iterable[Forwarded], book: Iterable[Row]) -> list[Pair]:
-    """The messages of both books, brought together by the request id that the API gave each."""
+    """Return the messages of both books, brought together by the request id that the API gave each."""
     ours = {call.request_id or f"call {call.call_id}": call for call in calls if call.endpoint == "messages"}
     theirs = {row.request_id: row for row in book if row.message_id is not None}
     return [Pair(request_id, ours.get(request_id), theirs.get(request_id)) for request_id in ours | theirs]
@@ -50,7 +50,7 @@ def same_calls(both: Sequence[Pair]) -> Finding:
 
 
 def exact(both: Sequence[Pair]) -> Finding:
-    """Calls whose whole usage was reported."""
+    """Prove that calls whose whole usage was reported are booked exactly."""
     known = [pair for pair in both if pair.call and pair.billed and not pair.call.estimated]
     wrong = [f"{pair.request_id} by {pair.surplus_nano:+,} nano-dollars" for pair in known if pair.surplus_nano or _open(pair)]
     if wrong:
@@ -60,7 +60,7 @@ def exact(both: Sequence[Pair]) -> Finding:
 
 
 def estimated(both: Sequence[Pair]) -> Finding:
-    """Calls whose end nobody reported: an upper bound was booked."""
+    """Prove that calls whose end nobody reported are booked at an upper bound."""
     unknown = [pair for pair in both if pair.call and pair.billed and pair.call.estimated]
     below = [f"{pair.request_id} by {-pair.surplus_nano:,} nano-dollars" for pair in unknown if pair.surplus_nano < 0]
     if below:
@@ -77,7 +77,7 @@ def nothing_else(calls: Sequence[Forwarded], book: Sequence[Row]) -> Finding:
 
 
 def one_key(book: Sequence[Row], key: str) -> Finding:
-    """The API saw the real key alone: no app holds it, and no app's token went out."""
+    """Prove that the API saw the real key alone: no app holds it, and no app's token went out."""
     wrong = [row.request_id for row in book if row.header("x-api-key") != key or row.header("authorization") or "gwt_" in str(row.headers)]
     if wrong:
         return Finding(False, f"{len(wrong)} requests carried another credential than the key: {', '.join(wrong)}")
@@ -85,7 +85,7 @@ def one_key(book: Sequence[Row], key: str) -> Finding:
 
 
 def no_cap_passed(caps: Iterable[Cap], levels: Iterable[HighWater]) -> Finding:
-    """Spent and held together, after each entry that was ever written."""
+    """Prove that no cap was ever passed, by what was spent and held together after each entry that was written."""
     amounts: dict[tuple[str, str], int] = {(cap.scope, cap.window): cap.amount_nano for cap in caps}
     capped = [(level, amounts[level.scope, level.window]) for level in levels if (level.scope, level.window) in amounts]
     passed = [f"{level.scope} {level.window} reached {dollars(level.nano)} of {dollars(cap)}" for level, cap in capped if level.nano > cap]

@@ -29,13 +29,13 @@ class Surprise(Exception):
 
 
 def body(model: str, text: str, max_tokens: int, *, simulate: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """A request for a message; `simulate` tells the simulated API how to answer it (behaviour.py)."""
+    """Return a request for a message; `simulate` tells the simulated API how to answer it (behaviour.py)."""
     wishes = {"metadata": {"user_id": json.dumps({"simulate": simulate})}} if simulate else {}
     return {"model": model, "max_tokens": max_tokens, "messages": [{"role": "user", "content": text}], **wishes, **more}
 
 
 async def replies(stage: Stage, say: Say) -> None:
-    """Plain JSON calls, and a count of tokens."""
+    """Make plain JSON calls, and count tokens."""
     reviews = stage.apps["reviews"]
     ask = body(HAIKU, "Answer this review in three sentences: the parcel was late, the chair is lovely.", 300)
     counted = expect(await reviews.ask(COUNT_TOKENS, {"model": ask["model"], "messages": ask["messages"]}), 200)
@@ -48,7 +48,7 @@ async def replies(stage: Stage, say: Say) -> None:
 
 
 async def articles(stage: Stage, say: Say) -> None:
-    """Streams, with a prompt that is cached by the first and read by the second."""
+    """Read streams, with a prompt that is cached by the first and read by the second."""
     guide = {"type": "text", "text": "House style: say it plainly. " * 400, "cache_control": {"type": "ephemeral"}}
     ask = body(SONNET, "Write about the meter.", 2_000, system=[guide], stream=True, simulate={"output_tokens": 600, "tokens_per_s": 2_000})
     for what in ("writes its style guide to the cache", "reads it from there at a twentieth of the price"):
@@ -66,14 +66,14 @@ async def articles(stage: Stage, say: Say) -> None:
 
 
 async def model_not_allowed(stage: Stage, say: Say) -> None:
-    """A model that the app's policy denies."""
+    """Ask for a model that the app's policy denies."""
     refused = expect(await stage.apps["experiments"].ask(MESSAGES, body(FABLE, "Hello?", 100)), 403, "model")
     say(f"experiments asks for {FABLE}.")
     say(quoted(refused))
 
 
 async def revoked_token(stage: Stage, say: Say) -> None:
-    """A token that worked a moment ago."""
+    """Call with a token that worked a moment ago."""
     leaked = App("reviews", stage.url, issue(stage.folder, "reviews"))
     expect(await leaked.ask("/v1/models"), 200)
     with connect.reading(stage.ledger) as db:
@@ -87,7 +87,7 @@ async def revoked_token(stage: Stage, say: Say) -> None:
 
 
 async def cap_reached(stage: Stage, say: Say) -> None:
-    """A loop that does not stop by itself."""
+    """Call in a loop that does not stop by itself."""
     reviews = stage.apps["reviews"]
     ask = body(HAIKU, "Once more, with feeling.", 1_024, simulate={"output_tokens": 900})
     answered = 0
@@ -99,7 +99,7 @@ async def cap_reached(stage: Stage, say: Say) -> None:
 
 
 async def ten_at_once(stage: Stage, say: Say) -> None:
-    """Ten calls in the same moment, where the cap has room for the worst case of three."""
+    """Make ten calls in the same moment, where the cap has room for the worst case of three."""
     ask = body("claude-sonnet-5", "Try everything.", 4_000, simulate={"output_tokens": 4_000, "tokens_per_s": 8_000})
     came = await asyncio.gather(*(stage.apps["experiments"].ask(MESSAGES, ask) for _ in range(10)))
     codes = Counter(reply.refusal or "let through" for reply in came)
@@ -113,7 +113,7 @@ async def ten_at_once(stage: Stage, say: Say) -> None:
 
 
 async def client_leaves(stage: Stage, say: Say) -> None:
-    """A stream whose reader closes the page: nobody will ever say what was generated."""
+    """Leave a stream, as a reader who closes the page: nobody will ever say what was generated."""
     simulate = {"output_tokens": 3_000, "tokens_per_s": 300, "after_disconnect_s": 0.5}
     ask = body(SONNET, "A long story, please.", 8_000, stream=True, simulate=simulate)
     shown = 0
@@ -168,7 +168,7 @@ SCENES: tuple[tuple[str, Scene], ...] = (
 
 
 def expect(reply: Reply, status: int, refusal: str | None = None) -> Reply:
-    """The reply, if it is what the story needs."""
+    """Return the reply, if it is as the story needs it."""
     if (reply.status, reply.refusal) != (status, refusal):
         wanted = f"{status} {refusal or ''}".rstrip()
         raise Surprise(f"expected {wanted}, got {reply.status} {reply.refusal or ''}: {reply.body.decode(errors='replace')[:300]}")
@@ -180,6 +180,6 @@ def quoted(refused: Reply) -> str:
 
 
 async def today(app: App) -> dict[str, Any]:
-    """How an app stands in its cap of the day, as the gateway tells it."""
+    """Ask the gateway how an app stands in its cap of the day."""
     windows = expect(await app.ask("/gateway/me"), 200).json["windows"]
     return next(window for window in windows if window["window"] == "day")

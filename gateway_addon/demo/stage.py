@@ -76,7 +76,7 @@ class Stage:
 
 @asynccontextmanager
 async def staged(folder: Path) -> AsyncIterator[Stage]:
-    """Everything running, until the block ends. Raises GatewayFailed, OSError where the loopback or the folder cannot be used."""
+    """Keep everything running until the block ends. Raises GatewayFailed, OSError where the loopback or the folder cannot be used."""
     async with Simulator() as api:
         _write_files(folder, api.url)
         sqlite_files.create(folder / "gateway.db")
@@ -91,7 +91,7 @@ async def staged(folder: Path) -> AsyncIterator[Stage]:
 
 
 def issue(folder: Path, app: str) -> str:
-    """A token for an app, as `gateway token issue` makes it."""
+    """Issue a token for an app, as `gateway token issue` does."""
     token = tokens.mint()
     with connect.changing(folder / "gateway.db") as db:
         admin.issue_token(db, app, tokens.digest(token), label="demo", who="demo", now=time.time())
@@ -123,7 +123,7 @@ async def _start(folder: Path) -> asyncio.subprocess.Process:
 
 
 async def _url(gateway: asyncio.subprocess.Process, folder: Path) -> str:
-    """Where the gateway says that it listens: the first line it prints, once it does."""
+    """Wait for the gateway's first line, and return the address in it."""
     assert gateway.stdout is not None
     try:
         line = await asyncio.wait_for(gateway.stdout.readline(), START_S)

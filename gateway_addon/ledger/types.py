@@ -202,7 +202,7 @@ class Standing(NamedTuple):
 
     @property
     def is_limited(self) -> bool:
-        """True where an operator's limit is what binds: no raise changes that."""
+        """Tell whether an operator's limit is what binds: no raise changes that."""
         return self.limit_nano is not None and self.cap_nano == self.limit_nano
 
 

@@ -84,7 +84,7 @@ class BatchPoller:
         return True
 
     async def _look_at(self, batch: Batch) -> None:
-        """Raises BatchLost, PollFailed, what `ask` raises, LedgerUnavailable."""
+        """Look at one batch, and settle it once it has ended. Raises BatchLost, PollFailed, LedgerUnavailable, and what `ask` raises."""
         shown = object_of(await asyncio.to_thread(self._whole, f"/v1/messages/batches/{batch.id}"))
         if shown is None or shown.id != batch.id:
             raise PollFailed("the answer shows no such batch")
@@ -144,13 +144,13 @@ class BatchPoller:
 
 
 def _some(answer: PolledAnswer, results: PricedResults) -> list[ResultRow] | None:
-    """The next results, read and priced in a thread; None at the end."""
+    """Return the next results, read and priced in a thread; None at the end."""
     piece = answer.read(PIECE_BYTES)
     return results.feed(piece) if piece else None
 
 
 def _expect(status: int) -> None:
-    """Raises BatchLost or PollFailed unless the API has answered."""
+    """Check that the API has answered. Raises BatchLost or PollFailed."""
     if status == 404:
         raise BatchLost("batch_gone", "the Claude API has no such batch (404)")
     if status != 200:

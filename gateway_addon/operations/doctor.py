@@ -142,7 +142,7 @@ def _clock(theirs: float, ours: float) -> Check:
 
 
 def _list_models(upstream: str, key: str, way: Egress) -> Answered:
-    """GET /v1/models, which is free. Raises Unanswered."""
+    """List the models (GET /v1/models), which is free. Raises Unanswered."""
     with ask(upstream, "/v1/models?limit=1", key, way, timeout_s=TIMEOUT_S) as answer:
         status, date = answer.status, answer.header("date")
     try:

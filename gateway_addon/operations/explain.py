@@ -202,7 +202,7 @@ def _quote(bound: Quote) -> dict[str, Any]:
 def _cap(
     app: AppPolicy, cap: Cap, bound: Quote, least: ReservationOption, standing: Standing | None, problem: str | None, now: float
 ) -> dict[str, Any]:
-    """One cap, what is left of it (of all of it, where there is no ledger yet), and whether this call may start."""
+    """Return one cap, what is left of it (all, where there is no ledger yet), and whether this call may start."""
     if standing is None:  # the cap of a request, which the ledger knows nothing of
         amount_nano = left_nano = cap.amount_nano
         fits = fits_request_cap(app, least.hold_nano)
@@ -224,7 +224,7 @@ def _cap(
 
 
 def written(explanation: dict[str, Any]) -> str:
-    """The explanation for people: rules, quote, caps, verdict."""
+    """Return the explanation for people: rules, quote, caps, verdict."""
     rules = [("no" if rule["code"] else "ok", rule["rule"], rule["sentence"]) for rule in explanation["rules"]]
     lines = [table(rules)]
     if explanation["rewritten"]:

@@ -48,7 +48,7 @@ class Tally:
 
 
 def replay(calls: Iterable[Recorded], policy: GatewayPolicy) -> Iterator[ReplayVerdict]:
-    """A verdict for each call, in the order of admission."""
+    """Yield a verdict for each call, in the order of admission."""
     spent: defaultdict[ReplayWindow, int] = defaultdict(int)
     known: dict[tuple[str, str, str | None, int | None], ReplayRuling] = {}  # calls that look alike to the rules are judged once
     for call in calls:
@@ -63,7 +63,7 @@ def replay(calls: Iterable[Recorded], policy: GatewayPolicy) -> Iterator[ReplayV
 
 
 def tallied(verdicts: Iterable[ReplayVerdict]) -> tuple[dict[str, Tally], dict[tuple[str, str], Tally]]:
-    """Sums by app, and by app and reason."""
+    """Sum the verdicts by app, and by app and reason."""
     apps: defaultdict[str, Tally] = defaultdict(Tally)
     reasons: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
     for call, code, sentence in verdicts:

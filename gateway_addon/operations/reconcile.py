@@ -71,7 +71,7 @@ class Correction:
 
 
 def compare(reported: Iterable[Reported], metered: Iterable[Metered], prices: Prices) -> list[ReconcileLine]:
-    """Line by line, by day, model and kind; only those in which either side counted anything."""
+    """Return a line for each day, model and kind of which either side counted anything."""
     metered = list(metered)
     sums: dict[str, dict[tuple[int, str], Counts]] = {"provider": {}, "exact": {}, "estimated": {}, "carried": {}}
 
@@ -111,7 +111,7 @@ def worth_nano(lines: Iterable[ReconcileLine], prices: Prices) -> int:
 
 
 def bypassing(lines: Iterable[ReconcileLine], estimates: Sequence[Estimate], prices: Prices) -> list[ReconcileLine]:
-    """The lines with tokens that only a call past the gateway explains.
+    """Return the lines with tokens that only a call past the gateway explains.
 
     Left out are days on which it forwarded calls whose tokens it never saw (their answers were lost), and booked no less for them
     than what was unseen is worth.
@@ -179,12 +179,12 @@ def corrections(
 
 
 def written(day: int) -> str:
-    """The date of a day (`2026-11-24`)."""
+    """Return the date of a day (`2026-11-24`)."""
     return str(_EPOCH + timedelta(days=day))
 
 
 def _covered(reported: Sequence[Reported], exact: Sequence[Metered], prices: Prices) -> bool:
-    """Whether the report holds at least all that was metered exactly."""
+    """Tell whether the report holds at least all that was metered exactly."""
     theirs, ours = _by_model(reported, prices), _by_model(exact, prices)
     return all(theirs.get(model, Counts()).covers(counts) for model, counts in ours.items())
 
@@ -198,7 +198,7 @@ def _by_model(parts: Sequence[Reported] | Sequence[Metered], prices: Prices) -> 
 
 
 def _remainder_nano(reported: Sequence[Reported], exact: Sequence[Metered], prices: Prices, day: int) -> int | None:
-    """The most that everything but the exact calls of a day can have cost; None where a model has no price."""
+    """Return the most that everything but the exact calls of a day can have cost; None where a model has no price."""
     ours = _by_model(exact, prices)
     total = Fraction(0)
     for model, counts in _by_model(reported, prices).items():

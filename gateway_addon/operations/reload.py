@@ -86,7 +86,7 @@ class PolicyWatcher:
         self._gateway.policy, self._gateway.policy_problem = policy, None
 
     def _refuse_another_upstream(self, policy: GatewayPolicy) -> None:
-        """The proxy stands in front of one upstream; calls for another would all be refused. Raises PolicyError."""
+        """Refuse a policy with another upstream: this process's calls to it would all be refused. Raises PolicyError."""
         before = self._gateway.policy.upstream
         if policy.upstream != before:
             moved = f"restart the gateway to move it from {before} to {policy.upstream}"
@@ -125,7 +125,7 @@ async def must_agree(ledger: Ledger, policy: GatewayPolicy) -> None:
 
 
 async def align(ledger: Ledger, policy: GatewayPolicy, who: str) -> None:
-    """A policy comes into force: bring the ledger's files, its calendar and the apps' teams in line, and audit what changed, by `who`.
+    """Bring the ledger's files, its calendar and the apps' teams in line with a policy that comes into force; audit the changes by `who`.
 
     Where past calls move, that may take minutes: it is waited for apart, and this gateway goes on by the policy that it has.
     Raises LedgerUnavailable.
@@ -155,7 +155,7 @@ def _saved_the_key(key: WatchedSecret) -> str:
 
 
 def saved_by(folder: Path) -> str:
-    """Who changed the policy, as far as files tell: the owner of the one that was saved last."""
+    """Return who changed the policy, as far as files tell: the owner of the one that was saved last."""
     try:
         newest = max(_files(folder), key=lambda path: path.stat().st_mtime_ns)
         return newest.owner()
@@ -169,7 +169,7 @@ def files_now(folder: Path) -> Fingerprint:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file that `load` may read. `apps` may be a symbolic link: such a folder is one to whoever goes into it, not to `rglob`."""
+    """Return every file that `load` may read. `apps` may be a symbolic link, into which `rglob` does not go."""
     apps = folder / "apps"
     found = [*folder.iterdir(), *(apps.iterdir() if apps.is_dir() else ())]
     return sorted(path for path in found if path.suffix in (".yaml", ".yml", ".json") and path.is_file())

@@ -85,14 +85,14 @@ def measured(call: CallRecord) -> dict[str, Any]:
 
 
 def error_type(call: CallRecord) -> str | None:
-    """Low in cardinality, as the conventions ask: a refusal's code or a status."""
+    """Return a refusal's code or a status: few values, as the conventions ask."""
     status = call["status"]
     failed = status is not None and status >= 400
     return call["refusal"] or (str(status) if failed else None) or (None if call["complete"] else "incomplete")
 
 
 def attributes(call: CallRecord) -> dict[str, Any]:
-    """The span's attributes: `gen_ai.*` by the conventions (their input_tokens include everything cached), `gateway.*` our own."""
+    """Return the span's attributes: `gen_ai.*` by the conventions (their input_tokens include everything cached), `gateway.*` our own."""
     found = {
         "gen_ai.operation.name": operation(call),
         "gen_ai.provider.name": "anthropic",

@@ -210,7 +210,7 @@ def _kind(part: str) -> ValueKind:
 
 
 def _each() -> ValueKind:
-    """Caps by the kind of part, labels among them."""
+    """Read caps by the kind of part, labels among them."""
     keys = {kind: Key(_kind(kind), help, None) for kind, help in PARTS.items()}
 
     def read(node: Node, spot: Spot) -> Mapping[str, PartCaps]:

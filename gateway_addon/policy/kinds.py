@@ -39,7 +39,7 @@ class Key:
 
 
 def text(pattern: str = r"\S(?:.*\S)?", what: str = "text") -> ValueKind:
-    """Text of one line that the whole `pattern` matches."""
+    """Read text of one line that the whole `pattern` matches."""
 
     def read(node: Node, spot: Spot) -> str:
         value = scalar(node, spot)
@@ -51,7 +51,7 @@ def text(pattern: str = r"\S(?:.*\S)?", what: str = "text") -> ValueKind:
 
 
 def word(*words: str) -> ValueKind:
-    """One of a few words."""
+    """Read one of a few words."""
 
     def read(node: Node, spot: Spot) -> str:
         value = scalar(node, spot)
@@ -63,7 +63,7 @@ def word(*words: str) -> ValueKind:
 
 
 def parsed(parse: Callable[[str], Any], schema: Mapping[str, Any], written: str) -> ValueKind:
-    """A scalar that a function reads, which says what is wrong by raising ValueError with a sentence."""
+    """Read a scalar by a function, which raises ValueError with a sentence for a wrong one."""
 
     def read(node: Node, spot: Spot) -> Any:
         try:
@@ -118,7 +118,7 @@ AMOUNT = parsed(
 
 
 def listing(kind: ValueKind) -> ValueKind:
-    """A list of values of one kind, as a tuple."""
+    """Read a list of values of one kind, as a tuple."""
 
     def read(node: Node, spot: Spot) -> tuple[Any, ...]:
         values, problems = [], Problems()
@@ -132,7 +132,7 @@ def listing(kind: ValueKind) -> ValueKind:
 
 
 def one_or_more(kind: ValueKind) -> ValueKind:
-    """Values of one kind, as a tuple; a single one may stand without its list."""
+    """Read values of one kind, as a tuple; a single one may stand without its list."""
     several = listing(kind)
 
     def read(node: Node, spot: Spot) -> tuple[Any, ...]:
@@ -142,7 +142,7 @@ def one_or_more(kind: ValueKind) -> ValueKind:
 
 
 def mapping(kind: ValueKind, what: str = "names", pattern: str | None = None) -> ValueKind:
-    """Values of one kind under names of the operator's choosing, which the whole `pattern` matches where there is one."""
+    """Read values of one kind under names of the operator's choosing, which the whole `pattern` matches where there is one."""
 
     def read(node: Node, spot: Spot) -> Mapping[str, Any]:
         values, problems = {}, Problems()
@@ -158,7 +158,7 @@ def mapping(kind: ValueKind, what: str = "names", pattern: str | None = None) ->
 
 
 def record(make: Callable[..., Any], keys: Mapping[str, Key]) -> ValueKind:
-    """A fixed set of keys, handed to `make` by name."""
+    """Read a fixed set of keys, handed to `make` by name."""
 
     def read(node: Node, spot: Spot) -> Any:
         if not isinstance(node, MappingNode):
@@ -187,7 +187,7 @@ def record(make: Callable[..., Any], keys: Mapping[str, Key]) -> ValueKind:
 
 
 def either(plain: ValueKind, keyed: ValueKind) -> ValueKind:
-    """A short form (one value) and a long form (keys)."""
+    """Read a short form (one value) or a long form (keys)."""
 
     def read(node: Node, spot: Spot) -> Any:
         return (keyed if isinstance(node, MappingNode) else plain).read(node, spot)
@@ -196,7 +196,7 @@ def either(plain: ValueKind, keyed: ValueKind) -> ValueKind:
 
 
 def one_of(make: Callable[[Any, Any], Any], kinds: Mapping[str, ValueKind]) -> ValueKind:
-    """Exactly one of several keys, like `{env: NAME}`."""
+    """Read exactly one of several keys, like `{env: NAME}`."""
 
     def read(node: Node, spot: Spot) -> Any:
         found = {} if isinstance(node, ScalarNode) else entries(node, spot)

@@ -127,7 +127,7 @@ def _by_canonical_id(caps: Mapping[str, PartCaps], directory: Path) -> Mapping[s
 
 
 def _read_keys(path: Path, keys: Mapping[str, Key], names: Sequence[str]) -> dict[str, Any]:
-    """These keys' values in a file, whatever is wrong with the others; None for what cannot be read, or is wrong itself."""
+    """Return these keys' values in a file, whatever is wrong with the others; None for one that is wrong itself or cannot be read."""
     try:
         spot = Spot(path.name)
         found = entries(compose(path.name, path.read_text(encoding="utf-8")), spot)

@@ -97,7 +97,7 @@ class GatewayAddon:
     """Carry a flow's values between mitmproxy and the gateway."""
 
     def __init__(self, gateway: Gateway, key: Callable[[], str], clocks: Clocks = SYSTEM, key_refused: Callable[[], None] = lambda: None):
-        """`key` returns the real API key, the new one after a rotation; `key_refused` is called at a 401."""
+        """Take the gateway. `key` returns the real API key, the new one after a rotation; `key_refused` is called at a 401."""
         self.gateway = gateway
         self.key = key
         self.clocks = clocks

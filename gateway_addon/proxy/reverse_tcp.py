@@ -25,5 +25,5 @@ class ReverseTcpInstance(mode_servers.AsyncioServerInstance[ReverseTcpMode]):
 
 
 def reverse(upstream: str) -> str:
-    """The mode for mitmproxy's options."""
+    """Return the mode for mitmproxy's options."""
     return f"{ReverseTcpMode.type_name}:{upstream}"

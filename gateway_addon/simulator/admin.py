@@ -33,7 +33,7 @@ type Billed = tuple[Row, str, Usage]
 
 
 def usage_report(rows: Iterable[Row], query: Query, workspace_id: str, now: float) -> dict[str, Any]:
-    """`GET /v1/organizations/usage_report/messages`. Raises ApiError for a query that the API would not take."""
+    """Answer `GET /v1/organizations/usage_report/messages`. Raises ApiError for a query that the API would not take."""
     groups = _groups(query, USAGE_GROUPS)
 
     def results(parts: list[Billed]) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ def usage_report(rows: Iterable[Row], query: Query, workspace_id: str, now: floa
 
 
 def cost_report(rows: Iterable[Row], query: Query, workspace_id: str, now: float) -> dict[str, Any]:
-    """`GET /v1/organizations/cost_report`: by day only. Raises ApiError for a query that the API would not take."""
+    """Answer `GET /v1/organizations/cost_report`, by day only. Raises ApiError for a query that the API would not take."""
     groups = _groups(query, COST_GROUPS)
     if query.get("bucket_width", ["1d"]) != ["1d"]:
         raise ApiError("invalid_request_error", "bucket_width: cost is reported by 1d only")
@@ -80,7 +80,7 @@ def cost_report(rows: Iterable[Row], query: Query, workspace_id: str, now: float
 
 
 def key_id(row: Row) -> str:
-    """The provider's name for the key that a request came with."""
+    """Return the provider's name for the key that a request came with."""
     credential = row.header("x-api-key") or (row.header("authorization") or "").removeprefix("Bearer ")
     return f"apikey_01{hashlib.sha256(credential.encode()).hexdigest()[:16]}"
 
@@ -135,7 +135,7 @@ def _groups(query: Query, known: tuple[str, ...]) -> list[str]:
 
 
 def _filters(query: Query) -> dict[str, list[str]]:
-    """`workspace_ids[]=...` and the like, by the field that they narrow."""
+    """Return the query's filters (`workspace_ids[]=...`) by the field that they narrow."""
     return {name: query[f"{name}s[]"] for name in USAGE_GROUPS if f"{name}s[]" in query}
 
 

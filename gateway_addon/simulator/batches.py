@@ -40,7 +40,7 @@ class Batch:
     ended_at: float | None = None
 
     def object(self, url: str) -> dict[str, Any]:
-        """The API's own view of it."""
+        """Return the batch as the API shows it."""
         ended = self.ended_at is not None
         counts = dict.fromkeys(("processing", *OUTCOMES), 0)
         for entry in self.entries:
@@ -76,7 +76,7 @@ class Batches:
         return self.made[id]
 
     def find(self, id: str) -> Batch:
-        """The batch as it is now. Raises ApiError."""
+        """Return the batch as it is now. Raises ApiError."""
         batch = self.made.get(id)
         if batch is None:
             raise ApiError("not_found_error", f"Message batch {id} not found")
@@ -96,21 +96,21 @@ class Batches:
         return batch
 
     def delete(self, id: str) -> dict[str, Any]:
-        """Raises ApiError."""
+        """Delete a batch that has ended. Raises ApiError."""
         if self.find(id).ended_at is None:
             raise ApiError("invalid_request_error", f"Message batch {id} is still processing: cancel it first")
         del self.made[id]
         return {"id": id, "type": "message_batch_deleted"}
 
     def results(self, id: str) -> Sequence[bytes]:
-        """The lines of the file. Raises ApiError."""
+        """Return the lines of the results file. Raises ApiError."""
         batch = self.find(id)
         if batch.ended_at is None:
             raise ApiError("not_found_error", f"Message batch {id} has no results yet")
         return [json.dumps({"custom_id": entry.custom_id, "result": entry.result}).encode() + b"\n" for entry in reversed(batch.entries)]
 
     def page(self, query: Mapping[str, Sequence[str]], url: str) -> dict[str, Any]:
-        """Everybody's, the newest first. Raises ApiError."""
+        """Return a page of all batches, the newest first. Raises ApiError."""
         return page(list(reversed(self.made)), query, lambda id: self.find(id).object(url), "batch")
 
     def _result(self, batch: Batch, entry: Entry) -> dict[str, Any]:

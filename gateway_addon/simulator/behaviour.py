@@ -118,7 +118,7 @@ class Behaviour:
     """The result of a request in a batch: succeeded, errored, canceled, expired."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a word that means nothing here."""
+        """Check the words. Raises ValueError for one that means nothing here."""
         if self.thinking not in THINKING:
             raise ValueError(f"thinking: {self.thinking!r} is none of {THINKING}")
         if self.opening_usage not in OPENING_USAGE:
@@ -134,7 +134,7 @@ _HINTS = get_type_hints(Behaviour)
 
 
 def overridden(server: Behaviour, body: dict[str, Any]) -> Behaviour:
-    """The behaviour for one request. Raises ValueError with a sentence for a wish that cannot be read."""
+    """Return the behaviour for one request. Raises ValueError with a sentence for a wish that cannot be read."""
     wishes: dict[str, Any] = {}
     for text in (_metadata(body), _last_user_text(body)):
         wishes |= _wishes(text)
@@ -162,7 +162,7 @@ def _wishes(text: str) -> dict[str, Any]:
 
 
 def _metadata(body: dict[str, Any]) -> str:
-    """`metadata.user_id` is a JSON string for Claude Code too, so only its own key means us."""
+    """Return the wishes in `metadata.user_id`. It is a JSON string for Claude Code too, so only our own key means us."""
     metadata = body.get("metadata")
     try:
         said = json.loads(metadata["user_id"])["simulate"] if isinstance(metadata, dict) else None

@@ -99,7 +99,7 @@ class Book:
         self.note(request_id, usage=usage, iterations=iterations, billed_nano=nano)
 
     def all(self) -> list[Row]:
-        """A copy, so that another thread may read while calls arrive."""
+        """Return a copy of all rows, so that another thread may read while calls arrive."""
         return list(self.rows.values())
 
     @property
@@ -115,11 +115,11 @@ class Book:
         return sum(row.billed_nano for row in self.all())
 
     def messages(self) -> list[Row]:
-        """The rows that reached a model: those that can cost money."""
+        """Return the rows that reached a model: those that can cost money."""
         return [row for row in self.all() if row.message_id is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole book for `GET /_simulator/book`."""
+        """Return the whole book for `GET /_simulator/book`."""
         return {
             "connections": self.connections,
             "bytes_received": self.bytes_received,

@@ -9,7 +9,7 @@ from .prices import MODELS, served_by
 
 
 def model_info(asked: str) -> dict[str, Any]:
-    """One model, also by its alias. Raises ApiError where there is none."""
+    """Return one model, also by its alias. Raises ApiError where there is none."""
     served = served_by(asked)
     if served is None:
         raise ApiError("not_found_error", f"model: {asked}")
@@ -26,11 +26,11 @@ def model_info(asked: str) -> dict[str, Any]:
 
 
 def model_page(query: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """A page of the list, newest first: after `after_id`, or before `before_id`. Raises ApiError for a query that makes no sense."""
+    """Return a page of the list, newest first: after `after_id`, or before `before_id`. Raises ApiError for a query that makes no sense."""
     return page(list(MODELS), query, model_info, "model")
 
 
 def _display_name(model: str) -> str:
-    """`claude-opus-4-5-20251101` is Claude Opus 4.5."""
+    """Return a model's name for people: `claude-opus-4-5-20251101` is Claude Opus 4.5."""
     family, *numbers = model.removeprefix("claude-").split("-")
     return f"Claude {family.capitalize()} {'.'.join(number for number in numbers if len(number) < 8)}"

@@ -30,7 +30,7 @@ class Clock:
 
 
 def step_s(step: Step, behaviour: Behaviour) -> float:
-    """How long one step takes to generate."""
+    """Return how long one step takes to generate."""
     if step.reads:
         return behaviour.turn_s
     if not step.tokens:
@@ -39,7 +39,10 @@ def step_s(step: Step, behaviour: Behaviour) -> float:
 
 
 def made(steps: Iterable[Step], behaviour: Behaviour, elapsed_s: float) -> Made:
-    """How much exists when generation has run for `elapsed_s`. A step that is under way counts in proportion, a turn once it has begun."""
+    """Return how much exists when generation has run for `elapsed_s`.
+
+    A step that is under way counts in proportion, a turn once it has begun.
+    """
     so_far, clock_s = Made(), 0.0
     for step in steps:
         duration_s = step_s(step, behaviour)
@@ -52,7 +55,7 @@ def made(steps: Iterable[Step], behaviour: Behaviour, elapsed_s: float) -> Made:
 
 
 def billed(answer: Answer, behaviour: Behaviour, elapsed_s: float) -> Made:
-    """How much is billed when somebody hung up `elapsed_s` after the request."""
+    """Return how much is billed when somebody hung up `elapsed_s` after the request."""
     return made(answer.steps(), behaviour, math.inf if behaviour.overrun else elapsed_s + behaviour.after_disconnect_s)
 
 
@@ -119,7 +122,7 @@ def _error_is_due(behaviour: Behaviour, count: int, tokens: int, answer: Answer)
 
 
 async def _paced(exchange: Exchange, answer: Answer, behaviour: Behaviour, clock: Clock) -> AsyncIterator[tuple[Made, bytes]]:
-    """Each event when it is due, with what was made for it and before it; pings while nothing is."""
+    """Yield each event when it is due, with what was made for it and before it; pings while nothing is."""
     if behaviour.ping_first:
         yield Made(), PING
     if behaviour.whole_start:

@@ -22,7 +22,7 @@ class File:
 
     @property
     def object(self) -> dict[str, Any]:
-        """The API's own view of it."""
+        """Return the file as the API shows it."""
         return {
             "id": self.id,
             "type": "file",
@@ -55,18 +55,18 @@ class Files:
         raise ApiError("invalid_request_error", "file: Field required")
 
     def find(self, id: str) -> File:
-        """Raises ApiError."""
+        """Return a file. Raises ApiError."""
         if id not in self.kept:
             raise ApiError("not_found_error", f"File {id} not found")
         return self.kept[id]
 
     def delete(self, id: str) -> dict[str, Any]:
-        """Raises ApiError."""
+        """Delete a file. Raises ApiError."""
         del self.kept[self.find(id).id]
         return {"id": id, "type": "file_deleted"}
 
     def page(self, query: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        """Everybody's, the newest first. Raises ApiError."""
+        """Return a page of all files, the newest first. Raises ApiError."""
         ids, limit = list(reversed(self.kept)), limit_of(query)
         first = int(query["page"][-1].removeprefix("page_")) if "page" in query else 0
         chosen = ids[first : first + limit]

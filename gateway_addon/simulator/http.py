@@ -152,7 +152,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answ
 async def _read(
     connection: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, received: Callable[[int], None]
 ) -> Request | None:
-    """The next request, None when the client has no more.
+    """Read the next request; None when the client has no more.
 
     A body that is too large is read to its end, so that the refusal of it arrives, but it is not kept.
     """

@@ -22,7 +22,7 @@ SIGNATURE = "c2ltdWxhdGVk" * 4
 
 
 def event(name: str, **data: Any) -> bytes:
-    """One server-sent event, framed as the API frames it."""
+    """Return one server-sent event, framed as the API frames it."""
     return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
 
 
@@ -125,7 +125,7 @@ class Answer:
         yield event("message_stop")
 
     def steps(self) -> Iterator[Step]:
-        """All that lies between the opening and the closing. Can be walked again and again."""
+        """Yield all that lies between the opening and the closing, anew at each call."""
         for index, block in enumerate(self.blocks):
             yield from block.steps(index, self.tokens_per_event)
 
@@ -172,7 +172,7 @@ def _split(usage: Usage) -> dict[str, Any]:
 
 
 def _opening_usage(usage: Usage) -> dict[str, Any]:
-    """With the fields that a stream shows once. A JSON answer has them too, and there as well the split may lag behind the total."""
+    """Return the usage with the fields that a stream shows once. A JSON answer has them too, its split perhaps behind the total."""
     once = {"cache_creation": _split(usage), "service_tier": usage.service_tier, "inference_geo": usage.inference_geo}
     speed = {"speed": usage.speed} if usage.speed != "standard" else {}
     return _prompt_usage(usage) | once | speed
@@ -185,7 +185,7 @@ def _iteration_usage(part: Iteration) -> dict[str, Any]:
 
 
 def prose(length: int) -> str:
-    """So many characters, each one byte both in UTF-8 and in JSON: a token a byte is then a token a character."""
+    """Return so many characters, each one byte both in UTF-8 and in JSON: a token a byte is then a token a character."""
     return (PROSE * (length // len(PROSE) + 1))[:length]
 
 
@@ -195,14 +195,14 @@ def text(tokens: int, bytes_per_token: int) -> Block:
 
 
 def thinking(tokens: int, characters: int) -> Block:
-    """Thinking that shows so many characters. None at all is `display: omitted`: only the signature comes."""
+    """Return a block of thinking that shows so many characters. None at all is `display: omitted`: only the signature comes."""
     shown = {"type": "thinking", "thinking": "", "signature": ""}
     spelled = prose(characters)
     return Block(tokens, shown, shown | {"thinking": spelled, "signature": SIGNATURE}, "thinking_delta", "thinking", spelled)
 
 
 def tool_use(tool_id: str, name: str, tokens: int, bytes_per_token: int, given: dict[str, Any] | None = None) -> Block:
-    """A call of the client's tool. Its input is JSON that arrives in pieces."""
+    """Return a call of the client's tool. Its input is JSON that arrives in pieces."""
     opening: dict[str, Any] = {"type": "tool_use", "id": tool_id, "name": name, "input": {}}
     if given is None:
         given = {"note": prose(max(0, tokens * bytes_per_token - len(json.dumps({"note": ""}))))}
@@ -210,7 +210,7 @@ def tool_use(tool_id: str, name: str, tokens: int, bytes_per_token: int, given: 
 
 
 def server_tool(tool_id: str, name: str = "web_search") -> tuple[Block, Block]:
-    """A use of a tool on the server's side, and what it brought. Its cost is in the usage: late input, and one more request."""
+    """Return a use of a tool on the server's side, and its result. Its cost is in the usage: late input, and one more request."""
     use: dict[str, Any] = {"type": "server_tool_use", "id": tool_id, "name": name, "input": {}}
     found: dict[str, Any] = {"type": f"{name}_tool_result", "tool_use_id": tool_id, "content": []}
     query = {"query": "what does it cost"}

@@ -62,7 +62,7 @@ def answer(message_id: str, model: str, body: dict[str, Any], size: int, behavio
 
 
 def _output_tokens(body: dict[str, Any], size: int, behaviour: Behaviour) -> int:
-    """How much one turn writes: never more than the request's `max_tokens`."""
+    """Return how much one turn writes: never more than the request's `max_tokens`."""
     limit = int(body["max_tokens"])
     wanted = limit if behaviour.hostile else 20 + size % 80
     return min(limit, wanted if behaviour.output_tokens is None else behaviour.output_tokens)
@@ -71,7 +71,7 @@ def _output_tokens(body: dict[str, Any], size: int, behaviour: Behaviour) -> int
 def _turns(
     message_id: str, model: str, body: dict[str, Any], prompt_tokens: int, output_tokens: int, behaviour: Behaviour
 ) -> Iterator[Block]:
-    """Every turn's blocks: but for the last turn's they end with the use of a tool, and the next turn reads all that was there so far."""
+    """Yield every turn's blocks. All turns but the last end with the use of a tool, and the next one reads all that was there so far."""
     names = _server_tools(body, behaviour)
     for turn in range(len(names) + 1):
         last = turn == len(names)
@@ -87,7 +87,7 @@ def _turns(
 
 
 def _server_tools(body: dict[str, Any], behaviour: Behaviour) -> list[str]:
-    """The tools that are used between two turns, in their order: what each allows, and code wherever a tool may run it."""
+    """Return the tools that are used between two turns, in order: each as often as it allows, and code wherever a tool may run it."""
     names: list[str] = []
     code = False
     for tool in body.get("tools") or []:
@@ -103,7 +103,7 @@ def _server_tools(body: dict[str, Any], behaviour: Behaviour) -> list[str]:
 
 
 def _blocks(message_id: str, body: dict[str, Any], output_tokens: int, behaviour: Behaviour, *, last: bool) -> Iterator[Block]:
-    """Thinking first, then the searches, the text, the tool call. Their tokens add up to `output_tokens`."""
+    """Yield the blocks: thinking, searches, text, the tool call. Their tokens add up to `output_tokens`."""
     bytes_per_token = 1 if behaviour.hostile else BYTES_PER_TOKEN
     left = output_tokens
     shown = behaviour.thinking or _display(body)
@@ -135,7 +135,7 @@ def _display(body: dict[str, Any]) -> str:
 
 
 def _tool(body: dict[str, Any], behaviour: Behaviour) -> str | None:
-    """The tool to call, if any: the one that `tool_choice` names, else the first that the client would run."""
+    """Return the tool to call, if any: the one that `tool_choice` names, else the first that the client would run."""
     choice = body.get("tool_choice") or {}
     own = [tool["name"] for tool in body.get("tools") or [] if "input_schema" in tool]
     if choice.get("type") == "tool":

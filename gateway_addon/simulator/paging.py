@@ -12,7 +12,7 @@ type Query = Mapping[str, Sequence[str]]
 
 
 def page(ids: Sequence[str], query: Query, show: Callable[[str], dict[str, Any]], what: str) -> dict[str, Any]:
-    """A page of `ids`, in their order. Raises ApiError for a query that makes no sense."""
+    """Return a page of `ids`, in their order. Raises ApiError for a query that makes no sense."""
     limit = limit_of(query)
     after, before = (_position(ids, query, name, what) for name in ("after_id", "before_id"))
     if before is not None:
@@ -25,7 +25,7 @@ def page(ids: Sequence[str], query: Query, show: Callable[[str], dict[str, Any]]
 
 
 def limit_of(query: Query) -> int:
-    """How many a page may have. Raises ApiError."""
+    """Return how many a page may have. Raises ApiError."""
     said = query.get("limit", [str(PAGE_DEFAULT)])[-1]
     if not said.isascii() or not said.isdigit() or not 1 <= int(said) <= PAGE_MAX:
         raise ApiError("invalid_request_error", f"limit: Input should be a whole number from 1 to {PAGE_MAX}")

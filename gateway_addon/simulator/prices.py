@@ -76,13 +76,13 @@ ALIASES = {
 
 
 def served_by(model: str) -> str | None:
-    """The id that answers for `model`, None where there is no such model."""
+    """Return the id that answers for `model`, None where there is no such model."""
     model = ALIASES.get(model, model)
     return model if model in MODELS else None
 
 
 def billed_nano(model: str, usage: "Usage") -> int:
-    """The bill for one answer, or for one iteration of it: its tokens of all kinds exactly, rounded up once; its searches beside them.
+    """Return the bill for one answer or one iteration of it, its tokens of all kinds and its searches, rounded up once.
 
     `model` is the served one: an id of MODELS.
     """

@@ -21,7 +21,7 @@ SEARCH_INPUT_TOKENS = 2_000
 
 
 def tokens(body: dict[str, Any], size: int, *, hostile: bool) -> int:
-    """The prompt's tokens. `size` is that of the body as sent, in bytes."""
+    """Count the prompt's tokens. `size` is that of the body as sent, in bytes."""
     encoded = list(_base64(body))
     text_bytes = size - sum(len(data) for _, data in encoded)
     images = sum(IMAGE_TOKENS for kind, _ in encoded if kind.startswith("image/"))
@@ -53,7 +53,7 @@ class Cache:
 
 
 def hour_ttl(body: dict[str, Any]) -> bool:
-    """Whether anything is to be cached for an hour: then late writes are, too."""
+    """Tell whether anything is to be cached for an hour: then late writes are, too."""
     return any(_ttl(mark) == "1h" for mark in (body.get("cache_control"), *(block.get("cache_control") for block in _blocks(body))))
 
 
@@ -94,7 +94,7 @@ def _as_blocks(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _base64(value: Any) -> Iterator[tuple[str, str]]:
-    """Every base64 source under `value`: its media type and its data."""
+    """Yield every base64 source under `value`: its media type and its data."""
     if isinstance(value, dict):
         if value.get("type") == "base64" and isinstance(value.get("data"), str):
             yield str(value.get("media_type")), value["data"]

@@ -13,7 +13,7 @@ from .prompt import tokens
 
 
 def read_json(request: Request) -> dict[str, Any]:
-    """The body, which is a JSON object."""
+    """Return the body, which is a JSON object."""
     if request.header("anthropic-version") is None:
         raise _invalid("anthropic-version: header is required")
     if request.header("content-encoding") not in (None, "identity"):
@@ -28,13 +28,13 @@ def read_json(request: Request) -> dict[str, Any]:
 
 
 def read_prompt(request: Request) -> tuple[dict[str, Any], str]:
-    """The body and the id of the model that serves it: what a message and a count of tokens have in common."""
+    """Return the body and the id of the model that serves it, for a message or a count of tokens."""
     body = read_json(request)
     return body, served_model(body)
 
 
 def served_model(body: dict[str, Any]) -> str:
-    """The id of the model that serves a body whose prompt can be read."""
+    """Return the id of the model that serves a body whose prompt can be read."""
     asked = body.get("model")
     if not isinstance(asked, str) or not asked:
         raise _invalid("model: Field required" if asked is None else "model: Input should be a valid string")
@@ -66,7 +66,7 @@ def check_message(size: int, body: dict[str, Any], served: str, *, hostile: bool
 
 
 def _check_messages(body: dict[str, Any]) -> None:
-    """The nesting that the rest of the simulation relies on. Fields that it does not know pass."""
+    """Check the nesting that the rest of the simulation relies on. Fields that it does not know pass."""
     messages = body.get("messages")
     if messages is None:
         raise _invalid("messages: Field required")

@@ -99,7 +99,7 @@ class Simulator:
         return f"{'https' if self._tls else 'http'}://{self._host}:{self._port}"
 
     async def settled(self) -> Book:
-        """The book once nothing is in flight: it takes a moment to notice a client that hung up. Bound it with asyncio.timeout."""
+        """Return the book once nothing is in flight: a client that hung up is noticed after a moment. Bound it with asyncio.timeout."""
         while self.book.in_flight:
             await asyncio.sleep(0.002)
         return self.book
@@ -119,7 +119,7 @@ class Simulator:
         self.book.bytes_received += count
 
     async def _answer(self, exchange: Exchange) -> None:
-        """One request: into the book, to its endpoint, and its end into the book again."""
+        """Answer one request: into the book, to its endpoint, and its end into the book again."""
         request = exchange.request
         if request.target.startswith("/_simulator/"):
             await self._private(exchange)
@@ -138,13 +138,13 @@ class Simulator:
             self.book.note(request_id, status=exchange.status, in_flight=False, delivered=delivered, answer_sha256=answered)
 
     async def _private(self, exchange: Exchange) -> None:
-        """The book, for whoever runs the simulation as a process. Not the API's, so not in the book."""
+        """Return the book to the process that started the simulation. This is no call of the API, so it is not in the book."""
         known = exchange.request.target == "/_simulator/book"
         body = json.dumps(self.book.as_dict() if known else None).encode()
         await exchange.answer(200 if known else 404, [JSON], body)
 
     async def _endpoint(self, exchange: Exchange, request_id: str) -> None:
-        """The path table."""
+        """Answer a request by its path. Raises ApiError."""
         request = exchange.request
         path, _, query = request.target.partition("?")
         if path == "/api/hello" and request.method in ("GET", "HEAD"):
@@ -213,7 +213,7 @@ class Simulator:
                 raise ApiError("not_found_error", f"Not found: {method} {request.target}")
 
     async def _results(self, exchange: Exchange, request_id: str, id: str) -> None:
-        """The file of a batch's results, line by line."""
+        """Send the file of a batch's results, line by line."""
         lines = self.batches.results(id)
         exchange.cut_after_bytes = self.behaviour.cut_after_bytes
         headers = [("content-type", "application/x-jsonl"), *self._headers(request_id, self.behaviour)]
@@ -223,7 +223,7 @@ class Simulator:
         await exchange.finish()
 
     def _generate(self, place: str, params: dict[str, Any]) -> dict[str, Any]:
-        """One request of a batch, as a row of its own in the book."""
+        """Generate one request of a batch, as a row of its own in the book."""
         served = served_model(params)
         behaviour = replace(_behaviour(self.behaviour, params), service_tier="batch")
         size = len(json.dumps(params))
@@ -274,7 +274,7 @@ class Simulator:
                 self.book.bill(request_id, answer.used(used), answer.iterations)
 
     async def _reply(self, exchange: Exchange, request_id: str, status: int, body: bytes, headers: Headers | None = None) -> None:
-        """An answer without a model in it: nothing of it is billed."""
+        """Send an answer without a model in it: nothing of it is billed."""
         send = exchange.answer if exchange.request.method == "HEAD" else exchange.answer_in_chunks
         said = [JSON, *self._headers(request_id, self.behaviour), *(headers or [])]
         await send(status, said, body, encoding=_encoding(exchange.request, self.behaviour))
@@ -297,7 +297,7 @@ def _row(request_id: str, request: Request) -> Row:
 
 
 def _authenticate(request: Request, keys: set[str]) -> None:
-    """The key may come in either header. Where both come, both have to be right."""
+    """Check the key, which may come in either header. Where both come, both have to be right."""
     right = {"x-api-key": keys, "authorization": {f"Bearer {key}" for key in keys}}
     given = [(name, value) for name, value in request.headers if name in right]
     if not given or not all(any(hmac.compare_digest(value.encode(), key.encode()) for key in right[name]) for name, value in given):
@@ -312,7 +312,7 @@ def _behaviour(server: Behaviour, body: dict[str, Any]) -> Behaviour:
 
 
 async def _refuse_as_told(exchange: Exchange, behaviour: Behaviour, stream: bool) -> None:
-    """The errors that come before any work. A stream's own `error` comes in its middle instead."""
+    """Raise the error that is to come before any work. A stream's own `error` comes in its middle instead."""
     if behaviour.status is not None:
         await exchange.pause(behaviour.delay_headers_s)
         raise ApiError.of_status(behaviour.status, behaviour.retry_after_s, behaviour.error)
@@ -321,6 +321,6 @@ async def _refuse_as_told(exchange: Exchange, behaviour: Behaviour, stream: bool
 
 
 def _encoding(request: Request, behaviour: Behaviour) -> str:
-    """gzip for whoever offers it, as the real API does, on errors and events too."""
+    """Return gzip where the client offers it, as the real API does, on errors and events too."""
     offered = [part.strip() for part in (request.header("accept-encoding") or "").split(",")]
     return behaviour.encoding or ("gzip" if "gzip" in offered else "identity")

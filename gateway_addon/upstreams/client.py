@@ -15,6 +15,6 @@ TIMEOUT_S = 15.0
 def ask(
     upstream: str, target: str, key: str, way: Egress = STRAIGHT, *, timeout_s: float = TIMEOUT_S
 ) -> AbstractContextManager[Answer]:
-    """GET a path of the upstream, in a thread. Entering it, and reading, raises Unanswered."""
+    """Ask for a path of the upstream (GET), in a thread. Entering it, and reading, raises Unanswered."""
     credential = Credential(upstream, "x-api-key", key)
     return http_client.ask(upstream + target, "the Claude API", timeout_s=timeout_s, way=way, headers=HEADERS, credential=credential)

@@ -46,7 +46,7 @@ class WatchedSecret:
     """A secret behind a source. Call it to get the secret; raises SecretUnavailable."""
 
     def __init__(self, source: Source, environment: Mapping[str, str] = os.environ, withheld: Collection[str] = ()):
-        """`withheld` names variables that a password manager's program must not see: the gateway's other secrets."""
+        """Take the source. `withheld`: variables that a password manager's program must not see, the gateway's other secrets."""
         self._source, self._environment, self._withheld = source, environment, frozenset(withheld)
         self._value: str | None = None
         self._version: tuple[int, int, int] | None = None

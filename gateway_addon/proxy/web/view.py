@@ -30,7 +30,7 @@ class ClaudeContentview(contentviews.Contentview):
         return text.replace("\n\n", "\n \n")  # mitmweb shows nothing at all for an empty line
 
     def render_priority(self, data: bytes, metadata: contentviews.Metadata) -> float:
-        """Ahead of the view for JSON, for what is the Messages API's by its path."""
+        """Rank this view ahead of the one for JSON where the path is the Messages API's."""
         flow = metadata.flow
         ours = isinstance(flow, http.HTTPFlow) and flow.request.path.startswith("/v1/messages")
         return 3 if ours and data and (metadata.content_type or "").lower().startswith(READABLE) else -1
