@@ -59,7 +59,7 @@ class Credential:
 
 
 class Unanswered(Exception):
-    """No whole answer is to be had. The message begins with whom was asked; `untrusted`: why the certificate is not trusted."""
+    """No whole answer came. The message begins with who was asked; `untrusted`: why the certificate is not trusted."""
 
     def __init__(self, sentence: str, untrusted: str | None = None):
         super().__init__(sentence)

@@ -1,7 +1,7 @@
 """YAML that people write, read as nodes that remember their lines, so that an error can name file, line, key and reason.
 
 Promises that nothing is guessed: scalars are taken as the text that was written (YAML's own reading of `on`, `1:30` or `0o7`
-never happens, no price ever becomes a float), and a key given twice is an error. Knows nothing of what the keys mean.
+never happens, no price ever becomes a float), and a key given twice is an error. Knows nothing of the keys' meaning.
 """
 
 import difflib

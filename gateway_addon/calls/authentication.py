@@ -1,7 +1,7 @@
 """Authenticate a request: who calls, and whether that app may call now, and from there.
 
 In one order, for the gateway and for `explain`: the token (or the identity token, which is verified first), the app's policy, pauses,
-the address. Judges nothing of what is asked for, and keeps no count: who answers the refused does.
+the address. Judges nothing of what is asked for, and keeps no count of refusals: gateway.py does.
 """
 
 from collections.abc import Awaitable, Callable

@@ -281,7 +281,7 @@ class Gateway:
         self.streams.hurry_if_short(running, monotonic_s)
 
     def stop(self) -> None:
-        """Stop topping streams up and judging large bodies. Whoever opened the ledger closes it."""
+        """Stop topping streams up and judging large bodies. The ledger stays open: its opener closes it."""
         self._judging.close()
         self.identities.keys.close()
 

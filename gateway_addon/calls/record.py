@@ -37,7 +37,7 @@ class Scrape(NamedTuple):
     """The metrics page: who may read it, and how it is written."""
 
     token: Callable[[], str]
-    """Returns the bearer token of whoever may read it: the newest, after a rotation."""
+    """Returns the bearer token that opens it: the newest, after a rotation."""
     exposition: Exposition
 
 

@@ -35,7 +35,7 @@ class RunningFlow(Protocol):
 
 
 class RunningStreams:
-    """Top up and cut the running calls of one process: those of `flows`, which whoever holds them keeps up to date."""
+    """Top up and cut the running calls of one process: those of `flows`, a table that the proxy keeps up to date."""
 
     def __init__(self, ledger: Ledger, clocks: Clocks):
         self._ledger = ledger

@@ -153,7 +153,7 @@ def _facts(policy: GatewayPolicy, now: float) -> dict[str, Any]:
 
 
 def _trusted(policy: GatewayPolicy) -> dict[str, Any]:
-    """Return whose identity tokens are believed, and for which apps; nothing where nobody's are."""
+    """Return the issuers whose identity tokens are believed, and for which apps; nothing where none are."""
     if policy.trust is None:
         return {}
     named = {each.name: each.url for each in policy.trust.issuers.values()}

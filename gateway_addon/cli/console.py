@@ -35,7 +35,7 @@ ADDRESS = "127.0.0.1:8090"
     "token_file",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Serve /gateway/metrics to whoever sends this file's text as a bearer token.",
+    help="Serve /gateway/metrics to requests with this file's text as their bearer token.",
 )
 @click.option("--write", is_flag=True, help="Show buttons that pause, resume, raise, limit and revoke, each after a confirmation.")
 @click.option("--link", "only_link", is_flag=True, help="Print a new login link for the console that runs at --listen.")

@@ -152,7 +152,8 @@ def _verdict(reasons: Sequence[OpenReason], key: Source) -> str:
             f"  1. Make a new key in the Console and put it where the gateway reads it ({key.kind} {_where(key)});",
             f"     {TAKES_EFFECT[key.kind]}.",
             f"  2. {PROGRAM} cutover --watch 10m says whether the provider takes it.",
-            f"  3. Disable the old key: that flushes out whoever was missed. {PROGRAM} reconcile --since DATE shows who still bypassed.",
+            "  3. Disable the old key: an app that was missed then fails, and shows itself. "
+            f"{PROGRAM} reconcile --since DATE shows which still bypassed.",
         ]
     )
 

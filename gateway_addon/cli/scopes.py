@@ -20,7 +20,7 @@ def must_have_policies(policies: Path, ledger: str) -> None:
     try:
         with connect.reading(ledger_path(ledger)) as db:
             apps = admin.apps(db)
-    except (LedgerUnavailable, ValueError):  # no ledger that could know any: what is missing is said by whoever reads it
+    except (LedgerUnavailable, ValueError):  # no ledger that could know any: the command that reads it says what is missing
         return
     if apps:
         clone = clone_folder()

@@ -97,7 +97,7 @@ def _with_headers(response: Response) -> Response:
 
 
 def _enter(console: Console, link: str) -> AnyResponse:
-    if request.method == "HEAD":  # of a preview: the link is for whoever opens it
+    if request.method == "HEAD":  # a preview: the link is for the person who opens it
         abort(405)
     with console.login.one_by_one:
         offered = "" if console.link_file is None else links.offered(console.link_file, console.clock())

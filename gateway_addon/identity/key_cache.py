@@ -74,7 +74,7 @@ class KeyCache:
         if keys is not None:
             return keys
         since = "" if self._keys is None else " for a day"
-        sentence = f"The keys of the issuer {self.issuer.name} cannot be had{since}: {self.problem or 'they have not come yet'}"
+        sentence = f"The keys of the issuer {self.issuer.name} cannot be fetched{since}: {self.problem or 'they have not come yet'}"
         return Refusal("identity_unavailable", f"{sentence}. Try again shortly; tokens of the gateway's own work meanwhile.", RETRY_S)
 
     @property

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from gateway_addon.names import safe_name
 
 USER_ID_CHARACTERS_MAX = 2_000
-"""Longer than any form of Claude Code's; a longer one is nobody's JSON, and only its beginning is kept."""
+"""Longer than any form of Claude Code's; a longer one is not parsed, and only its beginning is kept."""
 _HEADERS = {f"x-claude-code-{part}-id": part for part in ("session", "agent", "parent-agent")}
 _OLD_FORM = re.compile(r"user_([0-9a-f]{64})_account_[0-9a-f-]{0,36}_session_([0-9a-f-]{36})")
 """`metadata.user_id` of Claude Code before 2.1.78."""

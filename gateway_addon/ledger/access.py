@@ -62,7 +62,7 @@ def restrict(ledger: Path, mode: int) -> list[str]:
 def exposed(ledger: Path, mode: int) -> list[str]:
     """Return a sentence for each file that more people may open than `mode` says."""
     return [
-        f"{path} has the mode {found:04o}: whoever may open it reads everything and can stop every call. chmod {mode:04o} {path}"
+        f"{path} has the mode {found:04o}: anybody who can open it reads everything and can stop every call. chmod {mode:04o} {path}"
         " (a gateway that starts does it)"
         for path, found in _modes(ledger)
         if found & ~mode

@@ -2,7 +2,7 @@
 
 Promises pieces of bounded size whatever a bomb holds, and no exception on any bytes: a corrupt body ends with `broken` set.
 The first bytes decide before the header does, because recorded traffic has both lies: compressed bodies without a
-content-encoding, and plain ones that still carry it (a proxy or a cassette had decoded them). Knows nothing of what is inside.
+content-encoding, and plain ones that still carry it (a proxy or a cassette had decoded them). Knows nothing of the content.
 """
 
 import zlib

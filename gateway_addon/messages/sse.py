@@ -3,7 +3,7 @@
 `Framer` cuts the stream at its blank lines and holds only the event that is still arriving; `events` takes whole events
 apart. Framing is the HTML standard's (section 9.2, "Server-sent events"): LF, CRLF or CR, comments, several `data:` lines,
 a leading byte order mark. One deliberate difference: the standard drops a last event without its blank line, `close` hands
-it out, because the money is in it. Knows nothing of what the events say.
+it out, because the money is in it. Knows nothing of the events' meaning.
 """
 
 from collections.abc import Iterator

@@ -72,7 +72,7 @@ def check_models(policy: GatewayPolicy, now: float) -> Check:
 
 
 def check_issuers(policy: GatewayPolicy, *, offline: bool) -> list[Check]:
-    """Check that each issuer's keys can be had, in one check of all; none where the policy names no issuers."""
+    """Check that each issuer's keys can be fetched, in one check of all; none where the policy names no issuers."""
     seen, findings = [], []
     for issuer in policy.trust.issuers.values() if policy.trust is not None else ():
         if offline and issuer.keys.kind in ("discovery", "url"):
@@ -82,7 +82,7 @@ def check_issuers(policy: GatewayPolicy, *, offline: bool) -> list[Check]:
             keys = issuer_keys.fetched(issuer, None, lambda url: egress(policy, os.environ, url)).keys
             seen.append(f"{issuer.name}: {len(keys.keys)} keys that check signatures")
         except (KeysUnavailable, ValueError, SecretUnavailable) as error:
-            findings.append(f"{issuer.name}: its keys cannot be had ({error}); its identity tokens are refused, or will be in a day")
+            findings.append(f"{issuer.name}: its keys cannot be fetched ({error}); its identity tokens are refused, or will be in a day")
     return [Check("issuers", seen or ["none has keys"], findings)] if seen or findings else []
 
 

@@ -36,7 +36,7 @@ def explain(
     try:
         keys = keys_of(issuer)
     except KeysUnavailable as error:
-        unavailable = Refusal("identity_unavailable", f"The keys of the issuer {issuer.name} cannot be had: {error}.")
+        unavailable = Refusal("identity_unavailable", f"The keys of the issuer {issuer.name} cannot be fetched: {error}.")
         return explanation | {"checks": [_known(assertion, issuer), _check("key", unavailable)], "refused": _refusal(unavailable)}
     checks = [(name, step(assertion, issuer, keys, trust, now)) for name, step in workloads.STEPS]
     verdict = workloads.judge(assertion, issuer, keys, trust, now)

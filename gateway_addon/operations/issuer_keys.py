@@ -36,14 +36,14 @@ type Way = Callable[[str], Egress]
 
 
 class KeyRefresher:
-    """Keep the keys of the issuers in force fresh, apart from the calls, and say where they cannot be had."""
+    """Keep the keys of the issuers in force fresh, apart from the calls, and say where they cannot be fetched."""
 
     def __init__(self, gateway: Gateway):
         self._gateway = gateway
         self._told: frozenset[str] = frozenset()
 
     async def look(self) -> None:
-        """Fetch what is due; of each issuer whose keys cannot be had, tell a person once."""
+        """Fetch the keys that are due; log once for each issuer whose keys cannot be fetched."""
         trust = self._gateway.policy.trust
         failing = await self._gateway.identities.keys.follow(() if trust is None else trust.issuers.values())
         now = time.time()

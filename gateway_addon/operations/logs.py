@@ -1,6 +1,6 @@
 """The log: one plain line per thing worth saying, with no secret in it.
 
-Promises that neither a token nor the real key passes a handler, whoever logs them: mitmproxy prints the bytes of a broken
+Promises that neither a token nor the real key passes a handler, whichever logger writes them: mitmproxy prints the bytes of a broken
 request. This module configures the process's logging.
 """
 

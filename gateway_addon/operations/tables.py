@@ -1,4 +1,4 @@
-"""Print tables that fit the terminal, 60 columns too. Knows nothing of what they are about."""
+"""Print tables that fit the terminal, 60 columns too. Knows nothing of their content."""
 
 import shutil
 import sys

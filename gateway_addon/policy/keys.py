@@ -111,7 +111,8 @@ _MODES = {"0600": PRIVATE, "0640": GROUP_READS}  # in a schema also as numbers: 
 
 def _mode(value: str) -> int:
     if value not in _MODES:
-        raise ValueError(f"{value!r} cannot be the ledger's mode: who else may write it, or lock it, stops every call; write 0600 or 0640")
+        why = "a user who can write or lock it can stop every call"
+        raise ValueError(f"{value!r} cannot be the ledger's mode: {why}; write 0600 or 0640")
     return _MODES[value]
 
 
@@ -487,7 +488,7 @@ GATEWAY: dict[str, Key] = {
     "key": Key(SOURCE, "where the real API key is read from, again when it changes", Source("env", "ANTHROPIC_API_KEY")),
     "admin_key": Key(SOURCE, "where `gateway reconcile` reads an admin key from; nothing else reads it, and it calls no model", None),
     "metrics_token": Key(
-        SOURCE, "the bearer token of whoever may read `/gateway/metrics`; without it there is no such page; to change it, restart", None
+        SOURCE, "the bearer token that opens `/gateway/metrics`; without it there is no such page; to change it, restart", None
     ),
     "timezone": Key(_ZONE, "in which days, weeks and months begin", "UTC"),
     "workspace_geo": Key(
@@ -512,7 +513,8 @@ GATEWAY: dict[str, Key] = {
         None,
     ),
     "trusted_proxies": Key(
-        listing(_PROXY), "proxies in front: whom they saw (X-Forwarded-For) is taken for the caller; nobody's word unless given", ()
+        listing(_PROXY),
+        "proxies in front: the address that they saw (X-Forwarded-For) is taken for the caller's; no proxy is believed unless given", (),
     ),
     "egress": _group(
         EgressPolicy,

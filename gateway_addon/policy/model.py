@@ -224,7 +224,7 @@ class GatewayPolicy:
     workspace_geo: Literal["global", "us", "unknown"]
     apps: Mapping[str, AppPolicy]
     trust: Trust | None
-    """Whose identity tokens are believed, and whose they are; None: nobody's are."""
+    """The issuers whose identity tokens are believed, and the workloads that these stand for; None: no identity token is believed."""
     prices: Prices
     folder: str
     """The folder of its files as people know it, for sentences."""

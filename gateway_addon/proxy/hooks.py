@@ -55,7 +55,7 @@ REQUIRED_OPTIONS: dict[str, Any] = {
 }
 REDIRECT = (
     "The Claude API answered with a redirect ({}), which the gateway does not hand on: your client would send the whole prompt there, past "
-    "the gateway. The call cost nothing. Whoever runs the gateway names the API's own address in gateway.yaml (upstream)."
+    "the gateway. The call cost nothing. The operator can name the API's own address in gateway.yaml (upstream)."
 )
 LEFT = Refusal("draining", "The client left before the call was admitted.")
 
@@ -109,7 +109,7 @@ class GatewayAddon:
         """The route to the upstream."""
         self.logged_drops: set[bytes] = set()
         self.flow_states: dict[str, FlowState] = {}
-        """All flows whose calls have not ended, by their ids. Whoever ends one first removes it, and with it all that is known of it."""
+        """All flows whose calls have not ended, by their ids. The first to end one removes it, and with it all that is known of it."""
         gateway.streams.flows = self.flow_states
 
     # -- the proxy's own life
@@ -503,7 +503,7 @@ def _announced(headers: Iterable[tuple[str, str]]) -> int | None:
 
 
 def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:
-    """Return header names, in lower case, and values, as text from which the bytes can be had again."""
+    """Return header names, in lower case, and values, as text that can be turned into the same bytes again."""
     return tuple([
         (name.lower().decode("utf-8", "surrogateescape"), value.decode("utf-8", "surrogateescape")) for name, value in headers.fields
     ])  # fmt: skip

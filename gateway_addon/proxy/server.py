@@ -167,7 +167,7 @@ async def prepared(
 
 
 def count(settings: Settings, token: Source, gateway: Gateway) -> None:
-    """Count the gateway's calls for Prometheus, and serve the page to whoever has its token. Raises SecretUnavailable."""
+    """Count the gateway's calls for Prometheus, and serve the page to requests with its token. Raises SecretUnavailable."""
     from gateway_addon.operations import metrics  # here: 3 MB that most gateways do without
 
     secret = WatchedSecret(token, withheld=gateway.policy.secret_variables)

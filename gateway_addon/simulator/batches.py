@@ -61,7 +61,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Batches:
-    """All batches of the workspace, whoever made them."""
+    """All batches of the workspace, no matter which app made them."""
 
     generate: Generate
     clock: Callable[[], float]

@@ -85,7 +85,7 @@ class Behaviour:
     after_disconnect_s: float = 0
     """How long generation goes on when the client has gone."""
     overrun: bool = False
-    """Breaks every declared rate and lag: whoever leaves early is billed the whole answer."""
+    """Breaks every declared rate and lag: a client that leaves early is billed the whole answer."""
     delay_headers_s: float = 0
     say_nothing_s: float = 0
     """Silence after `message_start`, without pings; what was generated in it then comes at once."""

@@ -1,6 +1,6 @@
 """When an answer's tokens are generated and when its bytes go out: two clocks, because the bill follows the first one.
 
-Generation starts when the request has arrived and runs at its own pace, whoever listens. Delivery follows it, `ahead_s`
+Generation starts when the request has arrived and runs at its own pace, whether anybody listens or not. Delivery follows it, `ahead_s`
 behind. A client that hangs up stops delivery at once and generation only `after_disconnect_s` later.
 """
 

@@ -1,4 +1,4 @@
-"""Files of the simulated API: uploaded as a form, kept in memory, told apart by id. Whoever holds the key sees all of them."""
+"""Files of the simulated API: uploaded as a form, kept in memory, told apart by id. Every holder of the key sees all of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class File:
 
 @dataclass(slots=True)
 class Files:
-    """All files of the workspace, whoever uploaded them."""
+    """All files of the workspace, no matter which app uploaded them."""
 
     clock: Callable[[], float]
     kept: dict[str, File] = field(default_factory=dict)

@@ -73,7 +73,7 @@ class Charged:
 
 
 class ReportUnavailable(Exception):
-    """The provider's report cannot be had. The message is a sentence for the operator."""
+    """The provider's report cannot be fetched. The message is a sentence for the operator."""
 
 
 class AdminApi:
@@ -115,7 +115,7 @@ class AdminApi:
                     raise ReportUnavailable(_refused(answered.status))
                 body = whole(answered)
         except Unanswered as error:
-            raise ReportUnavailable(f"The provider's reports cannot be had: {error}. Try again later.") from None
+            raise ReportUnavailable(f"The provider's reports cannot be fetched: {error}. Try again later.") from None
         try:
             answer = json.loads(body)
             if isinstance(answer["data"], list) and isinstance(answer["has_more"], bool):

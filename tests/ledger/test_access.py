@@ -74,7 +74,7 @@ def test_a_mode_that_lets_others_in_is_refused(tmp_path, mode):
     policies = write_policies(tmp_path, "https://api.anthropic.com", {}, f"ledger_mode: {mode}")
     result = CliRunner().invoke(main, ["check", str(policies)])
     assert result.exit_code == 2
-    assert "stops every call; write 0600 or 0640" in result.output
+    assert "can stop every call; write 0600 or 0640" in result.output
 
 
 def test_doctor_tells_of_files_that_others_may_open(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_doctor_tells_of_files_that_others_may_open(tmp_path, monkeypatch):
     path.chmod(0o644)
     result = CliRunner().invoke(main, ask)
     assert result.exit_code == 1
-    assert f"{path} has the mode 0644: whoever may open it reads everything and can stop every call. chmod 0600 {path}" in result.output
+    assert f"{path} has the mode 0644: anybody who can open it reads everything and can stop every call. chmod 0600 {path}" in result.output
 
 
 def run(path, *command):

@@ -50,7 +50,7 @@ def test_issuers_without_keys_are_a_finding(path, policies):
     write_policies(policies, "http://127.0.0.1:1", {}, f"audience: x\n{named.replace('KEYS', str(policies / 'jwks.json'))}")
     code, output = examine(path)
     assert (code, "BAD issuers: web: not asked (--offline)" in output) == (1, True), output
-    assert "here: its keys cannot be had" in output
+    assert "here: its keys cannot be fetched" in output
     (policies / "jwks.json").write_bytes(jwks())
     code, output = examine(path)
     assert (code, "ok  issuers: here: 1 keys that check signatures" in output) == (0, True), output

@@ -44,7 +44,7 @@ CASES = {
     "exp as text": (lambda: token(claims(exp="soon")), "identity_invalid", ["no  times", "exp is no time"]),
     "of a stranger": (lambda: token(claims(iss="https://evil.test")), "identity_invalid", ["no  form and issuer", "https://evil.test"]),
     "no token": (lambda: "gwt_nothing", "identity_invalid", ["is not three parts of base64url"]),
-    "keys that cannot be had": (lambda: token(claims(iss="https://gone.test", sub="x")), "identity_unavailable", ["/nowhere/jwks.json is no file"]),
+    "keys that cannot be fetched": (lambda: token(claims(iss="https://gone.test", sub="x")), "identity_unavailable", ["/nowhere/jwks.json is no file"]),
 }
 
 

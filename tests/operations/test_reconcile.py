@@ -383,7 +383,7 @@ async def test_every_page_of_a_long_report_is_read():
     ],
 )
 async def test_missing_report_is_a_sentence_without_the_key(status, body, said):
-    """A report that cannot be had is a sentence without the key."""
+    """A report that cannot be fetched is a sentence without the key."""
     async with upstream(answer(status, "application/json", body)) as far:
         with pytest.raises(ReportUnavailable, match=said) as problem:
             await asyncio.to_thread(AdminApi(far.url, ADMIN_KEY).usage, 0, None)

@@ -75,7 +75,7 @@ def create(server: ServerAddress, zone: str = "UTC") -> None:
 
 
 class ServerLedger:
-    """A ledger's server, for whoever opens it."""
+    """A ledger's server, as gateways and commands open it."""
 
     def __init__(self, server: ServerAddress) -> None:
         self.server = server

@@ -137,7 +137,7 @@ class FileStore:
 
 
 class FileLedger:
-    """A ledger's file, for whoever opens it."""
+    """A ledger's file, as gateways and commands open it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -4,7 +4,7 @@ Promises: operations that wait together share one durable commit; the event loop
 (a settlement, a void, a release) is retried until it is written, every other one fails as soon as the store does; while the store
 fails, the ends of calls are in its journal (a server's has one), so that they outlive this process; the answer given is the truth even
 when a commit ended in doubt (the owner's row counts commits, so the next connection can look it up, and keep it from coming later).
-Knows nothing of what the operations mean, nor of what kind the store is.
+Knows neither what the operations mean nor what kind of store it writes to.
 """
 
 import logging
