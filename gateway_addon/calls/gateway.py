@@ -59,7 +59,7 @@ from gateway_addon.messages import wrong_paths
 from gateway_addon.messages.request import ParsedRequest, Request, endpoint_of
 from gateway_addon.money import dollars
 from gateway_addon.names import safe_name
-from gateway_addon.policy import AppPolicy, GatewayPolicy
+from gateway_addon.policy import AppPolicy, GatewayPolicy, still_kept
 from gateway_addon.refusals import ABOUT_LIMITS, Refusal
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Gateway:
         self.policy_problem: str | None = None
         """Why the files on disk are not in force, after a reload that failed."""
         self.key_problem: str | None = None
-        self.streams = RunningStreams(ledger, clocks)
+        self.streams = RunningStreams(ledger, clocks, self._judged)
         self.measures = Measures()
         self.scrape: Scrape | None = None
         """The metrics page; None: the policy names no token for it."""
@@ -264,6 +264,13 @@ class Gateway:
         return plan(caller.app, caller.policy, call, parsed, quote, upstream_limits, known, now)
 
     # -- running
+
+    def _judged(self, running: InFlightCall) -> Reserved:
+        """Return what a call holds, with the caps that judge its top-ups: those of its admission, but for any that a reload dropped."""
+        reserved, admission = running.hold.reserved, running.admission
+        if admission.caller.policy is self.policy:
+            return reserved
+        return replace(reserved, caps=still_kept(self.policy, admission.call, reserved.caps))
 
     def run(self, admission: Admission, monotonic_s: float) -> InFlightCall | None:
         """Start to account for an admitted call; None where there is nothing to account for."""

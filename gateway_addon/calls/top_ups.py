@@ -7,7 +7,7 @@ ledger expires. Knows the ledger and running calls; nothing of mitmproxy or poli
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from gateway_addon.calls.record import Measures
 from gateway_addon.calls.refusal_messages import cut_sentence
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.clocks import Clocks
-from gateway_addon.ledger import Ledger
+from gateway_addon.ledger import Ledger, Reserved
 from gateway_addon.refusals import Refusal
 
 LOOK_AT_LEASE_S = 0.25
@@ -37,9 +37,11 @@ class RunningFlow(Protocol):
 class RunningStreams:
     """Top up and cut the running calls of one process: those of `flows`, a table that the proxy keeps up to date."""
 
-    def __init__(self, ledger: Ledger, clocks: Clocks):
+    def __init__(self, ledger: Ledger, clocks: Clocks, judged: Callable[[InFlightCall], Reserved]):
+        """`judged` returns what a running call holds, with the caps that judge its top-ups now."""
         self._ledger = ledger
         self._clocks = clocks
+        self._judged = judged
         self.flows: Mapping[str, RunningFlow] = {}
         self.on_top_up = Measures().on_top_up
         self._hurry = asyncio.Event()
@@ -96,7 +98,7 @@ class RunningStreams:
         ]
         if not wanted:
             return
-        granted = await self._ledger.extend([(running.hold.reserved, nano) for running, _, _, nano in wanted], now=self._clocks.now())
+        granted = await self._ledger.extend([(self._judged(running), nano) for running, _, _, nano in wanted], now=self._clocks.now())
         for (running, tokens, turn, _), ok in zip(wanted, granted, strict=True):
             self.on_top_up(ok)
             if ok:

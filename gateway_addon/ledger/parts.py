@@ -30,10 +30,16 @@ NEXT_CALL = "SELECT coalesce(max(id), 0) + 1 FROM calls"
 ONE_KEPT = """kept.app = $1 AND kept.kind = $2 AND kept."window" = $3"""
 KEEP = 'INSERT INTO kept_parts (app, kind, "window", since_id) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING'
 WITH_OWN_CAP = "SELECT DISTINCT app FROM tokens WHERE cap_nano IS NOT NULL"
-NAMED = named("""
+OF_THE_DAY = "part_names.day_start BETWEEN {day} AND {day} + 90000"
+"""Whether a number of new names is that of a day, or of the next: a call that waited past midnight counts among the new day's.
+
+A day has 25 hours at most; what is further ahead was counted before the clock was set back.
+"""
+NAMED = named(f"""
 INSERT INTO part_names (app, day_start, names) VALUES ($app, $day_start, $names)
-ON CONFLICT (app) DO UPDATE SET names = CASE WHEN part_names.day_start = excluded.day_start THEN part_names.names ELSE 0 END
-  + excluded.names, day_start = excluded.day_start
+ON CONFLICT (app) DO UPDATE SET
+  names = CASE WHEN {OF_THE_DAY.format(day="excluded.day_start")} THEN part_names.names ELSE 0 END + excluded.names,
+  day_start = CASE WHEN {OF_THE_DAY.format(day="excluded.day_start")} THEN part_names.day_start ELSE excluded.day_start END
 """)
 # A session or an agent rests once `gateway prune` has carried all its calls. What users, labels, models and tokens spent for ever stays.
 FORGET = """
@@ -191,6 +197,6 @@ def _look(count: int) -> str:
     """Return the question of what is kept for an app, how many new names it has had today, and which of so many scopes are known."""
     return f"""
     SELECT 'kept' AS what, kind AS name, "window", 0 AS names FROM kept_parts WHERE app = $1
-    UNION ALL SELECT 'names', '', '', names FROM part_names WHERE app = $1 AND day_start = $2
+    UNION ALL SELECT 'names', '', '', names FROM part_names WHERE app = $1 AND {OF_THE_DAY.format(day="$2")}
     UNION ALL SELECT DISTINCT 'known', scope, '', 0 FROM part_balances WHERE scope IN ({numbers(count, 3)})
     """

@@ -300,7 +300,7 @@ def extend(db: Connection, call_id: int, more_nano: int, caps: Sequence[CapShape
     app, app_parts, cycles, day, week, month = row[0]
     try:
         placed = parts.placed_again(db, app, caps, app_parts)
-        frames = _frames(placed, Starts(day, week, month, cycles=tuple(json.loads(cycles or "{}").items())))
+        frames = _frames(placed, Starts(day, week, month, cycles=_kept_cycles(db, placed, cycles)))
     except LedgerUnavailable:  # another policy came into force: what is not kept any more cannot be judged, so nothing is granted
         return False
     values = {"call_id": call_id, "more_nano": more_nano, "now": now} | _asked(frames)
@@ -413,6 +413,14 @@ def _frames(caps: Iterable[CapShape], windows: Starts) -> list[CapWindow]:
             f"the ledger keeps no balances for the window {error}: another gateway with other policies uses it; give all of them the same,"
             " and reload this one"
         ) from None
+
+
+def _kept_cycles(db: Connection, caps: Iterable[CapShape], cycles: str | None) -> tuple[tuple[Window, int], ...]:
+    """Return the starts of a running call's cycles, as its row says them, where caps ask for any: of those that are still kept."""
+    if not any(is_cycle(cap.window) for cap in caps):
+        return ()
+    kept = kept_calendar(db)[1]
+    return tuple((cycle, start) for cycle, start in json.loads(cycles or "{}").items() if cycle in kept)
 
 
 @lru_cache

@@ -25,6 +25,7 @@ from gateway_addon.policy.model import (
     last_call_share,
     name_limit,
     part_caps,
+    still_kept,
     token_cap,
 )
 from gateway_addon.policy.retiring import Retiring, retiring
@@ -63,6 +64,7 @@ __all__ = [
     "outline",
     "part_caps",
     "retiring",
+    "still_kept",
     "token_cap",
     "trail",
 ]

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway_addon.identity.trust import Trust, WorkloadRule
-from gateway_addon.ledger import AppPart, NameLimit, NewCall, app_scope, part_scope, team_scope
+from gateway_addon.ledger import AppPart, CapShape, NameLimit, NewCall, app_scope, part_of, part_scope, team_scope
 from gateway_addon.names import app_named
 from gateway_addon.pricing import Prices
 from gateway_addon.windows import Window, is_cycle
@@ -315,6 +315,21 @@ def capped_parts(policy: GatewayPolicy) -> frozenset[tuple[str, str, Window]]:
         for kind, each in (*app.each.items(), *(("model", own) for own in app.models.caps.values()))
         for window in each.caps
     )
+
+
+def still_kept(policy: GatewayPolicy, call: NewCall, caps: Iterable[CapShape]) -> tuple[CapShape, ...]:
+    """Return those of a running call's caps of which the ledger keeps balances under a policy that came into force since.
+
+    The others are on parts and cycles that the policy has dropped: nothing can be judged by them any more.
+    """
+    parts, of_cycles = capped_parts(policy), cycles(policy)
+    own = {(cap.scope, cap.window) for cap in token_cap(call)}
+
+    def is_kept(cap: CapShape) -> bool:
+        part = part_of(cap.scope)
+        return (part is None or (call.app, part[0], cap.window) in parts) and (not is_cycle(cap.window) or cap.window in of_cycles)
+
+    return tuple(cap for cap in caps if (cap.scope, cap.window) in own or is_kept(cap))
 
 
 def cycles(policy: GatewayPolicy) -> frozenset[Window]:

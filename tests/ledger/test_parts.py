@@ -163,6 +163,11 @@ def test_a_part_without_a_balance_is_refused_and_not_let_pass(db):
     with pytest.raises(LedgerUnavailable, match="keeps no balances for the window 'cycle:17'"):
         hold(db, 10, [Cap("app:reports", "cycle:17", 100)])
     assert not reservations.extend(db, running.call_id, 1, [cap("session", 100)], now=NOON)
+    keep(db, EVER, [cycle(5)])
+    of_cycle = hold(db, 10, [full := Cap("app:reports", "cycle:5", 100)])
+    assert reservations.extend(db, of_cycle.call_id, 1, [full], now=NOON)
+    keep(db, EVER)
+    assert not reservations.extend(db, of_cycle.call_id, 1, [full], now=NOON)
 
 
 @pytest.mark.parametrize("window", ["day", "week", "month", "ever", "cycle:5"])
@@ -266,6 +271,50 @@ def test_names_beyond_a_days_number_share_one_part(db, path):
     assert isinstance(ask(5, NOON + DAY_S), Reserved), "another day has room for new names"
     assert part(path, "app:reports session:s5") == (0, 60, 1)
     assert findings(db) == []
+
+
+@pytest.mark.parametrize("window", ["day", "ever"])
+async def test_others_are_full_at_midnight_with_calls_in_flight(path, window):
+    """By a clock that is told: a call goes on where it was counted, names come back as themselves, each day has its number of new ones.
+
+    A call that waited past midnight takes its name from the new day's number, and does not begin the day anew.
+    """
+    midnight, of_day = NOON + DAY_S / 2, window == "day"
+    with connect.changing(path) as db:
+        keep(db, {("reports", "session", window)})
+    ledger = await Ledger.open(url(path), now=NOON)
+
+    async def ask(number, now, nano=60, names_max=3):
+        call = replace(CALL, session_id=f"s{number}", names=NameLimit(names_max))
+        return await ledger.reserve(call, nano, [cap("session", 100, window, f"s{number}")], now=now)
+
+    async def stands(number, now):
+        """Where the call of a session counts, and whether it was let in."""
+        answer = await ask(number, now)
+        [standing] = answer.standings
+        return standing.scope.removeprefix("app:reports session:"), isinstance(answer, Reserved)
+
+    try:
+        assert [await stands(number, midnight - 1) for number in range(3)] == [(f"s{number}", True) for number in range(3)]
+        running = await ask(3, midnight - 1)
+        assert await stands(4, midnight - 1) == ("others", False)
+        assert [await ledger.extend([(running, nano)], now=midnight) for nano in (41, 40)] == [[False], [True]], "the others of its own day"
+        assert await stands(0, midnight) == ("s0", of_day), "a name of yesterday is no new one"
+        assert [await stands(number, midnight) for number in (3, 4)] == [("s3", True), ("s4", True)]
+        assert await stands(5, midnight - 1) == ("s5", True), "the new day's third name"
+        assert await stands(6, midnight) == ("others", of_day), "for ever they are full"
+        await ledger.settle(running, Settlement(10), now=midnight + 1)
+        assert await stands(7, midnight) == ("others", not of_day)
+        lowered, raised = midnight + 3_600, midnight + 7_200
+        assert [(await ask(number, lowered, 1, names_max=1)).standings[0].scope for number in (0, 8)] == [
+            "app:reports session:s0", "app:reports session:others",
+        ]  # fmt: skip
+        assert (await ask(8, raised, 1, names_max=4)).standings[0].scope == "app:reports session:s8"
+    finally:
+        await ledger.close()
+    with connect.reading(path) as db:
+        assert findings(db) == []
+    assert rows(path, "SELECT day_start, names FROM part_names") == [(midnight, 4)]
 
 
 def test_names_are_bounded_where_their_caps_are_only_observed(db, path):

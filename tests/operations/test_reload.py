@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from ledgers import ENGINES, new_ledger, until, url
 from gateway_addon.cli.check import check
 from gateway_addon.identity.fingerprint import fingerprint
 from gateway_addon.ledger import Ledger, LedgerUnavailable, admin, connect
+from gateway_addon.ledger.maintenance.invariants import findings
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.operations import jobs
 from gateway_addon.operations.reload import KEY_PROBLEM, LOOK_EVERY_S, PolicyWatcher, align, audit_key, must_agree
@@ -209,6 +211,49 @@ async def test_a_call_in_flight_is_priced_as_it_was_admitted(tmp_path: Path):
         await running.quiet()
         billed_nano = (await api.settled()).billed_nano
         assert await running.spent_nano() == before_nano + 3 * (billed_nano - before_nano), "the next one at the new prices"
+
+
+STREAMED = "models: {allow: [claude-sonnet-5]}\nreserve: progressive\n"
+CAPS_THEN = {
+    "dropped": ("caps: {day: $9}\neach: {session: {ever: $9}}\n", "caps: {day: $9}\n"),
+    "moved": ("caps: {day: $9}\neach: {session: {ever: $9}}\n", "caps: {day: $9}\neach: {session: {day: $9}}\n"),
+    "cycle": ("caps: {day: $9, cycle: {amount: $9, from: 17}}\n", "caps: {day: $9}\n"),
+    "added": ("caps: {day: $9}\n", "caps: {day: $9}\neach: {session: {ever: $0.00001}}\n"),
+    "lowered": ("caps: {day: $9}\neach: {session: {ever: $9}}\n", "caps: {day: $9}\neach: {session: {ever: $0.00001}}\n"),
+}
+"""By app: its caps, and those that a reload brings while it streams."""
+
+
+async def test_streams_are_topped_up_when_a_reload_changes_parts_caps(tmp_path: Path):
+    """By the caps that they came under and that are still kept; the next call of their session meets the new ones."""
+    asked = {"model": "claude-sonnet-5", "max_tokens": 60_000, "messages": MESSAGES, "extra_headers": {"x-claude-code-session-id": "s1"}}
+    behaviour = Behaviour(output_tokens=30_000, tokens_per_s=390, tokens_per_event=40)  # longer than the test
+    apps = {app: STREAMED + caps for app, (caps, _) in CAPS_THEN.items()}
+    async with Simulator(behaviour=behaviour) as api, gateway(tmp_path, api, apps) as running, contextlib.AsyncExitStack() as streams:
+        watching, digest = watcher(running), running.gateway.policy.digest
+        for app in CAPS_THEN:
+            await streams.enter_async_context(running.client(app).messages.stream(**asked))
+        for app, (_, caps) in CAPS_THEN.items():
+            (running.folder / "policies" / "apps" / f"{app}.yaml").write_text(STREAMED + caps)
+        await watching.look()
+        await watching.look()
+        assert running.gateway.policy.digest != digest
+        reloaded_at = time.time()
+
+        def topped_up() -> bool:
+            with connect.reading(running.folder / "gateway.db") as db:
+                found = db.execute("SELECT DISTINCT call_id FROM entries WHERE kind = 'extend' AND at > $1", (reloaded_at,)).fetchall()
+                return len(found) == len(CAPS_THEN)
+
+        await until(topped_up)
+        await streams.aclose()
+        await running.quiet()
+        with connect.reading(running.folder / "gateway.db") as db:
+            assert findings(db) == []
+        api.behaviour = Behaviour()
+        for app in CAPS_THEN:
+            with pytest.raises(anthropic.RateLimitError, match="session s1 of app") if app in ("added", "lowered") else contextlib.nullcontext():
+                await running.client(app).messages.create(**asked | {"max_tokens": 9})
 
 
 def changed(folder: Path, begins: str) -> list[str]:

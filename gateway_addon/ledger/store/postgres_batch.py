@@ -100,7 +100,7 @@ COUNTED = f"""
           CONTINUE;
         END IF;
         its_room := greatest(0, item.names_max - coalesce((
-          SELECT names FROM part_names WHERE part_names.app = item.app AND part_names.day_start = item.day_start), 0));
+          SELECT names FROM part_names WHERE part_names.app = item.app AND {parts.OF_THE_DAY.format(day="item.day_start")}), 0));
         SELECT least(count(*), its_room), array_agg(kind) FILTER (WHERE nth > its_room) INTO its_new, its_shared
           FROM (SELECT kind, row_number() OVER (ORDER BY place) AS nth
                 FROM json_to_recordset(item.named) AS named (place bigint, kind text, scope text)
