@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from ledgers import CALL, DAY_CAP, ENGINES, NOON, Part, balance, new_ledger, until, url
 
-from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, background, connect, reservations
+from gateway_addon.ledger import Ledger, LedgerUnavailable, Reserved, ServerAddress, Settlement, admin, background, connect, reservations
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.store import balances
 from gateway_addon.operations.reload import align
@@ -83,6 +84,10 @@ async def test_a_look_at_a_token_is_new_once_a_bill_passes_its_grant(ledger, mon
         found = [(await ledger.look_up_token("d1", now=NOON, judged_again=True)).overruns for _ in range(3)]
         assert len(looks) == seen
     assert found == [{CALL.model_asked}] * 3
+    monkeypatch.setattr("gateway_addon.ledger.ledger.LOOKED_UP_MAX", 1)
+    await ledger.change(partial(admin.issue_token, app="reports", digest="d2", who="test", now=NOON))
+    await ledger.look_up_token("d2", now=NOON)
+    assert list(ledger._looked_up) == ["d2"], "memory of looks is bounded"
 
 
 async def test_one_gateway_moves_the_calls_and_the_others_wait(path, ledger, long):
