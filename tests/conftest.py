@@ -1,5 +1,6 @@
 """Set up what every test stands on: quiet imports, signals as a terminal gives them, and the fast half of the suite."""
 
+import asyncio
 import gc
 import os
 import re
@@ -87,3 +88,15 @@ def either_dispatch(request, monkeypatch):
     from gateway_addon.proxy.fastpath import dispatch
 
     monkeypatch.setattr(dispatch, "FITS", request.param)
+
+
+@pytest.fixture
+async def idle_clock():
+    """Let time pass while the loop is idle, for the gateways of the test too: see `idle_clock.py`."""
+    import gateway
+    from idle_clock import pass_while_idle
+
+    with pytest.MonkeyPatch.context() as patch:  # until the test ends: the loop ends by the real clock
+        clocks = pass_while_idle(asyncio.get_running_loop(), patch)
+        patch.setattr(gateway, "SYSTEM", clocks)
+        yield clocks

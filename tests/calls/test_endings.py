@@ -14,6 +14,8 @@ from upstreams import START, answer, event, message, upstream
 from gateway_addon.calls import settlement
 from gateway_addon.simulator import Behaviour, Simulator, delivery
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 120, "messages": [{"role": "user", "content": "Say hello."}]}
 APPS = {"app": "models: {allow: [claude-haiku-4-5, claude-sonnet-5]}\ncaps: {day: $100}\nreserve: full\n"}
 

@@ -17,6 +17,8 @@ from gateway_addon.ledger.store import sqlite_files
 from gateway_addon.proxy import hooks
 from gateway_addon.simulator import Behaviour, Simulator
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 NOW = 1_790_000_000.0
 CAP = SimpleNamespace(scope="app:app", window="day", amount_nano=1_000)
 

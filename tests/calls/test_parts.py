@@ -17,6 +17,8 @@ from gateway_addon.identity import tokens
 from gateway_addon.ledger import admin
 from gateway_addon.simulator import Behaviour, Simulator
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 LABELLED = APP + "each: {session: {ever: $2}}\nlabels: {client: {values: [acme, beta]}, branch: {}, pr: {from: token}}\nendpoints: [messages, count_tokens, models, batches]\n"
 ASKED = {"model": "claude-haiku-4-5", "max_tokens": 16, "messages": [{"role": "user", "content": "hello"}]}
 SUBAGENT = {"x-claude-code-session-id": "s-1", "x-claude-code-agent-id": "a-2", "x-claude-code-parent-agent-id": "a-1"}

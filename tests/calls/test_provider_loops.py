@@ -21,6 +21,8 @@ from gateway_addon.ledger.reports import entry_history
 from gateway_addon.policy import load
 from gateway_addon.simulator import Behaviour, Simulator
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 DOLLAR = 1_000_000_000
 HAIKU = "claude-haiku-4-5"
 POLICIES = Path(__file__).parents[2] / "policies" / "examples"

@@ -11,6 +11,8 @@ from ledgers import rows
 from gateway_addon.cli.report import report
 from gateway_addon.simulator import Behaviour, Simulator
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
 SEARCH = {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 1}]}
 

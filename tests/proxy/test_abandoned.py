@@ -19,6 +19,8 @@ from gateway_addon.proxy import flows
 from gateway_addon.proxy.fastpath import connection, dispatch, relay, whole
 from gateway_addon.simulator import Behaviour, Simulator
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 MODEL = "claude-haiku-4-5"
 ALLOW = f"models: {{allow: [{MODEL}]}}\nendpoints: [messages, count_tokens, batches]\n"
 FINISH = {"app": ALLOW + "caps: {day: $5}\n"}

@@ -11,6 +11,8 @@ from ledgers import until
 
 from gateway_addon.simulator import Behaviour, Simulator
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 ASK = {"model": "claude-haiku-4-5", "max_tokens": 50, "messages": [{"role": "user", "content": "Tell me a story."}]}
 TWO = {"app": "models: {allow: [claude-haiku-4-5]}\ncaps: {day: $100}\nrates: {concurrent: 2}\n"}
 PIECES = 10

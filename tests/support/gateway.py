@@ -126,7 +126,7 @@ async def gateway(
     prepare: Callable[[Master], None] = lambda master: None,
     on_call: Callable[[dict[str, Any]], None] | None = None,
     ledger_url: str | None = None,
-    clocks: Clocks = SYSTEM,
+    clocks: Clocks | None = None,
     lag_s: float | None = None,
 ) -> AsyncIterator[Running]:
     """Run a gateway with these apps (policy texts by name) until the block ends. `prepare` may change its options first.
@@ -145,6 +145,7 @@ async def gateway(
     loaded = load(policies) if lag_s is None else with_lag(load(policies), lag_s)
     if capped_parts(loaded) or cycles(loaded):
         await align(ledger, loaded, "test")
+    clocks = clocks or SYSTEM
     keys = IssuerKeys(partial(issuer_keys.fetch, way=lambda url: STRAIGHT), clocks.monotonic_s)
     gateway = Gateway(ledger, loaded, clocks, endpoint_prefix=endpoint_prefix, on_call=on_call, issuer_keys=keys)
     addon = make(gateway, WatchedSecret(Source("env", "SIMULATED_KEY"), {"SIMULATED_KEY": KEY}), clocks)

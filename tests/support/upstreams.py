@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -16,7 +15,7 @@ class Upstream:
     received: bytearray = field(default_factory=bytearray)
     connections: int = 0
     closed_at: list[float] = field(default_factory=list)
-    """When the other side closed each connection (time.monotonic)."""
+    """When the other side closed each connection, by the loop's clock."""
 
 
 @asynccontextmanager
@@ -57,7 +56,7 @@ async def upstream(answer: bytes | Iterable[bytes] = b"", *, then: str = "close"
                         await asyncio.sleep(0)
                     if then == "close":
                         break
-        made.closed_at.append(time.monotonic())
+        made.closed_at.append(asyncio.get_running_loop().time())
         writer.close()
 
     async with served(talk, tasks) as made.url:
