@@ -78,6 +78,16 @@ _RATE = """
 PAUSABLE = "scope IN ('its scopes')"
 """Becomes a list of the call's scopes, as long as they are many (`_asking`): each is looked up by key."""
 SCOPES_A_STEP = 8  # a call has a few scopes more or less than another, and each length is a statement of its own
+RATE_OBSTACLES = f"""
+  UNION ALL
+  SELECT 1 FROM (SELECT 1) AS caller WHERE CAST($concurrent AS BIGINT) IS NOT NULL AND $concurrent <=
+    coalesce((SELECT open FROM balances WHERE scope = $app_scope AND "window" = 'ever' AND window_start = 0), 0)
+  UNION ALL
+  {_RATE.format(limit="requests_per_minute", count="requests", size="1")}
+  UNION ALL
+  {_RATE.format(limit="input_tokens_per_minute", count="input_tokens", size="$input_tokens")}
+"""
+"""Those of an app with a rate or a concurrency. For another they are none, and a server sets them up for nothing."""
 OBSTACLES = f"""
   SELECT 1 FROM (SELECT 1) AS caller LEFT JOIN tokens ON id = $token_id AND app = $app
     WHERE id IS NULL OR revoked_at <= $now OR expires_at <= $now
@@ -86,13 +96,7 @@ OBSTACLES = f"""
     WHERE {PAUSABLE} AND (until IS NULL OR until > $now)
   UNION ALL
   SELECT 1 FROM ({STANDINGS}) AS standing WHERE spent_nano + reserved_nano + quantum_nano + $grant_nano + $own_quantum_nano > cap_nano
-  UNION ALL
-  SELECT 1 FROM (SELECT 1) AS caller WHERE CAST($concurrent AS BIGINT) IS NOT NULL AND $concurrent <=
-    coalesce((SELECT open FROM balances WHERE scope = $app_scope AND "window" = 'ever' AND window_start = 0), 0)
-  UNION ALL
-  {_RATE.format(limit="requests_per_minute", count="requests", size="1")}
-  UNION ALL
-  {_RATE.format(limit="input_tokens_per_minute", count="input_tokens", size="$input_tokens")}
+  {RATE_OBSTACLES}
 """
 
 ITS_TOKEN = f"SELECT {state.TOKEN} FROM tokens WHERE id = $1 AND app = $2"
@@ -450,10 +454,14 @@ def _standings(db: Connection, frames: Sequence[CapWindow], now: float, calendar
     if not frames:
         return ()
     rows = db.execute(_asking(STANDINGS, db.engine, len(frames)), _asked(frames) | {"now": now}).fetchall()
-    place = {(scope, window): number for number, (scope, window, *_) in enumerate(frames)}  # a server's planner has an order of its own
-    rows.sort(key=lambda row: place[row[0], row[1]])
+    return standings_of(rows, [(scope, window) for scope, window, *_ in frames], now, calendar)
+
+
+def standings_of(rows: Iterable[Sequence[Any]], asked: Sequence[tuple[str, Window]], now: float, calendar: tzinfo) -> tuple[Standing, ...]:
+    """Return the rows of `STANDINGS` in the order in which these scopes and windows were asked for: a server's planner has its own."""
     return tuple(
-        Standing(scope, window, start, next_start(window, start or now, calendar), *amounts) for scope, window, start, *amounts in rows
+        Standing(scope, window, start, next_start(window, start or now, calendar), *amounts)
+        for scope, window, start, *amounts in sorted(rows, key=lambda row: asked.index((row[0], row[1])))
     )
 
 

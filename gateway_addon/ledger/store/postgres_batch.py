@@ -20,7 +20,7 @@ from gateway_addon.ledger.sql import Connection, Engine, Row, Statement
 from gateway_addon.ledger.store import engines
 from gateway_addon.ledger.store.interface import Asked
 from gateway_addon.ledger.store.postgres_session import ServerConnection
-from gateway_addon.ledger.types import CapShape, Denied, LedgerUnavailable, Reservation, Reserved, Resolution
+from gateway_addon.ledger.types import Denied, LedgerUnavailable, Reservation, Reserved, Resolution
 from gateway_addon.windows import starts
 
 FENCED = "GW001"
@@ -28,11 +28,11 @@ FENCED = "GW001"
 MOVED = "GW002"
 """The ledger's calendar is another than the one by which the windows were computed."""
 
-RENEW = """
+_RENEW = """
 UPDATE owners SET commits = $1, lease_until = extract(epoch FROM clock_timestamp()) + $2
 WHERE id = $3 AND commits < $1 AND lease_until > extract(epoch FROM clock_timestamp()) AND (SELECT count(*) FROM migrations) <= $4
-RETURNING lease_until
-"""
+""".strip()
+RENEW = f"{_RENEW} RETURNING lease_until"
 PAUSABLE = "scope = ANY (item.pausable)"
 _CAP = "column1 text, column2 text, column3 bigint, column4 bigint"
 CAPS = f"json_to_recordset(item.caps) AS asked ({_CAP})"
@@ -82,6 +82,10 @@ def _rows(text: str) -> str:
     return f"(SELECT coalesce(json_agg(row_to_json(its_row)), '[]') FROM ({text.strip()}) AS its_row)"
 
 
+_CALENDAR = f"""
+(SELECT string_agg(what || ' ' || value, ',' ORDER BY (what || ' ' || value) COLLATE "C")
+   FROM ({reservations.CALENDAR}) AS kept_calendar (what, value))
+""".strip()
 _ITEM_APP = 'item."app"'
 _JUDGED = f"({reservations.STANDINGS}) AS standing"
 # The standings by which a reservation is judged are read once, and come back with its number: as they are with it.
@@ -118,7 +122,8 @@ COUNTED = f"""
 FUNCTION = f"""
 CREATE OR REPLACE FUNCTION pg_temp.gateway_batch(asked_scopes json, its_owner text, its_number bigint, its_lease_s double precision,
   its_tables bigint, its_calendar text, its_items json) RETURNS json LANGUAGE plpgsql
-SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $batch$
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off
+SET enable_mergejoin = off AS $batch$
 DECLARE
   its_scopes text[] := ARRAY(SELECT json_array_elements_text(asked_scopes));
   its_turns bigint;
@@ -140,13 +145,11 @@ BEGIN
     INSERT INTO turns SELECT unnest(its_scopes) ON CONFLICT DO NOTHING;
     PERFORM 1 FROM turns WHERE scope = ANY(its_scopes) ORDER BY scope FOR UPDATE;
   END IF;
-  {_numbered(RENEW, "its_number", "its_lease_s", "its_owner", "its_tables")}
-    INTO its_lease;
-  IF its_lease IS NULL THEN RAISE EXCEPTION 'fenced' USING ERRCODE = '{FENCED}'; END IF;
-  IF its_calendar IS DISTINCT FROM (
-      SELECT string_agg(what || ' ' || value, ',' ORDER BY (what || ' ' || value) COLLATE "C")
-      FROM ({reservations.CALENDAR}) AS kept_calendar (what, value)) THEN
-    RAISE EXCEPTION 'moved' USING ERRCODE = '{MOVED}';
+  {_numbered(_RENEW, "its_number", "its_lease_s", "its_owner", "its_tables")} AND its_calendar = {_CALENDAR}
+    RETURNING lease_until INTO its_lease;
+  IF its_lease IS NULL THEN
+    IF its_calendar IS DISTINCT FROM {_CALENDAR} THEN RAISE EXCEPTION 'moved' USING ERRCODE = '{MOVED}'; END IF;
+    RAISE EXCEPTION 'fenced' USING ERRCODE = '{FENCED}';
   END IF;
   FOR item IN SELECT * FROM json_to_recordset(its_items) AS asked_item ({_ITEM}) LOOP
     its_id := NULL; its_held := NULL; its_flags := item.flags; its_new := 0; its_shared := NULL;
@@ -154,7 +157,11 @@ BEGIN
       IF item.names_max IS NOT NULL THEN
         {COUNTED}
       END IF;
-      {_of_item(RESERVE)} INTO its_id, its_standings;
+      IF coalesce(item."concurrent", item."requests_per_minute", item."input_tokens_per_minute") IS NULL THEN
+        {_of_item(RESERVE.replace(reservations.RATE_OBSTACLES, ""))} INTO its_id, its_standings;
+      ELSE
+        {_of_item(RESERVE)} INTO its_id, its_standings;
+      END IF;
       IF its_id IS NOT NULL THEN
         IF its_new > 0 THEN {_of_item(parts.NAMED.text, names="its_new")}; END IF;
         answers := answers || json_build_object('id', its_id, 'shared', its_shared, 'standings', coalesce(its_standings, '[]'));
@@ -341,11 +348,8 @@ def _answered(asked: Reservation, said: Any, owner: str, zone: tzinfo) -> Reserv
     caps = parts.placed(asked.call.app, asked.caps, dict(asked.call.parts) | shared)
     if "id" not in said:
         return reservations.denied(_Told(said), asked, caps, zone)
-    return _reserved(_Told(said), asked, caps, owner, zone, said["id"])
-
-
-def _reserved(db: Connection, asked: Reservation, caps: Sequence[CapShape], owner: str, zone: tzinfo, call_id: int) -> Reserved:
-    return Reserved(call_id, reservations.capped(db, caps, now=asked.now, calendar=zone), asked.call.app, asked.caps, owner)
+    standings = reservations.standings_of(said["standings"], [(cap.scope, cap.window) for cap in caps], asked.now, zone)
+    return Reserved(said["id"], standings, asked.call.app, asked.caps, owner)
 
 
 # What the transaction that wrote the owner's row wrote besides. No other one touches these rows: nobody knew their calls yet.
@@ -376,7 +380,8 @@ def found(db: Connection, owner: str, asked: Sequence[Asked]) -> list[object]:
         elif calls and tuple(calls[0][2:]) == _written(each):
             call_id, app_parts, *_ = calls.pop(0)
             caps = parts.placed(each.call.app, each.caps, json.loads(app_parts or "{}"))
-            answers.append(_reserved(db, each, caps, owner, zone, call_id))
+            standings = reservations.capped(db, caps, now=each.now, calendar=zone)
+            answers.append(Reserved(call_id, standings, each.call.app, each.caps, owner))
         else:
             answers.append(None)
     return answers

@@ -153,7 +153,8 @@ def test_no_statement_of_a_batch_reads_a_table_from_end_to_end(store):
     db.execute("ANALYZE")  # a planner that knows how small the tables are would read each as a whole
     ends = [RecordedEnd("settle", each.call_id, store.owner, Settlement(300, (Part(300),)), NOON) for each in held]
     db.execute("BEGIN")
-    assert store.batch(db, {"app:reports", "total"}, [*ends, *ends, Reservation(CALL, 1_000, caps, now=NOON)], 2)
+    asked = [Reservation(CALL, 1_000, caps, rates=rates, now=NOON) for rates in (RateLimits(), RateLimits(9, 9, 9))]
+    assert store.batch(db, {"app:reports", "total"}, [*ends, *ends, *asked], 2)
     scanned = "SELECT relname FROM pg_stat_xact_user_tables WHERE seq_tup_read > 0 AND relname NOT IN ('settings', 'migrations', 'kept_cycles')"
     assert db.execute(scanned).fetchall() == []
     db.execute("ROLLBACK")
