@@ -22,6 +22,7 @@ GRANTED = 1000
 ENVELOPE = b'{"type":"error","error":{"type":"overloaded_error","message":"x"}}'
 OPENING = {"id": "msg_1", "model": "claude-haiku-4-5", "usage": {"input_tokens": 9, "output_tokens": 1}}
 START = event("message_start", message=OPENING)
+DEARER = event("message_start", message=OPENING | {"model": "claude-opus-4-5"})
 ENDING = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 7}) + event("message_stop")
 ERROR = event("error", error={"type": "overloaded_error", "message": "x"})
 DECLINED = {"type": "message", "content": [], "stop_reason": "refusal", "usage": {"input_tokens": 9, "output_tokens": 0}}
@@ -82,7 +83,7 @@ def streamed(body):
         (streamed(event("ping")), "upstream", ALL, "estimated:usage_unreadable"),
         (streamed(START), "upstream", BOUND, "estimated:cut"),
         (streamed(START), "client", BOUND, "estimated:cut"),
-        (streamed(event("message_start", message=OPENING | {"model": "claude-opus-4-5"})), "client", ALL, "estimated:cut"),  # dearer
+        (streamed(DEARER), "client", ALL, "estimated:cut"),
         (streamed(START), "gateway", BOUND, "estimated:gateway_error"),
         (streamed(START + ERROR), "whole", BOUND, "estimated:stream_error"),
         (streamed(START + ENDING), "whole", EXACT, None),
@@ -159,10 +160,14 @@ def test_a_loop_that_is_left_keeps_what_is_held(body, ended_by):
     assert found.cost_nano is ALL
 
 
-@pytest.mark.parametrize(("body", "released"), [(START, True), (UNTOLD, False), (ZEROES, False), (WHOLE_START, False)])
+@pytest.mark.parametrize(("body", "released"), [(START, True), (UNTOLD, False), (ZEROES, False), (WHOLE_START, False), (DEARER, False)])
 def test_input_is_released_once_the_prompt_is_told(body, released):
-    """A release on zeroes would leave nothing for the input that the last event brings."""
-    assert (streamed(body).release_nano() > 0) is released
+    """A release on zeroes would leave nothing for the input that the last event brings; a dearer model's answer leaves none over."""
+    running = streamed(body)
+    held_nano = running.held_nano
+    assert ((back_nano := running.release_nano()) > 0) is released
+    assert running.held_nano == held_nano - back_nano
+    assert back_nano >= 0
 
 
 def test_a_whole_start_of_a_looping_request_is_exact():

@@ -319,6 +319,8 @@ def test_a_cost_that_cannot_be_known_is_what_was_held(db, path):
 
 def test_no_more_is_released_than_is_held(db):
     call_id = hold(db, 500).call_id
+    assert not reservations.release(db, call_id, -1, now=NOON)
+    assert not reservations.extend(db, call_id, -1, DAY_CAP, now=NOON)
     assert not reservations.release(db, call_id, 501, now=NOON)
     assert reservations.release(db, call_id, 500, now=NOON)
     assert not reservations.release(db, call_id, 1, now=NOON)
