@@ -5,8 +5,10 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 from authority import ready_authority
@@ -17,6 +19,8 @@ from processes import ledgered
 from sealed import sealed
 
 from gateway_addon.cli import main
+from gateway_addon.cli.run_token import token_of_a_run
+from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.simulator import KEY, Simulator
 
 NOBODY = "127.0.0.1:9"
@@ -156,6 +160,21 @@ async def test_however_a_run_ends_its_token_is_revoked(tmp_path):
                 os.kill(pid, signal.SIGKILL)  # it holds the pipe, for whose end asyncio waits beside the process's
             assert await asyncio.wait_for(process.wait(), 60) == code
             process._transport.close()
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+async def test_a_token_whose_ledger_is_locked_is_revoked_later(tmp_path):
+    """Nobody but its guard is left to do that: the command has ended, and so does the run."""
+    ledgered(tmp_path, "http://127.0.0.1:9", {"app": APP})
+    place = tmp_path / "gateway.db"
+    with closing(sqlite3.connect(place, isolation_level=None)) as other:
+        with (
+            pytest.raises(LedgerUnavailable, match=r"is revoked as soon as the ledger allows it: .* is locked"),
+            token_of_a_run("app", tmp_path / "policies", f"sqlite:///{place}", name="run", why="gateway run"),
+        ):
+            other.execute("BEGIN EXCLUSIVE")
+        other.execute("ROLLBACK")
+    await until(lambda: token(tmp_path)[1] == 1)
 
 
 def children(parent, text):
