@@ -26,6 +26,10 @@ NAME_CHARS_MAX = 200
 """Longer than any id of the API's (64 characters) or of Claude Code's (36)."""
 
 
+NAME_FORM = "lower-case letters, digits, - and _, at most 63"
+"""The form of a name in policies (policy/keys.py: NAME), for sentences."""
+
+
 def app_named(app: str) -> str:
     """Return an app as sentences name it: `init` calls the first one `app`, and nobody says "app app"."""
     return "the app 'app'" if app == "app" else f"app {app}"

@@ -200,7 +200,7 @@ def limit(
     if as_json:
         click.echo(json.dumps({"scope": scope, "window": window, "amount_nano": amount_nano, "before_nano": before and before.amount_nano}))
     elif amount_nano is None:
-        click.echo(f"{named(scope)} has its cap {during(window)} again, raises included.")
+        click.echo(f"{named(scope)} may spend up to its cap {per(window)} again, raises included.")
     else:
         lifted = cap_command("limit", scope, window, "--lift")
         click.echo(f"{named(scope)} may spend {dollars(amount_nano)} {per(window)}, whatever its raises, until {lifted}.")

@@ -12,7 +12,7 @@ from gateway_addon.cli.common import ledger_option, policies_option, says_errors
 from gateway_addon.ledger import LedgerUnavailable, connect
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import dollars, parse_nano
-from gateway_addon.names import PROGRAM
+from gateway_addon.names import NAME_FORM, PROGRAM
 from gateway_addon.operations import deploy
 from gateway_addon.operations.places import clone_folder
 from gateway_addon.policy import PolicyError, load
@@ -122,7 +122,7 @@ def write_new(path: Path, text: str, *, err: bool = False) -> bool:
 
 def app_name(text: str) -> str:
     if re.fullmatch(NAME, text) is None:
-        raise click.UsageError(f"{text!r} cannot be an app's name; use lower-case letters, digits, - and _")
+        raise click.UsageError(f"{text!r} cannot be an app's name; use {NAME_FORM}")
     return text
 
 

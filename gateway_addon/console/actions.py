@@ -131,7 +131,7 @@ def _lift(form: ChangeForm, db: Connection, policies: Path, _now: float) -> Aske
         if admin.lift_limit(db, scope, window, who=who, why=why, now=now) is None:
             raise ValueError(f"{named(scope)} has no limit {per(window)}.")
 
-    sentence = f"Lift the limit of {named(scope)} {per(window)}: its cap and its raises hold again."
+    sentence = f"Lift the limit: {named(scope)} may spend up to its cap {per(window)} again, raises included."
     return AskedChange("lift", sentence, "Lift the limit", scope, run)
 
 

@@ -22,6 +22,7 @@ from gateway_addon.console.pages import Console
 from gateway_addon.ledger import LedgerUnavailable, connect
 from gateway_addon.ledger.reports.call_detail import NEWEST
 from gateway_addon.names import PROGRAM
+from gateway_addon.refusals import capitalised
 
 COOKIE = "gateway_console"
 BODY_MAX = 4096
@@ -44,7 +45,7 @@ def build(console: Console) -> Flask:
     app.before_request(lambda: _admit(console))
     app.after_request(_with_headers)
     app.register_error_handler(HTTPException, _say)
-    app.register_error_handler(ValueError, lambda error: pages.problem("That cannot be shown", str(error), 400))
+    app.register_error_handler(ValueError, lambda error: pages.problem(f"That cannot be {_wanted()}", capitalised(str(error)), 400))
     app.register_error_handler(LedgerUnavailable, lambda error: pages.problem("The ledger is out of reach", str(error), 503))
     app.add_url_rule("/login/<link>", "enter", lambda link: _enter(console, link))
     app.add_url_rule("/gateway/metrics", "metrics", lambda: pages.exposition(console))
@@ -81,6 +82,10 @@ def _admit(console: Console) -> None:
             abort(401)
     if request.endpoint == "confirm":
         _must_come_from_here(console)
+
+
+def _wanted() -> str:
+    return "changed" if request.endpoint == "change" else "shown"
 
 
 def _must_come_from_here(console: Console) -> None:

@@ -18,7 +18,7 @@ from gateway_addon.ledger.reports.call_sums import EVERY, Billed, Day, Only
 from gateway_addon.ledger.reports.day_reader import DayReader
 from gateway_addon.ledger.reports.forecast import Forecast
 from gateway_addon.ledger.scope import part_of
-from gateway_addon.policy import GatewayPolicy, caps, part_caps
+from gateway_addon.policy import GatewayPolicy, all_caps, part_caps
 from gateway_addon.pricing import Prices
 from gateway_addon.windows import Window
 
@@ -203,8 +203,7 @@ def owners(db: connect.ReadConnection, policy: GatewayPolicy, now: float) -> tup
     """Return the total, then every team of the policy, then every app of the policy and every one that the ledger still knows."""
     names = sorted({*policy.apps, *admin.booked_apps(db)})
     scopes = ["total", *(team_scope(team) for team in sorted(policy.teams)), *(app_scope(app) for app in names)]
-    limits = {cap for app in policy.apps.values() for cap in caps(policy, app)}
-    standings = reservations.standing(db, scopes, sorted(limits), now=now)
+    standings = reservations.standing(db, scopes, sorted(all_caps(policy)), now=now)
     pauses = {pause.scope: pause for pause in state.pauses(db, now)}
     largest: dict[str, int] = defaultdict(int)
     for each in standings:

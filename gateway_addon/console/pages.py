@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from flask import Flask, Response, abort, make_response, render_template, request, stream_with_context
+from flask import Flask, Response, abort, g, make_response, render_template, request, stream_with_context
 
 from gateway_addon.calls.record import METRICS_TYPE
 from gateway_addon.console import actions, charts, desk, listing, metrics, ranges
@@ -266,7 +266,9 @@ def exposition(console: Console) -> Response:
 
 
 def problem(title: str, sentence: str, status: int) -> Response:
-    return make_response(render_template("problem.html", title=title, sentence=sentence), status)
+    """Make a page that says what is wrong; for whoever is logged in, with the ways to the other pages."""
+    at = str if g.get("session") is not None else None
+    return make_response(render_template("problem.html", title=title, sentence=sentence, at=at), status)
 
 
 def page(template: str, db: connect.ReadConnection, within: ranges.Range, **values: Any) -> Response:
@@ -326,7 +328,7 @@ def age(seconds: float) -> str:
 def change(now: int, before: int) -> str:
     """Return by how much an amount is more or less than in the range before."""
     if not before:
-        return "nothing in the range before" if now else "nothing, and nothing before"
+        return "nothing in the range before"
     share = (now - before) / before
     if abs(share) < 0.005:
         return "as before"

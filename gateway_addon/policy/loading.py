@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from gateway_addon import pricing
 from gateway_addon.identity.trust import Issuer
 from gateway_addon.ledger import app_scope, enclosing, part_of
-from gateway_addon.names import PROGRAM
+from gateway_addon.names import NAME_FORM, PROGRAM
 from gateway_addon.policy import trusting
 from gateway_addon.policy.keys import APP, GATEWAY, NAME
 from gateway_addon.policy.kinds import REQUIRED, Key, record
@@ -235,7 +235,7 @@ def _files(directory: Path, problems: Problems) -> dict[str, _File]:
             continue
         with problems.noted():
             if path.parent == apps and _APP_FILE.fullmatch(path.name) is None:
-                raise PolicyError(f"{_shown(directory, path)}: an app's file is named APP.yaml, in lower-case letters, digits, - and _")
+                raise PolicyError(f"{_shown(directory, path)}: an app's file is named APP.yaml, in {NAME_FORM}")
             files[str(path.relative_to(directory))] = _File(_shown(directory, path), _bytes(directory, path))
     return files
 

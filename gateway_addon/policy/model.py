@@ -304,7 +304,9 @@ def caps_of_one(of_each: Mapping[str, PartCaps], of_models: Mapping[str, PartCap
 
 def all_caps(policy: GatewayPolicy) -> tuple[Cap, ...]:
     """Return every cap of the apps, of the teams and of the total, once each; those of an app's parts are without number."""
-    return tuple(dict.fromkeys(cap for app in policy.apps.values() for cap in caps(policy, app)))
+    shared = (("total", policy.caps), *((team_scope(name), team.caps) for name, team in policy.teams.items()))
+    own = ((app_scope(app.name), app.caps) for app in policy.apps.values())
+    return tuple(Cap(scope, window, nano) for scope, limits in (*shared, *own) for window, nano in limits.items())
 
 
 def capped_parts(policy: GatewayPolicy) -> frozenset[tuple[str, str, Window]]:

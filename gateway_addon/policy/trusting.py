@@ -16,6 +16,7 @@ from yaml.nodes import Node
 from gateway_addon.identity.assertion import Malformed, strict_object
 from gateway_addon.identity.trust import ALGORITHMS, SPIFFE, AppRule, Issuer, KeySource, Trust, WorkloadRule
 from gateway_addon.identity.workloads import described
+from gateway_addon.names import NAME_FORM
 from gateway_addon.policy.model import AppPolicy
 from gateway_addon.yaml_file import FileError as PolicyError
 from gateway_addon.yaml_file import Problems, Spot, items, suggestion
@@ -80,7 +81,7 @@ def named_issuers(file: str, found: Mapping[str, Issuer], audience: str | None, 
     named = {name: replace(each, name=name) for name, each in found.items()}
     for name, each in named.items():
         where = f"issuers.{name}"
-        must(re.fullmatch(name_pattern, name), where, "not a name; use lower-case letters, digits, - and _")
+        must(re.fullmatch(name_pattern, name), where, f"not a name; use {NAME_FORM}")
         must(each.algorithms, f"{where}.algorithms", f"names none; known: {', '.join(ALGORITHMS)}")
         spiffe = each.url.startswith(SPIFFE)
         must(not spiffe or each.keys.kind != "discovery", f"{where}.keys", "is missing: a trust domain has no document; name its bundle")

@@ -188,7 +188,7 @@ def test_each_parts_cap_is_raised_limited_listed_and_undone(parted):
         assert gateway(f"cap limit coder ever 1 {option}").output.startswith(f"{name} may spend $1.00 for ever, whatever its raises, until ")
         assert f"{name} is limited to $1.00 for ever by" in refused(f"cap raise coder ever 1 {option} --until 12h", 1)
         assert [each["in_force_nano"] for each in told(f"cap list coder {option}")["caps"] if each["window"] == "ever"] == [DOLLAR]
-        assert gateway(f"cap limit coder ever {option} --lift").output == f"{name} has its cap for ever again, raises included.\n"
+        assert gateway(f"cap limit coder ever {option} --lift").output == f"{name} may spend up to its cap for ever again, raises included.\n"
         assert f"{name} has no limit for ever" in refused(f"cap limit coder ever {option} --lift", 1)
     assert {each["subject"] for each in told("audit --app coder") if each["action"] == "cap raise"} == {
         f"app:coder {scope} ever" for _, scope in PARTS.values()

@@ -86,8 +86,8 @@ def test_every_mistake_of_every_file_is_listed_once(folder: Path):
     here = folder.name
     places = [line.removeprefix(f"{here}/").split(": ", 2)[:2] for line in result.stderr.splitlines()]
     assert places == [
-        ["apps/Upper.yaml", "an app's file is named APP.yaml, in lower-case letters, digits, - and _"],
-        ["apps/ending.yml", "an app's file is named APP.yaml, in lower-case letters, digits, - and _"],
+        ["apps/Upper.yaml", "an app's file is named APP.yaml, in lower-case letters, digits, - and _, at most 63"],
+        ["apps/ending.yml", "an app's file is named APP.yaml, in lower-case letters, digits, - and _, at most 63"],
         ["gateway.yaml:1", "caps.mnth"],
         ["gateway.yaml:1", "caps.day"],
         ["gateway.yaml:2", "teams.Jobs"],

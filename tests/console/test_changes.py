@@ -26,14 +26,17 @@ from gateway_addon.ledger import Alert, NewCall, admin, connect, parts, state
 from gateway_addon.windows import starts
 
 HOME = {"Origin": "http://localhost"}
+LONGEST = "a" * 63
+"""An app's name as long as one may be."""
 PAUSE = "/change/pause?scope=reports&why=runaway"
 
 
 @pytest.fixture
 def console(tmp_path):
     (tmp_path / "policies" / "apps").mkdir(parents=True)
-    (tmp_path / "policies" / "gateway.yaml").write_text("upstream: https://api.anthropic.com\nkey: {env: ANTHROPIC_API_KEY}\ncaps: {month: $100}\n")
-    (tmp_path / "policies" / "apps" / "reports.yaml").write_text("models: {allow: [claude-*]}\ncaps: {day: $5}\n")
+    (tmp_path / "policies" / "gateway.yaml").write_text("upstream: https://api.anthropic.com\nkey: {env: ANTHROPIC_API_KEY}\ncaps: {month: $100}\nteams: {nobody: {caps: {month: $7}}}\n")
+    for name in ("reports", LONGEST):
+        (tmp_path / "policies" / "apps" / f"{name}.yaml").write_text("models: {allow: [claude-*]}\ncaps: {day: $5}\n")
     ledger = new_file(tmp_path)
     with connect.changing(ledger) as db:
         admin.issue_token(db, "reports", "d1", who="test", now=time.time())
@@ -149,16 +152,21 @@ def test_a_person_pauses_and_revokes_in_a_browser(console, tmp_path):
         page.fill("form[action='/change/pause'] [name=why]", "runaway loop")
         page.click("text=Pause …")
         assert "Refuse every further call of reports until it is resumed" in page.inner_text("main")
+        assert "Why: runaway loop" in page.inner_text("main")
         page.screenshot(path=folder / "confirm-phone.png", full_page=True)
         assert changed(console) == NOTHING
         page.click("button:has-text('Pause reports')")
-        assert "Paused. runaway loop" in page.inner_text("main")
+        assert "Paused: runaway loop" in page.inner_text("main")
         page.click("text=Revoke …")
         page.emulate_media(color_scheme="dark")
         page.screenshot(path=folder / "confirm-dark.png", full_page=True)
         assert Axe().run(page).response["violations"] == []
         page.click("button:has-text('Revoke token #1')")
         assert page.url == f"{address}/apps/reports"
+        for longest in (f"/change/pause?scope={LONGEST}", f"/apps/{LONGEST}", f"/change/pause?scope=reports&session={'s' * 64}", "/"):
+            page.goto(address + longest)
+            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, longest
+        assert "$0.00 of $7.00" in page.inner_text("main"), "the cap of a team that has no app yet"
     assert changed(console) == ([("app:reports", True, False)], [], [], ["token_revoked"])
     assert audited(console) == [(True, "pause", "app:reports", "runaway loop"), (True, "token revoke", "app:reports", "")]
 

@@ -286,6 +286,8 @@ def test_every_reason_of_a_refusal_has_words():
 def test_an_address_that_cannot_be_answered_says_why(client, address, status, words):
     answer = client.get(address)
     assert (answer.status_code, words in html.unescape(answer.text) or words in answer.text) == (status, True), answer.text
+    assert 'href="/sessions' in answer.text, "every page leads to the others"
+    assert 'aria-label="Pages"' not in client.application.test_client().get(address).text, "but not whom it does not know"
 
 
 async def test_a_refused_call_tells_quote_cap_room_and_reset(tmp_path):
@@ -365,7 +367,7 @@ def test_the_cookie_is_for_this_site_and_no_script(stranger, desk):
     [
         (["--listen", "0.0.0.0:8090"], "listens on this machine alone, not on 0.0.0.0"),
         (["--metrics-token", "/dev/null"], "openssl rand -hex 32 > /dev/null"),
-        (["--ledger", "sqlite:////nowhere/gateway.db"], "there is no ledger at /nowhere/gateway.db"),
+        (["--ledger", "sqlite:////nowhere/gateway.db"], "There is no ledger at /nowhere/gateway.db"),
     ],
 )
 def test_what_cannot_be_opened_is_said_in_a_sentence(desk, options, sentence):
