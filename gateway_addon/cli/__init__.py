@@ -99,11 +99,18 @@ class CommandGroup(click.Group):
 
 
 def _say(error: click.UsageError) -> NoReturn:
-    """End the command as every other error does: with its sentence first. Below it stands how the command is used."""
+    """End the command as every other error does: with its sentence first. Below it stands how the command is used.
+
+    Where something is left out, the sentence says what that is, and an example of the command stands last.
+    """
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         raise error
-    sentence = capitalised(" ".join(error.format_message().split()))
-    click.echo(f"{sentence}\n{error.ctx.get_usage()}" if error.ctx else sentence, err=True)
+    lines = [capitalised(" ".join(error.format_message().split())), *([error.ctx.get_usage()] if error.ctx else [])]
+    if isinstance(error, click.MissingParameter) and error.ctx is not None:
+        if isinstance(error.param, click.Option) and error.param.help:
+            lines[0] = f"{lines[0].removesuffix('.')}: {error.param.help[:1].lower()}{error.param.help[1:]}"
+        lines.append(error.ctx.command.epilog or "")
+    click.echo("\n".join(lines), err=True)
     sys.exit(error.exit_code)
 
 

@@ -183,6 +183,7 @@ def test_a_number_that_no_ledger_counts_to_is_refused(arguments):
         ("--nope", "No such option '--nope'."),
         ("doctor --nope", "No such option '--nope'."),
         ("cap raise app", "Missing argument '{day|week|month"),
+        ("reconcile", "Missing option '--since': the first day, in the gateway's zone"),
         ("app add x --from nope", "There is no example 'nope'; the examples: "),
         ("pause --all", "There is no ledger at "),
         ("report --by ap", "--by ap: did you mean app?"),
@@ -195,3 +196,4 @@ def test_each_error_begins_with_its_sentence(line, sentence, tmp_path, monkeypat
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith(sentence)
     assert "Usage: " not in done.stderr or done.stderr.splitlines()[1].startswith("Usage: gateway")
+    assert ("Example: gateway " in done.stderr) == sentence.startswith("Missing"), "what is left out is shown"
