@@ -52,6 +52,19 @@ def roomy_memory() -> Path | None:
     return folder if folder.is_dir() and shutil.disk_usage(folder).free >= ROOM_BYTES else None
 
 
+AFTER_A_DEATH = """
+read -r never
+pid=$(head -n 1 "$0/data/postmaster.pid" 2>/dev/null) && kill -QUIT "$pid"
+for _ in $(seq 200); do kill -0 "${pid:-none}" 2>/dev/null || break; sleep 0.05; done
+rm -rf "$0"
+"""
+
+
+def removed_with_this_process(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a process that ends the folder's server and removes the folder once its standard input ends: when this process dies, killed or not."""
+    return subprocess.Popen(["/bin/sh", "-c", AFTER_A_DEATH, folder], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
 class Postgres:
     """One server (`fsync` off: a test's machine does not crash, only the server does). Not as root: PostgreSQL refuses that, so root becomes the package's own user for it."""
 
@@ -65,6 +78,7 @@ class Postgres:
         settings = ("listen_addresses = ''", f"unix_socket_directories = '{self.folder}'", "max_connections = 150", "shared_buffers = 32MB", *(["fsync = on"] if fsync else ["fsync = off", "max_wal_size = 64MB"]))
         with open(self.data / "postgresql.conf", "a") as file:
             file.write("\n".join(settings) + "\n")
+        self._after_death = removed_with_this_process(self.folder)
         self.start()
         self._databases = 0
 
@@ -109,6 +123,7 @@ class Postgres:
         if self.running:
             self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._after_death.communicate()
 
     def url(self, database: str) -> str:
         return f"postgresql://gateway@/{database}?host={self.folder}"

@@ -1,6 +1,8 @@
 """A ledger on a server: what happens when the server, or a gateway, is slow, gone, full, or back again."""
 
 import asyncio
+import signal
+import subprocess
 import threading
 import time
 from contextlib import closing
@@ -55,6 +57,17 @@ async def refused(ledger, text):
     with pytest.raises(LedgerUnavailable, match=text):
         await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
     return time.monotonic() - began
+
+
+def test_a_server_of_the_tests_dies_with_their_process(tmp_path):
+    """Killed, a test's process closes this pipe as it is closed here: a stand-in of the server ends, and its folder is gone."""
+    folder = tmp_path / "pg"
+    (folder / "data").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as server, postgresql.removed_with_this_process(folder) as watcher:
+        (folder / "data" / "postmaster.pid").write_text(f"{server.pid}\n{folder}\n")
+        watcher.stdin.close()
+        assert server.wait(30) == -signal.SIGQUIT
+    assert not folder.exists()
 
 
 # --- failure is refusal, quickly
