@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -119,3 +120,11 @@ def _say(error: click.UsageError) -> NoReturn:
 @click.version_option(__version__, "-V", "--version", prog_name="gateway", hidden=True)
 def main() -> None:
     """The control plane for people who run several apps on one Claude API key."""
+    _open_standard_files()
+
+
+def _open_standard_files() -> None:
+    """Open what is missing of the three standard files: a worker would get its own in the place of a socket that took their number."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(opened, True)
+    os.close(opened)

@@ -30,7 +30,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 @contextmanager
 def serving(folder: Path, upstream: str, *options: str):
-    """A gateway with more options; yields (process, url, token)."""
+    """A gateway with more options, and without a standard input, as some programs start others; yields (process, url, token)."""
     policies = write_policies(folder / "policies", upstream, {"app": APP})
     path = folder / "gateway.db"
     sqlite_files.create(path)
@@ -38,7 +38,7 @@ def serving(folder: Path, upstream: str, *options: str):
     with connect.changing(path) as db:
         admin.issue_token(db, "app", tokens.digest(token), who="test", now=time.time())
     where = ["--listen", "127.0.0.1:0", "--policies", str(policies), "--ledger", f"sqlite:///{path}", *options]
-    command = [sys.executable, "-u", "-m", "gateway_addon", "serve", *where]
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-u", "-m", "gateway_addon", "serve", *where]
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"SIMULATED_KEY": KEY})
     try:
