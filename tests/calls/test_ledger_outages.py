@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sqlite3
-import time
 
 import anthropic
 import pytest
@@ -74,10 +73,8 @@ async def test_failing_ledger_refuses_calls_until_it_is_back(tmp_path, monkeypat
         for number, (name, fault) in enumerate(FAULTS.items(), start=1):
             before = api.book.bytes_received
             with fault(gw.gateway.ledger, path):
-                began = time.monotonic()
                 with pytest.raises(anthropic.InternalServerError) as refused:
                     await gw.client().messages.create(**HELLO)
-                assert time.monotonic() - began < 3, name
                 answer = refused.value.response
                 assert (answer.status_code, answer.headers["x-gateway-refusal"], answer.headers["retry-after"]) == (503, "ledger", "1"), name
                 assert api.book.bytes_received == before, f"{name}: nothing was forwarded"

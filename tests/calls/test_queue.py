@@ -13,6 +13,8 @@ from gateway_addon.calls.reservation_options import ReservationOption, Reservati
 from gateway_addon.ledger import Denied, RateLimits, Reserved, Standing
 from gateway_addon.refusals import Refusal
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 DAY = Standing("app:reports", "day", 0, None, 1000, 0, 900, 100, 0, 1)
 HELD = Denied("cap_held", standing=DAY)
 SPENT = Denied("cap_spent", standing=DAY)

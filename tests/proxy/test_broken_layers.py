@@ -47,7 +47,7 @@ async def test_a_failing_layer_answers_at_once_and_settles(tmp_path, monkeypatch
     async with Simulator() as api, gateway(tmp_path, api) as gw:
         fail_at(monkeypatch, events, error)
         with pytest.raises(anthropic.InternalServerError) as refused:
-            await gw.client(timeout=5).messages.create(**ASK)
+            await gw.client(timeout=60).messages.create(**ASK)
         said = refused.value.response
         assert (said.status_code, said.headers["x-gateway-refusal"], "x-should-retry" not in said.headers) == (503, code, retried)
         await gw.quiet()
@@ -75,7 +75,7 @@ async def test_a_judgement_without_memory_is_a_503_to_come_again(tmp_path, monke
 
 
 async def read_until_it_fails(gw, monkeypatch) -> None:
-    async with gw.client(timeout=5).messages.stream(**ASK | {"max_tokens": 400}) as answer:
+    async with gw.client(timeout=60).messages.stream(**ASK | {"max_tokens": 400}) as answer:
         async for _ in answer:
             monkeypatch.setattr(inject.InjectLayer, "event_to_child", lambda *arguments: 1 / 0)
             monkeypatch.setattr(relay.RelayClient, "at_once", lambda *arguments: 1 / 0)

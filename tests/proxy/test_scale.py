@@ -38,7 +38,7 @@ async def answer(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(data)
-        return split_answer(await asyncio.wait_for(read_answer(reader), 20))
+        return split_answer(await asyncio.wait_for(read_answer(reader), 60))
     finally:
         writer.close()
 

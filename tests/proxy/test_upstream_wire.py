@@ -16,6 +16,8 @@ from gateway_addon.proxy import bounded_http1
 from gateway_addon.proxy.fastpath import relay, whole
 from gateway_addon.simulator import Simulator
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 JSON = answer(200, "application/json", message())
 STREAM = chunked(*EVENTS)
 LOCATION = "HTTP/1.1 {} Elsewhere\r\nlocation: https://evil.example/v1/messages\r\n"

@@ -24,6 +24,8 @@ from rawhttp import MODEL, ask, events, head, last_row, post, raw, read_answer
 from gateway_addon.simulator import KEY, Behaviour, Row, Simulator, delivery
 from gateway_addon.simulator.errors import STATUS
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 
 @pytest.fixture
 async def api() -> AsyncIterator[Simulator]:
@@ -207,14 +209,14 @@ class TestLeaving:
 
     @pytest.mark.parametrize("stream", [False, True])
     async def test_delivery_runs_behind_generation(self, api, stream):
-        began = time.monotonic()
+        began_s = asyncio.get_running_loop().time()
         await post(api, ask(stream=stream, simulate={"output_tokens": 10, "tokens_per_s": 100, "ahead_s": 0.2}))
-        assert 0.3 <= time.monotonic() - began < 2
+        assert 0.3 <= asyncio.get_running_loop().time() - began_s < 0.5
 
     async def test_what_was_generated_in_a_silence_comes_at_once_after_it(self, api):
-        began = time.monotonic()
+        began_s = asyncio.get_running_loop().time()
         await post(api, ask(stream=True, simulate={"output_tokens": 50, "tokens_per_s": 100, "say_nothing_s": 0.5}))
-        assert 0.5 <= time.monotonic() - began < 0.95
+        assert 0.5 <= asyncio.get_running_loop().time() - began_s < 0.6
 
     async def test_pings_fill_a_hidden_phase(self, api):
         wishes = {"thinking": "hidden", "output_tokens": 50, "thinking_tokens": 50, "tokens_per_s": 200, "ping_s": 0.005}
@@ -405,7 +407,7 @@ class TestProcess:
     )
     def test_a_wrong_option_is_explained(self, start, options, code, said):
         process = start(*options)
-        _, errors = process.communicate(timeout=10)
+        _, errors = process.communicate(timeout=60)
         assert (process.returncode, said in errors) == (code, True), errors
 
 

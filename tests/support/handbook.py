@@ -108,7 +108,7 @@ class Terminal:
     async def _finish(self, script: str, stdin: str = "") -> str:
         wrapped = f"source '{self._session}'\n{script}\n{{ declare -px; declare -f; }} > '{self._session}'"
         done = await asyncio.to_thread(
-            subprocess.run, ["bash", "-ec", wrapped], cwd=self.root, env=self._environment, input=stdin, capture_output=True, text=True, timeout=60
+            subprocess.run, ["bash", "-ec", wrapped], cwd=self.root, env=self._environment, input=stdin, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, (script, done.stdout[-2000:], done.stderr[-2000:])
         policy = self.root / "policies" / "gateway.yaml"
@@ -152,7 +152,7 @@ def answers(url: str, process: subprocess.Popen[str]) -> None:
     for _ in range(300):
         assert process.poll() is None, f"{process.args} ended with {process.returncode}"
         try:
-            urllib.request.urlopen(url, timeout=5).close()
+            urllib.request.urlopen(url, timeout=60).close()
         except urllib.error.HTTPError as answered:
             answered.close()
             return

@@ -49,7 +49,7 @@ class Front:
         self.file.write_text(text)
         before = workers(self.process.pid)
         self.process.send_signal(1)  # SIGHUP, as `nginx -s reload` sends it
-        for _ in range(500):
+        for _ in range(3000):
             if workers(self.process.pid) - before:
                 return
             time.sleep(0.02)
@@ -86,7 +86,7 @@ def front(folder: Path, *gateways: str) -> Iterator[Front]:
 
 
 def _reachable(port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(500):
+    for _ in range(3000):
         if process.poll() is not None:
             break
         with socket.socket() as probe:

@@ -108,7 +108,7 @@ class Postgres:
         os.kill(pid, signal.SIGSTOP)  # it starts no further one while they are counted
         others = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         os.kill(pid, signal.SIGKILL)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while any(map(_lives, (pid, *others))):  # the next server would find their shared memory in use
             assert time.monotonic() < until, f"processes of a killed server live on: {others}"
             time.sleep(0.02)

@@ -80,17 +80,24 @@ async def last_row(api: Simulator) -> Row:
 
 
 async def send(gw, data: bytes, *, finish: bool = False) -> bytes:
-    """Everything that comes back until the gateway closes, or is silent for a moment after a whole answer."""
+    """Everything that comes back until the gateway closes, or has answered and is silent for two moments with no call left."""
     reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
-    answer = b""
+    answer, moments = b"", 0
     try:
         writer.write(data)
         if finish:
             writer.write_eof()
         await writer.drain()
-        while chunk := await asyncio.wait_for(reader.read(65536), 10 if not answer else 0.03):
-            answer += chunk
-    except (TimeoutError, ConnectionError):
+        while moments < 2:
+            try:
+                chunk = await asyncio.wait_for(reader.read(65536), 0.015 if answer else 60)
+            except TimeoutError:
+                moments += not gw.addon.flow_states or not answer
+                continue
+            if not chunk:
+                break
+            answer, moments = answer + chunk, 0
+    except ConnectionError:
         pass
     finally:
         writer.close()

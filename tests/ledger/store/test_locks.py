@@ -83,7 +83,7 @@ def test_processes_share_one_cap_and_use_it_up(start, path):
     for worker in workers:
         worker.stdin.write("\n")
         worker.stdin.flush()
-    admitted = sum(int(line) for worker in workers for line in worker.communicate(timeout=30)[0].split())
+    admitted = sum(int(line) for worker in workers for line in worker.communicate(timeout=60)[0].split())
     spent, reserved, still_open = balance(path)
     assert (reserved, still_open) == (0, 0)
     assert spent == 7 * admitted
@@ -117,7 +117,8 @@ async def test_a_kill_at_any_instant_loses_no_answered_reservation(start, path, 
     for number in range(kills):
         worker = start(CRASH_UNDER_LOAD)
         assert await asyncio.to_thread(worker.stdout.readline) == "ready\n"
-        await asyncio.sleep(0.02 + 0.013 * (number % 7))
+        answered.add(int(await asyncio.to_thread(worker.stdout.readline)))
+        await asyncio.sleep(0.013 * (number % 7))
         worker.kill()
         lines = (await asyncio.to_thread(worker.communicate))[0].split("\n")[:-1]
         answered |= {int(line) for line in lines}
@@ -125,7 +126,6 @@ async def test_a_kill_at_any_instant_loses_no_answered_reservation(start, path, 
     await ledger.close()
     settled = rows(path, "SELECT id FROM calls WHERE state = 'settled'")
     assert answered <= {call_id for (call_id,) in settled}
-    assert answered
     assert balance(path) == (10 * len(settled), 0, 0)
     assert rows(path, "SELECT sum(spent_nano) FROM entries") == [(10 * len(settled),)]
 
