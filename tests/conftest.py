@@ -33,12 +33,26 @@ def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     starts_workers = getattr(config.option, "numprocesses", None)
+    if hasattr(config, "workerinput") and not config.getoption("--fast"):
+        config.args = from_another_start(config.args, int(config.workerinput["workerid"].removeprefix("gw")), config.workerinput["workercount"])
     if not starts_workers:
         gc.disable()  # until all is collected: nothing that is loaded goes away again
     if not config.getoption("--fast") and not starts_workers:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import mitmproxy.tools.web.master  # noqa: F401
+
+
+def from_another_start(args, worker, workers):
+    """List the test files of these folders, for each worker from another one on.
+
+    In a clean checkout all of them are rewritten and compiled first: what one worker has done, the others load.
+    """
+    if not all(os.path.isdir(each) for each in args):
+        return args
+    files = sorted(str(path) for each in args for path in Path(each).rglob("test_*.py"))
+    first = len(files) * worker // workers
+    return [*files[first:], *files[:first]]
 
 
 def pytest_ignore_collect(collection_path: Path, config):
@@ -60,6 +74,8 @@ def pytest_collection_modifyitems(config, items):
     """In the fast half, leave out what starts a PostgreSQL server. Let what takes longest start first: nothing is waited for at the end."""
     if config.getoption("--fast"):
         items[:] = [each for each in items if "postgresql" not in each.name and ("sqlite" in each.name or "server" not in each.fixturenames)]
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda each: each.path)
     items[:] = longest_first(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 

@@ -16,7 +16,8 @@ from ledgers import until
 from mitmproxy.exceptions import OptionsError
 from mitmproxy.options import Options
 from mitmproxy.tools.dump import DumpMaster
-from processes import START_S, buried, free_port, ledgered
+from ports import free_port
+from processes import START_S, buried, ledgered
 from secret_hunt import found_in
 
 from gateway_addon.addon import Shim

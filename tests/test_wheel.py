@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 from checkouts import ROOT, clone
-from processes import START_S, free_port
+from ports import free_port
+from processes import START_S
 
 from gateway_addon.operations import deploy
 

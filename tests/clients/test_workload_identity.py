@@ -1,7 +1,6 @@
 """Workloads with parts that nobody here wrote: an OpenID provider that rotates its keys, and Claude Code by its environment alone."""
 
 import json
-import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from gateway import APP, gateway
 from issuers import AUDIENCE, ISSUER, SUBJECT, claims, jwks, token
 from openid import identity, provider
+from ports import free_port
 
 from gateway_addon.calls.exchange import GRANT_TYPE
 from gateway_addon.ledger import admin
@@ -21,12 +21,6 @@ pytestmark = pytest.mark.npm
 
 SHIPPED = (Path(__file__).parents[2] / "policies" / "examples" / "apps" / "claude-code.yaml").read_text()
 HELLO = {"model": "claude-haiku-4-5", "max_tokens": 200, "messages": [{"role": "user", "content": "hi"}]}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 async def test_a_real_providers_tokens_and_rotated_keys_are_taken(tmp_path):

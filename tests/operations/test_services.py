@@ -14,7 +14,8 @@ import httpx2
 import pytest
 from click.testing import CliRunner
 from gateway import write_policies
-from processes import START_S, free_port
+from ports import free_port
+from processes import START_S
 
 from gateway_addon.cli.init import init
 from gateway_addon.operations import deploy

@@ -21,7 +21,7 @@ def clone(folder: Path) -> Path:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name, follow_symlinks=False)  # with its time, by which its bytecode is valid
     for kept in (ROOT / "gateway_addon").rglob("__pycache__"):
-        shutil.copytree(kept, root / kept.relative_to(ROOT), copy_function=shutil.copy2)
+        shutil.copytree(kept, root / kept.relative_to(ROOT), ignore=shutil.ignore_patterns("*.pyc.*"))  # those are still being written
     (root / ".venv" / "bin").mkdir(parents=True)
     for name in ("python", "mitmdump", "sqlite-utils"):
         wrapper = root / ".venv" / "bin" / name

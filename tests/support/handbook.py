@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkouts import ROOT, clone
+from ports import free_port
 
 from gateway_addon.simulator import KEY, Simulator
 
@@ -50,12 +50,6 @@ def blocks(text: str) -> list[Block]:
 
 def section(text: str, heading: str) -> str:
     return text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Terminal:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from gateway_addon.operations import deploy
 
@@ -67,8 +68,7 @@ def front(folder: Path, *gateways: str) -> Iterator[Front]:
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-keyout", key, "-out", cert]
     subprocess.run([*made, *subject], check=True, capture_output=True)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     text = deploy.text("nginx.conf").replace("listen 8443 ", f"listen 127.0.0.1:{port} ").replace(" /tmp/", f" {folder}/nginx-").replace("/run/secrets/", f"{folder}/")
     for theirs, ours in zip(WAYS, gateways, strict=True):
         text = text.replace(theirs, ours.removeprefix("http://"))

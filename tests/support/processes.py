@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -87,12 +86,6 @@ def ledgered(
         for app, token in tokens.items():
             admin.issue_token(db, app, identity.digest(token), who="test", now=time.time())
     return Ledgered(folder, tokens, ledger)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def children(pid: int) -> list[int]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import anthropic
 import httpx2
 from ledgers import until
-from processes import START_S, buried, free_port, ledgered
+from ports import free_port
+from processes import START_S, buried, ledgered
 from secret_hunt import found_in, of_family
 
 from gateway_addon.simulator import KEY, Behaviour, Simulator
