@@ -37,7 +37,7 @@ from mitmproxy.proxy.layers.http import (
 )
 
 from gateway_addon.proxy.bounded_http1 import HEAD_BYTES_MAX
-from gateway_addon.proxy.fastpath import relay, whole
+from gateway_addon.proxy.fastpath import plain_http1, relay, whole
 from gateway_addon.proxy.flows import FlowState, SendPermission
 from gateway_addon.proxy.request_head import NOT_WELL_FORMED
 from gateway_addon.refusals import Refusal, new_request_id
@@ -361,9 +361,9 @@ def _wire_copy(request: http.Request, grant: SendPermission) -> http.Request:
     sent = _shallow_copy(request)
     sent.data = _shallow_copy(request.data)
     name, secret = grant.credential
-    host = b"host", whole.host_of(grant.address, grant.tls)
+    host = b"host", plain_http1.host_of(grant.address, grant.tls)
     framing = ((b"content-length", b"%d" % len(grant.body or b"")),) if grant.body or grant.method in BODY_METHODS else ()
-    sent.data.headers = whole.headers((host, *grant.leaving, *framing, (name.encode(), secret.encode())))
+    sent.data.headers = plain_http1.headers((host, *grant.leaving, *framing, (name.encode(), secret.encode())))
     return sent
 
 

@@ -33,7 +33,7 @@ from mitmproxy.proxy.layers.http import (
 )
 
 from gateway_addon.proxy import bounded_http1
-from gateway_addon.proxy.fastpath import dispatch, whole
+from gateway_addon.proxy.fastpath import dispatch, plain_http1, whole
 
 READER = {"_bytes_in_chunk": 0, "_bytes_to_discard": b"", "_reading_trailer": False}
 """The state that h11's reader of a chunked body keeps between two calls, as it begins."""
@@ -82,7 +82,7 @@ class Chunks(bounded_http1.BoundedChunks):
         """Return the content of the complete chunks at the start of these bytes, and their end: 0 if there is none."""
         if self._bytes_in_chunk or self._reading_trailer or not there.startswith(self._bytes_to_discard):
             return b"", 0
-        content, end = whole.chunks(there, len(self._bytes_to_discard))
+        content, end = plain_http1.chunks(there, len(self._bytes_to_discard))
         return content, end if content else 0
 
 
@@ -134,7 +134,7 @@ class RelayClient(whole.WholeClient):
         """Send the app the bytes that the stream's tap returns."""
         response: Any = stream.flow.response
         if self.framed[0] != stream.stream_id:
-            self.framed = stream.stream_id, whole.comes_in_chunks(response)
+            self.framed = stream.stream_id, plain_http1.comes_in_chunks(response)
         said = response.stream(data)
         piece = said if isinstance(said, bytes) else b"".join(said)
         if not piece:

@@ -9,19 +9,17 @@ theirs to deal with. Everything that is not plain to the byte, and any release t
 Knows nothing of the gateway.
 """
 
-import re
 import time
 import uuid
 from collections import deque
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import count
 from typing import Any
 
 from h11._readers import ChunkedReader
 from mitmproxy import connection, flow, http
 from mitmproxy.hooks import Hook
-from mitmproxy.net.http import url
 from mitmproxy.options import Options
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.context import Context
@@ -51,8 +49,21 @@ from mitmproxy.proxy.utils import ReceiveBuffer
 from mitmproxy.utils import human
 
 from gateway_addon.proxy import bounded_http1
-from gateway_addon.proxy.bounded_http1 import HEAD_BYTES_MAX
 from gateway_addon.proxy.fastpath import dispatch
+from gateway_addon.proxy.fastpath.plain_http1 import (
+    CHUNKED,
+    LAST_CHUNK,
+    RawFields,
+    answer_head_bytes,
+    framing_of,
+    head_bytes,
+    host_of,
+    is_plain,
+    read_answer,
+    read_answer_head,
+    read_request,
+    with_host,
+)
 
 _EVENT = ["self", "event"]
 PARTS: dict[type, dict[str, list[str]]] = {
@@ -78,19 +89,6 @@ PARTS: dict[type, dict[str, list[str]]] = {
 
 OPEN = connection.ConnectionState.OPEN
 
-type RawFields = tuple[tuple[bytes, bytes], ...]
-
-_FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n\0]*+\r\n)++)\r\n"
-_REQUEST = re.compile(rb"POST (/[!-~]*+) HTTP/1\.1\r\n" + _FIELDS)
-_ANSWER = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([!-~]++(?: [!-~]++)*+)\r\n" + _FIELDS)
-_LENGTH = re.compile(rb"[1-9][0-9]{0,8}")
-_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})\r\n")
-_CHUNKED = (b"transfer-encoding", b"chunked")
-_LAST_CHUNK = b"0\r\n\r\n"
-_BODILESS = (b"204", b"304")
-_TELLING = frozenset({b"content-length", b"transfer-encoding", b"connection", b"expect", b"upgrade", b"trailer"})
-"""Headers that say where a message ends, or that it is not a plain one."""
-_KEPT = (b"connection", b"keep-alive")
 _FLOW = vars(http.HTTPFlow(None, None))  # type: ignore[arg-type]
 """A new flow's attributes."""
 _FLOW_ID = str(uuid.uuid4())[:24]
@@ -103,43 +101,6 @@ def fits() -> bool:
 
 
 FITS = fits()
-
-
-def request(data: bytes) -> tuple[http.Request, bytes] | None:
-    """Read a POST that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
-    head = _REQUEST.match(data)
-    if head is None or head.end() > HEAD_BYTES_MAX:
-        return None
-    framing = _framing(fields := _fields(head[2]))
-    if framing == _CHUNKED or (content := _content(framing, data, head.end())) is None:
-        return None
-    return http.Request("", 0, b"POST", b"", b"", head[1], b"HTTP/1.1", headers(fields), None, None, time.time(), None), content
-
-
-def answer(data: bytes) -> tuple[http.Response, bytes] | None:
-    """Read an answer that these bytes are, whole and plain, and its body; None: let mitmproxy look."""
-    head = answer_head(data)
-    content = None if head is None else _content(head[1], data, head[2])
-    return None if head is None or content is None else (head[0], content)
-
-
-def answer_head(data: bytes) -> tuple[http.Response, tuple[bytes, bytes], int] | None:
-    """Read the plain head of an answer that these bytes begin with, how it is framed, and where it ends; None: let mitmproxy look."""
-    head = _ANSWER.match(data)
-    if head is None or head.end() > HEAD_BYTES_MAX or head[1] in _BODILESS:
-        return None
-    framing = _framing(fields := _fields(head[3]))
-    if framing is None:
-        return None
-    made = http.Response(b"HTTP/1.1", int(head[1]), head[2], headers(fields), None, None, time.time(), None)
-    return made, framing, head.end()
-
-
-def headers(fields: RawFields) -> http.Headers:
-    """Return headers of these fields. (mitmproxy's constructor copies them and looks at the type of each.)"""
-    made = http.Headers.__new__(http.Headers)
-    made.fields = fields
-    return made
 
 
 def new_flow(client: connection.Client, server: connection.Server) -> http.HTTPFlow:
@@ -155,79 +116,6 @@ def hook[T: Hook](kind: type[T], about: http.HTTPFlow) -> T:
     made: Any = object.__new__(kind)
     made.flow, made.goes_on = about, True
     return made  # type: ignore[no-any-return]
-
-
-@lru_cache(16)
-def host_of(address: tuple[str, int], tls: bool) -> bytes:
-    """Return the Host header of an upstream."""
-    return url.hostport("https" if tls else "http", *address).encode()
-
-
-def _head(first_line: bytes, fields: RawFields) -> bytes:
-    return b"%b\r\n%b\r\n" % (first_line, b"".join([b"%b: %b\r\n" % field for field in fields]))
-
-
-def _status_line_and_headers(data: http.ResponseData) -> bytes:
-    return _head(b"%b %d %b" % (data.http_version, data.status_code, data.reason), data.headers.fields)
-
-
-def _fields(block: bytes) -> RawFields:
-    parted = [line.partition(b":") for line in block.split(b"\r\n")[:-1]]
-    return tuple([(name, value.strip()) for name, _, value in parted])
-
-
-def _framing(fields: RawFields) -> tuple[bytes, bytes] | None:
-    """Find the header that says where a message ends, in lower case, where no other says it and the connection stays open."""
-    told = [(lower, value.lower()) for name, value in fields if (lower := name.lower()) in _TELLING]
-    found = [field for field in told if field != _KEPT]
-    return found[0] if len(found) == 1 and (found[0] == _CHUNKED or found[0][0] == b"content-length") else None
-
-
-def _content(framing: tuple[bytes, bytes] | None, data: bytes, at: int) -> bytes | None:
-    """Read a body that begins at a place and ends with these bytes; None: it does not, or it is empty."""
-    if framing is None:
-        return None
-    if framing == _CHUNKED:
-        if not data.endswith(_LAST_CHUNK):
-            return None
-        content, end = chunks(data, at)
-        return content if content and end + len(_LAST_CHUNK) == len(data) else None
-    return data[at:] if _LENGTH.fullmatch(framing[1]) and int(framing[1]) == len(data) - at else None
-
-
-def chunks(data: bytes, at: int) -> tuple[bytes, int]:
-    """Read the whole chunks from a place on: their content, and where they end (there, if there is none)."""
-    pieces = []
-    while (head := _SIZE.match(data, at)) and (size := int(head[1], 16)) and data.startswith(b"\r\n", head.end() + size):
-        pieces.append(data[head.end() : head.end() + size])
-        at = head.end() + size + 2
-    return b"".join(pieces), at
-
-
-def _is_plain(request: http.Request | None) -> bool:
-    """Tell whether a request, as it is now, can be passed on whole, and its connection stays open behind it."""
-    framing = _framing_of(request) if request is not None and request.data.method == b"POST" and not request.data.authority else None
-    return framing is not None and framing != _CHUNKED
-
-
-def comes_in_chunks(message: http.Message) -> bool:
-    """Tell whether mitmproxy frames a message's body in chunks."""
-    fields = message.data.headers.fields
-    return any(b"chunked" in value.lower() for name, value in fields if name.lower() == b"transfer-encoding")
-
-
-def _with_host(fields: RawFields, host: bytes) -> RawFields:
-    """Return the fields with one Host header, in the place of the first that there was."""
-    at = [place for place, (name, _) in enumerate(fields) if name.lower() == b"host"]
-    if len(at) != 1:
-        made = http.Headers(fields)
-        made[b"Host"] = host
-        return made.fields
-    return (*fields[: at[0]], (fields[at[0]][0], host), *fields[at[0] + 1 :])
-
-
-def _framing_of(message: http.Message) -> tuple[bytes, bytes] | None:
-    return _framing(message.data.headers.fields) if message.data.http_version == b"HTTP/1.1" else None
 
 
 class LightContext(Context):
@@ -304,7 +192,7 @@ class WholeServer(bounded_http1.Body, Http1Server):
         """Read a whole request; None: let mitmproxy look, and nothing was consumed."""
         if not self.whole_bytes_max or self.buf or self.state != self.read_headers:
             return None
-        found = request(data)
+        found = read_request(data)
         return None if found is None or len(found[1]) > self.whole_bytes_max else self._received(*found)
 
     def _received(self, request: http.Request, content: bytes) -> WholeRequest:
@@ -320,15 +208,15 @@ class WholeServer(bounded_http1.Body, Http1Server):
 
     def _part(self, event: HttpEvent) -> bytes | None:
         """Write the head of a plain answer in chunks, a chunk of it or its end; None: let mitmproxy write."""
-        if type(event) is ResponseHeaders and _framing_of(event.response) == _CHUNKED:
+        if type(event) is ResponseHeaders and framing_of(event.response) == CHUNKED:
             self.response, data = event.response, event.response.data
             self.in_chunks = data.headers.fields
-            return _status_line_and_headers(data)
+            return answer_head_bytes(data)
         if self.response is None or self.response.data.headers.fields is not self.in_chunks:
             return None
         if type(event) is ResponseData and event.data:
             return b"%x\r\n%b\r\n" % (len(event.data), event.data)
-        return _LAST_CHUNK if type(event) is ResponseEndOfMessage and _is_plain(self.request) else None
+        return LAST_CHUNK if type(event) is ResponseEndOfMessage and is_plain(self.request) else None
 
     def _said(self, part: bytes, at_end: bool) -> layer.CommandGenerator[None]:
         yield commands.SendData(self.conn, part)
@@ -342,16 +230,16 @@ class WholeServer(bounded_http1.Body, Http1Server):
 
     def send_whole(self, event: WholeAnswer) -> bytes | None:
         """Write a whole answer; None: it goes in parts, and nothing was done."""
-        framing = _framing_of(event.response) if self.request_done and _is_plain(self.request) else None
+        framing = framing_of(event.response) if self.request_done and is_plain(self.request) else None
         if framing is None:
             return None
         data, content = event.response.data, event.content
-        if framing == _CHUNKED:
-            content = (b"%x\r\n%b\r\n" % (len(content), content) if content else b"") + _LAST_CHUNK
+        if framing == CHUNKED:
+            content = (b"%x\r\n%b\r\n" % (len(content), content) if content else b"") + LAST_CHUNK
         self.request_done, self.request = False, None
         self.stream_id += 2
         self.state = self.read_headers
-        return _status_line_and_headers(data) + content
+        return answer_head_bytes(data) + content
 
     def send_at_once(self, event: WholeAnswer) -> bytes | None:
         """Write a whole answer, where nothing has to be done behind it."""
@@ -391,8 +279,8 @@ class WholeClient(bounded_http1.Client):
         """Read a whole answer; None: let mitmproxy look, and nothing was consumed."""
         if not self.request_done or self.buf or self.state != self.read_headers:
             return None
-        found = answer(data)
-        whole = found is not None and len(found[1]) <= self.whole_bytes_max and _is_plain(self.request)
+        found = read_answer(data)
+        whole = found is not None and len(found[1]) <= self.whole_bytes_max and is_plain(self.request)
         return self._received(*found) if found is not None and whole else None
 
     def _received(self, response: http.Response, content: bytes) -> WholeAnswer:
@@ -403,8 +291,8 @@ class WholeClient(bounded_http1.Client):
 
     def read_headers(self, event: events.ConnectionEvent) -> layer.CommandGenerator[None]:
         plain = type(event) is events.DataReceived and self.request_done and self.whole_bytes_max and self._read[0] != self.stream_id
-        head = answer_head(bytes(self.buf)) if plain else None
-        if head is None or head[1] != _CHUNKED or not _is_plain(self.request):
+        head = read_answer_head(bytes(self.buf)) if plain else None
+        if head is None or head[1] != CHUNKED or not is_plain(self.request):
             return super().read_headers(event)
         return self._head_read(event, head[0], head[2])
 
@@ -428,7 +316,7 @@ class WholeClient(bounded_http1.Client):
         """Write a whole request."""
         self.stream_id, self.request, self.request_done = event.stream_id, event.request, True
         data = event.request.data
-        return _head(b"%b %b %b" % (data.method, data.path, data.http_version), data.headers.fields) + event.content
+        return head_bytes(b"%b %b %b" % (data.method, data.path, data.http_version), data.headers.fields) + event.content
 
     send_at_once = send_whole
 
@@ -443,7 +331,7 @@ def _received(event: HttpEvent) -> layer.CommandGenerator[None]:
 def _ends_plainly(end: Http1Connection) -> bool:
     """Tell whether a connection stays open behind the exchange that ends, by the headers of both messages."""
     response = end.response
-    return response is not None and response.status_code != 101 and _framing_of(response) is not None and _is_plain(end.request)
+    return response is not None and response.status_code != 101 and framing_of(response) is not None and is_plain(end.request)
 
 
 def _next_message(end: Http1Connection, stream_id: Any) -> layer.CommandGenerator[None]:
@@ -538,7 +426,7 @@ class WholeStream(HttpStream):
         request, data = event.request, event.request.data
         flow.request, data.scheme = request, b"https" if tls else b"http"
         data.host, data.port = address
-        data.headers.fields = _with_host(data.headers.fields, host_of(address, tls))
+        data.headers.fields = with_host(data.headers.fields, host_of(address, tls))
         yield hook(HttpRequestHeadersHook, flow)
         if (yield from self._killed()):
             return
@@ -561,7 +449,7 @@ class WholeStream(HttpStream):
         if not self._connected() and not (yield from self.make_server_connection()):
             return
         content, server = flow.request.data.content or b"", self.context.server
-        if self._takes_whole(server) and _is_plain(flow.request):
+        if self._takes_whole(server) and is_plain(flow.request):
             yield SendHttp(WholeRequest(self.stream_id, flow.request, False, content=content), server)
             return
         yield SendHttp(RequestHeaders(self.stream_id, flow.request, not content), server)

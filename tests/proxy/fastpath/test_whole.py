@@ -27,7 +27,7 @@ from stages import HOOKS, beat, length_of, plain, staged, talk
 from upstreams import answer, chunked, event, message
 
 from gateway_addon.proxy import inject
-from gateway_addon.proxy.fastpath import relay, whole
+from gateway_addon.proxy.fastpath import plain_http1, relay, whole
 
 TOP = b"POST /v1/messages?beta=true HTTP/1.1\r\n"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -125,7 +125,7 @@ def parts(made: Any) -> dict[str, Any]:
 
 
 def taken_whole(data: bytes, is_request: bool) -> Any:
-    found = whole.request(data) if is_request else whole.answer(data)
+    found = plain_http1.read_request(data) if is_request else plain_http1.read_answer(data)
     return found and (parts(found[0]), found[1])
 
 
@@ -161,15 +161,15 @@ def test_what_is_taken_whole_is_what_mitmproxy_reads(data, is_request):
 def test_a_head_of_awkward_bytes_costs_no_more_than_its_length(unit, end):
     junk = unit * (60_000 // len(unit)) + end
     for data in (junk, b"POST /" + junk, TOP + junk, TOP + b"a: " + junk, b"HTTP/1.1 200 " + junk, OK + junk):
-        assert min(timeit.repeat(lambda data=data: (whole.request(data), whole.answer(data)), timer=time.process_time, number=1, repeat=3)) < 0.25
+        assert min(timeit.repeat(lambda data=data: (plain_http1.read_request(data), plain_http1.read_answer(data)), timer=time.process_time, number=1, repeat=3)) < 0.25
 
 
-@pytest.mark.parametrize(("size", "taken"), [(whole.HEAD_BYTES_MAX, True), (whole.HEAD_BYTES_MAX + 1, False)])
+@pytest.mark.parametrize(("size", "taken"), [(plain_http1.HEAD_BYTES_MAX, True), (plain_http1.HEAD_BYTES_MAX + 1, False)])
 def test_a_head_over_the_limit_is_not_taken_whole(size, taken):
     rest = TOP + LENGTH + b"a: \r\n\r\n"
     head = TOP + LENGTH + b"a: " + b"x" * (size - len(rest)) + b"\r\n\r\n"
     assert len(head) == size
-    assert (whole.request(head + b"hi") is not None) is taken
+    assert (plain_http1.read_request(head + b"hi") is not None) is taken
 
 
 # Through a gateway, in both ways.
