@@ -267,7 +267,7 @@ SCENARIOS: dict[str, tuple[Any, ...]] = {
     **{f"an addon that kills in {hook}": (talk(asked()), [SAID], (hook, lambda flow: flow.kill()), {}, (1, int(at > 1))) for at, hook in enumerate(HOOKS[:4])},
     **{f"an addon that answers in {hook}": (talk(asked(), b"", asked()), [SAID], (hook, lambda flow: setattr(flow, "response", TEAPOT.copy())), {}, (2, int(at > 1))) for at, hook in enumerate(HOOKS[:4])},
     "an addon that edits a request": (talk(asked()), [SAID], ("request", lambda flow: setattr(flow.request, "text", "hi")), {}, (1, 0)),
-    "an addon that passes a request on as it comes": (talk(asked()), [SAID], ("requestheaders", lambda flow: setattr(flow.request, "stream", True)), {}, (1, 0)),
+    "an addon that wants a request passed on as it comes": (talk(asked()), [SAID], ("requestheaders", lambda flow: setattr(flow.request, "stream", True)), {}, BOTH),
     "an addon that kills what is refused": (talk(asked(b"{}")), [], ("responseheaders", lambda flow: flow.kill()), {}, (1, 0)),
     "an addon that asks in chunks": (talk(asked()), [SAID], ("requestheaders", in_chunks), {}, BOTH),
     "an addon that ends the connections": (talk(asked()), [SAID], ("requestheaders", lambda flow: flow.request.headers.add("connection", "close")), {}, BOTH),
