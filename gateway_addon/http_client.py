@@ -247,8 +247,11 @@ def _dial(place: tuple[str, int], timeout_s: float, source: None = None) -> sock
 
 def _trust(way: Egress) -> ssl.SSLContext:
     if way.trusts_anyone:
-        return ssl._create_unverified_context()
-    return ssl.create_default_context(cafile=way.ca_file or (None if way.ca_folder else certifi.where()), capath=way.ca_folder)
+        context = ssl._create_unverified_context()
+    else:
+        context = ssl.create_default_context(cafile=way.ca_file or (None if way.ca_folder else certifi.where()), capath=way.ca_folder)
+    context.keylog_filename = None  # type: ignore[assignment]  # whatever SSLKEYLOGFILE says: with that file a credential could be read off the network
+    return context
 
 
 def _kind(error: Exception) -> str:

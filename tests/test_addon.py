@@ -14,6 +14,7 @@ import httpx2
 import pytest
 from ledgers import until
 from mitmproxy.exceptions import OptionsError
+from mitmproxy.net import tls
 from mitmproxy.options import Options
 from mitmproxy.tools.dump import DumpMaster
 from ports import free_port
@@ -173,6 +174,7 @@ async def test_another_scripts_options_open_no_way_around(tmp_path, monkeypatch,
     for variable, value in {"POLICIES": str(tmp_path / "policies"), "LEDGER": f"sqlite:///{gateways.ledger}"}.items():
         monkeypatch.setenv(f"GATEWAY_{variable}", value)
     monkeypatch.setenv("SIMULATED_KEY", KEY)
+    monkeypatch.setattr(tls, "log_master_secret", tls.make_master_secret_logger(str(tmp_path / "tls_keys")))
     options, shim = Options(listen_host="127.0.0.1", mode=["reverse:http://127.0.0.1:9"]), Shim()
     master = DumpMaster(options, with_termlog=False, with_dumper=False)
     master.addons.add(shim)
@@ -180,7 +182,8 @@ async def test_another_scripts_options_open_no_way_around(tmp_path, monkeypatch,
     options.update(**{name: value} if name else {})
     await shim.running()
     try:
-        assert (shim.in_place, said in caplog.text) == (not name, True)
+        assert (shim.in_place, said in caplog.text, tls.log_master_secret) == (not name, True, None)
+        assert "SSLKEYLOGFILE is not heeded" in caplog.text
         for each in MOVED if shim.in_place else ():
             with pytest.raises(OptionsError, match=f"{each} cannot be changed while"):
                 options.update(**{each: MOVED[each]})

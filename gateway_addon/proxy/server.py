@@ -21,6 +21,7 @@ from typing import Any
 from mitmproxy import exceptions, http, options, tls, version
 from mitmproxy.addons import core, errorcheck, next_layer, proxyserver, tlsconfig
 from mitmproxy.master import Master
+from mitmproxy.net import tls as tls_contexts
 from OpenSSL import SSL
 
 from gateway_addon.calls import top_ups
@@ -216,6 +217,7 @@ async def assembled(
 ) -> AsyncIterator[tuple[GatewayPolicy, WatchedSecret, GatewayAddon]]:
     """Make an addon and all that it needs: the policy loaded and watched, the key read, the ledger open, the jobs running."""
     policy = load(policies)
+    write_no_tls_keys()
     key = WatchedSecret(policy.key, withheld=policy.secret_variables)
     if policy.tls is not None:
         Certificate().context(policy.tls)
@@ -260,6 +262,13 @@ async def assembled(
     finally:
         await background.ended()
         await ledger.close()
+
+
+def write_no_tls_keys() -> None:
+    """Keep the keys of TLS connections off the disk: with them whoever records the network would read the real key."""
+    if tls_contexts.log_master_secret is not None:
+        tls_contexts.log_master_secret = None
+        logger.warning("SSLKEYLOGFILE is not heeded: with the file that it names the real API key could be read off the network.")
 
 
 def build(settings: Settings, policy: GatewayPolicy, addon: GatewayAddon) -> Master:
