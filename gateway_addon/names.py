@@ -27,7 +27,7 @@ NAME_CHARS_MAX = 200
 
 
 NAME_FORM = "lower-case letters, digits, - and _, at most 63"
-"""The form of a name in policies (policy/keys.py: NAME), for sentences."""
+"""The form of a name in policies (policy/values.py: NAME), for sentences."""
 
 
 def app_named(app: str) -> str:

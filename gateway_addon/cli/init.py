@@ -16,7 +16,7 @@ from gateway_addon.names import NAME_FORM, PROGRAM
 from gateway_addon.operations import deploy
 from gateway_addon.operations.places import clone_folder
 from gateway_addon.policy import PolicyError, load
-from gateway_addon.policy.keys import NAME
+from gateway_addon.policy.values import NAME
 from gateway_addon.pricing import PriceError
 
 GATEWAY = """\

@@ -4,19 +4,14 @@ The one source of validation, of `gateway schema` and of the reference of keys. 
 field that carries it in `model`.
 """
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from yaml.nodes import Node
 
 from gateway_addon.identity.trust import ALGORITHMS, KeySource
-from gateway_addon.ledger.access import GROUP_READS, PRIVATE
-from gateway_addon.messages.header_filter import OWN, OWN_PREFIX
 from gateway_addon.names import LABEL_NAME
 from gateway_addon.policy import trusting
 from gateway_addon.policy.kinds import (
@@ -35,7 +30,6 @@ from gateway_addon.policy.kinds import (
     one_or_more,
     parsed,
     record,
-    seconds,
     text,
     word,
 )
@@ -57,109 +51,33 @@ from gateway_addon.policy.model import (
     Timeouts,
     Tls,
 )
+from gateway_addon.policy.values import (
+    DAY_OF_MONTH,
+    HEADER,
+    MODE,
+    NAME,
+    NAME_VALUE,
+    NETWORK,
+    PATTERN,
+    PROXY_ADDRESS,
+    SOURCE,
+    TRUSTED_PROXY,
+    UPSTREAM,
+    WAIT,
+    ZONE,
+)
 from gateway_addon.pricing import LISTED_BY
 from gateway_addon.windows import cycle
 from gateway_addon.yaml_file import Problems, Spot, entries, suggestion
-
-WAIT_MAX_S = 300.0  # half of the time in which the official SDKs want the whole answer
-NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
-"""Apps and teams: lower case, so that two spellings never mean two budgets."""
 
 
 def _group(make: Any, keys: Mapping[str, Key], help: str, default: Any = REQUIRED) -> Key:
     return Key(record(make, keys), help, default, keys)
 
 
-def _upstream(value: str) -> str:
-    """Return an https address, or a plain http one of this machine. Raises ValueError."""
-    parts = urlsplit(value)
-    loopback = parts.hostname == "localhost" or re.fullmatch(r"127(\.\d{1,3}){3}|::1", parts.hostname or "") is not None
-    if parts.scheme != "https" and not (parts.scheme == "http" and loopback):
-        raise ValueError(f"{value!r} must be https (plain http only to a loopback address): the real key travels there")
-    if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username or parts.port == 0:
-        raise ValueError(f"{value!r} must be scheme, host and port alone, like https://api.anthropic.com")
-    return value.rstrip("/")
-
-
-def _proxy(value: str) -> Any:
-    network = ipaddress.ip_network(value)
-    if network.prefixlen == 0:
-        raise ValueError(f"{value} is everybody: every caller could name an address of his own; write where the proxy is")
-    return network
-
-
-def _way_out(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.username or parts.password:
-        raise ValueError("a proxy's password is a secret; name where its address is read from, like {env: COMPANY_PROXY}")
-    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
-        raise ValueError(f"{value!r} must be a proxy's address, like http://proxy:3128")
-    return value
-
-
-def _header(value: str) -> str:
-    name = value.lower()
-    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", name) is None:
-        raise ValueError(f"{value!r} is not the name of a header; write one like x-trace-id")
-    if name.encode() in OWN or name.encode().startswith(OWN_PREFIX):
-        raise ValueError(f"{value!r} is written by the gateway itself, or ends here; leave it out")
-    return name
-
-
-_MODES = {"0600": PRIVATE, "0640": GROUP_READS}  # in a schema also as numbers: so YAML reads them
-
-
-def _mode(value: str) -> int:
-    if value not in _MODES:
-        why = "a user who can write or lock it can stop every call"
-        raise ValueError(f"{value!r} cannot be the ledger's mode: {why}; write 0600 or 0640")
-    return _MODES[value]
-
-
-def _zone(value: str) -> str:
-    try:
-        ZoneInfo(value)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"{value!r} is not a time zone; write one like UTC or Europe/Berlin") from None
-    return value
-
-
-def _wait(value: str) -> float:
-    wait_s = 0.0 if value in ("0", "0s") else seconds(value)
-    if wait_s > WAIT_MAX_S:
-        raise ValueError(f"{value!r} is longer than {WAIT_MAX_S / 60:g}m: the SDKs give a call up after 10m, and its answer takes time too")
-    return wait_s
-
-
-_COMMAND = ValueKind(listing(text()).read, listing(text()).schema, "a list: the program and its arguments")
-SOURCE = one_of(
-    Source,
-    {
-        "env": text(r"[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable"),
-        "file": text(what="a path"),
-        "command": _COMMAND,
-        "keyring": text(r"[^/\s]+/[^/\s]+", "SERVICE/USER"),
-    },
-)
-_UPSTREAM = parsed(_upstream, {"type": "string", "format": "uri"}, "an https address")
-_ZONE = parsed(_zone, {"type": "string"}, "a time zone")
-_WAIT = parsed(_wait, {"anyOf": [{"enum": [0, "0"]}, SECONDS.schema]}, SECONDS.written)
-_MODE = parsed(_mode, {"enum": [*_MODES, *_MODES.values()]}, "`0600` or `0640`")
-_NETWORK = parsed(ipaddress.ip_network, {"type": "string"}, "a network (`10.0.0.0/8`)")
-_PROXY = parsed(_proxy, {"type": "string"}, "a network (`10.0.0.0/8`)")
-_PATTERN = text(r"[A-Za-z0-9][A-Za-z0-9._:*?@-]*", "a model id or a pattern like claude-haiku-4-5*")
-_NAMES = text(NAME, "a name of lower-case letters, digits, - and _")
-
-
-def _day_of_month(value: str) -> int:
-    if re.fullmatch(r"[0-9]{1,2}", value) is None or not 1 <= int(value) <= 31:
-        raise ValueError(f"{value!r} is not a day of the month; write one from 1 to 31 (31: the last day of a shorter month)")
-    return int(value)
-
-
 _CYCLE = {
     "amount": Key(AMOUNT, "how much"),
-    "from": Key(parsed(_day_of_month, {"type": "integer", "minimum": 1, "maximum": 31}, "a day of the month"), "the day it begins on"),
+    "from": Key(DAY_OF_MONTH, "the day it begins on"),
 }
 _WINDOWS = {
     "day": Key(AMOUNT, "at most this much in a calendar day", None),
@@ -291,7 +209,7 @@ FEATURES: dict[str, Key] = {
     "advisor": _feature("an advisor model asked by the model (its model must be allowed too)", _USES),
     "fallbacks": _feature(
         "other models tried when one declines (each must be allowed too)",
-        {"default": Key(listing(_PATTERN), 'the models that `fallbacks: "default"` may reach; without it "default" is refused', ())},
+        {"default": Key(listing(PATTERN), 'the models that `fallbacks: "default"` may reach; without it "default" is refused', ())},
     ),
     "fast": _feature("`speed: fast`, at the model's fast price"),
     "service_tier": _feature("a `service_tier` other than auto and standard_only"),
@@ -341,7 +259,7 @@ _ISSUER = {
     "skew": Key(SECONDS, "by how much its clock and ours may differ; 60 s unless given", 60.0),
 }
 _WORKLOAD = {
-    "issuer": Key(_NAMES, "the name of an issuer in gateway.yaml"),
+    "issuer": Key(NAME_VALUE, "the name of an issuer in gateway.yaml"),
     "subject": Key(text(), "the token's `sub`, to the letter; a beginning ends in `*` and stands beside a claim that is an id", None),
     "claims": Key(mapping(text(what="a text")), "further claims, to the letter: `{repository_id: 456}`", MappingProxyType({})),
 }
@@ -368,9 +286,9 @@ APP: dict[str, Key] = {
     "models": _group(
         Models,
         {
-            "allow": Key(listing(_PATTERN), "models this app may use: ids, or patterns that match whole ids"),
-            "deny": Key(listing(_PATTERN), "models it may not use, whatever `allow` says", ()),
-            "aliases": Key(mapping(_PATTERN), "names of its own for models; rewrites the body", MappingProxyType({})),
+            "allow": Key(listing(PATTERN), "models this app may use: ids, or patterns that match whole ids"),
+            "deny": Key(listing(PATTERN), "models it may not use, whatever `allow` says", ()),
+            "aliases": Key(mapping(PATTERN), "names of its own for models; rewrites the body", MappingProxyType({})),
             "moving": Key(
                 word("pass", "refuse", "pin"),
                 "names that the provider may point at another snapshot (`claude-haiku-4-5`): pass, refuse, or pin to the dated id",
@@ -394,7 +312,7 @@ APP: dict[str, Key] = {
         COUNT, "how many new sessions, agents, users and labels a day may bring, where each has a cap; calls under further names share the "
         "caps of one part, `others` (`10k` unless given)", 10_000,
     ),
-    "team": Key(_NAMES, "the team whose caps it shares (see `teams` in gateway.yaml)", None),
+    "team": Key(NAME_VALUE, "the team whose caps it shares (see `teams` in gateway.yaml)", None),
     "endpoints": Key(
         listing(word("messages", "count_tokens", "models", "batches", "files")),
         "what it may call: `batches` (each request of one is judged like a call of its own) and `files` only where named, "
@@ -446,7 +364,7 @@ APP: dict[str, Key] = {
             "input_tokens_per_minute": Key(COUNT, "quoted input tokens a minute", None),
             "concurrent": Key(COUNT, "calls in flight at once; a batch is one until it is settled", None),
             "wait": Key(
-                _WAIT,
+                WAIT,
                 "how long a call beyond them waits in line before it is refused: `30s` unless given, at most `5m`, `0s` for not at all",
                 RatePolicy().wait_s,
             ),
@@ -459,7 +377,7 @@ APP: dict[str, Key] = {
     "mode": Key(word("enforce", "observe"), "`observe` lets everything pass and records what would have been refused", "enforce"),
     "observe": Key(listing(word(*OBSERVABLE)), "rules that are only observed while the others are enforced", ()),
     "served": Key(word("any", "exact"), "`exact` raises an alert when another model answers than the one asked", "any"),
-    "addresses": Key(listing(_NETWORK), "networks its tokens may be used from; anywhere unless given", ()),
+    "addresses": Key(listing(NETWORK), "networks its tokens may be used from; anywhere unless given", ()),
     "workloads": Key(
         listing(record(trusting.rule, _WORKLOAD)), "whose identity tokens are this app's, beside its own tokens; nobody's unless given", (),
         _WORKLOAD,
@@ -484,13 +402,13 @@ _TEAM = {"caps": _caps(_WINDOWS, "what the team's apps may spend together")}
 _TEAM_KEY = _group(Team, _TEAM, "one team")
 
 GATEWAY: dict[str, Key] = {
-    "upstream": Key(_UPSTREAM, "where admitted calls go; to change it, restart the gateway", LISTED_BY),
+    "upstream": Key(UPSTREAM, "where admitted calls go; to change it, restart the gateway", LISTED_BY),
     "key": Key(SOURCE, "where the real API key is read from, again when it changes", Source("env", "ANTHROPIC_API_KEY")),
     "admin_key": Key(SOURCE, "where `gateway reconcile` reads an admin key from; nothing else reads it, and it calls no model", None),
     "metrics_token": Key(
         SOURCE, "the bearer token that opens `/gateway/metrics`; without it there is no such page; to change it, restart", None
     ),
-    "timezone": Key(_ZONE, "in which days, weeks and months begin", "UTC"),
+    "timezone": Key(ZONE, "in which days, weeks and months begin", "UTC"),
     "workspace_geo": Key(
         word("global", "us", "unknown"),
         "the workspace's `default_inference_geo`; while unknown, requests that name none are quoted at the dearer one",
@@ -513,14 +431,14 @@ GATEWAY: dict[str, Key] = {
         None,
     ),
     "trusted_proxies": Key(
-        listing(_PROXY),
+        listing(TRUSTED_PROXY),
         "proxies in front: the address that they saw (X-Forwarded-For) is taken for the caller's; no proxy is believed unless given", (),
     ),
     "egress": _group(
         EgressPolicy,
         {
             "proxy": Key(
-                either(parsed(_way_out, {"type": "string", "format": "uri"}, "an address (`http://proxy:3128`)"), SOURCE),
+                either(PROXY_ADDRESS, SOURCE),
                 "a proxy to go through; one with a password is a secret, so name where it is read from",
                 None,
             ),
@@ -531,7 +449,7 @@ GATEWAY: dict[str, Key] = {
         EgressPolicy(),
     ),
     "pass_headers": Key(
-        listing(parsed(_header, {"type": "string"}, "a header's name")),
+        listing(HEADER),
         "request headers that are sent on beside those that the Claude API knows; no others unless given",
         (),
     ),
@@ -541,7 +459,7 @@ GATEWAY: dict[str, Key] = {
     ),
     "audience": Key(text(), "whom an identity token must be for (its `aud`); must be given where issuers are", None),
     "ledger_mode": Key(
-        _MODE, "who may open a ledger that is a file: `0640` lets its group read it while a gateway runs, `0600` unless given", 0o600
+        MODE, "who may open a ledger that is a file: `0640` lets its group read it while a gateway runs, `0600` unless given", 0o600
     ),
     "alerts": ALERTS,
 }

@@ -17,10 +17,11 @@ from gateway_addon.identity.trust import Issuer
 from gateway_addon.ledger import app_scope, enclosing, part_of
 from gateway_addon.names import NAME_FORM, PROGRAM
 from gateway_addon.policy import trusting
-from gateway_addon.policy.keys import APP, GATEWAY, NAME
+from gateway_addon.policy.keys import APP, GATEWAY
 from gateway_addon.policy.kinds import REQUIRED, Key, record
 from gateway_addon.policy.model import AppPolicy, Cap, GatewayPolicy, Models, PartCaps, caps_of_one
 from gateway_addon.policy.rules import matching
+from gateway_addon.policy.values import NAME
 from gateway_addon.pricing import LISTED_BY, PriceError, Prices
 from gateway_addon.windows import Window
 from gateway_addon.yaml_file import FileError as PolicyError
