@@ -16,6 +16,7 @@ from h11._readers import ChunkedReader
 from h11._receivebuffer import ReceiveBuffer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from idle_clock import pass_while_idle
 from mitmproxy import http
 from mitmproxy.connection import ConnectionState, Server
 from mitmproxy.net.http import http1
@@ -189,8 +190,10 @@ def asked(body: bytes = ASK, more: str = "") -> bytes:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stage(tmp_path_factory):
-    async with staged(tmp_path_factory.mktemp("stage")) as stage:
-        yield stage
+    with pytest.MonkeyPatch.context() as patch:
+        clocks = pass_while_idle(asyncio.get_running_loop(), patch)
+        async with staged(tmp_path_factory.mktemp("stage"), clocks=clocks) as stage:
+            yield stage
 
 
 @pytest.fixture
