@@ -1,6 +1,7 @@
 """The `gateway` command: one module per group of commands, imported only when its command runs."""
 
 import difflib
+import errno
 import importlib
 import os
 import signal
@@ -12,6 +13,8 @@ import click
 from gateway_addon import __version__
 from gateway_addon.refusals import capitalised
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""The errors of a device that takes no more output."""
 INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
 
 COMMANDS = {
@@ -90,6 +93,11 @@ class CommandGroup(click.Group):
             return super().invoke(ctx)
         except click.UsageError as error:
             _say(error)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            click.echo(f"The output cannot be written: {error.strerror}.", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\nStopped.", err=True)
             ctx.exit(INTERRUPTED)

@@ -43,6 +43,9 @@ CHANGE_MAX = 10
 """Times as much as before: beyond it a percentage says nothing."""
 
 
+NO_CALLS = f"No calls in this time. The first one needs a token: {PROGRAM} token issue APP"
+
+
 @click.command(epilog=f"Example: {PROGRAM} report --by model --since 7d")
 @click.option(
     "--by",
@@ -91,7 +94,8 @@ def report(
 ) -> None:
     """Show the spending, by whom and on what: sums of the entries that the caps are judged by.
 
-    A call counts at the time of its admission. The change is against the period of the same length just before.
+    A call counts at the time of its admission. The change is against the period of the same length just before. `cache hits` is the
+    share of the prompts' tokens that came from the cache, `out/max` the output's share of the `max_tokens` that were asked for.
     """
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other.")
@@ -123,7 +127,8 @@ def report(
             found_report = _report(spending.report(db, key, since=start, until=end, then=then, only=only))
             is_this_month = key == "app" and then is None and not (since or until or last) and only == Only(only.app)
             coming = _coming(db, found_report, app, outline(policies), now) if is_this_month else {}
-            _show(found_report, coming, drifts, calendar, as_json, as_csv)
+            none = NO_CALLS if only == EVERY else "No such calls in this time."
+            _show(found_report, coming, drifts, calendar, none, as_json, as_csv)
 
 
 def _groupings(text: str) -> tuple[Key, Key | None]:
@@ -184,13 +189,18 @@ def _notable(found: Notable | None) -> Notable | None:
     return found and replace(found, model=safe_name(found.model), line=found.line._replace(key=safe_name(found.line.key)))
 
 
-def _show(found: Report, coming: Coming, drifts: list[DriftLine], calendar: tzinfo, as_json: bool, as_csv: bool) -> None:
+def _show(
+    found: Report, coming: Coming, drifts: list[DriftLine], calendar: tzinfo, none: str, as_json: bool, as_csv: bool
+) -> None:  # fmt: skip
+    """Print a report; `none` where it has no line."""
     if as_json:
         click.echo(json.dumps(_document(found, coming) | ({"drifts": [asdict(each) for each in drifts]} if found.by == "served" else {})))
     elif as_csv:
         click.echo(csv_text([_with_dollars(_figures(line, found.before, coming)) for line in found.lines]), nl=False)
     else:
-        click.echo(f"{shown(found.since, calendar)} to {shown(found.until, calendar)}\n\n{_table(found, coming)}")
+        click.echo(f"{shown(found.since, calendar)} to {shown(found.until, calendar)}\n\n{_table(found, coming) if found.lines else none}")
+        if found.total.estimated:
+            click.echo("\n* An upper bound is booked for calls whose exact cost is not known.")
         if found.lines and coming:
             click.echo("\n" + "\n".join(_forecast_sentences(coming)))
         if found.refusals:
@@ -221,8 +231,6 @@ def _drift(found: DriftLine, calendar: tzinfo) -> tuple[str, ...]:
 
 
 def _table(found: Report, coming: Coming) -> str:
-    if not found.lines:
-        return f"No calls in this time. The first one needs a token: {PROGRAM} token issue APP"
     total, before = found.total, {"total": sum(found.before.values())}
     rows = [*(_cells(line, found.before, coming) for line in found.lines), _cells(total, before, coming)]
     if not before["total"] or {found.by, found.then} & {"day", "month"}:

@@ -39,6 +39,7 @@ from gateway_addon.upstreams.credentials import SecretUnavailable, conceal
 CUT = 3
 """The exit code of a command that a cap or a pause stopped."""
 KNOCK_S = 2.0
+RECORDED_WITHIN_S = 0.5  # for a refusal's row, which is written after its caller has the answer
 SETTLED_WITHIN_S = 10.0  # for the bill to wait for calls that still run when their command has ended
 BASE_URL = ("ANTHROPIC_BASE_URL", "ANTHROPIC_API_BASE")
 CREDENTIALS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
@@ -97,6 +98,7 @@ def _gateway(policy: GatewayPolicy, policies: Path, ledger: str, listen: tuple[s
     running = f"{'https' if policy.tls else 'http'}://{host}:{listen[1]}"
     if _knows(running, token.secret):
         yield running
+        time.sleep(RECORDED_WITHIN_S)
         return
     if policy.tls is not None:
         stop(f"No gateway with this ledger answers at {running}, and gateway.yaml names a certificate: start it, or say --local.")

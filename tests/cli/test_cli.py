@@ -1,5 +1,7 @@
 """What all commands owe to whoever types them: an example that works, a place in the handbook, a clean Ctrl-C."""
 
+import errno
+import io
 import os
 import re
 import shlex
@@ -148,6 +150,17 @@ def test_ctrl_c_ends_it_without_traceback_or_left_process(arguments, given, said
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     assert not list(tmp_path.glob("gateway-demo-*"))
+
+
+def test_an_output_that_nothing_takes_is_said(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Full())
+    with pytest.raises(SystemExit) as ended:
+        main(["docs"])
+    assert (ended.value.code, capsys.readouterr().err) == (1, "The output cannot be written: No space left on device.\n")
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import sqlite3
 import time
 from contextlib import closing
@@ -146,6 +147,15 @@ def test_notable_names_the_configuration_that_costs_most_and_why(path):
     assert text.startswith("drafts on claude-opus-4-6 with max_tokens 32,000 costs most: $16.00 of $20.00 (80%) in 1 call since")
     assert "A call costs $16.00, 8.0 times the mean of all others ($2.00)." in text
     assert "Its prompts are 5,000 tokens on average and 0% come from the cache" in text
+
+
+def test_notes_are_below_a_table_that_needs_them(path):
+    assert "*" not in run(path, "--since", "2d")
+    with closing(sqlite_files.writer_connection(path)) as db:
+        held = reservations.reserve(db, "me", CALL, DOLLAR, CAPS, now=NOW - 60)
+        reservations.settle(db, held.call_id, Settlement(DOLLAR, (Part(DOLLAR),), Outcome(status=200, flags=("estimated:cut",))), now=NOW - 60)
+    assert re.search(r"total .+\d\*.+\n\n\* An upper bound is booked", run(path, "--since", "2d"), re.DOTALL)
+    assert "No such calls in this time.\n" in run(path, "--since", "2d", "--model", "gpt"), "there are others: no token is missing"
 
 
 def test_alerts_are_listed(path):

@@ -85,7 +85,7 @@ def token(folder):
     return rows(folder / "gateway.db", "SELECT app, revoked_at IS NOT NULL, labels FROM tokens WHERE label = 'run' ORDER BY id DESC LIMIT 1")[0]
 
 
-async def test_a_command_has_a_cap_a_label_and_a_bill_of_its_own(tmp_path):
+async def test_a_command_has_a_cap_a_label_and_a_bill_of_its_own(tmp_path, monkeypatch):
     """Beside a gateway that runs: a program of the SDK, and one that its cap stops at its first call."""
     async with Simulator() as api, gateway(tmp_path, api, {"app": APP, "other": APP}) as gw:
         listen = gw.url.removeprefix("http://")
@@ -98,6 +98,7 @@ async def test_a_command_has_a_cap_a_label_and_a_bill_of_its_own(tmp_path):
 
         assert await gw.spent_nano() == (await api.settled()).billed_nano
 
+        monkeypatch.setattr("gateway_addon.ledger.ledger.LINGER_S", 0.3)  # a refusal's row comes after its answer
         capped = ["--app", "app", "--cap", "$0.001", "--until", "30m", "--json", "--"]
         code, printed, said = await run(tmp_path, listen, *capped, *plain(max_tokens=4000))
         bill = json.loads(printed)
