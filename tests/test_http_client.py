@@ -281,6 +281,17 @@ async def test_a_body_without_an_end_is_not_read_to_it(monkeypatch):
             await asyncio.to_thread(read, far.url)
 
 
+@pytest.mark.parametrize("head", ["content-length: 9\r\n\r\n", "\r\n", "transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n"], ids=["length", "none", "chunks"])
+async def test_a_body_that_broke_off_is_no_whole_one(head):
+    def read(url):
+        with ask(url, "it", timeout_s=1) as answer:
+            return whole(answer)
+
+    async with upstream(f"HTTP/1.1 200 OK\r\n{head}{{}}".encode()) as far:
+        with pytest.raises(Unanswered, match=r"^it broke off the answer"):
+            await asyncio.to_thread(read, far.url)
+
+
 def test_a_dead_address_is_waited_for_once_and_briefly(monkeypatch):
     """It answers nobody: the queue of its socket is full, and nobody takes from it."""
     tried = []

@@ -312,6 +312,7 @@ MCP = {"mcp_servers": [{"type": "url", "name": "x", "url": "https://mcp.example.
         (WEB, {"tools": [SEARCH]}, "feature: App reports must give tools[0] a max_uses of its own"),
         (WEB, {"tools": [SEARCH | {"max_uses": True}]}, "feature: App reports must give tools[0]"),
         (WEB, {"tools": [SEARCH | {"max_uses": 4}]}, "feature: App reports may use web_search 3 times"),
+        (WEB, {"tools": [SEARCH | {"max_uses": 5}, SEARCH | {"max_uses": -3}]}, "feature: App reports must give tools[1]"),
         (WEB, {"tools": [SEARCH | {"max_uses": 2}] * 2}, "feature: App reports may use web_search 3 times"),
         ("features: {web_fetch: {max_uses: 3}}", {"tools": [SEARCH | {"max_uses": 1}]}, "feature: App reports may not use web_search"),
         ("features: {advisor: {max_uses: 2}}", {"tools": [ADVISOR]}, None),
