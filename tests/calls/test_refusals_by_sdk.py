@@ -184,6 +184,14 @@ def test_every_code_is_shown_here_or_has_a_reason_not_to_be():
     assert not {case.code for case in CASES} & set(ELSEWHERE)
 
 
+@pytest.fixture
+def clock(case, request):
+    """For an API that takes its time: the others' time is that of a process which judges a large body."""
+    if case.behaviour != Behaviour():
+        request.getfixturevalue("idle_clock")
+
+
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.code}-{index}" for index, case in enumerate(CASES)])
 async def test_refusal_raises_the_sdk_class_with_a_helpful_sentence(tmp_path, case):
     """A refusal raises the SDK's own class, with a sentence that helps."""

@@ -19,6 +19,8 @@ from gateway_addon.proxy import bounded_http1
 from gateway_addon.proxy.fastpath import relay
 from gateway_addon.simulator import Behaviour
 
+pytestmark = pytest.mark.usefixtures("idle_clock")
+
 BODIES = {
     "whole": b"3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n",
     "upper case and leading zeros": b"00A\r\n0123456789\r\n0a\r\n0123456789\r\n0\r\n\r\n",
