@@ -84,15 +84,15 @@ def revoke_tokens(
 
 
 def rotate_token(
-    db: Connection, app: str, digest: str, *, label: str = "", keep_old_s: float = 0, who: str, why: str = "", now: float
-) -> Token:
-    """Issue a new token and revoke the app's others, at once or after `keep_old_s` seconds of grace. Labels that all had, it has.
+    db: Connection, app: str, digest: str, *, label: str = "", keep_old_s: float = 0, who: str, now: float
+) -> Token:  # fmt: skip
+    """Issue a new token and revoke the app's others, at once or after `keep_old_s` seconds of grace. It keeps the labels that all had.
 
     Workloads hold no token that could be rotated, and stay.
     """
-    before = {token.labels for token in revoke_tokens(db, app, at=now + keep_old_s, workloads=False, who=who, why=why, now=now)}
+    before = {token.labels for token in revoke_tokens(db, app, at=now + keep_old_s, workloads=False, who=who, now=now)}
     labels = before.pop() if len(before) == 1 else ()
-    return issue_token(db, app, digest, label=label, labels=labels, who=who, why=why, now=now)
+    return issue_token(db, app, digest, label=label, labels=labels, who=who, now=now)
 
 
 def tokens(db: Connection, app: str | None = None) -> list[Token]:

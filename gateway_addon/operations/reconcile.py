@@ -61,7 +61,6 @@ class Correction:
     """Estimated calls of one day that cost less than was booked: [(call_id, what to add)], each below zero."""
 
     day: int
-    booked_nano: int
     at_most_nano: int
     deltas: tuple[tuple[int, int], ...]
 
@@ -174,7 +173,7 @@ def corrections(
         if at_most is not None and at_most < booked_nano:
             deltas = _shares(inside, at_most, prices, day)
             if deltas:
-                found.append(Correction(day, booked_nano, at_most, deltas))
+                found.append(Correction(day, at_most, deltas))
     return found, silent
 
 

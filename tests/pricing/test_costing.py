@@ -149,6 +149,10 @@ BILLS = [
         3_464_000, "claude-sonnet-5", T(412, 264),
         ran(("message", "claude-fable-5-2", 535, 0), ("fallback_message", "claude-opus-5-5", 412, 0), ("fallback_message", "claude-sonnet-5", 412, 264)),
     ),
+    Bill(  # the model that took over has a turn without output: 412 x 4,000; + 420 x 4,000 + 264 x 20,000
+        8_608_000, "claude-opus-5-5", T(832, 264),
+        ran(("message", "claude-fable-5-2", 535, 0), ("fallback_message", "claude-opus-5-5", 412, 0), ("fallback_message", "claude-opus-5-5", 420, 264)),
+    ),
     Bill(  # a server tool's turn without output is no declined hop: 1,000 x 2,000 + 10 x 2,000 + 5 x 10,000
         2_070_000, "claude-sonnet-5", T(1010, 5), ran(("message", "claude-sonnet-5", 1000, 0), ("message", "claude-sonnet-5", 10, 5)),
     ),
