@@ -30,12 +30,13 @@ model that passed its pace, and where the provider may loop by itself. Where the
 passed by what can have been generated in that time, and the call flagged `late`.
 """
 
-
 from gateway_addon.calls.admission import EndedBy
 from gateway_addon.calls.running import InFlightCall
 from gateway_addon.ledger import Outcome, Settlement
 from gateway_addon.messages import Usage
 from gateway_addon.pricing import Cost, cost
+
+type Flags = tuple[str, ...]
 
 EDGE_BREAKS = frozenset({502, 503, 520, 522})
 """Statuses that an edge makes when it cannot reach the origin, and also when the origin broke off after it took the request."""
@@ -55,67 +56,76 @@ def settle(running: InFlightCall, *, sent: bool, ended_by: EndedBy) -> Settlemen
     `sent`: the request was handed to the upstream's socket, in part or whole. `ended_by`: `whole` where the answer's body
     arrived to its end, else who broke it off.
     """
-    admission, usage = running.admission, running.finished()
-    served = usage.model if usage else None
-    flags = admission.flags if running.cut is None else (*admission.flags, f"cut:{running.cut}")
-    if served is not None and drifted(running, served):
-        flags = (*flags, "drift")
-
-    def outcome(*more: str, complete: bool = False, price_rows: str | None = None) -> Outcome:
-        reported = usage or Usage()
-        return Outcome(
-            running.status, served, reported.stop_reason, running.request_id, running.first_byte_at, complete, price_rows, flags + more,
-            reported.service_tier, reported.speed, reported.inference_geo,
-        )  # fmt: skip
-
-    def estimated(reason: str, *, left: bool = False) -> Settlement:
-        """Settle at the exact input plus the output bound where the answer began and its input cannot have grown; else at both bounds."""
-        most_tokens, held_nano = running.output_tokens_max(left=left), running.held_nano
-        most_nano = running.bound_nano(most_tokens, running.turns_max)
-        if usage is not None and usage.started:
-            most_nano = max(most_nano, held_nano)  # of the model that was asked, which need not be the one that answered
-            if usage.prompt_known and running.hold.quote.releasable:
-                bound = priced(usage.assuming_output(most_tokens))
-                if bound.nano is not None and bound.nano <= most_nano:
-                    more = (f"estimated:{reason}", *bound.flags, *late(bound.nano))
-                    return Settlement(bound.nano, bound.parts, outcome(*more, price_rows=bound.price_rows))
-        return Settlement(None if most_nano == held_nano else most_nano, (), outcome(f"estimated:{reason}", *late(most_nano)))
-
-    def late(nano: int) -> tuple[str, ...]:
-        """Flag an amount that passed the grant only because the gateway stood still."""
-        return ("late",) if running.held_nano < nano <= running.bound_nano(running.output_tokens_max(), running.turns_max) else ()
-
-    def priced(used: Usage) -> Cost:
-        return cost(admission.prices, used, at=admission.admitted_at, hour_ttl_requested=admission.parsed.hour_ttl)
-
+    usage, status, flags = running.finished(), running.status, running.admission.flags
+    if running.cut is not None:
+        flags += (f"cut:{running.cut}",)
+    if usage is not None and usage.model is not None and drifted(running, usage.model):
+        flags += ("drift",)
     if not sent:
-        return outcome("not_sent")
-    if running.status is None:
-        return estimated("no_status", left=ended_by == "client")
-    if 300 <= running.status < 400:
-        return outcome("upstream:redirect")
-    if usage is not None and (why := usage.unbilled(running.status)) is not None:
+        return _outcome(running, usage, (*flags, "not_sent"))
+    if status is None:
+        return _estimated(running, usage, flags, "no_status", left=ended_by == "client")
+    if 300 <= status < 400:
+        return _outcome(running, usage, (*flags, "upstream:redirect"))
+    if usage is not None and (why := usage.unbilled(status)) is not None:
         if usage.error_type is not None and _may_have_looped(running):
-            return estimated("late_error")
-        return outcome(why, complete=ended_by == "whole")
-    if running.status in EDGE_BREAKS and not (usage and usage.started):
+            return _estimated(running, usage, flags, "late_error")
+        return _outcome(running, usage, (*flags, why), complete=ended_by == "whole")
+    if status in EDGE_BREAKS and not (usage and usage.started):
         if running.elapsed_s <= EDGE_UNBILLED_S:
-            return outcome("assumed_unbilled")
-        return Settlement(running.unseen_nano(), (), outcome("estimated:edge"))
-    if running.status >= 400:
-        return estimated("error_unreadable")
+            return _outcome(running, usage, (*flags, "assumed_unbilled"))
+        return Settlement(running.unseen_nano(), (), _outcome(running, usage, (*flags, "estimated:edge")))
+    if status >= 400:
+        return _estimated(running, usage, flags, "error_unreadable")
     if ended_by == "client" and running.progress is not None and not (usage and usage.started):
-        return estimated("cut", left=True)
+        return _estimated(running, usage, flags, "cut", left=True)
     if usage is None or not usage.readable:
-        return estimated("usage_unreadable")
+        return _estimated(running, usage, flags, "usage_unreadable")
     if not usage.complete:
         if ended_by == "gateway" and running.cut is None:
-            return estimated("gateway_error")
-        return estimated("stream_error" if usage.error_type else "cut", left=True)
-    bill = priced(usage)
+            return _estimated(running, usage, flags, "gateway_error")
+        return _estimated(running, usage, flags, "stream_error" if usage.error_type else "cut", left=True)
+    bill = _priced(running, usage)
     if bill.nano is None:
-        return estimated("model_unpriced")
-    return Settlement(bill.nano, bill.parts, outcome(*bill.flags, *late(bill.nano), complete=True, price_rows=bill.price_rows))
+        return _estimated(running, usage, flags, "model_unpriced")
+    exact = (*flags, *bill.flags, *_late(running, bill.nano))
+    return Settlement(bill.nano, bill.parts, _outcome(running, usage, exact, complete=True, price_rows=bill.price_rows))
+
+
+def _estimated(running: InFlightCall, usage: Usage | None, flags: Flags, reason: str, *, left: bool = False) -> Settlement:
+    """Settle at the exact input plus the output bound where the answer began and its input cannot have grown; else at both bounds."""
+    most_tokens, held_nano = running.output_tokens_max(left=left), running.held_nano
+    most_nano = running.bound_nano(most_tokens, running.turns_max)
+    flags += (f"estimated:{reason}",)
+    if usage is not None and usage.started:
+        most_nano = max(most_nano, held_nano)  # of the model that was asked, which need not be the one that answered
+        if usage.prompt_known and running.hold.quote.releasable:
+            bound = _priced(running, usage.assuming_output(most_tokens))
+            if bound.nano is not None and bound.nano <= most_nano:
+                flags += (*bound.flags, *_late(running, bound.nano))
+                return Settlement(bound.nano, bound.parts, _outcome(running, usage, flags, price_rows=bound.price_rows))
+    outcome = _outcome(running, usage, flags + _late(running, most_nano))
+    return Settlement(None if most_nano == held_nano else most_nano, (), outcome)
+
+
+def _outcome(
+    running: InFlightCall, usage: Usage | None, flags: Flags, *, complete: bool = False, price_rows: str | None = None
+) -> Outcome:
+    reported = usage or Usage()
+    return Outcome(
+        running.status, reported.model, reported.stop_reason, running.request_id, running.first_byte_at, complete, price_rows, flags,
+        reported.service_tier, reported.speed, reported.inference_geo,
+    )  # fmt: skip
+
+
+def _priced(running: InFlightCall, usage: Usage) -> Cost:
+    admission = running.admission
+    return cost(admission.prices, usage, at=admission.admitted_at, hour_ttl_requested=admission.parsed.hour_ttl)
+
+
+def _late(running: InFlightCall, nano: int) -> Flags:
+    """Flag an amount that passed the grant only because the gateway stood still."""
+    return ("late",) if running.held_nano < nano <= running.bound_nano(running.output_tokens_max(), running.turns_max) else ()
 
 
 def _may_have_looped(running: InFlightCall) -> bool:
