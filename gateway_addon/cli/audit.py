@@ -20,6 +20,8 @@ from gateway_addon.operations.tables import table
 from gateway_addon.windows import shown
 
 CHANGE_CHARS_MAX = 300
+UNSAID = ("diff", "scope", "window")
+"""Facts that the subject names, or that are too long for a line."""
 TIMES = ("until", "since", "expires_at", "revoked_at")
 """Facts that are unix seconds."""
 
@@ -63,7 +65,11 @@ def _change(row: dict[str, Any], calendar: tzinfo) -> str:
 def _short(value: Any, calendar: tzinfo) -> str:
     if not isinstance(value, dict):
         return str(value)
-    return ", ".join(_fact(name, each, calendar) for name, each in value.items() if name != "diff" and each not in (None, "", {}))
+    return ", ".join(_fact(name, each, calendar) for name, each in value.items() if _is_said(name, each))
+
+
+def _is_said(name: str, value: object) -> bool:
+    return name not in UNSAID and value not in (None, "", {}) and bool(value or name != "cut")
 
 
 def _fact(name: str, value: Any, calendar: tzinfo) -> str:
@@ -75,5 +81,5 @@ def _fact(name: str, value: Any, calendar: tzinfo) -> str:
     if isinstance(value, dict):
         return f"{name} {' '.join(f'{each}={text or "none"}' for each, text in value.items())}"
     if name == "cut":
-        return "running streams cut" if value else "running streams go on"
+        return "running streams cut"
     return f"{'name' if name == 'label' else name} {str(value)[:40]}"

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gateway_addon.cli.caps import changes_table
-from gateway_addon.cli.common import PROBLEM, json_option, ledger_option, listen_option, policies_option, says_errors, stop
+from gateway_addon.cli.common import PROBLEM, json_option, ledger_option, listen_option, policies_option, says_errors, stop, whole_number
 from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.http_client import Egress, Unanswered, ask, whole
 from gateway_addon.identity.workloads import described
@@ -33,7 +33,7 @@ ANYONE = Egress(trusts_anyone=True)
 @policies_option
 @json_option
 @click.option("--running", is_flag=True, help="Ask the gateway at --listen whether it has these files in force.")
-@click.option("--changes", type=click.IntRange(min=1), metavar="N", help="Show the last N changes that came into force, as diffs.")
+@click.option("--changes", type=whole_number(1), metavar="N", help="Show the last N changes that came into force, as diffs.")
 @listen_option
 @ledger_option
 @says_errors(PolicyError, LedgerUnavailable)

@@ -14,7 +14,16 @@ from gateway_addon.operations.places import Places, PlacesUnclear, places
 from gateway_addon.refusals import capitalised
 
 FINE, PROBLEM, WRONG_USAGE = 0, 1, 2
-ROW_NUMBER = click.IntRange(1, 2**63 - 1)
+
+
+def whole_number(least: int, most: int | None = None) -> click.IntRange:
+    """Return the type of a number, which its errors call so."""
+    kind = click.IntRange(least, most)
+    kind.name = "whole number"
+    return kind
+
+
+ROW_NUMBER = whole_number(1, 2**63 - 1)
 """A call's, a token's: what a ledger can count to."""
 
 

@@ -13,7 +13,7 @@ from gateway_addon.cli.common import json_option, ledger_option, record_path, sh
 from gateway_addon.names import PROGRAM
 from gateway_addon.onboarding.inventory import Consumer, Inventory, Skip, document, inspect, read, shared_keys
 from gateway_addon.onboarding.inventory.tree import REASONS
-from gateway_addon.operations.tables import table
+from gateway_addon.operations.tables import counted, table
 
 BESIDE = "(beside the ledger)"
 _PROGRESS_S = 0.2
@@ -79,7 +79,7 @@ def _table(found: Inventory) -> str:
         parts.append(table(rows, ("place", "kind", "key", "state", f"how to switch it: {_ISSUE}...")))
     states = Counter(consumer.state for consumer in found.consumers)
     tally = ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none"
-    parts.append(f"{len(found.consumers)} consumers in {found.files:,} files: {tally}.")
+    parts.append(f"{counted(len(found.consumers), 'consumer')} in {counted(found.files, 'file')}: {tally}.")
     for key, holders in shared_keys(found.consumers).items():
         if len(holders) > 1:
             parts.append(f"{key} is shared by {len(holders)}: {', '.join(map(_place, holders))}")

@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 
+from gateway_addon.cli.times import start_of_day
 from gateway_addon.messages import Meter, Usage
 from gateway_addon.names import PROGRAM
 from gateway_addon.pricing import Cost, PriceError, Prices, cost, load
@@ -28,7 +28,7 @@ def meter(recording: BinaryIO, jsonl: bool, content_type: str, content_encoding:
     """Read a recorded response (FILE or stdin) and print its usage and cost as JSON."""
     try:
         prices = load(None, Path(override) if override else None)
-        default_at = _unix(at) if at else time.time()
+        default_at = start_of_day(at) if at else time.time()
         if jsonl:
             for number, row in _rows(recording):
                 click.echo(json.dumps(_answer(number, row, prices, default_at)))
@@ -59,7 +59,7 @@ def _answer(number: int, row: dict[str, Any], prices: Prices, default_at: float)
     except ValueError:
         raise ValueError(f"line {number}: its body is not base64") from None
     usage = _read(body, str(row.get("content_type") or ""), row.get("content_encoding"))
-    at = _unix(row["at"]) if row.get("at") else default_at
+    at = start_of_day(row["at"]) if row.get("at") else default_at
     status = row["status"] if type(row.get("status")) is int else None
     return _printed(usage, _cost(usage, row.get("request"), prices, at, status))
 
@@ -116,10 +116,3 @@ def _printed(usage: Usage, known: Cost) -> dict[str, Any]:
         "flags": list(known.flags),
         "notes": [*known.notes, *usage.notes],
     }
-
-
-def _unix(day: str) -> float:
-    try:
-        return datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=UTC).timestamp()
-    except (TypeError, ValueError):
-        raise ValueError(f"{day!r} is not a day; write YYYY-MM-DD") from None

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from gateway_addon.cli.common import json_option, policies_option, says_errors
+from gateway_addon.cli.times import start_of_day
 from gateway_addon.names import PROGRAM
 from gateway_addon.operations.tables import table
 from gateway_addon.policy import PolicyError, load_prices
@@ -19,15 +20,15 @@ _COLUMNS = ("model", "input", "output", "write 5m", "write 1h", "read", "since",
 
 
 @click.command(epilog=f"Example: {PROGRAM} prices")
-@click.option("--at", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Prices of that day (YYYY-MM-DD) instead of today's.")
+@click.option("--at", metavar="DATE", help="Prices of that day (YYYY-MM-DD) instead of today's.")
 @click.option("--all", "retired", is_flag=True, help="Retired models too.")
 @json_option
 @policies_option
-@says_errors(PolicyError)
-def prices(at: datetime | None, retired: bool, as_json: bool, policies: Path) -> None:
+@says_errors(PolicyError, ValueError)
+def prices(at: str | None, retired: bool, as_json: bool, policies: Path) -> None:
     """Print the prices in force: dollars per million tokens, with your own rows and multiplier (prices.yaml, beside gateway.yaml)."""
     found = load_prices(policies)
-    day = at.replace(tzinfo=UTC).timestamp() if at else time.time()
+    day = start_of_day(at) if at else time.time()
     rows = [row for model in found.models() if (row := found.row(model, day)) and (retired or not _gone(row, day))]
     click.echo(json.dumps(_document(found, rows, day), indent=2) if as_json else _text(found, rows, day))
 

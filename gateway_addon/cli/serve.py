@@ -10,7 +10,7 @@ from typing import Any, NoReturn, cast
 
 import click
 
-from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, set_option, stop
+from gateway_addon.cli.common import ledger_option, listen_option, policies_option, says_errors, set_option, stop, whole_number
 from gateway_addon.cli.scopes import must_have_policies
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.names import PROGRAM
@@ -58,7 +58,7 @@ def _common[F: Callable[..., Any]](command: F) -> F:
 @click.command(epilog=f"Example: {PROGRAM} serve --listen 127.0.0.1:8080")
 @_common
 @click.option(
-    "--workers", type=click.IntRange(1, 64), default=lambda: min(cores(), WORKERS_MAX), show_default=f"one per core, up to {WORKERS_MAX}",
+    "--workers", type=whole_number(1, 64), default=lambda: min(cores(), WORKERS_MAX), show_default=f"one per core, up to {WORKERS_MAX}",
     help="Processes on the one port, with one ledger; one that dies is replaced."
 )  # fmt: skip
 @click.option(
@@ -78,7 +78,7 @@ def serve(settings: Settings, insecure_listen: bool, workers: int, slow: tuple[s
 @click.command(epilog=f"Example: {PROGRAM} web --web-port 8081")
 @_common
 @click.option(
-    "--web-port", type=click.IntRange(1, 65535), default=8081, show_default=True, help="Port of mitmweb's page, on this machine only."
+    "--web-port", type=whole_number(1, 65535), default=8081, show_default=True, help="Port of mitmweb's page, on this machine only."
 )  # fmt: skip
 def web(settings: Settings, insecure_listen: bool, web_port: int) -> None:
     """Run the gateway under mitmweb, to look at flows while debugging, edit them and send them again.

@@ -23,7 +23,7 @@ from gateway_addon.ledger.scope import TOTAL, part_of, part_scope, part_within
 from gateway_addon.ledger.store.sqlite_files import ledger_path
 from gateway_addon.money import cents, dollars
 from gateway_addon.names import PROGRAM, safe_name
-from gateway_addon.operations.tables import table
+from gateway_addon.operations.tables import counted, table
 from gateway_addon.policy import Cap, Outline, outline
 from gateway_addon.windows import per, shown
 
@@ -126,7 +126,8 @@ def _story(each: Session, lines: Sequence[AgentLine], caps: CapRows, calendar: t
         head.append(f"user     {safe_name(each.user_id)}")
     head.append(f"from     {shown(each.started_at, calendar)} to {shown(each.last_at, calendar)}")
     rate = f", {cents(each.rate_nano)} an hour at the pace of the last ten minutes" if each.rate_nano else ""
-    head.append(f"spent    {cents(each.spent_nano)} in {each.calls:,} call{'s' * (each.calls != 1)}{rate}")
+    refused = f", {each.refused:,} refused" if each.refused else ""
+    head.append(f"spent    {cents(each.spent_nano)} in {counted(each.calls, 'call')}{refused}{rate}")
     head += [f"cap      {_cap_text(row)}, {cents(row['left_nano'])} left" for row in caps[each]]
     rows = agent_rows(lines)
     empty = ("refused", "cache read", "cache write", "held")

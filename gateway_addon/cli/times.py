@@ -1,7 +1,7 @@
 """Times as people write and read them on a command line: in the gateway's zone, which each printed time names."""
 
 import re
-from datetime import datetime, tzinfo
+from datetime import UTC, datetime, tzinfo
 
 from gateway_addon.windows import shown
 
@@ -32,6 +32,14 @@ def moment(text: str, now: float, zone: tzinfo) -> float:
         except ValueError:
             raise ValueError(f"{text!r} is neither a date like 2026-12-01 nor a duration like 12h or 30d") from None
     return (at if at.tzinfo else at.replace(tzinfo=zone)).timestamp()
+
+
+def start_of_day(text: str) -> float:
+    """Unix seconds at which a day of UTC begins, as `2026-12-01`. Raises ValueError for anything else."""
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp()
+    except (TypeError, ValueError):
+        raise ValueError(f"{text!r} is not a day; write YYYY-MM-DD") from None
 
 
 def to_come(text: str, now: float, zone: tzinfo) -> float:

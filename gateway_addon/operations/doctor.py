@@ -18,6 +18,7 @@ from gateway_addon.http_client import Egress, Unanswered
 from gateway_addon.identity.key_cache import KeysUnavailable
 from gateway_addon.ledger import access
 from gateway_addon.operations import issuer_keys
+from gateway_addon.operations.tables import counted
 from gateway_addon.policy import GatewayPolicy, PolicyError, load, retiring
 from gateway_addon.pricing import PriceError
 from gateway_addon.upstreams.client import ask
@@ -50,8 +51,8 @@ def check_all(policies: Path, *, offline: bool, clock: Callable[[], float] = tim
         policy = load(policies)
     except (PolicyError, PriceError) as error:
         return [Check("policy", [str(policies)], [f"{error}"])]
-    apps = f"{len(policy.apps)} app{'s' * (len(policy.apps) != 1)}"
-    checks = [Check("policy", [f"{policies}: {apps} ({policy.digest[:12]})"], []), check_models(policy, clock())]
+    seen = f"{policies}: {counted(len(policy.apps), 'app')} ({policy.digest[:12]})"
+    checks = [Check("policy", [seen], []), check_models(policy, clock())]
     checks += check_issuers(policy, offline=offline)
     secret = WatchedSecret(policy.key, withheld=policy.secret_variables)
     try:

@@ -16,6 +16,11 @@ def columns() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things: `1 call`, `2,000 calls`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def table(
     rows: Sequence[Sequence[object]],
     headings: Sequence[str] = (),

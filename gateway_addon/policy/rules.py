@@ -159,7 +159,7 @@ def _model(app: AppPolicy, asked: str, where: str, prices: Prices) -> RuleVerdic
         instead = f"ask for {known}" if known else "ask for a dated id"
         sentence = f"{app} may not use {shown}, a name that the provider may move to another model; {instead}"
         return RuleVerdict("models", f"{sentence} ({app.file} models.moving)", "model")
-    return RuleVerdict("models", f"{shown} is {canonical}, which {app} may use")
+    return RuleVerdict("models", f"{app} may use {canonical}{'' if shown == canonical else f', which {shown} is'}")
 
 
 def _models_of(app: AppPolicy) -> str:

@@ -129,6 +129,8 @@ def test_a_raise_can_take_the_limit_away_with_it(here):
         ("pause team:bach", "No team 'bach': did you mean batch?"),
         ("cap list nothing-like-it", "No app 'nothing-like-it'; known: app, reports"),
         ("token list nope", "No app 'nope'"),
+        ("adjust abc 1 --why x", "'abc' is not a valid whole number."),
+        ("prices --at 2026-13-01", "'2026-13-01' is not a day; write YYYY-MM-DD"),
         ("token revoke nope", "No app 'nope'"),
         ("audit --app nope", "No app 'nope'"),
         ("app show nope", "No app 'nope'"),
@@ -291,7 +293,7 @@ def test_a_pauses_end_is_read_and_said_in_the_gateways_zone(here):
     assert gateway("pause reports --until 2099-07-01").output.startswith("reports is paused until 2099-07-01 00:00 CEST.")
     assert told("audit --app reports")[-1]["after"] == {"until": 4086540000.0, "cut": False}
     assert "is paused until gateway resume reports." in gateway("pause reports").output, "the command that ends it"
-    assert re.search(r"running streams go on > until none\n", gateway("audit --app reports").output)
+    assert re.search(r" until 2099-07-01 00:00 CEST > until none\n", gateway("audit --app reports").output)
     assert gateway("pause --all").output.startswith("Every app is paused until gateway resume --all.")
     assert [gateway("resume --all").output, refused("resume --all", 1)] == ["Every app may call again.\n", "No pause of every app is in force.\n"]
 
@@ -307,9 +309,11 @@ def test_of_several_tokens_all_are_revoked_only_when_said(here):
 def test_the_audit_names_who_did_what_to_an_app(here):
     gateway("cap raise reports day 5 --until 12h --why launch")
     gateway("pause app")
+    gateway("cap limit reports day 0")
     shown = gateway("audit --app reports").output
     assert [line.split()[-1] for line in shown.splitlines() if "cap raise" in line] == ["launch"]
     assert "pause" not in shown
+    assert re.search(r"cap limit +app:reports day +amount \$0\.00$", shown, re.MULTILINE)
     assert re.search(r"raised \$0\.00 > raised \$5\.00, until \d{4}-\d\d-\d\d \d\d:\d\d CES?T +launch", shown), "no raw numbers"
     assert len(told("audit")) > len(told("audit --app reports"))
 

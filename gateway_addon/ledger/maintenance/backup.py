@@ -70,8 +70,8 @@ def restore(copy: Path, ledger: Path, *, now: float) -> tuple[int, list[Path]]:
         with turnstile.turn(), _unfinished(ledger) as unfinished:
             if users := living(ledger):
                 raise LedgerUnavailable(
-                    f"the ledger {ledger} is in use by {', '.join(users)}: stop the gateway, then restore. (Its counts of what was spent"
-                    " would be lost under it.)"
+                    f"the ledger {ledger} is in use by {', '.join(users)}: stop the gateway, then restore. (What it"
+                    " counts meanwhile would be lost.)"
                 )
             figures = _proved_copy(copy, unfinished, log=True)
             kept = _aside(ledger, f"before-{int(now)}")

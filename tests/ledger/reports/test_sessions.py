@@ -145,7 +145,7 @@ def run(path, *arguments):
 def test_a_session_is_found_by_the_beginning_of_its_id(path):
     for text, code, said in (
         ("5e55-r", 0, "session  5e55-run"), ("5e55", 2, "session '5e55' may be 5e55-other, 5e55-run; write more"),
-        ("nobody", 2, "No session 'nobody' in this ledger"), ("old", 0, "(main)"), ("%", 2, "No session '%'"),
+        ("nobody", 2, "No session 'nobody' in this ledger"), ("old", 0, "(main)"), ("5e55-run", 0, "in 6 calls, 1 refused"), ("%", 2, "No session '%'"),
     ):  # fmt: skip
         assert (run(path, "sessions", text)[0], said in run(path, "sessions", text)[1]) == (code, True), text
     shown = run(path, "sessions", "5e55-run")[1]
