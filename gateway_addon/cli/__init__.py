@@ -74,6 +74,8 @@ class CommandGroup(click.Group):
             return None
         module = importlib.import_module(f"gateway_addon.cli.{COMMANDS[name][0]}")
         command: click.Command = getattr(module, name)
+        for each in command.commands.values() if isinstance(command, click.Group) else ():
+            each.short_help = (each.help or "").partition("\n\n")[0]  # whole: click cuts what it takes itself
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:

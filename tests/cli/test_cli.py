@@ -67,7 +67,7 @@ def test_help_is_written_in_one_way():
             assert (text[0].isupper() or text.startswith("json:"), text[-1]) == (True, "."), (name, text)
             assert each.name != "as_json" or text in ("Print JSON, for programs.", "Print the outcome as JSON instead of telling the story."), name
         if isinstance(command, click.Group):
-            assert "..." not in CliRunner().invoke(main, [*name.split(), "--help"]).output.partition("Commands:")[2], name
+            assert "..." not in CliRunner().invoke(main, [*name.split(), "--help"], terminal_width=60).output.partition("Commands:")[2], name
 
 
 @pytest.mark.parametrize("name", COMMANDS)
