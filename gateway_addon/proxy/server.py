@@ -58,6 +58,10 @@ logger = logging.getLogger(__name__)
 DECIDED = frozenset(["mode", "server", "listen_host", "listen_port", "allow_hosts", "ignore_hosts", "tcp_hosts", "udp_hosts"])
 """Options that would make it listen elsewhere, or pass calls unread: it would start, and serve no call."""
 FAST_PATH: dict[str, Any] = {"connection": connection, "dispatch": dispatch, "relay": relay, "whole": whole}
+TLS_TO_PLAIN = (
+    "A client began with TLS, and the gateway listens with plain http: write http:// in the client's base URL, or give the gateway a"
+    " certificate (`tls` in gateway.yaml)."
+)
 COLLECT_AFTER = 20_000  # objects made and not yet gone: those of a hundred calls in flight
 
 
@@ -76,6 +80,7 @@ class UpstreamTls(tlsconfig.TlsConfig):
         if tls_start.ssl_conn is None:
             tls_start.ssl_conn = SSL.Connection(SSL.Context(SSL.TLS_SERVER_METHOD))
             tls_start.ssl_conn.set_accept_state()
+            logger.warning(TLS_TO_PLAIN)
 
     def request(self, flow: http.HTTPFlow) -> None:
         """Do nothing: without an authority there is no revocation list to serve."""

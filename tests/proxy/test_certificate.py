@@ -77,7 +77,7 @@ def test_renewed_certificate_is_used_a_broken_one_is_a_sentence(tls):
         certificate.context(Tls("/nowhere", tls.key))
 
 
-async def test_without_a_policy_certificate_there_is_no_tls(tmp_path):
+async def test_without_a_policy_certificate_there_is_no_tls(tmp_path, caplog):
     """Without a certificate in the policy there is no TLS, and no certificate is generated."""
     untrusting = ssl.create_default_context()
     untrusting.check_hostname, untrusting.verify_mode = False, ssl.CERT_NONE
@@ -87,3 +87,4 @@ async def test_without_a_policy_certificate_there_is_no_tls(tmp_path):
         await gw.client().messages.create(**HELLO)
         await gw.quiet()
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pem", ".p12", ".cer")]
+    assert "write http:// in the client's base URL" in caplog.text
