@@ -437,6 +437,8 @@ class GatewayAddon:
             headers = {"content-type": answer.content_type, "cache-control": "no-store", "request-id": request_id} | dict(answer.headers)
             status, body = answer.status, answer.content()
         flow.response = http.Response.make(status, body, headers)
+        if flow.request.method == "HEAD":
+            flow.response.raw_content = b""  # with the length of what a GET would get; bytes would be taken for the next answer
         if (flow_state := self.flow_states.pop(flow.id, None)) is not None:
             if isinstance(answer, OwnResponse) and answer.secret is not None:
                 flow_state.unmasked = exchange.mask(answer.secret).encode(), answer.secret.encode()

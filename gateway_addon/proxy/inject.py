@@ -326,11 +326,9 @@ class ApiHttp1Server(whole.WholeServer):
             yield from self._reject(Refusal("request", sentence))
             return
         for command in super().read_headers(event):
-            if isinstance(command, commands.SendData) and self.request is None:
-                command.data = _raw_answer(Refusal("request", NOT_WELL_FORMED))
-            elif isinstance(command, commands.SendData):
-                sentence = "The request's length headers are ambiguous or invalid. Send one Content-Length, or chunked alone."
-                command.data = _raw_answer(Refusal("request", sentence))
+            if isinstance(command, commands.SendData) and self.state == self.read_headers:  # else they are of the body behind it
+                lengths = "The request's length headers are ambiguous or invalid. Send one Content-Length, or chunked alone."
+                command.data = _raw_answer(Refusal("request", NOT_WELL_FORMED if self.request is None else lengths))
             yield command
 
     def read_body(self, event: events.Event) -> layer.CommandGenerator[None]:
@@ -343,6 +341,8 @@ class ApiHttp1Server(whole.WholeServer):
             if pieces:
                 yield ReceiveHttp(RequestData(self.stream_id, b"".join(pieces)))
                 pieces.clear()
+            if type(command) is commands.CloseConnection and isinstance(event, events.DataReceived) and not self.response:
+                yield commands.SendData(self.conn, _raw_answer(Refusal("request", NOT_WELL_FORMED)))
             yield command
         if pieces:
             yield ReceiveHttp(RequestData(self.stream_id, b"".join(pieces)))

@@ -43,6 +43,8 @@ def reading(body: Any, *headers: tuple[str, str]) -> ParsedRequest:
         ("HEAD", "/api/hello", "hello"),
         ("GET", "/gateway/healthz", "healthz"),
         ("GET", "/gateway/readyz", "readyz"),
+        ("HEAD", "/gateway/healthz", "healthz"),
+        ("HEAD", "/gateway/readyz", "readyz"),
         ("GET", "/gateway/me", "me"),
     ],
 )

@@ -56,6 +56,7 @@ FRAMED = {
     "a bare carriage return": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "anthropic-beta: a\rx-b: c", LENGTH, body=BODY), 400),
     "a nul": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "anthropic-beta: a\0b", LENGTH, body=BODY), 400),
     "compressed and chunked": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "transfer-encoding: gzip, chunked", body=b"0\r\n\r\n"), 400),
+    "chunks without a length": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", "transfer-encoding: chunked", body=b"zz\r\n"), 400),
     "chunked in HTTP/1.0": (raw("POST /v1/messages HTTP/1.0", "host: x", "x-api-key: {token}", "transfer-encoding: chunked", body=b"0\r\n\r\n"), 400),
     "bare line feeds": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", LENGTH).replace(b"\r\n", b"\n") + BODY.replace(b"haiku-4-5", b"haiku-9-9"), 403),
     "a bare line feed in a header": (raw("POST /v1/messages HTTP/1.1", "host: x", "x-api-key: {token}", f"x-a: b\n{LENGTH}", "content-length: 3", body=BODY), 400),
@@ -77,6 +78,7 @@ SAID = {
     "a bare carriage return": "The value of the header anthropic-beta has a line break",
     "a nul": "The value of the header anthropic-beta has a line break or a NUL in it",
     "compressed and chunked": "Transfer-Encoding is 'gzip, chunked'",
+    "chunks without a length": "is not well-formed HTTP/1.1",
     "chunked in HTTP/1.0": "is HTTP/1.0, which knows no Transfer-Encoding",
     "http/2 in clear": "speaks HTTP/2.0 in clear",
     "another host in the first line": "names another host in its first line",
@@ -135,8 +137,10 @@ async def test_a_client_of_http_1_0_gets_no_chunks(tmp_path, stream):
 async def test_a_pipelined_request_is_judged_by_itself(tmp_path):
     async with Simulator() as api, gateway(tmp_path, api, {"app": POLICY}) as gw:
         good = raw("POST /v1/messages HTTP/1.1", "host: x", f"x-api-key: {gw.tokens['app']}", "anthropic-version: 2023-06-01", "content-type: application/json", LENGTH, body=BODY)
-        answer = await send(gw, good + SMUGGLED)
-        assert b"HTTP/1.1 200" in answer
+        answer = await send(gw, raw("HEAD /gateway/readyz HTTP/1.1", "host: x") + good + SMUGGLED)
+        ready, _, rest = answer.partition(b"\r\n\r\n")
+        assert ready.startswith(b"HTTP/1.1 200")
+        assert rest.startswith(b"HTTP/1.1 200"), "no body is in between"
         assert b"HTTP/1.1 401" in answer, "without a token of its own"
         assert [row.target for row in (await api.settled()).all()] == ["/v1/messages"]
 
