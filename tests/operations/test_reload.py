@@ -19,7 +19,7 @@ from gateway_addon.identity.fingerprint import fingerprint
 from gateway_addon.ledger import Ledger, LedgerUnavailable, admin, connect
 from gateway_addon.ledger.maintenance.invariants import findings
 from gateway_addon.ledger.store.sqlite_files import ledger_path
-from gateway_addon.operations import jobs
+from gateway_addon.operations import jobs, reload
 from gateway_addon.operations.reload import KEY_PROBLEM, LOOK_EVERY_S, PolicyWatcher, align, audit_key, must_agree
 from gateway_addon.policy import load
 from gateway_addon.simulator import KEY, Behaviour, Simulator
@@ -128,8 +128,8 @@ async def test_apps_behind_a_symbolic_link_are_watched_like_a_folder(tmp_path: P
             await until(lambda: running.gateway.policy.apps["app"].max_tokens.limit == 200)
 
 
-async def test_half_saved_valid_policy_never_comes_into_force(tmp_path: Path):
-    """A half-saved policy that is a valid policy too never comes into force."""
+async def test_half_saved_valid_policy_never_comes_into_force(tmp_path: Path, monkeypatch):
+    """A half-saved policy that is a valid policy too never comes into force; one that is saved while it is read is no problem yet."""
     async with Simulator() as api, gateway(tmp_path, api, {"app": FIRST}) as running:
         watching, old, file = watcher(running), running.gateway.policy, running.folder / "policies" / "apps" / "app.yaml"
         half, whole = "models: {allow: [claude-sonnet-5]}\ncaps: unlimited\n", "models: {allow: [claude-sonnet-5]}\ncaps: unlimited\nmax_tokens: 5\n"
@@ -139,6 +139,20 @@ async def test_half_saved_valid_policy_never_comes_into_force(tmp_path: Path):
             assert running.gateway.policy is old
         await watching.look()
         assert running.gateway.policy.apps["app"].max_tokens.limit == 5
+
+        def load_while_saving(folder: Path):
+            try:
+                return load(folder)
+            finally:
+                file.write_text(f"{text}# and more\n")
+
+        monkeypatch.setattr(reload, "load", load_while_saving)
+        old = running.gateway.policy
+        for text in (BROKEN, SECOND):
+            file.write_text(text)
+            for _ in range(2):
+                await watching.look()
+            assert (running.gateway.policy, running.gateway.policy_problem) == (old, None)
 
 
 async def test_files_that_are_saved_together_come_into_force_together(tmp_path: Path):
