@@ -329,8 +329,9 @@ async def test_a_file_is_its_apps_to_read_and_to_delete(tmp_path):
         assert (await files.retrieve_metadata(made.id)).size_bytes == len(content)
         assert await (await files.download(made.id)).read() == content
         await files.delete(made.id)
-        with pytest.raises(anthropic.NotFoundError):
+        with pytest.raises(anthropic.NotFoundError) as gone:
             await files.retrieve_metadata(made.id)
+        assert gone.value.response.headers["x-gateway-refusal"] == "not_found", "the gateway's own answer: nothing is sent"
         assert [file async for file in files.list()] == []
 
 
