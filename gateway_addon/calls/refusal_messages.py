@@ -113,7 +113,7 @@ def _denied_by_cap(
     denial: Denied, cap: Standing, app: AppPolicy, quote: Quote | BatchQuote, option: ReservationOption, zone: tzinfo
 ) -> Refusal:
     if denial.reason == "quote_over_cap":
-        return Refusal("quote_over_cap", _too_large(app, quote, cap.cap_nano or 0, _cap_name(cap), _place(app, cap)))
+        return Refusal("quote_over_cap", _too_large(app, quote, cap.cap_nano or 0, _cap_name(cap), _place(app, cap), cap.spent_nano))
     if denial.reason == "cap_held":
         held = f"{cents(cap.reserved_nano)} held by calls in flight"
         kept = f", {cents(cap.quantum_nano)} kept for their next steps" if cap.quantum_nano else ""
@@ -220,13 +220,15 @@ def cut_sentence(running: InFlightCall) -> str:
     )
 
 
-def _too_large(app: AppPolicy, quote: Quote | BatchQuote, cap_nano: int, cap_name: str, place: str) -> str:
+def _too_large(app: AppPolicy, quote: Quote | BatchQuote, cap_nano: int, cap_name: str, place: str, spent_nano: int = 0) -> str:
     if isinstance(quote, BatchQuote):
         what = f"This batch of {quote.requests:,} requests"
         way_out = "Send fewer requests in one batch, or ask for fewer max_tokens in each."
     else:
         what = "This call"
-        if fits := quote.output_within(cap_nano):
+        if spent_nano > cap_nano:
+            way_out = f"{cents(spent_nano)} is spent already, so nothing of it is left."
+        elif fits := quote.output_within(cap_nano):
             way_out = f"The largest max_tokens that fits is {fits:,}."
         elif quote.prompt_nano > cap_nano or not quote.by_itself:
             way_out = "Its input alone is too dear: send less."

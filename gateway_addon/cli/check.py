@@ -29,7 +29,7 @@ ANYONE = Egress(trusts_anyone=True)
 
 
 @click.command(epilog=f"Example: {PROGRAM} check --running && echo what I saved is what holds")
-@click.argument("directory", required=False, type=click.Path(path_type=Path, file_okay=False))
+@click.argument("directory", required=False, type=click.Path(exists=True, path_type=Path, file_okay=False))
 @policies_option
 @json_option
 @click.option("--running", is_flag=True, help="Ask the gateway at --listen whether it has these files in force.")

@@ -69,6 +69,7 @@ def sentence(cap=None, *, hold=0, quantum=0, facts=None, rates=RATES, tokens=10,
         ({"hold": 61, "scope": "total"}, "This call can cost up to", "of all apps together ($0.60, policies/gateway.yaml: caps)."),
         ({"hold": 61, "scope": "team:night", "app": app_of(folder="tomorrow")}, "This", "of team night ($0.60, tomorrow/gateway.yaml: teams.night.caps)."),
         ({"hold": 61, "limit_nano": 60 * CENT}, "This call", "($0.60, the operator's limit: gateway cap list)."),
+        ({"hold": 61, "spent_nano": 70 * CENT}, "This call can cost up to", "caps). $0.7000 is spent already, so nothing of it is left."),
     ],
 )
 def test_caps_name_all_that_is_asked_and_where_they_stand(facts, begins, holds):
