@@ -33,7 +33,7 @@ from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
 from gateway_addon.proxy.settings import Settings
-from gateway_addon.proxy.supervisor import beside, bind
+from gateway_addon.proxy.supervisor import beside, bind, is_loopback
 from gateway_addon.upstreams.credentials import SecretUnavailable, conceal
 
 CUT = 3
@@ -96,10 +96,11 @@ def _gateway(policy: GatewayPolicy, policies: Path, ledger: str, listen: tuple[s
     """Yield the address of a gateway that knows the token: the one that runs, or one of our own."""
     host = f"[{listen[0]}]" if ":" in listen[0] else listen[0]
     running = f"{'https' if policy.tls else 'http'}://{host}:{listen[1]}"
-    if _knows(running, token.secret):
-        yield running
-        time.sleep(RECORDED_WITHIN_S)
-        return
+    for base_url in (running, *_around()):
+        if _knows(base_url, token.secret):
+            yield base_url
+            time.sleep(RECORDED_WITHIN_S)
+            return
     if policy.tls is not None:
         stop(f"No gateway with this ledger answers at {running}, and gateway.yaml names a certificate: start it, or say --local.")
     with tempfile.TemporaryFile() as log, bind("127.0.0.1", 0) as listener:
@@ -113,6 +114,12 @@ def _gateway(policy: GatewayPolicy, policies: Path, ledger: str, listen: tuple[s
             if not said:
                 raise
             stop(said)
+
+
+def _around() -> list[str]:
+    """Return the address of the gateway that a run around this one has led here, if there is one on this machine."""
+    base_url = os.environ.get(BASE_URL[0], "") if "GATEWAY_TOKEN" in os.environ else ""
+    return [base_url] if is_loopback(urlsplit(base_url).hostname or "") else []
 
 
 def _knows(base_url: str, secret: str) -> bool:

@@ -19,7 +19,8 @@ from processes import ledgered
 from sealed import sealed
 
 from gateway_addon.cli import main
-from gateway_addon.cli.run_token import token_of_a_run
+from gateway_addon.cli import run as runs
+from gateway_addon.cli.run_token import RunToken, token_of_a_run
 from gateway_addon.ledger import LedgerUnavailable
 from gateway_addon.simulator import KEY, Simulator
 
@@ -106,6 +107,20 @@ async def test_a_command_has_a_cap_a_label_and_a_bill_of_its_own(tmp_path, monke
         assert (bill["cut"], bill["code"], bill["cap_nano"], bill["spent_nano"], bill["refused"]) == (True, 1, 1_000_000, 0, 1)
         assert len((await api.settled()).messages()) == 2
         assert token(tmp_path)[1] == 1
+
+
+async def test_a_run_inside_a_run_uses_the_gateway_of_the_outer_one(tmp_path, monkeypatch):
+    """It could start none: the real key is not in its environment."""
+    async with Simulator() as api, gateway(tmp_path, api) as gw:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", gw.url)
+        monkeypatch.setenv("GATEWAY_TOKEN", "the outer one's")
+        monkeypatch.setattr(runs, "RECORDED_WITHIN_S", 0)
+
+        def led_to():
+            with runs._gateway(gw.gateway.policy, tmp_path, "", ("127.0.0.1", 9), RunToken(1, gw.tokens["app"], 0, 0)) as base_url:
+                return base_url
+
+        assert await asyncio.to_thread(led_to) == gw.url
 
 
 async def test_where_no_gateway_runs_one_is_started_for_the_command(tmp_path):
