@@ -103,7 +103,7 @@ def test_a_copy_that_is_not_sound_replaces_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(b"", "is an empty file, not a ledger"), (b"not a database" * 100, "is not a ledger or is damaged"), (None, "there is no backup at")],
+    [(b"", "is an empty file, not a ledger"), (b"not a database" * 100, "is not a ledger or is damaged"), (None, "There is no backup at")],
 )
 def test_what_is_no_backup_is_named(tmp_path, content, sentence):
     path, copy = new_ledger(tmp_path), tmp_path / "copy.db"

@@ -327,7 +327,7 @@ def test_the_command_moves_and_says_what_it_proved(source, target):
         ("sqlite:///a.db", "sqlite:///b.db", "gateway backup FILE --ledger sqlite:///a.db, then gateway restore FILE --ledger sqlite:///b.db"),
         ("postgresql://h/a", "postgresql://h/b", "pg_dump"),
         ("postgresql://h/a", "sqlite:///b.db", "gateway restore FILE"),
-        ("sqlite:////nowhere/a.db", "postgresql://h/b", "there is no ledger at /nowhere/a.db"),
+        ("sqlite:////nowhere/a.db", "postgresql://h/b", "There is no ledger at /nowhere/a.db"),
         ("mysql://h/a", "postgresql://h/b", "is not supported"),
     ],
 )
