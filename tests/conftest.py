@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 STARTS = re.compile(
     r"^ *(?:from|import) (?:gateway|processes|stages|nginx|browser|sealed|subprocess|mitmproxy|gateway_addon\.proxy|gateway_addon\.simulator)\b",
@@ -37,6 +38,9 @@ def pytest_configure(config):
         config.args = from_another_start(config.args, int(config.workerinput["workerid"].removeprefix("gw")), config.workerinput["workercount"])
     if not starts_workers:
         gc.disable()  # until all is collected: nothing that is loaded goes away again
+    if not starts_workers:
+        settings.register_profile("gateway", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile("gateway")  # no example by chance, and none too slow: a machine may stand still
     if not config.getoption("--fast") and not starts_workers:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

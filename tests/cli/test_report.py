@@ -282,7 +282,7 @@ def test_an_invoice_sums_to_the_ledger_to_the_nano(tmp_path, engine):
 
 
 def test_an_invoice_is_a_table_and_csv(path):
-    month = time.strftime("%Y-%m", time.gmtime(NOW))
+    month = time.strftime("%Y-%m", time.gmtime(NOW - 3600))
     assert f"All apps: ${spent_in(path, month):,}.00" in run(path, "--month", month, command=invoice)
     found = list(csv.DictReader(run(path, "--month", month, "--csv", command=invoice).splitlines()))
     assert {line["app"] for line in found} == {"drafts", "reports"}

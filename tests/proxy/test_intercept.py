@@ -466,13 +466,13 @@ async def test_ctrl_c_reaches_the_command_which_decides(tmp_path):
     [
         (["--listen", "0.0.0.0:0"], "https://localhost:1", "on this machine alone"),
         ([], "http://127.0.0.1:1", "only calls over https are intercepted"),
-        (["--", "true"], "https://localhost:1", "Say whose calls these are by --app, one of: app."),
-        (["--app", "nobody", "--", "true"], "https://localhost:1", "one of: app."),
+        (["--", "true"], "https://localhost:1", "Say whose calls these are by --app, one of: app, other."),
+        (["--app", "nobody", "--", "true"], "https://localhost:1", "one of: app, other."),
         (["--capture", "curl", "--app", "app"], "https://localhost:1", "cannot capture programs (not on a Tuesday)"),
     ],
 )
 def test_what_cannot_be_run_is_a_sentence(tmp_path, monkeypatch, words, upstream, said):
-    ledgered(tmp_path, upstream, {"app": APP})
+    ledgered(tmp_path, upstream, {"app": APP, "other": APP})
     monkeypatch.setenv("SIMULATED_KEY", KEY)
     monkeypatch.setattr(intercept, "LocalRedirector", type("None_", (), {"unavailable_reason": staticmethod(lambda: "not on a Tuesday")}))
     where = ["--policies", str(tmp_path / "policies"), "--ledger", f"sqlite:///{tmp_path / 'gateway.db'}"]

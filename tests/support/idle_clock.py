@@ -15,34 +15,37 @@ from gateway_addon.ledger.store.writer import Operation, Writer
 MOMENT_S = 0.0005
 """How long the loop looks for what its own sockets bring: what one end has written is there for the other at once."""
 
+SLOWLY = 20
+"""How much slower it goes while the ledger's thread is at work, which may have to wait for the machine."""
+
 
 def pass_while_idle(loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch) -> Clocks:
-    """Put the clock into a loop that runs; returns it for the gateway. What a thread does takes the time that it takes."""
-    began_at, now_s, elsewhere = time.time(), [loop.time()], set[object]()
+    """Put the clock into a loop that runs; returns it for the gateway. What another thread does takes the time that it takes."""
+    began_at, now_s, writes, threads = time.time(), [loop.time()], set[object](), set[object]()
     began_s, real_s, select, run_in_executor, put = now_s[0], [time.monotonic()], loop._selector.select, loop.run_in_executor, Writer.put
 
     def look(timeout_s: float | None) -> list[object]:
-        if timeout_s is None or timeout_s <= 0 or elsewhere:
+        if timeout_s is None or timeout_s <= 0 or writes or threads:
             found = select(timeout_s)
-        elif not (found := select(MOMENT_S)) and not elsewhere:
+        elif not (found := select(MOMENT_S)):
             now_s[0] += timeout_s + 1e-6  # more than is lost in rounding: who asks for the time now finds it past
         passed_s, real_s[0] = time.monotonic() - real_s[0], time.monotonic()
-        if elsewhere:
-            now_s[0] += min(passed_s, MOMENT_S if found else timeout_s or MOMENT_S) + 1e-6
+        if writes or threads:
+            now_s[0] += min(passed_s, MOMENT_S if found else timeout_s or MOMENT_S) / (1 if threads else SLOWLY) + 1e-6
         return found
 
     def in_executor(*arguments: object) -> asyncio.Future[object]:
         future = run_in_executor(*arguments)
-        elsewhere.add(future)
-        future.add_done_callback(elsewhere.discard)
+        threads.add(future)
+        future.add_done_callback(threads.discard)
         return future
 
     def counted(writer: Writer, work: Operation) -> None:
-        elsewhere.add(number := object())
+        writes.add(number := object())
         emit = work.emit
 
         def told(answer: object) -> None:
-            elsewhere.discard(number)
+            writes.discard(number)
             emit(answer)
 
         work.emit = told
