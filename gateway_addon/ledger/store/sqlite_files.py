@@ -27,6 +27,7 @@ SERVER_SCHEMES = ("postgresql://", "postgres://")
 # What calls come back to: 1 MiB where twelve apps call, 8 where a thousand do in turn (measured: 4 MiB cost 0.2 reads a call more than 16,
 # from the system's memory, and no time). A larger cache fills with what was written once: rows of ended calls, in every worker.
 CACHE_KIB = 4 * 1024
+NAME_YOURS = "name yours with --ledger or GATEWAY_LEDGER"
 MOVED_TO = "moved_to"  # the setting of a file whose ledger is on a server since
 WAL_KEPT_BYTES_MAX = 64 * 2**20  # a log that a long read made grow is cut back to this when it begins anew
 BUSY_MS = 500  # for writers that take no turn (a person's sqlite3 shell, a backup); the gateway's own take turns and never meet
@@ -150,7 +151,7 @@ def identity(path: Path) -> Identity:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise LedgerUnavailable(f"there is no ledger at {path}: `{PROGRAM} init` makes one, or name yours with --ledger") from None
+        raise LedgerUnavailable(f"there is no ledger at {path}: `{PROGRAM} init` makes one, or {NAME_YOURS}") from None
     except PermissionError as error:
         raise access.closed(path) from error
     except OSError as error:
@@ -214,7 +215,7 @@ def must_be_a_ledger(path: Path, db: Connection) -> None:
     if len(db.execute("SELECT 1 FROM sqlite_master WHERE name IN ('entries', '_sqlite_migrations')").fetchall()) < 2:
         if path.stat().st_size == 0:
             raise LedgerUnavailable(f"{path} is an empty file, not a ledger: remove it, then `{PROGRAM} init` makes one")
-        raise LedgerUnavailable(f"{path} is another program's file, not a ledger: name yours with --ledger; `{PROGRAM} init` makes one")
+        raise LedgerUnavailable(f"{path} is another program's file, not a ledger: {NAME_YOURS}; `{PROGRAM} init` makes one")
     must_be_known(path, (name for (name,) in db.execute(APPLIED).fetchall()), known())
 
 
