@@ -45,7 +45,8 @@ from gateway_addon.refusals import Refusal, new_request_id
 logger = logging.getLogger(__name__)
 
 FAILED = "The gateway failed while judging this request, so it was not sent. Its log says why; sending the same again will not help."
-_QUOTED = re.compile(r""":? b['"]""")
+_TOLD_BEYOND = re.compile(r""":? b['"]|, refusing """)
+"""Where mitmproxy's words about an answer go on to the bytes, or to advice that this gateway does not take."""
 BROKEN = (RequestProtocolError, ResponseProtocolError)
 BODY_METHODS = ("POST", "PUT", "PATCH")
 """Methods whose requests state a length even where they have no body (RFC 9110, section 8.6)."""
@@ -387,7 +388,7 @@ def _refusal_of_mitmproxy(event: ResponseProtocolError) -> Refusal | None:
                 sentence += " If a proxy of the company's opens TLS, name its authority in gateway.yaml (egress.ca)."
             return Refusal("upstream_unreachable", sentence)
         case ErrorCode.GENERIC_SERVER_ERROR | ErrorCode.RESPONSE_VALIDATION_FAILED | ErrorCode.RESPONSE_TOO_LARGE:
-            shown = _QUOTED.split(event.message)[0][:200]  # the bytes themselves may be an echo of the request, the key in it
+            shown = _TOLD_BEYOND.split(event.message)[0][:200]  # the bytes themselves may be an echo of the request, the key in it
             return Refusal("upstream_unreachable", f"The Claude API's answer broke off before it began ({shown}). Try again.")
         case _:
             return None

@@ -253,6 +253,12 @@ async def test_bytes_of_a_broken_answer_are_not_shown(tmp_path, path):
         assert b"secret" not in got
 
 
+async def test_an_answer_framed_in_two_ways_is_told_without_advice(tmp_path):
+    """mitmproxy's own goes on to an option that would let it pass, which the gateway refuses."""
+    async with asked(tmp_path, b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 2\r\n\r\n") as (_, _, got):
+        assert b"content-length headers from server). Try again." in got
+
+
 @PATHS
 async def test_a_request_id_of_any_bytes_costs_no_exact_bill(tmp_path, path):
     said = JSON.replace(b"req_raw", b"req_\xff\xfe\xc3")
