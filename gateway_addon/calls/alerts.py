@@ -169,7 +169,7 @@ def policy_broken(problem: str, digest: str, now: float) -> Alert:
     """Return the alert for a saved policy that is not in force, with the place alone: `problem` may quote a mistyped secret."""
     place = re.match(r"\S+\.yaml(:\d+)?(?=:)", problem)
     where = place[0] if place else "policies"
-    sentence = f"a saved policy is not in force ({where}); what was before it still is. What is wrong: {PROGRAM} check"
+    sentence = f"a saved policy is not in force ({where}), and the policy of before stays. What is wrong: {PROGRAM} check"
     return Alert("policy", "total", f"{where} {int(now) // HOUR_S}", sentence, {"place": where, "in_force": digest[:12]})
 
 

@@ -32,6 +32,7 @@ from gateway_addon.names import PROGRAM, safe_name
 from gateway_addon.operations.changes import scope_of
 from gateway_addon.operations.tables import table
 from gateway_addon.policy import Outline, outline
+from gateway_addon.refusals import capitalised
 from gateway_addon.windows import shown
 
 _HEADINGS = ("calls", "spent", "forecast", "held", "mean", "cache hits", "out/max", "refused", "change")
@@ -358,7 +359,7 @@ def _show_alerts(found: list[dict[str, object]], calendar: tzinfo, as_json: bool
     elif not found:
         click.echo("No alerts.")
     else:
-        rows = [(shown(cast(float, each["at"]), calendar), each["sentence"], _told(each, calendar)) for each in found]
+        rows = [(shown(cast(float, each["at"]), calendar), capitalised(str(each["sentence"])), _told(each, calendar)) for each in found]
         click.echo(table(rows, ("when", "what", "sent")))
 
 

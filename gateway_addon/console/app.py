@@ -143,8 +143,8 @@ def _say(error: HTTPException) -> Response:
         ways_out = {401: "Send the token of --metrics-token as a bearer.", 403: f"Start {PROGRAM} console with --metrics-token FILE."}
         return Response(ways_out.get(error.code or 500, error.description), error.code, content_type="text/plain; charset=utf-8")
     sentences = {
-        401: ("Open it by its link", f"The console opens by the link that {PROGRAM} console printed. A link works once, for ten minutes. "
-              f"For a new one, run {PROGRAM} console --link."),
+        401: ("Open it by its link", f"You are not logged in, or no longer. The link that {PROGRAM} console printed works once, "
+              f"within ten minutes. For a new one, run {PROGRAM} console --link."),
         403: ("Not from there", "This console takes a change from its own pages alone. Nothing was changed."),
         429: ("Too many tries in a minute", "Wait a minute, then try again. Nothing was changed."),
         404: ("Nothing here", "There is no such page, or the ledger has no such app, session or call."),

@@ -25,7 +25,7 @@ from gateway_addon.names import PROGRAM
 from gateway_addon.operations.reload import files_now
 from gateway_addon.policy import GatewayPolicy, PolicyError, load
 from gateway_addon.pricing import PriceError
-from gateway_addon.refusals import in_words
+from gateway_addon.refusals import capitalised, in_words
 from gateway_addon.windows import per
 
 NEWEST_CALLS = 10
@@ -106,7 +106,7 @@ def prepare(app: Flask, *, may_write: bool) -> None:
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters.update(
         zip=zip, cents=_cents, dollars=dollars, percent=lambda share: f"{100 * share:.0f}\u00a0%",
-        age=age, words=in_words, amount=_amount, axis=_axis,
+        age=age, words=in_words, capitalised=capitalised, amount=_amount, axis=_axis,
         number=lambda count: f"{count:,}", change=change, path=lambda text: quote(str(text), safe=""),
     )  # fmt: skip
     app.jinja_env.globals.update(

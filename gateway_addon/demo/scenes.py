@@ -81,7 +81,7 @@ async def revoked_token(stage: Stage, say: Say) -> None:
     with connect.changing(stage.ledger) as db:
         admin.revoke_tokens(db, "reviews", token_id=newest.id, who="demo", why="it leaked", now=time.time())
     refused = expect(await leaked.ask("/v1/models"), 401, "token_revoked")
-    say("A second token of reviews leaks and is revoked; it holds from the very next request on, and for that token alone.")
+    say("A second token of reviews leaks and is revoked. That holds from the next request on, for this token alone.")
     say(quoted(refused))
     expect(await stage.apps["reviews"].ask("/v1/models"), 200)
 

@@ -159,7 +159,7 @@ def test_notes_are_below_a_table_that_needs_them(path):
 
 
 def test_alerts_are_listed(path):
-    assert "all apps together spent $20.00" in run(path, "--since", "2d", "--alerts")
+    assert "All apps together spent $20.00" in run(path, "--since", "2d", "--alerts")
     [alert] = as_json(path, "--alerts")
     assert (alert["threshold_percent"], alert["spent_nano"]) == (80, 20 * DOLLAR)
 

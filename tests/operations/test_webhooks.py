@@ -82,7 +82,7 @@ def test_what_is_wrong_with_a_policy_is_told_without_quoting_it(problem):
     alert = alerts.policy_broken(problem, "0123456789abcdef", NOON)
     assert "sk-ant" not in repr(alert)
     assert "gateway check" in alert.sentence
-    assert f"({problem.split(': ')[0] if problem.startswith('policies/') else 'policies'});" in alert.sentence
+    assert f"({problem.split(': ')[0] if problem.startswith('policies/') else 'policies'}), " in alert.sentence
 
 
 def policy(tmp_path, common="", app=""):
