@@ -5,12 +5,14 @@ nothing of a body but what later steps look at. Knows nothing of the ledger: whe
 """
 
 from dataclasses import dataclass, replace
+from heapq import nlargest
 from typing import Any
 
-from gateway_addon.calls.quote import Quote, quote
+from gateway_addon.calls.quote import TOOLS_FOUND_MAX, Quote, quote
 from gateway_addon.calls.reservation_options import rewritten
 from gateway_addon.calls.responses import edited_text
-from gateway_addon.messages.request import ParsedRequest, Request, edited, read
+from gateway_addon.messages.request import ParsedRequest, Request, definition_bytes, edited, read
+from gateway_addon.messages.scan import RequestScan
 from gateway_addon.policy import AppPolicy, judge, observed
 from gateway_addon.pricing import Prices
 from gateway_addon.refusals import Refusal
@@ -70,10 +72,20 @@ def without_prompt(parsed: ParsedRequest) -> ParsedRequest:
     """Return the request with its settings and without its prompt, so that a call in flight keeps no parsed body."""
     settings = {name: _short(value) for name, value in parsed.body.items() if name not in PROMPT_FIELDS}
     found = parsed.found
-    if found.uses or len(found.unknown) > 1:
+    if found.uses or found.definitions or len(found.unknown) > 1:
         uses = [replace(use, value=_short(use.value)) for use in found.uses]
-        found = replace(found, uses=uses, unknown=found.unknown[:1])
+        found = replace(found, uses=uses, unknown=found.unknown[:1], definitions=_looked_at_again(found))
     return replace(parsed, body=settings, found=found)
+
+
+def _looked_at_again(found: RequestScan) -> dict[str, list[dict[str, Any]]]:
+    """Return the definitions of tools as far as a quote looks at them again: which of those referred to are there, the largest to find."""
+    kept: dict[str, list[dict[str, Any]]] = {name: [] for name in found.references if name in found.definitions}
+    if any(use.feature == "tool_search" for use in found.uses):
+        tools = (tool for same in found.definitions.values() for tool in same)
+        for tool in nlargest(TOOLS_FOUND_MAX, tools, key=definition_bytes):
+            kept.setdefault(tool["name"], []).append(tool)
+    return kept
 
 
 def _short(value: Any, depth: int = 0) -> Any:

@@ -30,7 +30,7 @@ POLICY = """
 models: {allow: [claude-haiku-4-5, claude-sonnet-5], aliases: {fast: claude-haiku-4-5}}
 max_tokens: {limit: 4096, over: clamp}
 caps: {request: $1, day: $100}
-features: {web_search: {max_uses: 20}, files: true, fallbacks: {}}
+features: {web_search: {max_uses: 20}, tool_search: true, files: true, fallbacks: {}}
 """
 APP = parse_app("policies/apps/app.yaml", POLICY, PRICES, {})
 PLAIN = {"model": "claude-haiku-4-5", "max_tokens": 16, "messages": [{"role": "user", "content": "hello"}]}
@@ -185,18 +185,25 @@ async def test_the_other_process_has_no_secret(process, monkeypatch):
 
 
 def test_a_call_in_flight_keeps_nothing_of_its_prompt():
-    found = judge_request(*judged(PLAIN | {"system": "x" * 9_000, "tools": [SEARCH], "metadata": {"user_id": "u" * 9_000}}))
+    search = SEARCH | {"allowed_domains": ["d" * 9_000]}
+    found = judge_request(*judged(PLAIN | {"system": "x" * 9_000, "tools": [search], "metadata": {"user_id": "u" * 9_000}}))
     assert isinstance(found, Judgement)
     assert len(repr(found)) < 10_000
     assert set(found.parsed.body) == {"model", "max_tokens", "metadata"}
 
 
-@pytest.mark.parametrize("more", [{}, {"tools": [SEARCH]}, {"fallbacks": [{"model": "claude-haiku-4-5"}]}, {"cache_control": {"type": "ephemeral"}}])
+OWN = [{"name": f"own{i}", "input_schema": {}, "description": "d" * 100 * i} for i in range(8)]
+FINDER = {"type": "tool_search_tool_bm25", "name": "tool_search_tool_bm25"}
+REFERRING = [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": [{"type": "tool_reference", "tool_name": "own1"}]}]}]
+
+
+@pytest.mark.parametrize("more", [{}, {"tools": [SEARCH]}, {"tools": [FINDER, *OWN]}, {"tools": OWN, "messages": REFERRING}, {"fallbacks": [{"model": "claude-haiku-4-5"}]}, {"cache_control": {"type": "ephemeral"}}])
 def test_what_would_fit_is_the_same_without_the_prompt(more):
     arguments = judged(PLAIN | {"model": "claude-sonnet-5"} | more)
     whole, kept = quote.quote(request.read("messages", arguments[3]), APP, PRICES, 0.0), judge_request(*arguments).verdict
     for amount_nano in (10**6, 10**7, 10**8, 10**9):
         assert kept.output_within(amount_nano) == whole.output_within(amount_nano)
+    assert kept.terms.parsed.found.definitions.keys() <= {f"own{i}" for i in (1, *range(3, 8))}
 
 
 def parsed_values(raw: str) -> int:
