@@ -47,7 +47,7 @@ type CapWindow = tuple[str, str, int, int | None]
 type Calendar = tuple[tzinfo, tuple[Window, ...]]
 """The zone of a ledger's windows, and the billing cycles in which every call counts."""
 
-# Places in a statement (`_asking`): a row of values for each cap asked about (to take them out of JSON, as one value, cost twice as much
+# Places in a statement (`_statement`): a row of values for each cap asked about (to take them out of JSON, as one value, cost twice as much
 # as all the look-ups), and where the engine keeps a cap's balance.
 ASKED = "(VALUES caps) AS asked"
 ASKED_NOTHING = "(SELECT NULL AS column1, NULL AS column2, NULL AS column3, NULL AS column4 WHERE 1 = 0) AS asked"
@@ -76,7 +76,7 @@ _RATE = """
     WHERE 60 * recent + (60 - $second) * before + 60 * {size} > 60 * ${limit}
 """
 PAUSABLE = "scope IN ('its scopes')"
-"""Becomes a list of the call's scopes, as long as they are many (`_asking`): each is looked up by key."""
+"""Becomes a list of the call's scopes, as long as they are many (`_statement`): each is looked up by key."""
 SCOPES_A_STEP = 8  # a call has a few scopes more or less than another, and each length is a statement of its own
 RATE_OBSTACLES = f"""
   UNION ALL
@@ -203,16 +203,16 @@ def write(db: Connection, owner: str, asked: Reservation) -> Reserved | Denied:
     calendar = kept_calendar(db)
     windows = starts(asked.now, *calendar)
     counted = parts.counted(db, asked.call, asked.caps, windows.day)
-    values, frames = reserving(asked, counted, owner, windows)
+    values, cap_windows = reserving(asked, counted, owner, windows)
     pausable: tuple[str | None, ...] = asked.call.pause_scopes
     pausable += (None,) * (-len(pausable) % SCOPES_A_STEP)
-    values |= _asked(frames)
+    values |= _cap_values(cap_windows)
     values.update(zip(_pausable(len(pausable)), pausable, strict=True))
-    written = db.execute(_asking(RESERVE, db.engine, len(frames), len(pausable)), values).fetchall()
+    written = db.execute(_statement(RESERVE, db.engine, len(cap_windows), len(pausable)), values).fetchall()
     if not written:
         return denied(db, asked, counted.caps, calendar[0])
     parts.named_today(db, asked.call, counted.new_names, windows.day)
-    return Reserved(written[0][0], _standings(db, frames, asked.now, calendar[0]), asked.call.app, asked.caps, owner)
+    return Reserved(written[0][0], _standings(db, cap_windows, asked.now, calendar[0]), asked.call.app, asked.caps, owner)
 
 
 def counted_now(db: Connection, call: NewCall, caps: Sequence[CapShape], *, now: float) -> NewCall:
@@ -243,7 +243,7 @@ def reserving(asked: Reservation, counted: parts.CountedCall, owner: str, window
         "input_tokens_per_minute": asked.rates.input_tokens_per_minute,
         "concurrent": asked.rates.concurrent,
     }
-    return values, _frames(counted.caps, windows)
+    return values, _cap_windows(counted.caps, windows)
 
 
 def denied(db: Connection, asked: Reservation, caps: Sequence[CapShape], calendar: tzinfo) -> Denied:
@@ -304,11 +304,11 @@ def extend(db: Connection, call_id: int, more_nano: int, caps: Sequence[CapShape
     app, app_parts, cycles, day, week, month = row[0]
     try:
         placed = parts.placed_again(db, app, caps, app_parts)
-        frames = _frames(placed, Starts(day, week, month, cycles=_kept_cycles(db, placed, cycles)))
+        cap_windows = _cap_windows(placed, Starts(day, week, month, cycles=_kept_cycles(db, placed, cycles)))
     except LedgerUnavailable:  # another policy came into force: what is not kept any more cannot be judged, so nothing is granted
         return False
-    values = {"call_id": call_id, "more_nano": more_nano, "now": now} | _asked(frames)
-    return db.execute(_asking(EXTEND, db.engine, len(frames)), values).rowcount == 1
+    values = {"call_id": call_id, "more_nano": more_nano, "now": now} | _cap_values(cap_windows)
+    return db.execute(_statement(EXTEND, db.engine, len(cap_windows)), values).rowcount == 1
 
 
 def release(db: Connection, call_id: int, back_nano: int, *, now: float) -> bool:
@@ -376,14 +376,14 @@ def standing(db: Connection, scopes: Iterable[str], caps: Sequence[CapShape], *,
     amounts = {(cap.scope, cap.window): cap.amount_nano for cap in caps}
     wanted = {scope: (*WINDOWS, *(window for of, window in amounts if of == scope and is_cycle(window))) for scope in scopes}
     windows = starts(now, calendar, {window for _, window in amounts if is_cycle(window)})
-    frames = [(scope, window, windows.of(window), amounts.get((scope, window))) for scope in wanted for window in wanted[scope]]
-    return _standings(db, frames, now, calendar)
+    cap_windows = [(scope, window, windows.of(window), amounts.get((scope, window))) for scope in wanted for window in wanted[scope]]
+    return _standings(db, cap_windows, now, calendar)
 
 
 def capped(db: Connection, caps: Sequence[CapShape], *, now: float, calendar: tzinfo | None = None) -> tuple[Standing, ...]:
     """Return the standing of each of these caps. `calendar`: the ledger's zone, where that has just been read."""
     its_zone = zone(db) if calendar is None else calendar
-    return _standings(db, _frames(caps, starts(now, its_zone, {cap.window for cap in caps if is_cycle(cap.window)})), now, its_zone)
+    return _standings(db, _cap_windows(caps, starts(now, its_zone, {cap.window for cap in caps if is_cycle(cap.window)})), now, its_zone)
 
 
 def zone(db: Connection) -> tzinfo:
@@ -408,7 +408,7 @@ def written_cycles(windows: Starts) -> str | None:
     return json.dumps(dict(windows.cycles)) if windows.cycles else None
 
 
-def _frames(caps: Iterable[CapShape], windows: Starts) -> list[CapWindow]:
+def _cap_windows(caps: Iterable[CapShape], windows: Starts) -> list[CapWindow]:
     """Return the caps that the ledger keeps, each with the start of its present window. Raises LedgerUnavailable for another cycle."""
     try:
         return [(cap.scope, cap.window, windows.of(cap.window), cap.amount_nano) for cap in caps if cap.window != "request"]
@@ -438,7 +438,7 @@ def _pausable(count: int) -> tuple[str, ...]:
 
 
 @lru_cache
-def _asking(statement: str, engine: Engine, count: int, pausable: int = 0) -> Statement:
+def _statement(statement: str, engine: Engine, count: int, pausable: int = 0) -> Statement:
     """Return the statement for an engine, so many caps, and so many scopes of pauses."""
     scopes = f"scope IN ({', '.join(f'${name}' for name in _pausable(pausable))})" if pausable else PAUSABLE
     rows = ", ".join(["({}, {}, {}, {})"] * count).format(*(f"${name}" for name in _names(count)))
@@ -446,15 +446,15 @@ def _asking(statement: str, engine: Engine, count: int, pausable: int = 0) -> St
     return named(statement.replace(ASKED, asked).replace(ITS_BALANCE, engine.balance_of_cap).replace(PAUSABLE, scopes))
 
 
-def _asked(frames: Sequence[CapWindow]) -> dict[str, Any]:
-    return dict(zip(_names(len(frames)), chain.from_iterable(frames), strict=True))
+def _cap_values(cap_windows: Sequence[CapWindow]) -> dict[str, Any]:
+    return dict(zip(_names(len(cap_windows)), chain.from_iterable(cap_windows), strict=True))
 
 
-def _standings(db: Connection, frames: Sequence[CapWindow], now: float, calendar: tzinfo) -> tuple[Standing, ...]:
-    if not frames:
+def _standings(db: Connection, cap_windows: Sequence[CapWindow], now: float, calendar: tzinfo) -> tuple[Standing, ...]:
+    if not cap_windows:
         return ()
-    rows = db.execute(_asking(STANDINGS, db.engine, len(frames)), _asked(frames) | {"now": now}).fetchall()
-    return standings_of(rows, [(scope, window) for scope, window, *_ in frames], now, calendar)
+    rows = db.execute(_statement(STANDINGS, db.engine, len(cap_windows)), _cap_values(cap_windows) | {"now": now}).fetchall()
+    return standings_of(rows, [(scope, window) for scope, window, *_ in cap_windows], now, calendar)
 
 
 def standings_of(rows: Iterable[Sequence[Any]], asked: Sequence[tuple[str, Window]], now: float, calendar: tzinfo) -> tuple[Standing, ...]:

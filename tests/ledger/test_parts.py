@@ -137,8 +137,8 @@ def test_another_session_has_a_cap_of_its_own(db, path):
 
 def test_a_cap_needs_the_row_of_its_part_in_the_statement(db, monkeypatch):
     """Take the guard away, and the cap is passed: the statement judges by this row, and nothing else does."""
-    frames = reservations._frames
-    monkeypatch.setattr(reservations, "_frames", lambda caps, windows: [each for each in frames(caps, windows) if " " not in each[0]])
+    frames = reservations._cap_windows
+    monkeypatch.setattr(reservations, "_cap_windows", lambda caps, windows: [each for each in frames(caps, windows) if " " not in each[0]])
     settled(db, 90)
     assert isinstance(hold(db, 20, [cap("session", 100)]), Reserved)
     monkeypatch.undo()

@@ -455,7 +455,7 @@ def any_sequence(path, steps):
 
 def plans(db):
     judging = ("RESERVE", "OBSTACLES", "STANDINGS", "EXTEND")
-    hot = {name: reservations._asking(getattr(reservations, name), db.engine, 3, 8).numbered for name in judging}
+    hot = {name: reservations._statement(getattr(reservations, name), db.engine, 3, 8).numbered for name in judging}
     hot |= {name: getattr(reservations, name).numbered for name in ("RELEASE", "RESOLVE", "FINISH")}
     hot |= {"token": "SELECT id FROM tokens WHERE digest = $1", "open": reservations.OPEN_OF_OWNER}
     hot["trigger"] = 'SELECT scope, "window", window_start FROM call_frames WHERE call_id = $1'

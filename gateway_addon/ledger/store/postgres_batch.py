@@ -305,9 +305,9 @@ _PART_NAMES = tuple(column.split()[0] for column in _PART.split(", "))
 def _reservation(asked: Reservation, owner: str, calendar: reservations.Calendar) -> dict[str, object]:
     call = asked.call
     counted, windows = parts.CountedCall(call.parts, asked.caps), starts(asked.now, *calendar)
-    values, frames = reservations.reserving(asked, counted, owner, windows)
+    values, cap_windows = reservations.reserving(asked, counted, owner, windows)
     item = _plain(values) | {"what": "reserve", "pausable": call.pause_scopes}
-    item["caps"] = caps = [dict(zip(_CAP_NAMES, frame, strict=True)) for frame in frames]
+    item["caps"] = caps = [dict(zip(_CAP_NAMES, each, strict=True)) for each in cap_windows]
     of_parts = {cap["column1"]: part[0] for cap in caps if (part := part_of(str(cap["column1"]))) is not None}
     found = parts.looked_at(call, asked.caps)
     if of_parts or found:
