@@ -30,6 +30,7 @@ from gateway_addon.messages import header_filter, labels
 from gateway_addon.messages.request import Request
 from gateway_addon.proxy import backpressure, inject, request_head
 from gateway_addon.proxy.certificate import Certificate
+from gateway_addon.proxy.flow_values import base_url_of, body_bytes_announced, encoded_headers, lowered_headers, method_of, request_of
 from gateway_addon.proxy.flows import FlowState, SendPermission, close_forgotten
 from gateway_addon.refusals import Refusal, new_request_id
 
@@ -189,7 +190,7 @@ class GatewayAddon:
     async def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Take the credential off the flow before anything can show it, and labels off its path, and authenticate the caller."""
         shown = flow.request.headers
-        headers = _lowered(shown)
+        headers = lowered_headers(shown)
         kept = [field for field in shown.fields if field[0].lower() not in REPLACED]
         in_path, path = labels.split_path(flow.request.path)
         if in_path:
@@ -198,7 +199,7 @@ class GatewayAddon:
         shown.fields = (*header_filter.without_credential_betas(kept), IDENTITY)
         flow_state = self.flow_states.get(flow.id)
         caller = await self._authenticate(flow, headers)
-        announced_bytes = _announced(headers)
+        announced_bytes = body_bytes_announced(headers)
         if isinstance(caller, Caller):
             caller = self._overloaded(flow, caller, announced_bytes or 0) or caller
         if isinstance(caller, ExchangeRequest) and flow_state is not None and (announced_bytes or 0) <= exchange.BODY_BYTES_MAX:
@@ -271,8 +272,8 @@ class GatewayAddon:
         if self.gateway.policy.tls and not flow.client_conn.tls:
             return Refusal("request", "This gateway takes calls over https alone, so that tokens do not cross the network in clear.")
         peer = flow.client_conn.peername[0] if flow.client_conn.peername else ""
-        base_url = functools.partial(_base_url, flow.client_conn, headers)
-        return await self.gateway.authenticate(_method(flow.request), flow.request.path, headers, peer, self.clocks.now(), digest, base_url)
+        method, base_url = method_of(flow.request), functools.partial(base_url_of, flow.client_conn, headers)
+        return await self.gateway.authenticate(method, flow.request.path, headers, peer, self.clocks.now(), digest, base_url)
 
     @guarded("request")
     async def request(self, flow: http.HTTPFlow) -> None:
@@ -345,7 +346,7 @@ class GatewayAddon:
         if flow_state is None or response is None or flow_state.caller is None or flow_state.admission is None:
             return
         running, status, shown = flow_state.running, response.status_code, response.headers
-        flow_state.status, lowered = status, _lowered(shown)
+        flow_state.status, lowered = status, lowered_headers(shown)
         self.gateway.upstream_headers(flow_state.caller, status, lowered, self.clocks.now())
         if status == 401:
             self.key_refused()
@@ -372,7 +373,7 @@ class GatewayAddon:
             flow_state.watch()
         if streamed:
             response.stream = functools.partial(self._chunk, weakref.ref(flow_state))
-        shown.fields = header_filter.coming_in(shown.fields) + _encoded(own)
+        shown.fields = header_filter.coming_in(shown.fields) + encoded_headers(own)
 
     def _chunk(self, state_ref: weakref.ref[FlowState], chunk: bytes) -> bytes:
         """Meter one chunk of a stream. Must not raise: mitmproxy would drop the chunk.
@@ -478,11 +479,6 @@ def _is_exchange(flow: http.HTTPFlow) -> bool:
     return flow.request.path.partition("?")[0] == exchange.PATH
 
 
-def request_of(flow: http.HTTPFlow) -> Request:
-    """Return the request as the gateway judges it."""
-    return Request(_method(flow.request), flow.request.path, _lowered(flow.request.headers), flow.request.raw_content or b"")
-
-
 def not_handed_on(status: int) -> Refusal | None:
     """Return the refusal that replaces an answer which no client of the API should act on, or None."""
     if 300 <= status < 400:
@@ -490,37 +486,3 @@ def not_handed_on(status: int) -> Refusal | None:
     if not 200 <= status < 600:
         return Refusal("upstream_unreachable", f"The Claude API answered with status {status}, which ends no call. Try again.")
     return None
-
-
-def _method(request: http.Request) -> str:
-    """Return the method as it will be sent. (`request.method` is in upper case, even where the client wrote it otherwise.)"""
-    return request.data.method.decode("ascii", "backslashreplace")
-
-
-def _announced(headers: Iterable[tuple[str, str]]) -> int | None:
-    """Return the length that a request's headers announce for its body; None where they announce none."""
-    lengths = [value for name, value in headers if name in ("content-length", "transfer-encoding")]
-    length = lengths[0] if lengths else "0"
-    return int(length) if len(lengths) < 2 and length.isdecimal() and len(length) < 12 else None
-
-
-def _lowered(headers: http.Headers) -> tuple[tuple[str, str], ...]:
-    """Return header names, in lower case, and values, as text that can be turned into the same bytes again."""
-    return tuple([
-        (name.lower().decode("utf-8", "surrogateescape"), value.decode("utf-8", "surrogateescape")) for name, value in headers.fields
-    ])  # fmt: skip
-
-
-def _base_url(client: connection.Client, headers: Iterable[tuple[str, str]]) -> str:
-    """Return the base URL of the socket that the client connected to; "" behind a proxy, whose address is not known here.
-
-    (mitmproxy puts the upstream's name in the place of the Host header.)
-    """
-    if not client.sockname or any(name in ("x-forwarded-for", "forwarded", "via") for name, _ in headers):
-        return ""
-    host, port = client.sockname[:2]
-    return f"{'https' if client.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _encoded(headers: Iterable[tuple[str, str]]) -> tuple[tuple[bytes, bytes], ...]:
-    return tuple([(name.encode(), value.encode()) for name, value in headers])

@@ -14,7 +14,7 @@ from gateway_addon.calls.running import InFlightCall
 from gateway_addon.identity import tokens
 from gateway_addon.ledger import Ledger, NewCall, Outcome, Settlement, admin, connect, orphans, reservations
 from gateway_addon.ledger.store import sqlite_files
-from gateway_addon.proxy import hooks
+from gateway_addon.proxy import flow_values, hooks
 from gateway_addon.simulator import Behaviour, Simulator
 
 pytestmark = pytest.mark.usefixtures("idle_clock")
@@ -96,7 +96,7 @@ async def test_the_wrapper_of_a_hook_keeps_a_failure_from_forwarding(tmp_path, m
     async def failing(self, flow):
         if not guarded:
             flow_state = self.flow_states[flow.id]
-            asked = hooks.request_of(flow)
+            asked = flow_values.request_of(flow)
             flow_state.admission = await self.gateway.admit(flow_state.caller, asked, time.time())  # what a hook that fails late leaves behind
             flow_state.grant = self._grant(flow_state.caller, asked, flow.request.headers.fields, flow.request.raw_content)
         raise RuntimeError("a bug")

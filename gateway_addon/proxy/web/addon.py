@@ -39,7 +39,8 @@ from gateway_addon.money import cents, dollars
 from gateway_addon.operations import explain as explanation
 from gateway_addon.policy import AppPolicy, all_caps, caps
 from gateway_addon.pricing import cost
-from gateway_addon.proxy.hooks import GatewayAddon, guarded, request_of
+from gateway_addon.proxy.flow_values import request_of
+from gateway_addon.proxy.hooks import GatewayAddon, guarded
 from gateway_addon.proxy.web import pretty
 from gateway_addon.proxy.web.lockdown import FIXED, LOOKING, NO_SCRIPTS
 from gateway_addon.proxy.web.view import ClaudeContentview
