@@ -71,13 +71,18 @@ def _sizes(names: list[str], texts: list[list[str]], width: int) -> tuple[list[i
 
 def _lines(row: list[str], names: list[str], sizes: list[int], right: Collection[str]) -> Iterator[str]:
     sized = zip(row, sizes, strict=True)
-    cells = [textwrap.wrap(text, size, break_on_hyphens=False) if len(text) > size else [text] for text, size in sized]
+    cells = [_wrapped(text, size) if len(text) > size else [text] for text, size in sized]
     for parts in zip_longest(*cells, fillvalue=""):
         padded = [
             part.rjust(size) if at < len(names) and names[at] in right else part.ljust(size)
             for at, (part, size) in enumerate(zip(parts, sizes, strict=True))
         ]
         yield BETWEEN.join(padded).rstrip()
+
+
+def _wrapped(text: str, size: int) -> list[str]:
+    """Return a text in lines; a model's name is broken at a hyphen only where a line cannot hold it."""
+    return textwrap.wrap(text, size, break_on_hyphens=any(len(word) > size for word in text.split()))
 
 
 def _records(names: list[str], texts: list[list[str]], width: int) -> str:

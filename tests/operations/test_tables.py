@@ -49,3 +49,13 @@ def test_what_is_no_terminal_gets_whole_lines():
 )
 def test_a_table_gives_way_in_order(width, options, shown):
     assert at(width, [("x", "", 3)], ("a", "b", "c"), right=("c",), **options) == shown
+
+
+@pytest.mark.parametrize(
+    ("width", "cells"),
+    [(30, ["claude-haiku-4-5,", "claude-sonnet-5"]), (18, ["claude-", "haiku-4-5,"])],
+    ids=["whole where a line holds it", "else at a hyphen"],
+)
+def test_a_models_name_is_broken_as_late_as_can_be(width, cells):
+    lines = at(width, [("x", "claude-haiku-4-5, claude-sonnet-5")], ("app", "models")).splitlines()
+    assert [line[5:].strip() for line in lines[2:4]] == cells
