@@ -8,6 +8,7 @@ options which would open a way around it; and that from then on the script's fil
 import asyncio
 import logging
 import os
+import signal
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from gateway_addon.policy import load as load_policy  # `load` would be a hook o
 from gateway_addon.pricing import PriceError
 from gateway_addon.proxy.certificate import TlsUnavailable
 from gateway_addon.proxy.hooks import REQUIRED_OPTIONS, GatewayAddon
-from gateway_addon.proxy.server import DECIDED, assembled, hardened
-from gateway_addon.proxy.supervisor import is_loopback
+from gateway_addon.proxy.server import DECIDED, STOPPING, assembled, hardened
+from gateway_addon.proxy.supervisor import is_loopback, stop_signals
 from gateway_addon.upstreams.credentials import SecretUnavailable
 from gateway_addon.upstreams.egress import egress
 
@@ -44,6 +45,18 @@ class ScriptAddon(GatewayAddon):
         super().configure(updated)
         for name in sorted(updated & (DECIDED | {"scripts"})):
             raise exceptions.OptionsError(FIXED.format(name))
+
+    async def done(self) -> None:
+        """Let calls in flight finish, as `gateway serve` does. mitmproxy heeds no second signal: here it ends them."""
+        if self.flow_states:
+            logger.info(STOPPING)
+        for number in stop_signals():
+            asyncio.get_running_loop().add_signal_handler(number, self._end_all)
+        await super().done()
+
+    def _end_all(self) -> None:
+        for flow_id in list(self.flow_states):
+            self.finish(flow_id, "gateway")
 
 
 class Shim:
@@ -84,6 +97,8 @@ class Shim:
         addons.chain = [addons.register(addon), *addons.chain]
         addon.running()
         self.in_place = True
+        if signal.SIGHUP in stop_signals():  # it runs on a terminal, which has been closed then
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, ctx.master.shutdown)
 
     def _safe(self, policy: GatewayPolicy) -> None:
         if list(ctx.options.mode) != [f"reverse:{policy.upstream}"]:

@@ -21,6 +21,7 @@ from ports import free_port
 from processes import START_S, buried, ledgered
 from secret_hunt import found_in
 
+from gateway_addon import addon
 from gateway_addon.addon import Shim
 from gateway_addon.ledger import background
 from gateway_addon.proxy.server import assembled
@@ -91,7 +92,7 @@ async def test_a_users_own_mitmdump_enforces_and_fails_closed(tmp_path):
     script, port = tmp_path / "script.py", free_port()
     script.write_text(SCRIPT)
     async with Simulator() as api:
-        gateways = ledgered(tmp_path, api.url, APPS)
+        gateways = ledgered(tmp_path, api.url, APPS, "timeouts: {drain: 10m}\n")
         files = ["-w", str(tmp_path / "flows"), "--set", f"hardump={tmp_path / 'flows.har'}", "--set", "flow_detail=4"]
         listen = ["--listen-host", "127.0.0.1", "--listen-port", str(port)]
         async with mitmdump(tmp_path, gateways, f"reverse:{api.url}", *listen, *files, "--set", "http2=true", script=script) as process:
@@ -122,9 +123,17 @@ async def test_a_users_own_mitmdump_enforces_and_fails_closed(tmp_path):
             script.unlink()
             await asyncio.sleep(1.3)
             await holds()
+            endless = asyncio.ensure_future(ask(messages=[{"role": "user", "content": 'simulate: {"delay_ms": 600000}'}]))
+            await until(lambda: api.book.in_flight == 1)
+            process.send_signal(signal.SIGTERM)
+            await until(lambda: b"Once more to end them now" in (tmp_path / "printed").read_bytes())
+            process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(process.wait(), 60)
+            with pytest.raises(anthropic.APIConnectionError):
+                await endless
         assert process.returncode == 0, (tmp_path / "printed").read_text()
         book = await api.settled()
-        assert len(book.messages()) == 4
+        assert len(book.messages()) == 5
         assert {row.header("x-api-key") for row in book.messages()} == {KEY}
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert any(b"/v1/messages" in each for each in written), "the flows were written"
@@ -141,8 +150,6 @@ WRONG = [
 def test_no_name_of_the_script_is_one_that_mitmproxy_calls():
     """mitmproxy takes the script's own module for an addon: an imported function `load` would be called as its hook."""
     from mitmproxy import hooks
-
-    from gateway_addon import addon
 
     assert "load" in hooks.all_hooks
     assert set(vars(addon)) & set(hooks.all_hooks) == set()
@@ -175,6 +182,7 @@ async def test_another_scripts_options_open_no_way_around(tmp_path, monkeypatch,
         monkeypatch.setenv(f"GATEWAY_{variable}", value)
     monkeypatch.setenv("SIMULATED_KEY", KEY)
     monkeypatch.setattr(tls, "log_master_secret", tls.make_master_secret_logger(str(tmp_path / "tls_keys")))
+    monkeypatch.setattr(addon, "stop_signals", lambda: (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))  # as on a terminal
     options, shim = Options(listen_host="127.0.0.1", mode=["reverse:http://127.0.0.1:9"]), Shim()
     master = DumpMaster(options, with_termlog=False, with_dumper=False)
     master.addons.add(shim)
@@ -187,6 +195,9 @@ async def test_another_scripts_options_open_no_way_around(tmp_path, monkeypatch,
         for each in MOVED if shim.in_place else ():
             with pytest.raises(OptionsError, match=f"{each} cannot be changed while"):
                 options.update(**{each: MOVED[each]})
+        if shim.in_place:
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(master.should_exit.is_set)
     finally:
         await shim.done()
         master.addons.get("errorcheck").finish()

@@ -62,6 +62,7 @@ TLS_TO_PLAIN = (
     "A client began with TLS, and the gateway listens with plain http: write http:// in the client's base URL, or give the gateway a"
     " certificate (`tls` in gateway.yaml)."
 )
+STOPPING = "Stopping: no new calls; calls in flight may finish. Once more to end them now."
 COLLECT_AFTER = 20_000  # objects made and not yet gone: those of a hundred calls in flight
 
 
@@ -326,7 +327,7 @@ def on_signal(stop: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
 
     def stopping() -> None:
-        logger.info("Stopping: no new calls; calls in flight may finish. Once more to end them now.")
+        logger.info(STOPPING)
         for number in numbers:
             loop.remove_signal_handler(number)
         stop()
