@@ -60,7 +60,7 @@ class ScriptAddon(GatewayAddon):
 
 
 class Shim:
-    """Puts the gateway into a mitmdump that somebody else configured. It takes `GATEWAY_POLICIES` and `GATEWAY_LEDGER`."""
+    """Put the gateway into a mitmdump that somebody else configured. It takes `GATEWAY_POLICIES` and `GATEWAY_LEDGER`."""
 
     def __init__(self) -> None:
         self.policies = Path()

@@ -34,7 +34,7 @@ AMOUNTS = {"ignore_unknown_options": True}  # -5 is an amount, and refused as on
 
 
 class _WindowChoice(click.Choice[str]):
-    """Takes a billing cycle by its name too, as `cap list` shows it: `cycle:17`."""
+    """Take a billing cycle by its name too, as `cap list` shows it: `cycle:17`."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         day = value.removeprefix("cycle:")

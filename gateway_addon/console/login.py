@@ -21,7 +21,7 @@ TRIES_PER_MINUTE = 20
 
 @dataclass(slots=True)
 class Tries:
-    """Attempts of the last minute, of which there may be so many."""
+    """The attempts of the last minute, and how many there may be."""
 
     at: deque[float] = field(default_factory=lambda: deque(maxlen=TRIES_PER_MINUTE))
 

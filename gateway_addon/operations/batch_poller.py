@@ -1,4 +1,4 @@
-"""Looks after open batches: asks now and then whether they have ended, and closes those whose results no app fetches.
+"""Look after open batches: ask now and then whether they have ended, and close those whose results no app fetches.
 
 Promises that of all processes on a ledger one asks about a batch at a time (the ledger says whose turn it is), that nothing here
 waits on the event loop (each question is asked in a thread), that a batch which is old or fails is asked about less often, and that

@@ -1,4 +1,4 @@
-"""Keeps the reports of closed days without being asked, so that a person's first report of a month is as quick as the second.
+"""Keep the reports of closed days without being asked, so that a person's first report of a month is as quick as the second.
 
 Promises that of all processes on a ledger one sums at a time (the ledger says whose turn it is), that calls do not feel it (a day is summed
 in a thread that only reads; the writer takes a claim and a day's sums), that it leaves nine tenths of a processor to others, and that

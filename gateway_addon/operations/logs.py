@@ -23,7 +23,7 @@ FOREIGN_CHARACTERS_MAX = 300
 
 
 class MaskedFilter(logging.Filter):
-    """Replaces tokens and the key in a record, its arguments and its traceback, and cuts what mitmproxy says. Lets every record pass."""
+    """Replace tokens and the key in a record, its arguments and its traceback, and shorten what mitmproxy says. Every record passes."""
 
     def __init__(self, key: Callable[[], str]):
         super().__init__()

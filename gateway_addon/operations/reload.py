@@ -28,7 +28,7 @@ type Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 
 class PolicyWatcher:
-    """Watches the folder of policies for one gate, and the key that its calls are sent with."""
+    """Watch the folder of policies for one gateway, and the key that its calls are sent with."""
 
     def __init__(self, folder: Path, gateway: Gateway, key: WatchedSecret):
         self._folder, self._gateway, self._key = folder, gateway, key

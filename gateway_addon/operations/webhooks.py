@@ -1,8 +1,8 @@
-"""Tells alerts: to the log, to the ledger, and to webhooks, beside the calls and never in their way.
+"""Deliver alerts: to the log, to the ledger and to webhooks, beside the calls and never in their way.
 
-Promises that each alert is told once over all processes (the ledger decides whose it is), that what was not delivered is kept in the
+Promises that each alert is delivered once over all processes (the ledger decides by which one), that an undelivered alert is kept in the
 ledger and tried again with growing pauses for a day, by any process, after a restart too, and that a webhook's address, a secret,
-appears in no log. A webhook can hear of an alert twice only if a process dies between sending and noting it.
+appears in no log. A webhook gets an alert twice only if a process dies between sending it and noting that.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ RETRY_S = 10.0  # and twice that each time, up to 21 minutes
 SESSIONS_EVERY_S = 20.0
 GIVE_UP_S = 86_400.0
 POST_TIMEOUT_S = 4.0
-QUEUE_MAX = 1000  # news that waits for a ledger that is away; the oldest goes first
+QUEUE_MAX = 1000  # alerts that wait for a ledger that is away; the oldest is dropped first
 
 
 class AlertDelivery:
-    """One process's. `secret` reads a webhook's address (raises where it cannot), to which `way` leads; `clock` returns unix seconds."""
+    """Deliver the alerts of one process. `secret` reads a webhook's address, or raises; `way` leads to it; `clock` returns unix seconds."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class AlertDelivery:
         self._ledger, self._secret, self._clock, self._way, self._retry_s = ledger, secret, clock, way, retry_s
         self._news: deque[Alert] = deque(maxlen=QUEUE_MAX)
         self._passed: frozenset[tuple[str, str]] = frozenset()
-        """Thresholds known to be told: scope and `once`."""
+        """Thresholds whose alerts are known to be in the ledger, by scope and `once`."""
         self._models_looked: tuple[str, int] | None = None
         """The policy and the day for which its models were looked at."""
 
@@ -53,11 +53,11 @@ class AlertDelivery:
         self._sessions_looked_at = -math.inf
 
     def emit(self, alert: Alert) -> None:
-        """Tell this soon. Never waits."""
+        """Queue an alert for the next look. Never waits."""
         self._news.append(alert)
 
     async def look(self, policy: GatewayPolicy) -> None:
-        """Tell what is new, in this process or in what all have spent, Raises LedgerUnavailable."""
+        """Enter new alerts in the ledger: those of this process, and those of what all have spent. Raises LedgerUnavailable."""
         self._look_at_models(policy)
         while self._news:
             await self._once(self._news[0], policy)
@@ -121,7 +121,7 @@ class AlertDelivery:
             logger.warning("Alert: %s.", alert.sentence)
 
     async def deliver(self, policy: GatewayPolicy) -> None:
-        """Send what is due, one after the other, until nothing is. The ledger keeps what was not delivered. Raises LedgerUnavailable."""
+        """Send due alerts, one after the other, until none is left. The ledger keeps the undelivered ones. Raises LedgerUnavailable."""
         while due := await self._ledger.take_alert(retry_s=self._retry_s, give_up_s=GIVE_UP_S, now=self._clock()):
             await self._send(due, alerts.rule(policy, due.alert.scope))
 
@@ -139,7 +139,7 @@ class AlertDelivery:
 
 
 def post(address: str, body: bytes, way: Callable[[str], Egress]) -> None:
-    """Send, in a thread. Raises Unanswered, and what finding the way raises."""
+    """Send an alert to a webhook, in a thread. Raises Unanswered, and what finding the way raises."""
     headers = {"content-type": "application/json", "user-agent": "gateway-addon"}
     sent = ask(address, "the webhook", timeout_s=POST_TIMEOUT_S, way=way(address), method="POST", headers=headers, body=body, inside=True)
     with sent as answer:
