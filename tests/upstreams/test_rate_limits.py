@@ -1,6 +1,5 @@
 """The shared key's limits: what a background app leaves to the others."""
 
-import asyncio
 import time
 
 import anthropic
@@ -8,6 +7,7 @@ import pytest
 from gateway import gateway
 from ledgers import rows, until
 
+from gateway_addon.clocks import Clocks
 from gateway_addon.simulator import Behaviour, Simulator
 from gateway_addon.upstreams.rate_limits import shortage
 
@@ -67,10 +67,14 @@ async def test_a_background_app_leaves_room_for_the_interactive_one(tmp_path, mo
         assert len(written) == 1
 
 
+def in_one_minute():
+    """A clock that stands: a sliding minute is counted by calendar minutes, and a test may straddle one."""
+    now = time.time() // 60 * 60 + 20
+    return Clocks(now=lambda: now)
+
+
 async def test_requests_a_minute_hold_and_say_when_to_come_back(tmp_path):
-    async with Simulator() as api, gateway(tmp_path, api, APPS) as gw:
-        while time.time() % 60 > 55:  # a sliding minute is counted by calendar minutes: do not straddle one
-            await asyncio.sleep(0.5)
+    async with Simulator() as api, gateway(tmp_path, api, APPS, clocks=in_one_minute()) as gw:
         await ask(gw, "slow")
         await ask(gw, "slow")
         with pytest.raises(anthropic.RateLimitError) as refused:
@@ -82,9 +86,7 @@ async def test_requests_a_minute_hold_and_say_when_to_come_back(tmp_path):
 
 async def test_count_tokens_has_the_rate_apart_from_messages(tmp_path):
     apps = APPS | {"watched": APPS["slow"] + "observe: [rates]\n"}
-    async with Simulator() as api, gateway(tmp_path, api, apps) as gw:
-        while time.time() % 60 > 50:
-            await asyncio.sleep(0.5)
+    async with Simulator() as api, gateway(tmp_path, api, apps, clocks=in_one_minute()) as gw:
         count = {"model": "claude-haiku-4-5", "messages": [{"role": "user", "content": "hi"}]}
         for app in ("slow", "watched"):
             for _ in range(2):
