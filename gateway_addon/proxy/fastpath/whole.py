@@ -77,7 +77,6 @@ PARTS: dict[type, dict[str, list[str]]] = {
         "state_done": ["self", "_"],
         "check_killed": ["self", "emit_error_hook"],
         "make_server_connection": ["self"],
-        "start_request_stream": ["self"],
         "start_response_stream": ["self"],
         "send_response": ["self", "already_streamed"],
     },
@@ -430,9 +429,6 @@ class WholeStream(HttpStream):
         yield hook(HttpRequestHeadersHook, flow)
         if (yield from self._killed()):
             return
-        if flow.request.stream:  # an addon wants it sent before it is judged
-            yield from self._as_it_comes(event.content)
-            return
         self.server_state = self.state_wait_for_response_headers
         data = flow.request.data
         data.timestamp_end, data.content = time.time(), event.content
@@ -456,12 +452,6 @@ class WholeStream(HttpStream):
         if content:
             yield SendHttp(RequestData(self.stream_id, content), server)
         yield SendHttp(RequestEndOfMessage(self.stream_id), server)
-
-    def _as_it_comes(self, content: bytes) -> layer.CommandGenerator[None]:
-        yield from self.start_request_stream()
-        self.server_state = self.state_wait_for_response_headers
-        for part in (RequestData(self.stream_id, content), RequestEndOfMessage(self.stream_id)):
-            yield from self.client_state(part)
 
     def _killed(self) -> layer.CommandGenerator[bool]:
         return self.check_killed(True) if self.flow.error or self._paused_event_queue else _no()
