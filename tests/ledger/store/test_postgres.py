@@ -62,10 +62,10 @@ def test_a_server_of_the_tests_dies_with_their_process(tmp_path):
     """Killed, a test's process closes this pipe as it is closed here: a stand-in of the server ends, and its folder is gone."""
     folder = tmp_path / "pg"
     (folder / "data").mkdir(parents=True)
-    with subprocess.Popen(["sleep", "60"]) as server, postgresql.removed_with_this_process(folder) as watcher:
+    with subprocess.Popen(["sleep", "600"]) as server, postgresql.removed_with_this_process(folder) as watcher:
         (folder / "data" / "postmaster.pid").write_text(f"{server.pid}\n{folder}\n")
         watcher.stdin.close()
-        assert server.wait(30) == -signal.SIGQUIT
+        assert server.wait(300) == -signal.SIGQUIT
     assert not folder.exists()
 
 
