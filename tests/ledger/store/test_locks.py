@@ -120,7 +120,7 @@ async def test_a_kill_at_any_instant_loses_no_answered_reservation(start, path, 
         answered.add(int(await asyncio.to_thread(worker.stdout.readline)))
         await asyncio.sleep(0.013 * (number % 7))
         worker.kill()
-        lines = (await asyncio.to_thread(worker.communicate))[0].split("\n")[:-1]
+        lines = (await asyncio.to_thread(worker.stdout.read)).split("\n")[:-1]
         answered |= {int(line) for line in lines}
     ledger = await Ledger.open(f"sqlite:///{path}", now=NOON)
     await ledger.close()
