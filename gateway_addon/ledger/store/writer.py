@@ -104,11 +104,11 @@ class Writer:
         kept: list[Operation] = []
         stopping = False
         while not stopping or kept:
-            arrived, stop = self._take(wait_s=self._backoff_s() if kept or stopping else None)
+            arrived, stop = self._take(wait_s=self._backoff_s() if kept or stopping or self._doubt is not None else None)
             stopping = stopping or stop
             if kept or self._failures:
                 self._record(kept + arrived)
-            groups = disjoint_groups(kept + arrived, self._store.scopes_max)
+            groups = disjoint_groups(kept + arrived, self._store.scopes_max) or [[]]  # with none, a commit may still be in doubt
             kept = self._one_by_one(groups if self._store.near else [run for group in groups for run in batchable_runs(group)])
             if not kept and self._store.journal is not None:
                 self._store.journal.clear()
@@ -164,7 +164,7 @@ class Writer:
             with self._store.turn():
                 db = self._connection()
                 operations = self._resolve_doubt(db, operations)
-                answers = self._transaction(db, operations)
+                answers = self._transaction(db, operations) if operations else []
         except Exception as error:
             if not isinstance(error, (LedgerUnavailable, *self._store.errors)):
                 raise

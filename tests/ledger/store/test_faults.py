@@ -89,6 +89,16 @@ async def test_after_a_commit_in_doubt_the_truth_is_looked_up(ledger, path, brok
     assert rows(path, "SELECT count(*) FROM entries WHERE kind = 'settle'") == [(1,)]
 
 
+async def test_a_commit_in_doubt_is_looked_up_if_no_work_follows(ledger, path, broken_disk):
+    """A reservation that was answered as refused does not hold the budget of an idle gateway."""
+    reconnect(ledger)
+    broken_disk.update(statement="COMMIT", error=disk_error(), after=True)
+    await refused(ledger, "reports an error")
+    assert balance(path) == (0, 100, 1)
+    broken_disk.clear()
+    await until(lambda: balance(path) == (0, 0, 0))
+
+
 async def test_a_full_disk_is_survived(ledger, path):
     """The real thing: SQLite may grow the file no further."""
     held = await ledger.reserve(CALL, 100, DAY_CAP, now=NOON)
