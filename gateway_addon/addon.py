@@ -51,12 +51,8 @@ class ScriptAddon(GatewayAddon):
         if self.flow_states:
             logger.info(STOPPING)
         for number in stop_signals():
-            asyncio.get_running_loop().add_signal_handler(number, self._end_all)
+            asyncio.get_running_loop().add_signal_handler(number, self.end_all)
         await super().done()
-
-    def _end_all(self) -> None:
-        for flow_id in list(self.flow_states):
-            self.finish(flow_id, "gateway")
 
 
 class Shim:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
-from gateway_addon.ledger import Alert, Facts, Resolution, Standing, app_scope, enclosing, part_scope
+from gateway_addon.ledger import TOTAL, Alert, Facts, Resolution, Standing, app_scope, enclosing, part_scope
 from gateway_addon.ledger.reports.forecast import Forecast
 from gateway_addon.ledger.scope import named_in_full
 from gateway_addon.money import cents
@@ -131,7 +131,7 @@ def drift(app: str, asked: str, served: str, call_id: int, now: float) -> Alert:
 def key_refused(source: Source, now: float) -> Alert:
     """Return the alert for a real key that the provider does not take. Once an hour while it lasts."""
     sentence = f"the Claude API does not take the real key (401): see where gateway.yaml reads it from (key: {source.kind})"
-    return Alert("key_refused", "total", str(int(now) // HOUR_S), sentence, {"status": 401})
+    return Alert("key_refused", TOTAL, str(int(now) // HOUR_S), sentence, {"status": 401})
 
 
 def redirected(upstream: str, status: int, now: float) -> Alert:
@@ -140,7 +140,7 @@ def redirected(upstream: str, status: int, now: float) -> Alert:
         f"{upstream} answered a call with a redirect ({status}), which its app did not get: a client that follows one sends its prompt "
         "past the gateway. Name the API's own address in gateway.yaml (upstream)"
     )
-    return Alert("redirect", "total", str(int(now) // HOUR_S), sentence, {"status": status})
+    return Alert("redirect", TOTAL, str(int(now) // HOUR_S), sentence, {"status": status})
 
 
 def keys_unavailable(issuer: str, why: str, age_s: float, now: float) -> Alert:
@@ -149,7 +149,7 @@ def keys_unavailable(issuer: str, why: str, age_s: float, now: float) -> Alert:
     if age_s < DAY_S:
         then = f"its tokens are checked by the keys of {age_s / 60:,.0f} min ago, for a day at most, then refused (503)"
     sentence = f"the keys of the issuer {issuer} cannot be fetched ({why}); {then}"
-    return Alert("issuer", "total", f"{issuer} {int(now) // DAY_S}", sentence, {"issuer": issuer})
+    return Alert("issuer", TOTAL, f"{issuer} {int(now) // DAY_S}", sentence, {"issuer": issuer})
 
 
 def retiring(found: Retiring, now: float) -> Alert:
@@ -170,7 +170,7 @@ def policy_broken(problem: str, digest: str, now: float) -> Alert:
     place = re.match(r"\S+\.yaml(:\d+)?(?=:)", problem)
     where = place[0] if place else "policies"
     sentence = f"a saved policy is not in force ({where}), and the policy of before stays. What is wrong: {PROGRAM} check"
-    return Alert("policy", "total", f"{where} {int(now) // HOUR_S}", sentence, {"place": where, "in_force": digest[:12]})
+    return Alert("policy", TOTAL, f"{where} {int(now) // HOUR_S}", sentence, {"place": where, "in_force": digest[:12]})
 
 
 def payload(alert: Alert, at: float, address: str, form: str | None) -> bytes:

@@ -17,7 +17,7 @@ from gateway_addon.cli.init import app_name, write_new
 from gateway_addon.cli.scopes import known_apps, must_know
 from gateway_addon.cli.times import shown_or_never
 from gateway_addon.identity import tokens
-from gateway_addon.ledger import LedgerUnavailable, Standing, admin, app_scope, connect, scopes, state
+from gateway_addon.ledger import TOTAL, LedgerUnavailable, Standing, admin, app_scope, connect, scopes, state
 from gateway_addon.ledger.reports import call_detail, spending
 from gateway_addon.ledger.reservations import standing, zone
 from gateway_addon.ledger.scope import paused_as
@@ -54,7 +54,7 @@ def list_apps(as_json: bool, policies: Path, ledger: str) -> None:
         stands: dict[tuple[str, str], Standing] = {
             (each.scope, each.window): each for each in standing(db, map(app_scope, names), (), now=now)
         }
-        rows = [_row(name, found, stands, app_scope(name) in paused or "total" in paused, db, now) for name in names]
+        rows = [_row(name, found, stands, app_scope(name) in paused or TOTAL in paused, db, now) for name in names]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif not rows:

@@ -35,7 +35,7 @@ def moment(text: str, now: float, zone: tzinfo) -> float:
 
 
 def start_of_day(text: str) -> float:
-    """Unix seconds at which a day of UTC begins, as `2026-12-01`. Raises ValueError for anything else."""
+    """Return the unix seconds at which a day of UTC begins, as `2026-12-01`. Raises ValueError for anything else."""
     try:
         return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp()
     except (TypeError, ValueError):

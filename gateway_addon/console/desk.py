@@ -10,7 +10,7 @@ from typing import Any
 
 from gateway_addon.console import charts, sums
 from gateway_addon.console.ranges import Range
-from gateway_addon.ledger import Pause, ServerAddress, Standing, admin, app_scope, connect, reservations, state, team_scope
+from gateway_addon.ledger import TOTAL, Pause, ServerAddress, Standing, admin, app_scope, connect, reservations, state, team_scope
 from gateway_addon.ledger.batches import OpenBatch, open_batches
 from gateway_addon.ledger.maintenance import invariants
 from gateway_addon.ledger.reports import call_detail, forecast, spending
@@ -202,7 +202,7 @@ def cache_savings(billed: Iterable[Billed], prices: Prices, now: float) -> int:
 def owners(db: connect.ReadConnection, policy: GatewayPolicy, now: float) -> tuple[Owner, ...]:
     """Return the total, then every team of the policy, then every app of the policy and every one that the ledger still knows."""
     names = sorted({*policy.apps, *admin.booked_apps(db)})
-    scopes = ["total", *(team_scope(team) for team in sorted(policy.teams)), *(app_scope(app) for app in names)]
+    scopes = [TOTAL, *(team_scope(team) for team in sorted(policy.teams)), *(app_scope(app) for app in names)]
     standings = reservations.standing(db, scopes, sorted(all_caps(policy)), now=now)
     pauses = {pause.scope: pause for pause in state.pauses(db, now)}
     largest: dict[str, int] = defaultdict(int)

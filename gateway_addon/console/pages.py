@@ -266,7 +266,7 @@ def exposition(console: Console) -> Response:
 
 
 def problem(title: str, sentence: str, status: int) -> Response:
-    """Make a page that says what is wrong; for whoever is logged in, with the ways to the other pages."""
+    """Make a page that says what is wrong, with the ways to the other pages where somebody is logged in."""
     at = str if g.get("session") is not None else None
     return make_response(render_template("problem.html", title=title, sentence=sentence, at=at), status)
 

@@ -58,7 +58,7 @@ class Answer:
     chunks: AsyncIterator[bytes]
 
     async def events(self) -> AsyncIterator[tuple[str, Any]]:
-        """Return a stream's events as (name, data)."""
+        """Yield a stream's events as (name, data)."""
         framer = sse.Framer()
         async for chunk in self.chunks:
             for name, data in sse.events(framer.feed(chunk)):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from gateway_addon import pricing
 from gateway_addon.identity.trust import Issuer
-from gateway_addon.ledger import app_scope, enclosing, part_of
+from gateway_addon.ledger import TOTAL, app_scope, enclosing, part_of, team_scope
 from gateway_addon.names import NAME_FORM, PROGRAM
 from gateway_addon.policy import trusting
 from gateway_addon.policy.keys import APP, GATEWAY
@@ -107,7 +107,7 @@ class Outline(NamedTuple):
 def outline(directory: Path) -> Outline:
     """Read apps and caps alone, for commands that must work while a file is broken. Never raises."""
     general = _read_keys(directory / "gateway.yaml", GATEWAY, ("caps", "teams", "tls", "issuers", "audience"))
-    found = {"total": general["caps"]} | {f"team:{name}": team.caps for name, team in (general["teams"] or {}).items()}
+    found = {TOTAL: general["caps"]} | {team_scope(name): team.caps for name, team in (general["teams"] or {}).items()}
     parts: dict[str, tuple[Mapping[str, PartCaps], Mapping[str, PartCaps]] | None] = {}
     for path in sorted((directory / "apps").glob("*.yaml")):
         if _APP_FILE.fullmatch(path.name):

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway_addon.identity.trust import Trust, WorkloadRule
-from gateway_addon.ledger import AppPart, CapShape, NameLimit, NewCall, app_scope, part_of, part_scope, team_scope
+from gateway_addon.ledger import TOTAL, AppPart, CapShape, NameLimit, NewCall, app_scope, part_of, part_scope, team_scope
 from gateway_addon.names import app_named
 from gateway_addon.pricing import Prices
 from gateway_addon.windows import Window, is_cycle
@@ -249,7 +249,7 @@ class GatewayPolicy:
 
 def caps(policy: GatewayPolicy, app: AppPolicy, parts: Iterable[AppPart] = (), *, last_call: bool = False) -> tuple[Cap, ...]:
     """Return every cap that limits a call of this app: the total's, its team's, its own, and those of the parts that it belongs to."""
-    scopes = [("total", policy.caps), (app_scope(app.name), app.caps)]
+    scopes = [(TOTAL, policy.caps), (app_scope(app.name), app.caps)]
     if app.team is not None:
         scopes.insert(1, (team_scope(app.team), policy.teams[app.team].caps))
     shared = (Cap(scope, window, amount_nano) for scope, limits in scopes for window, amount_nano in limits.items())
@@ -304,7 +304,7 @@ def caps_of_one(of_each: Mapping[str, PartCaps], of_models: Mapping[str, PartCap
 
 def all_caps(policy: GatewayPolicy) -> tuple[Cap, ...]:
     """Return every cap of the apps, of the teams and of the total, once each; those of an app's parts are without number."""
-    shared = (("total", policy.caps), *((team_scope(name), team.caps) for name, team in policy.teams.items()))
+    shared = ((TOTAL, policy.caps), *((team_scope(name), team.caps) for name, team in policy.teams.items()))
     own = ((app_scope(app.name), app.caps) for app in policy.apps.values())
     return tuple(Cap(scope, window, nano) for scope, limits in (*shared, *own) for window, nano in limits.items())
 

@@ -131,9 +131,13 @@ class GatewayAddon:
         deadline_monotonic_s = self.clocks.monotonic_s() + self.gateway.policy.timeouts.drain_s
         while self.flow_states and self.clocks.monotonic_s() < deadline_monotonic_s:
             await asyncio.sleep(0.05)
+        self.end_all()
+        self.gateway.stop()
+
+    def end_all(self) -> None:
+        """End and settle every call in flight."""
         for flow_id in list(self.flow_states):
             self.finish(flow_id, "gateway")
-        self.gateway.stop()
 
     # -- a connection
 

@@ -271,7 +271,7 @@ async def assembled(
 
 
 def write_no_tls_keys() -> None:
-    """Keep the keys of TLS connections off the disk: with them whoever records the network would read the real key."""
+    """Keep the keys of TLS connections off the disk: with them anybody who records the network could read the real key."""
     if tls_contexts.log_master_secret is not None:
         tls_contexts.log_master_secret = None
         logger.warning("SSLKEYLOGFILE is not heeded: with the file that it names the real API key could be read off the network.")

@@ -17,6 +17,7 @@ import psycopg
 
 from gateway_addon.ledger import admin
 from gateway_addon.ledger.maintenance import invariants
+from gateway_addon.ledger.scope import TOTAL
 from gateway_addon.ledger.sql import Connection
 from gateway_addon.ledger.store import balances, postgres, postgres_session, sqlite_files
 from gateway_addon.ledger.store.locks import living
@@ -196,7 +197,7 @@ def _end(
     db.execute(f"ALTER SCHEMA {UNFINISHED} RENAME TO gateway")
     db.execute("SET LOCAL search_path = gateway")
     admin.moved(db, str(source), None, who=who, now=now)
-    spent_nano = sum(row[3] for row in summed if row[:2] == ("total", "ever"))
+    spent_nano = sum(row[3] for row in summed if row[:2] == (TOTAL, "ever"))
     return Proof(expected, len(summed), spent_nano, kept)
 
 

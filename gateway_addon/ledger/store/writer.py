@@ -265,7 +265,7 @@ class Writer:
         if self._store.is_busy(error):
             return operations
         answer = error if isinstance(error, LedgerUnavailable) else self._store.unavailable(error)
-        if self._failures == 0 and self._commits:  # whoever opens a ledger says why it cannot be opened
+        if self._failures == 0 and self._commits:  # else the opener says why it cannot be opened
             log.error("%s", answer)
         self._failures += 1
         self._deliver([Written(each, answer) for each in operations if not each.lasting])

@@ -23,6 +23,7 @@ from gateway_addon.calls.record import CallRecord
 from gateway_addon.calls.responses import OwnResponse
 from gateway_addon.identity.client_address import origin
 from gateway_addon.ledger import (
+    TOTAL,
     LedgerUnavailable,
     ServerAddress,
     Standing,
@@ -225,7 +226,7 @@ class DebugAddon(GatewayAddon):
         known = [policy.apps.get(name) for name in names]
         if None in known:
             return [f"No app {app!r}; there: {', '.join(sorted(policy.apps))}."]
-        wanted = scopes(app, policy.apps[app].team) if app else ["total", *map(team_scope, policy.teams), *map(app_scope, names)]
+        wanted = scopes(app, policy.apps[app].team) if app else [TOTAL, *map(team_scope, policy.teams), *map(app_scope, names)]
         try:
             with connect.reading(self.place) as db:
                 standings = reservations.standing(db, wanted, all_caps(policy), now=self.clocks.now())
